@@ -1,0 +1,1 @@
+//! One file a backend. This module holds the only `match` on a backend's kind.

@@ -1,0 +1,225 @@
+//! The command line: types only.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::Override;
+
+const AFTER_HELP: &str = "\
+Without a database setting, every role uses a private PostgreSQL under .refarch/ (see scripts/setup).
+With DATABASE_URL, or POSTGRES_DB_HOST, _PORT, _NAME, _USER and _PASSWORD, it uses that database.
+
+Start here:
+  refarch up                   everything on this machine, with 10,000 products
+  refarch status --watch       what is pending, in flight and in sync
+  refarch config               every setting and its value
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 forced by a second stop signal.";
+
+/// Keeps a semantic search index in step with a PostgreSQL table, and proves that it is.
+#[derive(Debug, Parser)]
+#[command(name = "refarch", version, after_help = AFTER_HELP, propagate_version = true)]
+pub struct Cli {
+    /// Settings that hold for every role.
+    #[command(flatten)]
+    pub global: Global,
+    /// The role to take.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags that every role takes.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Configuration file (TOML) [default: refarch.toml, if there is one]
+    #[arg(long, global = true, value_name = "FILE", env = "REFARCH_CONFIG", hide_env_values = true)]
+    pub config: Option<PathBuf>,
+    /// How logs are written to standard error
+    #[arg(long, global = true, value_enum, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// What is logged: error, warn, info, debug, trace, or per module as in refarch=debug,warn
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub log_level: Option<String>,
+}
+
+/// How logs are written.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum LogFormat {
+    /// One line an event, for people.
+    Text,
+    /// One JSON object an event, for machines.
+    Json,
+}
+
+/// The roles.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run every role in one process: fill an empty table, embed it, serve the page
+    Up(Up),
+    /// Serve the web page and the HTTP API
+    Serve(Serve),
+    /// Capture committed changes from PostgreSQL and put jobs on the queue
+    Listen(Listen),
+    /// Take jobs, embed texts, upsert or delete vectors
+    Embed(Embed),
+    /// Make fake products, as CSV or straight into the table
+    Generate(Generate),
+    /// Create or update the schema, and arm change capture on the table
+    Migrate(Migrate),
+    /// Show counts, backlog, freshness and workers
+    Status(Status),
+    /// Print the resolved settings as TOML, secrets hidden
+    Config,
+    /// Open psql on the database in use
+    Psql(Psql),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// `refarch up`
+#[derive(Debug, Args)]
+pub struct Up {
+    /// Products to generate when the table is empty [default: 10000]
+    #[arg(long, value_name = "N")]
+    pub products: Option<u64>,
+    /// Embedding threads [default: one for each core]
+    #[arg(long, value_name = "N", value_parser = workers)]
+    pub workers: Option<usize>,
+    /// Address of the web page [default: 127.0.0.1:3000]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub bind: Option<SocketAddr>,
+    /// Print a summary and exit once every row is searchable
+    #[arg(long)]
+    pub until_synced: bool,
+    /// With --until-synced: print the summary as JSON
+    #[arg(long, requires = "until_synced")]
+    pub json: bool,
+}
+
+/// `refarch serve`
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Address of the web page [default: 127.0.0.1:3000]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub bind: Option<SocketAddr>,
+}
+
+/// `refarch listen`
+#[derive(Debug, Args)]
+pub struct Listen {
+    /// Work until nothing is pending, then exit
+    #[arg(long)]
+    pub until_idle: bool,
+}
+
+/// `refarch embed`
+#[derive(Debug, Args)]
+pub struct Embed {
+    /// Embedding threads [default: one for each core]
+    #[arg(long, value_name = "N", value_parser = workers)]
+    pub workers: Option<usize>,
+    /// Work until the queue is empty, then exit
+    #[arg(long)]
+    pub until_idle: bool,
+}
+
+/// `refarch generate`
+#[derive(Debug, Args)]
+pub struct Generate {
+    /// How many products
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    pub count: u64,
+    /// Same seed, same bytes
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    pub seed: u64,
+    /// Where the CSV goes; - is standard output
+    #[arg(long, short, value_name = "FILE", default_value = "products.csv", conflicts_with = "load")]
+    pub output: PathBuf,
+    /// Load into the table by COPY, with no file in between
+    #[arg(long)]
+    pub load: bool,
+}
+
+/// `refarch migrate`
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// Print what was done as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `refarch status`
+#[derive(Debug, Args)]
+pub struct Status {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Print again every second until stopped
+    #[arg(long)]
+    pub watch: bool,
+}
+
+/// `refarch psql`
+#[derive(Debug, Args)]
+pub struct Psql {
+    /// Arguments for psql
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+    pub args: Vec<std::ffi::OsString>,
+}
+
+fn workers(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count @ 1..=1024) => Ok(count),
+        _ => Err("use 1 to 1024 embedding threads".into()),
+    }
+}
+
+impl Cli {
+    /// The settings that flags set, each for its key.
+    #[must_use]
+    pub fn overrides(&self) -> Vec<Override> {
+        let mut list = Vec::new();
+        let mut set = |flag, key, value: Option<String>| {
+            list.extend(value.map(|value| Override { flag, key, value }));
+        };
+        let format = self.global.log_format.map(|format| match format {
+            LogFormat::Text => "text".to_owned(),
+            LogFormat::Json => "json".to_owned(),
+        });
+        set("--log-format", "log.format", format);
+        set("--log-level", "log.level", self.global.log_level.clone());
+        let (bind, workers) = match &self.command {
+            Command::Up(up) => {
+                set("--products", "up.products", up.products.map(|n| n.to_string()));
+                (up.bind, up.workers)
+            }
+            Command::Serve(serve) => (serve.bind, None),
+            Command::Embed(embed) => (None, embed.workers),
+            _ => (None, None),
+        };
+        set("--bind", "serve.bind", bind.map(|b| b.to_string()));
+        set("--workers", "indexer.workers", workers.map(|n| n.to_string()));
+        list
+    }
+
+    /// Whether the command's output is its result, so that only warnings are logged.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        !matches!(self.command, Command::Up(_) | Command::Serve(_) | Command::Listen(_) | Command::Embed(_))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+}

@@ -1,0 +1,28 @@
+//! `refarch` keeps a semantic search index in step with a PostgreSQL table, and proves it.
+//!
+//! # The promise
+//!
+//! Every committed insert, update and delete reaches the vector index at least once; applying it is
+//! idempotent; when writing stops, the index **converges** to the table, whatever was duplicated,
+//! reordered, delayed, crashed or restarted in between, but for what stands in the dead-letter list.
+//! Freshness, from statement to searchable, is measured and shown, not assumed.
+//!
+//! # Map
+//!
+//! - [`cli`], [`config`], [`secret`], [`telemetry`], [`shutdown`]: what a process is started with
+//! - [`pipeline`]: the contract and the two steps, independent of every backend
+//! - [`backend`]: one file a backend: PostgreSQL, pgmq, pgvector, the model, the private cluster
+//! - [`role`]: one module a subcommand
+//! - [`product`]: the rows of the reference architecture's table
+
+#![forbid(unsafe_code)]
+
+pub mod backend;
+pub mod cli;
+pub mod config;
+pub mod pipeline;
+pub mod product;
+pub mod role;
+pub mod secret;
+pub mod shutdown;
+pub mod telemetry;

@@ -1,0 +1,34 @@
+//! Parse, settings, telemetry, runtime, role, exit code.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use refarch::cli::Cli;
+use refarch::config::{File, Settings};
+use refarch::{role, telemetry};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if role::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("refarch: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let file = File::find(cli.global.config.as_deref())?;
+    // Variables that are not UTF-8 can't be settings of ours.
+    let env = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    let settings = Settings::load(file.as_ref(), &env, &cli.overrides())?;
+    telemetry::init(&settings.log, cli.is_quiet())?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(role::run(cli.command, settings))
+}

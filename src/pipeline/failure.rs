@@ -1,0 +1,64 @@
+//! Every error that a backend can raise, sorted into what is done about it.
+
+use std::fmt;
+use std::time::Duration;
+
+/// What is to be done about a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Trying again may help: a lost connection, a rate limit, a serialization conflict.
+    Retryable,
+    /// The same work fails again for ever: a malformed message, a value the index refuses.
+    Permanent,
+    /// The role can't go on: a missing table, a refused password, an index of the wrong shape.
+    Fatal,
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Retryable => "retryable",
+            Self::Permanent => "permanent",
+            Self::Fatal => "fatal",
+        })
+    }
+}
+
+/// A failure of one of the pipeline's backends, with its class.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {message}")]
+pub struct Error {
+    /// What is to be done about it.
+    pub class: Class,
+    /// What was being done, such as "read the ledger".
+    pub what: String,
+    /// What went wrong, in the backend's own words.
+    pub message: String,
+    /// How long the backend asks to be left alone.
+    pub retry_after: Option<Duration>,
+}
+
+/// A result whose error is classed.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error of the given class.
+    pub fn new(class: Class, what: impl Into<String>, message: impl fmt::Display) -> Self {
+        Self { class, what: what.into(), message: message.to_string(), retry_after: None }
+    }
+
+    /// A failure that another try may mend.
+    pub fn retryable(what: impl Into<String>, message: impl fmt::Display) -> Self {
+        Self::new(Class::Retryable, what, message)
+    }
+
+    /// A failure that will come again however often this is tried.
+    pub fn permanent(what: impl Into<String>, message: impl fmt::Display) -> Self {
+        Self::new(Class::Permanent, what, message)
+    }
+
+    /// A failure that ends the role.
+    pub fn fatal(what: impl Into<String>, message: impl fmt::Display) -> Self {
+        Self::new(Class::Fatal, what, message)
+    }
+}

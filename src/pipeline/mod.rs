@@ -1,0 +1,14 @@
+//! The pipeline: how a committed change becomes a vector, independent of every backend.
+//!
+//! Traits are the seams ([`outbox::Outbox`], [`queue::JobQueue`], [`ledger::Ledger`],
+//! [`embedder::Embedder`], [`index::VectorIndex`]); [`relay`] and [`indexer`] are the two steps that
+//! move changes across them. Nothing in here knows PostgreSQL, SQS, Pinecone or HTTP.
+
+pub mod catalog;
+pub mod change;
+pub mod embedder;
+pub mod failure;
+pub mod index;
+pub mod ledger;
+pub mod outbox;
+pub mod queue;

@@ -1,0 +1,63 @@
+//! The outbox's contract: committed changes that have not reached the queue.
+
+use async_trait::async_trait;
+
+use super::change::{Job, Op};
+use super::failure::Result;
+
+/// A packed row of the outbox: up to 500 ids that one statement touched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OutboxRow {
+    /// Sequence number; becomes the changes' version. Not the order of commits.
+    pub seq: i64,
+    /// What the statement did.
+    pub op: Op,
+    /// Row ids, as text.
+    pub ids: Vec<String>,
+    /// The transaction that captured it.
+    pub xid: u64,
+    /// When the statement ran, by the database's clock, in microseconds since the epoch.
+    pub changed_at_us: i64,
+    /// Changes of the same transaction that stood in the outbox, this row's included.
+    pub xid_changes: u64,
+}
+
+/// What to claim in one step.
+#[derive(Clone, Copy, Debug)]
+pub struct ClaimRequest {
+    /// At most this many outbox rows that are small, of transactions not known to be large.
+    pub small_rows: usize,
+    /// At most this many other rows.
+    pub large_rows: usize,
+}
+
+/// Turns claimed rows into messages. Pure: no effect, same rows same messages.
+pub type Pack<'a> = &'a (dyn Fn(Vec<OutboxRow>) -> Vec<Job> + Send + Sync);
+
+/// What one transfer did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Transferred {
+    /// Outbox rows taken.
+    pub rows: usize,
+    /// Changes in them.
+    pub changes: u64,
+    /// Changes sent to the live lane, after packing.
+    pub live: u64,
+    /// Changes sent to the bulk lane, after packing.
+    pub bulk: u64,
+    /// Age of the oldest change taken, in milliseconds: capture lag.
+    pub oldest_ms: u64,
+}
+
+/// Committed changes on their way to the queue.
+#[async_trait]
+pub trait Outbox: Send + Sync {
+    /// Claims rows (small ones first), packs them, sends them to the queue and removes them. Rows
+    /// that another relay holds are passed over. A crash at any point may send a change again, and
+    /// never loses one.
+    async fn transfer(&self, request: ClaimRequest, pack: Pack<'_>) -> Result<Transferred>;
+
+    /// Returns when a change may have been committed, or after `timeout`. Arms the wake-up before it
+    /// looks, so that a change committed in between is not slept through.
+    async fn wait(&self, timeout: std::time::Duration);
+}

@@ -1,0 +1,30 @@
+//! Stop signals: the first drains, the second forces the exit.
+
+use tokio_util::sync::CancellationToken;
+
+/// Exit code after a second stop signal: 128 + SIGINT, as shells report it.
+const FORCED_EXIT: i32 = 130;
+
+/// A token that is cancelled by the first SIGTERM or Ctrl-C. A second one ends the process at once.
+pub fn on_signal() -> std::io::Result<CancellationToken> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let stop = CancellationToken::new();
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let token = stop.clone();
+    tokio::spawn(async move {
+        for forced in [false, true] {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            if forced {
+                tracing::warn!("second stop signal: leaving held work to others");
+                std::process::exit(FORCED_EXIT);
+            }
+            tracing::info!("stopping: finishing held work; a second signal forces the exit");
+            token.cancel();
+        }
+    });
+    Ok(stop)
+}
