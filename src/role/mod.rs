@@ -1,5 +1,7 @@
 //! One module a subcommand.
 
+pub mod psql;
+
 use std::io;
 
 use anyhow::bail;
@@ -14,6 +16,7 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<()> {
             print!("{}", toml::to_string(&settings)?);
             Ok(())
         }
+        Command::Psql(args) => psql::run(args, &settings).await,
         _ => bail!("not yet"),
     }
 }
