@@ -4,7 +4,7 @@
 //! flags. `config/default.toml` is the one list of keys: a key that is not in there does not exist.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -429,7 +429,7 @@ fn database_url(env: &BTreeMap<String, String>) -> Option<(&'static str, String)
     for (name, value) in parts {
         if let Some(value) = value {
             let quoted = value.replace('\\', r"\\").replace('\'', r"\'");
-            url.push_str(&format!("{name}='{quoted}' "));
+            let _ = write!(url, "{name}='{quoted}' ");
         }
     }
     Some(("database.url", url.trim_end().to_owned()))

@@ -45,7 +45,7 @@ impl Database {
             Ok(postgres) => Ok(Self { postgres, cluster }),
             Err(error) => {
                 if let Some(cluster) = cluster {
-                    cluster.leave().await;
+                    cluster.leave().await?;
                 }
                 Err(error)
             }
@@ -59,10 +59,11 @@ impl Database {
     }
 
     /// Closes the connections; the last to leave the private cluster stops it.
-    pub async fn close(self) {
+    pub async fn close(self) -> anyhow::Result<()> {
         self.postgres.pool.close();
-        if let Some(cluster) = self.cluster {
-            cluster.leave().await;
+        match self.cluster {
+            Some(cluster) => cluster.leave().await,
+            None => Ok(()),
         }
     }
 }

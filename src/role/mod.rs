@@ -4,6 +4,7 @@ pub mod embed;
 pub mod listen;
 pub mod migrate;
 pub mod status;
+pub mod psql;
 
 use std::io;
 
@@ -26,6 +27,7 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<()> {
             print!("{}", toml::to_string(&settings)?);
             Ok(())
         }
+        Command::Psql(args) => psql::run(args, &settings).await,
         _ => bail!("not yet"),
     }
 }
@@ -46,8 +48,8 @@ async fn with_database<T>(
 ) -> anyhow::Result<T> {
     let database = Database::open(settings).await?;
     let result = work(&database).await;
-    database.close().await;
-    result
+    let closed = database.close().await;
+    result.and_then(|value| closed.map(|()| value))
 }
 
 /// Opens the backends. The private cluster is set up unasked; a database of the user's own is

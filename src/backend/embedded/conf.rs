@@ -1,0 +1,78 @@
+//! The settings of a private server.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+/// What parallel index builds may want of `/dev/shm`; containers often have 64 MB of it.
+#[cfg(target_os = "linux")]
+const SHM_MIN_BYTES: u64 = 512 << 20;
+
+/// Same for every private server: sized for a laptop that also embeds, and for bulk loads.
+const FIXED: &[(&str, &str)] = &[
+    ("listen_addresses", "127.0.0.1"),
+    // Every role's pool, and room for a person.
+    ("max_connections", "100"),
+    ("password_encryption", "scram-sha-256"),
+    ("shared_buffers", "256MB"),
+    ("maintenance_work_mem", "256MB"),
+    ("work_mem", "16MB"),
+    // Loads are checkpointed by size, and spread.
+    ("max_wal_size", "2GB"),
+    ("min_wal_size", "256MB"),
+    ("checkpoint_timeout", "15min"),
+    ("checkpoint_completion_target", "0.9"),
+    ("random_page_cost", "1.1"),
+    ("jit", "off"),
+    ("timezone", "UTC"),
+    ("log_timezone", "UTC"),
+    ("lc_messages", "C"),
+    ("log_line_prefix", "%m [%p] "),
+    ("log_checkpoints", "off"),
+];
+
+/// The text of `postgresql.conf`. Later lines win, so `extra` does.
+pub fn text(port: u16, socket_dir: &Path, extra: &[(String, String)]) -> String {
+    let mut text = String::from("# Written by refarch at every start.\n");
+    let mut set = |name: &str, value: &str| {
+        let _ = writeln!(text, "{name} = {}", quoted(value));
+    };
+    for (name, value) in FIXED {
+        set(name, value);
+    }
+    set("port", &port.to_string());
+    set("unix_socket_directories", &socket_dir.to_string_lossy());
+    set("dynamic_shared_memory_type", dynamic_shared_memory());
+    for (name, value) in extra {
+        set(name, value);
+    }
+    text
+}
+
+fn quoted(value: &str) -> String {
+    format!("'{}'", value.replace('\\', r"\\").replace('\'', "''"))
+}
+
+#[cfg(target_os = "linux")]
+fn dynamic_shared_memory() -> &'static str {
+    let shm = nix::sys::statvfs::statvfs("/dev/shm");
+    let enough = shm.is_ok_and(|shm| shm.blocks() * shm.fragment_size() >= SHM_MIN_BYTES);
+    if enough { "posix" } else { "sysv" }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn dynamic_shared_memory() -> &'static str {
+    "posix"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_quoted_and_extra_settings_come_last() {
+        let extra = [("fsync".to_owned(), "off".to_owned())];
+        let text = text(5432, Path::new("/tmp/it's \\ here"), &extra);
+        assert!(text.contains(r"unix_socket_directories = '/tmp/it''s \\ here'"), "{text}");
+        assert!(text.ends_with("fsync = 'off'\n"), "{text}");
+    }
+}

@@ -1,0 +1,77 @@
+//! The server's log: bounded, and quoted when something fails.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
+
+/// Past this the log moves to `server.log.1`. Enough for a day of errors; both fit in any home.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// As much of the log as an error message shows.
+const TAIL_LINES: usize = 12;
+
+/// How far back the tail is looked for.
+const TAIL_BYTES: u64 = 16 << 10;
+
+/// Moves the log aside when it has grown too long. The server goes on writing: it appends to a file
+/// that is emptied beneath it.
+pub fn shorten(path: &Path) -> io::Result<()> {
+    if size(path) <= MAX_BYTES {
+        return Ok(());
+    }
+    std::fs::copy(path, path.with_extension("log.1"))?;
+    OpenOptions::new().write(true).open(path)?.set_len(0)
+}
+
+/// Bytes in the log.
+pub fn size(path: &Path) -> u64 {
+    path.metadata().map_or(0, |m| m.len())
+}
+
+/// The last lines that were written after the first `since` bytes.
+pub fn tail(path: &Path, since: u64) -> String {
+    let read = || {
+        let mut file = File::open(path)?;
+        let end = file.metadata()?.len();
+        // A log that shrank was emptied since.
+        let start = if since > end { 0 } else { since };
+        file.seek(SeekFrom::Start(start.max(end.saturating_sub(TAIL_BYTES))))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        io::Result::Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    let text = read().unwrap_or_default();
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_is_what_was_written_since() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("server.log");
+        std::fs::write(&path, "old\nnew\nnewer\n").unwrap();
+        assert_eq!(tail(&path, 4), "new\nnewer");
+        assert_eq!(tail(&path, 1000), "old\nnew\nnewer");
+        assert_eq!(tail(&dir.path().join("none"), 0), "");
+    }
+
+    #[test]
+    fn a_long_log_is_moved_aside_and_an_appender_goes_on() {
+        use std::io::Write;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("server.log");
+        let mut appender = OpenOptions::new().create(true).append(true).open(&path).unwrap();
+        appender.write_all(&vec![b'x'; MAX_BYTES as usize]).unwrap();
+        shorten(&path).unwrap();
+        assert_eq!(size(&path), MAX_BYTES);
+        appender.write_all(b"\n").unwrap();
+        shorten(&path).unwrap();
+        assert_eq!(size(&dir.path().join("server.log.1")), MAX_BYTES + 1);
+        appender.write_all(b"more\n").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "more\n");
+    }
+}

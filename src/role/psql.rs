@@ -1,0 +1,150 @@
+//! `refarch psql`: psql on the database in use.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+
+use anyhow::{Context, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::process::Command;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_postgres::config::{Host, SslMode};
+
+use crate::backend::embedded::{Cluster, Options, Tcp};
+use crate::cli::Psql;
+use crate::config::Settings;
+
+/// Variables of libpq that would override what we set, or be mixed with it.
+const FOREIGN: &[&str] =
+    &["PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE", "PGPASSFILE", "PGOPTIONS", "PGTARGETSESSIONATTRS"];
+
+/// Runs psql to its end, and ends this process with its exit code if that is not 0.
+pub async fn run(psql: Psql, settings: &Settings) -> anyhow::Result<()> {
+    let bundled = settings.runtime.dir.join("runtime/postgres/bin/psql");
+    let status = if settings.database.url.is_empty() {
+        let cluster = Cluster::join(Options::in_runtime_dir(&settings.runtime.dir)).await?;
+        let status = attend(&find([Some(bundled), on_path()])?, &psql.args, of_cluster(cluster.tcp())).await;
+        cluster.leave().await?;
+        status?
+    } else {
+        let variables = of_url(settings.database.url.expose())?;
+        // The bundled one has no TLS, which a database elsewhere may want.
+        attend(&find([on_path(), Some(bundled)])?, &psql.args, variables).await?
+    };
+    match exit_code(status) {
+        0 => Ok(()),
+        code => std::process::exit(code),
+    }
+}
+
+fn find(candidates: [Option<PathBuf>; 2]) -> anyhow::Result<PathBuf> {
+    match candidates.into_iter().flatten().find(|path| path.is_file()) {
+        Some(path) => Ok(path),
+        None => bail!("there is no psql: run scripts/setup, or install PostgreSQL's client programs"),
+    }
+}
+
+fn on_path() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|dir| dir.join("psql")).find(|psql| psql.is_file())
+}
+
+async fn attend(
+    program: &Path,
+    args: &[OsString],
+    variables: BTreeMap<&str, String>,
+) -> anyhow::Result<ExitStatus> {
+    // Ctrl-C is psql's: it cancels a query there. Listening to it keeps it from ending us first.
+    let _interrupts = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut command = Command::new(program);
+    for name in FOREIGN {
+        command.env_remove(name);
+    }
+    let mut child = command
+        .args(args)
+        .envs(variables)
+        .spawn()
+        .with_context(|| format!("cannot run {}", program.display()))?;
+    loop {
+        tokio::select! {
+            status = child.wait() => return Ok(status?),
+            _ = terminate.recv() => {
+                if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
+                    kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+                }
+            }
+        }
+    }
+}
+
+fn exit_code(status: ExitStatus) -> i32 {
+    // As shells report a signal.
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+}
+
+fn of_cluster(tcp: &Tcp) -> BTreeMap<&'static str, String> {
+    BTreeMap::from([
+        ("PGHOST", tcp.host.clone()),
+        ("PGPORT", tcp.port.to_string()),
+        ("PGUSER", tcp.user.clone()),
+        ("PGPASSWORD", tcp.password.expose().to_owned()),
+        ("PGDATABASE", tcp.dbname.clone()),
+        // A choice for other servers, in the caller's environment, must not fail here.
+        ("PGSSLMODE", "prefer".to_owned()),
+    ])
+}
+
+fn of_url(url: &str) -> anyhow::Result<BTreeMap<&'static str, String>> {
+    let config: tokio_postgres::Config = url.parse().context("cannot read database.url")?;
+    let hosts: Vec<_> = config
+        .get_hosts()
+        .iter()
+        .map(|host| match host {
+            Host::Tcp(name) => name.clone(),
+            Host::Unix(path) => path.to_string_lossy().into_owned(),
+        })
+        .collect();
+    let ports: Vec<_> = config.get_ports().iter().map(u16::to_string).collect();
+    let ssl_mode = match config.get_ssl_mode() {
+        SslMode::Disable => "disable",
+        SslMode::Require => "require",
+        _ => "prefer",
+    };
+    let password = config.get_password().map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+    let variables = [
+        ("PGHOST", Some(hosts.join(","))),
+        ("PGPORT", Some(ports.join(","))),
+        ("PGUSER", config.get_user().map(str::to_owned)),
+        ("PGPASSWORD", password),
+        ("PGDATABASE", config.get_dbname().map(str::to_owned)),
+        ("PGOPTIONS", config.get_options().map(str::to_owned)),
+        ("PGSSLMODE", Some(ssl_mode.to_owned())),
+    ];
+    Ok(variables
+        .into_iter()
+        .filter_map(|(name, value)| Some((name, value.filter(|value| !value.is_empty())?)))
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_becomes_libpqs_variables() {
+        let variables = of_url("postgres://me:s%40fe@a:1,b:2/shop?sslmode=require").unwrap();
+        let expected = [
+            ("PGDATABASE", "shop"),
+            ("PGHOST", "a,b"),
+            ("PGPASSWORD", "s@fe"),
+            ("PGPORT", "1,2"),
+            ("PGSSLMODE", "require"),
+            ("PGUSER", "me"),
+        ];
+        assert_eq!(variables, expected.map(|(name, value)| (name, value.to_owned())).into());
+    }
+}
