@@ -48,11 +48,8 @@ impl Captured {
 
     /// Takes what the outbox holds: ids by operation, sorted. A truncation shows as `t` without ids.
     async fn take(&self) -> BTreeMap<String, Vec<String>> {
-        let rows = self
-            .client
-            .query("DELETE FROM refarch.outbox RETURNING op::text, ids", &[])
-            .await
-            .unwrap();
+        let rows =
+            self.client.query("DELETE FROM refarch.outbox RETURNING op::text, ids", &[]).await.unwrap();
         let mut taken: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for row in rows {
             taken.entry(row.get(0)).or_default().extend(row.get::<_, Vec<String>>(1));
@@ -106,7 +103,8 @@ async fn an_update_of_the_id_is_a_delete_and_an_upsert() {
     assert_eq!(captured.capture("UPDATE products_with_increment SET id = 30 WHERE id = 3").await, both);
     // Ids that change places are changes of both rows.
     captured.run("UPDATE products_with_increment SET id = -id").await;
-    let swap = "UPDATE products_with_increment SET id = CASE id WHEN -1 THEN -2 ELSE -1 END WHERE id IN (-1, -2)";
+    let swap =
+        "UPDATE products_with_increment SET id = CASE id WHEN -1 THEN -2 ELSE -1 END WHERE id IN (-1, -2)";
     captured.run("ALTER TABLE products_with_increment DROP CONSTRAINT products_with_increment_pkey, ADD PRIMARY KEY (id) DEFERRABLE INITIALLY DEFERRED").await;
     assert_eq!(captured.capture(swap).await, ids("u", &["-1", "-2"]));
 }
@@ -150,9 +148,11 @@ async fn copy_merge_upsert_ctes_views_and_cascades_are_captured() {
     captured.take().await;
 
     let copied: Vec<String> = (10..1210).map(|id| id.to_string()).collect();
-    let sink = captured.client.copy_in("COPY products_with_increment (id, description) FROM STDIN").await.unwrap();
+    let sink =
+        captured.client.copy_in("COPY products_with_increment (id, description) FROM STDIN").await.unwrap();
     common::copy(sink, copied.iter().map(|id| format!("{id}\tcopied\n"))).await;
-    let packed = captured.client.query("SELECT cardinality(ids) FROM refarch.outbox ORDER BY seq", &[]).await.unwrap();
+    let packed =
+        captured.client.query("SELECT cardinality(ids) FROM refarch.outbox ORDER BY seq", &[]).await.unwrap();
     assert_eq!(packed.iter().map(|row| row.get(0)).collect::<Vec<i32>>(), [500, 500, 200]);
     let mut sorted = copied.clone();
     sorted.sort();
@@ -177,7 +177,10 @@ async fn copy_merge_upsert_ctes_views_and_cascades_are_captured() {
     assert_eq!(captured.capture(cte).await, moved);
 
     captured.run("CREATE VIEW cheap AS SELECT id, description FROM products_with_increment").await;
-    assert_eq!(captured.capture("UPDATE cheap SET description = 'by view' WHERE id = 1").await, ids("u", &["1"]));
+    assert_eq!(
+        captured.capture("UPDATE cheap SET description = 'by view' WHERE id = 1").await,
+        ids("u", &["1"])
+    );
 
     captured
         .run("CREATE TABLE maker (id bigint PRIMARY KEY); INSERT INTO maker VALUES (1), (4); \
@@ -232,7 +235,10 @@ const ITEM: [(&str, &str); 3] =
 #[tokio::test]
 async fn writes_to_a_partition_are_captured_since_leaves_are_armed() {
     let captured = Captured::with(PARTITIONED, &ITEM).await;
-    assert_eq!(captured.capture("INSERT INTO item VALUES (1, 'a'), (101, 'b')").await, ids("u", &["1", "101"]));
+    assert_eq!(
+        captured.capture("INSERT INTO item VALUES (1, 'a'), (101, 'b')").await,
+        ids("u", &["1", "101"])
+    );
     assert_eq!(captured.capture("INSERT INTO item_low VALUES (2, 'c')").await, ids("u", &["2"]));
     assert_eq!(captured.capture("UPDATE item_high SET body = 'd'").await, ids("u", &["101"]));
     let mut moved = ids("d", &["2"]);
@@ -312,7 +318,9 @@ async fn a_sleeping_relay_is_rung_and_an_awake_one_is_not() {
     assert!(common::rings(&listener, &mut notifications).await, "asleep is what a missing flag means");
     captured.run("INSERT INTO refarch.doorbell (asleep) VALUES (false); DELETE FROM products_with_increment WHERE id = 1").await;
     assert!(!common::rings(&listener, &mut notifications).await);
-    captured.run("UPDATE refarch.doorbell SET asleep = true; UPDATE products_with_increment SET name = name").await;
+    captured
+        .run("UPDATE refarch.doorbell SET asleep = true; UPDATE products_with_increment SET name = name")
+        .await;
     assert!(!common::rings(&listener, &mut notifications).await, "nothing changed");
     captured.run("UPDATE products_with_increment SET name = 'x'").await;
     assert!(common::rings(&listener, &mut notifications).await);

@@ -92,7 +92,10 @@ pub(crate) async fn send_within(transaction: &Transaction<'_>, prefix: &str, job
         let bodies: Vec<Json<&Job>> = of_lane.iter().map(|job| Json(*job)).collect();
         let headers: Vec<_> = of_lane.iter().map(|job| Json(json!({ "changes": job.changes() }))).collect();
         transaction
-            .execute("SELECT pgmq.send_batch($1, $2::jsonb[], $3::jsonb[])", &[&names.lane(lane), &bodies, &headers])
+            .execute(
+                "SELECT pgmq.send_batch($1, $2::jsonb[], $3::jsonb[])",
+                &[&names.lane(lane), &bodies, &headers],
+            )
             .await
             .map_err(|error| failure("send jobs", &error))?;
     }
@@ -114,8 +117,10 @@ impl JobQueue for Pgmq {
         self.waiter(lane).lock().await.arm();
         let fail = |error: tokio_postgres::Error| failure("receive jobs", &error);
         let client = self.postgres.client().await?;
-        let statement =
-            client.prepare_cached("SELECT msg_id, read_ct, message FROM pgmq.read($1, $2, $3)").await.map_err(fail)?;
+        let statement = client
+            .prepare_cached("SELECT msg_id, read_ct, message FROM pgmq.read($1, $2, $3)")
+            .await
+            .map_err(fail)?;
         let seconds = i32::try_from(self.visibility.as_secs()).unwrap_or(i32::MAX);
         let rows = client
             .query(&statement, &[&self.names.lane(lane), &seconds, &i32::try_from(max).unwrap_or(i32::MAX)])
@@ -155,7 +160,10 @@ impl JobQueue for Pgmq {
             let ids = handles(receipts, lane)?;
             if !ids.is_empty() {
                 client
-                    .execute("SELECT pgmq.set_vt($1, $2::bigint[], $3)", &[&self.names.lane(lane), &ids, &seconds])
+                    .execute(
+                        "SELECT pgmq.set_vt($1, $2::bigint[], $3)",
+                        &[&self.names.lane(lane), &ids, &seconds],
+                    )
                     .await
                     .map_err(|error| failure("extend visibility", &error))?;
             }
@@ -167,7 +175,9 @@ impl JobQueue for Pgmq {
         let fail = |error: tokio_postgres::Error| failure("move a message to the dead letters", &error);
         let body = match &message.body {
             Ok(job) => serde_json::to_value(job).unwrap_or_default(),
-            Err(undecodable) => serde_json::from_str(&undecodable.body).unwrap_or_else(|_| json!(undecodable.body)),
+            Err(undecodable) => {
+                serde_json::from_str(&undecodable.body).unwrap_or_else(|_| json!(undecodable.body))
+            }
         };
         let changes = message.body.as_ref().map_or(1, Job::changes);
         let headers = json!({
@@ -181,7 +191,10 @@ impl JobQueue for Pgmq {
         let mut client = self.postgres.client().await?;
         let transaction = client.transaction().await.map_err(fail)?;
         transaction
-            .execute("SELECT pgmq.send($1, $2::jsonb, $3::jsonb)", &[&self.names.dead(), &Json(body), &Json(headers)])
+            .execute(
+                "SELECT pgmq.send($1, $2::jsonb, $3::jsonb)",
+                &[&self.names.dead(), &Json(body), &Json(headers)],
+            )
             .await
             .map_err(fail)?;
         transaction
@@ -231,10 +244,9 @@ fn handles(receipts: &[Receipt], lane: Lane) -> Result<Vec<i64>> {
         .iter()
         .filter(|receipt| receipt.lane == lane)
         .map(|receipt| {
-            receipt
-                .handle
-                .parse()
-                .map_err(|_| Error::permanent("read a receipt", format!("{:?} is not one of pgmq's", receipt.handle)))
+            receipt.handle.parse().map_err(|_| {
+                Error::permanent("read a receipt", format!("{:?} is not one of pgmq's", receipt.handle))
+            })
         })
         .collect()
 }

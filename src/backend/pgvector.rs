@@ -132,9 +132,13 @@ impl VectorIndex for PgVector {
             Ok(row.get::<_, i64>(0) as u64 >= rows)
         };
         let action = match state {
-            Some(true) if backlog > MIN_RELOAD && !at_least(backlog).await? => format!("DROP INDEX IF EXISTS refarch.{graph}"),
+            Some(true) if backlog > MIN_RELOAD && !at_least(backlog).await? => {
+                format!("DROP INDEX IF EXISTS refarch.{graph}")
+            }
             Some(true) => return Ok(()),
-            _ if backlog > self.options.graph_max_backlog || !at_least(self.options.graph_min_rows).await? => {
+            _ if backlog > self.options.graph_max_backlog
+                || !at_least(self.options.graph_min_rows).await? =>
+            {
                 return Ok(());
             }
             // Left over by a build that was cut off.
@@ -156,7 +160,11 @@ impl VectorIndex for PgVector {
         if locked {
             let started = std::time::Instant::now();
             session.batch_execute(&action).await.map_err(fail)?;
-            tracing::info!(statement = action, duration_ms = started.elapsed().as_millis() as u64, "looked after the graph");
+            tracing::info!(
+                statement = action,
+                duration_ms = started.elapsed().as_millis() as u64,
+                "looked after the graph"
+            );
         }
         drop(session);
         let _ = connection.await;
@@ -169,7 +177,8 @@ impl FencedWrite for PgVector {
     async fn apply(&self, planned: &[Planned]) -> Result<Applied> {
         let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, &error);
         let mut client = self.postgres.client().await?;
-        let select = client.prepare_cached(&self.source.select_by_ids()).await.map_err(fail("read rows again"))?;
+        let select =
+            client.prepare_cached(&self.source.select_by_ids()).await.map_err(fail("read rows again"))?;
         let transaction = client.transaction().await.map_err(fail("begin a write"))?;
         // Not waiting for the disk is safe: what a crash takes away is the end of the log, and the
         // acknowledgement comes after this commit in it.
@@ -210,7 +219,12 @@ impl FencedWrite for PgVector {
             .iter()
             .map(|row| {
                 let id: String = row.get(0);
-                let row = source_row(&self.salt, id.clone(), row.get(1), row.get::<_, Option<&str>>(2).unwrap_or("{}"));
+                let row = source_row(
+                    &self.salt,
+                    id.clone(),
+                    row.get(1),
+                    row.get::<_, Option<&str>>(2).unwrap_or("{}"),
+                );
                 (id, row)
             })
             .collect();
@@ -337,7 +351,10 @@ impl PgVector {
                 .map_err(|error| failure("write the ledger", &error))?;
             let distinct = write.ledger_ids.iter().collect::<HashSet<_>>().len() as u64;
             if updated != distinct {
-                return Err(Error::retryable("write the ledger", format!("{updated} of {distinct} entries were there")));
+                return Err(Error::retryable(
+                    "write the ledger",
+                    format!("{updated} of {distinct} entries were there"),
+                ));
             }
         }
         Ok(())

@@ -119,7 +119,11 @@ impl Indexer {
             match self.check(message) {
                 Ok(job) => ours.push((message, job)),
                 Err(reason) => {
-                    tracing::error!(message.id, reason, "message is not a job of ours: moved to the dead letters");
+                    tracing::error!(
+                        message.id,
+                        reason,
+                        "message is not a job of ours: moved to the dead letters"
+                    );
                     self.queue.dead_letter(message, &reason).await?;
                 }
             }
@@ -128,7 +132,8 @@ impl Indexer {
         for job in ours.iter().map(|(_, job)| job) {
             let oldest_us = job.oldest.as_microsecond();
             for group in &job.groups {
-                let hint = Hint { version: group.version, stated_us: oldest_us + group.after_ms as i64 * 1000 };
+                let hint =
+                    Hint { version: group.version, stated_us: oldest_us + group.after_ms as i64 * 1000 };
                 for id in &group.ids {
                     let known = hints.entry(id.clone()).or_insert(hint);
                     if hint.version > known.version {
@@ -180,15 +185,17 @@ impl Indexer {
         let written = planned.len() - applied.conflicted.len();
         done.applied += written as u64;
         self.meter.applied(written as u64);
-        let conflicted: std::collections::HashSet<&str> = applied.conflicted.iter().map(String::as_str).collect();
+        let conflicted: std::collections::HashSet<&str> =
+            applied.conflicted.iter().map(String::as_str).collect();
         let stated = planned
             .iter()
             .filter(|write| !conflicted.contains(write.id.as_str()))
             .filter_map(|write| hints.get(&write.id));
         // Both times are the database's, so that no clock has to agree with another.
         let after_commit_us = committed.elapsed().as_micros() as i64;
-        self.meter
-            .fresh(stated.map(|hint| ((applied.clock_us + after_commit_us - hint.stated_us) / 1000).max(0) as u64));
+        self.meter.fresh(
+            stated.map(|hint| ((applied.clock_us + after_commit_us - hint.stated_us) / 1000).max(0) as u64),
+        );
         Ok(applied.conflicted)
     }
 
@@ -296,13 +303,17 @@ impl Indexer {
                 stop.cancel();
                 break;
             }
-            let Some(Ok(permit)) = stop.run_until_cancelled(Arc::clone(&batches).acquire_owned()).await else { break };
+            let Some(Ok(permit)) = stop.run_until_cancelled(Arc::clone(&batches).acquire_owned()).await
+            else {
+                break;
+            };
             let room = self.may_hold().saturating_sub(held.load(Ordering::Relaxed));
             let received = if room == 0 && held.load(Ordering::Relaxed) > 0 {
                 drop(permit);
                 // Something ends soon, since something is held.
                 if let Some(Some(ended)) = stop.run_until_cancelled(running.join_next()).await {
-                    result = result.and(ended.unwrap_or_else(|error| Err(Error::fatal("apply changes", error))));
+                    result =
+                        result.and(ended.unwrap_or_else(|error| Err(Error::fatal("apply changes", error))));
                 }
                 continue;
             } else {
@@ -449,7 +460,10 @@ fn plan(peeked: Vec<Peeked>, hints: &BTreeMap<String, Hint>) -> (Vec<Planned>, V
             Some(row) if !row.has_text() => Desired::Textless { row },
             Some(row) => {
                 let vector_stands = entry.as_ref().is_some_and(|entry| {
-                    entry.open == 0 && !entry.dirty && !entry.deleted && entry.content_hash == Some(row.content_hash)
+                    entry.open == 0
+                        && !entry.dirty
+                        && !entry.deleted
+                        && entry.content_hash == Some(row.content_hash)
                 });
                 if !vector_stands {
                     let slot = *seen.entry(row.content_hash).or_insert_with(|| {

@@ -148,7 +148,8 @@ pub fn pack(rows: Vec<OutboxRow>, options: &Options, room: u64) -> Vec<Job> {
     for lane in Lane::ALL {
         let mut open = Packing::default();
         for (at, row) in rows.iter().enumerate().filter(|(at, _)| lanes[*at] == lane) {
-            let mut once: Vec<&String> = row.ids.iter().filter(|id| keep.get(id.as_str()) == Some(&at)).collect();
+            let mut once: Vec<&String> =
+                row.ids.iter().filter(|id| keep.get(id.as_str()) == Some(&at)).collect();
             if row.ids.len() > 1 {
                 once.sort_unstable();
                 once.dedup();
@@ -233,12 +234,19 @@ mod tests {
 
     #[test]
     fn the_newest_entry_of_an_id_stays_and_a_live_one_wins() {
-        let jobs = pack(vec![row(1, &["a", "b"], 2), row(3, &["b"], 1), row(2, &["b", "c"], 99)], &options(500), 100);
+        let jobs = pack(
+            vec![row(1, &["a", "b"], 2), row(3, &["b"], 1), row(2, &["b", "c"], 99)],
+            &options(500),
+            100,
+        );
         assert_eq!(jobs.len(), 2);
         let of = |job: &Job| -> Vec<(i64, Vec<String>)> {
             job.groups.iter().map(|g| (g.version, g.ids.clone())).collect()
         };
-        assert_eq!((jobs[0].lane, of(&jobs[0])), (Lane::Live, vec![(1, vec!["a".into()]), (3, vec!["b".into()])]));
+        assert_eq!(
+            (jobs[0].lane, of(&jobs[0])),
+            (Lane::Live, vec![(1, vec!["a".into()]), (3, vec!["b".into()])])
+        );
         assert_eq!(jobs[0].groups[1].after_ms, 2);
         assert_eq!((jobs[1].lane, of(&jobs[1])), (Lane::Bulk, vec![(2, vec!["c".into()])]));
     }

@@ -114,9 +114,13 @@ impl Scheduler {
         }
         let mut embeddings: Vec<Option<Embedding>> = vec![None; texts.len()];
         for (part, result) in pending {
-            let vectors = result.await.map_err(|_| Error::retryable("embed texts", "the embedder stopped"))??;
+            let vectors =
+                result.await.map_err(|_| Error::retryable("embed texts", "the embedder stopped"))??;
             if vectors.len() != part.len() {
-                return Err(Error::retryable("embed texts", "the embedder returned another number of vectors"));
+                return Err(Error::retryable(
+                    "embed texts",
+                    "the embedder returned another number of vectors",
+                ));
             }
             for ((_, at), vector) in part.iter().zip(vectors) {
                 embeddings[*at] = Some(vector);

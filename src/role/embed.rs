@@ -52,7 +52,8 @@ pub async fn work(
         },
     ));
     let abort = shutdown::after_grace(stop, settings.runtime.grace());
-    let result = super::while_beating(&worker, async { Ok(indexer.run(stop, &abort, until_idle).await?) }).await;
+    let result =
+        super::while_beating(&worker, async { Ok(indexer.run(stop, &abort, until_idle).await?) }).await;
     abort.cancel();
     result
 }

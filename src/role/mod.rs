@@ -3,8 +3,8 @@
 pub mod embed;
 pub mod listen;
 pub mod migrate;
-pub mod status;
 pub mod psql;
+pub mod status;
 
 use std::io;
 

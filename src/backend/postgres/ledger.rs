@@ -79,14 +79,15 @@ impl Ledger for PgLedger {
 impl PgLedger {
     fn read(&self, row: &Row) -> Result<Peeked> {
         let id: String = row.get(0);
-        let source = row
-            .get::<_, bool>(1)
-            .then(|| source_row(&self.salt, id.clone(), row.get(2), row.get::<_, Option<&str>>(3).unwrap_or("{}")));
+        let source = row.get::<_, bool>(1).then(|| {
+            source_row(&self.salt, id.clone(), row.get(2), row.get::<_, Option<&str>>(3).unwrap_or("{}"))
+        });
         let hash = |at: usize| -> Result<Option<Hash>> {
             row.get::<_, Option<&[u8]>>(at)
                 .map(|bytes| {
-                    Hash::from_bytes(bytes)
-                        .ok_or_else(|| Error::permanent("read the ledger", format!("row {id} has a hash of another length")))
+                    Hash::from_bytes(bytes).ok_or_else(|| {
+                        Error::permanent("read the ledger", format!("row {id} has a hash of another length"))
+                    })
                 })
                 .transpose()
         };

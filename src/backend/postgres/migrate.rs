@@ -134,8 +134,11 @@ async fn create_products(
     if source.table != PRODUCTS_TABLE {
         return Ok(());
     }
-    let there: bool =
-        transaction.query_one("SELECT to_regclass($1) IS NOT NULL", &[&PRODUCTS_TABLE]).await.map_err(fail)?.get(0);
+    let there: bool = transaction
+        .query_one("SELECT to_regclass($1) IS NOT NULL", &[&PRODUCTS_TABLE])
+        .await
+        .map_err(fail)?
+        .get(0);
     if !there {
         transaction.batch_execute(PRODUCTS).await.map_err(fail)?;
         report.created.push(PRODUCTS_TABLE.into());
@@ -192,7 +195,9 @@ async fn create_extension(transaction: &Transaction<'_>, report: &mut Report) ->
     if found < pgvector::MIN_VERSION {
         return Err(Error::fatal(
             "check pgvector",
-            format!("version {version} has known corruption; {major}.{minor}.{patch} or later is needed: ALTER EXTENSION vector UPDATE"),
+            format!(
+                "version {version} has known corruption; {major}.{minor}.{patch} or later is needed: ALTER EXTENSION vector UPDATE"
+            ),
         ));
     }
     Ok(())
@@ -234,7 +239,8 @@ async fn arm(
         )
         .await
         .map_err(fail)?;
-    let stands = active.as_ref().filter(|row| same_source && row.get::<_, bool>(1)).map(|row| row.get::<_, i32>(0));
+    let stands =
+        active.as_ref().filter(|row| same_source && row.get::<_, bool>(1)).map(|row| row.get::<_, i32>(0));
     if stands.is_none() {
         if let Some(old) = active {
             retire(transaction, old.get(0), report).await?;
@@ -265,7 +271,10 @@ async fn arm(
         report.queued = queued.try_into().unwrap_or_default();
         if stands.is_some() {
             transaction
-                .execute("INSERT INTO refarch.outbox (source, op, ids) VALUES ($1, 't', '{}')", &[&table.name])
+                .execute(
+                    "INSERT INTO refarch.outbox (source, op, ids) VALUES ($1, 't', '{}')",
+                    &[&table.name],
+                )
                 .await
                 .map_err(|error| failure("queue the rows that may be gone", &error))?;
         }
@@ -280,9 +289,10 @@ async fn retire(transaction: &Transaction<'_>, target: i32, report: &mut Report)
     let fail = |error: tokio_postgres::Error| failure("retire the old index", &error);
     transaction.batch_execute(&sql).await.map_err(fail)?;
     transaction.execute("DELETE FROM refarch.target WHERE id = $1", &[&target]).await.map_err(fail)?;
-    report
-        .warnings
-        .push("model, text columns or table changed: every row is embedded anew, and found again when it has been".into());
+    report.warnings.push(
+        "model, text columns or table changed: every row is embedded anew, and found again when it has been"
+            .into(),
+    );
     Ok(())
 }
 
@@ -328,7 +338,10 @@ async fn warnings(client: &impl GenericClient, table: &SourceTable) -> Result<Ve
         .await
         .map_err(fail)?;
     for row in foreign {
-        warnings.push(format!("{}: a foreign table, whose changes triggers here don't see", row.get::<_, String>(0)));
+        warnings.push(format!(
+            "{}: a foreign table, whose changes triggers here don't see",
+            row.get::<_, String>(0)
+        ));
     }
     let subscribed: bool = client
         .query_one(
@@ -357,7 +370,10 @@ pub async fn target(postgres: &Postgres, source: &config::Source, shape: &IndexS
         .map_err(|error| failure("look for the schema", &error))?
         .get(0);
     if !there {
-        return Err(Error::fatal("look for the schema", format!("there is no schema refarch in {}: {fix}", postgres.address())));
+        return Err(Error::fatal(
+            "look for the schema",
+            format!("there is no schema refarch in {}: {fix}", postgres.address()),
+        ));
     }
     let table = SourceTable::find(&**client, source).await?;
     let salt = table.salt(&shape.model);
@@ -373,7 +389,10 @@ pub async fn target(postgres: &Postgres, source: &config::Source, shape: &IndexS
     if !row.get::<_, bool>(2) {
         return Err(Error::fatal(
             "check the index",
-            format!("it was made with model {} and other text columns or another model are set now: {fix}", row.get::<_, String>(1)),
+            format!(
+                "it was made with model {} and other text columns or another model are set now: {fix}",
+                row.get::<_, String>(1)
+            ),
         ));
     }
     Ok(Target { id: row.get(0), table, salt })

@@ -96,7 +96,10 @@ impl Postgres {
     pub(crate) async fn dedicated(
         &self,
     ) -> Result<
-        (tokio_postgres::Client, tokio_postgres::Connection<tokio_postgres::Socket, tokio_postgres::tls::NoTlsStream>),
+        (
+            tokio_postgres::Client,
+            tokio_postgres::Connection<tokio_postgres::Socket, tokio_postgres::tls::NoTlsStream>,
+        ),
         tokio_postgres::Error,
     > {
         self.config.connect(NoTls).await

@@ -156,7 +156,14 @@ impl Outbox for PgOutbox {
         let rows = transaction
             .query(
                 &statement,
-                &[&self.source, &(request.small_rows as i64), &low, &high, &(request.large_rows as i64), &known_text],
+                &[
+                    &self.source,
+                    &(request.small_rows as i64),
+                    &low,
+                    &high,
+                    &(request.large_rows as i64),
+                    &known_text,
+                ],
             )
             .await
             .map_err(fail("claim changes"))?;
@@ -201,7 +208,9 @@ impl Outbox for PgOutbox {
         large.truncate(MAX_KNOWN_LARGE);
         *self.known_large.lock().await = large;
         // Full claims mean that work stands in line: writers need not ring.
-        if done.rows >= request.small_rows.min(request.large_rows) && !self.awake.swap(true, Ordering::Relaxed) {
+        if done.rows >= request.small_rows.min(request.large_rows)
+            && !self.awake.swap(true, Ordering::Relaxed)
+        {
             self.tell_writers(false).await?;
         }
         Ok(done)
@@ -288,12 +297,13 @@ fn read(row: &tokio_postgres::Row) -> Result<Claimed> {
         seq,
         op,
         ids: row.get(2),
-        xid: xid.parse().map_err(|error| Error::permanent("read the outbox", format!("xid {xid}: {error}")))?,
+        xid: xid
+            .parse()
+            .map_err(|error| Error::permanent("read the outbox", format!("xid {xid}: {error}")))?,
         changed_at_us,
         xid_changes: row.get::<_, i64>(5).max(0) as u64,
     }))
 }
-
 
 #[cfg(test)]
 mod tests {

@@ -29,7 +29,8 @@ pub struct Worker {
 impl Worker {
     /// Enters a worker.
     pub async fn join(postgres: Postgres, role: &str, threads: usize, meter: Arc<Meter>) -> Result<Self> {
-        let host = nix::unistd::gethostname().map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned());
+        let host = nix::unistd::gethostname()
+            .map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned());
         let pid = std::process::id() as i32;
         let id = format!("{role}-{host}-{pid}-{:04x}", rand::random::<u16>());
         let client = postgres.client().await?;

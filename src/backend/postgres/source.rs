@@ -54,7 +54,10 @@ impl SourceTable {
         let oid: u32 = row.get(0);
         let kind: String = row.get(1);
         if !matches!(kind.as_str(), "r" | "p") {
-            return Err(wrong("it is a view or foreign table, whose changes triggers don't see; name the table under it".into()));
+            return Err(wrong(
+                "it is a view or foreign table, whose changes triggers don't see; name the table under it"
+                    .into(),
+            ));
         }
         let relation = format!("{}.{}", quote_ident(row.get(2)), quote_ident(row.get(3)));
 
@@ -69,7 +72,8 @@ impl SourceTable {
             .await
             .map_err(|error| failure(what, &error))?;
         let column = |name: &str| columns.iter().find(|row| row.get::<_, String>(0) == name);
-        let id = column(&source.id).ok_or_else(|| wrong(format!("it has no column {:?} (source.id)", source.id)))?;
+        let id = column(&source.id)
+            .ok_or_else(|| wrong(format!("it has no column {:?} (source.id)", source.id)))?;
         if !id.get::<_, bool>(2) || !id.get::<_, bool>(3) {
             return Err(wrong(format!(
                 "its column {:?} (source.id) must be unique by itself and never null: add a primary key or name another column",
@@ -171,6 +175,9 @@ mod tests {
     #[test]
     fn identifiers_are_quoted() {
         assert_eq!(quote_ident("a\"b; drop"), "\"a\"\"b; drop\"");
-        assert_eq!(metadata_expression(&["it's".into()]), "jsonb_strip_nulls(jsonb_build_object('it''s', s.\"it's\"))");
+        assert_eq!(
+            metadata_expression(&["it's".into()]),
+            "jsonb_strip_nulls(jsonb_build_object('it''s', s.\"it's\"))"
+        );
     }
 }
