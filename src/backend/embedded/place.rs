@@ -193,6 +193,10 @@ fn recorded_home(dir: &Path) -> anyhow::Result<Option<PathBuf>> {
         fs::remove_file(dir.join(LOCATION))?;
         return Ok(None);
     }
+    if origin != dir && home.is_dir() {
+        // It was moved.
+        fs::write(home.join(ORIGIN), dir.as_os_str().as_bytes())?;
+    }
     Ok(Some(home))
 }
 
