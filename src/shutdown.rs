@@ -28,3 +28,18 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
     });
     Ok(stop)
 }
+
+/// A token that is cancelled when `grace` has passed since `stop`.
+pub fn after_grace(stop: &CancellationToken, grace: std::time::Duration) -> CancellationToken {
+    let abort = CancellationToken::new();
+    let (stop, token) = (stop.clone(), abort.clone());
+    tokio::spawn(async move {
+        stop.cancelled().await;
+        tokio::time::sleep(grace).await;
+        if !token.is_cancelled() {
+            tracing::warn!(grace_s = grace.as_secs(), "grace period is over: releasing held work");
+            token.cancel();
+        }
+    });
+    abort
+}

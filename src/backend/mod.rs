@@ -1,3 +1,182 @@
 //! One file a backend. This module holds the only `match` on a backend's kind.
 
 pub mod embedded;
+pub mod minilm;
+pub mod pgmq;
+pub mod pgvector;
+pub mod postgres;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::{EmbedderKind, IndexKind, QueueKind, Settings};
+use crate::pipeline::embedder::Embedder;
+use crate::pipeline::failure::Result;
+use crate::pipeline::index::VectorIndex;
+use crate::pipeline::outbox::Outbox;
+use crate::pipeline::queue::JobQueue;
+use embedded::Cluster;
+use minilm::{MiniLm, Model};
+use pgmq::Pgmq;
+use pgvector::PgVector;
+use postgres::Postgres;
+use postgres::ledger::PgLedger;
+use postgres::migrate::{self, IndexShape, Report, Target};
+use postgres::outbox::PgOutbox;
+
+/// The database in use, and the private cluster when it is ours.
+pub struct Database {
+    /// Its connections.
+    pub postgres: Postgres,
+    cluster: Option<Cluster>,
+}
+
+impl Database {
+    /// Connects to the configured database, or joins (and starts, when nobody has) the private one.
+    pub async fn open(settings: &Settings) -> anyhow::Result<Self> {
+        let (url, cluster) = embedded::database_url(settings).await?;
+        let opened = async {
+            let postgres = Postgres::new(&url, &settings.database)?;
+            postgres.check().await?;
+            Ok(postgres)
+        };
+        match opened.await {
+            Ok(postgres) => Ok(Self { postgres, cluster }),
+            Err(error) => {
+                if let Some(cluster) = cluster {
+                    cluster.leave().await?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether this is the private cluster, which is ours to set up unasked.
+    #[must_use]
+    pub fn is_private(&self) -> bool {
+        self.cluster.is_some()
+    }
+
+    /// Closes the connections; the last to leave the private cluster stops it.
+    pub async fn close(self) -> anyhow::Result<()> {
+        self.postgres.pool.close();
+        match self.cluster {
+            Some(cluster) => cluster.leave().await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// The model folder in use.
+#[must_use]
+pub fn model_dir(settings: &Settings) -> PathBuf {
+    match settings.embedder.model.as_str() {
+        "" => settings.runtime.dir.join("runtime/model"),
+        named => named.into(),
+    }
+}
+
+/// What the index must hold under these settings; reads the model's description, not its weights.
+pub fn index_shape(settings: &Settings) -> Result<IndexShape> {
+    let kind = match settings.index.kind {
+        IndexKind::Pgvector => "pgvector",
+    };
+    let description = match settings.embedder.kind {
+        EmbedderKind::Minilm => minilm::Description::read(&model_dir(settings))?,
+    };
+    Ok(IndexShape { kind: kind.into(), model: description.model, dimensions: description.dimensions })
+}
+
+/// A loaded model, from which embedders with threads of their own are started.
+pub enum LoadedModel {
+    /// A `MiniLM`-class model on this machine's CPU.
+    Minilm(Arc<Model>),
+}
+
+impl LoadedModel {
+    /// Loads the model of the settings.
+    pub fn load(settings: &Settings) -> Result<Self> {
+        match settings.embedder.kind {
+            EmbedderKind::Minilm => Ok(Self::Minilm(Arc::new(Model::load(&model_dir(settings))?))),
+        }
+    }
+
+    /// Starts an embedder with `threads` threads; the weights are shared.
+    #[must_use]
+    pub fn start(&self, threads: usize) -> Arc<dyn Embedder> {
+        match self {
+            Self::Minilm(model) => Arc::new(MiniLm::start(Arc::clone(model), threads)),
+        }
+    }
+}
+
+/// Brings the database up to date with these settings.
+pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report> {
+    migrate::migrate(postgres, &settings.source, &settings.queue, &index_shape(settings)?).await
+}
+
+/// The backends of one source and its active target.
+#[derive(Clone)]
+pub struct Backends {
+    /// Connections.
+    pub postgres: Postgres,
+    /// Source, target and salt.
+    pub target: Arc<Target>,
+    /// Source and ledger, read together.
+    pub ledger: Arc<PgLedger>,
+    /// The job queue.
+    pub queue: Arc<dyn JobQueue>,
+    /// The vector index.
+    pub index: Arc<dyn VectorIndex>,
+    outbox_queue: String,
+}
+
+impl Backends {
+    /// Finds the active target and opens its backends.
+    pub async fn open(postgres: &Postgres, settings: &Settings) -> Result<Self> {
+        let target = migrate::target(postgres, &settings.source, &index_shape(settings)?).await?;
+        let table = Arc::new(target.table.clone());
+        let queue: Arc<dyn JobQueue> = match settings.queue.kind {
+            QueueKind::Pgmq => Arc::new(Pgmq::new(
+                postgres.clone(),
+                &settings.queue.name,
+                Duration::from_secs(settings.queue.visibility_s),
+            )),
+        };
+        let index: Arc<dyn VectorIndex> = match settings.index.kind {
+            IndexKind::Pgvector => Arc::new(PgVector::new(
+                postgres.clone(),
+                Arc::clone(&table),
+                target.salt.clone(),
+                target.id,
+                pgvector::Options {
+                    graph_min_rows: settings.index.graph_min_rows,
+                    graph_max_backlog: settings.index.graph_max_backlog,
+                    ef_search: settings.index.ef_search,
+                },
+            )),
+        };
+        let ledger = Arc::new(PgLedger::new(postgres.clone(), table, target.id, target.salt.clone()));
+        Ok(Self {
+            postgres: postgres.clone(),
+            target: Arc::new(target),
+            ledger,
+            queue,
+            index,
+            outbox_queue: settings.queue.name.clone(),
+        })
+    }
+
+    /// The outbox, feeding the queue. Listens for wake-ups for as long as it lives.
+    #[must_use]
+    pub fn outbox(&self) -> Arc<dyn Outbox> {
+        Arc::new(PgOutbox::new(self.postgres.clone(), &self.target.table.name, &self.outbox_queue))
+    }
+
+    /// Counts, backlog, freshness and workers.
+    pub async fn status(&self) -> Result<postgres::status::Status> {
+        let Target { id, table, .. } = &*self.target;
+        postgres::status::read(&self.postgres, table, *id, &*self.queue, &*self.index).await
+    }
+}

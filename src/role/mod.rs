@@ -1,17 +1,28 @@
 //! One module a subcommand.
 
+pub mod embed;
+pub mod listen;
+pub mod migrate;
 pub mod psql;
+pub mod status;
 
 use std::io;
 
 use anyhow::bail;
+use tokio_util::sync::CancellationToken;
 
+use crate::backend::postgres::registry::Worker;
+use crate::backend::{self, Backends, Database};
 use crate::cli::Command;
 use crate::config::Settings;
 
 /// Takes the role that the command line names.
 pub async fn run(command: Command, settings: Settings) -> anyhow::Result<()> {
     match command {
+        Command::Listen(args) => listen::run(&args, &settings).await,
+        Command::Embed(args) => embed::run(&args, &settings).await,
+        Command::Migrate(args) => migrate::run(&args, &settings).await,
+        Command::Status(args) => status::run(&args, &settings).await,
         Command::Config => {
             print!("{}", toml::to_string(&settings)?);
             Ok(())
@@ -28,4 +39,42 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .chain()
         .filter_map(|cause| cause.downcast_ref::<io::Error>())
         .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Opens the database, does the work, and closes it again whatever comes of the work.
+async fn with_database<T>(
+    settings: &Settings,
+    work: impl AsyncFnOnce(&Database) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let database = Database::open(settings).await?;
+    let result = work(&database).await;
+    let closed = database.close().await;
+    result.and_then(|value| closed.map(|()| value))
+}
+
+/// Opens the backends. The private cluster is set up unasked; a database of the user's own is
+/// changed by `refarch migrate` only.
+async fn open(database: &Database, settings: &Settings) -> anyhow::Result<Backends> {
+    if database.is_private() {
+        let report = backend::migrate(&database.postgres, settings).await?;
+        for warning in report.warnings {
+            tracing::warn!(warning, "migrated");
+        }
+    }
+    Ok(Backends::open(&database.postgres, settings).await?)
+}
+
+/// Works with a heartbeat beside, which ends (and leaves the books) after the work.
+async fn while_beating<T>(
+    worker: &Worker,
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let done = CancellationToken::new();
+    let work = async {
+        let result = work.await;
+        done.cancel();
+        result
+    };
+    let (result, ()) = tokio::join!(work, worker.run(&done));
+    result
 }

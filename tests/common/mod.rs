@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
+use futures::SinkExt as _;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use refarch::backend::embedded::{Cluster, Options};
 use tokio::process::Command;
-use tokio::sync::Mutex;
-use tokio_postgres::{Client, NoTls};
+use tokio::sync::{Mutex, mpsc};
+use tokio_postgres::{AsyncMessage, Client, CopyInSink, NoTls};
 
 /// How often [`eventually`] looks.
 const POLL: Duration = Duration::from_millis(20);
@@ -41,6 +42,11 @@ impl Database {
         Self { name, cluster }
     }
 
+    /// The database's name, unique among tests: a safe suffix for roles and slots.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Connection string, for tokio-postgres and `DATABASE_URL`.
     pub fn url(&self) -> String {
         self.cluster.url().expose().replace("dbname=refarch", &format!("dbname={}", self.name))
@@ -49,6 +55,19 @@ impl Database {
     /// A connection of its own.
     pub async fn client(&self) -> Client {
         connect(&self.url()).await
+    }
+
+    /// A connection that listens on a channel, and what it hears.
+    pub async fn listener(&self, channel: &str) -> (Client, mpsc::UnboundedReceiver<AsyncMessage>) {
+        let (client, mut connection) = tokio_postgres::connect(&self.url(), NoTls).await.unwrap();
+        let (heard, hears) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some(Ok(message)) = std::future::poll_fn(|cx| connection.poll_message(cx)).await {
+                let _ = heard.send(message);
+            }
+        });
+        client.batch_execute(&format!("LISTEN {channel}")).await.unwrap();
+        (client, hears)
     }
 
     /// The executable, with this database configured.
@@ -85,6 +104,8 @@ async fn shared_cluster() -> Arc<Cluster> {
         ("full_page_writes", "off"),
         // Several tests at once, each with several roles and their pools.
         ("max_connections", "400"),
+        // One test replicates a table, to show what capture can't see.
+        ("wal_level", "logical"),
     ];
     let options = Options {
         dir: Path::new(env!("CARGO_TARGET_TMPDIR")).join("postgres"),
@@ -151,4 +172,23 @@ pub async fn eventually(what: &str, timeout: Duration, mut condition: impl Async
         assert!(start.elapsed() < timeout, "not within {timeout:?}: {what}");
         tokio::time::sleep(POLL).await;
     }
+}
+
+/// Whether a listener has been rung since the last call. A round trip to the server fetches what was
+/// committed before it, so nothing has to be waited for.
+pub async fn rings(listener: &Client, hears: &mut mpsc::UnboundedReceiver<AsyncMessage>) -> bool {
+    listener.batch_execute("SELECT 1").await.unwrap();
+    let mut rung = false;
+    while let Ok(message) = hears.try_recv() {
+        rung |= matches!(message, AsyncMessage::Notification(_));
+    }
+    rung
+}
+
+/// Sends lines into a COPY and ends it.
+pub async fn copy(sink: CopyInSink<bytes::Bytes>, lines: impl Iterator<Item = String>) {
+    let mut sink = std::pin::pin!(sink);
+    let text: String = lines.collect();
+    sink.send(bytes::Bytes::from(text)).await.unwrap();
+    sink.finish().await.unwrap();
 }

@@ -1,0 +1,271 @@
+//! The job queue on pgmq, in the source's database.
+//!
+//! pgmq is plain SQL (its authors' script, installed by the migrations). The number of changes in a
+//! message stands in its headers, so that a backlog is counted without reading bodies.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde_json::json;
+use tokio_postgres::Transaction;
+use tokio_postgres::types::Json;
+
+use super::postgres::bell::{Bell, Waiter};
+use super::postgres::{Postgres, failure};
+use crate::pipeline::change::{JOB_VERSION, Job, Lane};
+use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::queue::{Backlog, JobQueue, Message, Receipt, Undecodable};
+
+/// Channel on which the relay rings the indexers.
+pub(crate) const CHANNEL: &str = "refarch_jobs";
+
+/// Queue names, from the settings' prefix.
+#[derive(Clone, Debug)]
+pub struct Names {
+    prefix: String,
+    live: String,
+    bulk: String,
+    dead: String,
+}
+
+impl Names {
+    /// `PREFIX_live`, `PREFIX_bulk` and `PREFIX_dead`.
+    #[must_use]
+    pub fn new(prefix: &str) -> Self {
+        let name = |suffix: &str| format!("{prefix}_{suffix}");
+        Self { prefix: prefix.into(), live: name("live"), bulk: name("bulk"), dead: name("dead") }
+    }
+
+    /// The queue of a lane.
+    #[must_use]
+    pub fn lane(&self, lane: Lane) -> &str {
+        match lane {
+            Lane::Live => &self.live,
+            Lane::Bulk => &self.bulk,
+        }
+    }
+
+    /// The dead-letter queue.
+    #[must_use]
+    pub fn dead(&self) -> &str {
+        &self.dead
+    }
+
+    /// All three.
+    #[must_use]
+    pub fn all(&self) -> [&str; 3] {
+        [&self.live, &self.bulk, &self.dead]
+    }
+}
+
+/// Two lanes and a dead-letter queue in PostgreSQL.
+pub struct Pgmq {
+    postgres: Postgres,
+    names: Names,
+    visibility: Duration,
+    _bell: Bell,
+    waiters: [tokio::sync::Mutex<Waiter>; 2],
+}
+
+impl Pgmq {
+    /// The queues that begin with `prefix`. They must exist.
+    #[must_use]
+    pub fn new(postgres: Postgres, prefix: &str, visibility: Duration) -> Self {
+        let bell = Bell::listen(postgres.clone(), CHANNEL);
+        let waiters = [bell.waiter().into(), bell.waiter().into()];
+        Self { postgres, names: Names::new(prefix), visibility, _bell: bell, waiters }
+    }
+
+    fn waiter(&self, lane: Lane) -> &tokio::sync::Mutex<Waiter> {
+        &self.waiters[lane as usize]
+    }
+}
+
+/// Sends jobs within a transaction, so that they leave the outbox and reach the queue together.
+pub(crate) async fn send_within(transaction: &Transaction<'_>, prefix: &str, jobs: &[Job]) -> Result<()> {
+    let names = Names::new(prefix);
+    for lane in Lane::ALL {
+        let of_lane: Vec<&Job> = jobs.iter().filter(|job| job.lane == lane).collect();
+        if of_lane.is_empty() {
+            continue;
+        }
+        let bodies: Vec<Json<&Job>> = of_lane.iter().map(|job| Json(*job)).collect();
+        let headers: Vec<_> = of_lane.iter().map(|job| Json(json!({ "changes": job.changes() }))).collect();
+        transaction
+            .execute(
+                "SELECT pgmq.send_batch($1, $2::jsonb[], $3::jsonb[])",
+                &[&names.lane(lane), &bodies, &headers],
+            )
+            .await
+            .map_err(|error| failure("send jobs", &error))?;
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl JobQueue for Pgmq {
+    async fn send(&self, jobs: &[Job]) -> Result<()> {
+        let fail = |error: tokio_postgres::Error| failure("send jobs", &error);
+        let mut client = self.postgres.client().await?;
+        let transaction = client.transaction().await.map_err(fail)?;
+        send_within(&transaction, &self.names.prefix, jobs).await?;
+        transaction.execute("SELECT pg_notify($1, '')", &[&CHANNEL]).await.map_err(fail)?;
+        transaction.commit().await.map_err(fail)
+    }
+
+    async fn receive(&self, lane: Lane, max: usize) -> Result<Vec<Message>> {
+        self.waiter(lane).lock().await.arm();
+        let fail = |error: tokio_postgres::Error| failure("receive jobs", &error);
+        let client = self.postgres.client().await?;
+        let statement = client
+            .prepare_cached("SELECT msg_id, read_ct, message FROM pgmq.read($1, $2, $3)")
+            .await
+            .map_err(fail)?;
+        let seconds = i32::try_from(self.visibility.as_secs()).unwrap_or(i32::MAX);
+        let rows = client
+            .query(&statement, &[&self.names.lane(lane), &seconds, &i32::try_from(max).unwrap_or(i32::MAX)])
+            .await
+            .map_err(fail)?;
+        Ok(rows.iter().map(|row| decode(lane, row.get(0), row.get(1), row.get(2))).collect())
+    }
+
+    async fn wait(&self, lane: Lane, timeout: Duration) {
+        self.waiter(lane).lock().await.wait(timeout).await;
+    }
+
+    async fn acknowledge(&self, receipts: &[Receipt]) -> Result<()> {
+        if receipts.is_empty() {
+            return Ok(());
+        }
+        let client = self.postgres.client().await?;
+        for lane in Lane::ALL {
+            let ids = handles(receipts, lane)?;
+            if !ids.is_empty() {
+                client
+                    .execute("SELECT pgmq.delete($1, $2::bigint[])", &[&self.names.lane(lane), &ids])
+                    .await
+                    .map_err(|error| failure("acknowledge jobs", &error))?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn extend(&self, receipts: &[Receipt], timeout: Duration) -> Result<()> {
+        if receipts.is_empty() {
+            return Ok(());
+        }
+        let client = self.postgres.client().await?;
+        let seconds = i32::try_from(timeout.as_secs()).unwrap_or(i32::MAX);
+        for lane in Lane::ALL {
+            let ids = handles(receipts, lane)?;
+            if !ids.is_empty() {
+                client
+                    .execute(
+                        "SELECT pgmq.set_vt($1, $2::bigint[], $3)",
+                        &[&self.names.lane(lane), &ids, &seconds],
+                    )
+                    .await
+                    .map_err(|error| failure("extend visibility", &error))?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn dead_letter(&self, message: &Message, reason: &str) -> Result<()> {
+        let fail = |error: tokio_postgres::Error| failure("move a message to the dead letters", &error);
+        let body = match &message.body {
+            Ok(job) => serde_json::to_value(job).unwrap_or_default(),
+            Err(undecodable) => {
+                serde_json::from_str(&undecodable.body).unwrap_or_else(|_| json!(undecodable.body))
+            }
+        };
+        let changes = message.body.as_ref().map_or(1, Job::changes);
+        let headers = json!({
+            "changes": changes,
+            "reason": reason,
+            "receive_count": message.receive_count,
+            "lane": message.receipt.lane,
+            "message_id": message.id,
+        });
+        let handle: i64 = handles(std::slice::from_ref(&message.receipt), message.receipt.lane)?[0];
+        let mut client = self.postgres.client().await?;
+        let transaction = client.transaction().await.map_err(fail)?;
+        transaction
+            .execute(
+                "SELECT pgmq.send($1, $2::jsonb, $3::jsonb)",
+                &[&self.names.dead(), &Json(body), &Json(headers)],
+            )
+            .await
+            .map_err(fail)?;
+        transaction
+            .execute("SELECT pgmq.delete($1, $2::bigint)", &[&self.names.lane(message.receipt.lane), &handle])
+            .await
+            .map_err(fail)?;
+        transaction
+            .execute(
+                "INSERT INTO refarch.event (kind, detail) VALUES ('dead_letter', jsonb_build_object('message_id', $1::text, 'reason', $2::text))",
+                &[&message.id, &reason],
+            )
+            .await
+            .map_err(fail)?;
+        transaction.commit().await.map_err(fail)
+    }
+
+    async fn backlog(&self, lane: Lane) -> Result<Backlog> {
+        let (visible, in_flight) = count(&self.postgres, self.names.lane(lane)).await?;
+        Ok(Backlog { visible, in_flight })
+    }
+
+    async fn dead_letters(&self) -> Result<u64> {
+        count(&self.postgres, self.names.dead()).await.map(|(visible, in_flight)| visible + in_flight)
+    }
+
+    fn visibility(&self) -> Duration {
+        self.visibility
+    }
+}
+
+/// Changes in a queue that are visible and in flight.
+async fn count(postgres: &Postgres, queue: &str) -> Result<(u64, u64)> {
+    let client = postgres.client().await?;
+    // The name is of our own making: lower-case letters, digits and underscores.
+    let sql = format!(
+        "SELECT coalesce(sum(n) FILTER (WHERE due), 0)::bigint, coalesce(sum(n) FILTER (WHERE NOT due), 0)::bigint FROM ( \
+           SELECT coalesce((headers ->> 'changes')::bigint, 1) AS n, vt <= clock_timestamp() AS due FROM pgmq.q_{queue} \
+         ) q"
+    );
+    let row = client.query_one(&sql, &[]).await.map_err(|error| failure("count a queue", &error))?;
+    let number = |at| u64::try_from(row.get::<_, i64>(at)).unwrap_or_default();
+    Ok((number(0), number(1)))
+}
+
+fn handles(receipts: &[Receipt], lane: Lane) -> Result<Vec<i64>> {
+    receipts
+        .iter()
+        .filter(|receipt| receipt.lane == lane)
+        .map(|receipt| {
+            receipt.handle.parse().map_err(|_| {
+                Error::permanent("read a receipt", format!("{:?} is not one of pgmq's", receipt.handle))
+            })
+        })
+        .collect()
+}
+
+fn decode(lane: Lane, id: i64, receive_count: i32, body: Option<serde_json::Value>) -> Message {
+    let body = body.unwrap_or_default();
+    let undecodable = |reason: String| Err(Undecodable { reason, body: body.to_string() });
+    let version = body.get("v").and_then(serde_json::Value::as_u64);
+    let body = match version {
+        Some(v) if v == u64::from(JOB_VERSION) => {
+            serde_json::from_value(body.clone()).or_else(|error| undecodable(format!("not a job: {error}")))
+        }
+        Some(v) => undecodable(format!("job version {v}; this build reads {JOB_VERSION}")),
+        None => undecodable("not a job: it has no version".into()),
+    };
+    Message {
+        id: id.to_string(),
+        receipt: Receipt { lane, handle: id.to_string() },
+        receive_count: receive_count.try_into().unwrap_or_default(),
+        body,
+    }
+}

@@ -1,0 +1,362 @@
+//! The vector index on pgvector, in the source's database, which lets every write be fenced.
+//!
+//! A table a target: `refarch.vector_N (id, embedding halfvec(d), content_hash)`. Without a graph a
+//! search is exact; the HNSW graph is built once a load has drained, since loading into a graph is
+//! some four times slower than loading and then building it.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use pgvector::HalfVector;
+
+use super::postgres::ledger::source_row;
+use super::postgres::source::SourceTable;
+use super::postgres::{Postgres, failure};
+use crate::pipeline::catalog::{ContentSalt, SourceRow};
+use crate::pipeline::embedder::Embedding;
+use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::index::{Applied, Desired, FencedWrite, Match, Planned, VectorIndex};
+
+/// The oldest pgvector without known corruption (its changelog, 0.8.2 to 0.8.4).
+pub const MIN_VERSION: (u32, u32, u32) = (0, 8, 4);
+
+/// A graph is dropped only for a reload of more changes than this, besides being larger than the
+/// table: below, building it anew would cost more than it saves.
+const MIN_RELOAD: u64 = 10_000;
+
+/// pgvector's own bound on `hnsw.ef_search`, and so on what a search returns.
+const MAX_TOP: usize = 1_000;
+
+/// What the index needs of the settings.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// A graph is worth it from this many vectors on.
+    pub graph_min_rows: u64,
+    /// A graph is built while fewer changes wait.
+    pub graph_max_backlog: u64,
+    /// Candidates kept during a search.
+    pub ef_search: u32,
+}
+
+/// Vectors of one target.
+pub struct PgVector {
+    postgres: Postgres,
+    source: Arc<SourceTable>,
+    salt: ContentSalt,
+    target: i32,
+    table: String,
+    options: Options,
+}
+
+/// The table that holds a target's vectors.
+#[must_use]
+pub fn table_name(target: i32) -> String {
+    format!("refarch.vector_{target}")
+}
+
+impl PgVector {
+    /// The index of a target. Its table must exist.
+    #[must_use]
+    pub fn new(
+        postgres: Postgres,
+        source: Arc<SourceTable>,
+        salt: ContentSalt,
+        target: i32,
+        options: Options,
+    ) -> Self {
+        Self { postgres, source, salt, target, table: table_name(target), options }
+    }
+
+    fn graph(&self) -> String {
+        format!("vector_{}_graph", self.target)
+    }
+}
+
+#[async_trait]
+impl VectorIndex for PgVector {
+    async fn query(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
+        let fail = |error: tokio_postgres::Error| failure("search", &error);
+        let top = top.clamp(1, MAX_TOP);
+        let candidates = (self.options.ef_search as usize).max(top).to_string();
+        let mut client = self.postgres.client().await?;
+        let sql = format!(
+            "SELECT id, 1 - (embedding <=> $1) FROM {} ORDER BY embedding <=> $1 LIMIT $2",
+            self.table
+        );
+        let statement = client.prepare_cached(&sql).await.map_err(fail)?;
+        let transaction = client.transaction().await.map_err(fail)?;
+        transaction
+            .execute(
+                "SELECT set_config('hnsw.ef_search', $1, true), set_config('hnsw.iterative_scan', 'strict_order', true)",
+                &[&candidates],
+            )
+            .await
+            .map_err(fail)?;
+        let rows = transaction
+            .query(&statement, &[&HalfVector::from_f32_slice(embedding), &(top as i64)])
+            .await
+            .map_err(fail)?;
+        transaction.commit().await.map_err(fail)?;
+        Ok(rows.iter().map(|row| Match { id: row.get(0), score: row.get::<_, f64>(1) as f32 }).collect())
+    }
+
+    async fn count(&self) -> Result<u64> {
+        let client = self.postgres.client().await?;
+        let row = client
+            .query_one(&format!("SELECT count(*) FROM {}", self.table), &[])
+            .await
+            .map_err(|error| failure("count vectors", &error))?;
+        Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
+    }
+
+    fn fenced(&self) -> Option<&dyn FencedWrite> {
+        Some(self)
+    }
+
+    async fn maintain(&self, backlog: u64) -> Result<()> {
+        let fail = |error: tokio_postgres::Error| failure("look after the graph", &error);
+        let client = self.postgres.client().await?;
+        let graph = self.graph();
+        let state = client
+            .query_opt(
+                "SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass('refarch.' || $1::text)",
+                &[&graph],
+            )
+            .await
+            .map_err(fail)?
+            .map(|row| row.get::<_, bool>(0));
+        let at_least = async |rows: u64| -> Result<bool> {
+            let sql = format!("SELECT count(*) FROM (SELECT FROM {} LIMIT $1) v", self.table);
+            let row = client.query_one(&sql, &[&(rows as i64)]).await.map_err(fail)?;
+            Ok(row.get::<_, i64>(0) as u64 >= rows)
+        };
+        let action = match state {
+            Some(true) if backlog > MIN_RELOAD && !at_least(backlog).await? => {
+                format!("DROP INDEX IF EXISTS refarch.{graph}")
+            }
+            Some(true) => return Ok(()),
+            _ if backlog > self.options.graph_max_backlog
+                || !at_least(self.options.graph_min_rows).await? =>
+            {
+                return Ok(());
+            }
+            // Left over by a build that was cut off.
+            Some(false) => format!("DROP INDEX IF EXISTS refarch.{graph}"),
+            None => format!(
+                "CREATE INDEX CONCURRENTLY IF NOT EXISTS {graph} ON {} USING hnsw (embedding halfvec_cosine_ops)",
+                self.table
+            ),
+        };
+        drop(client);
+        // A session of its own: the advisory lock goes with it, however this ends.
+        let (session, connection) = self.postgres.dedicated().await.map_err(fail)?;
+        let connection = tokio::spawn(connection);
+        let locked = session
+            .query_one("SELECT pg_try_advisory_lock(hashtext('refarch.graph'), $1)", &[&self.target])
+            .await
+            .map_err(fail)?
+            .get::<_, bool>(0);
+        if locked {
+            let started = std::time::Instant::now();
+            session.batch_execute(&action).await.map_err(fail)?;
+            tracing::info!(
+                statement = action,
+                duration_ms = started.elapsed().as_millis() as u64,
+                "looked after the graph"
+            );
+        }
+        drop(session);
+        let _ = connection.await;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl FencedWrite for PgVector {
+    async fn apply(&self, planned: &[Planned]) -> Result<Applied> {
+        let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, &error);
+        let mut client = self.postgres.client().await?;
+        let select =
+            client.prepare_cached(&self.source.select_by_ids()).await.map_err(fail("read rows again"))?;
+        let transaction = client.transaction().await.map_err(fail("begin a write"))?;
+        // Not waiting for the disk is safe: what a crash takes away is the end of the log, and the
+        // acknowledgement comes after this commit in it.
+        transaction
+            .batch_execute("SET LOCAL synchronous_commit = off")
+            .await
+            .map_err(fail("begin a write"))?;
+
+        let mut ids: Vec<&str> = planned.iter().map(|write| write.id.as_str()).collect();
+        ids.sort_unstable();
+        let new: Vec<&str> = planned.iter().filter(|w| w.epoch.is_none()).map(|w| w.id.as_str()).collect();
+        if !new.is_empty() {
+            transaction
+                .execute(
+                    "INSERT INTO refarch.ledger (target, id) SELECT $1, k FROM unnest($2::text[]) k ORDER BY k COLLATE \"C\" \
+                     ON CONFLICT DO NOTHING",
+                    &[&self.target, &new],
+                )
+                .await
+                .map_err(fail("open ledger entries"))?;
+        }
+        let epochs: HashMap<String, i64> = transaction
+            .query(
+                "SELECT id, epoch FROM refarch.ledger WHERE target = $1 AND id = ANY ($2) ORDER BY id COLLATE \"C\" FOR UPDATE",
+                &[&self.target, &ids],
+            )
+            .await
+            .map_err(fail("lock ledger entries"))?
+            .iter()
+            .map(|row| (row.get(0), row.get(1)))
+            .collect();
+        let possible: Vec<&str> = ids.iter().copied().filter(|id| self.source.can_hold(id)).collect();
+        // After the locks, in a snapshot of its own: the newest committed state of each row.
+        let rows: HashMap<String, SourceRow> = transaction
+            .query(&select, &[&possible])
+            .await
+            .map_err(fail("read rows again"))?
+            .iter()
+            .map(|row| {
+                let id: String = row.get(0);
+                let row = source_row(
+                    &self.salt,
+                    id.clone(),
+                    row.get(1),
+                    row.get::<_, Option<&str>>(2).unwrap_or("{}"),
+                );
+                (id, row)
+            })
+            .collect();
+
+        let mut write = Write::default();
+        let mut conflicted = Vec::new();
+        for plan in planned {
+            if stands(plan, epochs.get(&plan.id).copied(), rows.get(&plan.id)) {
+                write.add(plan);
+            } else {
+                conflicted.push(plan.id.clone());
+            }
+        }
+        self.write(&transaction, &write).await?;
+        let clock = transaction
+            .query_one("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint", &[])
+            .await
+            .map_err(fail("read the clock"))?;
+        transaction.commit().await.map_err(fail("commit a write"))?;
+        Ok(Applied { conflicted, clock_us: clock.get(0) })
+    }
+}
+
+/// Whether a write still rests on what is there, now that the entry is locked.
+fn stands(plan: &Planned, epoch: Option<i64>, row: Option<&SourceRow>) -> bool {
+    // An entry that was not there has just been made, at epoch 0.
+    if epoch != Some(plan.epoch.unwrap_or(0)) {
+        return false;
+    }
+    match (&plan.desired, row) {
+        (Desired::Absent, None) => true,
+        (Desired::Present { row: peeked, .. } | Desired::Textless { row: peeked }, Some(row)) => {
+            peeked.content_hash == row.content_hash && peeked.metadata_hash == row.metadata_hash
+        }
+        _ => false,
+    }
+}
+
+/// The statements of one fenced write, column by column.
+#[derive(Default)]
+struct Write<'a> {
+    gone: Vec<&'a str>,
+    upsert_ids: Vec<&'a str>,
+    vectors: Vec<HalfVector>,
+    hashes: Vec<&'a [u8]>,
+    ledger_ids: Vec<&'a str>,
+    content: Vec<Option<&'a [u8]>>,
+    metadata: Vec<Option<&'a [u8]>>,
+    deleted: Vec<bool>,
+    versions: Vec<i64>,
+}
+
+impl<'a> Write<'a> {
+    fn add(&mut self, plan: &'a Planned) {
+        let row = match &plan.desired {
+            Desired::Present { row, embedding } => {
+                if let Some(embedding) = embedding {
+                    self.upsert(&plan.id, row, embedding);
+                }
+                Some(row)
+            }
+            Desired::Textless { row } => {
+                self.gone.push(&plan.id);
+                Some(row)
+            }
+            Desired::Absent => {
+                self.gone.push(&plan.id);
+                None
+            }
+        };
+        self.ledger_ids.push(&plan.id);
+        self.content.push(row.map(|row| &row.content_hash.0[..]));
+        self.metadata.push(row.map(|row| &row.metadata_hash.0[..]));
+        self.deleted.push(row.is_none());
+        self.versions.push(plan.version);
+    }
+
+    fn upsert(&mut self, id: &'a str, row: &'a SourceRow, embedding: &Embedding) {
+        self.upsert_ids.push(id);
+        self.vectors.push(HalfVector::from_f32_slice(embedding));
+        self.hashes.push(&row.content_hash.0);
+    }
+}
+
+impl PgVector {
+    async fn write(&self, transaction: &tokio_postgres::Transaction<'_>, write: &Write<'_>) -> Result<()> {
+        let table = &self.table;
+        if !write.gone.is_empty() {
+            transaction
+                .execute(&format!("DELETE FROM {table} WHERE id = ANY ($1)"), &[&write.gone])
+                .await
+                .map_err(|error| failure("delete vectors", &error))?;
+        }
+        if !write.upsert_ids.is_empty() {
+            let sql = format!(
+                "INSERT INTO {table} (id, embedding, content_hash) \
+                 SELECT * FROM unnest($1::text[], $2::halfvec[], $3::bytea[]) \
+                 ON CONFLICT (id) DO UPDATE SET embedding = excluded.embedding, content_hash = excluded.content_hash"
+            );
+            transaction
+                .execute(&sql, &[&write.upsert_ids, &write.vectors, &write.hashes])
+                .await
+                .map_err(|error| failure("upsert vectors", &error))?;
+        }
+        if !write.ledger_ids.is_empty() {
+            let updated = transaction
+                .execute(
+                    "UPDATE refarch.ledger l SET epoch = l.epoch + 1, dirty = false, content_hash = u.content, \
+                            metadata_hash = u.metadata, deleted = u.deleted, version = greatest(l.version, u.version), \
+                            synced_at = clock_timestamp(), tries = 0 \
+                     FROM unnest($2::text[], $3::bytea[], $4::bytea[], $5::boolean[], $6::bigint[]) \
+                          AS u(id, content, metadata, deleted, version) \
+                     WHERE l.target = $1 AND l.id = u.id",
+                    &[
+                        &self.target,
+                        &write.ledger_ids,
+                        &write.content,
+                        &write.metadata,
+                        &write.deleted,
+                        &write.versions,
+                    ],
+                )
+                .await
+                .map_err(|error| failure("write the ledger", &error))?;
+            let distinct = write.ledger_ids.iter().collect::<HashSet<_>>().len() as u64;
+            if updated != distinct {
+                return Err(Error::retryable(
+                    "write the ledger",
+                    format!("{updated} of {distinct} entries were there"),
+                ));
+            }
+        }
+        Ok(())
+    }
+}

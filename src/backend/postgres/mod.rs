@@ -1,0 +1,160 @@
+//! PostgreSQL: connections, schema, capture, outbox, ledger, and the books that the roles keep.
+
+pub mod bell;
+pub mod ledger;
+pub mod migrate;
+pub mod outbox;
+pub mod registry;
+pub mod source;
+pub mod status;
+
+use std::time::Duration;
+
+use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use tokio_postgres::NoTls;
+use tokio_postgres::error::SqlState;
+
+use crate::config::Database;
+use crate::pipeline::failure::{Class, Error, Result};
+use crate::secret::Secret;
+
+/// How long to wait for a connection of the pool: longer means that the pool is too small.
+const POOL_WAIT: Duration = Duration::from_secs(30);
+
+/// A database's address and its pool of connections.
+#[derive(Clone)]
+pub struct Postgres {
+    config: tokio_postgres::Config,
+    /// Connections for short statements.
+    pub pool: Pool,
+}
+
+impl Postgres {
+    /// Prepares a pool; nothing is connected yet.
+    pub fn new(url: &Secret, settings: &Database) -> Result<Self> {
+        let mut config: tokio_postgres::Config = url
+            .expose()
+            .parse()
+            // The parser's message names the key at fault, never its value.
+            .map_err(|error| Error::fatal("read database.url", describe(&error)))?;
+        config.connect_timeout(Duration::from_secs(settings.connect_timeout_s));
+        config.application_name("refarch");
+        config.keepalives_idle(Duration::from_secs(30));
+        let manager = Manager::from_config(
+            config.clone(),
+            NoTls,
+            ManagerConfig { recycling_method: RecyclingMethod::Fast },
+        );
+        let pool = Pool::builder(manager)
+            .max_size(settings.pool_size)
+            .runtime(Runtime::Tokio1)
+            .wait_timeout(Some(POOL_WAIT))
+            .create_timeout(Some(Duration::from_secs(settings.connect_timeout_s)))
+            .build()
+            .map_err(|error| Error::fatal("make a connection pool", error))?;
+        Ok(Self { config, pool })
+    }
+
+    /// Connects once, so that a wrong address or password is told at the start.
+    pub async fn check(&self) -> Result<()> {
+        let client = self.client().await?;
+        let row = client
+            .query_one("SELECT current_setting('server_version_num')::int", &[])
+            .await
+            .map_err(|error| failure("ask the server's version", &error))?;
+        let version: i32 = row.get(0);
+        if version < 150_000 {
+            return Err(Error::fatal(
+                "check the database",
+                format!("PostgreSQL 15 or later is needed, and this is {}", version / 10_000),
+            ));
+        }
+        Ok(())
+    }
+
+    /// A connection of the pool.
+    pub async fn client(&self) -> Result<deadpool_postgres::Object> {
+        client(&self.pool).await.map_err(|mut error| {
+            error.what = format!("connect to {}", self.address());
+            error
+        })
+    }
+
+    /// Host, port and database, for messages; no user, no password.
+    #[must_use]
+    pub fn address(&self) -> String {
+        let hosts = self.config.get_hosts().iter().map(|host| match host {
+            tokio_postgres::config::Host::Tcp(name) => name.clone(),
+            tokio_postgres::config::Host::Unix(path) => path.display().to_string(),
+        });
+        let port = self.config.get_ports().first().copied().unwrap_or(5432);
+        let host = hosts.collect::<Vec<_>>().join(",");
+        format!("{host}:{port}/{}", self.config.get_dbname().unwrap_or("?"))
+    }
+
+    /// A connection of its own, outside the pool, for LISTEN.
+    pub(crate) async fn dedicated(
+        &self,
+    ) -> Result<
+        (
+            tokio_postgres::Client,
+            tokio_postgres::Connection<tokio_postgres::Socket, tokio_postgres::tls::NoTlsStream>,
+        ),
+        tokio_postgres::Error,
+    > {
+        self.config.connect(NoTls).await
+    }
+}
+
+/// A connection of a pool, with the pool's own failures classed.
+pub(crate) async fn client(pool: &Pool) -> Result<deadpool_postgres::Object> {
+    use deadpool_postgres::PoolError;
+    pool.get().await.map_err(|error| match &error {
+        PoolError::Backend(inner) => failure("connect to the database", inner),
+        PoolError::Timeout(_) => Error::retryable("connect to the database", "no connection in time"),
+        _ => Error::retryable("connect to the database", error),
+    })
+}
+
+/// An error's whole chain on one line: tokio-postgres says "db error" and keeps the reason inside.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let inner_text = inner.to_string();
+        if !text.ends_with(&inner_text) {
+            text.push_str(": ");
+            text.push_str(&inner_text);
+        }
+        source = inner.source();
+    }
+    text
+}
+
+/// Classes an error of PostgreSQL by its SQLSTATE.
+pub(crate) fn failure(what: &str, error: &tokio_postgres::Error) -> Error {
+    let class = match error.code() {
+        // No SQLSTATE: the connection failed, or a value did not fit its parameter.
+        None if error.is_closed() => Class::Retryable,
+        None => {
+            let wrong_value = std::error::Error::source(error)
+                .is_some_and(|source| source.downcast_ref::<std::io::Error>().is_none());
+            if wrong_value { Class::Permanent } else { Class::Retryable }
+        }
+        Some(code) => class_of(code),
+    };
+    Error::new(class, what, describe(error))
+}
+
+fn class_of(code: &SqlState) -> Class {
+    match code.code() {
+        // A wrong password, a missing database, a missing right, table, column or function.
+        "28P01" | "28000" | "3D000" | "42501" | "42P01" | "42703" | "42883" | "3F000" => Class::Fatal,
+        code => match &code[..2] {
+            // Data that a type or constraint refuses, and feature not supported.
+            "22" | "23" | "0A" | "42" => Class::Permanent,
+            // Connection, rollback, resources, operator intervention, system error, and the rest.
+            _ => Class::Retryable,
+        },
+    }
+}

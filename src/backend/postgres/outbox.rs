@@ -1,0 +1,318 @@
+//! The outbox, for a queue in the same database: claim, send and delete in one transaction.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::Mutex;
+use tokio_postgres::Transaction;
+
+use super::bell::{Bell, Waiter};
+use super::{Postgres, failure};
+use crate::pipeline::change::{Job, Lane, Op};
+use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::outbox::{ClaimRequest, Outbox, OutboxRow, Pack, Transferred};
+
+/// Channel on which a committing writer rings a sleeping relay.
+const CHANNEL: &str = "refarch_outbox";
+
+/// Large transactions that are stepped over at once. More than this are handled as they come.
+const MAX_KNOWN_LARGE: usize = 16;
+
+/// A transaction with more changes than this is stepped over when live changes are claimed.
+const LARGE_TRANSACTION: i64 = 100;
+
+/// Ids of a truncated table that are read from the ledger and sent at a time.
+const TRUNCATE_PAGE: i64 = 5_000;
+
+/// Claims small rows of transactions not known to be large, then rows of large statements and
+/// transactions, and deletes them. `xid_changes` is counted up to a bound: it is only compared.
+/// FOR UPDATE SKIP LOCKED lets several relays claim side by side.
+const CLAIM: &str = "
+WITH small AS MATERIALIZED (
+    SELECT o.seq FROM unnest($3::text[]::xid8[], $4::text[]::xid8[]) AS gap(low, high),
+    LATERAL (
+        SELECT seq FROM refarch.outbox
+        WHERE source = $1 AND xid > gap.low AND xid < gap.high AND cardinality(ids) <= 100
+        ORDER BY xid, seq LIMIT $2 FOR UPDATE SKIP LOCKED
+    ) o LIMIT $2
+), large AS MATERIALIZED (
+    SELECT seq FROM refarch.outbox WHERE source = $1 AND cardinality(ids) > 100
+    ORDER BY seq LIMIT $5 FOR UPDATE SKIP LOCKED
+), rest AS MATERIALIZED (
+    SELECT o.seq FROM unnest($6::text[]::xid8[]) AS known(xid),
+    LATERAL (
+        SELECT seq FROM refarch.outbox
+        WHERE source = $1 AND xid = known.xid AND cardinality(ids) <= 100
+        ORDER BY seq LIMIT $2 FOR UPDATE SKIP LOCKED
+    ) o LIMIT $2
+), claimed AS MATERIALIZED (
+    SELECT seq FROM small UNION ALL SELECT seq FROM large UNION ALL SELECT seq FROM rest
+), taken AS (
+    DELETE FROM refarch.outbox o USING claimed WHERE o.seq = claimed.seq
+    RETURNING o.seq, o.op, o.ids, o.xid, o.changed_at
+), totals AS (
+    SELECT t.xid, (
+        SELECT coalesce(sum(c.n), 0) FROM (
+            SELECT cardinality(o.ids) AS n FROM refarch.outbox o WHERE o.source = $1 AND o.xid = t.xid LIMIT 101
+        ) c
+    ) AS changes
+    FROM (SELECT DISTINCT xid FROM taken) t
+)
+SELECT t.seq, t.op::text, t.ids, t.xid::text, (extract(epoch FROM t.changed_at) * 1000000)::bigint,
+       totals.changes::bigint, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
+FROM taken t JOIN totals USING (xid) ORDER BY t.xid, t.seq";
+
+/// Changes captured by triggers, on their way to pgmq in the same database.
+pub struct PgOutbox {
+    postgres: Postgres,
+    source: String,
+    queue: String,
+    _bell: Bell,
+    waiter: Mutex<Waiter>,
+    /// Transactions that still had rows when their claim showed them to be large.
+    known_large: Mutex<Vec<u64>>,
+    /// Whether writers were told that nobody sleeps.
+    awake: AtomicBool,
+}
+
+impl PgOutbox {
+    /// The outbox of a source, feeding the queues that begin with `queue`.
+    #[must_use]
+    pub fn new(postgres: Postgres, source: &str, queue: &str) -> Self {
+        let bell = Bell::listen(postgres.clone(), CHANNEL);
+        let waiter = Mutex::new(bell.waiter());
+        Self {
+            postgres,
+            source: source.into(),
+            queue: queue.into(),
+            _bell: bell,
+            waiter,
+            known_large: Mutex::default(),
+            // Whoever ran before may have died awake.
+            awake: AtomicBool::new(true),
+        }
+    }
+
+    /// Changes in the outbox.
+    pub async fn pending(&self) -> Result<u64> {
+        pending(&self.postgres, &self.source).await
+    }
+
+    async fn tell_writers(&self, asleep: bool) -> Result<()> {
+        let client = self.postgres.client().await?;
+        client
+            .execute(
+                "INSERT INTO refarch.doorbell (asleep) VALUES ($1) \
+                 ON CONFLICT (single) DO UPDATE SET asleep = excluded.asleep WHERE doorbell.asleep <> excluded.asleep",
+                &[&asleep],
+            )
+            .await
+            .map_err(|error| failure("set the doorbell", &error))?;
+        Ok(())
+    }
+}
+
+/// Changes in the outbox; a truncation counts as one.
+pub async fn pending(postgres: &Postgres, source: &str) -> Result<u64> {
+    let client = postgres.client().await?;
+    let row = client
+        .query_one(
+            "SELECT coalesce(sum(greatest(cardinality(ids), 1)), 0)::bigint FROM refarch.outbox WHERE source = $1",
+            &[&source],
+        )
+        .await
+        .map_err(|error| failure("count the outbox", &error))?;
+    Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
+}
+
+/// The gaps between known large transactions, as exclusive bounds.
+fn gaps(known: &[u64]) -> (Vec<String>, Vec<String>) {
+    let mut sorted = known.to_vec();
+    sorted.sort_unstable();
+    let low = std::iter::once(0).chain(sorted.iter().copied()).map(|xid| xid.to_string()).collect();
+    let high = sorted.iter().copied().chain([u64::MAX]).map(|xid| xid.to_string()).collect();
+    (low, high)
+}
+
+/// A claimed row, or a truncation to expand.
+enum Claimed {
+    Row(OutboxRow),
+    Truncate { seq: i64, changed_at_us: i64 },
+}
+
+#[async_trait]
+impl Outbox for PgOutbox {
+    async fn transfer(&self, request: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
+        self.waiter.lock().await.arm();
+        let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, &error);
+        let known = self.known_large.lock().await.clone();
+        let (low, high) = gaps(&known);
+        let known_text: Vec<String> = known.iter().map(u64::to_string).collect();
+
+        let mut client = self.postgres.client().await?;
+        let statement = client.prepare_cached(CLAIM).await.map_err(fail("prepare the claim"))?;
+        let transaction = client.transaction().await.map_err(fail("begin a transfer"))?;
+        let rows = transaction
+            .query(
+                &statement,
+                &[
+                    &self.source,
+                    &(request.small_rows as i64),
+                    &low,
+                    &high,
+                    &(request.large_rows as i64),
+                    &known_text,
+                ],
+            )
+            .await
+            .map_err(fail("claim changes"))?;
+        if rows.is_empty() {
+            transaction.rollback().await.map_err(fail("end an empty claim"))?;
+            self.known_large.lock().await.clear();
+            return Ok(Transferred::default());
+        }
+        let now_us: i64 = rows[0].get(6);
+        let claimed = rows.iter().map(read).collect::<Result<Vec<_>>>()?;
+        let mut done = Transferred { rows: claimed.len(), ..Transferred::default() };
+        let mut plain = Vec::with_capacity(claimed.len());
+        let mut large = Vec::new();
+        for claimed in claimed {
+            let changed_at_us = match claimed {
+                Claimed::Row(row) => {
+                    done.changes += row.ids.len() as u64;
+                    if row.xid_changes as i64 > LARGE_TRANSACTION && row.ids.len() <= 100 {
+                        large.push(row.xid);
+                    }
+                    let at = row.changed_at_us;
+                    plain.push(row);
+                    at
+                }
+                Claimed::Truncate { seq, changed_at_us } => {
+                    self.expand_truncate(&transaction, seq, changed_at_us, pack, &mut done).await?;
+                    changed_at_us
+                }
+            };
+            done.oldest_ms = done.oldest_ms.max(((now_us - changed_at_us) / 1000).max(0) as u64);
+        }
+        self.send(&transaction, &pack(plain), &mut done).await?;
+        transaction
+            .execute("SELECT pg_notify($1, '')", &[&crate::backend::pgmq::CHANNEL])
+            .await
+            .map_err(fail("ring the indexers"))?;
+        transaction.commit().await.map_err(fail("commit a transfer"))?;
+
+        large.extend(known);
+        large.sort_unstable();
+        large.dedup();
+        large.truncate(MAX_KNOWN_LARGE);
+        *self.known_large.lock().await = large;
+        // Full claims mean that work stands in line: writers need not ring.
+        if done.rows >= request.small_rows.min(request.large_rows)
+            && !self.awake.swap(true, Ordering::Relaxed)
+        {
+            self.tell_writers(false).await?;
+        }
+        Ok(done)
+    }
+
+    async fn wait(&self, timeout: Duration) {
+        if self.awake.swap(false, Ordering::Relaxed) {
+            if let Err(error) = self.tell_writers(true).await {
+                tracing::debug!(%error, "cannot set the doorbell");
+                self.awake.store(true, Ordering::Relaxed);
+                tokio::time::sleep(timeout).await;
+            }
+            // A change may have been committed, silently, before the flag was: look once more.
+            return;
+        }
+        self.waiter.lock().await.wait(timeout).await;
+    }
+}
+
+impl PgOutbox {
+    async fn send(&self, transaction: &Transaction<'_>, jobs: &[Job], done: &mut Transferred) -> Result<()> {
+        crate::backend::pgmq::send_within(transaction, &self.queue, jobs).await?;
+        for job in jobs {
+            match job.lane {
+                Lane::Live => done.live += job.changes() as u64,
+                Lane::Bulk => done.bulk += job.changes() as u64,
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends a delete for every row that the ledger knows: whether it is really gone, the indexer
+    /// sees when it reads the row.
+    async fn expand_truncate(
+        &self,
+        transaction: &Transaction<'_>,
+        seq: i64,
+        changed_at_us: i64,
+        pack: Pack<'_>,
+        done: &mut Transferred,
+    ) -> Result<()> {
+        let mut after = (0_i32, String::new());
+        loop {
+            let page = transaction
+                .query(
+                    "SELECT l.target, l.id FROM refarch.ledger l JOIN refarch.target t ON t.id = l.target \
+                     WHERE t.source = $1 AND t.state <> 'retired' AND NOT l.deleted AND (l.target, l.id) > ($2, $3) \
+                     ORDER BY l.target, l.id LIMIT $4",
+                    &[&self.source, &after.0, &after.1, &TRUNCATE_PAGE],
+                )
+                .await
+                .map_err(|error| failure("expand a truncation", &error))?;
+            let Some(last) = page.last() else { return Ok(()) };
+            after = (last.get(0), last.get(1));
+            let ids: Vec<String> = page.iter().map(|row| row.get(1)).collect();
+            done.changes += ids.len() as u64;
+            let rows = ids
+                .chunks(crate::pipeline::change::MAX_CHANGES_PER_JOB)
+                .map(|ids| OutboxRow {
+                    seq,
+                    op: Op::Delete,
+                    ids: ids.to_vec(),
+                    xid: 0,
+                    changed_at_us,
+                    // However few they are, nobody edits by TRUNCATE.
+                    xid_changes: u64::MAX,
+                })
+                .collect();
+            self.send(transaction, &pack(rows), done).await?;
+        }
+    }
+}
+
+fn read(row: &tokio_postgres::Row) -> Result<Claimed> {
+    let (seq, changed_at_us) = (row.get(0), row.get(4));
+    let op = match row.get::<_, &str>(1) {
+        "u" => Op::Upsert,
+        "d" => Op::Delete,
+        "t" => return Ok(Claimed::Truncate { seq, changed_at_us }),
+        other => return Err(Error::permanent("read the outbox", format!("row {seq} has op {other:?}"))),
+    };
+    let xid = row.get::<_, &str>(3);
+    Ok(Claimed::Row(OutboxRow {
+        seq,
+        op,
+        ids: row.get(2),
+        xid: xid
+            .parse()
+            .map_err(|error| Error::permanent("read the outbox", format!("xid {xid}: {error}")))?,
+        changed_at_us,
+        xid_changes: row.get::<_, i64>(5).max(0) as u64,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_leave_out_exactly_the_known_transactions() {
+        let (low, high) = gaps(&[9, 4]);
+        assert_eq!(low, ["0", "4", "9"]);
+        assert_eq!(high, ["4", "9", "18446744073709551615"]);
+    }
+}

@@ -1,0 +1,104 @@
+//! Who works, and how much: heartbeats, samples and events.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::{Postgres, failure};
+use crate::pipeline::failure::Result;
+use crate::pipeline::meter::Meter;
+
+/// How often a worker shows that it lives, and leaves a sample if there is something to tell.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// A worker whose heartbeat is older is not shown.
+pub const WORKER_GONE_S: i32 = 15;
+
+/// How long samples and events are kept.
+const KEEP: &str = "1 hour";
+
+/// A process's entry in the books.
+pub struct Worker {
+    postgres: Postgres,
+    /// Unique among all workers that ever were.
+    pub id: String,
+    meter: Arc<Meter>,
+}
+
+impl Worker {
+    /// Enters a worker.
+    pub async fn join(postgres: Postgres, role: &str, threads: usize, meter: Arc<Meter>) -> Result<Self> {
+        let host = nix::unistd::gethostname()
+            .map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned());
+        let pid = std::process::id() as i32;
+        let id = format!("{role}-{host}-{pid}-{:04x}", rand::random::<u16>());
+        let client = postgres.client().await?;
+        client
+            .execute(
+                "WITH joined AS (INSERT INTO refarch.worker (worker_id, role, host, pid, threads) VALUES ($1, $2, $3, $4, $5)) \
+                 INSERT INTO refarch.event (worker_id, kind) VALUES ($1, 'joined')",
+                &[&id, &role, &host, &pid, &(threads as i32)],
+            )
+            .await
+            .map_err(|error| failure("enter this worker", &error))?;
+        drop(client);
+        Ok(Self { postgres, id, meter })
+    }
+
+    /// Beats until `stop`, then leaves.
+    pub async fn run(&self, stop: &CancellationToken) {
+        let mut tick = tokio::time::interval(BEAT);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut last = (0, 0);
+        while stop.run_until_cancelled(tick.tick()).await.is_some() {
+            if let Err(error) = self.beat(&mut last).await {
+                tracing::debug!(worker.id = self.id, %error, "no heartbeat");
+            }
+        }
+        if let Err(error) = self.leave(&mut last).await {
+            tracing::debug!(worker.id = self.id, %error, "could not leave the books");
+        }
+    }
+
+    async fn beat(&self, last: &mut (u64, u64)) -> Result<()> {
+        let fail = |error: tokio_postgres::Error| failure("write a heartbeat", &error);
+        let (applied, embedded) = self.meter.totals();
+        let client = self.postgres.client().await?;
+        client
+            .execute(
+                "UPDATE refarch.worker SET heartbeat_at = clock_timestamp(), applied = $2, embedded = $3 WHERE worker_id = $1",
+                &[&self.id, &(applied as i64), &(embedded as i64)],
+            )
+            .await
+            .map_err(fail)?;
+        if (applied, embedded) != *last {
+            let recent = self.meter.take_recent();
+            let (buckets, counts): (Vec<i16>, Vec<i64>) =
+                recent.buckets().map(|(bucket, count)| (bucket as i16, count as i64)).unzip();
+            client
+                .execute(
+                    "INSERT INTO refarch.sample (worker_id, at, applied, embedded, freshness_buckets, freshness_counts) \
+                     VALUES ($1, clock_timestamp(), $2, $3, $4, $5)",
+                    &[&self.id, &((applied - last.0) as i64), &((embedded - last.1) as i64), &buckets, &counts],
+                )
+                .await
+                .map_err(fail)?;
+            *last = (applied, embedded);
+        }
+        Ok(())
+    }
+
+    async fn leave(&self, last: &mut (u64, u64)) -> Result<()> {
+        self.beat(last).await?;
+        let client = self.postgres.client().await?;
+        let sql = format!(
+            "WITH gone AS (DELETE FROM refarch.worker WHERE worker_id = $1 OR heartbeat_at < now() - interval '{KEEP}'), \
+                  samples AS (DELETE FROM refarch.sample WHERE at < now() - interval '{KEEP}'), \
+                  events AS (DELETE FROM refarch.event WHERE at < now() - interval '{KEEP}' AND kind <> 'dead_letter') \
+             INSERT INTO refarch.event (worker_id, kind) VALUES ($1, 'left')"
+        );
+        client.execute(&sql, &[&self.id]).await.map_err(|error| failure("leave the books", &error))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,61 @@
+//! What a process has done so far, for its heartbeat and its summary.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::freshness::Histogram;
+
+/// Counters of one process, shared by its tasks.
+#[derive(Debug, Default)]
+pub struct Meter {
+    applied: AtomicU64,
+    embedded: AtomicU64,
+    freshness: Mutex<Freshness>,
+}
+
+#[derive(Debug, Default)]
+struct Freshness {
+    all: Histogram,
+    /// Since the last sample.
+    recent: Histogram,
+}
+
+impl Meter {
+    /// Counts changes whose outcome is in the index.
+    pub fn applied(&self, changes: u64) {
+        self.applied.fetch_add(changes, Ordering::Relaxed);
+    }
+
+    /// Counts texts that went through the model.
+    pub fn embedded(&self, texts: u64) {
+        self.embedded.fetch_add(texts, Ordering::Relaxed);
+    }
+
+    /// Counts the time from statement to searchable of one change each, in milliseconds.
+    pub fn fresh(&self, ms: impl IntoIterator<Item = u64>) {
+        let mut freshness = self.freshness.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for ms in ms {
+            freshness.all.record(ms);
+            freshness.recent.record(ms);
+        }
+    }
+
+    /// Changes applied and texts embedded since the start.
+    #[must_use]
+    pub fn totals(&self) -> (u64, u64) {
+        (self.applied.load(Ordering::Relaxed), self.embedded.load(Ordering::Relaxed))
+    }
+
+    /// Freshness since the start.
+    #[must_use]
+    pub fn freshness(&self) -> Histogram {
+        self.freshness.lock().unwrap_or_else(std::sync::PoisonError::into_inner).all.clone()
+    }
+
+    /// Freshness since the last call.
+    #[must_use]
+    pub fn take_recent(&self) -> Histogram {
+        let mut freshness = self.freshness.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        std::mem::take(&mut freshness.recent)
+    }
+}

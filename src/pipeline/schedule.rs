@@ -1,0 +1,213 @@
+//! Who is embedded next: slices of two lanes, live ones first.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Semaphore, oneshot};
+
+use super::change::Lane;
+use super::embedder::{Embedder, Embedding};
+use super::failure::{Error, Result};
+
+/// While both lanes have work, one slice in this many is a bulk one, so that bulk is never starved.
+const BULK_SHARE: u32 = 8;
+
+/// Speed that is assumed before the first slice was timed, in tokens a second and thread. Low, so
+/// that the first slice is short.
+const FIRST_GUESS: u64 = 2_000;
+
+/// Weight of a new timing against the older ones: 1/4.
+const SMOOTHING: u64 = 4;
+
+struct Slice {
+    texts: Vec<Arc<str>>,
+    tokens: u64,
+    done: oneshot::Sender<Result<Vec<Embedding>>>,
+}
+
+#[derive(Default)]
+struct Queues {
+    live: VecDeque<Slice>,
+    bulk: VecDeque<Slice>,
+    live_in_a_row: u32,
+}
+
+impl Queues {
+    fn take(&mut self) -> Option<Slice> {
+        let bulk_turn = self.live_in_a_row + 1 >= BULK_SHARE && !self.bulk.is_empty();
+        if !bulk_turn && let Some(slice) = self.live.pop_front() {
+            self.live_in_a_row += 1;
+            return Some(slice);
+        }
+        self.live_in_a_row = 0;
+        self.bulk.pop_front()
+    }
+}
+
+/// Cuts texts into slices of a bounded time and hands them to the embedder, live ones first.
+///
+/// Sorted by length, so that a padding embedder wastes little; how much waits in here is bounded by
+/// what the indexer holds.
+pub struct Scheduler {
+    embedder: Arc<dyn Embedder>,
+    queues: Mutex<Queues>,
+    /// One permit a waiting slice.
+    waiting: Semaphore,
+    slice: Duration,
+    /// Tokens a second of one thread, smoothed.
+    speed: AtomicU64,
+}
+
+impl Scheduler {
+    /// A scheduler whose slices take about `slice`.
+    #[must_use]
+    pub fn new(embedder: Arc<dyn Embedder>, slice: Duration) -> Self {
+        Self {
+            embedder,
+            queues: Mutex::default(),
+            waiting: Semaphore::new(0),
+            slice,
+            speed: AtomicU64::new(FIRST_GUESS),
+        }
+    }
+
+    /// The embedder behind it.
+    #[must_use]
+    pub fn embedder(&self) -> &Arc<dyn Embedder> {
+        &self.embedder
+    }
+
+    /// Tokens a second of one thread, as measured.
+    #[must_use]
+    pub fn tokens_per_second(&self) -> u64 {
+        self.speed.load(Ordering::Relaxed)
+    }
+
+    /// Embeds texts in their order; at least one [`Self::work`] must be running.
+    pub async fn embed(&self, lane: Lane, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
+        let mut order: Vec<(u64, usize)> = texts
+            .iter()
+            .enumerate()
+            .map(|(at, text)| (self.embedder.count_tokens(text) as u64, at))
+            .collect();
+        order.sort_unstable();
+        let budget = (self.tokens_per_second() * self.slice.as_millis() as u64 / 1000).max(1);
+        let mut pending = Vec::new();
+        for part in cut(&order, budget) {
+            let (done, result) = oneshot::channel();
+            let slice = Slice {
+                texts: part.iter().map(|(_, at)| texts[*at].clone()).collect(),
+                tokens: part.iter().map(|(tokens, _)| tokens).sum(),
+                done,
+            };
+            {
+                let mut queues = self.queues();
+                match lane {
+                    Lane::Live => queues.live.push_back(slice),
+                    Lane::Bulk => queues.bulk.push_back(slice),
+                }
+            }
+            self.waiting.add_permits(1);
+            pending.push((part, result));
+        }
+        let mut embeddings: Vec<Option<Embedding>> = vec![None; texts.len()];
+        for (part, result) in pending {
+            let vectors =
+                result.await.map_err(|_| Error::retryable("embed texts", "the embedder stopped"))??;
+            if vectors.len() != part.len() {
+                return Err(Error::retryable(
+                    "embed texts",
+                    "the embedder returned another number of vectors",
+                ));
+            }
+            for ((_, at), vector) in part.iter().zip(vectors) {
+                embeddings[*at] = Some(vector);
+            }
+        }
+        embeddings
+            .into_iter()
+            .collect::<Option<_>>()
+            .ok_or_else(|| Error::retryable("embed texts", "a text was left out"))
+    }
+
+    /// Takes slices and embeds them, one at a time, for as long as it is polled.
+    pub async fn work(&self) {
+        loop {
+            // The semaphore is never closed.
+            let Ok(permit) = self.waiting.acquire().await else { return };
+            permit.forget();
+            let Some(slice) = self.queues().take() else { continue };
+            if slice.done.is_closed() {
+                continue;
+            }
+            let started = Instant::now();
+            let result = self.embedder.embed(&slice.texts).await;
+            let took = started.elapsed().as_micros() as u64;
+            if result.is_ok() && took > 0 {
+                let measured = slice.tokens * 1_000_000 / took;
+                let old = self.tokens_per_second();
+                let new = (old * (SMOOTHING - 1) + measured) / SMOOTHING;
+                self.speed.store(new.max(1), Ordering::Relaxed);
+            }
+            // Whoever asked may have gone.
+            let _ = slice.done.send(result);
+        }
+    }
+
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Cuts texts, in order, into runs of at most `budget` tokens but at least one text.
+fn cut(order: &[(u64, usize)], budget: u64) -> Vec<&[(u64, usize)]> {
+    let mut parts = Vec::new();
+    let (mut start, mut tokens) = (0, 0);
+    for (at, (count, _)) in order.iter().enumerate() {
+        if at > start && tokens + count > budget {
+            parts.push(&order[start..at]);
+            (start, tokens) = (at, 0);
+        }
+        tokens += count;
+    }
+    if start < order.len() {
+        parts.push(&order[start..]);
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn slice(tokens: u64) -> Slice {
+        Slice { texts: Vec::new(), tokens, done: oneshot::channel().0 }
+    }
+
+    #[test]
+    fn live_goes_first_but_one_in_eight_is_bulk() {
+        let mut queues = Queues::default();
+        (0..32).for_each(|_| queues.live.push_back(slice(1)));
+        (0..32).for_each(|_| queues.bulk.push_back(slice(2)));
+        let taken: Vec<u64> = (0..32).map(|_| queues.take().unwrap().tokens).collect();
+        assert_eq!(taken[0], 1);
+        for eight in taken.chunks(8) {
+            assert_eq!(eight.iter().filter(|tokens| **tokens == 2).count(), 1, "{taken:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn slices_hold_every_text_once_within_the_budget(tokens in proptest::collection::vec(1_u64..300, 0..80), budget in 1_u64..600) {
+            let order: Vec<(u64, usize)> = tokens.iter().copied().zip(0..).collect();
+            let parts = cut(&order, budget);
+            prop_assert_eq!(parts.concat(), order);
+            for part in parts {
+                prop_assert!(part.len() == 1 || part.iter().map(|(t, _)| t).sum::<u64>() <= budget);
+            }
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! `refarch embed`: jobs into the index.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::backend::postgres::registry::Worker;
+use crate::backend::{Backends, Database, LoadedModel};
+use crate::cli;
+use crate::config::Settings;
+use crate::pipeline::indexer::{Indexer, Options};
+use crate::pipeline::meter::Meter;
+use crate::pipeline::schedule::Scheduler;
+use crate::shutdown;
+
+/// Runs the role in a process of its own.
+pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
+    let stop = shutdown::on_signal()?;
+    let model = LoadedModel::load(settings)?;
+    super::with_database(settings, async |database: &Database| {
+        let backends = super::open(database, settings).await?;
+        tracing::info!(workers = settings.indexer.worker_count(), "embedding");
+        work(&backends, settings, &model, &Arc::default(), &stop, args.until_idle).await
+    })
+    .await
+}
+
+/// Indexes until `stop`, then finishes what is held within the grace period.
+pub async fn work(
+    backends: &Backends,
+    settings: &Settings,
+    model: &LoadedModel,
+    meter: &Arc<Meter>,
+    stop: &CancellationToken,
+    until_idle: bool,
+) -> anyhow::Result<()> {
+    let workers = settings.indexer.worker_count();
+    let worker = Worker::join(backends.postgres.clone(), "embed", workers, Arc::clone(meter)).await?;
+    let indexer = Arc::new(Indexer::new(
+        Arc::clone(&backends.queue),
+        Arc::clone(&backends.ledger) as _,
+        Arc::clone(&backends.index),
+        Scheduler::new(model.start(workers), Duration::from_millis(settings.indexer.slice_ms)),
+        Arc::clone(meter),
+        Options {
+            source: settings.source.name.clone(),
+            workers,
+            hold: Duration::from_millis(settings.indexer.hold_ms),
+            poll: Duration::from_millis(settings.indexer.poll_ms),
+            max_receives: settings.queue.max_receives,
+        },
+    ));
+    let abort = shutdown::after_grace(stop, settings.runtime.grace());
+    let result =
+        super::while_beating(&worker, async { Ok(indexer.run(stop, &abort, until_idle).await?) }).await;
+    abort.cancel();
+    result
+}

@@ -1,0 +1,73 @@
+//! `refarch status`: what is pending, in flight and in sync.
+
+use std::io::Write as _;
+use std::time::Duration;
+
+use anyhow::Context as _;
+
+use crate::backend::postgres::status::Status;
+use crate::backend::{Backends, Database};
+use crate::cli;
+use crate::config::Settings;
+use crate::shutdown;
+
+/// How often `--watch` prints.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+/// Prints the status, once or until stopped.
+pub async fn run(args: &cli::Status, settings: &Settings) -> anyhow::Result<()> {
+    let stop = shutdown::on_signal()?;
+    super::with_database(settings, async |database: &Database| {
+        let backends = Backends::open(&database.postgres, settings).await?;
+        loop {
+            let status = backends.status().await?;
+            let text = if args.json { serde_json::to_string(&status)? + "\n" } else { text(&status) };
+            let mut out = std::io::stdout().lock();
+            out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("write to standard output")?;
+            drop(out);
+            if !args.watch || stop.run_until_cancelled(tokio::time::sleep(WATCH_EVERY)).await.is_none() {
+                return Ok(());
+            }
+        }
+    })
+    .await
+}
+
+/// The status for people.
+#[must_use]
+pub fn text(status: &Status) -> String {
+    let about = |estimated| if estimated { "about " } else { "" };
+    let ms = |value: Option<u64>| value.map_or_else(|| "-".into(), |ms| format!("{ms} ms"));
+    let queue = status.queue;
+    let mut text = format!(
+        "source rows    {}{}\n\
+         in sync        {}{}{}\n\
+         indexed        {} vectors\n\
+         pending        {} in the outbox\n\
+         queue, live    {} visible, {} in flight\n\
+         queue, bulk    {} visible, {} in flight\n\
+         dead letters   {}\n\
+         freshness      p50 {}, p99 {} (last 5 minutes)\n",
+        about(status.source_rows_estimated),
+        status.source_rows,
+        about(status.in_sync_estimated),
+        status.in_sync,
+        if status.is_synced() { ", all of them" } else { "" },
+        status.indexed,
+        status.pending,
+        queue.live.visible,
+        queue.live.in_flight,
+        queue.bulk.visible,
+        queue.bulk.in_flight,
+        status.dead_letters,
+        ms(status.freshness_ms.p50),
+        ms(status.freshness_ms.p99),
+    );
+    for worker in &status.workers {
+        text.push_str(&format!(
+            "worker         {} on {} (pid {}), up {} s, {} applied, {} embedded\n",
+            worker.role, worker.host, worker.pid, worker.uptime_s, worker.applied, worker.embedded
+        ));
+    }
+    text
+}
