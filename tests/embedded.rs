@@ -302,6 +302,10 @@ async fn root_keeps_the_files_elsewhere_when_the_servers_user_cannot_reach_the_p
     let output = home.psql("SELECT 'up'").output().await.unwrap();
     assert_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"up\n"[..], &b""[..]));
     home.assert_stopped();
+    // Removing them is a way to begin anew.
+    fs::remove_dir_all(home.files()).unwrap();
+    home.join().await.unwrap().leave().await.unwrap();
+    home.assert_stopped();
 }
 
 #[tokio::test]
