@@ -33,7 +33,7 @@ const MAX_EDIT_DISTANCE: usize = 4;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// A file that was named can't be read.
-    #[error("cannot read the configuration file {path}: {source}")]
+    #[error("cannot read the configuration file {path}")]
     Unreadable {
         /// The file.
         path: PathBuf,

@@ -104,13 +104,14 @@ impl Model {
         let max_tokens = read_optional::<SentenceConfig>(dir, "sentence_bert_config.json")?
             .map_or(DEFAULT_MAX_TOKENS, |config| config.max_seq_length)
             .min(config.max_position_embeddings);
-        let mut tokenizer =
-            Tokenizer::from_file(file(dir, "tokenizer.json")?).map_err(|error| fail("tokenizer.json", &error))?;
+        let mut tokenizer = Tokenizer::from_file(file(dir, "tokenizer.json")?)
+            .map_err(|error| fail("tokenizer.json", &error))?;
         // The file's own padding to 128 tokens would make every text as slow as the longest.
         tokenizer.with_padding(None);
         let truncation = tokenizers::TruncationParams { max_length: max_tokens, ..Default::default() };
         tokenizer.with_truncation(Some(truncation)).map_err(|error| fail("tokenizer.json", &error))?;
-        let weights = fs::read(file(dir, "model.safetensors")?).map_err(|error| fail("model.safetensors", &error))?;
+        let weights =
+            fs::read(file(dir, "model.safetensors")?).map_err(|error| fail("model.safetensors", &error))?;
         let variables = VarBuilder::from_buffered_safetensors(weights, DType::F32, &Device::Cpu)
             .map_err(|error| fail("model.safetensors", &error))?;
         let bert = BertModel::load(variables, &config).map_err(|error| fail("model.safetensors", &error))?;
@@ -146,7 +147,9 @@ impl Model {
     fn forward(&self, inputs: &[&[u32]]) -> candle_core::Result<Vec<Vec<f32>>> {
         let longest = inputs.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
         let shape = (inputs.len(), longest);
-        let padded = |tokens: &&[u32]| tokens.iter().copied().chain(std::iter::repeat_n(0, longest - tokens.len())).collect::<Vec<_>>();
+        let padded = |tokens: &&[u32]| {
+            tokens.iter().copied().chain(std::iter::repeat_n(0, longest - tokens.len())).collect::<Vec<_>>()
+        };
         let ids: Vec<u32> = inputs.iter().flat_map(padded).collect();
         let mask: Vec<f32> = inputs
             .iter()
@@ -252,7 +255,8 @@ fn weights_name(path: &Path) -> Result<String> {
     if let Some((_, name)) = KNOWN.iter().find(|(known, _)| *known == fingerprint) {
         return Ok((*name).into());
     }
-    let folder = path.parent().and_then(Path::file_name).map_or("model".into(), |name| name.to_string_lossy());
+    let folder =
+        path.parent().and_then(Path::file_name).map_or("model".into(), |name| name.to_string_lossy());
     Ok(format!("{folder}@{fingerprint}"))
 }
 

@@ -6,14 +6,15 @@ pub mod migrate;
 pub mod psql;
 pub mod status;
 
-use std::io;
+use std::io::{self, Write};
 
 use anyhow::bail;
+use clap::CommandFactory;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres::registry::Worker;
 use crate::backend::{self, Backends, Database};
-use crate::cli::Command;
+use crate::cli::{Cli, Command};
 use crate::config::Settings;
 
 /// Takes the role that the command line names.
@@ -23,13 +24,22 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<()> {
         Command::Embed(args) => embed::run(&args, &settings).await,
         Command::Migrate(args) => migrate::run(&args, &settings).await,
         Command::Status(args) => status::run(&args, &settings).await,
-        Command::Config => {
-            print!("{}", toml::to_string(&settings)?);
-            Ok(())
+        Command::Config => print(toml::to_string(&settings)?.as_bytes()),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "refarch", &mut script);
+            print(&script)
         }
         Command::Psql(args) => psql::run(args, &settings).await,
         _ => bail!("not yet"),
     }
+}
+
+/// Writes a command's result. `print!` would panic when nobody reads it.
+fn print(result: &[u8]) -> anyhow::Result<()> {
+    let mut stdout = io::stdout();
+    stdout.write_all(result)?;
+    Ok(stdout.flush()?)
 }
 
 /// Whether the error is only that whoever read our output stopped reading.

@@ -160,6 +160,20 @@ pub fn refarch() -> Command {
     command
 }
 
+/// The Chromium for browser tests: `CHROMIUM`, which `scripts/test` sets, or one on the PATH. A
+/// missing one fails the test: a browser test that did not run has shown nothing.
+pub fn browser() -> PathBuf {
+    if let Some(path) = std::env::var_os("CHROMIUM").filter(|path| !path.is_empty()) {
+        return path.into();
+    }
+    let names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"];
+    let dirs: Vec<_> = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
+    let found = names.iter().flat_map(|name| dirs.iter().map(move |dir| dir.join(name)));
+    found.into_iter().find(|path| path.is_file()).expect(
+        "browser tests need a Chromium: run scripts/test, install Debian's chromium, or set CHROMIUM to its path",
+    )
+}
+
 /// A loopback port that was free just now.
 pub fn free_port() -> u16 {
     std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()

@@ -186,12 +186,20 @@ fn recorded_home(dir: &Path) -> anyhow::Result<Option<PathBuf>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).context("cannot read where the cluster's files are"),
     };
+    if !home.is_dir() {
+        // Somebody removed it: to begin anew.
+        return Ok(None);
+    }
     let origin = fs::read(home.join(ORIGIN)).unwrap_or_default();
     let origin = Path::new(OsStr::from_bytes(&origin));
     if origin != dir && recorded_home_is(origin, &home) {
         // This folder is a copy of one that is still there: two must not share their data.
         fs::remove_file(dir.join(LOCATION))?;
         return Ok(None);
+    }
+    if origin != dir {
+        // It was moved.
+        fs::write(home.join(ORIGIN), dir.as_os_str().as_bytes())?;
     }
     Ok(Some(home))
 }

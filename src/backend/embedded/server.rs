@@ -207,12 +207,14 @@ impl Server {
     fn prepare_start(&self, fresh_port: bool) -> anyhow::Result<(PathBuf, u64)> {
         self.check_version()?;
         let (home, data, log_path) = (&self.place.home, self.place.data(), self.place.log());
+        let socket_dir = self.socket_dir()?;
         let pid_file = data.join("postmaster.pid");
         if pid_file.exists() {
-            // The server would refuse to start if another process has that pid by now.
+            // The server would refuse to start if its pid is taken by now, or not yet reaped.
             tracing::info!("the private PostgreSQL was killed; recovering");
             fs::remove_file(&pid_file)?;
         }
+        remove_sockets(&socket_dir)?;
         let port_file = home.join("port");
         let remembered = fs::read_to_string(&port_file).ok().and_then(|text| text.trim().parse().ok());
         let port = match remembered.filter(|_| !fresh_port).filter(|port| bindable(*port).is_ok()) {
@@ -220,7 +222,6 @@ impl Server {
             None => bindable(0).context("no loopback port is free")?,
         };
         self.write(&port_file, &format!("{port}\n"))?;
-        let socket_dir = self.socket_dir()?;
         self.write(&data.join("postgresql.conf"), &conf::text(port, &socket_dir, &self.place.extra))?;
         log::shorten(&log_path)?;
         OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path)?;
@@ -311,6 +312,17 @@ impl Server {
             _ => State::Changing,
         }
     }
+}
+
+/// Removes what a killed server left in its socket folder: sockets, and lock files with its pid.
+fn remove_sockets(dir: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().as_bytes().starts_with(b".s.PGSQL.") {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether that process is a PostgreSQL server on that data directory, its working directory.

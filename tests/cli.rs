@@ -1,0 +1,235 @@
+//! The command line and the configuration, as a person or a script meets them: bad input gets a
+//! sentence that says what would be right, and the exit code that stands in `--help`.
+
+mod common;
+
+use std::io::Write;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use common::{Database, refarch};
+use tempfile::TempDir;
+
+/// What a run printed, and its exit code.
+#[derive(Debug)]
+struct Run {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+async fn run(args: &[&str], env: &[(&str, &str)]) -> Run {
+    let mut command = refarch();
+    command.args(args).envs(env.iter().copied()).stdin(Stdio::null());
+    let output = command.output().await.unwrap();
+    Run {
+        code: output.status.code(),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+/// Runs with standard output going there.
+async fn into(stdout: impl Into<Stdio>, args: &[&str]) -> std::process::Output {
+    let mut command = refarch();
+    command.args(args).stdout(stdout).stderr(Stdio::piped());
+    command.spawn().unwrap().wait_with_output().await.unwrap()
+}
+
+/// Fails as used wrongly, and says so.
+async fn wrong_usage(args: &[&str], says: &str) {
+    let run = run(args, &[]).await;
+    assert_eq!((run.code, run.out.as_str()), (Some(2), ""), "{run:?}");
+    assert!(run.err.contains(says), "{args:?} should say {says:?}: {}", run.err);
+}
+
+/// Fails in a line on standard error.
+async fn failure(args: &[&str], env: &[(&str, &str)], says: &str) {
+    let run = run(args, env).await;
+    assert_eq!((run.code, run.out.as_str()), (Some(1), ""), "{run:?}");
+    assert!(run.err.starts_with("refarch: ") && run.err.contains(says), "{args:?}: {}", run.err);
+    assert_eq!(run.err.lines().count(), 1, "{}", run.err);
+}
+
+fn file(text: &str) -> (TempDir, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mine.toml");
+    std::fs::File::create(&path).unwrap().write_all(text.as_bytes()).unwrap();
+    let path = path.to_str().unwrap().to_owned();
+    (dir, path)
+}
+
+#[tokio::test]
+async fn wrong_usage_exits_with_2_and_says_what_would_be_right() {
+    wrong_usage(&[], "Usage: refarch [OPTIONS] <COMMAND>").await;
+    wrong_usage(&["lsten"], "'listen'").await;
+    wrong_usage(&["status", "--jsn"], "'--json'").await;
+    for count in ["0", "1025", "-1", "two"] {
+        let flag = format!("--workers={count}");
+        wrong_usage(&["embed", &flag], "use 1 to 1024 embedding threads").await;
+        wrong_usage(&["up", &flag], "use 1 to 1024 embedding threads").await;
+    }
+    wrong_usage(&["generate", "--count=99999999999999999999"], "number too large").await;
+    wrong_usage(&["generate", "--load", "--output", "x.csv"], "cannot be used with").await;
+    wrong_usage(&["up", "--json"], "--until-synced").await;
+    wrong_usage(&["serve", "--bind", "here"], "invalid socket address").await;
+    wrong_usage(&["completions", "cmd"], "bash").await;
+}
+
+#[tokio::test]
+async fn an_unknown_setting_is_answered_with_the_nearest_right_one() {
+    let (_dir, path) = file("[serve]\nbnid = \"127.0.0.1:1\"\n");
+    failure(
+        &["--config", &path, "config"],
+        &[],
+        &format!("{path}: there is no setting serve.bnid; did you mean serve.bind?"),
+    )
+    .await;
+    failure(&["config"], &[("REFARCH_RELAY_POL_MS", "5")], "did you mean relay.poll_ms?").await;
+}
+
+#[tokio::test]
+async fn a_wrong_value_is_named_with_its_origin_and_what_would_be_right() {
+    let (_dir, path) = file("[relay]\npack = 501\n");
+    failure(&["--config", &path, "config"], &[], &format!("{path}: relay.pack = 501: use 1 to 500")).await;
+    failure(&["config"], &[("REFARCH_RELAY_PACK", "many")], "use a whole number").await;
+    failure(&["config", "--log-level", "=x="], &[], "is not a filter such as info").await;
+    let (_dir, path) = file("[relay\n");
+    let run = run(&["--config", &path, "config"], &[]).await;
+    assert_eq!(run.code, Some(1));
+    assert!(run.err.starts_with(&format!("refarch: {path} is not valid TOML")), "{}", run.err);
+}
+
+#[tokio::test]
+async fn a_configuration_file_that_is_named_must_be_there() {
+    let says = "cannot read the configuration file /nowhere/x.toml: No such file";
+    failure(&["--config", "/nowhere/x.toml", "config"], &[], says).await;
+    failure(&["config"], &[("REFARCH_CONFIG", "/nowhere/x.toml")], says).await;
+}
+
+#[tokio::test]
+async fn config_prints_what_is_in_force_and_no_secret() {
+    let (_dir, path) = file("[relay]\npoll_ms = 7\npack = 70\n");
+    let env = [
+        ("DATABASE_URL", "postgres://me:hunter2@db/shop"),
+        ("REFARCH_SERVE_EDIT_TOKEN", "hunter3"),
+        ("REFARCH_RELAY_PACK", "71"),
+    ];
+    let run = run(&["--config", &path, "--log-format", "json", "config"], &env).await;
+    assert_eq!(run.code, Some(0), "{run:?}");
+    assert!(!run.out.contains("hunter"), "{}", run.out);
+    let table: toml::Table = run.out.parse().unwrap();
+    let key = |section: &str, key: &str| table[section][key].clone();
+    assert_eq!(key("relay", "poll_ms"), 7.into());
+    assert_eq!(key("relay", "pack"), 71.into());
+    assert_eq!(key("log", "format"), "json".into());
+    assert_eq!(key("database", "url"), "[redacted]".into());
+    assert_eq!(key("serve", "edit_token"), "[redacted]".into());
+}
+
+#[tokio::test]
+async fn help_names_what_one_needs() {
+    let first = run(&["--help"], &[]).await;
+    let needs =
+        ["scripts/setup", "DATABASE_URL", "POSTGRES_DB_HOST", "Exit codes: 0 done, 1 failed, 2 wrong usage"];
+    for need in needs {
+        assert!(first.out.contains(need), "{need}: {}", first.out);
+    }
+    let table: &[(&str, &[&str])] = &[
+        ("up", &["--products", "--workers", "--bind", "--until-synced"]),
+        ("serve", &["--bind", "127.0.0.1:3000"]),
+        ("listen", &["--until-idle"]),
+        ("embed", &["--workers", "--until-idle"]),
+        ("generate", &["--count", "--seed", "--output", "--load", "10000"]),
+        ("migrate", &["--json"]),
+        ("status", &["--json", "--watch"]),
+        ("config", &[]),
+        ("psql", &["[ARGS]..."]),
+        ("completions", &["bash", "zsh", "fish"]),
+    ];
+    for (command, needs) in table {
+        assert!(first.out.contains(&format!("\n  {command} ")), "{command}: {}", first.out);
+        let help = run(&[command, "--help"], &[]).await;
+        assert_eq!(help.code, Some(0));
+        for need in needs.iter().chain(&["--config", "--log-format", "--log-level"]) {
+            assert!(help.out.contains(need), "{command} {need}: {}", help.out);
+        }
+    }
+    let version = run(&["--version"], &[]).await;
+    assert_eq!(version.out, format!("refarch {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[tokio::test]
+async fn completions_know_the_roles() {
+    for shell in ["bash", "zsh", "fish"] {
+        let run = run(&["completions", shell], &[]).await;
+        assert_eq!(run.code, Some(0));
+        assert!(run.out.contains("listen") && run.out.contains("until-idle"), "{shell}");
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_stops_reading_is_no_failure() {
+    for args in [&["config"][..], &["completions", "zsh"], &["--help"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = into(writer, args).await;
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {output:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_full_disk_is_a_failure() {
+    let full = std::fs::File::create("/dev/full").unwrap();
+    let output = into(full, &["config"]).await;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("No space left"), "{output:?}");
+}
+
+#[tokio::test]
+async fn a_database_that_cannot_be_reached_is_named_without_its_password() {
+    let port = common::free_port();
+    let url = format!("postgres://me:hunter2@127.0.0.1:{port}/shop");
+    for command in ["listen", "embed", "migrate", "status"] {
+        let begun = Instant::now();
+        let env = [("DATABASE_URL", url.as_str()), ("REFARCH_DATABASE_CONNECT_TIMEOUT_S", "1")];
+        let run = run(&[command], &env).await;
+        assert_eq!(run.code, Some(1), "{run:?}");
+        assert!(run.err.contains(&format!("127.0.0.1:{port}/shop")), "{}", run.err);
+        assert!(run.err.contains("Connection refused"), "{}", run.err);
+        assert!(!run.err.contains("hunter2"), "{}", run.err);
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+    failure(&["status"], &[("DATABASE_URL", "the usual one")], "read database.url").await;
+}
+
+#[tokio::test]
+async fn psql_works_on_the_configured_database_and_passes_its_exit_code_on() {
+    let database = Database::create().await;
+    let mut good = database.refarch();
+    // What is in the environment for another server must not get in the way.
+    good.env("PGHOST", "elsewhere").env("PGSERVICE", "other").env("PGHOSTADDR", "192.0.2.1");
+    let sql = "SELECT current_database() LIKE 'test%', current_user";
+    let output = good.args(["psql", "-XAtc", sql]).output().await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "t|refarch\n", "{output:?}");
+    let bad = database.refarch().args(["psql", "-Xc", "SELECT 1/0"]).output().await.unwrap();
+    assert_eq!(bad.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&bad.stderr).contains("division by zero"), "{bad:?}");
+    let mut script = database.refarch();
+    script.args(["psql", "-X", "-v", "ON_ERROR_STOP=1", "-f", "-"]).stdin(Stdio::piped());
+    let mut script = script.stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdin = script.stdin.take().unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut stdin, b"SELECT 1/0;\n").await.unwrap();
+    drop(stdin);
+    assert_eq!(script.wait().await.unwrap().code(), Some(3));
+}
+
+#[tokio::test]
+async fn a_missing_psql_is_said() {
+    let empty = tempfile::tempdir().unwrap();
+    let path = empty.path().to_str().unwrap();
+    let env = [("DATABASE_URL", "postgres://me@127.0.0.1/x"), ("PATH", path), ("REFARCH_RUNTIME_DIR", path)];
+    failure(&["psql"], &env, "there is no psql: run scripts/setup").await;
+}
