@@ -1,8 +1,10 @@
 //! One module a subcommand.
 
 pub mod embed;
+pub mod generate;
 pub mod listen;
 pub mod migrate;
+pub mod progress;
 pub mod psql;
 pub mod status;
 
@@ -20,6 +22,7 @@ use crate::config::Settings;
 /// Takes the role that the command line names.
 pub async fn run(command: Command, settings: Settings) -> anyhow::Result<()> {
     match command {
+        Command::Generate(args) => generate::run(&args, &settings).await,
         Command::Listen(args) => listen::run(&args, &settings).await,
         Command::Embed(args) => embed::run(&args, &settings).await,
         Command::Migrate(args) => migrate::run(&args, &settings).await,

@@ -1,0 +1,366 @@
+//! Products that a person would believe.
+//!
+//! A product depends on seed and number alone: products can be made in any order, by any number of
+//! threads, and the first thousand of a million are the thousand of a thousand.
+
+use fake::Fake as _;
+use fake::faker::name::en::LastName;
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+
+use super::vocabulary::{AI_OPENINGS, ECO, KINDS, Kind, Power};
+
+/// Makers of one run.
+const MAKERS: usize = 512;
+
+/// Products have numbers below this: 40 bits of a SKU are the number's.
+pub const MAX_COUNT: u64 = 1 << 40;
+
+/// Days over which the dates of last edits are spread, from 2023-09-01.
+const DAYS: u64 = 730;
+
+/// Crockford's base 32: no I, L, O or U.
+const ALPHABET: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
+
+/// What is true of a product: what its description says, for tests to hold a search against.
+#[derive(Clone, Copy, Debug)]
+pub struct Attributes {
+    /// What kind of thing it is.
+    pub kind: &'static Kind,
+    /// What drives it.
+    pub power: Power,
+    /// What it is made of.
+    pub material: &'static str,
+    /// What it is for.
+    pub purpose: &'static str,
+    /// Whom it is made for.
+    pub audience: &'static str,
+    /// What artificial intelligence does in it.
+    pub ai: Option<&'static str>,
+    /// In which way it is kind to the environment.
+    pub eco: Option<&'static str>,
+}
+
+/// A product as text, reused from one to the next.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Text {
+    /// Maker and noun.
+    pub name: String,
+    /// Unique for every seed below 2^24 and every number below [`MAX_COUNT`].
+    pub sku: String,
+    /// What is embedded.
+    pub description: String,
+    /// `$344.87`
+    pub price: String,
+    /// `2023-09-20 22:51:32`
+    pub last_updated: String,
+}
+
+/// Makes the products of one seed.
+pub struct Catalogue {
+    seed: u64,
+    makers: Vec<String>,
+    days: Vec<String>,
+}
+
+/// `SplitMix64` (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+struct Draw(u64);
+
+impl Draw {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        mix(self.0)
+    }
+
+    /// A number below `bound`, by multiplication: the bias, bound in 2^32, is nothing here.
+    fn below(&mut self, bound: usize) -> usize {
+        (((self.next() >> 32) * bound as u64) >> 32) as usize
+    }
+
+    fn of<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.below(choices.len())]
+    }
+
+    fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// `SplitMix64`'s finalizer: a bijection of 64 bits.
+fn mix(z: u64) -> u64 {
+    let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+impl Catalogue {
+    /// The products of a seed.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        let mut names = StdRng::seed_from_u64(seed);
+        let makers = (0..MAKERS).map(|_| LastName().fake_with_rng(&mut names)).collect();
+        let first = jiff::civil::date(2023, 9, 1);
+        let days = (0..DAYS)
+            .map(|day| first.saturating_add(jiff::Span::new().days(day as i64)).to_string())
+            .collect();
+        Self { seed, makers, days }
+    }
+
+    /// Writes product `number` into `text`, and says what is true of it.
+    pub fn product(&self, number: u64, text: &mut Text) -> Attributes {
+        let mut draw = Draw(mix(self.seed ^ mix(number.wrapping_add(1))));
+        let kind = &KINDS[draw.below(KINDS.len())];
+        let noun = draw.of(kind.nouns);
+        let attributes = Attributes {
+            kind,
+            power: draw.of(kind.powers),
+            material: draw.of(kind.materials),
+            purpose: draw.of(kind.uses),
+            audience: draw.of(kind.audiences),
+            ai: (!kind.ai.is_empty() && draw.one_in(3)).then(|| draw.of(kind.ai)),
+            eco: draw.one_in(4).then(|| draw.of(ECO)),
+        };
+        let maker = self.makers[draw.below(self.makers.len())].as_str();
+        let size = draw.of(kind.sizes);
+        describe(&mut text.description, &mut draw, &attributes, noun, maker, size);
+
+        text.name.clear();
+        push(&mut text.name, &[maker, " "]);
+        push_capitalized(&mut text.name, noun);
+        text.name.push(' ');
+        push_number(&mut text.name, 100 + draw.below(900) as u64);
+        self.push_sku(&mut text.sku, kind, number);
+        push_price(&mut text.price, &mut draw, kind.price);
+        self.push_date(&mut text.last_updated, &mut draw);
+        attributes
+    }
+
+    /// Kind, and 64 bits in which seed and number are mixed one to one.
+    fn push_sku(&self, sku: &mut String, kind: &Kind, number: u64) {
+        let mut bits = mix((self.seed << 40) | (number & (MAX_COUNT - 1)));
+        sku.clear();
+        sku.push_str(kind.code);
+        for at in 0..13 {
+            if matches!(at, 0 | 5 | 9) {
+                sku.push('-');
+            }
+            sku.push(char::from(ALPHABET[(bits & 31) as usize]));
+            bits >>= 5;
+        }
+    }
+
+    fn push_date(&self, date: &mut String, draw: &mut Draw) {
+        date.clear();
+        date.push_str(&self.days[draw.below(self.days.len())]);
+        for (separator, bound) in [(' ', 24), (':', 60), (':', 60)] {
+            let value = draw.below(bound) as u64;
+            date.push(separator);
+            date.push(char::from(b'0' + (value / 10) as u8));
+            date.push(char::from(b'0' + (value % 10) as u8));
+        }
+    }
+}
+
+/// One or two sentences on what it is, and one each on intelligence, environment and maker.
+fn describe(text: &mut String, draw: &mut Draw, it: &Attributes, noun: &str, maker: &str, size: &str) {
+    text.clear();
+    let adjective = draw.of(it.power.adjectives());
+    let gap = if adjective.is_empty() { "" } else { " " };
+    match draw.below(5) {
+        0 => {
+            push_article(text, size, true);
+            push(text, &[size, gap, adjective, " ", noun, " in ", it.material, " for ", it.purpose, "."]);
+        }
+        1 => {
+            let first = if adjective.is_empty() { noun } else { adjective };
+            push(text, &["For ", it.purpose, ": "]);
+            push_article(text, first, false);
+            push(text, &[adjective, gap, noun, " of ", it.material, ", ", size, "."]);
+        }
+        2 => {
+            let first = if adjective.is_empty() { noun } else { adjective };
+            push_capitalized(text, first);
+            if !adjective.is_empty() {
+                push(text, &[" ", noun]);
+            }
+            push(text, &[" (", size, ") made of ", it.material, ", good for ", it.purpose, "."]);
+        }
+        3 => {
+            push_capitalized(text, it.material);
+            push(text, &[" ", noun, ", ", size]);
+            if !adjective.is_empty() {
+                push(text, &[", ", adjective]);
+            }
+            push(text, &[": just right for ", it.purpose, "."]);
+        }
+        _ => {
+            push(
+                text,
+                &[
+                    "This ",
+                    size,
+                    gap,
+                    adjective,
+                    " ",
+                    noun,
+                    " in ",
+                    it.material,
+                    " is meant for ",
+                    it.purpose,
+                    ".",
+                ],
+            );
+        }
+    }
+    if let Some(ai) = it.ai {
+        push(text, &[" ", draw.of(AI_OPENINGS), " ", ai, "."]);
+    }
+    if let Some(eco) = it.eco {
+        push(text, &[" ", eco, "."]);
+    }
+    match draw.below(4) {
+        0 => push(text, &[" Made by ", maker, " for ", it.audience, "."]),
+        1 => push(text, &[" ", maker, " designed it for ", it.audience, "."]),
+        2 => push(text, &[" For ", it.audience, ", from ", maker, "."]),
+        _ => push(text, &[" A favourite with ", it.audience, ", by ", maker, "."]),
+    }
+}
+
+fn push(text: &mut String, parts: &[&str]) {
+    parts.iter().for_each(|part| text.push_str(part));
+}
+
+fn push_capitalized(text: &mut String, words: &str) {
+    let mut letters = words.chars();
+    text.extend(letters.next().map(|first| first.to_ascii_uppercase()));
+    text.push_str(letters.as_str());
+}
+
+fn push_article(text: &mut String, next: &str, capital: bool) {
+    // By sound: an 8 and an 11 and an 18 begin with a vowel, a u as in ukulele does not.
+    let vowel = next.starts_with(['a', 'e', 'i', 'o', '8'])
+        || next.starts_with("ultra")
+        || next.starts_with("upper")
+        || ["11", "18"]
+            .iter()
+            .any(|number| next.starts_with(number) && !next[2..].starts_with(|c: char| c.is_ascii_digit()));
+    text.push_str(match (vowel, capital) {
+        (true, true) => "An ",
+        (true, false) => "an ",
+        (false, true) => "A ",
+        (false, false) => "a ",
+    });
+}
+
+fn push_number(text: &mut String, number: u64) {
+    let mut digits = [0_u8; 20];
+    let mut at = digits.len();
+    let mut rest = number;
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    text.extend(digits[at..].iter().map(|digit| char::from(*digit)));
+}
+
+/// Dollars within the kind's range, and cents as shops like them.
+fn push_price(price: &mut String, draw: &mut Draw, (least, greatest): (u32, u32)) {
+    price.clear();
+    price.push('$');
+    push_number(price, u64::from(least) + draw.below((greatest - least) as usize) as u64);
+    let cents = if draw.one_in(2) { 99 } else { draw.below(100) as u64 };
+    price.push('.');
+    price.push(char::from(b'0' + (cents / 10) as u8));
+    price.push(char::from(b'0' + (cents % 10) as u8));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    fn texts(seed: u64, count: u64) -> Vec<Text> {
+        let catalogue = Catalogue::new(seed);
+        (0..count)
+            .map(|number| {
+                let mut text = Text::default();
+                catalogue.product(number, &mut text);
+                text
+            })
+            .collect()
+    }
+
+    #[test]
+    fn skus_are_unique_within_and_across_seeds() {
+        let mut seen = HashSet::new();
+        for seed in [0, 1, 2, (1 << 24) - 1] {
+            for text in texts(seed, 50_000) {
+                assert!(seen.insert(text.sku.clone()), "{} comes again", text.sku);
+            }
+        }
+    }
+
+    #[test]
+    fn descriptions_are_mostly_distinct_and_of_believable_length() {
+        let texts = texts(7, 100_000);
+        let distinct: HashSet<&str> = texts.iter().map(|text| text.description.as_str()).collect();
+        assert!(distinct.len() > 95_000, "{} distinct", distinct.len());
+        for text in &texts {
+            let words = text.description.split(' ').count();
+            assert!((8..=60).contains(&words), "{words} words: {}", text.description);
+            assert!(!text.description.contains("  "), "{}", text.description);
+            assert!(text.name.len() <= 255 && text.sku.len() <= 255);
+        }
+    }
+
+    #[test]
+    fn prices_and_dates_have_the_reference_architectures_form() {
+        for text in texts(3, 1_000) {
+            let (dollars, cents) = text.price.strip_prefix('$').unwrap().split_once('.').unwrap();
+            assert!(dollars.parse::<u32>().unwrap() >= 9 && cents.len() == 2, "{}", text.price);
+            text.last_updated.parse::<jiff::civil::DateTime>().unwrap();
+            assert_eq!(text.last_updated.len(), "2023-09-20 22:51:32".len());
+        }
+    }
+
+    #[test]
+    fn the_description_says_what_is_true_of_the_product() {
+        let catalogue = Catalogue::new(5);
+        let mut text = Text::default();
+        for number in 0..5_000 {
+            let it = catalogue.product(number, &mut text);
+            let description = text.description.to_lowercase();
+            for said in [it.material, it.purpose, it.audience] {
+                assert!(description.contains(&said.to_lowercase()), "{said}: {description}");
+            }
+            assert_eq!(
+                it.ai.is_some(),
+                text.description.contains("AI") || text.description.contains("artificial"),
+                "{description}"
+            );
+        }
+    }
+
+    #[test]
+    fn articles_follow_the_sound() {
+        for (next, article) in [
+            ("electric kettle", "an "),
+            ("8 kg", "an "),
+            ("11-inch", "an "),
+            ("18-volt", "an "),
+            ("120 cm", "a "),
+            ("180-litre", "a "),
+            ("ukulele", "a "),
+            ("850-watt", "an "),
+        ] {
+            let mut text = String::new();
+            push_article(&mut text, next, false);
+            assert_eq!(text, article, "{next}");
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! `refarch generate`: fake products to stress the whole, as CSV or straight into the table.
+
+pub mod catalogue;
+pub mod vocabulary;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+use std::pin::pin;
+use std::sync::mpsc as blocking;
+
+use anyhow::{Context as _, bail};
+use bytes::Bytes;
+use futures::SinkExt as _;
+use rayon::prelude::*;
+use tokio::sync::mpsc;
+
+use super::progress::Progress;
+use crate::backend::Database;
+use crate::cli;
+use crate::config::Settings;
+use catalogue::{Catalogue, MAX_COUNT, Text};
+
+/// Columns of the CSV, in the reference architecture's order.
+pub const COLUMNS: [&str; 5] = ["name", "sku", "description", "price", "last_updated"];
+
+/// Products that one thread makes at a time: some 2 MB of CSV.
+const BLOCK: u64 = 8_192;
+
+/// Blocks for each thread that are made before they are written: enough to even threads out.
+const BLOCKS_PER_THREAD: u64 = 4;
+
+/// Finished rounds of blocks that may wait for a slow reader.
+const ROUNDS_AHEAD: usize = 1;
+
+/// Runs the role.
+pub async fn run(args: &cli::Generate, settings: &Settings) -> anyhow::Result<()> {
+    if args.count > MAX_COUNT {
+        bail!("--count {} is more than the {MAX_COUNT} for which SKUs stay unique", args.count);
+    }
+    let progress = Progress::new("generating products", args.count);
+    if args.load {
+        return super::with_database(settings, async |database: &Database| {
+            let backends = super::open(database, settings).await?;
+            let client = backends.postgres.client().await?;
+            load(&client, &backends.target.table.relation, args.count, args.seed, &progress).await?;
+            progress.finish();
+            Ok(())
+        })
+        .await;
+    }
+    let (count, seed, path) = (args.count, args.seed, args.output.clone());
+    tokio::task::spawn_blocking(move || {
+        write(&path, count, seed, &progress)?;
+        progress.finish();
+        Ok(())
+    })
+    .await?
+}
+
+/// Streams products into a table (its name quoted) by COPY.
+pub async fn load(
+    client: &tokio_postgres::Client,
+    table: &str,
+    count: u64,
+    seed: u64,
+    progress: &Progress,
+) -> anyhow::Result<()> {
+    let (blocks, mut made) = mpsc::channel::<(u64, Vec<u8>)>(2);
+    let maker = tokio::task::spawn_blocking(move || {
+        in_order(&Catalogue::new(seed), count, |done, csv| {
+            // Closed when the COPY failed, which is told there.
+            blocks.blocking_send((done, csv)).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        })
+    });
+    let sql = format!("COPY {table} ({}) FROM STDIN WITH (FORMAT csv)", COLUMNS.join(", "));
+    let what = || format!("load products into {table}");
+    let sink = client.copy_in(&sql).await.with_context(what)?;
+    let mut sink = pin!(sink);
+    while let Some((done, csv)) = made.recv().await {
+        sink.send(Bytes::from(csv)).await.with_context(what)?;
+        progress.set(done);
+    }
+    maker.await??;
+    sink.finish().await.with_context(what)?;
+    Ok(())
+}
+
+/// Writes a CSV file, or standard output for `-`. A file gets its name only when it is whole.
+fn write(path: &Path, count: u64, seed: u64, progress: &Progress) -> anyhow::Result<()> {
+    let catalogue = Catalogue::new(seed);
+    if path == Path::new("-") {
+        return write_to(&mut io::stdout().lock(), &catalogue, count, progress)
+            .context("write to standard output");
+    }
+    let what = || format!("write {}", path.display());
+    // What is there and no plain file (a pipe, a device) can't be replaced by a renamed one.
+    if path.metadata().is_ok_and(|there| !there.is_file()) {
+        if path.is_dir() {
+            bail!("cannot write {}: it is a folder; name a file in it", path.display());
+        }
+        let mut file = File::options().write(true).open(path).with_context(what)?;
+        return write_to(&mut file, &catalogue, count, progress).with_context(what);
+    }
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let written = File::create(&partial).and_then(|mut file| {
+        write_to(&mut file, &catalogue, count, progress)?;
+        std::fs::rename(&partial, path)
+    });
+    if written.is_err() {
+        // It may never have been made.
+        let _ = std::fs::remove_file(&partial);
+    }
+    written.with_context(what)
+}
+
+/// The header and `count` products.
+fn write_to(out: &mut impl Write, catalogue: &Catalogue, count: u64, progress: &Progress) -> io::Result<()> {
+    out.write_all(COLUMNS.join(",").as_bytes())?;
+    out.write_all(b"\n")?;
+    // Made by other threads while this one writes.
+    let (rounds, made) = blocking::sync_channel::<(u64, Vec<u8>)>(ROUNDS_AHEAD);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            in_order(catalogue, count, |done, csv| {
+                rounds.send((done, csv)).map_err(|_| io::ErrorKind::BrokenPipe.into())
+            })
+        });
+        for (done, csv) in made {
+            out.write_all(&csv)?;
+            progress.set(done);
+        }
+        out.flush()
+    })
+}
+
+/// Makes products in blocks on all threads of the current rayon pool and hands the blocks on in
+/// order, each with the number of products made so far.
+pub fn in_order(
+    catalogue: &Catalogue,
+    count: u64,
+    mut hand_on: impl FnMut(u64, Vec<u8>) -> io::Result<()>,
+) -> io::Result<()> {
+    let round = BLOCKS_PER_THREAD * rayon::current_num_threads() as u64;
+    let blocks = count.div_ceil(BLOCK);
+    for first in (0..blocks).step_by(round as usize) {
+        let made: Vec<Vec<u8>> = (first..blocks.min(first + round))
+            .into_par_iter()
+            .map(|block| csv_of(catalogue, block * BLOCK..count.min((block + 1) * BLOCK)))
+            .collect::<Result<_, _>>()?;
+        for (block, csv) in (first..).zip(made) {
+            hand_on(count.min((block + 1) * BLOCK), csv)?;
+        }
+    }
+    Ok(())
+}
+
+fn csv_of(catalogue: &Catalogue, numbers: std::ops::Range<u64>) -> io::Result<Vec<u8>> {
+    let mut writer = csv::Writer::from_writer(Vec::with_capacity((BLOCK * 280) as usize));
+    let mut text = Text::default();
+    for number in numbers {
+        catalogue.product(number, &mut text);
+        writer.write_record([&text.name, &text.sku, &text.description, &text.price, &text.last_updated])?;
+    }
+    writer.into_inner().map_err(|error| io::Error::other(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(threads: usize, seed: u64, count: u64) -> Vec<u8> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let mut all = Vec::new();
+        let catalogue = Catalogue::new(seed);
+        let done = pool.install(|| {
+            let mut last = 0;
+            in_order(&catalogue, count, |done, csv| {
+                all.extend_from_slice(&csv);
+                last = done;
+                Ok(())
+            })
+            .unwrap();
+            last
+        });
+        assert_eq!(done, count);
+        all
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_bytes_on_any_number_of_threads() {
+        let one = bytes(1, 42, 40_000);
+        for threads in [2, 3, 8] {
+            assert!(bytes(threads, 42, 40_000) == one, "{threads} threads differ");
+        }
+        assert!(bytes(2, 43, 40_000) != one);
+        assert!(one.starts_with(&bytes(2, 42, 10_000)), "fewer products are the first of more");
+    }
+
+    #[test]
+    fn what_was_written_reads_back_as_csv() {
+        let csv = bytes(2, 1, 5_000);
+        let mut reader = csv::ReaderBuilder::new().has_headers(false).from_reader(csv.as_slice());
+        let catalogue = Catalogue::new(1);
+        let mut text = Text::default();
+        for (number, record) in (0..).zip(reader.records()) {
+            catalogue.product(number, &mut text);
+            let record = record.unwrap();
+            let expected = [&text.name, &text.sku, &text.description, &text.price, &text.last_updated];
+            assert_eq!(record.iter().collect::<Vec<_>>(), expected.map(String::as_str));
+        }
+    }
+}
