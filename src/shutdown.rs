@@ -30,6 +30,7 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
 }
 
 /// A token that is cancelled when `grace` has passed since `stop`.
+#[must_use]
 pub fn after_grace(stop: &CancellationToken, grace: std::time::Duration) -> CancellationToken {
     let abort = CancellationToken::new();
     let (stop, token) = (stop.clone(), abort.clone());

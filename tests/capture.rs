@@ -54,7 +54,9 @@ impl Captured {
         for row in rows {
             taken.entry(row.get(0)).or_default().extend(row.get::<_, Vec<String>>(1));
         }
-        taken.values_mut().for_each(|ids| ids.sort());
+        for ids in taken.values_mut() {
+            ids.sort();
+        }
         taken
     }
 

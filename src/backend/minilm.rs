@@ -274,7 +274,9 @@ fn fingerprint(path: &Path) -> std::io::Result<String> {
         (&weights).take(SAMPLE_BYTES).read_to_end(&mut bytes)?;
         digest.update(&bytes);
     }
-    Ok(digest.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect())
+    let mut start = [0; 8];
+    start[2..].copy_from_slice(&digest.finalize()[..6]);
+    Ok(format!("{:012x}", u64::from_be_bytes(start)))
 }
 
 /// A file of a model folder, checked to be there.

@@ -89,6 +89,9 @@ pub struct Indexer {
     pace: AtomicU64,
 }
 
+/// A text to embed, and the places of the planned writes that want its vector.
+type Wanted = (Arc<str>, Vec<usize>);
+
 /// A change as the messages tell it.
 #[derive(Clone, Copy, Debug)]
 struct Hint {
@@ -442,9 +445,9 @@ impl Indexer {
 
 /// Decides what is to be done for each id, dropping those that are in sync, and lists the distinct
 /// texts to embed with the writes that want them.
-fn plan(peeked: Vec<Peeked>, hints: &BTreeMap<String, Hint>) -> (Vec<Planned>, Vec<(Arc<str>, Vec<usize>)>) {
+fn plan(peeked: Vec<Peeked>, hints: &BTreeMap<String, Hint>) -> (Vec<Planned>, Vec<Wanted>) {
     let mut planned = Vec::new();
-    let mut texts: Vec<(Arc<str>, Vec<usize>)> = Vec::new();
+    let mut texts: Vec<Wanted> = Vec::new();
     let mut seen: HashMap<Hash, usize> = HashMap::new();
     for Peeked { id, row, entry } in peeked {
         if entry.as_ref().is_some_and(|entry| entry.matches(row.as_ref())) {
@@ -481,7 +484,7 @@ fn plan(peeked: Vec<Peeked>, hints: &BTreeMap<String, Hint>) -> (Vec<Planned>, V
     (planned, texts)
 }
 
-fn give_vectors(planned: &mut [Planned], texts: &[(Arc<str>, Vec<usize>)], vectors: &[Embedding]) {
+fn give_vectors(planned: &mut [Planned], texts: &[Wanted], vectors: &[Embedding]) {
     for ((_, writes), vector) in texts.iter().zip(vectors) {
         for at in writes {
             if let Desired::Present { embedding, .. } = &mut planned[*at].desired {

@@ -1,5 +1,8 @@
 //! `refarch migrate`: the schema, and capture armed on the table.
 
+use std::fmt::Write as _;
+
+use crate::backend::postgres::migrate::Report;
 use crate::backend::{self, Database};
 use crate::cli;
 use crate::config::Settings;
@@ -8,28 +11,34 @@ use crate::config::Settings;
 pub async fn run(args: &cli::Migrate, settings: &Settings) -> anyhow::Result<()> {
     super::with_database(settings, async |database: &Database| {
         let report = backend::migrate(&database.postgres, settings).await?;
-        if args.json {
-            println!("{}", serde_json::to_string(&report)?);
-            return Ok(());
-        }
-        let list = |what: &str, names: &[String]| {
-            if !names.is_empty() {
-                println!("{what}: {}", names.join(", "));
-            }
-        };
-        list("applied", &report.applied);
-        list("created", &report.created);
-        list("armed", &report.armed);
-        if report.queued > 0 {
-            println!("queued: {} rows that were there already", report.queued);
-        }
         for warning in &report.warnings {
             eprintln!("warning: {warning}");
         }
-        if report == backend::postgres::migrate::Report::default() {
-            println!("nothing to do: {} is up to date", database.postgres.address());
-        }
-        Ok(())
+        let text = if args.json {
+            serde_json::to_string(&report)? + "\n"
+        } else {
+            text(&report, &database.postgres.address())
+        };
+        super::print(text.as_bytes())
     })
     .await
+}
+
+fn text(report: &Report, address: &str) -> String {
+    let mut text = String::new();
+    for (what, names) in
+        [("applied", &report.applied), ("created", &report.created), ("armed", &report.armed)]
+    {
+        if !names.is_empty() {
+            // Writing to a string can't fail.
+            let _ = writeln!(text, "{what}: {}", names.join(", "));
+        }
+    }
+    if report.queued > 0 {
+        let _ = writeln!(text, "queued: {} rows that were there already", report.queued);
+    }
+    if text.is_empty() {
+        let _ = writeln!(text, "nothing to do: {address} is up to date");
+    }
+    text
 }

@@ -1,9 +1,7 @@
 //! `refarch status`: what is pending, in flight and in sync.
 
-use std::io::Write as _;
+use std::fmt::Write as _;
 use std::time::Duration;
-
-use anyhow::Context as _;
 
 use crate::backend::postgres::status::Status;
 use crate::backend::{Backends, Database};
@@ -22,9 +20,7 @@ pub async fn run(args: &cli::Status, settings: &Settings) -> anyhow::Result<()> 
         loop {
             let status = backends.status().await?;
             let text = if args.json { serde_json::to_string(&status)? + "\n" } else { text(&status) };
-            let mut out = std::io::stdout().lock();
-            out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("write to standard output")?;
-            drop(out);
+            super::print(text.as_bytes())?;
             if !args.watch || stop.run_until_cancelled(tokio::time::sleep(WATCH_EVERY)).await.is_none() {
                 return Ok(());
             }
@@ -64,10 +60,12 @@ pub fn text(status: &Status) -> String {
         ms(status.freshness_ms.p99),
     );
     for worker in &status.workers {
-        text.push_str(&format!(
-            "worker         {} on {} (pid {}), up {} s, {} applied, {} embedded\n",
+        // Writing to a string can't fail.
+        let _ = writeln!(
+            text,
+            "worker         {} on {} (pid {}), up {} s, {} applied, {} embedded",
             worker.role, worker.host, worker.pid, worker.uptime_s, worker.applied, worker.embedded
-        ));
+        );
     }
     text
 }

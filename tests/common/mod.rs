@@ -60,14 +60,14 @@ impl Database {
     /// A connection that listens on a channel, and what it hears.
     pub async fn listener(&self, channel: &str) -> (Client, mpsc::UnboundedReceiver<AsyncMessage>) {
         let (client, mut connection) = tokio_postgres::connect(&self.url(), NoTls).await.unwrap();
-        let (heard, hears) = mpsc::unbounded_channel();
+        let (heard, notifications) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             while let Some(Ok(message)) = std::future::poll_fn(|cx| connection.poll_message(cx)).await {
                 let _ = heard.send(message);
             }
         });
         client.batch_execute(&format!("LISTEN {channel}")).await.unwrap();
-        (client, hears)
+        (client, notifications)
     }
 
     /// The executable, with this database configured.

@@ -56,10 +56,9 @@ impl Waiter {
 
     /// Returns at the next ring since [`Self::arm`], or after `timeout`.
     pub async fn wait(&mut self, timeout: Duration) {
-        match tokio::time::timeout(timeout, self.0.changed()).await {
+        if let Ok(Err(_)) = tokio::time::timeout(timeout, self.0.changed()).await {
             // The listening task is gone, at the end of the process: leave it to the poll.
-            Ok(Err(_)) => tokio::time::sleep(timeout).await,
-            Ok(Ok(())) | Err(_) => {}
+            tokio::time::sleep(timeout).await;
         }
     }
 }

@@ -227,7 +227,9 @@ fn describe(text: &mut String, draw: &mut Draw, it: &Attributes, noun: &str, mak
 }
 
 fn push(text: &mut String, parts: &[&str]) {
-    parts.iter().for_each(|part| text.push_str(part));
+    for part in parts {
+        text.push_str(part);
+    }
 }
 
 fn push_capitalized(text: &mut String, words: &str) {
