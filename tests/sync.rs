@@ -14,7 +14,7 @@ use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
 use refarch::pipeline::indexer::{self, Indexer};
 use refarch::pipeline::meter::Meter;
 use refarch::pipeline::outbox::Transferred;
-use refarch::pipeline::queue::{Backlog, JobQueue as _};
+use refarch::pipeline::queue::Backlog;
 use refarch::pipeline::relay::{self, Relay};
 use refarch::pipeline::schedule::Scheduler;
 use refarch::secret::Secret;
@@ -24,7 +24,7 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 /// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 
 static MODEL: OnceCell<LoadedModel> = OnceCell::const_new();
 

@@ -6,11 +6,12 @@ pub mod listen;
 pub mod migrate;
 pub mod progress;
 pub mod psql;
+pub mod serve;
 pub mod status;
+pub mod up;
 
 use std::io::{self, Write};
 
-use anyhow::bail;
 use clap::CommandFactory;
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +27,8 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<()> {
         Command::Listen(args) => listen::run(&args, &settings).await,
         Command::Embed(args) => embed::run(&args, &settings).await,
         Command::Migrate(args) => migrate::run(&args, &settings).await,
+        Command::Serve(_) => serve::run(&settings).await,
+        Command::Up(args) => up::run(&args, &settings).await,
         Command::Status(args) => status::run(&args, &settings).await,
         Command::Config => print(toml::to_string(&settings)?.as_bytes()),
         Command::Completions { shell } => {
@@ -34,7 +37,6 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<()> {
             print(&script)
         }
         Command::Psql(args) => psql::run(args, &settings).await,
-        _ => bail!("not yet"),
     }
 }
 

@@ -4,6 +4,7 @@ pub mod bell;
 pub mod ledger;
 pub mod migrate;
 pub mod outbox;
+pub mod products;
 pub mod registry;
 pub mod source;
 pub mod status;

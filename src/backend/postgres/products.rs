@@ -1,0 +1,326 @@
+//! The reference architecture's table, as the page and the API read and edit it.
+
+use std::collections::HashMap;
+
+use deadpool_postgres::Pool;
+use serde::Deserialize;
+use serde_json::Value;
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+
+use super::failure;
+use crate::pipeline::failure::{Class, Error, Result};
+use crate::product::Product;
+
+/// What one statement may take, so that a page never holds a connection for long.
+const STATEMENT_TIMEOUT: &str = "5s";
+
+/// Looking for an exact SKU or name reads the whole table, unless the user has an index: it gets
+/// this long, and then the search goes on without.
+const EXACT_TIMEOUT: &str = "300ms";
+
+/// Rows with the same name that are listed first.
+const EXACT_LIMIT: i64 = 20;
+
+/// Tables with more rows than this, by the planner's estimate, are not counted for a page.
+const COUNT_UP_TO: f32 = 200_000.0;
+
+/// What a reader is shown of a row. `xmin` changes with every write to it.
+const COLUMNS: &str = "p.id::bigint, p.name::text, p.sku::text, p.description, p.price::text, \
+                       p.last_updated::text, p.xmin::text";
+
+/// The columns of the reference architecture's own answers.
+const LEGACY: &str = "jsonb_build_object('id', p.id, 'created_at', p.created_at, 'name', p.name, 'sku', p.sku, \
+                      'description', p.description, 'price', p.price, 'last_updated', p.last_updated, 'uuid', p.uuid)";
+
+/// A page of the table.
+#[derive(Debug)]
+pub struct Page {
+    /// Rows, by id.
+    pub rows: Vec<Product>,
+    /// Rows of the table.
+    pub total: u64,
+    /// Whether that is the planner's estimate.
+    pub total_estimated: bool,
+}
+
+/// How a row matches a search term exactly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exact {
+    /// By its SKU.
+    Sku,
+    /// By its name.
+    Name,
+}
+
+/// Columns to write. One that is absent stays as it is; null writes null.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Edit {
+    /// Name, at most 255 characters.
+    #[serde(default, deserialize_with = "present")]
+    pub name: Option<Option<String>>,
+    /// SKU, at most 255 characters.
+    #[serde(default, deserialize_with = "present")]
+    pub sku: Option<Option<String>>,
+    /// Description.
+    #[serde(default, deserialize_with = "present")]
+    pub description: Option<Option<String>>,
+    /// Price, in any form that `money` reads.
+    #[serde(default, deserialize_with = "present")]
+    pub price: Option<Option<String>>,
+}
+
+/// Tells a null that was given from a key that was not.
+fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
+    Option::<String>::deserialize(deserializer).map(Some)
+}
+
+/// What became of an edit.
+#[derive(Debug)]
+pub enum Edited<T> {
+    /// It was made.
+    Done(T),
+    /// Somebody was faster: the row as it is now.
+    Stale(Product),
+    /// There is no such row.
+    Gone,
+}
+
+/// What became of an edit by SKU.
+#[derive(Debug)]
+pub enum EditedBySku {
+    /// The row as it is now.
+    Done(Value),
+    /// No row bears the SKU.
+    Unknown,
+    /// This many rows bear it, and none was changed.
+    Ambiguous(usize),
+}
+
+/// The table of products.
+#[derive(Clone)]
+pub struct Products {
+    pool: Pool,
+    relation: String,
+}
+
+impl Products {
+    /// The products in a table, whose name is quoted.
+    #[must_use]
+    pub fn new(pool: Pool, relation: &str) -> Self {
+        Self { pool, relation: relation.into() }
+    }
+
+    /// Whether the table has the columns of the reference architecture's.
+    pub async fn check(&self) -> Result<()> {
+        self.query(&format!("SELECT {COLUMNS}, {LEGACY} FROM {} p LIMIT 0", self.relation), &[]).await.map(drop).map_err(
+            |error| {
+                let hint = "the page shows the reference architecture's columns id, created_at, name, sku, description, price, last_updated, uuid";
+                Error::fatal(format!("read {}", self.relation), format!("{}; {hint}", error.message))
+            },
+        )
+    }
+
+    /// Page `page` (from 1) of `per_page` rows, by id.
+    pub async fn page(&self, page: u64, per_page: u64) -> Result<Page> {
+        let offset = (page - 1).saturating_mul(per_page);
+        let sql = format!("SELECT {COLUMNS} FROM {} p ORDER BY p.id LIMIT $1 OFFSET $2", self.relation);
+        let rows = self.query(&sql, &[&as_i64(per_page), &as_i64(offset)]).await?;
+        let estimate = self
+            .query("SELECT reltuples FROM pg_class WHERE oid = $1::text::regclass", &[&self.relation])
+            .await?;
+        let estimate: f32 = estimate.first().map_or(0.0, |row| row.get(0));
+        let total_estimated = estimate > COUNT_UP_TO;
+        let total = if total_estimated {
+            estimate as u64
+        } else {
+            let count = self.query(&format!("SELECT count(*) FROM {}", self.relation), &[]).await?;
+            count.first().map_or(0, |row| row.get::<_, i64>(0)) as u64
+        };
+        Ok(Page { rows: rows.iter().map(product).collect(), total, total_estimated })
+    }
+
+    /// One row.
+    pub async fn get(&self, id: i64) -> Result<Option<Product>> {
+        let sql = format!("SELECT {COLUMNS} FROM {} p WHERE p.id = $1::bigint", self.relation);
+        Ok(self.query(&sql, &[&id]).await?.first().map(product))
+    }
+
+    /// Rows in the order of their ids; those that are gone are left out.
+    pub async fn by_ids(&self, ids: &[i64]) -> Result<Vec<Product>> {
+        let sql = format!("SELECT {COLUMNS} FROM {} p WHERE p.id = ANY ($1::bigint[])", self.relation);
+        let rows = self.query(&sql, &[&ids]).await?;
+        let mut by_id: HashMap<i64, Product> = rows.iter().map(product).map(|row| (row.id, row)).collect();
+        Ok(ids.iter().filter_map(|id| by_id.remove(id)).collect())
+    }
+
+    /// Rows whose SKU or name is the term but for case: SKUs first, then by id. Nothing when that
+    /// takes too long.
+    pub async fn exact(&self, term: &str) -> Result<Vec<(i64, Exact)>> {
+        let sql = format!(
+            "SELECT p.id::bigint, lower(p.sku) = lower($1) IS TRUE AS by_sku FROM {} p \
+             WHERE lower(p.sku) = lower($1) OR lower(p.name) = lower($1) ORDER BY 2 DESC, 1 LIMIT $2",
+            self.relation
+        );
+        match self.query_within(EXACT_TIMEOUT, &sql, &[&term, &EXACT_LIMIT]).await {
+            Ok(rows) => Ok(rows
+                .iter()
+                .map(|row| (row.get(0), if row.get(1) { Exact::Sku } else { Exact::Name }))
+                .collect()),
+            Err(error) if error.class == Class::Retryable => {
+                tracing::debug!(%error, "searching without exact matches: an index on lower(sku) and lower(name) would help");
+                Ok(Vec::new())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Adds a row; what the edit leaves out is null.
+    pub async fn create(&self, edit: Edit) -> Result<Product> {
+        check(&edit)?;
+        let sql = format!(
+            "INSERT INTO {} AS p (name, sku, description, price, last_updated) \
+             VALUES ($1, $2, $3, $4::text::money, current_date) RETURNING {COLUMNS}",
+            self.relation
+        );
+        let values = [edit.name.flatten(), edit.sku.flatten(), edit.description.flatten(), edit.price.flatten()];
+        let rows = self.query(&sql, &[&values[0], &values[1], &values[2], &values[3]]).await?;
+        rows.first().map(product).ok_or_else(|| Error::retryable("add a row", "nothing came back"))
+    }
+
+    /// Edits a row that is at `revision`.
+    pub async fn patch(&self, id: i64, revision: &str, edit: Edit) -> Result<Edited<Product>> {
+        check(&edit)?;
+        let sql = format!(
+            "UPDATE {} p SET name = CASE WHEN $3 THEN $4 ELSE p.name END, sku = CASE WHEN $5 THEN $6 ELSE p.sku END, \
+               description = CASE WHEN $7 THEN $8 ELSE p.description END, \
+               price = CASE WHEN $9 THEN $10::text::money ELSE p.price END, last_updated = current_date \
+             WHERE p.id = $1::bigint AND p.xmin::text = $2 RETURNING {COLUMNS}",
+            self.relation
+        );
+        let Edit { name, sku, description, price } = edit;
+        let given = [name.is_some(), sku.is_some(), description.is_some(), price.is_some()];
+        let (name, sku, description, price) = (name.flatten(), sku.flatten(), description.flatten(), price.flatten());
+        let rows = self
+            .query(
+                &sql,
+                &[&id, &revision, &given[0], &name, &given[1], &sku, &given[2], &description, &given[3], &price],
+            )
+            .await?;
+        match rows.first() {
+            Some(row) => Ok(Edited::Done(product(row))),
+            None => self.refused(id).await,
+        }
+    }
+
+    /// Deletes a row that is at `revision`.
+    pub async fn delete(&self, id: i64, revision: &str) -> Result<Edited<()>> {
+        let sql =
+            format!("DELETE FROM {} p WHERE p.id = $1::bigint AND p.xmin::text = $2 RETURNING p.id::bigint", self.relation);
+        match self.query(&sql, &[&id, &revision]).await?.first() {
+            Some(_) => Ok(Edited::Done(())),
+            None => self.refused(id).await,
+        }
+    }
+
+    /// Why a conditional write met no row.
+    async fn refused<T>(&self, id: i64) -> Result<Edited<T>> {
+        Ok(self.get(id).await?.map_or(Edited::Gone, Edited::Stale))
+    }
+
+    /// Rows with all columns, in the order of their ids.
+    pub async fn legacy_by_ids(&self, ids: &[i64]) -> Result<Vec<Value>> {
+        let sql = format!("SELECT p.id::bigint, {LEGACY} FROM {} p WHERE p.id = ANY ($1::bigint[])", self.relation);
+        let rows = self.query(&sql, &[&ids]).await?;
+        let mut by_id: HashMap<i64, Value> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        Ok(ids.iter().filter_map(|id| by_id.remove(id)).collect())
+    }
+
+    /// A page of the table with all columns, by id.
+    pub async fn legacy_page(&self, page: u64, per_page: u64) -> Result<Vec<Value>> {
+        let offset = (page - 1).saturating_mul(per_page);
+        let sql = format!("SELECT {LEGACY} FROM {} p ORDER BY p.id LIMIT $1 OFFSET $2", self.relation);
+        let rows = self.query(&sql, &[&as_i64(per_page), &as_i64(offset)]).await?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// Changes the description of the one row that bears the SKU.
+    pub async fn describe_by_sku(&self, sku: &str, description: &str) -> Result<EditedBySku> {
+        check_text("sku", sku, Some(255))?;
+        check_text("description", description, None)?;
+        let fail = |error: tokio_postgres::Error| failure("edit a row by its SKU", &error);
+        let mut client = super::client(&self.pool).await?;
+        let transaction = client.transaction().await.map_err(fail)?;
+        transaction.batch_execute(&format!("SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}'")).await.map_err(fail)?;
+        let sql = format!("SELECT id::bigint FROM {} WHERE sku = $1 FOR UPDATE", self.relation);
+        let rows = transaction.query(&sql, &[&sku]).await.map_err(fail)?;
+        let [row] = rows.as_slice() else {
+            return Ok(if rows.is_empty() { EditedBySku::Unknown } else { EditedBySku::Ambiguous(rows.len()) });
+        };
+        let id: i64 = row.get(0);
+        let sql = format!(
+            "UPDATE {} p SET description = $2, last_updated = current_date WHERE p.id = $1::bigint RETURNING {LEGACY}",
+            self.relation
+        );
+        let row = transaction.query_one(&sql, &[&id, &description]).await.map_err(fail)?;
+        transaction.commit().await.map_err(fail)?;
+        Ok(EditedBySku::Done(row.get(0)))
+    }
+
+    async fn query(&self, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
+        self.query_within(STATEMENT_TIMEOUT, sql, parameters).await
+    }
+
+    /// Runs one statement, which PostgreSQL ends after `timeout`.
+    async fn query_within(&self, timeout: &str, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
+        let fail = |error: tokio_postgres::Error| failure("read or write products", &error);
+        let mut client = super::client(&self.pool).await?;
+        let statement = client.prepare_cached(sql).await.map_err(fail)?;
+        let transaction = client.transaction().await.map_err(fail)?;
+        transaction.batch_execute(&format!("SET LOCAL statement_timeout = '{timeout}'")).await.map_err(fail)?;
+        let rows = transaction.query(&statement, parameters).await.map_err(fail)?;
+        transaction.commit().await.map_err(fail)?;
+        Ok(rows)
+    }
+}
+
+fn as_i64(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn product(row: &Row) -> Product {
+    Product {
+        id: row.get(0),
+        name: row.get(1),
+        sku: row.get(2),
+        description: row.get(3),
+        price: row.get(4),
+        last_updated: row.get(5),
+        revision: row.get(6),
+    }
+}
+
+/// Refuses what PostgreSQL's text can't hold, in words of ours.
+fn check(edit: &Edit) -> Result<()> {
+    let limited =
+        [("name", &edit.name, Some(255)), ("sku", &edit.sku, Some(255)), ("description", &edit.description, None), ("price", &edit.price, None)];
+    for (column, value, limit) in limited {
+        if let Some(Some(text)) = value {
+            check_text(column, text, limit)?;
+        }
+    }
+    Ok(())
+}
+
+fn check_text(column: &str, text: &str, limit: Option<usize>) -> Result<()> {
+    if text.contains('\0') {
+        return Err(Error::permanent(format!("write {column}"), "text cannot hold the character NUL"));
+    }
+    match limit {
+        Some(limit) if text.chars().count() > limit => {
+            Err(Error::permanent(format!("write {column}"), format!("it is longer than {limit} characters")))
+        }
+        _ => Ok(()),
+    }
+}

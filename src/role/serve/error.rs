@@ -1,0 +1,82 @@
+//! What the API answers when it can't do what was asked.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::pipeline::failure::{Class, Error};
+
+/// An answer that is not what was asked for. The body is `{"error": {"code", "message"}}`.
+#[derive(Debug)]
+pub struct Refusal {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+    /// Further keys of the body.
+    extra: Option<(&'static str, Value)>,
+}
+
+impl Refusal {
+    /// A refusal with its status, a code for machines and a message for people.
+    pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, code, message: message.into(), extra: None }
+    }
+
+    /// 400: the request is wrong, and the message says what would be right.
+    pub fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "bad_request", message)
+    }
+
+    /// 404
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "not_found", message)
+    }
+
+    /// Adds a key beside `error`.
+    #[must_use]
+    pub fn with(mut self, key: &'static str, value: Value) -> Self {
+        self.extra = Some((key, value));
+        self
+    }
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        match error.class {
+            Class::Permanent => Self::bad_request(error.to_string()),
+            Class::Retryable => {
+                tracing::warn!(%error, "request failed");
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "a backend does not answer; try again")
+            }
+            Class::Fatal => {
+                // The number leads whoever reports it to this line of the log; the reason stays here.
+                let request_id = format!("{:08x}", rand::random::<u32>());
+                tracing::error!(request_id, %error, "request failed");
+                Self::new(
+                    StatusCode::INTERNAL_SERVER_ERROR,
+                    "internal",
+                    format!("internal error; the log has more under request {request_id}"),
+                )
+            }
+        }
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let mut body = json!({ "error": { "code": self.code, "message": self.message } });
+        if let Some((key, value)) = self.extra {
+            body[key] = value;
+        }
+        let mut response = (self.status, Json(body)).into_response();
+        let headers = response.headers_mut();
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}

@@ -1,0 +1,263 @@
+//! The HTTP API.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::rejection::{JsonRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router, middleware};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::error::Refusal;
+use super::guard::{Guard, watch};
+use super::{App, asset, search};
+use crate::backend::postgres::products::{Edit, Edited, EditedBySku};
+use crate::product::Product;
+
+/// A request's greatest body: a description of a megabyte, and JSON's escapes.
+const MAX_BODY: usize = 2 * 1024 * 1024;
+
+/// How long an answer may take.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long readiness waits for a backend.
+const READY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Rows on a page of the reference architecture.
+const LEGACY_PAGE: u64 = 10;
+
+/// Pages past this are empty for certain: their rows could not be counted.
+const MAX_PAGE: u64 = 1_000_000_000;
+
+type Shared = State<Arc<App>>;
+type Answer<T> = Result<T, Refusal>;
+
+/// JSON in, with refusals of our form.
+#[derive(FromRequest)]
+#[from_request(via(axum::Json), rejection(Refusal))]
+struct Body<T>(T);
+
+/// A query string, with refusals of our form.
+#[derive(FromRequestParts)]
+#[from_request(via(axum::extract::Query), rejection(Refusal))]
+struct Query<T>(T);
+
+impl From<JsonRejection> for Refusal {
+    fn from(rejection: JsonRejection) -> Self {
+        let code = match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => "too_large",
+            StatusCode::UNSUPPORTED_MEDIA_TYPE => "unsupported_media_type",
+            // The right syntax in the wrong shape is no less the caller's mistake.
+            _ => return Self::bad_request(rejection.body_text()),
+        };
+        Self::new(rejection.status(), code, rejection.body_text())
+    }
+}
+
+impl From<QueryRejection> for Refusal {
+    fn from(rejection: QueryRejection) -> Self {
+        Self::bad_request(rejection.body_text())
+    }
+}
+
+/// All routes.
+pub fn router(app: Arc<App>, guard: Guard) -> Router {
+    Router::new()
+        .route("/api/v1/products", get(list).post(create))
+        .route("/api/v1/products/{id}", get(read).patch(patch).delete(delete))
+        .route("/api/v1/search", get(find))
+        .route("/api/v1/status", get(status))
+        .route("/api/products", post(legacy_search))
+        .route("/api/updateDescription", post(legacy_update))
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(ready))
+        .merge(asset::routes())
+        .fallback(async |uri: Uri| Refusal::not_found(format!("there is nothing at {}", uri.path())))
+        .method_not_allowed_fallback(async || {
+            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path does not take that method")
+        })
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(middleware::from_fn(time_out))
+        .layer(middleware::from_fn_with_state(Arc::new(guard), watch))
+        .with_state(app)
+}
+
+async fn time_out(request: axum::extract::Request, next: middleware::Next) -> Response {
+    match tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "timeout", "this took too long; try again").into_response(),
+    }
+}
+
+#[derive(Deserialize)]
+struct Paging {
+    q: Option<String>,
+    page: Option<String>,
+    per_page: Option<String>,
+}
+
+impl Paging {
+    /// Page and rows a page, checked. They come as text, so that a refusal can say what they were.
+    fn resolve(&self, app: &App) -> Answer<(u64, u64)> {
+        let number = |name: &str, given: &Option<String>, default: u64, most: u64| match given {
+            None => Ok(default),
+            Some(text) => text
+                .parse()
+                .ok()
+                .filter(|value| (1..=most).contains(value))
+                .ok_or_else(|| Refusal::bad_request(format!("{name}={text}: use a whole number from 1 to {most}"))),
+        };
+        Ok((number("page", &self.page, 1, MAX_PAGE)?, number("per_page", &self.per_page, app.page_size, 100)?))
+    }
+}
+
+async fn list(State(app): Shared, Query(paging): Query<Paging>) -> Answer<Json<Value>> {
+    let (page, per_page) = paging.resolve(&app)?;
+    let found = app.products.page(page, per_page).await?;
+    Ok(Json(json!({
+        "page": page,
+        "per_page": per_page,
+        "total": found.total,
+        "total_estimated": found.total_estimated,
+        "rows": found.rows,
+    })))
+}
+
+async fn find(State(app): Shared, Query(paging): Query<Paging>) -> Answer<Json<search::Results>> {
+    let (page, per_page) = paging.resolve(&app)?;
+    search::search(&app, paging.q.as_deref().unwrap_or_default(), page, per_page).await.map(Json)
+}
+
+fn row_id(text: &str) -> Answer<i64> {
+    text.parse().map_err(|_| Refusal::bad_request(format!("{text:?} is not the id of a row: use a whole number")))
+}
+
+async fn read(State(app): Shared, Path(id): Path<String>) -> Answer<Response> {
+    let id = row_id(&id)?;
+    let product = app.products.get(id).await?.ok_or_else(|| no_row(id))?;
+    let searchable = app.probe.is_searchable(&id.to_string()).await?;
+    let mut response = with_revision(StatusCode::OK, &product);
+    let mut body = json!(product);
+    body["searchable"] = json!(searchable);
+    *response.body_mut() = body.to_string().into();
+    Ok(response)
+}
+
+async fn create(State(app): Shared, Body(edit): Body<Edit>) -> Answer<Response> {
+    let product = app.products.create(edit).await?;
+    let mut response = with_revision(StatusCode::CREATED, &product);
+    if let Ok(location) = HeaderValue::from_str(&format!("/api/v1/products/{}", product.id)) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    Ok(response)
+}
+
+async fn patch(
+    State(app): Shared,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+    Body(edit): Body<Edit>,
+) -> Answer<Response> {
+    let id = row_id(&id)?;
+    match app.products.patch(id, revision(&headers)?, edit).await? {
+        Edited::Done(product) => Ok(with_revision(StatusCode::OK, &product)),
+        Edited::Stale(current) => Err(stale(&current)),
+        Edited::Gone => Err(no_row(id)),
+    }
+}
+
+async fn delete(State(app): Shared, Path(id): Path<String>, headers: HeaderMap) -> Answer<StatusCode> {
+    let id = row_id(&id)?;
+    match app.products.delete(id, revision(&headers)?).await? {
+        Edited::Done(()) => Ok(StatusCode::NO_CONTENT),
+        Edited::Stale(current) => Err(stale(&current)),
+        Edited::Gone => Err(no_row(id)),
+    }
+}
+
+fn no_row(id: i64) -> Refusal {
+    Refusal::not_found(format!("there is no row {id}"))
+}
+
+fn stale(current: &Product) -> Refusal {
+    Refusal::new(StatusCode::PRECONDITION_FAILED, "stale", "the row was changed meanwhile; see current")
+        .with("current", json!(current))
+}
+
+fn with_revision(status: StatusCode, product: &Product) -> Response {
+    let mut response = (status, Json(product)).into_response();
+    if let Ok(tag) = HeaderValue::from_str(&format!("\"{}\"", product.revision)) {
+        response.headers_mut().insert(header::ETAG, tag);
+    }
+    response
+}
+
+/// The revision that an edit is based on.
+fn revision(headers: &HeaderMap) -> Answer<&str> {
+    let required = || {
+        Refusal::new(
+            StatusCode::PRECONDITION_REQUIRED,
+            "revision_required",
+            "send If-Match with the row's revision in quotes, so that nobody's edit is overwritten unseen",
+        )
+    };
+    let tag = headers.get(header::IF_MATCH).and_then(|tag| tag.to_str().ok()).ok_or_else(required)?;
+    tag.strip_prefix('"').and_then(|tag| tag.strip_suffix('"')).ok_or_else(required)
+}
+
+async fn status(State(app): Shared) -> Answer<Json<Value>> {
+    Ok(Json(app.probe.status().await?))
+}
+
+async fn ready(State(app): Shared) -> Answer<&'static str> {
+    let reasons = [
+        ("database", tokio::time::timeout(READY_TIMEOUT, app.products.check()).await.ok().is_some_and(|r| r.is_ok())),
+        ("index", tokio::time::timeout(READY_TIMEOUT, app.index.query(&app.zero, 1)).await.ok().is_some_and(|r| r.is_ok())),
+    ];
+    let failing: Vec<&str> = reasons.iter().filter(|(_, answers)| !answers).map(|(name, _)| *name).collect();
+    if failing.is_empty() {
+        return Ok("ready\n");
+    }
+    let message = format!("no answer from: {}", failing.join(", "));
+    Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message))
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct LegacySearch {
+    #[serde(default)]
+    search_term: String,
+    current_page: Option<i64>,
+}
+
+async fn legacy_search(State(app): Shared, Body(body): Body<LegacySearch>) -> Answer<Json<Vec<Value>>> {
+    let page = body.current_page.and_then(|page| u64::try_from(page).ok()).unwrap_or(1).clamp(1, MAX_PAGE);
+    if body.search_term.trim().is_empty() {
+        return Ok(Json(app.products.legacy_page(page, LEGACY_PAGE).await?));
+    }
+    let results = search::search(&app, &body.search_term, page, LEGACY_PAGE).await?;
+    let ids: Vec<i64> = results.rows.iter().map(|hit| hit.product.id).collect();
+    Ok(Json(app.products.legacy_by_ids(&ids).await?))
+}
+
+#[derive(Deserialize)]
+struct LegacyUpdate {
+    sku: String,
+    description: String,
+}
+
+async fn legacy_update(State(app): Shared, Body(body): Body<LegacyUpdate>) -> Answer<Json<Value>> {
+    match app.products.describe_by_sku(&body.sku, &body.description).await? {
+        EditedBySku::Done(row) => Ok(Json(row)),
+        EditedBySku::Unknown => Err(Refusal::not_found(format!("no row bears the SKU {:?}", body.sku))),
+        EditedBySku::Ambiguous(count) => Err(Refusal::new(
+            StatusCode::CONFLICT,
+            "ambiguous_sku",
+            format!("{count} rows bear the SKU {:?}, and none was changed: edit by id with PATCH /api/v1/products/{{id}}", body.sku),
+        )),
+    }
+}

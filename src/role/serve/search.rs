@@ -1,0 +1,162 @@
+//! A search: exact matches first, then by meaning.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::http::StatusCode;
+use serde::Serialize;
+
+use super::App;
+use super::error::Refusal;
+use crate::backend::postgres::products::Exact;
+use crate::product::Product;
+
+/// Ranked rows that paging can reach.
+const TOP: usize = 1_000;
+
+/// A search term's greatest length, in characters: the model reads some 256 words at most.
+const MAX_TERM: usize = 2_000;
+
+/// How long a search waits for its turn.
+const TURN: Duration = Duration::from_secs(5);
+
+/// How a row came to be in the results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Its SKU is the term.
+    Sku,
+    /// Its name is the term.
+    Name,
+    /// Its text means something similar.
+    Semantic,
+}
+
+/// A row with its rank's reasons.
+#[derive(Clone, Debug, Serialize)]
+pub struct Hit {
+    /// The row.
+    #[serde(flatten)]
+    pub product: Product,
+    /// Cosine similarity to the term; none for an exact match that is not among the nearest.
+    pub score: Option<f32>,
+    /// Why it is here.
+    #[serde(rename = "match")]
+    pub kind: Kind,
+}
+
+/// A page of results.
+#[derive(Clone, Debug, Serialize)]
+pub struct Results {
+    /// The term.
+    pub query: String,
+    /// The page, from 1.
+    pub page: u64,
+    /// Rows on a page.
+    pub per_page: u64,
+    /// Whether there are more.
+    pub has_next: bool,
+    /// How long it took.
+    pub took_ms: u64,
+    /// The rows, best first.
+    pub rows: Vec<Hit>,
+}
+
+/// A row's place in the ranking.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Ranked {
+    pub id: i64,
+    pub score: Option<f32>,
+    pub kind: Kind,
+}
+
+/// Searches for a term.
+pub async fn search(app: &App, term: &str, page: u64, per_page: u64) -> Result<Results, Refusal> {
+    let started = Instant::now();
+    let wanted = page.saturating_mul(per_page).min(TOP as u64) as usize;
+    let ranked = rank(app, term, wanted + 1).await?;
+    let first = (page - 1).saturating_mul(per_page);
+    let start = usize::try_from(first).unwrap_or(usize::MAX).min(ranked.len());
+    let end = start.saturating_add(per_page as usize).min(ranked.len());
+    let here = &ranked[start..end];
+    let ids: Vec<i64> = here.iter().map(|hit| hit.id).collect();
+    let products = app.products.by_ids(&ids).await?;
+    let rows = products
+        .into_iter()
+        .filter_map(|product| {
+            let ranked = here.iter().find(|ranked| ranked.id == product.id)?;
+            Some(Hit { product, score: ranked.score, kind: ranked.kind })
+        })
+        .collect();
+    Ok(Results {
+        query: term.into(),
+        page,
+        per_page,
+        has_next: end < ranked.len(),
+        took_ms: started.elapsed().as_millis() as u64,
+        rows,
+    })
+}
+
+/// Ranks at least `wanted` rows, if there are as many.
+pub(super) async fn rank(app: &App, term: &str, wanted: usize) -> Result<Vec<Ranked>, Refusal> {
+    let term = term.trim();
+    if term.is_empty() {
+        return Err(Refusal::bad_request("q is empty: give a search term"));
+    }
+    let length = term.chars().count();
+    if length > MAX_TERM {
+        return Err(Refusal::bad_request(format!("q has {length} characters; at most {MAX_TERM} are searched for")));
+    }
+    let busy = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "busy", "too many searches at once; try again");
+    let turn = tokio::time::timeout(TURN, app.searches.acquire()).await;
+    let Ok(Ok(_turn)) = turn else { return Err(busy()) };
+    let exact = app.products.exact(term);
+    let nearest = async {
+        let vector = app.embedder.embed(&[Arc::from(term)]).await?.remove(0);
+        app.index.query(&vector, wanted.clamp(1, TOP)).await
+    };
+    let (exact, nearest) = tokio::try_join!(exact, nearest)?;
+    let nearest = nearest
+        .into_iter()
+        // An id that is no number is of another table.
+        .filter_map(|found| Some((found.id.parse().ok()?, found.score)))
+        .collect::<Vec<(i64, f32)>>();
+    Ok(merge(&exact, &nearest))
+}
+
+/// Exact matches first, in their order; then the nearest that are not among them.
+fn merge(exact: &[(i64, Exact)], nearest: &[(i64, f32)]) -> Vec<Ranked> {
+    let score = |id| nearest.iter().find(|(near, _)| *near == id).map(|(_, score)| *score);
+    let mut seen = HashSet::new();
+    let exact = exact.iter().map(|(id, exact)| {
+        let kind = match exact {
+            Exact::Sku => Kind::Sku,
+            Exact::Name => Kind::Name,
+        };
+        Ranked { id: *id, score: score(*id), kind }
+    });
+    let nearest = nearest.iter().map(|(id, score)| Ranked { id: *id, score: Some(*score), kind: Kind::Semantic });
+    exact.chain(nearest).filter(|ranked| seen.insert(ranked.id)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exact_matches_come_first_and_nothing_twice() {
+        let merged = merge(&[(5, Exact::Sku), (9, Exact::Name)], &[(1, 0.9), (5, 0.8), (2, 0.7)]);
+        let short: Vec<_> = merged.iter().map(|ranked| (ranked.id, ranked.kind, ranked.score)).collect();
+        assert_eq!(
+            short,
+            [
+                (5, Kind::Sku, Some(0.8)),
+                (9, Kind::Name, None),
+                (1, Kind::Semantic, Some(0.9)),
+                (2, Kind::Semantic, Some(0.7))
+            ]
+        );
+    }
+}

@@ -1,0 +1,223 @@
+//! `refarch up`: every role in one process.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow};
+use serde::Serialize;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::generate;
+use super::progress::Progress;
+use crate::backend::{Backends, Database, LoadedModel};
+use crate::cli;
+use crate::config::Settings;
+use crate::pipeline::meter::Meter;
+use crate::shutdown;
+
+/// How often the progress line looks at the status.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// The products of an empty table are always the same ones.
+const SEED: u64 = 1;
+
+/// What `--until-synced` prints.
+#[derive(Debug, Serialize)]
+struct Summary {
+    /// Rows in the table, all of them searchable.
+    rows: u64,
+    /// From the start of loading to the last row searchable.
+    seconds: f64,
+    /// Texts that went through the model.
+    embedded: u64,
+    /// Those by the seconds.
+    docs_per_s: f64,
+    /// From statement to searchable.
+    freshness_ms: crate::backend::postgres::status::Freshness,
+    /// The process's largest resident set.
+    peak_memory_mib: u64,
+}
+
+/// Runs all roles until a stop signal, or with `--until-synced` until every row is searchable.
+pub async fn run(args: &cli::Up, settings: &Settings) -> anyhow::Result<()> {
+    let stop = shutdown::on_signal()?;
+    // Both can fail for a plain reason, which should come before a database is started.
+    let listener = super::serve::bind(settings).await?;
+    let model = {
+        let settings = settings.clone();
+        tokio::task::spawn_blocking(move || LoadedModel::load(&settings)).await??
+    };
+    super::with_database(settings, async |database: &Database| {
+        let report = crate::backend::migrate(&database.postgres, settings).await?;
+        for warning in report.warnings {
+            tracing::warn!(warning, "migrated");
+        }
+        let backends = Backends::open(&database.postgres, settings).await?;
+        run_roles(args, settings, &backends, model, listener, &stop).await
+    })
+    .await
+}
+
+async fn run_roles(
+    args: &cli::Up,
+    settings: &Settings,
+    backends: &Backends,
+    model: LoadedModel,
+    listener: TcpListener,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let address = listener.local_addr()?;
+    let model = Arc::new(model);
+    let meter: Arc<Meter> = Arc::default();
+    let mut roles: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    // Roles that depend on nobody's stop but this function's: when one fails, all stop.
+    let stop = stop.child_token();
+    {
+        let (backends, settings, stop) = (backends.clone(), settings.clone(), stop.clone());
+        roles.spawn(async move { super::listen::work(&backends, &settings, &stop, false).await.context("listen") });
+    }
+    {
+        let (backends, settings, stop) = (backends.clone(), settings.clone(), stop.clone());
+        let (model, meter) = (Arc::clone(&model), Arc::clone(&meter));
+        roles.spawn(async move {
+            super::embed::work(&backends, &settings, &model, &meter, &stop, false).await.context("embed")
+        });
+    }
+    {
+        let (backends, settings, stop) = (backends.clone(), settings.clone(), stop.clone());
+        let model = Arc::clone(&model);
+        roles.spawn(async move {
+            super::serve::work(listener, &backends, &settings, &model, &stop).await.context("serve")
+        });
+    }
+    let foreground = async {
+        let started = Instant::now();
+        fill(settings, backends, &stop).await?;
+        sync(backends, &stop).await?;
+        if stop.is_cancelled() {
+            return Ok(());
+        }
+        if args.until_synced {
+            return summarize(args, backends, &meter, started.elapsed()).await;
+        }
+        super::print(format!("refarch is up: http://{address}  (Ctrl-C stops it)\n").as_bytes())?;
+        stop.cancelled().await;
+        Ok(())
+    };
+    let mut result = tokio::select! {
+        result = foreground => result,
+        Some(ended) = roles.join_next() => match ended {
+            Ok(Ok(())) if stop.is_cancelled() => Ok(()),
+            Ok(Ok(())) => Err(anyhow!("a role ended by itself")),
+            Ok(Err(error)) => Err(error),
+            Err(error) => Err(error.into()),
+        },
+    };
+    stop.cancel();
+    while let Some(ended) = roles.join_next().await {
+        result = result.and(ended?);
+    }
+    result
+}
+
+/// Fills an empty table.
+async fn fill(settings: &Settings, backends: &Backends, stop: &CancellationToken) -> anyhow::Result<()> {
+    let table = &backends.target.table.relation;
+    let client = backends.postgres.client().await?;
+    let sql = format!("SELECT NOT EXISTS (SELECT FROM {table})");
+    let empty: bool = client.query_one(&sql, &[]).await.context("look whether the table is empty")?.get(0);
+    if !empty || settings.up.products == 0 {
+        return Ok(());
+    }
+    let progress = Progress::new("loading products", settings.up.products);
+    let load = generate::load(&client, table, settings.up.products, SEED, &progress);
+    if let Some(loaded) = stop.run_until_cancelled(load).await {
+        loaded?;
+    }
+    progress.finish();
+    Ok(())
+}
+
+/// Shows progress until all is searchable.
+async fn sync(backends: &Backends, stop: &CancellationToken) -> anyhow::Result<()> {
+    let mut status = backends.status().await?;
+    if status.is_synced() {
+        return Ok(());
+    }
+    let progress = Progress::new("making rows searchable", status.source_rows);
+    while !status.is_synced() {
+        // What stands in the dead letters does not become searchable by waiting.
+        if status.dead_letters > 0 && status.outstanding() == 0 {
+            progress.finish();
+            eprintln!(
+                "{} of {} rows are searchable; {} changes stand in the dead letters",
+                status.in_sync, status.source_rows, status.dead_letters
+            );
+            return Ok(());
+        }
+        progress.set_total(status.source_rows);
+        progress.set(status.in_sync);
+        if stop.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_none() {
+            return Ok(());
+        }
+        status = backends.status().await?;
+    }
+    progress.set(status.in_sync);
+    progress.finish();
+    Ok(())
+}
+
+async fn summarize(
+    args: &cli::Up,
+    backends: &Backends,
+    meter: &Meter,
+    took: Duration,
+) -> anyhow::Result<()> {
+    let status = backends.status().await?;
+    let (_, embedded) = meter.totals();
+    let freshness = meter.freshness();
+    let summary = Summary {
+        rows: status.source_rows,
+        seconds: took.as_secs_f64(),
+        embedded,
+        docs_per_s: embedded as f64 / took.as_secs_f64(),
+        freshness_ms: crate::backend::postgres::status::Freshness {
+            p50: freshness.quantile(0.5),
+            p99: freshness.quantile(0.99),
+        },
+        peak_memory_mib: peak_memory_mib()?,
+    };
+    anyhow::ensure!(
+        status.is_synced(),
+        "{} of {} rows are in sync, and {} changes stand in the dead letters",
+        status.in_sync,
+        status.source_rows,
+        status.dead_letters
+    );
+    let ms = |value: Option<u64>| value.map_or_else(|| "-".into(), |ms| format!("{ms} ms"));
+    let text = if args.json {
+        serde_json::to_string(&summary)? + "\n"
+    } else {
+        format!(
+            "rows in sync  {}\nseconds       {:.1}\nembedded      {} ({:.0} docs/s)\nfreshness     p50 {}, p99 {}\npeak memory   {} MiB\n",
+            summary.rows,
+            summary.seconds,
+            summary.embedded,
+            summary.docs_per_s,
+            ms(summary.freshness_ms.p50),
+            ms(summary.freshness_ms.p99),
+            summary.peak_memory_mib
+        )
+    };
+    super::print(text.as_bytes())
+}
+
+fn peak_memory_mib() -> anyhow::Result<u64> {
+    use nix::sys::resource::{UsageWho, getrusage};
+    let peak = getrusage(UsageWho::RUSAGE_SELF).context("ask for the peak memory")?.max_rss();
+    // Linux counts in KiB, macOS in bytes.
+    let per_mib = if cfg!(target_os = "macos") { 1024 * 1024 } else { 1024 };
+    Ok(u64::try_from(peak).unwrap_or_default() / per_mib)
+}
