@@ -93,7 +93,7 @@ pub(crate) async fn send_within(transaction: &Transaction<'_>, prefix: &str, job
         let headers: Vec<_> = of_lane.iter().map(|job| Json(json!({ "changes": job.changes() }))).collect();
         transaction
             .execute(
-                "SELECT pgmq.send_batch($1, $2::jsonb[], $3::jsonb[])",
+                "SELECT pgmq.send_batch($1::text, $2::jsonb[], $3::jsonb[])",
                 &[&names.lane(lane), &bodies, &headers],
             )
             .await
@@ -118,7 +118,9 @@ impl JobQueue for Pgmq {
         let fail = |error: tokio_postgres::Error| failure("receive jobs", &error);
         let client = self.postgres.client().await?;
         let statement = client
-            .prepare_cached("SELECT msg_id, read_ct, message FROM pgmq.read($1, $2, $3)")
+            .prepare_cached(
+                "SELECT msg_id, read_ct, message FROM pgmq.read($1::text, $2::integer, $3::integer)",
+            )
             .await
             .map_err(fail)?;
         let seconds = i32::try_from(self.visibility.as_secs()).unwrap_or(i32::MAX);
@@ -142,7 +144,7 @@ impl JobQueue for Pgmq {
             let ids = handles(receipts, lane)?;
             if !ids.is_empty() {
                 client
-                    .execute("SELECT pgmq.delete($1, $2::bigint[])", &[&self.names.lane(lane), &ids])
+                    .execute("SELECT pgmq.delete($1::text, $2::bigint[])", &[&self.names.lane(lane), &ids])
                     .await
                     .map_err(|error| failure("acknowledge jobs", &error))?;
             }
@@ -161,7 +163,7 @@ impl JobQueue for Pgmq {
             if !ids.is_empty() {
                 client
                     .execute(
-                        "SELECT pgmq.set_vt($1, $2::bigint[], $3)",
+                        "SELECT pgmq.set_vt($1::text, $2::bigint[], $3::integer)",
                         &[&self.names.lane(lane), &ids, &seconds],
                     )
                     .await
@@ -192,13 +194,16 @@ impl JobQueue for Pgmq {
         let transaction = client.transaction().await.map_err(fail)?;
         transaction
             .execute(
-                "SELECT pgmq.send($1, $2::jsonb, $3::jsonb)",
+                "SELECT pgmq.send($1::text, $2::jsonb, $3::jsonb)",
                 &[&self.names.dead(), &Json(body), &Json(headers)],
             )
             .await
             .map_err(fail)?;
         transaction
-            .execute("SELECT pgmq.delete($1, $2::bigint)", &[&self.names.lane(message.receipt.lane), &handle])
+            .execute(
+                "SELECT pgmq.delete($1::text, $2::bigint)",
+                &[&self.names.lane(message.receipt.lane), &handle],
+            )
             .await
             .map_err(fail)?;
         transaction

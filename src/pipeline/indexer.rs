@@ -30,6 +30,9 @@ use super::schedule::Scheduler;
 /// peeked and the last is written.
 const BATCHES_PER_LANE: usize = 3;
 
+/// Batches that are received ahead of the one that is worked on, however much is held.
+const PREFETCHED: usize = 1;
+
 /// Messages in one receive; SQS allows no more.
 const MAX_RECEIVE: usize = 10;
 
@@ -38,6 +41,16 @@ const MIN_HELD: u64 = 64;
 
 /// Changes that a lane holds at most, so that memory stays bounded when nothing has to be embedded.
 const MAX_HELD: u64 = 20_000;
+
+/// A message's changes are written in parts that take about this long to embed: what is embedded is
+/// found soon, and a row that changes meanwhile costs little.
+const WRITE_EVERY: Duration = Duration::from_millis(500);
+
+/// Changes in a part at least: enough slices for every thread.
+const MIN_PART: u64 = 32;
+
+/// Changes in a part at most, so that a transaction stays short.
+const MAX_PART: u64 = 1_000;
 
 /// Rounds of peek, embed and fenced write before a message is put back: more means that somebody
 /// rewrites these very rows all the time.
@@ -89,8 +102,8 @@ pub struct Indexer {
     pace: AtomicU64,
 }
 
-/// A text to embed, and the places of the planned writes that want its vector.
-type Wanted = (Arc<str>, Vec<usize>);
+/// The content hash of the text whose vector a write wants, if it wants one.
+type Wants = Option<Hash>;
 
 /// A change as the messages tell it.
 #[derive(Clone, Copy, Debug)]
@@ -116,7 +129,6 @@ impl Indexer {
 
     /// Applies messages of one lane and acknowledges them. On an error none of them is acknowledged.
     pub async fn step(&self, lane: Lane, messages: &[Message]) -> Result<Stepped> {
-        let started = Instant::now();
         let mut ours = Vec::new();
         for message in messages {
             match self.check(message) {
@@ -146,20 +158,25 @@ impl Indexer {
             }
         }
         let mut done = Stepped { changes: hints.len() as u64, ..Stepped::default() };
-        let mut rest: Vec<String> = hints.keys().cloned().collect();
-        for round in 0.. {
-            if rest.is_empty() {
-                break;
+        let ids: Vec<String> = hints.keys().cloned().collect();
+        let mut made = HashMap::new();
+        for part in ids.chunks(self.part()) {
+            let started = Instant::now();
+            let mut rest = part.to_vec();
+            for round in 0.. {
+                if rest.is_empty() {
+                    break;
+                }
+                if round == MAX_ROUNDS {
+                    return Err(Error::retryable("apply changes", "the rows kept changing meanwhile"));
+                }
+                rest = self.round(lane, rest, &hints, &mut made, &mut done).await?;
+                done.conflicts += u64::from(!rest.is_empty());
             }
-            if round == MAX_ROUNDS {
-                return Err(Error::retryable("apply changes", "the rows kept changing meanwhile"));
-            }
-            rest = self.round(lane, rest, &hints, &mut done).await?;
-            done.conflicts += u64::from(!rest.is_empty());
+            self.keep_pace(part.len() as u64, started.elapsed());
         }
         let receipts: Vec<Receipt> = ours.iter().map(|(message, _)| message.receipt.clone()).collect();
         self.queue.acknowledge(&receipts).await?;
-        self.keep_pace(done.changes, started.elapsed());
         Ok(done)
     }
 
@@ -169,20 +186,23 @@ impl Indexer {
         lane: Lane,
         ids: Vec<String>,
         hints: &BTreeMap<String, Hint>,
+        made: &mut HashMap<Hash, Embedding>,
         done: &mut Stepped,
     ) -> Result<Vec<String>> {
         let peeked = self.ledger.peek(&ids).await?;
-        let (mut planned, texts) = plan(peeked, hints);
+        let (planned, texts) = plan(peeked, hints);
         if planned.is_empty() {
             return Ok(Vec::new());
         }
-        let unique: Vec<Arc<str>> = texts.iter().map(|(text, _)| text.clone()).collect();
-        if !unique.is_empty() {
-            let vectors = self.scheduler.embed(lane, &unique).await?;
-            done.embedded += unique.len() as u64;
-            self.meter.embedded(unique.len() as u64);
-            give_vectors(&mut planned, &texts, &vectors);
+        let (hashes, texts): (Vec<Hash>, Vec<Arc<str>>) =
+            texts.into_iter().filter(|(hash, _)| !made.contains_key(hash)).unzip();
+        if !texts.is_empty() {
+            let vectors = self.scheduler.embed(lane, &texts).await?;
+            done.embedded += texts.len() as u64;
+            self.meter.embedded(texts.len() as u64);
+            made.extend(hashes.into_iter().zip(vectors));
         }
+        let planned = with_vectors(planned, made);
         let applied = self.fence()?.apply(&planned).await?;
         let committed = Instant::now();
         let written = planned.len() - applied.conflicted.len();
@@ -223,6 +243,12 @@ impl Indexer {
         let old = self.pace.load(Ordering::Relaxed);
         let new = if old == 0 { measured } else { (old * 3 + measured) / 4 };
         self.pace.store(new, Ordering::Relaxed);
+    }
+
+    /// Changes that are written together.
+    fn part(&self) -> usize {
+        let pace = self.pace.load(Ordering::Relaxed);
+        (pace * WRITE_EVERY.as_millis() as u64 / 1000).clamp(MIN_PART, MAX_PART) as usize
     }
 
     fn may_hold(&self) -> u64 {
@@ -311,7 +337,7 @@ impl Indexer {
                 break;
             };
             let room = self.may_hold().saturating_sub(held.load(Ordering::Relaxed));
-            let received = if room == 0 && held.load(Ordering::Relaxed) > 0 {
+            let received = if room == 0 && running.len() > PREFETCHED {
                 drop(permit);
                 // Something ends soon, since something is held.
                 if let Some(Some(ended)) = stop.run_until_cancelled(running.join_next()).await {
@@ -444,11 +470,13 @@ impl Indexer {
 }
 
 /// Decides what is to be done for each id, dropping those that are in sync, and lists the distinct
-/// texts to embed with the writes that want them.
-fn plan(peeked: Vec<Peeked>, hints: &BTreeMap<String, Hint>) -> (Vec<Planned>, Vec<Wanted>) {
+/// texts whose vectors are wanted.
+fn plan(
+    peeked: Vec<Peeked>,
+    hints: &BTreeMap<String, Hint>,
+) -> (Vec<(Planned, Wants)>, HashMap<Hash, Arc<str>>) {
     let mut planned = Vec::new();
-    let mut texts: Vec<Wanted> = Vec::new();
-    let mut seen: HashMap<Hash, usize> = HashMap::new();
+    let mut texts = HashMap::new();
     for Peeked { id, row, entry } in peeked {
         if entry.as_ref().is_some_and(|entry| entry.matches(row.as_ref())) {
             continue;
@@ -457,7 +485,7 @@ fn plan(peeked: Vec<Peeked>, hints: &BTreeMap<String, Hint>) -> (Vec<Planned>, V
         if entry.is_none() && row.is_none() {
             continue;
         }
-        let at = planned.len();
+        let mut wants = None;
         let desired = match row {
             None => Desired::Absent,
             Some(row) if !row.has_text() => Desired::Textless { row },
@@ -469,27 +497,27 @@ fn plan(peeked: Vec<Peeked>, hints: &BTreeMap<String, Hint>) -> (Vec<Planned>, V
                         && entry.content_hash == Some(row.content_hash)
                 });
                 if !vector_stands {
-                    let slot = *seen.entry(row.content_hash).or_insert_with(|| {
-                        texts.push((row.text.clone(), Vec::new()));
-                        texts.len() - 1
-                    });
-                    texts[slot].1.push(at);
+                    texts.entry(row.content_hash).or_insert_with(|| row.text.clone());
+                    wants = Some(row.content_hash);
                 }
                 Desired::Present { row, embedding: None }
             }
         };
         let version = hints.get(&id).map_or(0, |hint| hint.version);
-        planned.push(Planned { id, epoch: entry.map(|entry| entry.epoch), version, desired });
+        planned.push((Planned { id, epoch: entry.map(|entry| entry.epoch), version, desired }, wants));
     }
     (planned, texts)
 }
 
-fn give_vectors(planned: &mut [Planned], texts: &[Wanted], vectors: &[Embedding]) {
-    for ((_, writes), vector) in texts.iter().zip(vectors) {
-        for at in writes {
-            if let Desired::Present { embedding, .. } = &mut planned[*at].desired {
-                *embedding = Some(vector.clone());
+/// Gives each write the vector that it wants.
+fn with_vectors(planned: Vec<(Planned, Wants)>, made: &HashMap<Hash, Embedding>) -> Vec<Planned> {
+    planned
+        .into_iter()
+        .map(|(mut write, wants)| {
+            if let Desired::Present { embedding, .. } = &mut write.desired {
+                *embedding = wants.and_then(|hash| made.get(&hash).cloned());
             }
-        }
-    }
+            write
+        })
+        .collect()
 }

@@ -76,7 +76,9 @@ async fn run_roles(
     let stop = stop.child_token();
     {
         let (backends, settings, stop) = (backends.clone(), settings.clone(), stop.clone());
-        roles.spawn(async move { super::listen::work(&backends, &settings, &stop, false).await.context("listen") });
+        roles.spawn(async move {
+            super::listen::work(&backends, &settings, &stop, false).await.context("listen")
+        });
     }
     {
         let (backends, settings, stop) = (backends.clone(), settings.clone(), stop.clone());
@@ -169,12 +171,7 @@ async fn sync(backends: &Backends, stop: &CancellationToken) -> anyhow::Result<(
     Ok(())
 }
 
-async fn summarize(
-    args: &cli::Up,
-    backends: &Backends,
-    meter: &Meter,
-    took: Duration,
-) -> anyhow::Result<()> {
+async fn summarize(args: &cli::Up, backends: &Backends, meter: &Meter, took: Duration) -> anyhow::Result<()> {
     let status = backends.status().await?;
     let (_, embedded) = meter.totals();
     let freshness = meter.freshness();

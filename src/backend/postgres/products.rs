@@ -184,7 +184,8 @@ impl Products {
              VALUES ($1, $2, $3, $4::text::money, current_date) RETURNING {COLUMNS}",
             self.relation
         );
-        let values = [edit.name.flatten(), edit.sku.flatten(), edit.description.flatten(), edit.price.flatten()];
+        let values =
+            [edit.name.flatten(), edit.sku.flatten(), edit.description.flatten(), edit.price.flatten()];
         let rows = self.query(&sql, &[&values[0], &values[1], &values[2], &values[3]]).await?;
         rows.first().map(product).ok_or_else(|| Error::retryable("add a row", "nothing came back"))
     }
@@ -201,11 +202,23 @@ impl Products {
         );
         let Edit { name, sku, description, price } = edit;
         let given = [name.is_some(), sku.is_some(), description.is_some(), price.is_some()];
-        let (name, sku, description, price) = (name.flatten(), sku.flatten(), description.flatten(), price.flatten());
+        let (name, sku, description, price) =
+            (name.flatten(), sku.flatten(), description.flatten(), price.flatten());
         let rows = self
             .query(
                 &sql,
-                &[&id, &revision, &given[0], &name, &given[1], &sku, &given[2], &description, &given[3], &price],
+                &[
+                    &id,
+                    &revision,
+                    &given[0],
+                    &name,
+                    &given[1],
+                    &sku,
+                    &given[2],
+                    &description,
+                    &given[3],
+                    &price,
+                ],
             )
             .await?;
         match rows.first() {
@@ -216,8 +229,10 @@ impl Products {
 
     /// Deletes a row that is at `revision`.
     pub async fn delete(&self, id: i64, revision: &str) -> Result<Edited<()>> {
-        let sql =
-            format!("DELETE FROM {} p WHERE p.id = $1::bigint AND p.xmin::text = $2 RETURNING p.id::bigint", self.relation);
+        let sql = format!(
+            "DELETE FROM {} p WHERE p.id = $1::bigint AND p.xmin::text = $2 RETURNING p.id::bigint",
+            self.relation
+        );
         match self.query(&sql, &[&id, &revision]).await?.first() {
             Some(_) => Ok(Edited::Done(())),
             None => self.refused(id).await,
@@ -231,7 +246,8 @@ impl Products {
 
     /// Rows with all columns, in the order of their ids.
     pub async fn legacy_by_ids(&self, ids: &[i64]) -> Result<Vec<Value>> {
-        let sql = format!("SELECT p.id::bigint, {LEGACY} FROM {} p WHERE p.id = ANY ($1::bigint[])", self.relation);
+        let sql =
+            format!("SELECT p.id::bigint, {LEGACY} FROM {} p WHERE p.id = ANY ($1::bigint[])", self.relation);
         let rows = self.query(&sql, &[&ids]).await?;
         let mut by_id: HashMap<i64, Value> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
         Ok(ids.iter().filter_map(|id| by_id.remove(id)).collect())
@@ -252,11 +268,18 @@ impl Products {
         let fail = |error: tokio_postgres::Error| failure("edit a row by its SKU", &error);
         let mut client = super::client(&self.pool).await?;
         let transaction = client.transaction().await.map_err(fail)?;
-        transaction.batch_execute(&format!("SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}'")).await.map_err(fail)?;
+        transaction
+            .batch_execute(&format!("SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}'"))
+            .await
+            .map_err(fail)?;
         let sql = format!("SELECT id::bigint FROM {} WHERE sku = $1 FOR UPDATE", self.relation);
         let rows = transaction.query(&sql, &[&sku]).await.map_err(fail)?;
         let [row] = rows.as_slice() else {
-            return Ok(if rows.is_empty() { EditedBySku::Unknown } else { EditedBySku::Ambiguous(rows.len()) });
+            return Ok(if rows.is_empty() {
+                EditedBySku::Unknown
+            } else {
+                EditedBySku::Ambiguous(rows.len())
+            });
         };
         let id: i64 = row.get(0);
         let sql = format!(
@@ -273,12 +296,20 @@ impl Products {
     }
 
     /// Runs one statement, which PostgreSQL ends after `timeout`.
-    async fn query_within(&self, timeout: &str, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
+    async fn query_within(
+        &self,
+        timeout: &str,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>> {
         let fail = |error: tokio_postgres::Error| failure("read or write products", &error);
         let mut client = super::client(&self.pool).await?;
         let statement = client.prepare_cached(sql).await.map_err(fail)?;
         let transaction = client.transaction().await.map_err(fail)?;
-        transaction.batch_execute(&format!("SET LOCAL statement_timeout = '{timeout}'")).await.map_err(fail)?;
+        transaction
+            .batch_execute(&format!("SET LOCAL statement_timeout = '{timeout}'"))
+            .await
+            .map_err(fail)?;
         let rows = transaction.query(&statement, parameters).await.map_err(fail)?;
         transaction.commit().await.map_err(fail)?;
         Ok(rows)
@@ -303,8 +334,12 @@ fn product(row: &Row) -> Product {
 
 /// Refuses what PostgreSQL's text can't hold, in words of ours.
 fn check(edit: &Edit) -> Result<()> {
-    let limited =
-        [("name", &edit.name, Some(255)), ("sku", &edit.sku, Some(255)), ("description", &edit.description, None), ("price", &edit.price, None)];
+    let limited = [
+        ("name", &edit.name, Some(255)),
+        ("sku", &edit.sku, Some(255)),
+        ("description", &edit.description, None),
+        ("price", &edit.price, None),
+    ];
     for (column, value, limit) in limited {
         if let Some(Some(text)) = value {
             check_text(column, text, limit)?;

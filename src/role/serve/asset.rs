@@ -18,14 +18,18 @@ const ASSETS: [(&str, &str, &str); 4] = [
 pub fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     ASSETS.into_iter().fold(Router::new(), |router, (path, content_type, content)| {
         let hash = Sha256::digest(content.as_bytes());
-        let tag = format!("\"{:02x}{:02x}{:02x}{:02x}{:02x}{:02x}\"", hash[0], hash[1], hash[2], hash[3], hash[4], hash[5]);
+        let tag = format!(
+            "\"{:02x}{:02x}{:02x}{:02x}{:02x}{:02x}\"",
+            hash[0], hash[1], hash[2], hash[3], hash[4], hash[5]
+        );
         router.route(path, get(async move |headers: HeaderMap| answer(&headers, &tag, content_type, content)))
     })
 }
 
 /// The file, or that the browser has it already.
 fn answer(headers: &HeaderMap, tag: &str, content_type: &'static str, content: &'static str) -> Response {
-    let about = [(header::ETAG, tag), (header::CACHE_CONTROL, "no-cache"), (header::CONTENT_TYPE, content_type)];
+    let about =
+        [(header::ETAG, tag), (header::CACHE_CONTROL, "no-cache"), (header::CONTENT_TYPE, content_type)];
     if headers.get(header::IF_NONE_MATCH).is_some_and(|known| known == tag) {
         return (StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response();
     }

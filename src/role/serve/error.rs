@@ -47,7 +47,11 @@ impl From<Error> for Refusal {
             Class::Permanent => Self::bad_request(error.to_string()),
             Class::Retryable => {
                 tracing::warn!(%error, "request failed");
-                Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "a backend does not answer; try again")
+                Self::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "unavailable",
+                    "a backend does not answer; try again",
+                )
             }
             Class::Fatal => {
                 // The number leads whoever reports it to this line of the log; the reason stays here.

@@ -13,7 +13,8 @@ use super::error::Refusal;
 use crate::secret::Secret;
 
 /// Everything the page uses is its own; nothing inline.
-const CONTENT_SECURITY_POLICY: &str = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'";
+const CONTENT_SECURITY_POLICY: &str =
+    "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'";
 
 /// The rules for one address.
 #[derive(Debug)]
@@ -33,7 +34,11 @@ impl Guard {
         // A page elsewhere may point a name of its own at this machine (DNS rebinding): its requests
         // then come here under that name.
         if self.loopback && !header(headers, header::HOST).is_some_and(is_local) {
-            return Err(Refusal::new(StatusCode::FORBIDDEN, "forbidden_host", "use http://localhost or http://127.0.0.1"));
+            return Err(Refusal::new(
+                StatusCode::FORBIDDEN,
+                "forbidden_host",
+                "use http://localhost or http://127.0.0.1",
+            ));
         }
         // The reference architecture searches by POST.
         if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) || path == "/api/products" {
@@ -43,7 +48,8 @@ impl Guard {
     }
 
     fn may_write(&self, headers: &HeaderMap) -> Result<(), Refusal> {
-        let foreign = || Refusal::new(StatusCode::FORBIDDEN, "cross_origin", "edits from another site are refused");
+        let foreign =
+            || Refusal::new(StatusCode::FORBIDDEN, "cross_origin", "edits from another site are refused");
         let host = header(headers, header::HOST).unwrap_or_default();
         if let Some(origin) = header(headers, header::ORIGIN)
             && origin.split_once("://").map(|(_, rest)| rest) != Some(host)
@@ -103,9 +109,15 @@ pub async fn watch(State(guard): State<Arc<Guard>>, request: Request, next: Next
 mod tests {
     use super::*;
 
-    fn verdict(address: &str, token: &str, method: Method, headers: &[(&'static str, &str)]) -> Result<(), &'static str> {
+    fn verdict(
+        address: &str,
+        token: &str,
+        method: Method,
+        headers: &[(&'static str, &str)],
+    ) -> Result<(), &'static str> {
         let guard = Guard::new(address.parse().unwrap(), Secret::new(token));
-        let headers = headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
+        let headers =
+            headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
         guard.check(&method, "/api/v1/products", &headers).map_err(|refusal| {
             match refusal.into_response().status().as_u16() {
                 401 => "unauthorized",
@@ -121,7 +133,11 @@ mod tests {
             assert_eq!(verdict("127.0.0.1:3000", "", Method::GET, &[("host", host)]), Ok(()), "{host}");
         }
         for host in ["evil.example", "localhost.evil.example:3000", "127.0.0.1.nip.example"] {
-            assert_eq!(verdict("127.0.0.1:3000", "", Method::GET, &[("host", host)]), Err("forbidden"), "{host}");
+            assert_eq!(
+                verdict("127.0.0.1:3000", "", Method::GET, &[("host", host)]),
+                Err("forbidden"),
+                "{host}"
+            );
         }
     }
 
@@ -142,7 +158,8 @@ mod tests {
 
     #[test]
     fn off_loopback_edits_need_the_token() {
-        let of = |token, headers: &[(&'static str, &str)]| verdict("0.0.0.0:3000", token, Method::DELETE, headers);
+        let of =
+            |token, headers: &[(&'static str, &str)]| verdict("0.0.0.0:3000", token, Method::DELETE, headers);
         assert_eq!(of("", &[]), Err("forbidden"));
         assert_eq!(of("s", &[]), Err("unauthorized"));
         assert_eq!(of("s", &[("authorization", "Bearer t")]), Err("unauthorized"));

@@ -76,7 +76,15 @@ impl App {
         page_size: u32,
     ) -> Self {
         let zero = vec![1.0; embedder.dimensions()];
-        Self { products, embedder, index, probe, searches: Semaphore::new(SEARCHES), page_size: page_size.into(), zero }
+        Self {
+            products,
+            embedder,
+            index,
+            probe,
+            searches: Semaphore::new(SEARCHES),
+            page_size: page_size.into(),
+            zero,
+        }
     }
 }
 
@@ -123,7 +131,8 @@ pub async fn work(
     );
     let worker = Worker::join(backends.postgres.clone(), "serve", 1, Arc::default()).await?;
     let abort = shutdown::after_grace(stop, settings.runtime.grace());
-    let server = axum::serve(listener, router(Arc::new(app), guard)).with_graceful_shutdown(stop.clone().cancelled_owned());
+    let server = axum::serve(listener, router(Arc::new(app), guard))
+        .with_graceful_shutdown(stop.clone().cancelled_owned());
     let result = super::while_beating(&worker, async {
         tokio::select! {
             result = server.into_future() => result.context("serve HTTP"),

@@ -78,7 +78,11 @@ pub fn router(app: Arc<App>, guard: Guard) -> Router {
         .merge(asset::routes())
         .fallback(async |uri: Uri| Refusal::not_found(format!("there is nothing at {}", uri.path())))
         .method_not_allowed_fallback(async || {
-            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path does not take that method")
+            Refusal::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method_not_allowed",
+                "this path does not take that method",
+            )
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn(time_out))
@@ -89,7 +93,8 @@ pub fn router(app: Arc<App>, guard: Guard) -> Router {
 async fn time_out(request: axum::extract::Request, next: middleware::Next) -> Response {
     match tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "timeout", "this took too long; try again").into_response(),
+        Err(_) => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "timeout", "this took too long; try again")
+            .into_response(),
     }
 }
 
@@ -105,13 +110,14 @@ impl Paging {
     fn resolve(&self, app: &App) -> Answer<(u64, u64)> {
         let number = |name: &str, given: &Option<String>, default: u64, most: u64| match given {
             None => Ok(default),
-            Some(text) => text
-                .parse()
-                .ok()
-                .filter(|value| (1..=most).contains(value))
-                .ok_or_else(|| Refusal::bad_request(format!("{name}={text}: use a whole number from 1 to {most}"))),
+            Some(text) => text.parse().ok().filter(|value| (1..=most).contains(value)).ok_or_else(|| {
+                Refusal::bad_request(format!("{name}={text}: use a whole number from 1 to {most}"))
+            }),
         };
-        Ok((number("page", &self.page, 1, MAX_PAGE)?, number("per_page", &self.per_page, app.page_size, 100)?))
+        Ok((
+            number("page", &self.page, 1, MAX_PAGE)?,
+            number("per_page", &self.per_page, app.page_size, 100)?,
+        ))
     }
 }
 
@@ -133,7 +139,8 @@ async fn find(State(app): Shared, Query(paging): Query<Paging>) -> Answer<Json<s
 }
 
 fn row_id(text: &str) -> Answer<i64> {
-    text.parse().map_err(|_| Refusal::bad_request(format!("{text:?} is not the id of a row: use a whole number")))
+    text.parse()
+        .map_err(|_| Refusal::bad_request(format!("{text:?} is not the id of a row: use a whole number")))
 }
 
 async fn read(State(app): Shared, Path(id): Path<String>) -> Answer<Response> {
@@ -215,8 +222,17 @@ async fn status(State(app): Shared) -> Answer<Json<Value>> {
 
 async fn ready(State(app): Shared) -> Answer<&'static str> {
     let reasons = [
-        ("database", tokio::time::timeout(READY_TIMEOUT, app.products.check()).await.ok().is_some_and(|r| r.is_ok())),
-        ("index", tokio::time::timeout(READY_TIMEOUT, app.index.query(&app.zero, 1)).await.ok().is_some_and(|r| r.is_ok())),
+        (
+            "database",
+            tokio::time::timeout(READY_TIMEOUT, app.products.check()).await.ok().is_some_and(|r| r.is_ok()),
+        ),
+        (
+            "index",
+            tokio::time::timeout(READY_TIMEOUT, app.index.query(&app.zero, 1))
+                .await
+                .ok()
+                .is_some_and(|r| r.is_ok()),
+        ),
     ];
     let failing: Vec<&str> = reasons.iter().filter(|(_, answers)| !answers).map(|(name, _)| *name).collect();
     if failing.is_empty() {
@@ -257,7 +273,10 @@ async fn legacy_update(State(app): Shared, Body(body): Body<LegacyUpdate>) -> An
         EditedBySku::Ambiguous(count) => Err(Refusal::new(
             StatusCode::CONFLICT,
             "ambiguous_sku",
-            format!("{count} rows bear the SKU {:?}, and none was changed: edit by id with PATCH /api/v1/products/{{id}}", body.sku),
+            format!(
+                "{count} rows bear the SKU {:?}, and none was changed: edit by id with PATCH /api/v1/products/{{id}}",
+                body.sku
+            ),
         )),
     }
 }

@@ -107,9 +107,12 @@ pub(super) async fn rank(app: &App, term: &str, wanted: usize) -> Result<Vec<Ran
     }
     let length = term.chars().count();
     if length > MAX_TERM {
-        return Err(Refusal::bad_request(format!("q has {length} characters; at most {MAX_TERM} are searched for")));
+        return Err(Refusal::bad_request(format!(
+            "q has {length} characters; at most {MAX_TERM} are searched for"
+        )));
     }
-    let busy = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "busy", "too many searches at once; try again");
+    let busy =
+        || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "busy", "too many searches at once; try again");
     let turn = tokio::time::timeout(TURN, app.searches.acquire()).await;
     let Ok(Ok(_turn)) = turn else { return Err(busy()) };
     let exact = app.products.exact(term);
@@ -137,7 +140,8 @@ fn merge(exact: &[(i64, Exact)], nearest: &[(i64, f32)]) -> Vec<Ranked> {
         };
         Ranked { id: *id, score: score(*id), kind }
     });
-    let nearest = nearest.iter().map(|(id, score)| Ranked { id: *id, score: Some(*score), kind: Kind::Semantic });
+    let nearest =
+        nearest.iter().map(|(id, score)| Ranked { id: *id, score: Some(*score), kind: Kind::Semantic });
     exact.chain(nearest).filter(|ranked| seen.insert(ranked.id)).collect()
 }
 

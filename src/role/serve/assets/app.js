@@ -415,7 +415,7 @@ function showStatus(status) {
   $("s-pending").textContent = number(waiting);
   const { p50, p99 } = status.freshness_ms;
   const time = (ms) => (ms < 1000 ? `${ms} ms` : `${(ms / 1000).toFixed(1)} s`);
-  $("s-fresh").textContent = p50 === null ? "\u2013" : `${time(p50)}, p99 ${time(p99)}`;
+  $("s-fresh").textContent = p50 === null ? "\u2013" : `p50 ${time(p50)}, p99 ${time(p99)}`;
   $("s-workers").textContent = number(status.workers.length);
   $("s-dead").hidden = status.dead_letters === 0;
   $("s-dead").textContent = `${number(status.dead_letters)} dead letters`;
