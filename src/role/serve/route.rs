@@ -154,8 +154,13 @@ async fn read(State(app): Shared, Path(id): Path<String>) -> Answer<Response> {
     Ok(response)
 }
 
-async fn create(State(app): Shared, Body(edit): Body<Edit>) -> Answer<Response> {
-    let product = app.products.create(edit).await?;
+/// An edit from an object; serde by itself would take an array for one too.
+fn edit_of(body: serde_json::Map<String, Value>) -> Answer<Edit> {
+    serde_json::from_value(Value::Object(body)).map_err(|error| Refusal::bad_request(error.to_string()))
+}
+
+async fn create(State(app): Shared, Body(body): Body<serde_json::Map<String, Value>>) -> Answer<Response> {
+    let product = app.products.create(edit_of(body)?).await?;
     let mut response = with_revision(StatusCode::CREATED, &product);
     if let Ok(location) = HeaderValue::from_str(&format!("/api/v1/products/{}", product.id)) {
         response.headers_mut().insert(header::LOCATION, location);
@@ -167,10 +172,10 @@ async fn patch(
     State(app): Shared,
     Path(id): Path<String>,
     headers: HeaderMap,
-    Body(edit): Body<Edit>,
+    Body(body): Body<serde_json::Map<String, Value>>,
 ) -> Answer<Response> {
     let id = row_id(&id)?;
-    match app.products.patch(id, revision(&headers)?, edit).await? {
+    match app.products.patch(id, revision(&headers)?, edit_of(body)?).await? {
         Edited::Done(product) => Ok(with_revision(StatusCode::OK, &product)),
         Edited::Stale(current) => Err(stale(&current)),
         Edited::Gone => Err(no_row(id)),
