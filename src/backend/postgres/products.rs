@@ -53,7 +53,8 @@ pub enum Exact {
     Name,
 }
 
-/// Columns to write. One that is absent stays as it is; null writes null.
+/// Columns to write: `None` leaves one as it is, `Some(None)` writes null.
+#[allow(clippy::option_option)] // JSON's three cases: no key, null, a value.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Edit {
@@ -71,6 +72,7 @@ pub struct Edit {
     pub price: Option<Option<String>>,
 }
 
+#[allow(clippy::option_option)] // As in [`Edit`].
 /// Tells a null that was given from a key that was not.
 fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
     Option::<String>::deserialize(deserializer).map(Some)
