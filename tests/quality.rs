@@ -1,4 +1,5 @@
 //! Search quality: questions that people ask, and what a right answer must be.
+//!
 //! The generated catalogue is embedded by the real model and searched exactly, so that what is
 //! measured is model and catalogue. `cargo test --test quality -- --nocapture` prints the table.
 
