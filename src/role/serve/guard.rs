@@ -56,7 +56,8 @@ impl Guard {
         {
             return Err(foreign());
         }
-        if headers.get("sec-fetch-site").is_some_and(|site| site == "cross-site") {
+        // Another port of this machine is "same-site".
+        if headers.get("sec-fetch-site").is_some_and(|site| site != "same-origin" && site != "none") {
             return Err(foreign());
         }
         if self.loopback {
@@ -112,13 +113,13 @@ mod tests {
     fn verdict(
         address: &str,
         token: &str,
-        method: Method,
+        method: &Method,
         headers: &[(&'static str, &str)],
     ) -> Result<(), &'static str> {
         let guard = Guard::new(address.parse().unwrap(), Secret::new(token));
         let headers =
             headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
-        guard.check(&method, "/api/v1/products", &headers).map_err(|refusal| {
+        guard.check(method, "/api/v1/products", &headers).map_err(|refusal| {
             match refusal.into_response().status().as_u16() {
                 401 => "unauthorized",
                 403 => "forbidden",
@@ -130,11 +131,11 @@ mod tests {
     #[test]
     fn loopback_answers_to_its_own_names_only() {
         for host in ["localhost", "localhost:3000", "127.0.0.1:3000", "[::1]:3000", "[::1]"] {
-            assert_eq!(verdict("127.0.0.1:3000", "", Method::GET, &[("host", host)]), Ok(()), "{host}");
+            assert_eq!(verdict("127.0.0.1:3000", "", &Method::GET, &[("host", host)]), Ok(()), "{host}");
         }
         for host in ["evil.example", "localhost.evil.example:3000", "127.0.0.1.nip.example"] {
             assert_eq!(
-                verdict("127.0.0.1:3000", "", Method::GET, &[("host", host)]),
+                verdict("127.0.0.1:3000", "", &Method::GET, &[("host", host)]),
                 Err("forbidden"),
                 "{host}"
             );
@@ -147,23 +148,27 @@ mod tests {
         let of = |more: &[(&'static str, &str)]| {
             let mut headers = vec![host];
             headers.extend_from_slice(more);
-            verdict("127.0.0.1:3000", "", Method::PATCH, &headers)
+            verdict("127.0.0.1:3000", "", &Method::PATCH, &headers)
         };
         assert_eq!(of(&[]), Ok(()));
         assert_eq!(of(&[("origin", "http://localhost:3000")]), Ok(()));
         assert_eq!(of(&[("origin", "http://localhost:4000")]), Err("forbidden"));
         assert_eq!(of(&[("origin", "null")]), Err("forbidden"));
+        assert_eq!(of(&[("sec-fetch-site", "same-origin")]), Ok(()));
+        assert_eq!(of(&[("sec-fetch-site", "none")]), Ok(()));
+        assert_eq!(of(&[("sec-fetch-site", "same-site")]), Err("forbidden"));
         assert_eq!(of(&[("sec-fetch-site", "cross-site")]), Err("forbidden"));
     }
 
     #[test]
     fn off_loopback_edits_need_the_token() {
-        let of =
-            |token, headers: &[(&'static str, &str)]| verdict("0.0.0.0:3000", token, Method::DELETE, headers);
+        let of = |token, headers: &[(&'static str, &str)]| {
+            verdict("0.0.0.0:3000", token, &Method::DELETE, headers)
+        };
         assert_eq!(of("", &[]), Err("forbidden"));
         assert_eq!(of("s", &[]), Err("unauthorized"));
         assert_eq!(of("s", &[("authorization", "Bearer t")]), Err("unauthorized"));
         assert_eq!(of("s", &[("authorization", "Bearer s")]), Ok(()));
-        assert_eq!(verdict("0.0.0.0:3000", "", Method::GET, &[("host", "shop.example")]), Ok(()));
+        assert_eq!(verdict("0.0.0.0:3000", "", &Method::GET, &[("host", "shop.example")]), Ok(()));
     }
 }
