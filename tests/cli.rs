@@ -233,3 +233,88 @@ async fn a_missing_psql_is_said() {
     let env = [("DATABASE_URL", "postgres://me@127.0.0.1/x"), ("PATH", path), ("REFARCH_RUNTIME_DIR", path)];
     failure(&["psql"], &env, "there is no psql: run scripts/setup").await;
 }
+
+#[tokio::test]
+async fn generate_writes_csv_whole_or_not_at_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("products.csv");
+    let name = path.to_str().unwrap();
+    let written = run(&["generate", "--count", "1000", "--output", name], &[]).await;
+    assert_eq!((written.code, written.out.as_str()), (Some(0), ""), "{written:?}");
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(text.lines().next(), Some("name,sku,description,price,last_updated"));
+    assert_eq!(csv::Reader::from_reader(text.as_bytes()).records().map(Result::unwrap).count(), 1000);
+    let printed = run(&["generate", "--count", "1000", "--output", "-"], &[]).await;
+    assert!(printed.out == text, "the same bytes go to standard output");
+    assert_eq!(
+        run(&["generate", "--count", "0", "-o", "-"], &[]).await.out,
+        "name,sku,description,price,last_updated\n"
+    );
+
+    let missing = dir.path().join("no/such/folder.csv");
+    failure_after_progress(
+        &["generate", "--count", "10", "--output", missing.to_str().unwrap()],
+        "no/such/folder.csv",
+    )
+    .await;
+    failure_after_progress(
+        &["generate", "--count", "10", "--output", dir.path().to_str().unwrap()],
+        "it is a folder",
+    )
+    .await;
+    let left: Vec<_> =
+        std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["products.csv"], "nothing half-written is left behind");
+}
+
+/// Fails with a last line that says why.
+async fn failure_after_progress(args: &[&str], says: &str) {
+    let run = run(args, &[]).await;
+    assert_eq!((run.code, run.out.as_str()), (Some(1), ""), "{run:?}");
+    assert!(run.err.lines().last().unwrap().contains(says), "{args:?}: {}", run.err);
+}
+
+#[tokio::test]
+async fn counts_beyond_a_counter_are_refused() {
+    wrong_usage(&["generate", "--count", "99999999999999999999999"], "--count").await;
+    wrong_usage(&["generate", "--count", "-1"], "-1").await;
+    failure(&["generate", "--count", "9999999999999999"], &[], "9999999999999999").await;
+}
+
+#[tokio::test]
+async fn generated_products_load_with_the_reference_architectures_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let database = Database::create().await;
+    assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
+    let generated =
+        database.refarch().args(["generate", "--count", "2500"]).current_dir(&dir).output().await.unwrap();
+    assert!(generated.status.success());
+    let line = r"\copy products_with_increment(name, sku, description, price, last_updated) FROM 'products.csv' WITH (FORMAT csv, HEADER true, DELIMITER ',')";
+    let copied = database.refarch().args(["psql", "-c", line]).current_dir(&dir).output().await.unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&copied.stdout).trim(),
+        "COPY 2500",
+        "{}",
+        String::from_utf8_lossy(&copied.stderr)
+    );
+    let loaded = database.refarch().args(["generate", "--count", "2500", "--load"]).output().await.unwrap();
+    assert!(loaded.status.success(), "{}", String::from_utf8_lossy(&loaded.stderr));
+    let client = database.client().await;
+    let sql = "SELECT count(*), count(DISTINCT (name, sku, description, price, last_updated)), \
+                      (SELECT sum(cardinality(ids)) FROM refarch.outbox) FROM products_with_increment";
+    let row = client.query_one(sql, &[]).await.unwrap();
+    let counts: (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));
+    assert_eq!(counts, (5000, 2500, 5000), "both ways load the same products, and each row is captured");
+}
+
+#[tokio::test]
+async fn a_missing_model_is_said_before_anything_is_started() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().to_str().unwrap();
+    for role in [&["up"][..], &["embed"], &["serve", "--bind", "127.0.0.1:0"]] {
+        let run =
+            run(role, &[("REFARCH_EMBEDDER_MODEL", model), ("REFARCH_SERVE_BIND", "127.0.0.1:0")]).await;
+        assert_eq!(run.code, Some(1), "{run:?}");
+        assert!(run.err.contains("config.json") && run.err.contains("scripts/setup"), "{}", run.err);
+    }
+}

@@ -176,9 +176,14 @@ impl Server {
         let mut ids = Vec::new();
         for number in 0..count {
             // Two of each are alike.
-            let others: String = (0..number / 2).map(|other| format!(" w{other}")).collect();
+            let others: Vec<String> = (0..number / 2).map(|other| format!("w{other}")).collect();
             ids.push(
-                self.add(&format!("Lamp {number}"), &format!("L-{number}"), &format!("lamp{others}")).await,
+                self.add(
+                    &format!("Lamp {number}"),
+                    &format!("L-{number}"),
+                    &format!("lamp {}", others.join(" ")),
+                )
+                .await,
             );
         }
         ids

@@ -105,6 +105,9 @@ pub struct Indexer {
 /// The content hash of the text whose vector a write wants, if it wants one.
 type Wants = Option<Hash>;
 
+/// Texts by their content hash.
+type Texts = HashMap<Hash, Arc<str>>;
+
 /// A change as the messages tell it.
 #[derive(Clone, Copy, Debug)]
 struct Hint {
@@ -471,10 +474,7 @@ impl Indexer {
 
 /// Decides what is to be done for each id, dropping those that are in sync, and lists the distinct
 /// texts whose vectors are wanted.
-fn plan(
-    peeked: Vec<Peeked>,
-    hints: &BTreeMap<String, Hint>,
-) -> (Vec<(Planned, Wants)>, HashMap<Hash, Arc<str>>) {
+fn plan(peeked: Vec<Peeked>, hints: &BTreeMap<String, Hint>) -> (Vec<(Planned, Wants)>, Texts) {
     let mut planned = Vec::new();
     let mut texts = HashMap::new();
     for Peeked { id, row, entry } in peeked {

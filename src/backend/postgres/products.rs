@@ -56,7 +56,8 @@ pub enum Exact {
     Name,
 }
 
-/// Columns to write. One that is absent stays as it is; null writes null.
+/// Columns to write: `None` leaves one as it is, `Some(None)` writes null.
+#[allow(clippy::option_option)] // JSON's three cases: no key, null, a value.
 #[derive(Clone, Debug, Default)]
 pub struct Edit {
     /// Name, at most 255 characters.
