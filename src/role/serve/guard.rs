@@ -56,7 +56,8 @@ impl Guard {
         {
             return Err(foreign());
         }
-        if headers.get("sec-fetch-site").is_some_and(|site| site == "cross-site") {
+        // Another port of this machine is "same-site".
+        if headers.get("sec-fetch-site").is_some_and(|site| site != "same-origin" && site != "none") {
             return Err(foreign());
         }
         if self.loopback {
@@ -153,6 +154,9 @@ mod tests {
         assert_eq!(of(&[("origin", "http://localhost:3000")]), Ok(()));
         assert_eq!(of(&[("origin", "http://localhost:4000")]), Err("forbidden"));
         assert_eq!(of(&[("origin", "null")]), Err("forbidden"));
+        assert_eq!(of(&[("sec-fetch-site", "same-origin")]), Ok(()));
+        assert_eq!(of(&[("sec-fetch-site", "none")]), Ok(()));
+        assert_eq!(of(&[("sec-fetch-site", "same-site")]), Err("forbidden"));
         assert_eq!(of(&[("sec-fetch-site", "cross-site")]), Err("forbidden"));
     }
 

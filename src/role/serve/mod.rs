@@ -5,6 +5,7 @@ mod error;
 mod guard;
 mod route;
 mod search;
+mod status;
 
 use std::sync::Arc;
 
@@ -60,6 +61,7 @@ pub struct App {
     index: Arc<dyn VectorIndex>,
     probe: Arc<dyn Probe>,
     searches: Semaphore,
+    status: status::Cache,
     page_size: u64,
     /// A vector for asking whether the index answers.
     zero: Vec<f32>,
@@ -82,6 +84,7 @@ impl App {
             index,
             probe,
             searches: Semaphore::new(SEARCHES),
+            status: status::Cache::default(),
             page_size: page_size.into(),
             zero,
         }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, State};
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -46,20 +46,36 @@ struct Body<T>(T);
 #[from_request(via(axum::extract::Query), rejection(Refusal))]
 struct Query<T>(T);
 
+/// A part of the path, with refusals of our form.
+#[derive(FromRequestParts)]
+#[from_request(via(axum::extract::Path), rejection(Refusal))]
+struct Path<T>(T);
+
 impl From<JsonRejection> for Refusal {
     fn from(rejection: JsonRejection) -> Self {
-        let code = match rejection.status() {
-            StatusCode::PAYLOAD_TOO_LARGE => "too_large",
-            StatusCode::UNSUPPORTED_MEDIA_TYPE => "unsupported_media_type",
+        let (code, message) = match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => (
+                "too_large",
+                format!("the body is larger than {} MiB, the most that is read", MAX_BODY >> 20),
+            ),
+            StatusCode::UNSUPPORTED_MEDIA_TYPE => {
+                ("unsupported_media_type", "send JSON, with the header Content-Type: application/json".into())
+            }
             // The right syntax in the wrong shape is no less the caller's mistake.
             _ => return Self::bad_request(rejection.body_text()),
         };
-        Self::new(rejection.status(), code, rejection.body_text())
+        Self::new(rejection.status(), code, message)
     }
 }
 
 impl From<QueryRejection> for Refusal {
     fn from(rejection: QueryRejection) -> Self {
+        Self::bad_request(rejection.body_text())
+    }
+}
+
+impl From<PathRejection> for Refusal {
+    fn from(rejection: PathRejection) -> Self {
         Self::bad_request(rejection.body_text())
     }
 }
@@ -154,9 +170,33 @@ async fn read(State(app): Shared, Path(id): Path<String>) -> Answer<Response> {
     Ok(response)
 }
 
-/// An edit from an object; serde by itself would take an array for one too.
+/// An edit from an object of texts and nulls. By hand, since serde would take an array for one too, and
+/// would not name the column at fault.
 fn edit_of(body: serde_json::Map<String, Value>) -> Answer<Edit> {
-    serde_json::from_value(Value::Object(body)).map_err(|error| Refusal::bad_request(error.to_string()))
+    if body.is_empty() {
+        return Err(Refusal::bad_request(
+            "nothing is given: write at least one of name, sku, description and price",
+        ));
+    }
+    let mut edit = Edit::default();
+    for (key, value) in body {
+        let column = match key.as_str() {
+            "name" => &mut edit.name,
+            "sku" => &mut edit.sku,
+            "description" => &mut edit.description,
+            "price" => &mut edit.price,
+            _ => {
+                let message = format!("{key:?} cannot be written: use name, sku, description and price");
+                return Err(Refusal::bad_request(message));
+            }
+        };
+        *column = Some(match value {
+            Value::Null => None,
+            Value::String(text) => Some(text),
+            _ => return Err(Refusal::bad_request(format!("{key} must be a text or null"))),
+        });
+    }
+    Ok(edit)
 }
 
 async fn create(State(app): Shared, Body(body): Body<serde_json::Map<String, Value>>) -> Answer<Response> {
@@ -222,7 +262,7 @@ fn revision(headers: &HeaderMap) -> Answer<&str> {
 }
 
 async fn status(State(app): Shared) -> Answer<Json<Value>> {
-    Ok(Json(app.probe.status().await?))
+    Ok(Json(app.status.get(&*app.probe).await?))
 }
 
 async fn ready(State(app): Shared) -> Answer<&'static str> {

@@ -12,7 +12,8 @@ use super::error::Refusal;
 use crate::backend::postgres::products::Exact;
 use crate::product::Product;
 
-/// Ranked rows that paging can reach.
+/// Ranked rows that paging can reach. Every page is cut from a ranking of this depth: asked for
+/// another number, an approximate index may order the same rows otherwise.
 const TOP: usize = 1_000;
 
 /// A search term's greatest length, in characters: the model reads some 256 words at most.
@@ -74,8 +75,7 @@ pub(super) struct Ranked {
 /// Searches for a term.
 pub async fn search(app: &App, term: &str, page: u64, per_page: u64) -> Result<Results, Refusal> {
     let started = Instant::now();
-    let wanted = page.saturating_mul(per_page).min(TOP as u64) as usize;
-    let ranked = rank(app, term, wanted + 1).await?;
+    let ranked = rank(app, term).await?;
     let first = (page - 1).saturating_mul(per_page);
     let start = usize::try_from(first).unwrap_or(usize::MAX).min(ranked.len());
     let end = start.saturating_add(per_page as usize).min(ranked.len());
@@ -99,8 +99,8 @@ pub async fn search(app: &App, term: &str, page: u64, per_page: u64) -> Result<R
     })
 }
 
-/// Ranks at least `wanted` rows, if there are as many.
-pub(super) async fn rank(app: &App, term: &str, wanted: usize) -> Result<Vec<Ranked>, Refusal> {
+/// Ranks the rows that the table still has.
+async fn rank(app: &App, term: &str) -> Result<Vec<Ranked>, Refusal> {
     let term = term.trim();
     if term.is_empty() {
         return Err(Refusal::bad_request("q is empty: give a search term"));
@@ -118,7 +118,7 @@ pub(super) async fn rank(app: &App, term: &str, wanted: usize) -> Result<Vec<Ran
     let exact = app.products.exact(term);
     let nearest = async {
         let vector = app.embedder.embed(&[Arc::from(term)]).await?.remove(0);
-        app.index.query(&vector, wanted.clamp(1, TOP)).await
+        app.index.query(&vector, TOP).await
     };
     let (exact, nearest) = tokio::try_join!(exact, nearest)?;
     let nearest = nearest
@@ -126,11 +126,17 @@ pub(super) async fn rank(app: &App, term: &str, wanted: usize) -> Result<Vec<Ran
         // An id that is no number is of another table.
         .filter_map(|found| Some((found.id.parse().ok()?, found.score)))
         .collect::<Vec<(i64, f32)>>();
-    Ok(merge(&exact, &nearest))
+    let ids: Vec<i64> = nearest.iter().map(|(id, _)| *id).collect();
+    let exact = match exact {
+        Some(exact) => exact,
+        None => app.products.exact_among(term, &ids).await?,
+    };
+    Ok(merge(&exact, &nearest, &app.products.existing(&ids).await?))
 }
 
-/// Exact matches first, in their order; then the nearest that are not among them.
-fn merge(exact: &[(i64, Exact)], nearest: &[(i64, f32)]) -> Vec<Ranked> {
+/// Exact matches first, in their order; then the nearest that are not among them and still exist, by
+/// score and, among equals, by id.
+fn merge(exact: &[(i64, Exact)], nearest: &[(i64, f32)], existing: &HashSet<i64>) -> Vec<Ranked> {
     let score = |id| nearest.iter().find(|(near, _)| *near == id).map(|(_, score)| *score);
     let mut seen = HashSet::new();
     let exact = exact.iter().map(|(id, exact)| {
@@ -140,9 +146,11 @@ fn merge(exact: &[(i64, Exact)], nearest: &[(i64, f32)]) -> Vec<Ranked> {
         };
         Ranked { id: *id, score: score(*id), kind }
     });
+    let mut nearest: Vec<&(i64, f32)> = nearest.iter().filter(|(id, _)| existing.contains(id)).collect();
+    nearest.sort_by(|(a_id, a), (b_id, b)| b.total_cmp(a).then(a_id.cmp(b_id)));
     let nearest =
-        nearest.iter().map(|(id, score)| Ranked { id: *id, score: Some(*score), kind: Kind::Semantic });
-    exact.chain(nearest).filter(|ranked| seen.insert(ranked.id)).collect()
+        nearest.into_iter().map(|(id, score)| Ranked { id: *id, score: Some(*score), kind: Kind::Semantic });
+    exact.chain(nearest).filter(|ranked| seen.insert(ranked.id)).take(TOP).collect()
 }
 
 #[cfg(test)]
@@ -151,7 +159,8 @@ mod tests {
 
     #[test]
     fn exact_matches_come_first_and_nothing_twice() {
-        let merged = merge(&[(5, Exact::Sku), (9, Exact::Name)], &[(1, 0.9), (5, 0.8), (2, 0.7)]);
+        let nearest = [(3, 0.7), (1, 0.9), (5, 0.8), (2, 0.7), (8, 0.6)];
+        let merged = merge(&[(5, Exact::Sku), (9, Exact::Name)], &nearest, &[1, 2, 3, 5].into());
         let short: Vec<_> = merged.iter().map(|ranked| (ranked.id, ranked.kind, ranked.score)).collect();
         assert_eq!(
             short,
@@ -159,7 +168,8 @@ mod tests {
                 (5, Kind::Sku, Some(0.8)),
                 (9, Kind::Name, None),
                 (1, Kind::Semantic, Some(0.9)),
-                (2, Kind::Semantic, Some(0.7))
+                (2, Kind::Semantic, Some(0.7)),
+                (3, Kind::Semantic, Some(0.7))
             ]
         );
     }

@@ -11,7 +11,8 @@ const SEARCHABLE_WAIT_MS = 60000;
 const SURE_MS = 4000;
 
 const $ = (id) => document.getElementById(id);
-const state = { q: "", page: 1, request: null, shown: null };
+// touched: somebody edits here, so rows must not move under their hands before the next search or page.
+const state = { q: "", page: 1, request: null, shown: null, touched: false, applied: null };
 
 class Refused extends Error {
   constructor(status, body) {
@@ -78,14 +79,18 @@ function address() {
   return text ? `/?${text}` : "/";
 }
 
+function listing() {
+  const query = new URLSearchParams({ page: state.page });
+  if (state.q) query.set("q", state.q);
+  return `/api/v1/${state.q ? "search" : "products"}?${query}`;
+}
+
 async function load() {
   state.request?.abort();
   const request = (state.request = new AbortController());
-  const query = new URLSearchParams({ page: state.page });
-  if (state.q) query.set("q", state.q);
   $("table").classList.add("stale");
   try {
-    const found = await call(`/api/v1/${state.q ? "search" : "products"}?${query}`, { signal: request.signal });
+    const found = await call(listing(), { signal: request.signal });
     if (request === state.request) show(found);
   } catch (error) {
     if (error.name === "AbortError" || request !== state.request) return;
@@ -94,6 +99,20 @@ async function load() {
   } finally {
     if (request === state.request) $("table").classList.remove("stale");
   }
+}
+
+/* Shows what others changed, unless somebody is at work here. */
+async function follow() {
+  const request = state.request;
+  const busy = () => state.touched || request !== state.request || document.querySelector("dialog[open], .sure");
+  if (busy() || $("table").classList.contains("stale")) return;
+  const found = await call(listing()).catch(() => null);
+  if (!found || busy() || JSON.stringify(found.rows) === JSON.stringify(state.shown?.rows)) return;
+  const focused = document.activeElement?.closest("#rows tr");
+  const place = focused && [...focused.querySelectorAll("button")].indexOf(document.activeElement);
+  show(found);
+  const again = focused && [...$("rows").children].find((line) => line.row.id === focused.row.id);
+  again?.querySelectorAll("button")[place]?.focus();
 }
 
 function fail(message) {
@@ -106,6 +125,7 @@ function fail(message) {
 
 function show(found) {
   const searching = Boolean(state.q);
+  state.touched = false;
   state.shown = found;
   document.title = searching ? `${state.q} - refarch` : "refarch: products";
   $("title").textContent = searching ? `Results for \u201c${state.q}\u201d` : "Products";
@@ -149,7 +169,7 @@ function rowElement(row, searching) {
   const remove = element("button", "remove", "Delete");
   remove.type = "button";
   remove.addEventListener("click", () => removeRow(line, remove));
-  action.append(remove, status);
+  action.append(status, remove);
   line.append(action);
   line.row = row;
   line.status = status;
@@ -192,16 +212,22 @@ function fill(cell, row) {
 
 /* Editing */
 
-async function edit(line, cell) {
+// A draft is what the server refused, with its reason: what somebody wrote is not thrown away.
+function edit(line, cell, draft, problem) {
   if (cell.querySelector("input, textarea")) return;
+  state.touched = true;
   const button = cell.querySelector(".cell");
   const long = cell.column === "description";
   const field = element(long ? "textarea" : "input");
   const before = line.row[cell.column] ?? "";
-  field.value = before;
+  field.value = draft ?? before;
   field.setAttribute("aria-label", cell.column);
   if (!long && cell.column !== "price") field.maxLength = 255;
-  const hint = element("div", "hint", "Enter saves, Escape cancels");
+  const hint = element("div", "hint", problem ?? `Enter saves, Escape cancels${long ? ", Shift+Enter breaks the line" : ""}`);
+  if (problem) {
+    hint.classList.add("problem");
+    hint.setAttribute("role", "alert");
+  }
   const grow = () => {
     field.style.height = "auto";
     field.style.height = `${field.scrollHeight + 2}px`;
@@ -212,8 +238,11 @@ async function edit(line, cell) {
     grow();
     field.addEventListener("input", grow);
   }
-  field.focus();
-  field.setSelectionRange(field.value.length, field.value.length);
+  // A refusal comes late: the person may be writing elsewhere by now.
+  if (!problem || !document.activeElement?.matches("input, textarea")) {
+    field.focus();
+    field.setSelectionRange(field.value.length, field.value.length);
+  }
   let closed = false;
   const close = (keepFocus) => {
     closed = true;
@@ -238,7 +267,7 @@ async function edit(line, cell) {
       done(true);
     }
   });
-  field.addEventListener("blur", () => done(false));
+  field.addEventListener("blur", () => field.value !== draft && done(false));
 }
 
 function tell(line, text, kind = "") {
@@ -261,13 +290,13 @@ async function save(line, cell, value, revision = line.row.revision) {
   try {
     const row = await call(`/api/v1/products/${line.row.id}`, { method: "PATCH", revision, body: { [column]: value === "" ? null : value } });
     refresh(line, row);
-    tell(line, "saved");
-    await watch(line, started);
+    watch(line, started);
   } catch (error) {
     if (error.status === 412) return settle(line, cell, value, error.body.current);
     fill(cell, line.row);
-    if (error.status === 404) return vanish(line, "this row is gone");
-    tell(line, error.message, "bad");
+    tell(line, "");
+    if (error.status === 404) return vanish(line);
+    edit(line, cell, value, error.message);
   }
 }
 
@@ -282,9 +311,14 @@ async function settle(line, cell, value, current) {
 
 /* Asks until the index holds what the row says. */
 async function watch(line, started) {
+  tell(line, "saved");
+  const { id, revision } = line.row;
   while (performance.now() - started < SEARCHABLE_WAIT_MS) {
-    const row = await call(`/api/v1/products/${line.row.id}`);
-    if (row.searchable) return tell(line, `searchable after ${Math.round(performance.now() - started)} ms`, "good");
+    const row = await call(`/api/v1/products/${id}`).catch(() => null);
+    // A later edit has a watch of its own.
+    if (line.row.revision !== revision) return;
+    const took = Math.round(performance.now() - started);
+    if (row?.searchable) return tell(line, `searchable after ${took < 10000 ? `${took} ms` : `${Math.round(took / 1000)} s`}`, "good");
     await new Promise((resolve) => setTimeout(resolve, SEARCHABLE_POLL_MS));
   }
   tell(line, "saved; not searchable yet");
@@ -293,7 +327,7 @@ async function watch(line, started) {
 async function removeRow(line, button) {
   if (!button.classList.contains("sure")) {
     button.classList.add("sure");
-    button.textContent = "Really delete";
+    button.textContent = "Delete?";
     setTimeout(() => {
       button.classList.remove("sure");
       button.textContent = "Delete";
@@ -312,6 +346,7 @@ async function removeRow(line, button) {
 
 function vanish(line) {
   line.remove();
+  state.touched = true;
   poll();
   if (!$("rows").children.length) load();
 }
@@ -337,9 +372,9 @@ $("product-form").addEventListener("submit", async (event) => {
     $("table").hidden = false;
     $("empty").hidden = true;
     $("rows").prepend(line);
-    tell(line, "added");
+    state.touched = true;
+    watch(line, started);
     poll();
-    await watch(line, started);
   } catch (error) {
     problem.textContent = error.message;
     problem.hidden = false;
@@ -398,7 +433,11 @@ async function poll() {
   let wait = STATUS_MS;
   if (!document.hidden) {
     try {
-      wait = showStatus(await call("/api/v1/status")) ? STATUS_MS : STATUS_BUSY_MS;
+      const status = await call("/api/v1/status");
+      wait = showStatus(status) ? STATUS_MS : STATUS_BUSY_MS;
+      const applied = JSON.stringify([status.source_rows, status.indexed, status.workers.map((worker) => worker.applied)]);
+      if (state.applied !== null && state.applied !== applied) follow();
+      state.applied = applied;
     } catch {
       // The banner says so.
     }

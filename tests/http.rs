@@ -1,0 +1,691 @@
+//! The contract of the HTTP API in corners that the whole loop does not reach at will: an index that is
+//! away or orders ties otherwise, a locked row, rows deleted since they were indexed.
+
+mod common;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use common::Database;
+use refarch::backend::postgres::Postgres;
+use refarch::backend::postgres::products::Products;
+use refarch::config::Settings;
+use refarch::pipeline::embedder::{Embedder, Embedding};
+use refarch::pipeline::failure::{Error, Result};
+use refarch::pipeline::index::{FencedWrite, Match, VectorIndex};
+use refarch::role::serve::{App, Guard, Probe, router};
+use refarch::secret::Secret;
+use reqwest::{Method, RequestBuilder, StatusCode};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio_postgres::Client;
+
+const TABLE: &str = include_str!("../src/backend/postgres/schema/products.sql");
+
+/// Texts that share words point the same way.
+struct WordEmbedder;
+
+const DIMENSIONS: usize = 256;
+
+fn embed(text: &str) -> Vec<f32> {
+    let mut vector = vec![0.0; DIMENSIONS];
+    for word in text.to_lowercase().split_whitespace() {
+        let bucket = word.bytes().fold(7_usize, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
+        vector[bucket % DIMENSIONS] += 1.0;
+    }
+    let length = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
+    vector.iter().map(|x| x / length).collect()
+}
+
+#[async_trait]
+impl Embedder for WordEmbedder {
+    fn dimensions(&self) -> usize {
+        DIMENSIONS
+    }
+
+    fn model(&self) -> &'static str {
+        "words"
+    }
+
+    fn count_tokens(&self, text: &str) -> usize {
+        text.split_whitespace().count()
+    }
+
+    async fn embed(&self, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
+        Ok(texts.iter().map(|text| embed(text).into()).collect())
+    }
+}
+
+/// Compares with every vector. Like an approximate index it is free to order what ties, and does so
+/// otherwise whenever it is asked for another number of matches.
+#[derive(Default)]
+struct FlatIndex {
+    vectors: Mutex<Vec<(String, Vec<f32>)>>,
+    failing: Mutex<bool>,
+}
+
+#[async_trait]
+impl VectorIndex for FlatIndex {
+    async fn query(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
+        if *self.failing.lock().unwrap() {
+            return Err(Error::retryable("search", "scripted: the index at 10.0.0.7 is away"));
+        }
+        let score = |vector: &[f32]| embedding.iter().zip(vector).map(|(a, b)| a * b).sum();
+        let mut found: Vec<Match> = self
+            .vectors
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|(id, vector)| Match { id: id.clone(), score: score(vector) })
+            .collect();
+        let at = top % found.len().max(1);
+        found.rotate_left(at);
+        found.sort_by(|a, b| b.score.total_cmp(&a.score));
+        found.truncate(top);
+        Ok(found)
+    }
+
+    async fn count(&self) -> Result<u64> {
+        Ok(self.vectors.lock().unwrap().len() as u64)
+    }
+
+    fn fenced(&self) -> Option<&dyn FencedWrite> {
+        None
+    }
+
+    async fn maintain(&self, _: u64) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Says what a test tells it to say.
+#[derive(Default)]
+struct ToldProbe {
+    searchable: Mutex<HashSet<String>>,
+    asked: Mutex<u32>,
+}
+
+#[async_trait]
+impl Probe for ToldProbe {
+    async fn status(&self) -> Result<Value> {
+        *self.asked.lock().unwrap() += 1;
+        Ok(json!({ "source_rows": 3 }))
+    }
+
+    async fn is_searchable(&self, id: &str) -> Result<bool> {
+        Ok(self.searchable.lock().unwrap().contains(id))
+    }
+}
+
+/// A server on a free port over a database of its own.
+struct Server {
+    url: String,
+    database: Database,
+    sql: Client,
+    index: Arc<FlatIndex>,
+    probe: Arc<ToldProbe>,
+    http: reqwest::Client,
+}
+
+impl Server {
+    /// A server on loopback.
+    async fn start() -> Self {
+        Self::start_as("127.0.0.1:3000", "").await
+    }
+
+    /// A server that thinks it is bound to `address`; the tests reach it on loopback all the same.
+    async fn start_as(address: &str, edit_token: &str) -> Self {
+        let database = Database::create().await;
+        let sql = database.client().await;
+        sql.batch_execute(TABLE).await.unwrap();
+        let settings = Settings::load(None, &[].into(), &[]).unwrap();
+        let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
+        let products = Products::new(postgres.pool, "public.products_with_increment");
+        let index = Arc::new(FlatIndex::default());
+        let probe = Arc::new(ToldProbe::default());
+        let app =
+            App::new(products, Arc::new(WordEmbedder), Arc::clone(&index) as _, Arc::clone(&probe) as _, 10);
+        let guard = Guard::new(address.parse().unwrap(), Secret::new(edit_token));
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(axum::serve(listener, router(Arc::new(app), guard)).into_future());
+        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        Self { url, database, sql, index, probe, http }
+    }
+
+    /// Adds a row, and its vector.
+    async fn add(&self, name: &str, sku: &str, description: &str) -> i64 {
+        let row = self
+            .sql
+            .query_one(
+                "INSERT INTO products_with_increment (name, sku, description, price, last_updated) \
+                 VALUES ($1, $2, $3, '$344.87', '2023-09-20') RETURNING id",
+                &[&name, &sku, &description],
+            )
+            .await
+            .unwrap();
+        let id: i64 = row.get(0);
+        self.index.vectors.lock().unwrap().push((id.to_string(), embed(description)));
+        id
+    }
+
+    /// Adds many rows, each less like "lamp" than the one before.
+    async fn add_lamps(&self, count: usize) -> Vec<i64> {
+        let mut ids = Vec::new();
+        for number in 0..count {
+            // Two of each are alike.
+            let others: Vec<String> = (0..number / 2).map(|other| format!("w{other}")).collect();
+            ids.push(
+                self.add(
+                    &format!("Lamp {number}"),
+                    &format!("L-{number}"),
+                    &format!("lamp {}", others.join(" ")),
+                )
+                .await,
+            );
+        }
+        ids
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http.request(method, format!("{}{path}", self.url))
+    }
+
+    async fn get(&self, path: &str) -> Value {
+        let answer = self.request(Method::GET, path).send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK, "{path}");
+        answer.json().await.unwrap()
+    }
+
+    /// Edits a row at the revision that it has now.
+    async fn patch(&self, id: i64, body: &Value) -> (StatusCode, Value) {
+        let revision = self.get(&format!("/api/v1/products/{id}")).await["revision"].clone();
+        let tag = format!("\"{}\"", revision.as_str().unwrap());
+        answer(
+            self.request(Method::PATCH, &format!("/api/v1/products/{id}")).header("if-match", tag).json(body),
+        )
+        .await
+    }
+
+    async fn post(&self, path: &str, body: &Value) -> (StatusCode, Value) {
+        answer(self.request(Method::POST, path).json(body)).await
+    }
+}
+
+async fn answer(request: RequestBuilder) -> (StatusCode, Value) {
+    let response = request.send().await.unwrap();
+    (response.status(), response.json().await.unwrap())
+}
+
+/// Checks that a request is refused in our form, and gives code and message.
+async fn refusal(request: RequestBuilder, status: u16) -> (String, String) {
+    let response = request.send().await.unwrap();
+    let got = response.status().as_u16();
+    let body: Value = response.json().await.expect("a refusal is JSON");
+    assert_eq!(got, status, "{body}");
+    let text = |key: &str| body["error"][key].as_str().expect("code and message are text").to_owned();
+    (text("code"), text("message"))
+}
+
+fn ids(page: &Value) -> Vec<i64> {
+    let rows = page["rows"].as_array().or(page.as_array()).expect("a list of rows");
+    rows.iter().map(|row| row["id"].as_i64().unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_table_is_listed_page_by_page() {
+    let server = Server::start().await;
+    assert_eq!(
+        server.get("/api/v1/products").await,
+        json!({ "page": 1, "per_page": 10, "total": 0, "total_estimated": false, "rows": [] })
+    );
+    let mut added = Vec::new();
+    for number in 0..23 {
+        added.push(server.add(&format!("Lamp {number}"), &format!("L-{number}"), "A lamp").await);
+    }
+    server.sql.execute("UPDATE products_with_increment SET name = NULL, sku = NULL, description = NULL, price = NULL, last_updated = NULL WHERE id = $1", &[&added[0]]).await.unwrap();
+
+    let first = server.get("/api/v1/products").await;
+    assert_eq!(first["total"], 23);
+    assert_eq!(ids(&first), added[..10]);
+    for column in ["name", "sku", "description", "price", "last_updated"] {
+        assert_eq!(first["rows"][0][column], Value::Null, "{column}");
+    }
+    let second = &first["rows"][1];
+    assert_eq!(second["price"], "$344.87");
+    assert_eq!(second["last_updated"], "2023-09-20");
+    assert!(second["revision"].is_string());
+
+    assert_eq!(ids(&server.get("/api/v1/products?page=3").await), added[20..]);
+    assert_eq!(ids(&server.get("/api/v1/products?page=2&per_page=20").await), added[20..]);
+    assert!(ids(&server.get("/api/v1/products?page=1000000000").await).is_empty());
+    for wrong in [
+        "page=-1",
+        "page=0",
+        "page=two",
+        "page=",
+        "page=1.5",
+        "page=99999999999999999999",
+        "per_page=0",
+        "per_page=101",
+        "page=1&page=2",
+    ] {
+        for path in ["products", "search"] {
+            let request = server.request(Method::GET, &format!("/api/v1/{path}?q=lamp&{wrong}"));
+            let (code, message) = refusal(request, 400).await;
+            assert_eq!(code, "bad_request");
+            assert!(message.contains("whole number") || message.contains("duplicate"), "{message}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_table_is_not_counted_for_a_page() {
+    let server = Server::start().await;
+    server
+        .sql
+        .batch_execute("INSERT INTO products_with_increment (name) SELECT 'Lamp' FROM generate_series(1, 210000); ANALYZE products_with_increment")
+        .await
+        .unwrap();
+    let last = server.get("/api/v1/products?page=21000").await;
+    assert_eq!(last["total_estimated"], true);
+    assert!((200_000..220_000).contains(&last["total"].as_i64().unwrap()), "{}", last["total"]);
+    assert_eq!(ids(&last), (209_991..=210_000).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exact_skus_and_names_come_before_what_means_something_similar() {
+    let server = Server::start().await;
+    let near = server.add("Torch", "T-1", "lamp AB-7").await;
+    let named = server.add("ab-7", "X-1", "something else").await;
+    let by_sku = server.add("Kettle", "Ab-7", "boils water").await;
+    let found = server.get("/api/v1/search?q=%20AB-7%20").await;
+    assert_eq!(ids(&found)[..3], [by_sku, named, near]);
+    let kinds: Vec<&Value> = found["rows"].as_array().unwrap().iter().map(|row| &row["match"]).collect();
+    assert_eq!(kinds, ["sku", "name", "semantic"]);
+    assert!(found["rows"][2]["score"].as_f64().unwrap() > 0.5);
+    assert!(found["took_ms"].is_number());
+    assert_eq!(found["has_next"], false);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ranks_are_the_same_on_every_page_and_go_past_a_hundred() {
+    let server = Server::start().await;
+    let added = server.add_lamps(150).await;
+    server
+        .sql
+        .execute("DELETE FROM products_with_increment WHERE id = ANY ($1)", &[&&added[20..25]])
+        .await
+        .unwrap();
+    let mut seen = Vec::new();
+    let mut scores = Vec::new();
+    for page in 1.. {
+        let found = server.get(&format!("/api/v1/search?q=lamp&page={page}")).await;
+        let here = ids(&found);
+        let more = found["has_next"].as_bool().unwrap();
+        assert!(here.len() == 10 || !more, "page {page} has {} rows, and more follow", here.len());
+        scores.extend(found["rows"].as_array().unwrap().iter().map(|row| row["score"].as_f64().unwrap()));
+        seen.extend(here);
+        if !more {
+            break;
+        }
+    }
+    assert!(scores.is_sorted_by(|a, b| a >= b));
+    let mut left = added.clone();
+    left.drain(20..25);
+    assert_eq!(seen.iter().collect::<HashSet<_>>().len(), seen.len(), "a row stands on two pages");
+    seen.sort_unstable();
+    assert_eq!(seen, left);
+    assert!(ids(&server.get("/api/v1/search?q=lamp&page=500").await).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_search_needs_a_text_of_a_bounded_length() {
+    let server = Server::start().await;
+    for path in ["/api/v1/search", "/api/v1/search?q=", "/api/v1/search?q=%20%09"] {
+        assert!(refusal(server.request(Method::GET, path), 400).await.1.contains("empty"), "{path}");
+    }
+    let long = "x".repeat(2001);
+    let (_, message) = refusal(server.request(Method::GET, &format!("/api/v1/search?q={long}")), 400).await;
+    assert!(message.contains("2001") && message.contains("2000"), "{message}");
+    // What PostgreSQL's text can't hold is not there, rather than an error.
+    assert!(ids(&server.get("/api/v1/search?q=a%00b").await).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_is_added_changed_and_deleted() {
+    let server = Server::start().await;
+    let request =
+        server.request(Method::POST, "/api/v1/products").json(&json!({ "name": "Lamp", "price": "1,234.5" }));
+    let response = request.send().await.unwrap();
+    assert_eq!(response.status(), StatusCode::CREATED);
+    let location = response.headers()["location"].to_str().unwrap().to_owned();
+    let created: Value = response.json().await.unwrap();
+    assert_eq!(created["price"], "$1,234.50");
+    assert_eq!(created["sku"], Value::Null);
+    let id = created["id"].as_i64().unwrap();
+
+    let response = server.request(Method::GET, &location).send().await.unwrap();
+    assert_eq!(
+        response.headers()["etag"].to_str().unwrap(),
+        format!("\"{}\"", created["revision"].as_str().unwrap())
+    );
+    assert_eq!(response.json::<Value>().await.unwrap()["searchable"], false);
+    server.probe.searchable.lock().unwrap().insert(id.to_string());
+    assert_eq!(server.get(&location).await["searchable"], true);
+
+    let (status, changed) =
+        server.patch(id, &json!({ "description": "Lights up \u{1F4A1}", "name": null, "sku": "" })).await;
+    assert_eq!(status, StatusCode::OK);
+    let today: String = server.sql.query_one("SELECT current_date::text", &[]).await.unwrap().get(0);
+    assert_eq!(changed["last_updated"], today);
+    assert_eq!(changed["description"], "Lights up \u{1F4A1}");
+    assert_eq!(changed["name"], Value::Null);
+    assert_eq!(changed["sku"], "");
+    assert_eq!(changed["price"], "$1,234.50");
+    assert_ne!(changed["revision"], created["revision"]);
+
+    let tag = format!("\"{}\"", changed["revision"].as_str().unwrap());
+    let deletion = || server.request(Method::DELETE, &location).header("if-match", &tag);
+    assert_eq!(deletion().send().await.unwrap().status(), StatusCode::NO_CONTENT);
+    refusal(deletion(), 404).await;
+    refusal(server.request(Method::GET, &location), 404).await;
+    refusal(
+        server.request(Method::PATCH, &location).header("if-match", &tag).json(&json!({ "name": "x" })),
+        404,
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edit_never_overwrites_what_it_has_not_seen() {
+    let server = Server::start().await;
+    let id = server.add("Lamp", "L-1", "A lamp").await;
+    let path = format!("/api/v1/products/{id}");
+    let revision = server.get(&path).await["revision"].as_str().unwrap().to_owned();
+
+    let edit = json!({ "description": "mine" });
+    let (code, _) = refusal(server.request(Method::PATCH, &path).json(&edit), 428).await;
+    assert_eq!(code, "revision_required");
+    refusal(server.request(Method::DELETE, &path), 428).await;
+    for wrong in ["*", "\"\"", "\"x\"", "W/\"1\""] {
+        let response =
+            server.request(Method::PATCH, &path).header("if-match", wrong).json(&edit).send().await.unwrap();
+        assert!([400, 412, 428].contains(&response.status().as_u16()), "{wrong}: {}", response.status());
+    }
+
+    server
+        .sql
+        .execute("UPDATE products_with_increment SET description = 'theirs' WHERE id = $1", &[&id])
+        .await
+        .unwrap();
+    for method in [Method::PATCH, Method::DELETE] {
+        let request = server.request(method, &path).header("if-match", format!("\"{revision}\"")).json(&edit);
+        let (status, body) = answer(request).await;
+        assert_eq!(status, StatusCode::PRECONDITION_FAILED);
+        assert_eq!(body["current"]["description"], "theirs");
+        assert!(body["error"]["message"].is_string());
+    }
+    assert_eq!(server.get(&path).await["description"], "theirs");
+
+    // Of many at once that have seen the same, one wins.
+    let revision = server.get(&path).await["revision"].as_str().unwrap().to_owned();
+    let edits = (0..8).map(|number| {
+        let request = server.request(Method::PATCH, &path).header("if-match", format!("\"{revision}\""));
+        async move { answer(request.json(&json!({ "description": number.to_string() }))).await.0.as_u16() }
+    });
+    let mut answers = futures::future::join_all(edits).await;
+    answers.sort_unstable();
+    assert_eq!(answers, [200, 412, 412, 412, 412, 412, 412, 412]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_table_cannot_hold_is_refused_with_a_reason() {
+    let server = Server::start().await;
+    let id = server.add("Lamp", "L-1", "A lamp").await;
+    server.add("Other", "L-2", "Another lamp").await;
+    server.sql.batch_execute("CREATE UNIQUE INDEX ON products_with_increment (sku)").await.unwrap();
+    let before = server.get(&format!("/api/v1/products/{id}")).await;
+    for (edit, reason) in [
+        (json!({ "price": "cheap" }), "cheap"),
+        (json!({ "price": "99999999999999999999" }), "range"),
+        (json!({ "name": "x".repeat(256) }), "255"),
+        (json!({ "description": "a\0b" }), "NUL"),
+        (json!({ "sku": "a\0b" }), "NUL"),
+        (json!({ "price": "\0" }), "NUL"),
+        (json!({ "id": 7 }), "id"),
+        (json!({ "name": 7 }), "name"),
+        (json!(["name"]), ""),
+        (json!({}), "name"),
+    ] {
+        let (status, body) = server.patch(id, &edit).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{edit}: {body}");
+        let message = body["error"]["message"].as_str().unwrap();
+        assert!(message.contains(reason), "{message}");
+        assert!(!message.contains("db error"), "{message}");
+    }
+    let (status, body) = server.patch(id, &json!({ "sku": "L-2" })).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert!(body["error"]["message"].as_str().unwrap().contains("L-2"), "{body}");
+    assert_eq!(server.get(&format!("/api/v1/products/{id}")).await, before);
+    assert_eq!(server.post("/api/v1/products", &json!({})).await.0, StatusCode::BAD_REQUEST);
+    for id in ["x", "1.5", "99999999999999999999", "%FF"] {
+        refusal(server.request(Method::GET, &format!("/api/v1/products/{id}")), 400).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_description_of_a_megabyte_goes_in_and_out() {
+    let server = Server::start().await;
+    let id = server.add("Lamp", "L-1", "A lamp").await;
+    let text = "lämp ".repeat(180_000);
+    assert!(text.len() > 1024 * 1024);
+    let (status, row) = server.patch(id, &json!({ "description": text })).await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(row["description"], text);
+    assert_eq!(server.get("/api/v1/products").await["rows"][0]["description"], text);
+    let (code, message) = refusal(
+        server
+            .request(Method::POST, "/api/v1/products")
+            .json(&json!({ "description": "x".repeat(2 * 1024 * 1024) })),
+        413,
+    )
+    .await;
+    assert_eq!(code, "too_large");
+    assert!(message.contains("2 MiB"), "{message}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_refusal_has_the_same_form() {
+    let server = Server::start().await;
+    refusal(server.request(Method::GET, "/nothing"), 404).await;
+    refusal(server.request(Method::GET, "/api/v1/nothing"), 404).await;
+    refusal(server.request(Method::PUT, "/api/v1/products"), 405).await;
+    let post = |body: &'static str, kind: &str| {
+        server.request(Method::POST, "/api/v1/products").header("content-type", kind).body(body)
+    };
+    refusal(post("{", "application/json"), 400).await;
+    refusal(post("", "application/json"), 400).await;
+    refusal(post("[1,", "application/json; charset=utf-8"), 400).await;
+    refusal(post("{\"name\": 1}", "application/json"), 400).await;
+    refusal(post("{\"name\": \"x\"}", "text/plain"), 415).await;
+    refusal(server.request(Method::POST, "/api/v1/products").body("x"), 415).await;
+    let not_text =
+        server.request(Method::POST, "/api/v1/products").header("content-type", "application/json");
+    refusal(not_text.body(b"{\"name\": \"\xff\"}".to_vec()), 400).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_of_the_reference_architecture_find_their_two_calls() {
+    let server = Server::start().await;
+    let added = server.add_lamps(120).await;
+    let search = async |body: Value| {
+        let (status, rows) = server.post("/api/products", &body).await;
+        assert_eq!(status, StatusCode::OK, "{rows}");
+        rows
+    };
+    let listed = search(json!({ "searchTerm": "", "currentPage": 1 })).await;
+    assert_eq!(ids(&listed), added[..10]);
+    let mut columns: Vec<&String> = listed[0].as_object().unwrap().keys().collect();
+    columns.sort();
+    assert_eq!(columns, ["created_at", "description", "id", "last_updated", "name", "price", "sku", "uuid"]);
+    assert_eq!(listed[0]["last_updated"], "2023-09-20T00:00:00.000Z");
+    let created = listed[0]["created_at"].as_str().unwrap();
+    assert!(created.len() == 24 && created.ends_with('Z'), "{created}");
+    assert_eq!(listed[0]["price"], "$344.87");
+    assert_eq!(ids(&search(json!({ "searchTerm": "" })).await), added[..10]);
+    assert_eq!(ids(&search(json!({ "searchTerm": "", "currentPage": 12 })).await), added[110..]);
+
+    let best = ids(&search(json!({ "searchTerm": "lamp", "currentPage": 1 })).await);
+    assert_eq!(best, ids(&server.get("/api/v1/search?q=lamp").await));
+    assert_eq!(ids(&search(json!({ "searchTerm": "lamp", "currentPage": 12 })).await).len(), 10);
+    assert_eq!(ids(&search(json!({ "searchTerm": "l-77", "currentPage": 1 })).await)[0], added[77]);
+    for wrong in [json!({ "searchTerm": 7 }), json!({ "currentPage": "x" }), json!([])] {
+        assert_eq!(server.post("/api/products", &wrong).await.0, StatusCode::BAD_REQUEST, "{wrong}");
+    }
+
+    let (status, row) =
+        server.post("/api/updateDescription", &json!({ "sku": "L-5", "description": "A torch" })).await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(row["id"], added[5]);
+    assert_eq!(row["description"], "A torch");
+    server.add("Lamp 7", "L-7", "a second one").await;
+    let update = |sku: &str| {
+        let body = json!({ "sku": sku, "description": "changed" });
+        server.request(Method::POST, "/api/updateDescription").json(&body)
+    };
+    assert_eq!(refusal(update("L-7"), 409).await.0, "ambiguous_sku");
+    refusal(update("unknown"), 404).await;
+    let changed =
+        server.sql.query("SELECT FROM products_with_increment WHERE description = 'changed'", &[]).await;
+    assert!(changed.unwrap().is_empty());
+    assert_eq!(
+        server.post("/api/updateDescription", &json!({ "sku": "L-5" })).await.0,
+        StatusCode::BAD_REQUEST
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_cannot_reach_it_through_a_browser() {
+    let server = Server::start().await;
+    let body = json!({ "name": "x" });
+    let with = |name: &'static str, value: &str| {
+        server.request(Method::POST, "/api/v1/products").json(&body).header(name, value.to_owned())
+    };
+    refusal(server.request(Method::GET, "/").header("host", "evil.example"), 403).await;
+    refusal(with("host", "evil.example:3000"), 403).await;
+    refusal(with("origin", "http://evil.example"), 403).await;
+    refusal(with("origin", "null"), 403).await;
+    refusal(with("sec-fetch-site", "cross-site"), 403).await;
+    refusal(with("sec-fetch-site", "same-site"), 403).await;
+    for (name, value) in [("origin", server.url.as_str()), ("sec-fetch-site", "same-origin")] {
+        assert_eq!(with(name, value).send().await.unwrap().status(), StatusCode::CREATED, "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn off_loopback_an_edit_needs_the_token() {
+    let server = Server::start_as("0.0.0.0:3000", "s3cret").await;
+    let id = server.add("Lamp", "L-1", "A lamp").await;
+    assert_eq!(server.get("/api/v1/products").await["total"], 1);
+    assert_eq!(server.post("/api/products", &json!({ "searchTerm": "" })).await.0, StatusCode::OK);
+    let edits = [
+        (Method::POST, "/api/v1/products".to_owned()),
+        (Method::PATCH, format!("/api/v1/products/{id}")),
+        (Method::DELETE, format!("/api/v1/products/{id}")),
+        (Method::POST, "/api/updateDescription".to_owned()),
+    ];
+    let body = json!({ "name": "x" });
+    for (method, path) in &edits {
+        refusal(server.request(method.clone(), path).json(&body), 401).await;
+        refusal(server.request(method.clone(), path).json(&body).bearer_auth("s3cre"), 401).await;
+    }
+    let allowed = server.request(Method::POST, "/api/v1/products").json(&body).bearer_auth("s3cret");
+    assert_eq!(allowed.send().await.unwrap().status(), StatusCode::CREATED);
+
+    let server = Server::start_as("0.0.0.0:3000", "").await;
+    for (method, path) in &edits {
+        let (_, message) =
+            refusal(server.request(method.clone(), path).json(&body).bearer_auth(""), 403).await;
+        assert!(message.contains("edit_token"), "{message}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readiness_tells_what_is_missing_and_nothing_of_the_inside() {
+    let server = Server::start().await;
+    server.add("Lamp", "L-1", "A lamp").await;
+    let status = async |path: &str| server.request(Method::GET, path).send().await.unwrap().status().as_u16();
+    assert_eq!(status("/healthz").await, 200);
+    assert_eq!(status("/readyz").await, 200);
+
+    *server.index.failing.lock().unwrap() = true;
+    let (_, message) = refusal(server.request(Method::GET, "/readyz"), 503).await;
+    assert!(message.contains("index") && !message.contains("database"), "{message}");
+    let (_, message) = refusal(server.request(Method::GET, "/api/v1/search?q=lamp"), 503).await;
+    assert!(!message.contains("10.0.0.7"), "{message}");
+    *server.index.failing.lock().unwrap() = false;
+
+    server.sql.batch_execute("DROP TABLE products_with_increment").await.unwrap();
+    assert_eq!(status("/healthz").await, 200);
+    let (_, message) = refusal(server.request(Method::GET, "/readyz"), 503).await;
+    assert!(message.contains("database"), "{message}");
+    let (_, message) = refusal(server.request(Method::GET, "/api/v1/products"), 500).await;
+    assert!(!message.contains("products_with_increment"), "{message}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_locked_row_does_not_hold_an_edit_for_ever() {
+    let server = Server::start().await;
+    let id = server.add("Lamp", "L-1", "A lamp").await;
+    let mut other = server.database.client().await;
+    let lock = other.transaction().await.unwrap();
+    lock.execute("SELECT FROM products_with_increment WHERE id = $1 FOR UPDATE", &[&id]).await.unwrap();
+    let started = Instant::now();
+    let (status, body) = server.patch(id, &json!({ "name": "x" })).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{body}");
+    assert!(started.elapsed() < Duration::from_secs(12), "{:?}", started.elapsed());
+    lock.rollback().await.unwrap();
+    assert_eq!(server.patch(id, &json!({ "name": "x" })).await.0, StatusCode::OK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_is_read_once_for_many_pages() {
+    let server = Server::start().await;
+    for _ in 0..20 {
+        assert_eq!(server.get("/api/v1/status").await["source_rows"], 3);
+    }
+    assert!(*server.probe.asked.lock().unwrap() < 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_uses_nothing_but_its_own_files() {
+    let server = Server::start().await;
+    let mut pages = String::new();
+    for (path, kind) in [
+        ("/", "text/html"),
+        ("/app.css", "text/css"),
+        ("/app.js", "text/javascript"),
+        ("/favicon.svg", "image/svg+xml"),
+    ] {
+        let response = server.request(Method::GET, path).send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK, "{path}");
+        let headers = response.headers().clone();
+        assert!(headers["content-type"].to_str().unwrap().starts_with(kind), "{path}");
+        assert_eq!(headers["x-content-type-options"], "nosniff");
+        assert_eq!(headers["cache-control"], "no-cache");
+        let policy = headers["content-security-policy"].to_str().unwrap();
+        assert!(policy.contains("default-src") && !policy.contains("unsafe"), "{policy}");
+        let again =
+            server.request(Method::GET, path).header("if-none-match", &headers["etag"]).send().await.unwrap();
+        assert_eq!(again.status(), StatusCode::NOT_MODIFIED, "{path}");
+        let body = response.text().await.unwrap();
+        if path != "/favicon.svg" {
+            pages.push_str(&body);
+        }
+    }
+    assert!(!pages.contains("http://") && !pages.contains("https://"));
+    assert!(!pages.contains("innerHTML") && !pages.contains("style=\"") && !pages.contains(" onclick"));
+}
