@@ -283,8 +283,6 @@ async fn wrong_requests_are_refused_with_what_would_be_right() {
     assert!(post("application/json", "{\"price\": \"cheap\"}").await.2.contains("cheap"));
     let wide = json!({ "name": "n".repeat(256) }).to_string();
     assert!(post("application/json", &wide).await.2.contains("255"));
-    let huge = json!({ "description": "d".repeat(3 * 1024 * 1024) }).to_string();
-    assert_eq!(post("application/json", &huge).await.0, 413);
     let megabyte = json!({ "name": "big", "description": "words ".repeat(170_000) });
     assert_eq!(server.call(Method::POST, "/api/v1/products", Some(megabyte)).await.0, StatusCode::CREATED);
 
