@@ -390,6 +390,23 @@ async fn a_killed_indexers_messages_come_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_indexer_holds_little_more_than_it_works_on() {
+    let it = Loop::new().await;
+    it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text ' || i FROM generate_series(1, 4000) i").await;
+    it.relay().await;
+    let mut indexer = it.database.refarch().args(["embed", "--workers", "1"]).spawn().unwrap();
+    let mut most = 0;
+    common::eventually("a message to be done", PATIENCE, async || {
+        let backlog = it.backends.queue.backlog(Lane::Bulk).await.unwrap();
+        most = most.max(backlog.in_flight);
+        backlog.visible + backlog.in_flight < 4000
+    })
+    .await;
+    indexer.kill().await.unwrap();
+    assert!(most <= 1000, "one message is worked on and one fetched ahead, and {most} changes were held");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_graph_is_built_once_a_load_has_drained_and_dropped_for_a_larger_one() {
     let it = Loop::with("", &[("REFARCH_INDEX_GRAPH_MIN_ROWS", "20")]).await;
     let graph = async || -> bool {

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::catalog::Hash;
-use super::change::{Job, Lane};
+use super::change::{Job, Lane, MAX_CHANGES_PER_JOB};
 use super::embedder::Embedding;
 use super::failure::{Class, Error, Result};
 use super::index::{Desired, FencedWrite, Planned, VectorIndex};
@@ -325,7 +325,8 @@ impl Indexer {
         let batches = Arc::new(Semaphore::new(BATCHES_PER_LANE));
         let mut running: JoinSet<Result<()>> = JoinSet::new();
         let mut backoff = Backoff::default();
-        let mut per_message = 1.0_f64;
+        // Full ones, until it is known better: ten of those at once would be hoarded.
+        let mut per_message = MAX_CHANGES_PER_JOB as f64;
         let mut result = Ok(());
         while !stop.is_cancelled() {
             while let Some(ended) = running.try_join_next() {
