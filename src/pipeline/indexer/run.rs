@@ -1,0 +1,260 @@
+//! The indexer's loop: receiving, holding, failing and stopping around the step.
+//!
+//! Each lane has a loop of its own, so that a live message is received while a bulk one is worked on;
+//! between slices the scheduler lets the live one go first.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::Indexer;
+use crate::pipeline::change::{Lane, MAX_CHANGES_PER_JOB};
+use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::queue::{Message, Receipt};
+use crate::pipeline::retry::Backoff;
+
+/// Batches of one lane that are under way at once: one is embedded while the next is received and
+/// peeked and the last is written.
+const BATCHES_PER_LANE: usize = 3;
+
+/// Batches that are received ahead of the one that is worked on, however much is held.
+const PREFETCHED: usize = 1;
+
+/// Messages in one receive; SQS allows no more.
+const MAX_RECEIVE: usize = 10;
+
+/// Changes that a lane may always hold, however slow the embedder is: some for every thread.
+const MIN_HELD: u64 = 64;
+
+/// Changes that a lane holds at most, so that memory stays bounded when nothing has to be embedded.
+const MAX_HELD: u64 = 20_000;
+
+/// Receives after which a message that fails for good is not tried any more.
+const PERMANENT_TRIES: u32 = 3;
+
+/// How often the index's search structures are looked after.
+const MAINTAIN_EVERY: Duration = Duration::from_secs(1);
+
+impl Indexer {
+    fn may_hold(&self) -> u64 {
+        let pace = self.pace.load(Ordering::Relaxed);
+        (pace * self.options.hold.as_millis() as u64 / 1000).clamp(MIN_HELD, MAX_HELD)
+    }
+
+    /// Works until `stop`, then finishes what is held; what is not finished when `abort` comes is
+    /// released to others. With `until_idle` ends once both lanes are empty.
+    pub async fn run(
+        self: &Arc<Self>,
+        stop: &CancellationToken,
+        abort: &CancellationToken,
+        until_idle: bool,
+    ) -> Result<()> {
+        let lanes_done = CancellationToken::new();
+        let mut threads = JoinSet::new();
+        for _ in 0..self.options.workers.max(1) {
+            let indexer = Arc::clone(self);
+            threads.spawn(async move { indexer.scheduler.work().await });
+        }
+        let maintain = lanes_done.clone();
+        let indexer = Arc::clone(self);
+        let maintenance = tokio::spawn(async move {
+            maintain.run_until_cancelled(indexer.maintain()).await;
+        });
+        // A lane that fails for good must not leave the other one working.
+        let stop = stop.child_token();
+        let (live, bulk) = tokio::join!(
+            self.run_lane(Lane::Live, &stop, abort, until_idle),
+            self.run_lane(Lane::Bulk, &stop, abort, until_idle)
+        );
+        lanes_done.cancel();
+        let _ = maintenance.await;
+        threads.shutdown().await;
+        live.and(bulk)
+    }
+
+    async fn maintain(&self) {
+        let mut tick = tokio::time::interval(MAINTAIN_EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            let result = async {
+                let backlog = self.backlog().await?;
+                self.index.maintain(backlog).await
+            };
+            if let Err(error) = result.await {
+                tracing::warn!(%error, "cannot look after the index's search structures");
+            }
+        }
+    }
+
+    async fn backlog(&self) -> Result<u64> {
+        let mut sum = 0;
+        for lane in Lane::ALL {
+            let backlog = self.queue.backlog(lane).await?;
+            sum += backlog.visible + backlog.in_flight;
+        }
+        Ok(sum)
+    }
+
+    async fn run_lane(
+        self: &Arc<Self>,
+        lane: Lane,
+        stop: &CancellationToken,
+        abort: &CancellationToken,
+        until_idle: bool,
+    ) -> Result<()> {
+        let held = Arc::new(AtomicU64::new(0));
+        let batches = Arc::new(Semaphore::new(BATCHES_PER_LANE));
+        let mut running: JoinSet<Result<()>> = JoinSet::new();
+        let mut backoff = Backoff::default();
+        // Full ones, until it is known better: ten of those at once would be hoarded.
+        let mut per_message = MAX_CHANGES_PER_JOB as f64;
+        let mut result = Ok(());
+        while !stop.is_cancelled() {
+            while let Some(ended) = running.try_join_next() {
+                result = result.and(ended.unwrap_or_else(|error| Err(Error::fatal("apply changes", error))));
+            }
+            if result.is_err() {
+                stop.cancel();
+                break;
+            }
+            let Some(Ok(permit)) = stop.run_until_cancelled(Arc::clone(&batches).acquire_owned()).await
+            else {
+                break;
+            };
+            let room = self.may_hold().saturating_sub(held.load(Ordering::Relaxed));
+            let received = if room == 0 && running.len() > PREFETCHED {
+                drop(permit);
+                // Something ends soon, since something is held.
+                if let Some(Some(ended)) = stop.run_until_cancelled(running.join_next()).await {
+                    result =
+                        result.and(ended.unwrap_or_else(|error| Err(Error::fatal("apply changes", error))));
+                }
+                continue;
+            } else {
+                let wanted = (room as f64 / per_message).ceil() as usize;
+                self.queue.receive(lane, wanted.clamp(1, MAX_RECEIVE)).await
+            };
+            match received {
+                Ok(messages) if messages.is_empty() => {
+                    backoff.reset();
+                    drop(permit);
+                    if until_idle && running.is_empty() && self.backlog().await.is_ok_and(|left| left == 0) {
+                        break;
+                    }
+                    // A batch that ends makes no work, so there is no need to wake for it.
+                    stop.run_until_cancelled(self.queue.wait(lane, self.options.poll)).await;
+                }
+                Ok(messages) => {
+                    backoff.reset();
+                    let changes: u64 =
+                        messages.iter().map(|m| m.body.as_ref().map_or(1, |job| job.changes() as u64)).sum();
+                    per_message = (changes as f64 / messages.len() as f64).max(1.0);
+                    held.fetch_add(changes, Ordering::Relaxed);
+                    let (indexer, held, abort) = (Arc::clone(self), Arc::clone(&held), abort.clone());
+                    running.spawn(async move {
+                        let result = indexer.hold(lane, &messages, &abort).await;
+                        held.fetch_sub(changes, Ordering::Relaxed);
+                        drop(permit);
+                        result
+                    });
+                }
+                Err(error) if error.class == Class::Fatal => {
+                    result = Err(error);
+                    stop.cancel();
+                }
+                Err(error) => {
+                    drop(permit);
+                    let pause = backoff.next(&error);
+                    tracing::warn!(lane = lane.name(), %error, retry_in_ms = pause.as_millis() as u64, "cannot receive");
+                    stop.run_until_cancelled(tokio::time::sleep(pause)).await;
+                }
+            }
+        }
+        while let Some(ended) = running.join_next().await {
+            result = result.and(ended.unwrap_or_else(|error| Err(Error::fatal("apply changes", error))));
+        }
+        result
+    }
+
+    /// Steps until the messages are done with, extending their visibility meanwhile. An outage is
+    /// sat out, with the messages held; on `abort` they are released.
+    async fn hold(&self, lane: Lane, messages: &[Message], abort: &CancellationToken) -> Result<()> {
+        let receipts: Vec<Receipt> = messages.iter().map(|message| message.receipt.clone()).collect();
+        let visibility = self.queue.visibility();
+        let extend = async {
+            let mut tick = tokio::time::interval(visibility / 3);
+            tick.tick().await;
+            loop {
+                tick.tick().await;
+                if let Err(error) = self.queue.extend(&receipts, visibility).await {
+                    tracing::warn!(lane = lane.name(), %error, "cannot extend visibility: others may repeat this work");
+                }
+            }
+        };
+        let finished = tokio::select! {
+            result = self.finish(lane, messages) => Some(result),
+            never = extend => never,
+            () = abort.cancelled() => None,
+        };
+        match finished {
+            Some(Ok(())) => Ok(()),
+            other => {
+                // Others may try at once; if this fails too, the visibility timeout does the same.
+                if let Err(error) = self.queue.extend(&receipts, Duration::ZERO).await {
+                    tracing::debug!(%error, "cannot release messages");
+                }
+                other.unwrap_or(Ok(()))
+            }
+        }
+    }
+
+    async fn finish(&self, lane: Lane, messages: &[Message]) -> Result<()> {
+        let mut backoff = Backoff::default();
+        loop {
+            let error = match self.step(lane, messages).await {
+                Ok(done) => {
+                    tracing::debug!(
+                        lane = lane.name(),
+                        changes = done.changes,
+                        applied = done.applied,
+                        embedded = done.embedded,
+                        conflicts = done.conflicts,
+                        "changes applied"
+                    );
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            match error.class {
+                Class::Fatal => return Err(error),
+                Class::Permanent => return self.give_up(messages, &error).await,
+                Class::Retryable => {
+                    let pause = backoff.next(&error);
+                    tracing::warn!(lane = lane.name(), %error, retry_in_ms = pause.as_millis() as u64, "cannot apply changes");
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        }
+    }
+
+    /// Dead-letters what has failed for good often enough; the rest comes again by itself.
+    async fn give_up(&self, messages: &[Message], error: &Error) -> Result<()> {
+        let alone = messages.len() == 1;
+        for message in messages {
+            let tries = if alone { PERMANENT_TRIES } else { self.options.max_receives };
+            if message.receive_count >= tries {
+                tracing::error!(message.id, %error, "message fails for good: moved to the dead letters");
+                self.queue.dead_letter(message, &error.to_string()).await?;
+            } else {
+                tracing::warn!(message.id, %error, receive_count = message.receive_count, "message failed");
+                self.queue.extend(std::slice::from_ref(&message.receipt), Duration::ZERO).await?;
+            }
+        }
+        Ok(())
+    }
+}
