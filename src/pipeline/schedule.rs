@@ -77,12 +77,6 @@ impl Scheduler {
         }
     }
 
-    /// The embedder behind it.
-    #[must_use]
-    pub fn embedder(&self) -> &Arc<dyn Embedder> {
-        &self.embedder
-    }
-
     /// Tokens a second of one thread, as measured.
     #[must_use]
     pub fn tokens_per_second(&self) -> u64 {

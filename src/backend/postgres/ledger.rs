@@ -38,12 +38,6 @@ impl PgLedger {
         );
         Self { postgres, table, target, salt, peek: peek.into() }
     }
-
-    /// The source's table.
-    #[must_use]
-    pub fn table(&self) -> &SourceTable {
-        &self.table
-    }
 }
 
 /// A row of the source from its text and metadata as selected by [`SourceTable::select_by_ids`].

@@ -94,11 +94,6 @@ impl PgOutbox {
         }
     }
 
-    /// Changes in the outbox.
-    pub async fn pending(&self) -> Result<u64> {
-        pending(&self.postgres, &self.source).await
-    }
-
     async fn tell_writers(&self, asleep: bool) -> Result<()> {
         let client = self.postgres.client().await?;
         client
