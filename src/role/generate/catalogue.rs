@@ -111,13 +111,16 @@ impl Catalogue {
         let mut draw = Draw(mix(self.seed ^ mix(number.wrapping_add(1))));
         let kind = &KINDS[draw.below(KINDS.len())];
         let noun = draw.of(kind.nouns);
+        let power = draw.of(kind.powers);
+        // Nobody believes a thinking thing without a source of energy.
+        let can_think = !kind.ai.is_empty() && power != Power::Passive;
         let attributes = Attributes {
             kind,
-            power: draw.of(kind.powers),
+            power,
             material: draw.of(kind.materials),
             purpose: draw.of(kind.uses),
             audience: draw.of(kind.audiences),
-            ai: (!kind.ai.is_empty() && draw.one_in(3)).then(|| draw.of(kind.ai)),
+            ai: (can_think && draw.one_in(3)).then(|| draw.of(kind.ai)),
             eco: draw.one_in(4).then(|| draw.of(ECO)),
         };
         let maker = self.makers[draw.below(self.makers.len())].as_str();

@@ -453,7 +453,7 @@ function showStatus(status) {
   $("s-sync").textContent = synced ? "all" : number(status.in_sync, status.in_sync_estimated);
   $("s-pending").textContent = number(waiting);
   const { p50, p99 } = status.freshness_ms;
-  const time = (ms) => (ms < 1000 ? `${ms} ms` : `${(ms / 1000).toFixed(1)} s`);
+  const time = (ms) => (ms < 1000 ? `${ms} ms` : ms < 120000 ? `${(ms / 1000).toFixed(1)} s` : `${Math.round(ms / 60000)} min`);
   $("s-fresh").textContent = p50 === null ? "\u2013" : `p50 ${time(p50)}, p99 ${time(p99)}`;
   $("s-workers").textContent = number(status.workers.length);
   $("s-dead").hidden = status.dead_letters === 0;
