@@ -25,9 +25,10 @@ pub const MIN_VERSION: (u32, u32, u32) = (0, 8, 4);
 /// table: below, building it anew would cost more than it saves.
 const MIN_RELOAD: u64 = 10_000;
 
-/// Neighbours of a vector in the graph, and candidates for them while it is built. With pgvector's
-/// defaults (16 and 64) and 100 candidates in a search, one or two of 100 rows whose new text was
-/// unlike all others were not found, among 10,000; with these and 200 candidates none.
+/// Neighbours of a vector in the graph, and candidates for them while it is built. Among 10,000
+/// products, one or two of 100 rows whose new text was unlike all others were not found with
+/// pgvector's defaults (16 and 64) and 100 candidates in a search, and none with these and 200. Among
+/// 100,000 some are missed all the same, which is why a graph is built for larger tables only.
 const GRAPH_DEGREE: u32 = 32;
 const GRAPH_CANDIDATES: u32 = 128;
 
