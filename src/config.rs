@@ -26,6 +26,9 @@ pub const DEFAULT_FILE: &str = "refarch.toml";
 /// Variables with our prefix that are not settings.
 const OTHER_VARIABLES: &[&str] = &["REFARCH_CONFIG"];
 
+/// Keys whose values are never shown.
+const SECRETS: &[&str] = &["database.url", "index.api_key", "serve.edit_token"];
+
 /// Names further apart than this are not offered as what was meant.
 const MAX_EDIT_DISTANCE: usize = 4;
 
@@ -137,6 +140,10 @@ pub enum QueueKind {
 #[allow(missing_docs)]
 pub struct Index {
     pub kind: IndexKind,
+    pub host: String,
+    pub api_key: Secret,
+    pub namespace: String,
+    pub timeout_ms: u64,
     pub graph_min_rows: u64,
     pub graph_max_backlog: u64,
     pub ef_search: u32,
@@ -148,6 +155,8 @@ pub struct Index {
 pub enum IndexKind {
     /// pgvector in the source's database.
     Pgvector,
+    /// A Pinecone index.
+    Pinecone,
 }
 
 /// `[embedder]`
@@ -187,6 +196,8 @@ pub struct Indexer {
     pub slice_ms: u64,
     pub hold_ms: u64,
     pub poll_ms: u64,
+    pub lease_ms: u64,
+    pub settle_ms: u64,
 }
 
 /// `[serve]`
@@ -234,6 +245,19 @@ impl Runtime {
 }
 
 impl Indexer {
+    /// [`Self::lease_ms`] as a duration.
+    #[must_use]
+    pub fn lease(&self) -> Duration {
+        Duration::from_millis(self.lease_ms)
+    }
+
+    /// How long an attempt of a dead worker stands: it may have written until its lease ended, and
+    /// what it wrote is applied within [`Self::settle_ms`].
+    #[must_use]
+    pub fn settle(&self) -> Duration {
+        Duration::from_millis(self.lease_ms + self.settle_ms)
+    }
+
     /// Embedding threads: as set, or one for each core.
     #[must_use]
     pub fn worker_count(&self) -> usize {
@@ -379,6 +403,12 @@ impl Settings {
             "use at least 1",
         )?;
         check(
+            self.index.timeout_ms >= 1 && self.index.timeout_ms * 2 <= self.indexer.lease_ms,
+            "index.timeout_ms",
+            &self.index.timeout_ms,
+            "use at least 1, and at most half of indexer.lease_ms: a request must end within the lease",
+        )?;
+        check(
             (1..=1000).contains(&self.index.ef_search),
             "index.ef_search",
             &self.index.ef_search,
@@ -509,7 +539,7 @@ fn typed(settings: &Table, origins: &BTreeMap<String, String>) -> Result<Setting
                 return ConfigError::Invalid {
                     origin: origin.clone(),
                     key: key.clone(),
-                    value: if key == "database.url" || key == "serve.edit_token" {
+                    value: if SECRETS.contains(&key.as_str()) {
                         "[redacted]".into()
                     } else {
                         value.map(|v| v.to_string()).unwrap_or_default()

@@ -11,7 +11,7 @@ use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::migrate::{self, IndexShape};
 use refarch::config::Settings;
 use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
-use refarch::pipeline::queue::{Backlog, JobQueue, Message};
+use refarch::pipeline::queue::{Backlog, JobQueue, Message, Reason, Why};
 use refarch::secret::Secret;
 
 const VISIBILITY: Duration = Duration::from_secs(2);
@@ -35,6 +35,10 @@ fn job(lane: Lane, ids: std::ops::Range<u32>) -> Job {
         oldest: "2026-01-02T03:04:05.678Z".parse().unwrap(),
         groups: vec![Group { version: 7, op: Op::Delete, after_ms: 3, ids }],
     }
+}
+
+fn why(error: &str) -> Why {
+    Why { reason: Reason::Refused, error: error.into(), tries: 1 }
 }
 
 async fn receive_one(queue: &dyn JobQueue, lane: Lane) -> Message {
@@ -101,11 +105,11 @@ async fn a_dead_letter_keeps_body_and_reason_and_leaves_its_lane() {
     let (database, queue) = pgmq().await;
     queue.send(&[job(Lane::Live, 0..4)]).await.unwrap();
     let message = receive_one(&*queue, Lane::Live).await;
-    queue.dead_letter(&message, "the index refuses it").await.unwrap();
+    queue.dead_letter(&message, None, &why("the index refuses it")).await.unwrap();
     assert_eq!(queue.dead_letters().await.unwrap(), 4);
     assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog::default());
     let client = database.client().await;
-    let sql = "SELECT headers ->> 'reason', message -> 'groups' -> 0 ->> 'version' FROM pgmq.q_refarch_dead";
+    let sql = "SELECT headers ->> 'error', message -> 'groups' -> 0 ->> 'version' FROM pgmq.q_refarch_dead";
     let row = client.query_one(sql, &[]).await.unwrap();
     assert_eq!((row.get(0), row.get(1)), ("the index refuses it", "7"));
 }

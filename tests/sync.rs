@@ -11,7 +11,9 @@ use refarch::backend::postgres::Postgres;
 use refarch::backend::{self, Backends, LoadedModel};
 use refarch::config::Settings;
 use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
+use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::indexer::{self, Indexer};
+use refarch::pipeline::lease::Lease;
 use refarch::pipeline::meter::Meter;
 use refarch::pipeline::outbox::Transferred;
 use refarch::pipeline::queue::Backlog;
@@ -62,6 +64,7 @@ impl Loop {
         let relay = Relay::new(
             backends.outbox(),
             Arc::clone(&backends.queue),
+            Arc::new(BootClock),
             relay::Options {
                 source: "products".into(),
                 pack: 500,
@@ -75,14 +78,17 @@ impl Loop {
             Arc::clone(&backends.queue),
             Arc::clone(&backends.ledger) as _,
             Arc::clone(&backends.index),
-            Scheduler::new(model.start(1), Duration::from_millis(50)),
+            Scheduler::new(model.start(1), Duration::from_millis(50), Arc::new(BootClock)),
             Arc::clone(&meter),
+            Arc::new(Lease::new(Arc::new(BootClock), Duration::from_secs(10))),
             indexer::Options {
                 source: "products".into(),
+                worker: "test".into(),
                 workers: 1,
                 hold: Duration::from_secs(2),
                 poll: Duration::from_millis(100),
                 max_receives: 10,
+                settle: Duration::from_secs(10),
             },
         ));
         Self { database, backends, client, relay, indexer, meter }

@@ -4,6 +4,7 @@ pub mod embedded;
 pub mod minilm;
 pub mod pgmq;
 pub mod pgvector;
+pub mod pinecone;
 pub mod postgres;
 
 use std::path::PathBuf;
@@ -13,13 +14,14 @@ use std::time::Duration;
 use crate::config::{EmbedderKind, IndexKind, QueueKind, Settings};
 use crate::pipeline::embedder::Embedder;
 use crate::pipeline::failure::Result;
-use crate::pipeline::index::VectorIndex;
+use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::outbox::Outbox;
 use crate::pipeline::queue::JobQueue;
 use embedded::Cluster;
 use minilm::{MiniLm, Model};
 use pgmq::Pgmq;
 use pgvector::PgVector;
+use pinecone::Pinecone;
 use postgres::Postgres;
 use postgres::ledger::PgLedger;
 use postgres::migrate::{self, IndexShape, Report, Target};
@@ -81,6 +83,7 @@ pub fn model_dir(settings: &Settings) -> PathBuf {
 pub fn index_shape(settings: &Settings) -> Result<IndexShape> {
     let kind = match settings.index.kind {
         IndexKind::Pgvector => "pgvector",
+        IndexKind::Pinecone => "pinecone",
     };
     let description = match settings.embedder.kind {
         EmbedderKind::Minilm => minilm::Description::read(&model_dir(settings))?,
@@ -156,6 +159,13 @@ impl Backends {
                     ef_search: settings.index.ef_search,
                 },
             )),
+            IndexKind::Pinecone => Arc::new(Pinecone::new(pinecone::Options {
+                host: settings.index.host.clone(),
+                api_key: settings.index.api_key.clone(),
+                namespace: settings.index.namespace.clone(),
+                timeout: Duration::from_millis(settings.index.timeout_ms),
+                dimensions: target.dimensions,
+            })?),
         };
         let ledger = Arc::new(PgLedger::new(postgres.clone(), table, target.id, target.salt.clone()));
         Ok(Self {
@@ -172,6 +182,12 @@ impl Backends {
     #[must_use]
     pub fn outbox(&self) -> Arc<dyn Outbox> {
         Arc::new(PgOutbox::new(self.postgres.clone(), &self.target.table.name, &self.outbox_queue))
+    }
+
+    /// Whether the index is written to under a fence, so that no attempts are needed.
+    #[must_use]
+    pub fn index_is_fenced(&self) -> bool {
+        matches!(self.index.writes(), Writes::Fenced(_))
     }
 
     /// Counts, backlog, freshness and workers.

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
+use jiff::Timestamp;
 use serde_json::json;
 use tokio_postgres::Transaction;
 use tokio_postgres::types::Json;
@@ -14,7 +15,7 @@ use super::postgres::bell::{Bell, Waiter};
 use super::postgres::{Postgres, failure};
 use crate::pipeline::change::{JOB_VERSION, Job, Lane};
 use crate::pipeline::failure::{Error, Result};
-use crate::pipeline::queue::{Backlog, JobQueue, Message, Receipt, Undecodable};
+use crate::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Undecodable, Why};
 
 /// Channel on which the relay rings the indexers.
 pub(crate) const CHANNEL: &str = "refarch_jobs";
@@ -173,18 +174,20 @@ impl JobQueue for Pgmq {
         Ok(())
     }
 
-    async fn dead_letter(&self, message: &Message, reason: &str) -> Result<()> {
-        let fail = |error: tokio_postgres::Error| failure("move a message to the dead letters", &error);
-        let body = match &message.body {
-            Ok(job) => serde_json::to_value(job).unwrap_or_default(),
-            Err(undecodable) => {
+    async fn dead_letter(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
+        let fail = |error: tokio_postgres::Error| failure("move to the dead letters", &error);
+        let body = match (part, &message.body) {
+            (Some(job), _) | (None, Ok(job)) => serde_json::to_value(job).unwrap_or_default(),
+            (None, Err(undecodable)) => {
                 serde_json::from_str(&undecodable.body).unwrap_or_else(|_| json!(undecodable.body))
             }
         };
-        let changes = message.body.as_ref().map_or(1, Job::changes);
+        let changes = part.or(message.body.as_ref().ok()).map_or(1, Job::changes);
         let headers = json!({
             "changes": changes,
-            "reason": reason,
+            "reason": why.reason,
+            "error": why.error,
+            "tries": why.tries,
             "receive_count": message.receive_count,
             "lane": message.receipt.lane,
             "message_id": message.id,
@@ -199,21 +202,76 @@ impl JobQueue for Pgmq {
             )
             .await
             .map_err(fail)?;
+        if part.is_none() {
+            transaction
+                .execute(
+                    "SELECT pgmq.delete($1::text, $2::bigint)",
+                    &[&self.names.lane(message.receipt.lane), &handle],
+                )
+                .await
+                .map_err(fail)?;
+        }
         transaction
             .execute(
-                "SELECT pgmq.delete($1::text, $2::bigint)",
-                &[&self.names.lane(message.receipt.lane), &handle],
-            )
-            .await
-            .map_err(fail)?;
-        transaction
-            .execute(
-                "INSERT INTO refarch.event (kind, detail) VALUES ('dead_letter', jsonb_build_object('message_id', $1::text, 'reason', $2::text))",
-                &[&message.id, &reason],
+                "INSERT INTO refarch.event (kind, detail) VALUES ('dead_letter', jsonb_build_object('message_id', $1::text, 'error', $2::text))",
+                &[&message.id, &why.error],
             )
             .await
             .map_err(fail)?;
         transaction.commit().await.map_err(fail)
+    }
+
+    async fn read_dead_letters(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>> {
+        let after = after.map(dead_letter_id).transpose()?.unwrap_or(i64::MIN);
+        let client = self.postgres.client().await?;
+        let sql = format!(
+            "SELECT msg_id, enqueued_at, headers, message FROM pgmq.q_{} WHERE msg_id > $1 ORDER BY msg_id LIMIT $2",
+            self.names.dead()
+        );
+        let rows = client
+            .query(&sql, &[&after, &(limit as i64)])
+            .await
+            .map_err(|error| failure("read the dead letters", &error))?;
+        Ok(rows.iter().map(|row| letter(row.get(0), row.get(1), row.get(2), row.get(3))).collect())
+    }
+
+    async fn redrive(&self, ids: &[String]) -> Result<Vec<String>> {
+        let fail = |error: tokio_postgres::Error| failure("bring dead letters back", &error);
+        let ids = ids.iter().map(|id| dead_letter_id(id)).collect::<Result<Vec<i64>>>()?;
+        let mut client = self.postgres.client().await?;
+        let transaction = client.transaction().await.map_err(fail)?;
+        let mut back = Vec::new();
+        for lane in Lane::ALL {
+            // What has no lane was not put there by us; a change somebody waits for is the safer guess.
+            let sql = format!(
+                "WITH taken AS ( \
+                   DELETE FROM pgmq.q_{dead} WHERE msg_id = ANY ($1) AND coalesce(headers ->> 'lane', 'live') = $2 \
+                   RETURNING msg_id, message, headers \
+                 ), sent AS ( \
+                   SELECT pgmq.send($3::text, message, jsonb_build_object('changes', coalesce((headers ->> 'changes')::bigint, 1))) \
+                   FROM taken \
+                 ) SELECT msg_id, (SELECT count(*) FROM sent) FROM taken",
+                dead = self.names.dead()
+            );
+            let rows =
+                transaction.query(&sql, &[&ids, &lane.name(), &self.names.lane(lane)]).await.map_err(fail)?;
+            back.extend(rows.iter().map(|row| row.get::<_, i64>(0).to_string()));
+        }
+        transaction.execute("SELECT pg_notify($1, '')", &[&CHANNEL]).await.map_err(fail)?;
+        transaction.commit().await.map_err(fail)?;
+        Ok(back)
+    }
+
+    async fn oldest(&self) -> Result<Option<Timestamp>> {
+        let client = self.postgres.client().await?;
+        let sql = format!(
+            "SELECT min((message ->> 'oldest')::timestamptz) FROM (SELECT message FROM pgmq.q_{} UNION ALL SELECT message FROM pgmq.q_{}) m",
+            self.names.lane(Lane::Live),
+            self.names.lane(Lane::Bulk)
+        );
+        let row =
+            client.query_one(&sql, &[]).await.map_err(|error| failure("look for the oldest job", &error))?;
+        Ok(row.get(0))
     }
 
     async fn backlog(&self, lane: Lane) -> Result<Backlog> {
@@ -242,6 +300,38 @@ async fn count(postgres: &Postgres, queue: &str) -> Result<(u64, u64)> {
     let row = client.query_one(&sql, &[]).await.map_err(|error| failure("count a queue", &error))?;
     let number = |at| u64::try_from(row.get::<_, i64>(at)).unwrap_or_default();
     Ok((number(0), number(1)))
+}
+
+fn dead_letter_id(id: &str) -> Result<i64> {
+    id.parse().map_err(|_| {
+        Error::fatal("find a dead letter", format!("{id:?} is no id of one: refarch redrive lists them"))
+    })
+}
+
+fn letter(
+    id: i64,
+    at: Timestamp,
+    headers: Option<serde_json::Value>,
+    body: Option<serde_json::Value>,
+) -> DeadLetter {
+    let headers = headers.unwrap_or_default();
+    let body = body.unwrap_or_default();
+    let number = |key: &str| headers.get(key).and_then(serde_json::Value::as_u64);
+    let read = |key: &str| headers.get(key).cloned().unwrap_or_default();
+    let job: Option<Job> = serde_json::from_value(body.clone()).ok();
+    let ids = job.iter().flat_map(|job| &job.groups).flat_map(|group| group.ids.clone()).collect();
+    DeadLetter {
+        id: id.to_string(),
+        at,
+        lane: serde_json::from_value(read("lane")).unwrap_or(Lane::Live),
+        reason: serde_json::from_value(read("reason")).ok(),
+        error: read("error").as_str().unwrap_or_default().to_owned(),
+        tries: number("tries").unwrap_or_default() as u32,
+        receive_count: number("receive_count").unwrap_or_default() as u32,
+        changes: number("changes").unwrap_or(1),
+        ids,
+        body: job.is_none().then(|| body.to_string()),
+    }
 }
 
 fn handles(receipts: &[Receipt], lane: Lane) -> Result<Vec<i64>> {

@@ -13,10 +13,12 @@ use pgvector::HalfVector;
 use super::postgres::ledger::source_row;
 use super::postgres::source::SourceTable;
 use super::postgres::{Postgres, failure};
-use crate::pipeline::catalog::{ContentSalt, SourceRow};
+use crate::pipeline::catalog::{ContentSalt, Hash, SourceRow};
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Error, Result};
-use crate::pipeline::index::{Applied, Desired, FencedWrite, Match, Planned, VectorIndex};
+use crate::pipeline::index::{
+    Applied, Desired, FencedWrite, Listing, Match, Planned, Stored, VectorIndex, Writes,
+};
 
 /// The oldest pgvector without known corruption (its changelog, 0.8.2 to 0.8.4).
 pub const MIN_VERSION: (u32, u32, u32) = (0, 8, 4);
@@ -117,8 +119,36 @@ impl VectorIndex for PgVector {
         Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
     }
 
-    fn fenced(&self) -> Option<&dyn FencedWrite> {
-        Some(self)
+    async fn list(&self, cursor: Option<&str>, limit: usize) -> Result<Listing> {
+        let client = self.postgres.client().await?;
+        let sql =
+            format!("SELECT id FROM {} WHERE $1::text IS NULL OR id > $1 ORDER BY id LIMIT $2", self.table);
+        let rows = client
+            .query(&sql, &[&cursor, &(limit as i64)])
+            .await
+            .map_err(|error| failure("list vectors", &error))?;
+        let ids: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+        let next = ids.last().filter(|_| ids.len() == limit).cloned();
+        Ok(Listing { ids, next })
+    }
+
+    async fn fetch(&self, ids: &[String]) -> Result<Vec<Stored>> {
+        let client = self.postgres.client().await?;
+        let sql = format!("SELECT id, content_hash, embedding FROM {} WHERE id = ANY ($1)", self.table);
+        let rows = client.query(&sql, &[&ids]).await.map_err(|error| failure("fetch vectors", &error))?;
+        Ok(rows
+            .iter()
+            .map(|row| Stored {
+                id: row.get(0),
+                content_hash: Hash::from_bytes(row.get(1)),
+                metadata_hash: None,
+                embedding: row.get::<_, HalfVector>(2).to_vec().into_iter().map(f32::from).collect(),
+            })
+            .collect())
+    }
+
+    fn writes(&self) -> Writes<'_> {
+        Writes::Fenced(self)
     }
 
     async fn maintain(&self, backlog: u64) -> Result<()> {

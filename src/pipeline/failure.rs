@@ -36,6 +36,9 @@ pub struct Error {
     pub message: String,
     /// How long the backend asks to be left alone.
     pub retry_after: Option<Duration>,
+    /// Whether what was asked for may have been done, or may yet be, all the same: a timeout, a
+    /// connection that broke, a server's own error.
+    pub doubtful: bool,
 }
 
 /// A result whose error is classed.
@@ -44,12 +47,17 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error of the given class.
     pub fn new(class: Class, what: impl Into<String>, message: impl fmt::Display) -> Self {
-        Self { class, what: what.into(), message: message.to_string(), retry_after: None }
+        Self { class, what: what.into(), message: message.to_string(), retry_after: None, doubtful: false }
     }
 
     /// A failure that another try may mend.
     pub fn retryable(what: impl Into<String>, message: impl fmt::Display) -> Self {
         Self::new(Class::Retryable, what, message)
+    }
+
+    /// A failure after which nobody knows whether the work was done.
+    pub fn doubtful(what: impl Into<String>, message: impl fmt::Display) -> Self {
+        Self { doubtful: true, ..Self::retryable(what, message) }
     }
 
     /// A failure that will come again however often this is tried.

@@ -1,8 +1,10 @@
 //! The vector index's contract.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 
-use super::catalog::SourceRow;
+use super::catalog::{Hash, SourceRow};
 use super::embedder::Embedding;
 use super::failure::Result;
 
@@ -65,6 +67,69 @@ pub trait FencedWrite: Send + Sync {
     async fn apply(&self, planned: &[Planned]) -> Result<Applied>;
 }
 
+/// A record as it is written to an index that cannot fence: whole, always.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// Its vector.
+    pub embedding: Embedding,
+    /// The row: id, hashes and metadata.
+    pub row: SourceRow,
+    /// Version of the newest change that led here, for display.
+    pub version: i64,
+}
+
+/// A record as an index holds it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stored {
+    /// The row's id.
+    pub id: String,
+    /// The content hash that was written with the vector.
+    pub content_hash: Option<Hash>,
+    /// The metadata hash that was written with the metadata, where metadata is kept.
+    pub metadata_hash: Option<Hash>,
+    /// The vector.
+    pub embedding: Embedding,
+}
+
+/// A page of the ids that an index holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listing {
+    /// Ids, at most as many as asked for.
+    pub ids: Vec<String>,
+    /// Where to go on; none at the end.
+    pub next: Option<String>,
+}
+
+/// An index that applies what it is sent, whenever that arrives.
+///
+/// An error that is [`Error::doubtful`](super::failure::Error) may have been applied, or be applied
+/// within the settling time; any other has done nothing and never will.
+#[async_trait]
+pub trait PlainWrite: Send + Sync {
+    /// Replaces records whole, in one request.
+    async fn upsert(&self, records: &[Record]) -> Result<()>;
+
+    /// Deletes records, in one request; one that is not there is no error.
+    async fn delete(&self, ids: &[String]) -> Result<()>;
+
+    /// How many of the first records fit into one request; at least one.
+    fn fits(&self, records: &[Record]) -> usize;
+
+    /// How many ids fit into one delete.
+    fn max_deletes(&self) -> usize;
+
+    /// The longest that a request can take before it is given up.
+    fn request_timeout(&self) -> Duration;
+}
+
+/// How an index is written to.
+pub enum Writes<'a> {
+    /// Only if nothing changed.
+    Fenced(&'a dyn FencedWrite),
+    /// Whenever it arrives, which is what attempts are for.
+    Plain(&'a dyn PlainWrite),
+}
+
 /// A store of vectors that finds the nearest.
 #[async_trait]
 pub trait VectorIndex: Send + Sync {
@@ -74,12 +139,34 @@ pub trait VectorIndex: Send + Sync {
     /// How many records there are.
     async fn count(&self) -> Result<u64>;
 
-    /// The index's fenced write, if it can fence.
-    fn fenced(&self) -> Option<&dyn FencedWrite>;
+    /// Ids that the index holds, page by page; none twice.
+    async fn list(&self, cursor: Option<&str>, limit: usize) -> Result<Listing>;
+
+    /// The records of these ids, as far as there are any, in any order.
+    async fn fetch(&self, ids: &[String]) -> Result<Vec<Stored>>;
+
+    /// How this index is written to.
+    fn writes(&self) -> Writes<'_>;
 
     /// Builds or drops search structures as the backlog asks for; called once in a while by one
     /// indexer at a time is enough, called by several is harmless.
     ///
     /// `backlog` is how many changes wait to be applied.
     async fn maintain(&self, backlog: u64) -> Result<()>;
+
+    /// A note that the index keeps for us, such as which database it belongs to; none if it keeps
+    /// none, because it shares the database.
+    async fn note(&self) -> Result<Option<String>> {
+        Ok(None)
+    }
+
+    /// Replaces the note.
+    async fn set_note(&self, _note: &str) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether the index can be ahead of the database, so that it needs a note.
+    fn keeps_notes(&self) -> bool {
+        false
+    }
 }

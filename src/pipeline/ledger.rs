@@ -1,6 +1,20 @@
-//! The ledger's contract: what the index is known to hold, row by row.
+//! The ledger's contract: what the index is known to hold, row by row, and who is writing.
+//!
+//! An index that can fence needs the entries only. One that can't is written to under *attempts*,
+//! and safety rests on two things: rows are read after the attempt that will write them was opened,
+//! and attempts that overlap on an id notice it. The rules are the pure functions on [`Entry`] here;
+//! a backend locks the entries, applies them, and commits.
+//!
+//! Invariants, between transactions:
+//!
+//! - `open` is the number of attempts that name the id;
+//! - `open == 0 && !dirty`: the index equals the hashes;
+//! - `open == 0 && dirty`: an outbox row, an unacknowledged job or a dead letter for the id exists.
+
+use std::time::Duration;
 
 use async_trait::async_trait;
+use jiff::Timestamp;
 
 use super::catalog::{Hash, SourceRow};
 use super::failure::Result;
@@ -22,6 +36,61 @@ pub struct Entry {
     pub deleted: bool,
 }
 
+impl Default for Entry {
+    /// An entry of which nothing is known.
+    fn default() -> Self {
+        Self { open: 0, epoch: 0, dirty: true, content_hash: None, metadata_hash: None, deleted: false }
+    }
+}
+
+/// An id of an attempt, as it was when the attempt was opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// The row's id.
+    pub id: String,
+    /// The entry's epoch with this opening counted.
+    pub epoch: i64,
+    /// Whether another attempt was open.
+    pub shared: bool,
+    /// Whether the entry was dirty.
+    pub dirty: bool,
+    /// What the index was known to hold.
+    pub content_hash: Option<Hash>,
+}
+
+/// What became of an id in an attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The index holds this.
+    Settled {
+        /// Content hash of the row, unless it is gone.
+        content_hash: Option<Hash>,
+        /// Metadata hash of the row, unless it is gone.
+        metadata_hash: Option<Hash>,
+        /// Whether the row is gone.
+        deleted: bool,
+        /// Version of the newest change that led here, for display.
+        version: i64,
+    },
+    /// A write was sent, and nobody knows whether or when it is applied.
+    Doubtful,
+    /// No write was sent. Whoever closes the attempt still holds the change.
+    Unwritten,
+}
+
+/// How an entry left an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// Clean: the index equals the hashes.
+    Settled,
+    /// Stays open until it is swept.
+    Open,
+    /// Dirty, and somebody still holds the change.
+    Dirty,
+    /// Dirty, and nobody else will see to it: the id must go back into the outbox.
+    Requeue,
+}
+
 impl Entry {
     /// Whether nothing is to be done for the id, seeing this row.
     ///
@@ -40,6 +109,74 @@ impl Entry {
             }
         }
     }
+
+    /// Opens the entry for one more attempt.
+    pub fn open(&mut self, id: &str) -> Opened {
+        let shared = self.open > 0;
+        self.open += 1;
+        self.epoch += 1;
+        Opened {
+            id: id.into(),
+            epoch: self.epoch,
+            shared,
+            dirty: self.dirty,
+            content_hash: self.content_hash.filter(|_| !self.deleted),
+        }
+    }
+
+    /// Closes the entry for an attempt that still stands.
+    ///
+    /// An attempt that was not alone, from its opening to here, cannot know whose write came last:
+    /// then nothing is known of the index, and the last to close sees that the id is done again.
+    pub fn close(&mut self, opened: &Opened, outcome: &Outcome) -> Left {
+        match outcome {
+            Outcome::Doubtful => Left::Open,
+            Outcome::Settled { content_hash, metadata_hash, deleted, .. }
+                if self.epoch == opened.epoch && !opened.shared =>
+            {
+                self.open -= 1;
+                self.dirty = false;
+                self.content_hash = *content_hash;
+                self.metadata_hash = *metadata_hash;
+                self.deleted = *deleted;
+                Left::Settled
+            }
+            Outcome::Settled { .. } => self.sweep(),
+            Outcome::Unwritten => {
+                self.sweep();
+                Left::Dirty
+            }
+        }
+    }
+
+    /// Takes an attempt off the entry of which nothing is known, overlapped or swept.
+    pub fn sweep(&mut self) -> Left {
+        self.open = (self.open - 1).max(0);
+        self.forget();
+        if self.open == 0 { Left::Requeue } else { Left::Dirty }
+    }
+
+    /// Puts an attempt back that was swept while its worker lived and wrote: as abandoned, to be
+    /// swept again once what it wrote has surely been applied.
+    pub fn put_back(&mut self) {
+        self.open += 1;
+        self.epoch += 1;
+        self.forget();
+    }
+
+    /// Marks the entry as not to be trusted, so that the id is done anew and attempts under way
+    /// notice.
+    pub fn distrust(&mut self) {
+        self.epoch += 1;
+        self.forget();
+    }
+
+    fn forget(&mut self) {
+        self.dirty = true;
+        self.content_hash = None;
+        self.metadata_hash = None;
+        self.deleted = false;
+    }
 }
 
 /// One id, seen in source and ledger in one snapshot.
@@ -53,10 +190,75 @@ pub struct Peeked {
     pub entry: Option<Entry>,
 }
 
-/// Reads source and ledger together.
+/// What closing an attempt did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Closed {
+    /// Ids whose entry is clean.
+    pub settled: Vec<String>,
+    /// Ids that other attempts overlapped with: they are done again.
+    pub overlapped: u64,
+    /// Ids that are swept and done again once the settling time has passed.
+    pub abandoned: u64,
+    /// The database's clock when this was about to commit, in microseconds since the epoch.
+    pub clock_us: i64,
+}
+
+/// What a sweep did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Attempts found without a living worker.
+    pub abandoned: u64,
+    /// Attempts taken away.
+    pub attempts: u64,
+    /// Ids put back into the outbox.
+    pub requeued: u64,
+}
+
+/// What the outbox holds, seen at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pending {
+    /// The database's clock.
+    pub now: Timestamp,
+    /// When the oldest change that is not in the queue yet was made.
+    pub oldest: Option<Timestamp>,
+}
+
+/// Source and ledger of one target, read and written together.
 #[async_trait]
 pub trait Ledger: Send + Sync {
     /// Row and entry of each id, in one snapshot of the primary. The answer has the ids in the
     /// order asked; an id that the source's key type can't hold has neither row nor entry.
     async fn peek(&self, ids: &[String]) -> Result<Vec<Peeked>>;
+
+    /// The next rows of the source by its own order, with their entries, after a row's id; all that
+    /// is left when fewer than `limit`.
+    async fn rows_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<Peeked>>;
+
+    /// Opens an attempt: one transaction that calls [`Entry::open`] on each id, in id order, and
+    /// records the attempt under the name that the worker chose. Ids must be distinct; the answer
+    /// has them in the order asked. After an error the attempt may stand all the same:
+    /// [`Self::disown`] sees to it.
+    async fn open(&self, attempt: &str, worker: &str, ids: &[String]) -> Result<Vec<Opened>>;
+
+    /// Closes an attempt: one transaction that calls [`Entry::close`] on each id, puts what must be
+    /// done again into the outbox, and keeps the attempt, as abandoned, for what is doubtful. If the
+    /// attempt was swept meanwhile, what it wrote is put back as abandoned.
+    async fn close(&self, attempt: &str, worker: &str, closing: &[(Opened, Outcome)]) -> Result<Closed>;
+
+    /// Marks as abandoned what stands under a worker's name and is none of its attempts in hand.
+    async fn disown(&self, worker: &str, in_hand: &[String]) -> Result<u64>;
+
+    /// Marks the attempts of dead workers as abandoned, and takes away (as [`Entry::sweep`] says)
+    /// those that have been abandoned for `settle`, at most `limit` of them.
+    async fn sweep(&self, settle: Duration, limit: usize) -> Result<Swept>;
+
+    /// Puts ids into the outbox as not to be trusted: see [`Entry::distrust`].
+    async fn requeue(&self, ids: &[String]) -> Result<()>;
+
+    /// The oldest change that has not reached the queue.
+    async fn pending(&self) -> Result<Pending>;
+
+    /// Adds to the count of a change's tries and returns it; zero is the least. A write that settles
+    /// the entry sets it to zero.
+    async fn count_try(&self, id: &str, by: i32) -> Result<u32>;
 }

@@ -4,13 +4,16 @@
 //! [`embedder::Embedder`], [`index::VectorIndex`]); [`relay`] and [`indexer`] are the two steps that
 //! move changes across them. Nothing in here knows PostgreSQL, SQS, Pinecone or HTTP.
 
+pub mod audit;
 pub mod catalog;
 pub mod change;
+pub mod clock;
 pub mod embedder;
 pub mod failure;
 pub mod freshness;
 pub mod index;
 pub mod indexer;
+pub mod lease;
 pub mod ledger;
 pub mod meter;
 pub mod outbox;

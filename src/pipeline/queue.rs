@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use serde::Serialize;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 
 use super::change::{Job, Lane};
 use super::failure::Result;
@@ -48,6 +49,69 @@ pub struct Backlog {
     pub in_flight: u64,
 }
 
+/// Why a change or a message is given up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Why {
+    /// Which rule gave it up.
+    pub reason: Reason,
+    /// The error, in the backend's own words.
+    pub error: String,
+    /// How often the change was tried by itself, this time included.
+    pub tries: u32,
+}
+
+/// The rules by which something is given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reason {
+    /// The body is not a job of ours.
+    Undecodable,
+    /// The index, the embedder or the database refuses the change for good.
+    Refused,
+    /// The change failed by itself too often, while others went through.
+    Failed,
+    /// The message was received too often without anybody finishing it: the last resort.
+    Received,
+}
+
+impl Reason {
+    /// The rule as a sentence's end: "the change ...".
+    #[must_use]
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::Undecodable => "is not a job of ours",
+            Self::Refused => "was refused for good",
+            Self::Failed => "failed by itself too often",
+            Self::Received => "was received too often and never finished",
+        }
+    }
+}
+
+/// A message in the dead-letter queue.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DeadLetter {
+    /// The queue's name for it, for `redrive`.
+    pub id: String,
+    /// When it was given up.
+    pub at: Timestamp,
+    /// The lane it came from.
+    pub lane: Lane,
+    /// Which rule gave it up; none if somebody else put it there.
+    pub reason: Option<Reason>,
+    /// The error, in the backend's own words.
+    pub error: String,
+    /// How often the change was tried by itself.
+    pub tries: u32,
+    /// How often the message had been received.
+    pub receive_count: u32,
+    /// Changes in it.
+    pub changes: u64,
+    /// Ids of the rows, as far as the body could be read.
+    pub ids: Vec<String>,
+    /// The body, if it could not be read.
+    pub body: Option<String>,
+}
+
 /// A queue with two lanes and a dead-letter queue.
 ///
 /// Delivery is at least once and unordered: a message may come again after it was acknowledged, and
@@ -72,14 +136,26 @@ pub trait JobQueue: Send + Sync {
     /// Hides messages for `timeout` from now on; zero releases them at once.
     async fn extend(&self, receipts: &[Receipt], timeout: Duration) -> Result<()>;
 
-    /// Moves a message to the dead-letter queue with the reason, and acknowledges it.
-    async fn dead_letter(&self, message: &Message, reason: &str) -> Result<()>;
+    /// Puts a message into the dead-letter queue and acknowledges it; with `part`, only that part of
+    /// it, and the message stays as it is. May happen twice after an error, and never not at all.
+    async fn dead_letter(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()>;
 
     /// Changes that stand in a lane.
     async fn backlog(&self, lane: Lane) -> Result<Backlog>;
 
     /// Changes that stand in the dead-letter queue.
     async fn dead_letters(&self) -> Result<u64>;
+
+    /// Dead letters in their order, page by page: those after a letter's id.
+    async fn read_dead_letters(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>>;
+
+    /// Puts dead letters back into the lanes they came from, and returns the ids of those that were
+    /// there. May happen twice after an error, and never not at all.
+    async fn redrive(&self, ids: &[String]) -> Result<Vec<String>>;
+
+    /// When the oldest change in the lanes was made, by the database's clock; none when there is
+    /// none. A queue that can't tell answers with the beginning of time while it holds anything.
+    async fn oldest(&self) -> Result<Option<Timestamp>>;
 
     /// How long a received message stays invisible.
     fn visibility(&self) -> Duration;

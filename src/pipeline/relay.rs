@@ -7,13 +7,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::change::{Group, JOB_VERSION, Job, Lane};
+use super::clock::Clock;
 use super::failure::{Class, Result};
 use super::outbox::{ClaimRequest, Outbox, OutboxRow, Transferred};
 use super::queue::JobQueue;
@@ -47,16 +48,22 @@ pub struct Options {
 pub struct Relay {
     outbox: Arc<dyn Outbox>,
     queue: Arc<dyn JobQueue>,
+    clock: Arc<dyn Clock>,
     options: Options,
     live_backlog: AtomicU64,
-    counted: Mutex<Option<Instant>>,
+    counted: Mutex<Option<Duration>>,
 }
 
 impl Relay {
     /// A relay between an outbox and a queue.
     #[must_use]
-    pub fn new(outbox: Arc<dyn Outbox>, queue: Arc<dyn JobQueue>, options: Options) -> Self {
-        Self { outbox, queue, options, live_backlog: AtomicU64::new(0), counted: Mutex::default() }
+    pub fn new(
+        outbox: Arc<dyn Outbox>,
+        queue: Arc<dyn JobQueue>,
+        clock: Arc<dyn Clock>,
+        options: Options,
+    ) -> Self {
+        Self { outbox, queue, clock, options, live_backlog: AtomicU64::new(0), counted: Mutex::default() }
     }
 
     /// Moves one claim; nothing moved means that the outbox was empty.
@@ -94,9 +101,9 @@ impl Relay {
                 }
                 Err(error) if error.class == Class::Fatal => return Err(error),
                 Err(error) => {
-                    let pause = backoff.next(&error);
+                    let pause = backoff.next(&error, &*self.clock);
                     tracing::warn!(%error, class = %error.class, retry_in_ms = pause.as_millis() as u64, "cannot queue changes");
-                    stop.run_until_cancelled(tokio::time::sleep(pause)).await;
+                    stop.run_until_cancelled(self.clock.sleep(pause)).await;
                 }
             }
         }
@@ -105,10 +112,10 @@ impl Relay {
 
     async fn count_live_backlog(&self) -> Result<()> {
         let mut counted = self.counted.lock().await;
-        if counted.is_none_or(|at| at.elapsed() > BACKLOG_AGE) {
+        if counted.is_none_or(|at| self.clock.now().saturating_sub(at) > BACKLOG_AGE) {
             let backlog = self.queue.backlog(Lane::Live).await?;
             self.live_backlog.store(backlog.visible + backlog.in_flight, Ordering::Relaxed);
-            *counted = Some(Instant::now());
+            *counted = Some(self.clock.now());
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::clock::Clock;
 use super::failure::Error;
 
 /// First pause.
@@ -9,6 +10,9 @@ const BASE: Duration = Duration::from_millis(100);
 
 /// Longest pause, so that work goes on within seconds of an outage's end.
 const CAP: Duration = Duration::from_secs(10);
+
+/// Longest pause that a backend may ask for: a wrong header must not stop the work for a day.
+const MAX_ASKED: Duration = Duration::from_mins(5);
 
 /// Exponential backoff with full jitter (AWS Architecture Blog, "Exponential backoff and jitter").
 #[derive(Debug, Default)]
@@ -29,26 +33,29 @@ impl Backoff {
     }
 
     /// The pause after one more failure; at least what the backend asks for.
-    pub fn next(&mut self, error: &Error) -> Duration {
+    pub fn next(&mut self, error: &Error, clock: &dyn Clock) -> Duration {
         let ceiling = BASE.saturating_mul(1 << self.failures.min(10)).min(CAP);
         self.failures = self.failures.saturating_add(1);
-        let jittered = ceiling.mul_f64(rand::random_range(0.5..=1.0));
-        jittered.max(error.retry_after.unwrap_or_default())
+        let jittered = ceiling.mul_f64(0.5 + clock.chance() / 2.0);
+        jittered.max(error.retry_after.unwrap_or_default().min(MAX_ASKED))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::clock::BootClock;
 
     #[test]
     fn pauses_grow_to_a_bound_and_obey_the_backend() {
         let mut backoff = Backoff::default();
         let error = Error::retryable("x", "y");
-        let first = backoff.next(&error);
+        let first = backoff.next(&error, &BootClock);
         assert!(first >= BASE / 2 && first <= BASE);
-        (0..50).for_each(|_| assert!(backoff.next(&error) <= CAP));
+        (0..50).for_each(|_| assert!(backoff.next(&error, &BootClock) <= CAP));
         let patient = Error { retry_after: Some(CAP * 2), ..error };
-        assert_eq!(backoff.next(&patient), CAP * 2);
+        assert_eq!(backoff.next(&patient, &BootClock), CAP * 2);
+        let lost = Error { retry_after: Some(Duration::MAX), ..patient };
+        assert_eq!(backoff.next(&lost, &BootClock), MAX_ASKED);
     }
 }

@@ -3,11 +3,12 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{Semaphore, oneshot};
 
 use super::change::Lane;
+use super::clock::Clock;
 use super::embedder::{Embedder, Embedding};
 use super::failure::{Error, Result};
 
@@ -56,6 +57,7 @@ impl Queues {
 /// what the indexer holds.
 pub struct Scheduler {
     embedder: Arc<dyn Embedder>,
+    clock: Arc<dyn Clock>,
     queues: Mutex<Queues>,
     /// One permit a waiting slice.
     waiting: Semaphore,
@@ -67,9 +69,10 @@ pub struct Scheduler {
 impl Scheduler {
     /// A scheduler whose slices take about `slice`.
     #[must_use]
-    pub fn new(embedder: Arc<dyn Embedder>, slice: Duration) -> Self {
+    pub fn new(embedder: Arc<dyn Embedder>, slice: Duration, clock: Arc<dyn Clock>) -> Self {
         Self {
             embedder,
+            clock,
             queues: Mutex::default(),
             waiting: Semaphore::new(0),
             slice,
@@ -144,9 +147,9 @@ impl Scheduler {
             if slice.done.is_closed() {
                 continue;
             }
-            let started = Instant::now();
+            let started = self.clock.now();
             let result = self.embedder.embed(&slice.texts).await;
-            let took = started.elapsed().as_micros() as u64;
+            let took = self.clock.now().saturating_sub(started).as_micros() as u64;
             if result.is_ok() && took > 0 {
                 let measured = slice.tokens * 1_000_000 / took;
                 let old = self.tokens_per_second();

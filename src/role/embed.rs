@@ -6,10 +6,13 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres::registry::Worker;
+use crate::backend::postgres::session;
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
+use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::indexer::{Indexer, Options};
+use crate::pipeline::lease::Lease;
 use crate::pipeline::meter::Meter;
 use crate::pipeline::schedule::Scheduler;
 use crate::shutdown;
@@ -37,23 +40,45 @@ pub async fn work(
 ) -> anyhow::Result<()> {
     let workers = settings.indexer.worker_count();
     let worker = Worker::join(backends.postgres.clone(), "embed", workers, Arc::clone(meter)).await?;
+    let clock: Arc<dyn Clock> = Arc::new(BootClock);
+    let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease()));
     let indexer = Arc::new(Indexer::new(
         Arc::clone(&backends.queue),
         Arc::clone(&backends.ledger) as _,
         Arc::clone(&backends.index),
-        Scheduler::new(model.start(workers), Duration::from_millis(settings.indexer.slice_ms)),
+        Scheduler::new(model.start(workers), Duration::from_millis(settings.indexer.slice_ms), clock),
         Arc::clone(meter),
+        Arc::clone(&lease),
         Options {
             source: settings.source.name.clone(),
+            worker: worker.id.clone(),
             workers,
             hold: Duration::from_millis(settings.indexer.hold_ms),
             poll: Duration::from_millis(settings.indexer.poll_ms),
             max_receives: settings.queue.max_receives,
+            settle: settings.indexer.settle(),
         },
     ));
     let abort = shutdown::after_grace(stop, settings.runtime.grace());
-    let result =
-        super::while_beating(&worker, async { Ok(indexer.run(stop, &abort, until_idle).await?) }).await;
+    let over = CancellationToken::new();
+    let session = async {
+        if backends.index_is_fenced() {
+            return Ok(());
+        }
+        let kept = session::keep(&backends.postgres, &worker.id, &lease, &over).await;
+        stop.cancel();
+        kept
+    };
+    let work = async {
+        let result = indexer.run(stop, &abort, until_idle).await;
+        over.cancel();
+        result
+    };
+    let both = async {
+        let (worked, kept) = tokio::join!(work, session);
+        Ok(worked.and(kept)?)
+    };
+    let result = super::while_beating(&worker, both).await;
     abort.cancel();
     result
 }

@@ -9,6 +9,7 @@ use crate::backend::postgres::registry::Worker;
 use crate::backend::{Backends, Database};
 use crate::cli;
 use crate::config::Settings;
+use crate::pipeline::clock::BootClock;
 use crate::pipeline::meter::Meter;
 use crate::pipeline::relay::{Options, Relay};
 use crate::shutdown;
@@ -35,6 +36,7 @@ pub async fn work(
     let relay = Relay::new(
         backends.outbox(),
         Arc::clone(&backends.queue),
+        Arc::new(BootClock),
         Options {
             source: settings.source.name.clone(),
             pack: settings.relay.pack,

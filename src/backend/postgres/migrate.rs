@@ -12,7 +12,10 @@ use crate::pipeline::catalog::ContentSalt;
 use crate::pipeline::failure::{Error, Result};
 
 /// The migrations of schema `refarch`, in order. One that has been released is never edited.
-const MIGRATIONS: &[(i32, &str, &str)] = &[(1, "core", include_str!("schema/0001_core.sql"))];
+const MIGRATIONS: &[(i32, &str, &str)] = &[
+    (1, "core", include_str!("schema/0001_core.sql")),
+    (2, "attempts", include_str!("schema/0002_attempts.sql")),
+];
 
 /// pgmq, as its authors publish it.
 const PGMQ: &str = include_str!("schema/pgmq.sql");
@@ -22,6 +25,9 @@ const PRODUCTS: &str = include_str!("schema/products.sql");
 
 /// The table that [`PRODUCTS`] makes; any other table must be there.
 const PRODUCTS_TABLE: &str = "public.products_with_increment";
+
+/// The kind of index whose vectors are in this database.
+const PGVECTOR: &str = "pgvector";
 
 /// What the index will hold.
 #[derive(Clone, Debug)]
@@ -58,6 +64,8 @@ pub struct Target {
     pub table: SourceTable,
     /// What its content hashes are salted with.
     pub salt: ContentSalt,
+    /// Length of a vector.
+    pub dimensions: usize,
 }
 
 /// Brings the database up to date with this build and these settings.
@@ -81,7 +89,9 @@ pub async fn migrate(
     let transaction = client.transaction().await.map_err(|error| failure("begin a migration", &error))?;
     create_products(&transaction, source, &mut report).await?;
     create_queues(&transaction, queue, &mut report).await?;
-    create_extension(&transaction, &mut report).await?;
+    if shape.kind == PGVECTOR {
+        create_extension(&transaction, &mut report).await?;
+    }
     let table = SourceTable::find(&transaction, source).await?;
     arm(&transaction, source, &table, shape, &mut report).await?;
     transaction.commit().await.map_err(|error| failure("commit a migration", &error))?;
@@ -314,6 +324,9 @@ async fn create_target(
         .await
         .map_err(fail)?
         .get(0);
+    if shape.kind != PGVECTOR {
+        return Ok(());
+    }
     let name = pgvector::table_name(id);
     // EXTERNAL would move vectors out of line; MAIN keeps 776 bytes in the row, where a scan reads them.
     let sql = format!(
@@ -379,7 +392,7 @@ pub async fn target(postgres: &Postgres, source: &config::Source, shape: &IndexS
     let salt = table.salt(&shape.model);
     let row = client
         .query_opt(
-            "SELECT t.id, t.model, t.salt = $2 AND t.kind = $3 FROM refarch.target t JOIN refarch.source s ON s.name = t.source \
+            "SELECT t.id, t.model, t.salt = $2 AND t.kind = $3, t.dimensions FROM refarch.target t JOIN refarch.source s ON s.name = t.source \
              WHERE t.source = $1 AND t.state = 'active' AND s.relation = $4::text::regclass",
             &[&table.name, &salt.as_str(), &shape.kind, &table.relation],
         )
@@ -395,5 +408,10 @@ pub async fn target(postgres: &Postgres, source: &config::Source, shape: &IndexS
             ),
         ));
     }
-    Ok(Target { id: row.get(0), table, salt })
+    Ok(Target {
+        id: row.get(0),
+        table,
+        salt,
+        dimensions: usize::try_from(row.get::<_, i32>(3)).unwrap_or_default(),
+    })
 }

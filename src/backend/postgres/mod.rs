@@ -6,6 +6,7 @@ pub mod migrate;
 pub mod outbox;
 pub mod products;
 pub mod registry;
+pub mod session;
 pub mod source;
 pub mod status;
 

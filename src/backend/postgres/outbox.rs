@@ -237,8 +237,9 @@ impl PgOutbox {
         Ok(())
     }
 
-    /// Sends a delete for every row that the ledger knows: whether it is really gone, the indexer
-    /// sees when it reads the row.
+    /// Sends a delete for every row that the ledger knows, unless it knows it to be gone: one that is
+    /// being written, or is dirty, may have been there in between. Whether a row is really gone, the
+    /// indexer sees when it reads it.
     async fn expand_truncate(
         &self,
         transaction: &Transaction<'_>,
@@ -252,7 +253,7 @@ impl PgOutbox {
             let page = transaction
                 .query(
                     "SELECT l.target, l.id FROM refarch.ledger l JOIN refarch.target t ON t.id = l.target \
-                     WHERE t.source = $1 AND t.state <> 'retired' AND NOT l.deleted AND (l.target, l.id) > ($2, $3) \
+                     WHERE t.source = $1 AND t.state <> 'retired' AND NOT (l.deleted AND l.open = 0 AND NOT l.dirty) AND (l.target, l.id) > ($2, $3) \
                      ORDER BY l.target, l.id LIMIT $4",
                     &[&self.source, &after.0, &after.1, &TRUNCATE_PAGE],
                 )

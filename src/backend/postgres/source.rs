@@ -121,6 +121,20 @@ impl SourceTable {
         )
     }
 
+    /// The same of the next rows by id, after `$1` (or from the start when it is null), `$2` of them.
+    #[must_use]
+    pub fn select_after(&self) -> String {
+        format!(
+            "SELECT s.{id}::text AS id, {text} AS text, ({metadata})::text AS metadata \
+             FROM {relation} s WHERE $1::text IS NULL OR s.{id} > $1::text::{id_type} ORDER BY s.{id} LIMIT $2",
+            id = self.id,
+            text = self.text,
+            metadata = self.metadata,
+            relation = self.relation,
+            id_type = self.id_type,
+        )
+    }
+
     /// Whether the id column's type can hold this text; what it can't hold can't be a row's id.
     #[must_use]
     pub fn can_hold(&self, id: &str) -> bool {

@@ -3,8 +3,8 @@
 //! Each lane has a loop of its own, so that a live message is received while a bulk one is worked on;
 //! between slices the scheduler lets the live one go first.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -12,8 +12,11 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::Indexer;
+use super::batch::Batch;
 use crate::pipeline::change::{Lane, MAX_CHANGES_PER_JOB};
 use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::index::Writes;
+use crate::pipeline::ledger::Swept;
 use crate::pipeline::queue::{Message, Receipt};
 use crate::pipeline::retry::Backoff;
 
@@ -33,8 +36,11 @@ const MIN_HELD: u64 = 64;
 /// Changes that a lane holds at most, so that memory stays bounded when nothing has to be embedded.
 const MAX_HELD: u64 = 20_000;
 
-/// Receives after which a message that fails for good is not tried any more.
-const PERMANENT_TRIES: u32 = 3;
+/// Attempts that are swept in one go.
+const SWEEP_AT_ONCE: usize = 100;
+
+/// During an outage, how often it is looked at whether it is over.
+const OUTAGE_LOOK: Duration = Duration::from_millis(100);
 
 /// How often the index's search structures are looked after.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(1);
@@ -57,7 +63,7 @@ impl Indexer {
         let mut threads = JoinSet::new();
         for _ in 0..self.options.workers.max(1) {
             let indexer = Arc::clone(self);
-            threads.spawn(async move { indexer.scheduler.work().await });
+            threads.spawn(async move { indexer.embed_slices().await });
         }
         let maintain = lanes_done.clone();
         let indexer = Arc::clone(self);
@@ -86,7 +92,10 @@ impl Indexer {
                 self.index.maintain(backlog).await
             };
             if let Err(error) = result.await {
-                tracing::warn!(%error, "cannot look after the index's search structures");
+                tracing::debug!(%error, "cannot look after the index's search structures");
+            }
+            if let Err(error) = self.sweep().await {
+                tracing::debug!(%error, "cannot sweep attempts");
             }
         }
     }
@@ -126,6 +135,12 @@ impl Indexer {
             else {
                 break;
             };
+            if self.health.is_outage() && !running.is_empty() {
+                // What is held is tried again and again; when it goes through, so will the rest.
+                drop(permit);
+                stop.run_until_cancelled(self.clock().sleep(OUTAGE_LOOK)).await;
+                continue;
+            }
             let room = self.may_hold().saturating_sub(held.load(Ordering::Relaxed));
             let received = if room == 0 && running.len() > PREFETCHED {
                 drop(permit);
@@ -169,7 +184,7 @@ impl Indexer {
                 }
                 Err(error) => {
                     drop(permit);
-                    let pause = backoff.next(&error);
+                    let pause = backoff.next(&error, self.clock());
                     tracing::warn!(lane = lane.name(), %error, retry_in_ms = pause.as_millis() as u64, "cannot receive");
                     stop.run_until_cancelled(tokio::time::sleep(pause)).await;
                 }
@@ -181,43 +196,46 @@ impl Indexer {
         result
     }
 
-    /// Steps until the messages are done with, extending their visibility meanwhile. An outage is
-    /// sat out, with the messages held; on `abort` they are released.
-    async fn hold(&self, lane: Lane, messages: &[Message], abort: &CancellationToken) -> Result<()> {
-        let receipts: Vec<Receipt> = messages.iter().map(|message| message.receipt.clone()).collect();
+    /// Works until the messages are done with, extending their visibility meanwhile. An outage is
+    /// sat out, with the messages held; on `abort`, or when this worker can't go on, they are released.
+    pub async fn hold(&self, lane: Lane, messages: &[Message], abort: &CancellationToken) -> Result<()> {
+        let mut batch = self.batch(messages, self.group_size());
         let visibility = self.queue.visibility();
+        let held = Mutex::new(batch.receipts());
         let extend = async {
-            let mut tick = tokio::time::interval(visibility / 3);
-            tick.tick().await;
             loop {
-                tick.tick().await;
+                self.clock().sleep(visibility / 3).await;
+                let receipts = held.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 if let Err(error) = self.queue.extend(&receipts, visibility).await {
                     tracing::warn!(lane = lane.name(), %error, "cannot extend visibility: others may repeat this work");
                 }
             }
         };
         let finished = tokio::select! {
-            result = self.finish(lane, messages) => Some(result),
-            never = extend => never,
+            biased;
             () = abort.cancelled() => None,
+            result = self.finish(lane, &mut batch, &held) => Some(result),
+            never = extend => never,
         };
-        match finished {
-            Some(Ok(())) => Ok(()),
-            other => {
-                // Others may try at once; if this fails too, the visibility timeout does the same.
-                if let Err(error) = self.queue.extend(&receipts, Duration::ZERO).await {
-                    tracing::debug!(%error, "cannot release messages");
-                }
-                other.unwrap_or(Ok(()))
+        let receipts = batch.receipts();
+        if !receipts.is_empty() {
+            // Others may try at once; if this fails too, the visibility timeout does the same.
+            if let Err(error) = self.queue.extend(&receipts, Duration::ZERO).await {
+                tracing::debug!(%error, "cannot release messages");
             }
         }
+        finished.unwrap_or(Ok(()))
     }
 
-    async fn finish(&self, lane: Lane, messages: &[Message]) -> Result<()> {
+    async fn finish(&self, lane: Lane, batch: &mut Batch, held: &Mutex<Vec<Receipt>>) -> Result<()> {
         let mut backoff = Backoff::default();
         loop {
-            let error = match self.step(lane, messages).await {
-                Ok(done) => {
+            let before = batch.done.applied;
+            let result = self.work(lane, batch).await;
+            *held.lock().unwrap_or_else(PoisonError::into_inner) = batch.receipts();
+            match result {
+                Ok(()) if batch.is_empty() => {
+                    let done = batch.done;
                     tracing::debug!(
                         lane = lane.name(),
                         changes = done.changes,
@@ -228,33 +246,38 @@ impl Indexer {
                     );
                     return Ok(());
                 }
-                Err(error) => error,
-            };
-            match error.class {
-                Class::Fatal => return Err(error),
-                Class::Permanent => return self.give_up(messages, &error).await,
-                Class::Retryable => {
-                    let pause = backoff.next(&error);
-                    tracing::warn!(lane = lane.name(), %error, retry_in_ms = pause.as_millis() as u64, "cannot apply changes");
-                    tokio::time::sleep(pause).await;
+                // Acknowledged in part only: not what the contract says, and so not to be trusted.
+                Ok(()) => return Err(Error::retryable("acknowledge jobs", "some were left")),
+                Err(error) if error.class == Class::Fatal => return Err(error),
+                Err(error) => {
+                    if batch.done.applied > before {
+                        backoff.reset();
+                    }
+                    let pause = backoff.next(&error, self.clock());
+                    tracing::debug!(lane = lane.name(), %error, retry_in_ms = pause.as_millis() as u64, "cannot apply changes yet");
+                    self.clock().sleep(pause).await;
                 }
             }
         }
     }
 
-    /// Dead-letters what has failed for good often enough; the rest comes again by itself.
-    async fn give_up(&self, messages: &[Message], error: &Error) -> Result<()> {
-        let alone = messages.len() == 1;
-        for message in messages {
-            let tries = if alone { PERMANENT_TRIES } else { self.options.max_receives };
-            if message.receive_count >= tries {
-                tracing::error!(message.id, %error, "message fails for good: moved to the dead letters");
-                self.queue.dead_letter(message, &error.to_string()).await?;
-            } else {
-                tracing::warn!(message.id, %error, receive_count = message.receive_count, "message failed");
-                self.queue.extend(std::slice::from_ref(&message.receipt), Duration::ZERO).await?;
-            }
+    /// Sweeps attempts that nobody will close, and disowns what stands under this worker's name
+    /// without being in its hand.
+    pub async fn sweep(&self) -> Result<Swept> {
+        if matches!(self.index.writes(), Writes::Fenced(_)) {
+            return Ok(Swept::default());
         }
-        Ok(())
+        let in_hand = self.in_hand.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.ledger.disown(&self.options.worker, &in_hand).await?;
+        let swept = self.ledger.sweep(self.options.settle, SWEEP_AT_ONCE).await?;
+        if swept.attempts > 0 || swept.abandoned > 0 {
+            tracing::info!(
+                attempts = swept.attempts,
+                abandoned = swept.abandoned,
+                requeued = swept.requeued,
+                "swept attempts that nobody closed"
+            );
+        }
+        Ok(swept)
     }
 }

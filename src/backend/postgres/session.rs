@@ -1,0 +1,81 @@
+//! A worker's sign of life: a session that holds an advisory lock under the worker's name.
+//!
+//! The server frees the lock when the session ends, however it ends, and keeps it while the process
+//! is merely frozen. A heartbeat on this session tells the worker that it still has it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::{Postgres, failure};
+use crate::pipeline::failure::{Class, Result};
+use crate::pipeline::lease::Lease;
+use crate::pipeline::retry::Backoff;
+
+/// Names the class of advisory locks that workers hold.
+pub(super) const WORKER_LOCKS: &str = "refarch.worker";
+
+/// Heartbeats in a lease: some may be lost.
+const BEATS_A_LEASE: u32 = 10;
+
+/// Keeps a session for `worker`, and tells the lease of it, until `stop`. Returns early only when
+/// the database refuses for good.
+pub async fn keep(
+    postgres: &Postgres,
+    worker: &str,
+    lease: &Arc<Lease>,
+    stop: &CancellationToken,
+) -> Result<()> {
+    let mut backoff = Backoff::default();
+    while !stop.is_cancelled() {
+        let Some(ended) = stop.run_until_cancelled(hold(postgres, worker, lease, &mut backoff)).await else {
+            break;
+        };
+        let Err(error) = ended else { continue };
+        if error.class == Class::Fatal {
+            return Err(error);
+        }
+        let pause = backoff.next(&error, &**lease.clock());
+        tracing::debug!(worker.id = worker, %error, "the worker's session is gone");
+        stop.run_until_cancelled(tokio::time::sleep(pause)).await;
+    }
+    Ok(())
+}
+
+/// Makes a session, and beats on it until it fails.
+async fn hold(postgres: &Postgres, worker: &str, lease: &Lease, backoff: &mut Backoff) -> Result<()> {
+    let fail = |error: tokio_postgres::Error| failure("keep the worker's session", &error);
+    let (client, connection) = postgres.dedicated().await.map_err(fail)?;
+    let connection = tokio::spawn(connection);
+    // However this ends, nothing must keep the session.
+    let _ended = AbortOnDrop(connection);
+    let at = lease.clock().now();
+    // Waits while an earlier session of ours is not known to be gone.
+    client
+        .execute("SELECT pg_advisory_lock(hashtext($1), hashtext($2))", &[&WORKER_LOCKS, &worker])
+        .await
+        .map_err(fail)?;
+    lease.begin(at);
+    backoff.reset();
+    let beat: Duration = lease.length() / BEATS_A_LEASE;
+    loop {
+        tokio::time::sleep(beat).await;
+        let at = lease.clock().now();
+        tokio::time::timeout(lease.length(), client.simple_query(""))
+            .await
+            .map_err(|_| {
+                crate::pipeline::failure::Error::retryable("keep the worker's session", "no answer")
+            })?
+            .map_err(fail)?;
+        lease.confirm(at);
+    }
+}
+
+struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

@@ -1,0 +1,95 @@
+//! The right to write to an index that cannot fence.
+//!
+//! A worker's sign of life is a session of the database that holds a lock. When the session is gone,
+//! others take the worker for dead and sweep its attempts. So a worker writes only while it knows
+//! that its session lived a moment ago, by a clock that also counts while the process is frozen or
+//! the machine asleep.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::clock::Clock;
+use super::failure::{Error, Result};
+
+/// How often a missing heartbeat is looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// What a worker knows of its own session.
+pub struct Lease {
+    clock: Arc<dyn Clock>,
+    length: Duration,
+    /// When the last good heartbeat was sent, in microseconds of the clock; 0 before the first.
+    confirmed_us: AtomicU64,
+    /// Counts the sessions, from 1.
+    session: AtomicU64,
+}
+
+impl Lease {
+    /// A lease of a worker that has no session yet.
+    #[must_use]
+    pub fn new(clock: Arc<dyn Clock>, length: Duration) -> Self {
+        Self { clock, length, confirmed_us: AtomicU64::new(0), session: AtomicU64::new(0) }
+    }
+
+    /// The clock that the lease goes by.
+    #[must_use]
+    pub fn clock(&self) -> &Arc<dyn Clock> {
+        &self.clock
+    }
+
+    /// How long a heartbeat is good for.
+    #[must_use]
+    pub fn length(&self) -> Duration {
+        self.length
+    }
+
+    /// A session was made and its lock taken, by a request sent at `at`.
+    pub fn begin(&self, at: Duration) {
+        self.session.fetch_add(1, Ordering::SeqCst);
+        self.confirm(at);
+    }
+
+    /// The session answered a heartbeat that was sent at `at`.
+    pub fn confirm(&self, at: Duration) {
+        self.confirmed_us.fetch_max(at.as_micros() as u64, Ordering::SeqCst);
+    }
+
+    /// The session that the worker has, or had last. Who finds another one than at the opening of an
+    /// attempt may have been swept in between.
+    #[must_use]
+    pub fn session(&self) -> u64 {
+        self.session.load(Ordering::SeqCst)
+    }
+
+    /// Whether a request that takes up to `request` would end within the lease.
+    #[must_use]
+    pub fn covers(&self, request: Duration) -> bool {
+        let confirmed = Duration::from_micros(self.confirmed_us.load(Ordering::SeqCst));
+        !confirmed.is_zero() && self.clock.now().saturating_sub(confirmed) + request < self.length
+    }
+
+    /// Returns once the lease covers a request of up to `request`. After a freeze that takes one
+    /// heartbeat. Fails when none comes, or when the session is not `session` any more.
+    pub async fn ensure(&self, session: u64, request: Duration) -> Result<()> {
+        let started = self.clock.now();
+        loop {
+            if self.session() != session {
+                return Err(Error::retryable(
+                    "write to the index",
+                    "the worker's session was lost meanwhile",
+                ));
+            }
+            if self.covers(request) {
+                return Ok(());
+            }
+            if self.clock.now().saturating_sub(started) > self.length {
+                return Err(Error::retryable(
+                    "write to the index",
+                    "no heartbeat reached the database in time",
+                ));
+            }
+            self.clock.sleep(LOOK_EVERY).await;
+        }
+    }
+}
