@@ -14,7 +14,7 @@ use refarch::backend::postgres::products::Products;
 use refarch::config::Settings;
 use refarch::pipeline::embedder::{Embedder, Embedding};
 use refarch::pipeline::failure::{Error, Result};
-use refarch::pipeline::index::{FencedWrite, Match, VectorIndex};
+use refarch::pipeline::index::{Listing, Match, Stored, VectorIndex, Writes};
 use refarch::role::serve::{App, Guard, Probe, router};
 use refarch::secret::Secret;
 use reqwest::{Method, RequestBuilder, StatusCode};
@@ -91,8 +91,16 @@ impl VectorIndex for FlatIndex {
         Ok(self.vectors.lock().unwrap().len() as u64)
     }
 
-    fn fenced(&self) -> Option<&dyn FencedWrite> {
-        None
+    async fn list(&self, _: Option<&str>, _: usize) -> Result<Listing> {
+        Ok(Listing::default())
+    }
+
+    async fn fetch(&self, _: &[String]) -> Result<Vec<Stored>> {
+        Ok(Vec::new())
+    }
+
+    fn writes(&self) -> Writes<'_> {
+        unreachable!("the page never writes to the index")
     }
 
     async fn maintain(&self, _: u64) -> Result<()> {
