@@ -99,6 +99,10 @@ impl VectorIndex for FlatIndex {
         Ok(Vec::new())
     }
 
+    async fn probe(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn writes(&self) -> Writes<'_> {
         unreachable!("the page never writes to the index")
     }

@@ -147,6 +147,18 @@ impl VectorIndex for PgVector {
             .collect())
     }
 
+    async fn probe(&self) -> Result<()> {
+        let client = self.postgres.client().await?;
+        client
+            .execute(
+                "INSERT INTO refarch.lineage (target) VALUES ($1) ON CONFLICT (target) DO UPDATE SET mark = lineage.mark",
+                &[&self.target],
+            )
+            .await
+            .map_err(|error| failure("try a write", &error))?;
+        Ok(())
+    }
+
     fn writes(&self) -> Writes<'_> {
         Writes::Fenced(self)
     }

@@ -47,6 +47,9 @@ const VERSION: &str = "version";
 const NOTES: &str = "refarch-notes";
 const NOTE_ID: &str = "note";
 
+/// An id that no row has: a row's id never holds a control character here.
+const PROBE_ID: &str = "refarch\u{1}probe";
+
 /// What the index needs of the settings.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -168,6 +171,15 @@ impl Pinecone {
     fn request(&self, method: Method, path: &str) -> Result<RequestBuilder> {
         let url = self.base.join(path).map_err(|error| Error::fatal("use the Pinecone index", error))?;
         Ok(self.client.request(method, url))
+    }
+
+    /// Some vector: one of zeros is refused.
+    fn first_axis(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.dimensions];
+        if let Some(first) = values.first_mut() {
+            *first = 1.0;
+        }
+        values
     }
 
     async fn upsert_into(&self, namespace: &str, vectors: &[Value]) -> Result<()> {
@@ -404,6 +416,13 @@ impl VectorIndex for Pinecone {
         Ok(())
     }
 
+    async fn probe(&self) -> Result<()> {
+        // Among the records a delete of what can't be there, and an upsert beside them.
+        self.delete(&[PROBE_ID.to_owned()]).await?;
+        let vector = json!({ "id": PROBE_ID, "values": self.first_axis() });
+        self.upsert_into(NOTES, &[vector]).await
+    }
+
     fn keeps_notes(&self) -> bool {
         true
     }
@@ -415,12 +434,7 @@ impl VectorIndex for Pinecone {
     }
 
     async fn set_note(&self, note: &str) -> Result<()> {
-        // A vector of zeros is refused.
-        let mut values = vec![0.0_f32; self.dimensions];
-        if let Some(first) = values.first_mut() {
-            *first = 1.0;
-        }
-        let vector = json!({ "id": NOTE_ID, "values": values, "metadata": { "text": note } });
+        let vector = json!({ "id": NOTE_ID, "values": self.first_axis(), "metadata": { "text": note } });
         self.upsert_into(NOTES, &[vector]).await
     }
 }

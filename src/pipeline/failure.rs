@@ -39,6 +39,9 @@ pub struct Error {
     /// Whether what was asked for may have been done, or may yet be, all the same: a timeout, a
     /// connection that broke, a server's own error.
     pub doubtful: bool,
+    /// Whether it arose over the change itself, so that the change may be at fault and not the world:
+    /// never for a lost connection to the database, or a rate limit.
+    pub about_change: bool,
 }
 
 /// A result whose error is classed.
@@ -47,7 +50,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error of the given class.
     pub fn new(class: Class, what: impl Into<String>, message: impl fmt::Display) -> Self {
-        Self { class, what: what.into(), message: message.to_string(), retry_after: None, doubtful: false }
+        Self {
+            class,
+            what: what.into(),
+            message: message.to_string(),
+            retry_after: None,
+            doubtful: false,
+            about_change: false,
+        }
     }
 
     /// A failure that another try may mend.
@@ -58,6 +68,12 @@ impl Error {
     /// A failure after which nobody knows whether the work was done.
     pub fn doubtful(what: impl Into<String>, message: impl fmt::Display) -> Self {
         Self { doubtful: true, ..Self::retryable(what, message) }
+    }
+
+    /// The same failure, as one that arose over the change itself.
+    #[must_use]
+    pub fn over_the_change(self) -> Self {
+        Self { about_change: true, ..self }
     }
 
     /// A failure that will come again however often this is tried.

@@ -154,6 +154,10 @@ pub trait VectorIndex: Send + Sync {
     /// `backlog` is how many changes wait to be applied.
     async fn maintain(&self, backlog: u64) -> Result<()>;
 
+    /// Whether the index can be written to just now: writes in a way that changes nothing that can be
+    /// seen, so that a change that fails can be told from an outage.
+    async fn probe(&self) -> Result<()>;
+
     /// A note that the index keeps for us, such as which database it belongs to; none if it keeps
     /// none, because it shares the database.
     async fn note(&self) -> Result<Option<String>> {

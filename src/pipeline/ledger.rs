@@ -34,12 +34,22 @@ pub struct Entry {
     pub metadata_hash: Option<Hash>,
     /// Whether the index is known to hold nothing because the row was gone.
     pub deleted: bool,
+    /// Whether the id's change stands in the dead letters, so that sweeping need not queue it.
+    pub parked: bool,
 }
 
 impl Default for Entry {
     /// An entry of which nothing is known.
     fn default() -> Self {
-        Self { open: 0, epoch: 0, dirty: true, content_hash: None, metadata_hash: None, deleted: false }
+        Self {
+            open: 0,
+            epoch: 0,
+            dirty: true,
+            content_hash: None,
+            metadata_hash: None,
+            deleted: false,
+            parked: false,
+        }
     }
 }
 
@@ -115,6 +125,7 @@ impl Entry {
         let shared = self.open > 0;
         self.open += 1;
         self.epoch += 1;
+        self.parked = false;
         Opened {
             id: id.into(),
             epoch: self.epoch,
@@ -141,7 +152,11 @@ impl Entry {
                 self.deleted = *deleted;
                 Left::Settled
             }
-            Outcome::Settled { .. } => self.sweep(),
+            Outcome::Settled { .. } => {
+                // Who got this far is no dead letter.
+                self.parked = false;
+                self.sweep()
+            }
             Outcome::Unwritten => {
                 self.sweep();
                 Left::Dirty
@@ -153,7 +168,7 @@ impl Entry {
     pub fn sweep(&mut self) -> Left {
         self.open = (self.open - 1).max(0);
         self.forget();
-        if self.open == 0 { Left::Requeue } else { Left::Dirty }
+        if self.open == 0 && !self.parked { Left::Requeue } else { Left::Dirty }
     }
 
     /// Puts an attempt back that was swept while its worker lived and wrote: as abandoned, to be
@@ -168,7 +183,14 @@ impl Entry {
     /// notice.
     pub fn distrust(&mut self) {
         self.epoch += 1;
+        self.parked = false;
         self.forget();
+    }
+
+    /// Notes that the id's change stands in the dead letters. Without this a change that fails in
+    /// doubt, by a server's own error each time, would be swept, queued and given up for ever.
+    pub fn park(&mut self) {
+        self.parked = true;
     }
 
     fn forget(&mut self) {
@@ -261,4 +283,7 @@ pub trait Ledger: Send + Sync {
     /// Adds to the count of a change's tries and returns it; zero is the least. A write that settles
     /// the entry sets it to zero.
     async fn count_try(&self, id: &str, by: i32) -> Result<u32>;
+
+    /// Notes that a change was given up, as [`Entry::park`] says, and forgets its tries.
+    async fn park(&self, id: &str) -> Result<()>;
 }

@@ -22,7 +22,7 @@ use crate::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peek
 const SILENT_FOR: &str = "10 minutes";
 
 /// Columns of an entry, as [`read_entry`] takes them.
-const ENTRY: &str = "l.open, l.epoch, l.dirty, l.content_hash, l.metadata_hash, l.deleted";
+const ENTRY: &str = "l.open, l.epoch, l.dirty, l.content_hash, l.metadata_hash, l.deleted, l.parked";
 
 /// Source and ledger of one target.
 #[derive(Clone)]
@@ -104,7 +104,7 @@ impl Ledger for PgLedger {
             .prepare_cached(
                 "INSERT INTO refarch.ledger AS l (target, id, open, epoch) \
                  SELECT $1, k, 1, 1 FROM unnest($2::text[]) k ORDER BY k COLLATE \"C\" \
-                 ON CONFLICT (target, id) DO UPDATE SET open = l.open + 1, epoch = l.epoch + 1 \
+                 ON CONFLICT (target, id) DO UPDATE SET open = l.open + 1, epoch = l.epoch + 1, parked = false \
                  RETURNING id, epoch, open > 1, dirty, CASE WHEN deleted THEN NULL ELSE content_hash END",
             )
             .await
@@ -316,6 +316,19 @@ impl Ledger for PgLedger {
             .map_err(fail("count a try"))?;
         Ok(row.get::<_, i32>(0).try_into().unwrap_or_default())
     }
+
+    async fn park(&self, id: &str) -> Result<()> {
+        let client = self.postgres.client().await?;
+        client
+            .execute(
+                "INSERT INTO refarch.ledger AS l (target, id, parked) VALUES ($1, $2, true) \
+                 ON CONFLICT (target, id) DO UPDATE SET parked = true, tries = 0",
+                &[&self.target, &id],
+            )
+            .await
+            .map_err(fail("park a change"))?;
+        Ok(())
+    }
 }
 
 impl PgLedger {
@@ -340,12 +353,13 @@ impl PgLedger {
         if entries.is_empty() {
             return Ok(());
         }
-        let of = |entry: &Entry| (entry.open, entry.epoch, entry.dirty, entry.deleted);
+        let of = |entry: &Entry| (entry.open, entry.epoch, entry.dirty, entry.deleted, entry.parked);
         let ids: Vec<&str> = entries.keys().map(String::as_str).collect();
         let open: Vec<i32> = entries.values().map(|entry| of(entry).0).collect();
         let epochs: Vec<i64> = entries.values().map(|entry| of(entry).1).collect();
         let dirty: Vec<bool> = entries.values().map(|entry| of(entry).2).collect();
         let deleted: Vec<bool> = entries.values().map(|entry| of(entry).3).collect();
+        let parked: Vec<bool> = entries.values().map(|entry| of(entry).4).collect();
         let bytes = |hash: &Option<Hash>| hash.map(|hash| hash.0.to_vec());
         let content: Vec<Option<Vec<u8>>> =
             entries.values().map(|entry| bytes(&entry.content_hash)).collect();
@@ -355,15 +369,15 @@ impl PgLedger {
         transaction
             .execute(
                 "UPDATE refarch.ledger l SET open = u.open, epoch = u.epoch, dirty = u.dirty, deleted = u.deleted, \
-                        content_hash = u.content, metadata_hash = u.metadata, \
+                        parked = u.parked, content_hash = u.content, metadata_hash = u.metadata, \
                         version = greatest(l.version, u.version), \
                         synced_at = CASE WHEN u.version IS NULL THEN l.synced_at ELSE clock_timestamp() END, \
                         tries = CASE WHEN u.version IS NULL THEN l.tries ELSE 0 END \
                  FROM unnest($2::text[], $3::integer[], $4::bigint[], $5::boolean[], $6::boolean[], $7::bytea[], \
-                             $8::bytea[], $9::bigint[]) \
-                      AS u(id, open, epoch, dirty, deleted, content, metadata, version) \
+                             $8::bytea[], $9::bigint[], $10::boolean[]) \
+                      AS u(id, open, epoch, dirty, deleted, content, metadata, version, parked) \
                  WHERE l.target = $1 AND l.id = u.id",
-                &[&self.target, &ids, &open, &epochs, &dirty, &deleted, &content, &metadata, &versions],
+                &[&self.target, &ids, &open, &epochs, &dirty, &deleted, &content, &metadata, &versions, &parked],
             )
             .await
             .map_err(fail("write the ledger"))?;
@@ -413,5 +427,6 @@ fn read_entry(row: &Row, at: usize, id: &str) -> Result<Entry> {
         content_hash: hash(row, at + 3, id)?,
         metadata_hash: hash(row, at + 4, id)?,
         deleted: row.get(at + 5),
+        parked: row.get(at + 6),
     })
 }

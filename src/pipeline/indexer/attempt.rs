@@ -25,9 +25,10 @@
 //!   an index with conditions to close; `verify` finds it.)
 //! - *told "failed" of a write that happened, or will*: the id is doubtful even if another try works:
 //!   the closing leaves it open, as abandoned, until the settling time has passed;
-//! - *before or amid the closing*: as amid writing. Told "failed" of a closing that was committed,
-//!   the attempt is not in hand any more and not there: nothing is left to do, and the message, which
-//!   is not acknowledged, finds the ids in sync;
+//! - *before or amid the closing*: as amid writing. A closing that failed, or that nobody came to, is
+//!   done again and again while the worker lives: were the attempt swept before, only the closing can
+//!   tell that it wrote late. Told "failed" of a closing that was committed, it finds the attempt gone
+//!   and takes it for swept: the ids are done once more;
 //! - *between closing and acknowledging*: the message comes again and finds the ids in sync.
 //!
 //! A TRUNCATE is expanded from the ledger: every id whose entry is not known to be deleted, *or is
@@ -35,8 +36,8 @@
 //! truncated, while its entry still says "deleted": no change would be left to take it out again.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::sync::{MutexGuard, PoisonError};
 
 use super::batch::Batch;
 use super::{Indexer, Round, is_in_sync};
@@ -51,7 +52,7 @@ use crate::pipeline::retry::Backoff;
 /// Tries of one request before its attempt is closed: each later one needs the rows read anew.
 const REQUEST_TRIES: u32 = 3;
 
-/// An attempt that its worker knows of. Dropped, it is not in hand any more, and swept if it stands.
+/// An attempt that is being worked on.
 struct InHand<'a> {
     indexer: &'a Indexer,
     name: String,
@@ -59,8 +60,7 @@ struct InHand<'a> {
 
 impl Drop for InHand<'_> {
     fn drop(&mut self) {
-        let mut in_hand = self.indexer.in_hand.lock().unwrap_or_else(PoisonError::into_inner);
-        in_hand.retain(|name| *name != self.name);
+        self.indexer.in_hand().retain(|name| *name != self.name);
     }
 }
 
@@ -121,11 +121,17 @@ impl Indexer {
             .into_iter()
             .map(|opened| Part { opened, row: None, outcome: Outcome::Unwritten })
             .collect();
+        // Until it is closed: whatever ends this, somebody must still say that writes may be about.
+        let doubtful = parts.iter().map(|part| (part.opened.clone(), Outcome::Doubtful)).collect();
+        self.remember(&attempt.name, doubtful);
         let written = self.write_parts(plain, lane, session, &ids, &mut parts, batch).await;
         let closing: Vec<(Opened, Outcome)> =
             parts.into_iter().map(|part| (part.opened, part.outcome)).collect();
+        self.remember(&attempt.name, closing.clone());
         let closed = self.ledger.close(&attempt.name, &self.options.worker, &closing).await;
-        drop(attempt);
+        if closed.is_ok() {
+            self.unclosed().remove(&attempt.name);
+        }
         // The first failure is the one that tells most.
         let refused = written?;
         let closed = closed?;
@@ -136,15 +142,53 @@ impl Indexer {
         );
         Ok(Round {
             again: Vec::new(),
+            settled: closed.settled.len() as u64,
             applied: closed.settled.len() as u64 + closed.overlapped + closed.abandoned,
             refused,
         })
     }
 
+    fn unclosed(&self) -> MutexGuard<'_, BTreeMap<String, Vec<(Opened, Outcome)>>> {
+        self.unclosed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remember(&self, attempt: &str, closing: Vec<(Opened, Outcome)>) {
+        self.unclosed().insert(attempt.to_owned(), closing);
+    }
+
+    /// Closes attempts that were left without a closing, or whose closing failed.
+    pub(super) async fn close_left(&self) -> Result<()> {
+        let left: Vec<(String, Vec<(Opened, Outcome)>)> = {
+            let in_hand = self.in_hand();
+            self.unclosed()
+                .iter()
+                .filter(|(name, _)| !in_hand.contains(name))
+                .map(|(name, closing)| (name.clone(), closing.clone()))
+                .collect()
+        };
+        for (name, closing) in left {
+            self.ledger.close(&name, &self.options.worker, &closing).await?;
+            self.unclosed().remove(&name);
+        }
+        Ok(())
+    }
+
+    /// Names of the attempts that are being worked on.
+    fn in_hand(&self) -> MutexGuard<'_, Vec<String>> {
+        self.in_hand.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Names of the attempts that this worker will close.
+    pub(super) fn own_attempts(&self) -> Vec<String> {
+        let mut own = self.in_hand().clone();
+        own.extend(self.unclosed().keys().cloned());
+        own
+    }
+
     fn take_in_hand(&self) -> InHand<'_> {
         let number = self.attempts.fetch_add(1, Ordering::Relaxed);
         let name = format!("{}/{number}", self.options.worker);
-        self.in_hand.lock().unwrap_or_else(PoisonError::into_inner).push(name.clone());
+        self.in_hand().push(name.clone());
         InHand { indexer: self, name }
     }
 
@@ -271,6 +315,7 @@ impl Indexer {
                 Ok(()) => return Sent::Surely,
                 Err(error) => error,
             };
+            let error = Error { about_change: error.doubtful, ..error };
             doubtful |= error.doubtful;
             let over = backoff.failures() + 1 >= REQUEST_TRIES || self.health.is_outage();
             match error.class {

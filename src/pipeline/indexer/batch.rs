@@ -28,6 +28,9 @@ const FAILURES_IN_A_ROW: usize = 3;
 /// that somebody rewrites these very rows all the time.
 const CONFLICTS_IN_A_ROW: usize = 10;
 
+/// A text that any embedder can take.
+const PROBE: &str = "a plain text";
+
 /// Messages that are worked on together.
 pub(super) struct Batch {
     /// Those that are not acknowledged yet.
@@ -183,7 +186,7 @@ impl Indexer {
                     self.health.failed(&error);
                     failures += 1;
                     match alone {
-                        Some(id) => self.retry_alone(batch, id, counted.is_some(), &error).await?,
+                        Some(id) => self.retry_alone(lane, batch, id, counted.is_some(), &error).await?,
                         None => batch.split(group, false),
                     }
                     if failures >= FAILURES_IN_A_ROW || batch.groups.len() <= failures {
@@ -205,6 +208,10 @@ impl Indexer {
                 batch.left.remove(id);
             }
             self.keep_pace(group.len() as u64, self.clock().now().saturating_sub(started));
+            // It came to an end, if not to a write that settles the entry.
+            if let Some(id) = counted.filter(|_| round.refused.is_none() && round.settled == 0) {
+                self.ledger.count_try(&id, i32::MIN).await?;
+            }
             if let Some((refused, error)) = round.refused {
                 self.refuse(batch, refused, &error).await?;
             }
@@ -222,24 +229,41 @@ impl Indexer {
         Ok(())
     }
 
-    /// A change failed by itself: counts it if others went through since it last did.
-    async fn retry_alone(&self, batch: &mut Batch, id: String, counted: bool, error: &Error) -> Result<()> {
-        let successes = self.health.successes();
-        let alone_to_blame = batch.failed_at.get(&id).is_some_and(|then| successes > *then);
-        batch.failed_at.insert(id.clone(), successes);
+    /// A change failed by itself: counts it if other things go through. What has gone through since
+    /// the change last failed tells; when nothing has, as when nothing else is asked for, a write that
+    /// changes nothing is tried, and a text embedded.
+    async fn retry_alone(
+        &self,
+        lane: Lane,
+        batch: &mut Batch,
+        id: String,
+        counted: bool,
+        error: &Error,
+    ) -> Result<()> {
         batch.groups.push_back(vec![id.clone()]);
-        if counted && !alone_to_blame {
-            self.ledger.count_try(&id, -1).await?;
+        let successes = self.health.successes();
+        let failed_before = batch.failed_at.insert(id.clone(), successes);
+        let others_go_through = error.about_change
+            && counted
+            && (failed_before.is_some_and(|then| successes > then) || self.probe(lane).await.is_ok());
+        if !counted {
+            return Ok(());
         }
-        if counted && alone_to_blame {
-            // What was counted before the try stands.
-            let tries = self.ledger.count_try(&id, 0).await?;
-            if tries >= MAX_TRIES {
-                let why = Why { reason: Reason::Failed, error: error.to_string(), tries };
-                self.give_up(batch, &id, &why).await?;
-                batch.groups.retain(|group| *group != [id.as_str()]);
-            }
+        // What was counted before the try stands only if it is the change's own fault.
+        let tries = self.ledger.count_try(&id, if others_go_through { 0 } else { -1 }).await?;
+        if others_go_through && tries >= MAX_TRIES {
+            let why = Why { reason: Reason::Failed, error: error.to_string(), tries };
+            self.give_up(batch, &id, &why).await?;
+            batch.groups.retain(|group| *group != [id.as_str()]);
         }
+        Ok(())
+    }
+
+    /// Whether a text can be embedded and the index be written to.
+    async fn probe(&self, lane: Lane) -> Result<()> {
+        self.scheduler.embed(lane, &[PROBE.into()]).await?;
+        self.index.probe().await?;
+        self.health.succeeded();
         Ok(())
     }
 
@@ -278,8 +302,8 @@ impl Indexer {
             "a change {}: moved to the dead letters",
             why.reason.describe()
         );
-        // Whoever brings it back has mended something: it starts anew.
-        self.ledger.count_try(id, i32::MIN).await?;
+        // Whoever brings it back has mended something: its tries start anew.
+        self.ledger.park(id).await?;
         batch.left.remove(id);
         batch.done.dead_lettered += 1;
         Ok(())

@@ -27,7 +27,7 @@ use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::lease::Lease;
-use crate::pipeline::ledger::{Ledger, Peeked};
+use crate::pipeline::ledger::{Ledger, Opened, Outcome, Peeked};
 use crate::pipeline::meter::Meter;
 use crate::pipeline::queue::{JobQueue, Message};
 use crate::pipeline::schedule::Scheduler;
@@ -92,8 +92,10 @@ pub struct Indexer {
     pace: AtomicU64,
     /// Numbers this worker's attempts.
     attempts: AtomicU64,
-    /// Attempts that this worker knows to be its own.
+    /// Attempts that are being worked on.
     in_hand: Mutex<Vec<String>>,
+    /// Attempts that may have written and are not known to be closed, with how they are to be closed.
+    unclosed: Mutex<BTreeMap<String, Vec<(Opened, Outcome)>>>,
 }
 
 /// The vectors that a batch has made, so that a text is embedded once however often it is tried.
@@ -116,6 +118,8 @@ struct Round {
     refused: Option<(Vec<String>, Error)>,
     /// Ids written.
     applied: u64,
+    /// Those of them whose entry is clean now.
+    settled: u64,
 }
 
 impl Indexer {
@@ -142,6 +146,7 @@ impl Indexer {
             pace: AtomicU64::new(0),
             attempts: AtomicU64::new(0),
             in_hand: Mutex::default(),
+            unclosed: Mutex::default(),
         }
     }
 
@@ -173,7 +178,7 @@ impl Indexer {
         if texts.is_empty() {
             return Ok(());
         }
-        let vectors = self.scheduler.embed(lane, &texts).await?;
+        let vectors = self.scheduler.embed(lane, &texts).await.map_err(Error::over_the_change)?;
         batch.done.embedded += texts.len() as u64;
         self.meter.embedded(texts.len() as u64);
         batch.made.extend(hashes.into_iter().zip(vectors));

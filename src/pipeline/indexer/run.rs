@@ -78,6 +78,9 @@ impl Indexer {
         );
         lanes_done.cancel();
         let _ = maintenance.await;
+        if let Err(error) = self.close_left().await {
+            tracing::warn!(%error, "cannot close attempts: others will sweep them");
+        }
         threads.shutdown().await;
         live.and(bulk)
     }
@@ -261,14 +264,14 @@ impl Indexer {
         }
     }
 
-    /// Sweeps attempts that nobody will close, and disowns what stands under this worker's name
+    /// Closes attempts that were left, sweeps those that nobody will close, and disowns what stands under this worker's name
     /// without being in its hand.
     pub async fn sweep(&self) -> Result<Swept> {
         if matches!(self.index.writes(), Writes::Fenced(_)) {
             return Ok(Swept::default());
         }
-        let in_hand = self.in_hand.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        self.ledger.disown(&self.options.worker, &in_hand).await?;
+        self.close_left().await?;
+        self.ledger.disown(&self.options.worker, &self.own_attempts()).await?;
         let swept = self.ledger.sweep(self.options.settle, SWEEP_AT_ONCE).await?;
         if swept.attempts > 0 || swept.abandoned > 0 {
             tracing::info!(

@@ -35,3 +35,6 @@ BEGIN
     queued := refarch.backfill(src.name, src.relation, src.id_column);
     RETURN queued;
 END $$;
+
+-- Whether the id's change stands in the dead letters, so that sweeping its attempts need not queue it.
+ALTER TABLE refarch.ledger ADD COLUMN parked boolean NOT NULL DEFAULT false;

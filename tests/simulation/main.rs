@@ -1,0 +1,445 @@
+//! The real steps of relay and indexer over a simulated world, in an order that a seed decides.
+//!
+//! Each schedule runs some processes against one world: they are killed, frozen past every timeout
+//! and started again; the database loses calls and answers; the queue repeats, delays and reorders;
+//! the index answers 429 and 5xx, does what it says it has not, and does it late. Then faults end, and
+//! once everything is quiet the index must equal the table. A rule of the protocol that is left out
+//! must show: each such plant has a test that fails when nothing diverges.
+//!
+//! `REFARCH_SCHEDULES` sets how many schedules are run; the same seeds always give the same ones.
+
+mod executor;
+mod world;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use executor::{Executor, SimClock};
+use rand::rngs::SmallRng;
+use rand::{RngExt as _, SeedableRng as _};
+use refarch::pipeline::change::Lane;
+use refarch::pipeline::clock::Clock;
+use refarch::pipeline::indexer::{self, Indexer};
+use refarch::pipeline::lease::Lease;
+use refarch::pipeline::relay::{self, Relay};
+use refarch::pipeline::schedule::Scheduler;
+use tokio_util::sync::CancellationToken;
+use world::{FAILING, IndexKind, LEASE, Plant, REFUSED, RowText, SETTLE, View, World};
+
+/// Schedules of one test, unless the environment says otherwise.
+const SCHEDULES: u64 = 3_000;
+
+/// Schedules within which a planted bug must show.
+const PLANT_WITHIN: u64 = 40_000;
+
+/// Polls after which a schedule that is not quiet never will be.
+const MAX_STEPS: u32 = 60_000;
+
+/// Processes that index, and one that relays.
+const RELAY: usize = 100;
+
+/// What is in the table that must not be indexed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Poison {
+    None,
+    /// A row that the index refuses for good.
+    Refused,
+    /// A row that fails each time.
+    Failing,
+}
+
+struct Schedule {
+    seed: u64,
+    kind: IndexKind,
+    plant: Option<Plant>,
+    poison: Poison,
+}
+
+/// How a schedule ended, if not well.
+type Divergence = String;
+
+struct Run {
+    rng: SmallRng,
+    executor: Executor,
+    world: Arc<Mutex<World>>,
+    clock: Arc<SimClock>,
+    /// Name of the worker that each process runs now.
+    workers: BTreeMap<usize, String>,
+    generation: u64,
+    ids: Vec<String>,
+}
+
+impl Run {
+    fn new(schedule: &Schedule) -> Self {
+        let mut rng = SmallRng::seed_from_u64(schedule.seed);
+        let clock = Arc::new(SimClock::new(rng.random()));
+        let world_rng = SmallRng::seed_from_u64(rng.random());
+        let world = World::new(world_rng, Arc::clone(&clock), schedule.kind, schedule.plant);
+        let count = rng.random_range(1..5);
+        Self {
+            executor: Executor::new(Arc::clone(&clock)),
+            world: Arc::new(Mutex::new(world)),
+            clock,
+            workers: BTreeMap::new(),
+            generation: 0,
+            ids: (0..count).map(|id| format!("{id}")).collect(),
+            rng,
+        }
+    }
+
+    fn view(&self, worker: &str) -> View {
+        View { world: Arc::clone(&self.world), worker: worker.to_owned() }
+    }
+
+    fn start_relay(&mut self) {
+        let view = Arc::new(self.view("relay"));
+        let options = relay::Options {
+            source: "products".into(),
+            pack: 3,
+            bulk_threshold: 100,
+            live_bound: 1_000,
+            poll: Duration::from_secs(1),
+        };
+        let relay = Relay::new(view.clone() as _, view as _, Arc::clone(&self.clock) as _, options);
+        self.executor.spawn(RELAY, async move {
+            let _ = relay.run(&CancellationToken::new(), false).await;
+        });
+    }
+
+    fn start_worker(&mut self, process: usize) {
+        self.generation += 1;
+        let worker = format!("w{process}.{}", self.generation);
+        self.workers.insert(process, worker.clone());
+        let view = Arc::new(self.view(&worker));
+        let clock: Arc<dyn Clock> = Arc::clone(&self.clock) as _;
+        let lease = Arc::new(Lease::new(Arc::clone(&clock), LEASE));
+        let indexer = Arc::new(Indexer::new(
+            view.clone() as _,
+            view.clone() as _,
+            view.clone() as _,
+            Scheduler::new(Arc::new(world::Instant), Duration::from_millis(50), Arc::clone(&clock)),
+            Arc::default(),
+            Arc::clone(&lease),
+            indexer::Options {
+                source: "products".into(),
+                worker: worker.clone(),
+                workers: 1,
+                hold: Duration::from_secs(1),
+                poll: Duration::from_secs(1),
+                // Chaos of this density would use up any number.
+                max_receives: u32::MAX,
+                settle: SETTLE,
+            },
+        ));
+        for lane in Lane::ALL {
+            let (indexer, view, clock) = (Arc::clone(&indexer), view.clone(), Arc::clone(&clock));
+            self.executor.spawn(process, async move {
+                use refarch::pipeline::queue::JobQueue as _;
+                let never = CancellationToken::new();
+                loop {
+                    let received = view.receive(lane, 3).await.unwrap_or_default();
+                    if received.is_empty() {
+                        clock.sleep(Duration::from_secs(2)).await;
+                        continue;
+                    }
+                    let _ = indexer.hold(lane, &received, &never).await;
+                }
+            });
+        }
+        let embedding = Arc::clone(&indexer);
+        self.executor.spawn(process, async move { embedding.embed_slices().await });
+        let sweeping = clock.clone();
+        self.executor.spawn(process, async move {
+            loop {
+                sweeping.sleep(Duration::from_secs(5)).await;
+                let _ = indexer.sweep().await;
+            }
+        });
+        self.executor.spawn(process, async move {
+            loop {
+                let at = clock.now();
+                executor::turn().await;
+                {
+                    let mut world = view.world.lock().unwrap();
+                    if world.sessions.insert(worker.clone()) {
+                        lease.begin(at);
+                    } else {
+                        lease.confirm(at);
+                    }
+                }
+                clock.sleep(LEASE / 4).await;
+            }
+        });
+    }
+
+    /// Something goes wrong, or somebody writes.
+    fn happen(&mut self, poison: Poison) {
+        let process = self.rng.random_range(0..3_usize);
+        match self.rng.random_range(0..24) {
+            0..12 => {
+                let id = self.ids[self.rng.random_range(0..self.ids.len())].clone();
+                let row = self.rng.random_ratio(3, 4).then(|| self.text(poison));
+                self.world.lock().unwrap().write(&id, row);
+            }
+            12 => {
+                if self.rng.random_ratio(1, 2) {
+                    self.world.lock().unwrap().truncate();
+                }
+            }
+            13..16 => self.world.lock().unwrap().disturb_queue(),
+            16 | 17 if self.workers.contains_key(&process) => {
+                let worker = self.workers[&process].clone();
+                let mut world = self.world.lock().unwrap();
+                if world.is_immortal(&worker) {
+                    return;
+                }
+                world.sessions.remove(&worker);
+                world.count("worker killed");
+                drop(world);
+                self.executor.kill(process);
+                self.start_worker(process);
+            }
+            18 => {
+                let long = self.rng.random_range(1..60_000);
+                self.executor.freeze(process, self.clock.now() + Duration::from_millis(long));
+                self.world.lock().unwrap().count("worker frozen");
+            }
+            19 => {
+                // Cut off: neither heard of by the database, nor aware of it.
+                let Some(worker) = self.workers.get(&process).cloned() else { return };
+                let long = self.rng.random_range(15_000..60_000);
+                self.executor.freeze(process, self.clock.now() + Duration::from_millis(long));
+                let mut world = self.world.lock().unwrap();
+                world.sessions.remove(&worker);
+                world.count("worker cut off");
+            }
+            20 => {
+                // A restart of the database: every session is gone, also those of who is frozen.
+                let mut world = self.world.lock().unwrap();
+                world.sessions.clear();
+                world.count("every session lost");
+            }
+            21 => {
+                self.executor.kill(RELAY);
+                self.start_relay();
+                self.world.lock().unwrap().count("relay killed");
+            }
+            _ => {}
+        }
+    }
+
+    fn text(&mut self, poison: Poison) -> RowText {
+        let metadata = format!("m{}", self.rng.random_range(0..2));
+        let text = match self.rng.random_range(0..8) {
+            // A row without a text has no record.
+            0 => String::new(),
+            1 if poison == Poison::Refused => REFUSED.into(),
+            1 if poison == Poison::Failing => FAILING.into(),
+            // Few of them, so that content comes back.
+            _ => format!("t{}", self.rng.random_range(0..3)),
+        };
+        RowText { text, metadata }
+    }
+}
+
+/// Runs one schedule to its end.
+fn run(schedule: &Schedule, totals: &Mutex<BTreeMap<&'static str, u64>>) -> Result<(), Divergence> {
+    let mut run = Run::new(schedule);
+    run.start_relay();
+    for process in 0..run.rng.random_range(2..4) {
+        run.start_worker(process);
+    }
+    let busy = run.rng.random_range(150..700);
+    for _ in 0..busy {
+        if run.rng.random_ratio(1, 12) {
+            run.happen(schedule.poison);
+        }
+        step(&mut run);
+    }
+    run.executor.thaw_all();
+    run.world.lock().unwrap().faults = false;
+    let mut result = quiesce(&mut run, schedule);
+    if result.is_ok() && schedule.poison != Poison::None {
+        result = mend(&mut run, schedule);
+    }
+    let mut totals = totals.lock().unwrap();
+    for (what, count) in &run.world.lock().unwrap().counts {
+        *totals.entry(what).or_default() += count;
+    }
+    result
+}
+
+fn step(run: &mut Run) {
+    let mut rng = SmallRng::seed_from_u64(run.rng.random());
+    run.executor.step(&mut rng);
+    run.world.lock().unwrap().pass_time();
+}
+
+fn quiesce(run: &mut Run, schedule: &Schedule) -> Result<(), Divergence> {
+    for _ in 0..MAX_STEPS {
+        step(run);
+        if run.world.lock().unwrap().is_quiet() {
+            return compare(&run.world.lock().unwrap(), schedule.poison);
+        }
+    }
+    Err(format!("never quiet: {}", run.world.lock().unwrap().leftovers()))
+}
+
+/// Mends the poisoned rows, brings the dead letters back, and lets them through.
+fn mend(run: &mut Run, schedule: &Schedule) -> Result<(), Divergence> {
+    mend_rows(run);
+    // Somebody who had read a row before it was mended may give it up once more.
+    for _ in 0..5 {
+        run.world.lock().unwrap().redrive();
+        quiesce(run, schedule)?;
+        if run.world.lock().unwrap().dead.is_empty() {
+            return Ok(());
+        }
+    }
+    Err("dead letters after mending".into())
+}
+
+fn mend_rows(run: &mut Run) {
+    let mut world = run.world.lock().unwrap();
+    let poisoned: Vec<String> = world
+        .rows
+        .iter()
+        .filter(|(_, row)| row.text == REFUSED || row.text == FAILING)
+        .map(|(id, _)| id.clone())
+        .collect();
+    for id in poisoned {
+        // As if the index had changed its mind: no change is captured.
+        let row = RowText { text: "mended".into(), metadata: String::new() };
+        world.rows.insert(id, row);
+    }
+}
+
+/// The property: the index equals the table, but for what stands in the dead letters.
+fn compare(world: &World, poison: Poison) -> Result<(), Divergence> {
+    let dead: BTreeSet<&String> =
+        world.dead.iter().flat_map(|(job, _)| &job.groups).flat_map(|group| &group.ids).collect();
+    let ids: BTreeSet<&String> = world.rows.keys().chain(world.index.keys()).collect();
+    for id in ids {
+        let row = world.rows.get(id).filter(|row| !row.text.is_empty());
+        let wanted = row.map(|row| {
+            let source = world::source_row(id, row);
+            (source.content_hash, source.metadata_hash, world::vector_of(&row.text))
+        });
+        let held = world.index.get(id).map(|c| (c.content_hash, c.metadata_hash, c.vector));
+        if wanted != held && !dead.contains(id) {
+            return Err(format!(
+                "id {id}: the row is {row:?} and the index holds {held:?}; {}",
+                world.leftovers()
+            ));
+        }
+    }
+    // An outage is not poison; but that whoever works on a change dies four times in a row looks it.
+    let killed = world.counts.get("worker killed").copied().unwrap_or_default();
+    if poison == Poison::None && !world.dead.is_empty() && killed < 4 {
+        return Err(format!("dead letters without poison: {:?}", world.dead));
+    }
+    Ok(())
+}
+
+/// Runs schedules on every core; the divergences, and what was done to the world.
+fn run_all(
+    count: u64,
+    make: impl Fn(u64) -> Schedule + Sync,
+    stop_at_first: bool,
+) -> (Vec<(u64, Divergence)>, BTreeMap<&'static str, u64>) {
+    let totals = Mutex::new(BTreeMap::new());
+    let found = Mutex::new(Vec::new());
+    let next = std::sync::atomic::AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    if seed >= count || (stop_at_first && !found.lock().unwrap().is_empty()) {
+                        return;
+                    }
+                    if let Err(divergence) = run(&make(seed), &totals) {
+                        found.lock().unwrap().push((seed, divergence));
+                    }
+                }
+            });
+        }
+    });
+    let mut found = found.into_inner().unwrap();
+    found.sort();
+    (found, totals.into_inner().unwrap())
+}
+
+fn schedules() -> u64 {
+    std::env::var("REFARCH_SCHEDULES").map_or(SCHEDULES, |count| count.parse().expect("a number"))
+}
+
+fn converges(name: &str, kind: IndexKind, poison: Poison) {
+    let count = schedules();
+    let started = Instant::now();
+    let (found, totals) = run_all(count, |seed| Schedule { seed, kind, plant: None, poison }, false);
+    println!("{name}: {count} schedules in {:.1} s", started.elapsed().as_secs_f64());
+    for (what, count) in &totals {
+        println!("  {count:>10}  {what}");
+    }
+    assert!(found.is_empty(), "{} of {count} diverged, such as {:?}", found.len(), found.first());
+    // A world in which nothing goes wrong has shown nothing.
+    for what in ["worker killed", "worker frozen", "duplicated message", "database commit told as failed"] {
+        assert!(totals.contains_key(what), "no {what}");
+    }
+}
+
+#[test]
+fn an_index_without_conditions_converges() {
+    converges("plain index", IndexKind::Plain, Poison::None);
+}
+
+#[test]
+fn a_fenced_index_converges() {
+    converges("fenced index", IndexKind::Fenced, Poison::None);
+}
+
+#[test]
+fn what_is_refused_ends_among_the_dead_letters_and_comes_back_mended() {
+    converges("plain index, refused rows", IndexKind::Plain, Poison::Refused);
+    converges("fenced index, refused rows", IndexKind::Fenced, Poison::Refused);
+}
+
+#[test]
+fn what_fails_by_itself_ends_among_the_dead_letters_and_comes_back_mended() {
+    converges("plain index, failing rows", IndexKind::Plain, Poison::Failing);
+}
+
+fn diverges(plant: Plant, kind: IndexKind) {
+    let make = |seed| Schedule { seed, kind, plant: Some(plant), poison: Poison::None };
+    let (found, _) = run_all(PLANT_WITHIN, make, true);
+    let Some((seed, divergence)) = found.first() else {
+        panic!("{plant:?} was not noticed in {PLANT_WITHIN} schedules");
+    };
+    println!("{plant:?}: schedule {seed}: {}", divergence.split(';').next().unwrap_or_default());
+}
+
+macro_rules! plants {
+    ($($name:ident: $plant:ident, $kind:ident;)*) => {$(
+        #[test]
+        fn $name() {
+            diverges(Plant::$plant, IndexKind::$kind);
+        }
+    )*};
+}
+
+plants! {
+    without_the_overlap_rule_it_diverges: NoOverlapRule, Plain;
+    closing_clean_after_doubt_it_diverges: CleanCloseAfterDoubt, Plain;
+    sweeping_without_settling_it_diverges: SweepWithoutSettling, Plain;
+    skipping_what_is_open_it_diverges: SkipWhileOpen, Plain;
+    reading_before_opening_it_diverges: ReadBeforeOpen, Plain;
+    skipping_by_hash_what_is_dirty_it_diverges: HashSkipWhileDirty, Plain;
+    with_conditional_upserts_it_diverges: ConditionalUpsertAfterDelete, Fenced;
+    acknowledging_before_closing_it_diverges: AcknowledgeBeforeClose, Plain;
+    acknowledging_before_writing_it_diverges: AcknowledgeBeforeClose, Fenced;
+    expanding_a_truncation_without_what_is_open_it_diverges: TruncateSkipsWhatIsOpen, Plain;
+    leaving_a_lost_opening_it_is_never_quiet: LostOpeningStands, Plain;
+    not_putting_back_what_was_swept_it_diverges: SweptAttemptNotPutBack, Plain;
+}

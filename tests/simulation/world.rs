@@ -1,0 +1,1025 @@
+//! The world that the real steps run in: a table with its outbox and ledger, a queue, an index, each
+//! of which does what such things do on a bad day.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use rand::RngExt as _;
+use rand::rngs::SmallRng;
+use refarch::pipeline::catalog::{Hash, SourceRow};
+use refarch::pipeline::change::{Job, Lane, Op};
+use refarch::pipeline::clock::Clock;
+use refarch::pipeline::embedder::{Embedder, Embedding};
+use refarch::pipeline::failure::{Error, Result};
+use refarch::pipeline::index::{
+    Applied, Desired, FencedWrite, Listing, Match, PlainWrite, Planned, Record, Stored, VectorIndex, Writes,
+};
+use refarch::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peeked, Pending, Swept};
+use refarch::pipeline::outbox::{ClaimRequest, Outbox, OutboxRow, Pack, Transferred};
+use refarch::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Why};
+
+use crate::executor::{SimClock, turn};
+
+/// How long a write that was accepted may take to be applied.
+pub const APPLIED_WITHIN: Duration = Duration::from_secs(12);
+
+/// The workers' lease.
+pub const LEASE: Duration = Duration::from_secs(6);
+
+/// What the sweep is told: lease and settling time.
+pub const SETTLE: Duration = Duration::from_secs(20);
+
+/// A request's longest time.
+const REQUEST: Duration = Duration::from_secs(2);
+
+/// How long a received message stays invisible.
+const VISIBILITY: Duration = Duration::from_secs(9);
+
+/// A rule of the protocol left out. Each must make the simulation diverge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plant {
+    NoOverlapRule,
+    CleanCloseAfterDoubt,
+    SweepWithoutSettling,
+    SkipWhileOpen,
+    ReadBeforeOpen,
+    HashSkipWhileDirty,
+    ConditionalUpsertAfterDelete,
+    AcknowledgeBeforeClose,
+    TruncateSkipsWhatIsOpen,
+    LostOpeningStands,
+    SweptAttemptNotPutBack,
+}
+
+/// What the index can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IndexKind {
+    Fenced,
+    Plain,
+}
+
+#[derive(Clone)]
+struct Held {
+    id: u64,
+    job: Job,
+    visible_at: Duration,
+    receive_count: u32,
+}
+
+struct Attempt {
+    worker: String,
+    ids: Vec<String>,
+    abandoned_at: Option<Duration>,
+}
+
+enum Late {
+    Upsert(Record),
+    Delete(String),
+}
+
+/// A record as the index holds it: which text, with which metadata.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Content {
+    pub content_hash: Hash,
+    pub metadata_hash: Hash,
+    /// What the vector was made of.
+    pub vector: f32,
+    version: i64,
+}
+
+/// A row of the table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RowText {
+    pub text: String,
+    pub metadata: String,
+}
+
+pub struct World {
+    pub rng: SmallRng,
+    pub clock: Arc<SimClock>,
+    pub kind: IndexKind,
+    pub plant: Option<Plant>,
+    /// While this holds, things go wrong.
+    pub faults: bool,
+    pub counts: BTreeMap<&'static str, u64>,
+    pub rows: BTreeMap<String, RowText>,
+    outbox: Vec<OutboxRow>,
+    truncations: BTreeSet<i64>,
+    seq: i64,
+    xid: u64,
+    ledger: BTreeMap<String, (Entry, i32)>,
+    attempts: BTreeMap<String, Attempt>,
+    /// Workers whose session lives.
+    pub sessions: BTreeSet<String>,
+    lanes: [Vec<Held>; 2],
+    messages: u64,
+    pub dead: Vec<(Job, Why)>,
+    pub index: BTreeMap<String, Content>,
+    late: Vec<(Duration, Late)>,
+    /// Workers that must not die now: they wrote under an attempt that had been swept, which is the
+    /// residue that the protocol names.
+    immortal: BTreeMap<String, BTreeSet<String>>,
+    /// Rows as first peeked, for a plant.
+    peeked: BTreeMap<String, Option<RowText>>,
+}
+
+impl World {
+    pub fn new(rng: SmallRng, clock: Arc<SimClock>, kind: IndexKind, plant: Option<Plant>) -> Self {
+        Self {
+            rng,
+            clock,
+            kind,
+            plant,
+            faults: true,
+            counts: BTreeMap::new(),
+            rows: BTreeMap::new(),
+            outbox: Vec::new(),
+            truncations: BTreeSet::new(),
+            seq: 0,
+            xid: 0,
+            ledger: BTreeMap::new(),
+            attempts: BTreeMap::new(),
+            sessions: BTreeSet::new(),
+            lanes: [Vec::new(), Vec::new()],
+            messages: 0,
+            dead: Vec::new(),
+            index: BTreeMap::new(),
+            late: Vec::new(),
+            immortal: BTreeMap::new(),
+            peeked: BTreeMap::new(),
+        }
+    }
+
+    pub fn count(&mut self, what: &'static str) {
+        *self.counts.entry(what).or_default() += 1;
+    }
+
+    fn planted(&self, plant: Plant) -> bool {
+        self.plant == Some(plant)
+    }
+
+    fn now_us(&self) -> i64 {
+        self.clock.now().as_micros() as i64
+    }
+
+    fn chance(&mut self, one_in: u32) -> bool {
+        self.faults && self.rng.random_ratio(1, one_in)
+    }
+
+    fn capture(&mut self, seq: i64, op: Op, ids: Vec<String>, xid_changes: u64) {
+        self.xid += 1;
+        let row = OutboxRow { seq, op, ids, xid: self.xid, changed_at_us: self.now_us(), xid_changes };
+        self.outbox.push(row);
+    }
+
+    fn next_seq(&mut self) -> i64 {
+        // Sequence order is not commit order.
+        self.seq += 1;
+        (self.seq + self.rng.random_range(0..3)) * 100_000 + self.seq
+    }
+
+    /// Commits a statement of the application.
+    pub fn write(&mut self, id: &str, row: Option<RowText>) {
+        let op = if row.is_some() { Op::Upsert } else { Op::Delete };
+        match row {
+            Some(row) => drop(self.rows.insert(id.to_owned(), row)),
+            None => drop(self.rows.remove(id)),
+        }
+        let seq = self.next_seq();
+        let large = if self.rng.random_ratio(1, 3) { 1_000 } else { 1 };
+        self.capture(seq, op, vec![id.to_owned()], large);
+    }
+
+    /// Commits a TRUNCATE.
+    pub fn truncate(&mut self) {
+        self.rows.clear();
+        let seq = self.next_seq();
+        self.truncations.insert(seq);
+        self.capture(seq, Op::Delete, Vec::new(), 1_000);
+        self.count("truncate");
+    }
+
+    /// Applies late writes that are due.
+    pub fn pass_time(&mut self) {
+        if self.late.is_empty() {
+            return;
+        }
+        let now = self.clock.now();
+        let (due, later) = std::mem::take(&mut self.late).into_iter().partition(|(at, _)| *at <= now);
+        self.late = later;
+        let due: Vec<(Duration, Late)> = due;
+        for (_, write) in due {
+            self.apply(write);
+        }
+    }
+
+    fn apply(&mut self, write: Late) {
+        match write {
+            Late::Upsert(record) => {
+                let content = Content {
+                    content_hash: record.row.content_hash,
+                    metadata_hash: record.row.metadata_hash,
+                    vector: record.embedding[0],
+                    version: record.version,
+                };
+                self.index.insert(record.row.id, content);
+            }
+            Late::Delete(id) => drop(self.index.remove(&id)),
+        }
+    }
+
+    /// Whether the worker must not die now.
+    pub fn is_immortal(&self, worker: &str) -> bool {
+        self.immortal.get(worker).is_some_and(|ids| !ids.is_empty())
+    }
+
+    /// Whether nothing is under way.
+    pub fn is_quiet(&self) -> bool {
+        self.outbox.is_empty()
+            && self.lanes.iter().all(Vec::is_empty)
+            && self.attempts.is_empty()
+            && self.late.is_empty()
+    }
+
+    /// Makes some message come again, or come now though somebody holds it.
+    pub fn disturb_queue(&mut self) {
+        let lane = self.rng.random_range(0..2);
+        if self.lanes[lane].is_empty() {
+            return;
+        }
+        let at = self.rng.random_range(0..self.lanes[lane].len());
+        if self.rng.random() {
+            self.messages += 1;
+            let copy = Held { id: self.messages, visible_at: Duration::ZERO, ..self.lanes[lane][at].clone() };
+            self.lanes[lane].push(copy);
+            self.count("duplicated message");
+        } else {
+            self.lanes[lane][at].visible_at = Duration::ZERO;
+            self.count("message visible too early");
+        }
+    }
+
+    /// Puts dead letters back.
+    pub fn redrive(&mut self) {
+        for (job, _) in std::mem::take(&mut self.dead) {
+            self.messages += 1;
+            let lane = job.lane as usize;
+            self.lanes[lane].push(Held {
+                id: self.messages,
+                job,
+                visible_at: Duration::ZERO,
+                receive_count: 0,
+            });
+        }
+    }
+
+    /// What keeps the world from being quiet, for messages.
+    pub fn leftovers(&self) -> String {
+        format!(
+            "outbox {}, queue {}, attempts {:?}, ledger {:?}",
+            self.outbox.len(),
+            self.lanes.iter().map(Vec::len).sum::<usize>(),
+            self.attempts.keys().collect::<Vec<_>>(),
+            self.ledger
+                .iter()
+                .map(|(id, (entry, _))| (id, entry.open, entry.dirty, entry.deleted))
+                .collect::<Vec<_>>()
+        )
+    }
+
+    fn entry(&mut self, id: &str) -> &mut Entry {
+        &mut self.ledger.entry(id.to_owned()).or_default().0
+    }
+
+    fn requeue(&mut self, ids: Vec<String>) {
+        for id in ids {
+            let seq = self.next_seq();
+            self.capture(seq, Op::Upsert, vec![id], 1);
+        }
+    }
+
+    fn source_row(&self, id: &str) -> Option<SourceRow> {
+        self.rows.get(id).map(|row| source_row(id, row))
+    }
+
+    /// A rule is broken by keeping what should have been forgotten.
+    fn restore_hashes(&mut self, id: &str, before: &Entry) {
+        if self.planted(Plant::HashSkipWhileDirty) {
+            let entry = self.entry(id);
+            if entry.dirty {
+                entry.content_hash = before.content_hash;
+                entry.metadata_hash = before.metadata_hash;
+                entry.deleted = before.deleted;
+            }
+        }
+    }
+}
+
+pub fn source_row(id: &str, row: &RowText) -> SourceRow {
+    // A plain number instead of SHA-256: fast, and as good for telling texts apart.
+    let number = |text: &str| {
+        let mut bytes = [0; 32];
+        for (at, byte) in text.bytes().enumerate() {
+            bytes[at % 32] ^= byte.wrapping_add(at as u8);
+        }
+        Hash(bytes)
+    };
+    SourceRow {
+        id: id.to_owned(),
+        text: row.text.as_str().into(),
+        content_hash: number(&row.text),
+        metadata: row.metadata.as_str().into(),
+        metadata_hash: number(&row.metadata),
+    }
+}
+
+/// The vector of a text: exact in a float.
+pub fn vector_of(text: &str) -> f32 {
+    text.bytes().fold(7_u32, |sum, byte| (sum.wrapping_mul(31) + u32::from(byte)) % (1 << 24)) as f32
+}
+
+/// Rows with such a text are refused by the index for good.
+pub const REFUSED: &str = "refused";
+
+/// Rows with such a text fail each time, as if the index were away.
+pub const FAILING: &str = "failing";
+
+/// One process's view of the world.
+#[derive(Clone)]
+pub struct View {
+    pub world: Arc<Mutex<World>>,
+    pub worker: String,
+}
+
+impl View {
+    fn world(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap()
+    }
+
+    /// A round trip to the database: may fail before anything was done.
+    async fn database(&self) -> Result<()> {
+        turn().await;
+        let mut world = self.world();
+        if world.chance(120) {
+            world.count("database call lost");
+            return Err(Error::retryable("simulated", "connection lost before"));
+        }
+        Ok(())
+    }
+
+    /// The way back: what was committed may be told as failed.
+    async fn answer<T>(&self, value: T) -> Result<T> {
+        turn().await;
+        let mut world = self.world();
+        if world.chance(120) {
+            world.count("database commit told as failed");
+            return Err(Error::retryable("simulated", "connection lost after"));
+        }
+        Ok(value)
+    }
+}
+
+#[async_trait]
+impl Ledger for View {
+    async fn peek(&self, ids: &[String]) -> Result<Vec<Peeked>> {
+        self.database().await?;
+        let mut peeked = Vec::with_capacity(ids.len());
+        {
+            let mut world = self.world();
+            for id in ids {
+                let mut entry = world.ledger.get(id).map(|(entry, _)| entry.clone());
+                let mut row = world.rows.get(id).cloned();
+                if world.planted(Plant::ReadBeforeOpen) {
+                    let is_open = entry.as_ref().is_some_and(|entry| entry.open > 0);
+                    if is_open {
+                        row = world.peeked.get(id).cloned().unwrap_or(row);
+                    } else {
+                        world.peeked.insert(id.clone(), row.clone());
+                    }
+                }
+                if world.planted(Plant::SkipWhileOpen)
+                    && let Some(entry) = &mut entry
+                {
+                    entry.open = 0;
+                }
+                if world.planted(Plant::HashSkipWhileDirty)
+                    && let Some(entry) = &mut entry
+                {
+                    entry.dirty &= entry.content_hash.is_none();
+                }
+                peeked.push(Peeked { id: id.clone(), row: row.map(|row| source_row(id, &row)), entry });
+            }
+        }
+        turn().await;
+        Ok(peeked)
+    }
+
+    async fn rows_after(&self, _: Option<&str>, _: usize) -> Result<Vec<Peeked>> {
+        unreachable!("the steps do not walk the table")
+    }
+
+    async fn open(&self, attempt: &str, worker: &str, ids: &[String]) -> Result<Vec<Opened>> {
+        self.database().await?;
+        let opened = {
+            let mut world = self.world();
+            let opened = ids.iter().map(|id| world.entry(id).open(id)).collect();
+            let held = Attempt { worker: worker.into(), ids: ids.to_vec(), abandoned_at: None };
+            world.attempts.insert(attempt.into(), held);
+            opened
+        };
+        self.answer(opened).await
+    }
+
+    async fn close(&self, attempt: &str, worker: &str, closing: &[(Opened, Outcome)]) -> Result<Closed> {
+        self.database().await?;
+        let closed = {
+            let mut world = self.world();
+            let mut closed = Closed::default();
+            let mut open = Vec::new();
+            let mut requeue = Vec::new();
+            if world.attempts.contains_key(attempt) {
+                for (opened, outcome) in closing {
+                    let before = world.entry(&opened.id).clone();
+                    let mut seen = opened.clone();
+                    if world.planted(Plant::NoOverlapRule) {
+                        seen.epoch = before.epoch;
+                        seen.shared = false;
+                    }
+                    match world.entry(&opened.id).close(&seen, outcome) {
+                        Left::Settled => closed.settled.push(opened.id.clone()),
+                        Left::Open => open.push(opened.id.clone()),
+                        Left::Requeue => requeue.push(opened.id.clone()),
+                        Left::Dirty => {}
+                    }
+                    if matches!(outcome, Outcome::Settled { .. }) && world.entry(&opened.id).dirty {
+                        closed.overlapped += 1;
+                        world.count("overlap noticed");
+                    }
+                    world.restore_hashes(&opened.id, &before);
+                }
+                if open.is_empty() {
+                    world.attempts.remove(attempt);
+                }
+            } else if !world.planted(Plant::SweptAttemptNotPutBack) {
+                for (opened, outcome) in closing {
+                    if *outcome != Outcome::Unwritten {
+                        world.entry(&opened.id).put_back();
+                        open.push(opened.id.clone());
+                        world.count("swept attempt put back");
+                    }
+                }
+            }
+            if !open.is_empty() {
+                closed.abandoned = open.len() as u64;
+                let held =
+                    Attempt { worker: worker.into(), ids: open, abandoned_at: Some(world.clock.now()) };
+                world.attempts.insert(attempt.into(), held);
+            }
+            world.requeue(requeue);
+            if let Some(ids) = world.immortal.get_mut(&self.worker) {
+                ids.retain(|id| !closing.iter().any(|(opened, _)| opened.id == *id));
+            }
+            closed.clock_us = world.now_us();
+            closed
+        };
+        self.answer(closed).await
+    }
+
+    async fn disown(&self, worker: &str, in_hand: &[String]) -> Result<u64> {
+        self.database().await?;
+        let mut world = self.world();
+        if world.planted(Plant::LostOpeningStands) {
+            return Ok(0);
+        }
+        let now = world.clock.now();
+        let mut disowned = 0;
+        for (name, attempt) in &mut world.attempts {
+            if attempt.worker == worker && attempt.abandoned_at.is_none() && !in_hand.contains(name) {
+                attempt.abandoned_at = Some(now);
+                disowned += 1;
+            }
+        }
+        if disowned > 0 {
+            world.count("attempt disowned");
+        }
+        Ok(disowned)
+    }
+
+    async fn sweep(&self, settle: Duration, _: usize) -> Result<Swept> {
+        self.database().await?;
+        let mut world = self.world();
+        let now = world.clock.now();
+        let settle = if world.planted(Plant::SweepWithoutSettling) { Duration::ZERO } else { settle };
+        let World { attempts, sessions, .. } = &mut *world;
+        for attempt in attempts.values_mut() {
+            if attempt.abandoned_at.is_none() && !sessions.contains(&attempt.worker) {
+                attempt.abandoned_at = Some(now);
+            }
+        }
+        let due: Vec<String> = attempts
+            .iter()
+            .filter(|(_, attempt)| attempt.abandoned_at.is_some_and(|at| at + settle <= now))
+            .map(|(name, _)| name.clone())
+            .collect();
+        let mut swept = Swept::default();
+        for name in due {
+            let attempt = world.attempts.remove(&name).unwrap();
+            if world.sessions.contains(&attempt.worker) {
+                world.count("attempt swept while its worker lived");
+            }
+            let mut requeue = Vec::new();
+            for id in attempt.ids {
+                let before = world.entry(&id).clone();
+                if world.entry(&id).sweep() == Left::Requeue {
+                    requeue.push(id.clone());
+                }
+                world.restore_hashes(&id, &before);
+            }
+            swept.requeued += requeue.len() as u64;
+            swept.attempts += 1;
+            world.requeue(requeue);
+            world.count("attempt swept");
+        }
+        Ok(swept)
+    }
+
+    async fn requeue(&self, ids: &[String]) -> Result<()> {
+        self.world().requeue(ids.to_vec());
+        Ok(())
+    }
+
+    async fn pending(&self) -> Result<Pending> {
+        unreachable!("the steps do not ask for it")
+    }
+
+    async fn park(&self, id: &str) -> Result<()> {
+        self.database().await?;
+        {
+            let mut world = self.world();
+            let (entry, tries) = world.ledger.entry(id.to_owned()).or_default();
+            entry.park();
+            *tries = 0;
+        }
+        self.answer(()).await
+    }
+
+    async fn count_try(&self, id: &str, by: i32) -> Result<u32> {
+        self.database().await?;
+        let tries = {
+            let mut world = self.world();
+            let tries = &mut world.ledger.entry(id.to_owned()).or_default().1;
+            *tries = tries.saturating_add(by).max(0);
+            *tries as u32
+        };
+        self.answer(tries).await
+    }
+}
+
+#[async_trait]
+impl Outbox for View {
+    async fn transfer(&self, _: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
+        self.database().await?;
+        let (jobs, claimed) = {
+            let mut world = self.world();
+            let take = world.rng.random_range(1..4).min(world.outbox.len());
+            let claimed: Vec<OutboxRow> = world.outbox[..take].to_vec();
+            let mut rows = Vec::new();
+            for row in &claimed {
+                if world.truncations.contains(&row.seq) {
+                    let skip = world.planted(Plant::TruncateSkipsWhatIsOpen);
+                    let ids: Vec<String> = world
+                        .ledger
+                        .iter()
+                        .filter(|(_, (e, _))| !(e.deleted && (skip || (e.open == 0 && !e.dirty))))
+                        .map(|(id, _)| id.clone())
+                        .collect();
+                    rows.push(OutboxRow { ids, ..row.clone() });
+                } else {
+                    rows.push(row.clone());
+                }
+            }
+            (pack(rows), claimed)
+        };
+        let done = Transferred { rows: claimed.len(), ..Transferred::default() };
+        // A queue elsewhere: sent first, deleted after. In the same database it is one transaction.
+        let elsewhere = self.world().rng.random();
+        self.world().send_all(&jobs);
+        if elsewhere {
+            self.answer(()).await?;
+        }
+        {
+            let mut world = self.world();
+            let gone: BTreeSet<(i64, u64)> = claimed.iter().map(|row| (row.seq, row.xid)).collect();
+            world.outbox.retain(|row| !gone.contains(&(row.seq, row.xid)));
+        }
+        self.answer(done).await
+    }
+
+    async fn wait(&self, timeout: Duration) {
+        let clock = Arc::clone(&self.world().clock);
+        clock.sleep(timeout).await;
+    }
+}
+
+impl World {
+    fn send_all(&mut self, jobs: &[Job]) {
+        for job in jobs {
+            self.messages += 1;
+            let delay = if self.chance(6) {
+                Duration::from_millis(self.rng.random_range(0..8_000))
+            } else {
+                Duration::ZERO
+            };
+            let held = Held {
+                id: self.messages,
+                job: job.clone(),
+                visible_at: self.clock.now() + delay,
+                receive_count: 0,
+            };
+            let lane = job.lane as usize;
+            // Order is not kept.
+            let at = self.rng.random_range(0..=self.lanes[lane].len());
+            self.lanes[lane].insert(at, held);
+        }
+    }
+}
+
+#[async_trait]
+impl JobQueue for View {
+    async fn send(&self, jobs: &[Job]) -> Result<()> {
+        self.world().send_all(jobs);
+        Ok(())
+    }
+
+    async fn receive(&self, lane: Lane, max: usize) -> Result<Vec<Message>> {
+        self.database().await?;
+        let messages = {
+            let mut world = self.world();
+            let now = world.clock.now();
+            let taken: Vec<Held> = world.lanes[lane as usize]
+                .iter_mut()
+                .filter(|held| held.visible_at <= now)
+                .take(max)
+                .map(|held| {
+                    held.receive_count += 1;
+                    held.visible_at = now + VISIBILITY;
+                    held.clone()
+                })
+                .collect();
+            if world.planted(Plant::AcknowledgeBeforeClose) {
+                world.lanes[lane as usize].retain(|held| !taken.iter().any(|t| t.id == held.id));
+            }
+            taken
+                .into_iter()
+                .map(|held| Message {
+                    id: held.id.to_string(),
+                    receipt: Receipt { lane, handle: held.id.to_string() },
+                    receive_count: held.receive_count,
+                    body: Ok(held.job),
+                })
+                .collect()
+        };
+        self.answer(messages).await
+    }
+
+    async fn wait(&self, _: Lane, timeout: Duration) {
+        let clock = Arc::clone(&self.world().clock);
+        clock.sleep(timeout).await;
+    }
+
+    async fn acknowledge(&self, receipts: &[Receipt]) -> Result<()> {
+        self.database().await?;
+        {
+            let mut world = self.world();
+            for receipt in receipts {
+                world.lanes[receipt.lane as usize].retain(|held| held.id.to_string() != receipt.handle);
+            }
+        }
+        self.answer(()).await
+    }
+
+    async fn extend(&self, receipts: &[Receipt], timeout: Duration) -> Result<()> {
+        self.database().await?;
+        let mut world = self.world();
+        let until = world.clock.now() + timeout;
+        for receipt in receipts {
+            for held in &mut world.lanes[receipt.lane as usize] {
+                if held.id.to_string() == receipt.handle {
+                    held.visible_at = until;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn dead_letter(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
+        self.database().await?;
+        {
+            let mut world = self.world();
+            let job = part.or(message.body.as_ref().ok()).expect("only jobs are sent").clone();
+            world.dead.push((job, why.clone()));
+            world.count("dead letter");
+            if part.is_none() {
+                let lane = message.receipt.lane as usize;
+                world.lanes[lane].retain(|held| held.id.to_string() != message.receipt.handle);
+            }
+        }
+        self.answer(()).await
+    }
+
+    async fn backlog(&self, lane: Lane) -> Result<Backlog> {
+        let world = self.world();
+        let visible = world.lanes[lane as usize].iter().map(|held| held.job.changes() as u64).sum();
+        Ok(Backlog { visible, in_flight: 0 })
+    }
+
+    async fn dead_letters(&self) -> Result<u64> {
+        Ok(self.world().dead.len() as u64)
+    }
+
+    async fn read_dead_letters(&self, _: Option<&str>, _: usize) -> Result<Vec<DeadLetter>> {
+        unreachable!("the steps do not read them")
+    }
+
+    async fn redrive(&self, _: &[String]) -> Result<Vec<String>> {
+        unreachable!("the steps do not bring them back")
+    }
+
+    async fn oldest(&self) -> Result<Option<Timestamp>> {
+        unreachable!("the steps do not ask for it")
+    }
+
+    fn visibility(&self) -> Duration {
+        VISIBILITY
+    }
+}
+
+/// What becomes of a request to the index.
+enum Fate {
+    Done,
+    NotDone(Error),
+    DoneButFailed(Error),
+    Late(Error),
+}
+
+impl View {
+    /// A request's way: what it comes to is decided while it travels.
+    async fn request(&self, writes: Vec<Late>) -> Result<()> {
+        turn().await;
+        {
+            let mut world = self.world();
+            for write in &writes {
+                let id = match write {
+                    Late::Upsert(record) => &record.row.id,
+                    Late::Delete(id) => id,
+                };
+                let stands = world.attempts.values().any(|a| a.worker == self.worker && a.ids.contains(id));
+                if !stands {
+                    world.immortal.entry(self.worker.clone()).or_default().insert(id.clone());
+                    world.count("write under a swept attempt");
+                }
+            }
+            let texts: Vec<&str> = writes
+                .iter()
+                .filter_map(|write| match write {
+                    Late::Upsert(record) => Some(&*record.row.text),
+                    Late::Delete(_) => None,
+                })
+                .collect();
+            if texts.contains(&REFUSED) {
+                return Err(Error::permanent("simulated index", "400"));
+            }
+            if texts.contains(&FAILING) {
+                return Err(Error::doubtful("simulated index", "500 for this one always"));
+            }
+            let fate = world.fate();
+            let now = world.clock.now();
+            match fate {
+                Fate::Done => writes.into_iter().for_each(|write| world.apply(write)),
+                Fate::NotDone(error) => return Err(error),
+                Fate::DoneButFailed(error) => {
+                    writes.into_iter().for_each(|write| world.apply(write));
+                    return Err(error);
+                }
+                Fate::Late(error) => {
+                    let within = APPLIED_WITHIN.as_millis() as u64;
+                    for write in writes {
+                        let after = Duration::from_millis(world.rng.random_range(1..within));
+                        world.late.push((now + after, write));
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        turn().await;
+        Ok(())
+    }
+}
+
+impl World {
+    fn fate(&mut self) -> Fate {
+        if !self.faults {
+            return Fate::Done;
+        }
+        let mut doubtful = Error::doubtful("simulated index", "5xx or timeout");
+        doubtful.doubtful = !self.planted(Plant::CleanCloseAfterDoubt);
+        match self.rng.random_range(0..40) {
+            0 => {
+                self.count("index 429");
+                Fate::NotDone(Error::retryable("simulated index", "429"))
+            }
+            1 => {
+                self.count("index 503, not done");
+                Fate::NotDone(doubtful)
+            }
+            2 => {
+                self.count("index 500, but done");
+                Fate::DoneButFailed(doubtful)
+            }
+            3 | 4 => {
+                self.count("index timeout, done late");
+                Fate::Late(doubtful)
+            }
+            _ => Fate::Done,
+        }
+    }
+}
+
+#[async_trait]
+impl PlainWrite for View {
+    async fn upsert(&self, records: &[Record]) -> Result<()> {
+        self.request(records.iter().cloned().map(Late::Upsert).collect()).await
+    }
+
+    async fn delete(&self, ids: &[String]) -> Result<()> {
+        self.request(ids.iter().cloned().map(Late::Delete).collect()).await
+    }
+
+    fn fits(&self, _: &[Record]) -> usize {
+        2
+    }
+
+    fn max_deletes(&self) -> usize {
+        2
+    }
+
+    fn request_timeout(&self) -> Duration {
+        REQUEST
+    }
+}
+
+#[async_trait]
+impl FencedWrite for View {
+    async fn apply(&self, planned: &[Planned]) -> Result<Applied> {
+        self.database().await?;
+        let applied = {
+            let mut world = self.world();
+            let mut applied = Applied { clock_us: world.now_us(), ..Applied::default() };
+            if planned
+                .iter()
+                .any(|plan| matches!(&plan.desired, Desired::Present { row, .. } if &*row.text == REFUSED))
+            {
+                return Err(Error::permanent("simulated index", "refused"));
+            }
+            if planned
+                .iter()
+                .any(|plan| matches!(&plan.desired, Desired::Present { row, .. } if &*row.text == FAILING))
+            {
+                return Err(Error::retryable("simulated index", "fails for this one always"));
+            }
+            for plan in planned {
+                if world.planted(Plant::ConditionalUpsertAfterDelete) {
+                    world.apply_by_version(plan);
+                    continue;
+                }
+                let row = world.source_row(&plan.id);
+                let entry = world.ledger.entry(plan.id.clone()).or_default();
+                let stands = entry.0.epoch == plan.epoch.unwrap_or(0)
+                    && match (&plan.desired, &row) {
+                        (Desired::Absent, None) => true,
+                        (Desired::Present { row: seen, .. } | Desired::Textless { row: seen }, Some(row)) => {
+                            seen.content_hash == row.content_hash && seen.metadata_hash == row.metadata_hash
+                        }
+                        _ => false,
+                    };
+                if !stands {
+                    applied.conflicted.push(plan.id.clone());
+                    world.count("fenced write conflicted");
+                    continue;
+                }
+                world.settle(plan);
+            }
+            applied
+        };
+        self.answer(applied).await
+    }
+}
+
+impl World {
+    fn settle(&mut self, plan: &Planned) {
+        let row = match &plan.desired {
+            Desired::Present { row, embedding } => {
+                if let Some(embedding) = embedding {
+                    let record =
+                        Record { embedding: embedding.clone(), row: row.clone(), version: plan.version };
+                    self.apply(Late::Upsert(record));
+                } else if let Some(content) = self.index.get_mut(&plan.id) {
+                    content.metadata_hash = row.metadata_hash;
+                }
+                Some(row)
+            }
+            Desired::Textless { row } => {
+                self.index.remove(&plan.id);
+                Some(row)
+            }
+            Desired::Absent => {
+                self.index.remove(&plan.id);
+                None
+            }
+        };
+        let entry = &mut self.ledger.entry(plan.id.clone()).or_default().0;
+        entry.epoch += 1;
+        entry.dirty = false;
+        entry.content_hash = row.map(|row| row.content_hash);
+        entry.metadata_hash = row.map(|row| row.metadata_hash);
+        entry.deleted = row.is_none();
+    }
+
+    /// What a peer does: the newer version wins, and a delete leaves nothing to compare with.
+    fn apply_by_version(&mut self, plan: &Planned) {
+        let newer = self.index.get(&plan.id).is_none_or(|held| held.version <= plan.version);
+        if newer || !matches!(plan.desired, Desired::Present { .. }) {
+            self.settle(plan);
+        }
+    }
+}
+
+#[async_trait]
+impl VectorIndex for View {
+    async fn query(&self, _: &[f32], _: usize) -> Result<Vec<Match>> {
+        Ok(Vec::new())
+    }
+
+    async fn count(&self) -> Result<u64> {
+        Ok(self.world().index.len() as u64)
+    }
+
+    async fn list(&self, _: Option<&str>, _: usize) -> Result<Listing> {
+        Ok(Listing::default())
+    }
+
+    async fn fetch(&self, ids: &[String]) -> Result<Vec<Stored>> {
+        turn().await;
+        let world = self.world();
+        let found = ids.iter().filter_map(|id| {
+            world.index.get(id).map(|content| Stored {
+                id: id.clone(),
+                content_hash: Some(content.content_hash),
+                metadata_hash: Some(content.metadata_hash),
+                embedding: Arc::new([content.vector]),
+            })
+        });
+        Ok(found.collect())
+    }
+
+    async fn probe(&self) -> Result<()> {
+        self.request(Vec::new()).await
+    }
+
+    fn writes(&self) -> Writes<'_> {
+        match self.world().kind {
+            IndexKind::Fenced => Writes::Fenced(self),
+            IndexKind::Plain => Writes::Plain(self),
+        }
+    }
+
+    async fn maintain(&self, _: u64) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Embeds at once, into a number that tells what text it is of.
+pub struct Instant;
+
+#[async_trait]
+impl Embedder for Instant {
+    fn dimensions(&self) -> usize {
+        0
+    }
+
+    fn model(&self) -> &'static str {
+        "none"
+    }
+
+    fn count_tokens(&self, _: &str) -> usize {
+        1
+    }
+
+    async fn embed(&self, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
+        turn().await;
+        Ok(texts.iter().map(|text| Embedding::from([vector_of(text)])).collect())
+    }
+}
