@@ -70,6 +70,8 @@ pub enum Command {
     Migrate(Migrate),
     /// Show counts, backlog, freshness and workers
     Status(Status),
+    /// Prove that index and table agree, row by row, and repair what does not
+    Verify(Verify),
     /// Print the resolved settings as TOML, secrets hidden
     Config,
     /// Open psql on the database in use
@@ -162,6 +164,29 @@ pub struct Status {
     /// Print again every second until stopped
     #[arg(long)]
     pub watch: bool,
+}
+
+const VERIFY_HELP: &str = "\
+Safe while writes go on: what differs is looked at again until its changes are through.
+
+Exit codes: 0 index and table agree, 1 they differ (also when it was repaired), 2 could not tell.";
+
+/// `refarch verify`
+#[derive(Debug, Args)]
+#[command(after_help = VERIFY_HELP)]
+pub struct Verify {
+    /// Embed this many rows anew and compare the vectors
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub sample: usize,
+    /// Queue what differs, to be done again; arm capture where it is not
+    #[arg(long)]
+    pub repair: bool,
+    /// Wait up to this long for changes that are under way
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    pub wait: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `refarch psql`

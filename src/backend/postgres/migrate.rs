@@ -338,6 +338,29 @@ async fn create_target(
     Ok(())
 }
 
+/// Tables of a source, down to every leaf, whose changes are not captured: a trigger is missing, is
+/// disabled, or calls something else.
+pub async fn unarmed(postgres: &Postgres, table: &SourceTable) -> Result<Vec<String>> {
+    let client = postgres.client().await?;
+    let rows = client
+        .query(
+            "WITH RECURSIVE tree(oid) AS ( \
+               SELECT $1::text::regclass::oid UNION SELECT i.inhrelid FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid) \
+             SELECT c.oid::regclass::text FROM tree JOIN pg_class c USING (oid) \
+             WHERE c.relkind IN ('r', 'p') AND EXISTS ( \
+               SELECT FROM unnest(ARRAY['insert', 'update', 'delete', 'truncate']) AS kind WHERE NOT EXISTS ( \
+                 SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid \
+                 WHERE t.tgrelid = c.oid AND t.tgname = 'refarch_' || $2 || '_' || kind \
+                   AND p.proname = 'capture_' || $2 || '_' || kind \
+                   AND p.pronamespace = 'refarch'::regnamespace AND t.tgenabled IN ('O', 'A'))) \
+             ORDER BY 1",
+            &[&table.relation, &table.name],
+        )
+        .await
+        .map_err(|error| failure("look at the capture triggers", &error))?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
 async fn warnings(client: &impl GenericClient, table: &SourceTable) -> Result<Vec<String>> {
     let fail = |error: tokio_postgres::Error| failure("look for changes that capture can't see", &error);
     let mut warnings = Vec::new();

@@ -2,6 +2,7 @@
 
 pub mod bell;
 pub mod ledger;
+pub mod lineage;
 pub mod migrate;
 pub mod outbox;
 pub mod products;

@@ -1,0 +1,157 @@
+//! `refarch verify`: whether index and table agree, row by row.
+
+use std::fmt::Write as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use serde::Serialize;
+
+use super::progress::Progress;
+use crate::backend::postgres::lineage::{self, Standing};
+use crate::backend::postgres::migrate;
+use crate::backend::{Backends, Database, LoadedModel};
+use crate::cli;
+use crate::config::Settings;
+use crate::pipeline::audit::{Auditor, Options, Report};
+use crate::pipeline::clock::BootClock;
+
+/// Exit codes: see the command's help.
+const DIFFERENT: u8 = 1;
+const UNDECIDED: u8 = 2;
+
+/// The audit's report, with what else stands between table and index.
+#[derive(Debug, Serialize)]
+struct Verified {
+    #[serde(flatten)]
+    report: Report,
+    /// Changes in the dead letters.
+    dead_letters: u64,
+    /// Tables whose changes are not captured.
+    unarmed: Vec<String>,
+    /// Whether the index belongs to another database, or to a later state of this one.
+    foreign: bool,
+}
+
+impl Verified {
+    fn code(&self) -> u8 {
+        if self.report.differences() > 0 || !self.unarmed.is_empty() || self.foreign {
+            DIFFERENT
+        } else if self.report.undecided > 0 {
+            UNDECIDED
+        } else {
+            0
+        }
+    }
+}
+
+/// Verifies, and exits with what came of it: an error means that it could not be told.
+pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<ExitCode> {
+    let verified = super::with_database(settings, async |database: &Database| {
+        let backends = Backends::open(&database.postgres, settings).await?;
+        verify(args, settings, &backends).await
+    })
+    .await;
+    match verified {
+        Ok(verified) => {
+            let json = serde_json::to_string(&verified)? + "\n";
+            super::print(if args.json { json } else { text(&verified) }.as_bytes())?;
+            Ok(ExitCode::from(verified.code()))
+        }
+        // Whoever scripts this must not take "could not look" for "they differ".
+        Err(error) if !super::is_broken_pipe(&error) => {
+            eprintln!("error: could not tell whether index and table agree: {error:#}");
+            Ok(ExitCode::from(UNDECIDED))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) -> anyhow::Result<Verified> {
+    let embedder = if args.sample > 0 {
+        let settings = settings.clone();
+        let workers = settings.indexer.worker_count();
+        let model = tokio::task::spawn_blocking(move || LoadedModel::load(&settings)).await??;
+        Some(model.start(workers))
+    } else {
+        None
+    };
+    let target = &backends.target;
+    let mut unarmed = migrate::unarmed(&backends.postgres, &target.table).await?;
+    let mut foreign =
+        lineage::compare(&backends.postgres, target.id, &*backends.index).await? == Standing::Foreign;
+    if args.repair && !unarmed.is_empty() {
+        // Before the walk, so that what changes during it is captured.
+        crate::backend::migrate(&backends.postgres, settings).await.context("arm change capture")?;
+        eprintln!("repaired: change capture is armed on {}", unarmed.join(", "));
+        unarmed = migrate::unarmed(&backends.postgres, &target.table).await?;
+    }
+    if args.repair && foreign {
+        lineage::claim(&backends.postgres, target.id, &*backends.index).await?;
+        eprintln!("repaired: every row is queued");
+        foreign = false;
+    }
+    let expected = backends.status().await?;
+    let progress = Progress::new("comparing rows and records", expected.source_rows + expected.indexed);
+    let auditor = Auditor {
+        ledger: &*backends.ledger,
+        index: &*backends.index,
+        queue: &*backends.queue,
+        embedder,
+        clock: &BootClock,
+        options: Options {
+            sample: args.sample,
+            wait: Duration::from_secs(args.wait),
+            repair: args.repair,
+        },
+    };
+    let report = auditor.run(&|seen| progress.set(seen)).await?;
+    progress.finish();
+    let dead_letters = backends.queue.dead_letters().await?;
+    Ok(Verified { report, dead_letters, unarmed, foreign })
+}
+
+fn text(verified: &Verified) -> String {
+    let Verified { report, dead_letters, unarmed, foreign } = verified;
+    let mut text = format!(
+        "rows             {}\n\
+         indexed          {}\n\
+         missing          {}\n\
+         stale            {}\n\
+         orphaned         {}\n\
+         undecided        {}\n\
+         vectors          {} compared, {} otherwise\n\
+         repaired         {}\n\
+         dead letters     {dead_letters}\n",
+        report.rows,
+        report.indexed,
+        report.missing,
+        report.stale,
+        report.orphaned,
+        report.undecided,
+        report.sampled,
+        report.vector_mismatch,
+        report.repaired,
+    );
+    // Writing to a string can't fail.
+    for difference in &report.examples {
+        let _ = writeln!(text, "  {:<14} {:?}", difference.id, difference.kind);
+    }
+    for table in unarmed {
+        let _ = writeln!(text, "not captured     {table}: run refarch migrate");
+    }
+    if *foreign {
+        let _ = writeln!(
+            text,
+            "foreign          the index belongs to another database or to a later state of this one: restart refarch embed, or use --repair"
+        );
+    }
+    let verdict = match (verified.code(), report.repaired) {
+        (0, _) => "index and table agree",
+        (DIFFERENT, 0) => "index and table differ: --repair queues what differs",
+        (DIFFERENT, _) => "index and table differed: what did is queued; verify again once it is applied",
+        _ => "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)",
+    };
+    let _ = writeln!(text, "{verdict}");
+    text
+}
