@@ -1,5 +1,6 @@
 //! One module a subcommand.
 
+pub mod chaos;
 pub mod embed;
 pub mod generate;
 pub mod listen;

@@ -1,0 +1,143 @@
+//! What goes wrong with a request, by chance.
+
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use rand::RngExt as _;
+use rand::rngs::StdRng;
+use serde::Serialize;
+
+/// How likely each fault is for a write, from 0 to 1; together at most 1. Reads know the first three.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Faults {
+    /// 500 or 503, and nothing is done.
+    pub unavailable: f64,
+    /// 429, half of the time with `Retry-After: 1`, and nothing is done.
+    pub rate_limited: f64,
+    /// No answer for `hang_for`; a write is applied at some moment of that time, or half of the time
+    /// never.
+    pub hang: f64,
+    /// The write is applied, and 500 is the answer.
+    pub lie: f64,
+    /// 504 at once, and the write is applied some time later, within `max_late`.
+    pub late: f64,
+    /// The write is applied, and the connection breaks without an answer.
+    pub drop_connection: f64,
+    /// The longest that a late write takes.
+    pub max_late: Duration,
+    /// How long an answer is held.
+    pub hang_for: Duration,
+}
+
+/// How many requests there were, and how many of them met which fault.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Requests of all kinds, with those that were refused.
+    pub requests: u64,
+    /// Answered with 500 or 503, with nothing done.
+    pub unavailable: u64,
+    /// Answered with 429.
+    pub rate_limited: u64,
+    /// Held.
+    pub hung: u64,
+    /// Applied, and answered with 500.
+    pub lied: u64,
+    /// Applied after the answer.
+    pub late: u64,
+    /// Applied, with the connection broken.
+    pub dropped: u64,
+}
+
+/// What becomes of one request.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Fate {
+    /// It is served.
+    Served,
+    Unavailable(StatusCode),
+    RateLimited {
+        says_when: bool,
+    },
+    /// A write is applied after this time, if at all.
+    Hung {
+        hold: Duration,
+        applied: Option<Duration>,
+    },
+    Lied,
+    Late(Duration),
+    Dropped,
+}
+
+impl Faults {
+    /// Draws a request's fate.
+    pub(super) fn draw(&self, dice: &mut StdRng, is_write: bool) -> Fate {
+        // One draw decides among all, so that chances that sum up to 1 leave no request unharmed.
+        let mut left = dice.random::<f64>();
+        let mut is = |chance: f64| {
+            let hit = (0.0..chance).contains(&left);
+            left -= chance;
+            hit
+        };
+        if is(self.unavailable) {
+            let states = [StatusCode::INTERNAL_SERVER_ERROR, StatusCode::SERVICE_UNAVAILABLE];
+            Fate::Unavailable(states[usize::from(dice.random::<bool>())])
+        } else if is(self.rate_limited) {
+            Fate::RateLimited { says_when: dice.random() }
+        } else if is(self.hang) {
+            let after = self.hang_for.mul_f64(dice.random());
+            Fate::Hung { hold: self.hang_for, applied: dice.random::<bool>().then_some(after) }
+        } else if !is_write {
+            Fate::Served
+        } else if is(self.lie) {
+            Fate::Lied
+        } else if is(self.late) {
+            Fate::Late(self.max_late.mul_f64(dice.random()))
+        } else if is(self.drop_connection) {
+            Fate::Dropped
+        } else {
+            Fate::Served
+        }
+    }
+}
+
+impl Counts {
+    pub(super) fn add(&mut self, fate: Fate) {
+        let count = match fate {
+            Fate::Served => return,
+            Fate::Unavailable(_) => &mut self.unavailable,
+            Fate::RateLimited { .. } => &mut self.rate_limited,
+            Fate::Hung { .. } => &mut self.hung,
+            Fate::Lied => &mut self.lied,
+            Fate::Late(_) => &mut self.late,
+            Fate::Dropped => &mut self.dropped,
+        };
+        *count += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng as _;
+
+    use super::*;
+
+    #[test]
+    fn one_seed_gives_one_sequence_and_chances_of_one_spare_none() {
+        let faults = Faults { unavailable: 0.5, rate_limited: 0.5, ..Faults::default() };
+        let draw = |seed| {
+            let mut dice = StdRng::seed_from_u64(seed);
+            (0..1_000).map(|n| faults.draw(&mut dice, n % 2 == 0)).collect::<Vec<_>>()
+        };
+        let fates = draw(7);
+        assert_eq!(fates, draw(7));
+        assert_ne!(fates, draw(8));
+        assert!(!fates.contains(&Fate::Served));
+    }
+
+    #[test]
+    fn reads_are_never_lied_to() {
+        let faults = Faults { lie: 0.4, late: 0.3, drop_connection: 0.3, ..Faults::default() };
+        let mut dice = StdRng::seed_from_u64(1);
+        assert!((0..100).all(|_| faults.draw(&mut dice, false) == Fate::Served));
+        assert!((0..100).all(|_| faults.draw(&mut dice, true) != Fate::Served));
+    }
+}

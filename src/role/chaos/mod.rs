@@ -1,0 +1,3 @@
+//! `refarch chaos`: faults on purpose, and what is left of the promises afterwards.
+
+pub mod double;
