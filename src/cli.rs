@@ -72,6 +72,8 @@ pub enum Command {
     Status(Status),
     /// Prove that index and table agree, row by row, and repair what does not
     Verify(Verify),
+    /// Let everything go wrong on a private database, and prove that index and table agree afterwards
+    Chaos(Chaos),
     /// Print the resolved settings as TOML, secrets hidden
     Config,
     /// Open psql on the database in use
@@ -166,6 +168,44 @@ pub struct Status {
     pub watch: bool,
 }
 
+const CHAOS_HELP: &str = "\
+Works on a private database of its own, which is removed afterwards; nothing of yours is touched. Kills,
+freezes and restarts the roles, restarts the database, cuts connections, duplicates, delays and reorders
+messages, and makes the index fail and lie, while a writer inserts, updates, deletes and truncates. Then
+all is quiet, and every row and record is compared.
+
+Exit codes: 0 nothing is missing, stale or orphaned, 1 something is, 2 could not tell.";
+
+/// `refarch chaos`
+#[derive(Debug, Args)]
+#[command(after_help = CHAOS_HELP)]
+pub struct Chaos {
+    /// Products in the table at the start
+    #[arg(long, value_name = "N", default_value_t = 2_000)]
+    pub products: u64,
+    /// How long things go wrong
+    #[arg(long, value_name = "M", default_value_t = 2.0, value_parser = minutes)]
+    pub minutes: f64,
+    /// The same seed gives the same schedule of faults
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    pub seed: u64,
+    /// The index that is written to
+    #[arg(long, value_enum, value_name = "KIND", default_value = "pinecone")]
+    pub index: ChaosIndex,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The indexes that chaos can be tried on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ChaosIndex {
+    /// A double of Pinecone's in this process, which fails, lies and is late
+    Pinecone,
+    /// pgvector, in the private database
+    Pgvector,
+}
+
 const VERIFY_HELP: &str = "\
 Safe while writes go on: what differs is looked at again until its changes are through.
 
@@ -195,6 +235,13 @@ pub struct Psql {
     /// Arguments for psql
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
     pub args: Vec<std::ffi::OsString>,
+}
+
+fn minutes(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(minutes) if (0.05..=10_000.0).contains(&minutes) => Ok(minutes),
+        _ => Err("use 0.05 to 10000 minutes".into()),
+    }
 }
 
 fn workers(text: &str) -> Result<usize, String> {

@@ -12,7 +12,7 @@ use refarch::{role, telemetry};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) if role::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("refarch: {error:#}");
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let file = File::find(cli.global.config.as_deref())?;
     // Variables that are not UTF-8 can't be settings of ours.
     let env = std::env::vars_os()

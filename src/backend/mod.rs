@@ -9,14 +9,16 @@ pub mod postgres;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::config::{EmbedderKind, IndexKind, QueueKind, Settings};
+use crate::pipeline::clock::BootClock;
 use crate::pipeline::embedder::Embedder;
-use crate::pipeline::failure::Result;
+use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::outbox::Outbox;
 use crate::pipeline::queue::JobQueue;
+use crate::pipeline::retry::Backoff;
 use embedded::Cluster;
 use minilm::{MiniLm, Model};
 use pgmq::Pgmq;
@@ -40,7 +42,7 @@ impl Database {
         let (url, cluster) = embedded::database_url(settings).await?;
         let opened = async {
             let postgres = Postgres::new(&url, &settings.database)?;
-            postgres.check().await?;
+            patiently(settings, async || postgres.check().await).await?;
             Ok(postgres)
         };
         match opened.await {
@@ -66,6 +68,22 @@ impl Database {
         match self.cluster {
             Some(cluster) => cluster.leave().await,
             None => Ok(()),
+        }
+    }
+}
+
+/// Tries for as long as `database.connect_timeout_s` allows: a database that is restarted is back in
+/// a moment.
+pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>) -> Result<T> {
+    let started = Instant::now();
+    let patience = Duration::from_secs(settings.database.connect_timeout_s);
+    let mut backoff = Backoff::default();
+    loop {
+        match work().await {
+            Err(error) if error.class == Class::Retryable && started.elapsed() < patience => {
+                tokio::time::sleep(backoff.next(&error, &BootClock)).await;
+            }
+            result => return result,
         }
     }
 }

@@ -6,14 +6,16 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres::registry::Worker;
-use crate::backend::postgres::session;
+use crate::backend::postgres::{lineage, session};
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::clock::{BootClock, Clock};
+use crate::pipeline::failure::Class;
 use crate::pipeline::indexer::{Indexer, Options};
 use crate::pipeline::lease::Lease;
 use crate::pipeline::meter::Meter;
+use crate::pipeline::retry::Backoff;
 use crate::pipeline::schedule::Scheduler;
 use crate::shutdown;
 
@@ -46,7 +48,11 @@ pub async fn work(
         Arc::clone(&backends.queue),
         Arc::clone(&backends.ledger) as _,
         Arc::clone(&backends.index),
-        Scheduler::new(model.start(workers), Duration::from_millis(settings.indexer.slice_ms), clock),
+        Scheduler::new(
+            model.start(workers),
+            Duration::from_millis(settings.indexer.slice_ms),
+            Arc::clone(&clock),
+        ),
         Arc::clone(meter),
         Arc::clone(&lease),
         Options {
@@ -59,6 +65,7 @@ pub async fn work(
             settle: settings.indexer.settle(),
         },
     ));
+    claim(backends, &*clock, stop).await?;
     let abort = shutdown::after_grace(stop, settings.runtime.grace());
     let over = CancellationToken::new();
     let session = async {
@@ -74,11 +81,31 @@ pub async fn work(
         over.cancel();
         result
     };
+    let marks = lineage::keep(&backends.postgres, backends.target.id, &*backends.index, &over);
     let both = async {
-        let (worked, kept) = tokio::join!(work, session);
+        let (worked, kept, ()) = tokio::join!(work, session, marks);
         Ok(worked.and(kept)?)
     };
     let result = super::while_beating(&worker, both).await;
     abort.cancel();
     result
+}
+
+/// Sees to it that the index is this database's, however long that takes.
+async fn claim(backends: &Backends, clock: &dyn Clock, stop: &CancellationToken) -> anyhow::Result<()> {
+    let mut backoff = Backoff::default();
+    while !stop.is_cancelled() {
+        match lineage::claim(&backends.postgres, backends.target.id, &*backends.index).await {
+            Ok(()) => break,
+            Err(error) if error.class != Class::Retryable => return Err(error.into()),
+            Err(error) => {
+                let pause = backoff.next(&error, clock);
+                if backoff.failures() == 1 {
+                    tracing::warn!(%error, "cannot reach the index; trying again until it answers");
+                }
+                stop.run_until_cancelled(clock.sleep(pause)).await;
+            }
+        }
+    }
+    Ok(())
 }

@@ -10,8 +10,10 @@ pub mod psql;
 pub mod serve;
 pub mod status;
 pub mod up;
+pub mod verify;
 
 use std::io::{self, Write};
+use std::process::ExitCode;
 
 use clap::CommandFactory;
 use tokio_util::sync::CancellationToken;
@@ -21,9 +23,11 @@ use crate::backend::{self, Backends, Database};
 use crate::cli::{Cli, Command};
 use crate::config::Settings;
 
-/// Takes the role that the command line names.
-pub async fn run(command: Command, settings: Settings) -> anyhow::Result<()> {
-    match command {
+/// Takes the role that the command line names, and tells how it ended where that is not just well.
+pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCode> {
+    let done = match command {
+        Command::Verify(args) => return verify::run(&args, &settings).await,
+        Command::Chaos(args) => return chaos::run(&args, &settings).await,
         Command::Generate(args) => generate::run(&args, &settings).await,
         Command::Listen(args) => listen::run(&args, &settings).await,
         Command::Embed(args) => embed::run(&args, &settings).await,
@@ -38,7 +42,8 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<()> {
             print(&script)
         }
         Command::Psql(args) => psql::run(args, &settings).await,
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 /// Writes a command's result. `print!` would panic when nobody reads it.
@@ -77,7 +82,7 @@ async fn open(database: &Database, settings: &Settings) -> anyhow::Result<Backen
             tracing::warn!(warning, "migrated");
         }
     }
-    Ok(Backends::open(&database.postgres, settings).await?)
+    Ok(backend::patiently(settings, async || Backends::open(&database.postgres, settings).await).await?)
 }
 
 /// Works with a heartbeat beside, which ends (and leaves the books) after the work.

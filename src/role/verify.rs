@@ -99,11 +99,7 @@ async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) ->
         queue: &*backends.queue,
         embedder,
         clock: &BootClock,
-        options: Options {
-            sample: args.sample,
-            wait: Duration::from_secs(args.wait),
-            repair: args.repair,
-        },
+        options: Options { sample: args.sample, wait: Duration::from_secs(args.wait), repair: args.repair },
     };
     let report = auditor.run(&|seen| progress.set(seen)).await?;
     progress.finish();
@@ -150,7 +146,9 @@ fn text(verified: &Verified) -> String {
         (0, _) => "index and table agree",
         (DIFFERENT, 0) => "index and table differ: --repair queues what differs",
         (DIFFERENT, _) => "index and table differed: what did is queued; verify again once it is applied",
-        _ => "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)",
+        _ => {
+            "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)"
+        }
     };
     let _ = writeln!(text, "{verdict}");
     text

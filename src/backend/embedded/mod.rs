@@ -146,6 +146,48 @@ impl Cluster {
         self.place.data()
     }
 
+    /// Stops the server as a crash would, or in good order, and starts it again. Its address stays
+    /// what it was.
+    pub async fn restart(&self, crash: bool) -> anyhow::Result<()> {
+        let place = self.place.clone();
+        let dir = self.membership.dir().to_owned();
+        // Nobody else may think that it has to be started.
+        let transition = tokio::task::spawn_blocking(move || {
+            let transition = Transition::begin(&dir)?;
+            let server = Server::new(place);
+            if crash {
+                server.crash()?
+            } else {
+                server.stop()?
+            }
+            anyhow::Ok(transition)
+        })
+        .await??;
+        let endpoint = Server::new(self.place.clone()).ensure_ready().await?;
+        drop(transition);
+        let url = endpoint.url(NAME, &self.place.password()?);
+        anyhow::ensure!(url == self.url, "the private PostgreSQL came back with another address");
+        Ok(())
+    }
+
+    /// Leaves the cluster and, if nobody else uses it, removes every file of it.
+    pub async fn destroy(self) -> anyhow::Result<()> {
+        let (place, dir) = (self.place.clone(), self.membership.dir().to_owned());
+        self.leave().await?;
+        if place.data().join("postmaster.pid").exists() {
+            return Ok(());
+        }
+        for path in [place.home, dir] {
+            match std::fs::remove_dir_all(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("cannot remove {}", path.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Leaves the cluster; the last process to leave stops the server.
     pub async fn leave(mut self) -> anyhow::Result<()> {
         tokio::task::spawn_blocking(move || self.membership.end()).await?

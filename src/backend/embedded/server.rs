@@ -118,14 +118,23 @@ impl Server {
         }
     }
 
-    /// Stops the server if it runs.
+    /// Stops the server if it runs; what is committed is on the disk when this returns.
     pub fn stop(&self) -> anyhow::Result<()> {
+        self.stop_by("fast")
+    }
+
+    /// Stops the server as a crash would.
+    pub fn crash(&self) -> anyhow::Result<()> {
+        self.stop_by("immediate")
+    }
+
+    fn stop_by(&self, mode: &str) -> anyhow::Result<()> {
         if matches!(self.state(), State::Stopped) {
             return Ok(());
         }
         let log_size = log::size(&self.place.log());
         let mut command = self.place.program("pg_ctl");
-        command.args(["stop", "--silent", "--wait", "--mode=fast"]);
+        command.args(["stop", "--silent", "--wait"]).arg(format!("--mode={mode}"));
         command.arg(format!("--timeout={}", BOUND.as_secs())).arg("--pgdata").arg(self.place.data());
         if let Err(error) = run(&mut command)
             && !matches!(self.state(), State::Stopped)

@@ -53,6 +53,11 @@ impl Membership {
         Ok(Self { dir: dir.to_owned(), place, lock: Some(lock) })
     }
 
+    /// The cluster's folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Stops being a user, and stops the server if there is no other.
     pub fn end(&mut self) -> anyhow::Result<()> {
         let Some(lock) = self.lock.take() else { return Ok(()) };

@@ -24,6 +24,10 @@ use crate::secret::Secret;
 /// How long to wait for a connection of the pool: longer means that the pool is too small.
 const POOL_WAIT: Duration = Duration::from_secs(30);
 
+/// How long a transaction may wait for its process, in milliseconds: none of ours does anything but
+/// talk to the database while one is open.
+const IDLE_IN_TRANSACTION_MS: u32 = 60_000;
+
 /// A database's address and its pool of connections.
 #[derive(Clone)]
 pub struct Postgres {
@@ -52,6 +56,13 @@ impl Postgres {
             .max_size(settings.pool_size)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(POOL_WAIT))
+            .post_create(deadpool_postgres::Hook::async_fn(|client, _| {
+                Box::pin(async move {
+                    // A process that freezes within a transaction must not lock rows for ever.
+                    let sql = format!("SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_MS}");
+                    client.batch_execute(&sql).await.map_err(deadpool_postgres::HookError::Backend)
+                })
+            }))
             .create_timeout(Some(Duration::from_secs(settings.connect_timeout_s)))
             .build()
             .map_err(|error| Error::fatal("make a connection pool", error))?;

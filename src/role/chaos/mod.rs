@@ -1,3 +1,330 @@
 //! `refarch chaos`: faults on purpose, and what is left of the promises afterwards.
+//!
+//! The roles run as processes of their own, as in production, on a private database and, unless told
+//! otherwise, a double of an index that can fail. A writer changes the table and remembers what must
+//! be searchable. While it writes, the schedule's faults are done to the system; then faults and
+//! writer stop, the roles drain, and three comparisons are made: the audit's, the writer's memory
+//! against the table, and the writer's memory against the index itself.
 
+mod crew;
 pub mod double;
+mod lab;
+mod schedule;
+mod torment;
+mod writer;
+
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use super::generate;
+use super::progress::Progress;
+use crate::backend::postgres::Postgres;
+use crate::backend::{Backends, LoadedModel};
+use crate::cli;
+use crate::config::Settings;
+use crate::pipeline::audit::{Auditor, Options, Report};
+use crate::pipeline::clock::BootClock;
+use crate::shutdown;
+use crew::Crew;
+use double::{Counts, Faults};
+use lab::Lab;
+use torment::{Done, Torment};
+use writer::{Model, Writer, Written};
+
+/// The roles that are tormented.
+const ROLES: &[&[&str]] = &[&["listen"], &["listen"], &["embed"], &["embed"]];
+
+/// How long draining may go on without anything getting less.
+const STUCK_AFTER: Duration = Duration::from_mins(3);
+
+/// How often draining is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// Rows whose vectors are compared.
+const SAMPLE: usize = 200;
+
+/// How long the audit waits for what is under way.
+const WAIT: Duration = Duration::from_mins(2);
+
+/// What was done, and what came of it.
+#[derive(Debug, Serialize)]
+struct Outcome {
+    seed: u64,
+    minutes: f64,
+    products: u64,
+    /// What was done to the system.
+    faults: Done,
+    /// What the index did; none with pgvector.
+    index: Option<Counts>,
+    /// What the application did.
+    written: Written,
+    /// From the end of the faults until nothing was under way.
+    drained_s: f64,
+    /// Changes in the dead letters.
+    dead_letters: u64,
+    /// Processes that ended by themselves.
+    ended: Vec<String>,
+    /// Rows that the table has otherwise than the writer remembers.
+    table_differs: u64,
+    /// Records that the index has otherwise than the writer remembers.
+    index_differs: u64,
+    #[serde(flatten)]
+    report: Report,
+}
+
+impl Outcome {
+    fn code(&self) -> u8 {
+        let differs = self.report.differences() + self.dead_letters + self.table_differs + self.index_differs;
+        if differs > 0 || !self.ended.is_empty() {
+            1
+        } else if self.report.undecided > 0 {
+            2
+        } else {
+            0
+        }
+    }
+}
+
+/// Runs the drill.
+pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitCode> {
+    let stop = shutdown::on_signal()?;
+    let lab = Lab::set_up(settings, args.index, args.seed).await?;
+    let outcome = drill(args, &lab, &stop).await;
+    let clean = outcome.as_ref().is_ok_and(|outcome| outcome.as_ref().is_none_or(|o| o.code() == 0));
+    let dir = lab.dir.clone();
+    lab.tear_down(!clean).await?;
+    if !clean {
+        eprintln!("the roles' logs are in {}", dir.display());
+    }
+    let Some(outcome) = outcome? else {
+        eprintln!("stopped before the end: nothing was compared");
+        return Ok(ExitCode::from(2));
+    };
+    let json = serde_json::to_string(&outcome)? + "\n";
+    super::print(if args.json { json } else { text(&outcome) }.as_bytes())?;
+    Ok(ExitCode::from(outcome.code()))
+}
+
+async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow::Result<Option<Outcome>> {
+    let table = &lab.settings.source.table;
+    let client = lab.client().await?;
+    let progress = Progress::new("loading products", args.products);
+    generate::load(&client, table, args.products, args.seed, &progress).await?;
+    progress.finish();
+    drop(client);
+
+    let lasting = Duration::from_secs_f64(args.minutes * 60.0);
+    let mut crew = Crew::new(ROLES, lab.env(), &lab.dir);
+    let faults = schedule::schedule(args.seed, lasting, crew.size());
+    let mut writer = Writer::new(lab.url().clone(), args.seed).await?;
+    let truncate = AtomicBool::new(false);
+    let written_out = stop.child_token();
+    crew.tend()?;
+    let progress = Progress::new("seconds of chaos", lasting.as_secs());
+    let mut torment = Torment { lab, crew: &mut crew, truncate: &truncate, done: Done::default() };
+    let tormented = async {
+        let result = torment.run(faults, lasting, stop, &progress).await;
+        written_out.cancel();
+        result
+    };
+    let (tormented, wrote) =
+        tokio::join!(tormented, writer.run(&written_out, || truncate.swap(false, Ordering::Relaxed)));
+    let done = torment.done;
+    progress.finish();
+    tormented?;
+    wrote?;
+
+    if let Some(double) = &lab.double {
+        double.set_faults(Faults::default());
+    }
+    crew.thaw_all();
+    let counts = lab.double.as_ref().map(double::Double::counts);
+    let quiet = Instant::now();
+    let postgres = Postgres::new(lab.url(), &lab.settings.database)?;
+    let backends = Backends::open(&postgres, &lab.settings).await?;
+    if !drain(&backends, &mut crew, stop).await? {
+        return Ok(None);
+    }
+    let drained_s = quiet.elapsed().as_secs_f64();
+
+    let model = LoadedModel::load(&lab.settings)?;
+    let auditor = Auditor {
+        ledger: &*backends.ledger,
+        index: &*backends.index,
+        queue: &*backends.queue,
+        embedder: Some(model.start(lab.settings.indexer.worker_count())),
+        clock: &BootClock,
+        options: Options { sample: SAMPLE, wait: WAIT, repair: false },
+    };
+    let report = auditor.run(&|_| {}).await?;
+    let dead_letters = backends.queue.dead_letters().await?;
+    crew.stop().await?;
+    let table = Writer::new(lab.url().clone(), 0).await?.model;
+    let outcome = Outcome {
+        seed: args.seed,
+        minutes: args.minutes,
+        products: args.products,
+        faults: done,
+        index: counts,
+        written: writer.written,
+        drained_s,
+        dead_letters,
+        ended: std::mem::take(&mut crew.ended),
+        table_differs: differing(&writer.model, &table),
+        index_differs: index_differs(lab, &backends, &writer.model).await?,
+        report,
+    };
+    postgres.pool.close();
+    Ok(Some(outcome))
+}
+
+/// Waits until nothing is under way; false when stopped before.
+async fn drain(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -> anyhow::Result<bool> {
+    let mut least = u64::MAX;
+    let mut progressed = Instant::now();
+    let mut most = 0;
+    let progress = Progress::new("draining changes", 0);
+    loop {
+        crew.tend()?;
+        let left = backends.status().await?.outstanding() + attempts(backends).await?;
+        most = most.max(left);
+        progress.set_total(most);
+        progress.set(most - left);
+        if left == 0 {
+            progress.finish();
+            return Ok(true);
+        }
+        if left < least {
+            least = left;
+            progressed = Instant::now();
+        }
+        if progressed.elapsed() > STUCK_AFTER {
+            // The audit will say what.
+            progress.finish();
+            eprintln!("{left} changes are not getting less");
+            return Ok(true);
+        }
+        if stop.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_none() {
+            return Ok(false);
+        }
+    }
+}
+
+async fn attempts(backends: &Backends) -> anyhow::Result<u64> {
+    let client = backends.postgres.client().await?;
+    let sql = "SELECT coalesce(sum(cardinality(ids)), 0)::bigint FROM refarch.attempt WHERE target = $1";
+    let row = client.query_one(sql, &[&backends.target.id]).await.context("count the attempts")?;
+    Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
+}
+
+fn differing(a: &Model, b: &Model) -> u64 {
+    let ids: std::collections::BTreeSet<&i64> = a.keys().chain(b.keys()).collect();
+    ids.into_iter().filter(|id| a.get(id) != b.get(id)).count() as u64
+}
+
+/// Compares the index itself with what the writer remembers, apart from ledger and audit.
+async fn index_differs(lab: &Lab, backends: &Backends, model: &Model) -> anyhow::Result<u64> {
+    let wanted = |id: &str| {
+        let product = id.parse().ok().and_then(|id: i64| model.get(&id));
+        product.filter(|p| p.description.as_ref().is_some_and(|text| !text.trim().is_empty()))
+    };
+    let searchable = model.keys().filter(|id| wanted(&id.to_string()).is_some()).count() as u64;
+    let mut agree = 0_u64;
+    let mut held = 0_u64;
+    if let Some(double) = &lab.double {
+        for (id, record) in double.snapshot("") {
+            held += 1;
+            let text =
+                |key: &str| record.metadata.get(key).and_then(|value| value.as_str()).map(str::to_owned);
+            let same = |product: &writer::Product| {
+                product.name == text("name") && product.description == text("description")
+            };
+            agree += u64::from(wanted(&id).is_some_and(same));
+        }
+    } else {
+        let mut cursor = None;
+        loop {
+            let page = backends.index.list(cursor.as_deref(), 1_000).await?;
+            held += page.ids.len() as u64;
+            agree += page.ids.iter().filter(|id| wanted(id).is_some()).count() as u64;
+            cursor = page.next;
+            if cursor.is_none() {
+                break;
+            }
+        }
+    }
+    Ok((searchable - agree) + (held - agree))
+}
+
+fn text(outcome: &Outcome) -> String {
+    let Outcome { faults, written, report, .. } = outcome;
+    let index = outcome.index.map_or_else(String::new, |index| {
+        format!(
+            "index            {} requests: {} unavailable, {} rate limited, {} held, {} done but failed, {} done late, {} cut off\n",
+            index.requests, index.unavailable, index.rate_limited, index.hung, index.lied, index.late, index.dropped
+        )
+    });
+    let ended = if outcome.ended.is_empty() {
+        String::new()
+    } else {
+        format!("ended            {}\n", outcome.ended.join(", "))
+    };
+    let verdict = match outcome.code() {
+        0 => "nothing is missing, stale or orphaned",
+        1 => "index and table differ",
+        _ => "could not tell",
+    };
+    format!(
+        "chaos            {} minutes on {} products, seed {}\n\
+         processes        {} kills, {} freezes\n\
+         database         {} crashes, {} restarts, {} connections cut\n\
+         queue            {} messages duplicated, {} delayed, {} hurried\n\
+         {index}{ended}\
+         written          {} statements: {} rows inserted, {} updated, {} deleted, {} inserted again, {} truncations\n\
+         drained          in {:.1} s\n\
+         rows             {}\n\
+         indexed          {}\n\
+         missing          {}\n\
+         stale            {}\n\
+         orphaned         {}\n\
+         undecided        {}\n\
+         vectors          {} compared, {} otherwise\n\
+         dead letters     {}\n\
+         writer's memory  {} rows otherwise in the table, {} records otherwise in the index\n\
+         {verdict}\n",
+        outcome.minutes,
+        outcome.products,
+        outcome.seed,
+        faults.kills,
+        faults.freezes,
+        faults.database_crashes,
+        faults.database_restarts,
+        faults.connections_cut,
+        faults.messages_duplicated,
+        faults.messages_delayed,
+        faults.messages_hurried,
+        written.statements,
+        written.inserted,
+        written.updated,
+        written.deleted,
+        written.reinserted,
+        written.truncations,
+        outcome.drained_s,
+        report.rows,
+        report.indexed,
+        report.missing,
+        report.stale,
+        report.orphaned,
+        report.undecided,
+        report.sampled,
+        report.vector_mismatch,
+        outcome.dead_letters,
+        outcome.table_differs,
+        outcome.index_differs,
+    )
+}

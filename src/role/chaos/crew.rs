@@ -1,0 +1,149 @@
+//! The processes that are tormented: started, killed, frozen, and started again.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::process::{Child, Command};
+
+/// How long a process may take to end when it is asked to.
+const ENDS_WITHIN: Duration = Duration::from_secs(60);
+
+/// One process.
+struct Hand {
+    name: String,
+    args: Vec<String>,
+    child: Option<Child>,
+    frozen_until: Option<Instant>,
+}
+
+/// All of them.
+pub struct Crew {
+    hands: Vec<Hand>,
+    env: Vec<(String, String)>,
+    dir: PathBuf,
+    /// Processes that ended by themselves, which they must not.
+    pub ended: Vec<String>,
+}
+
+impl Crew {
+    /// A crew of these roles, not started yet. Logs go to `dir`.
+    #[must_use]
+    pub fn new(roles: &[&[&str]], env: Vec<(String, String)>, dir: &Path) -> Self {
+        let hands = roles
+            .iter()
+            .enumerate()
+            .map(|(at, args)| Hand {
+                name: format!("{}-{at}", args[0]),
+                args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+                child: None,
+                frozen_until: None,
+            })
+            .collect();
+        Self { hands, env, dir: dir.to_owned(), ended: Vec::new() }
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.hands.len()
+    }
+
+    /// Starts who does not run, lets go on who was frozen long enough, and notes who ended by itself.
+    pub fn tend(&mut self) -> anyhow::Result<()> {
+        for hand in &mut self.hands {
+            if hand.frozen_until.is_some_and(|until| until <= Instant::now()) {
+                hand.thaw();
+            }
+            if let Some(child) = &mut hand.child
+                && let Some(status) = child.try_wait()?
+            {
+                self.ended.push(format!("{} ({status})", hand.name));
+                hand.child = None;
+            }
+            if hand.child.is_none() {
+                hand.start(&self.env, &self.dir)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Kills a process; [`Self::tend`] starts it again.
+    pub async fn kill(&mut self, at: usize) -> anyhow::Result<()> {
+        let hand = &mut self.hands[at];
+        hand.frozen_until = None;
+        if let Some(mut child) = hand.child.take() {
+            child.kill().await?;
+        }
+        Ok(())
+    }
+
+    /// Freezes a process; [`Self::tend`] lets it go on.
+    pub fn freeze(&mut self, at: usize, long: Duration) {
+        let hand = &mut self.hands[at];
+        hand.signal(Signal::SIGSTOP);
+        hand.frozen_until = Some(Instant::now() + long);
+    }
+
+    /// Lets everybody go on.
+    pub fn thaw_all(&mut self) {
+        self.hands.iter_mut().for_each(Hand::thaw);
+    }
+
+    /// Asks everybody to end, and waits.
+    pub async fn stop(&mut self) -> anyhow::Result<()> {
+        self.thaw_all();
+        for hand in &self.hands {
+            hand.signal(Signal::SIGTERM);
+        }
+        for hand in &mut self.hands {
+            let Some(mut child) = hand.child.take() else { continue };
+            let ended = tokio::time::timeout(ENDS_WITHIN, child.wait()).await;
+            let status = ended.with_context(|| format!("{} does not end when asked to", hand.name))??;
+            if !status.success() {
+                self.ended.push(format!("{} ({status})", hand.name));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Hand {
+    fn start(&mut self, env: &[(String, String)], dir: &Path) -> anyhow::Result<()> {
+        let path = dir.join(format!("{}.log", self.name));
+        let log = File::options().create(true).append(true).open(&path);
+        let log = log.with_context(|| format!("cannot write {}", path.display()))?;
+        let program = std::env::current_exe().context("find this executable")?;
+        let child = Command::new(program)
+            .args(&self.args)
+            .env_clear()
+            .envs(env.iter().map(|(name, value)| (name, value)))
+            // No refarch.toml there, and no signals of our terminal.
+            .current_dir(dir)
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .kill_on_drop(true)
+            .spawn();
+        self.child = Some(child.with_context(|| format!("cannot start {}", self.name))?);
+        Ok(())
+    }
+
+    fn thaw(&mut self) {
+        if self.frozen_until.take().is_some() {
+            self.signal(Signal::SIGCONT);
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        if let Some(pid) = self.child.as_ref().and_then(Child::id) {
+            // One that has just ended can't hear it.
+            let _ = kill(Pid::from_raw(pid as i32), signal);
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Where the drill takes place: a private database, a double of the index, and the settings that
+//! point the roles at them.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use tokio_postgres::Client;
+
+use super::double::Double;
+use super::schedule::MAX_LATE;
+use super::writer;
+use crate::backend::embedded::{Cluster, Options};
+use crate::backend::postgres::Postgres;
+use crate::backend::{self, model_dir};
+use crate::cli::ChaosIndex;
+use crate::config::{IndexKind, Settings};
+use crate::secret::Secret;
+
+/// Timeouts of the drill's roles: short, so that much happens in a minute.
+const VISIBILITY_S: u64 = 6;
+const TIMEOUT_MS: u64 = 1_000;
+const LEASE_MS: u64 = 4_000;
+/// More than the double is ever late.
+const SETTLE_MS: u64 = MAX_LATE.as_millis() as u64 + 2_000;
+
+/// The database, the index, and how the roles find them.
+pub struct Lab {
+    /// The roles' settings.
+    pub settings: Settings,
+    /// The index, if it is the double.
+    pub double: Option<Double>,
+    /// Where logs are.
+    pub dir: PathBuf,
+    cluster: Cluster,
+}
+
+impl Lab {
+    /// Makes everything, in a folder of its own under the runtime folder.
+    pub async fn set_up(settings: &Settings, index: ChaosIndex, seed: u64) -> anyhow::Result<Self> {
+        let runtime = std::path::absolute(&settings.runtime.dir)?;
+        let dir = runtime.join(format!("chaos-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let options = Options { dir: dir.join("postgres"), ..Options::in_runtime_dir(&runtime) };
+        let cluster = Cluster::join(options).await?;
+        let mut settings = Settings {
+            // The reference table, whatever the user keeps in step.
+            source: Settings::load(None, &std::collections::BTreeMap::new(), &[])?.source,
+            ..settings.clone()
+        };
+        settings.embedder.model = std::path::absolute(model_dir(&settings))?.display().to_string();
+        settings.runtime.dir = runtime;
+        settings.database.url = cluster.url().clone();
+        settings.queue.visibility_s = VISIBILITY_S;
+        settings.indexer.workers = 1;
+        settings.indexer.lease_ms = LEASE_MS;
+        settings.indexer.settle_ms = SETTLE_MS;
+        settings.index.timeout_ms = TIMEOUT_MS;
+        let shape = backend::index_shape(&settings)?;
+        let double = match index {
+            ChaosIndex::Pgvector => {
+                settings.index.kind = IndexKind::Pgvector;
+                None
+            }
+            ChaosIndex::Pinecone => {
+                let double = Double::start(shape.dimensions, seed).await.context("start the index double")?;
+                settings.index.kind = IndexKind::Pinecone;
+                settings.index.host = double.url();
+                settings.index.api_key = Secret::new("chaos");
+                settings.index.namespace = String::new();
+                Some(double)
+            }
+        };
+        let postgres = Postgres::new(&settings.database.url, &settings.database)?;
+        backend::migrate(&postgres, &settings).await?;
+        postgres.pool.close();
+        Ok(Self { settings, double, dir, cluster })
+    }
+
+    /// The environment of the roles.
+    #[must_use]
+    pub fn env(&self) -> Vec<(String, String)> {
+        let set = &self.settings;
+        let mut env = vec![
+            ("DATABASE_URL".to_owned(), set.database.url.expose().to_owned()),
+            ("REFARCH_RUNTIME_DIR".to_owned(), set.runtime.dir.display().to_string()),
+            ("REFARCH_EMBEDDER_MODEL".to_owned(), set.embedder.model.clone()),
+            ("REFARCH_QUEUE_VISIBILITY_S".to_owned(), VISIBILITY_S.to_string()),
+            ("REFARCH_QUEUE_MAX_RECEIVES".to_owned(), set.queue.max_receives.to_string()),
+            ("REFARCH_INDEXER_WORKERS".to_owned(), "1".to_owned()),
+            ("REFARCH_INDEXER_LEASE_MS".to_owned(), LEASE_MS.to_string()),
+            ("REFARCH_INDEXER_SETTLE_MS".to_owned(), SETTLE_MS.to_string()),
+            ("REFARCH_INDEX_TIMEOUT_MS".to_owned(), TIMEOUT_MS.to_string()),
+            ("REFARCH_LOG_LEVEL".to_owned(), set.log.level.clone()),
+            // A process a core: threads of one model would wait for each other.
+            ("RAYON_NUM_THREADS".to_owned(), "1".to_owned()),
+        ];
+        if let Some(double) = &self.double {
+            env.push(("REFARCH_INDEX_KIND".to_owned(), "pinecone".to_owned()));
+            env.push(("REFARCH_INDEX_HOST".to_owned(), double.url()));
+            env.push(("REFARCH_INDEX_API_KEY".to_owned(), "chaos".to_owned()));
+        }
+        for name in ["PATH", "HOME", "NO_COLOR"] {
+            env.extend(std::env::var(name).ok().map(|value| (name.to_owned(), value)));
+        }
+        env
+    }
+
+    /// The database's address.
+    #[must_use]
+    pub fn url(&self) -> &Secret {
+        self.cluster.url()
+    }
+
+    /// A connection of its own.
+    pub async fn client(&self) -> Result<Client, tokio_postgres::Error> {
+        writer::connect(self.url()).await
+    }
+
+    /// Restarts the database.
+    pub async fn restart_database(&self, crash: bool) -> anyhow::Result<()> {
+        self.cluster.restart(crash).await
+    }
+
+    /// Removes everything; with `keep`, everything but the logs.
+    pub async fn tear_down(self, keep: bool) -> anyhow::Result<()> {
+        self.cluster.destroy().await?;
+        if keep { Ok(()) } else { remove(&self.dir) }
+    }
+}
+
+fn remove(dir: &Path) -> anyhow::Result<()> {
+    std::fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))
+}

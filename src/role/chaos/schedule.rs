@@ -1,0 +1,125 @@
+//! What goes wrong when: decided by the seed alone.
+
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+
+use super::double::Faults;
+
+/// Something that is done to the system.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fault {
+    /// SIGKILL to a process; it is started again.
+    Kill(usize),
+    /// SIGSTOP to a process, and SIGCONT after this time, past every timeout.
+    Freeze(usize, Duration),
+    /// The database crashes, or is restarted in good order.
+    RestartDatabase { crash: bool },
+    /// Some of the roles' connections are cut.
+    CutConnections,
+    /// Messages are queued a second time.
+    Duplicate,
+    /// Messages that could be received come later, and so in another order.
+    Delay,
+    /// Messages that somebody holds can be received by others.
+    Hurry,
+    /// The index fails more than usual for a while.
+    Storm(Faults, Duration),
+    /// The table is truncated, and some products are loaded again.
+    Truncate,
+}
+
+/// How long a write to the double may be late: less than what the roles are told to wait.
+pub const MAX_LATE: Duration = Duration::from_secs(3);
+
+/// How long the double holds an answer: longer than the roles wait for one.
+const HANG_FOR: Duration = Duration::from_millis(2_500);
+
+/// What the index does when nothing special is the matter.
+#[must_use]
+pub fn usual() -> Faults {
+    Faults {
+        unavailable: 0.01,
+        rate_limited: 0.01,
+        hang: 0.003,
+        lie: 0.01,
+        late: 0.01,
+        drop_connection: 0.005,
+        max_late: MAX_LATE,
+        hang_for: HANG_FOR,
+    }
+}
+
+/// Faults with the moments at which they come, in order; `processes` can be killed and frozen.
+#[must_use]
+pub fn schedule(seed: u64, lasting: Duration, processes: usize) -> Vec<(Duration, Fault)> {
+    let mut dice = StdRng::seed_from_u64(seed);
+    let mut faults = Vec::new();
+    // Mean seconds between two of a kind.
+    let kinds: [(f64, fn(&mut StdRng, usize) -> Fault); 9] = [
+        (9.0, |dice, processes| Fault::Kill(dice.random_range(0..processes))),
+        (15.0, |dice, processes| {
+            let long = Duration::from_millis(dice.random_range(7_000..20_000));
+            Fault::Freeze(dice.random_range(0..processes), long)
+        }),
+        (60.0, |dice, _| Fault::RestartDatabase { crash: dice.random() }),
+        (13.0, |_, _| Fault::CutConnections),
+        (4.0, |_, _| Fault::Duplicate),
+        (4.0, |_, _| Fault::Delay),
+        (4.0, |_, _| Fault::Hurry),
+        (20.0, |dice, _| {
+            let long = Duration::from_millis(dice.random_range(2_000..8_000));
+            Fault::Storm(storm(dice), long)
+        }),
+        (150.0, |_, _| Fault::Truncate),
+    ];
+    for (mean, make) in kinds {
+        let mut at = 0.0;
+        loop {
+            // Exponential gaps: any moment is as likely as any other.
+            at += -mean * (1.0 - dice.random::<f64>()).ln();
+            if at >= lasting.as_secs_f64() {
+                break;
+            }
+            faults.push((Duration::from_secs_f64(at), make(&mut dice, processes)));
+        }
+    }
+    faults.sort_by_key(|(at, _)| *at);
+    faults
+}
+
+fn storm(dice: &mut StdRng) -> Faults {
+    let usual = usual();
+    match dice.random_range(0..5) {
+        0 => Faults {
+            unavailable: 0.5,
+            rate_limited: 0.5,
+            hang: 0.0,
+            lie: 0.0,
+            late: 0.0,
+            drop_connection: 0.0,
+            ..usual
+        },
+        1 => Faults { rate_limited: 0.8, ..usual },
+        2 => Faults { lie: 0.4, late: 0.3, ..usual },
+        3 => Faults { hang: 0.4, drop_connection: 0.3, ..usual },
+        _ => Faults { unavailable: 0.4, late: 0.4, ..usual },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_decides_everything() {
+        let long = Duration::from_mins(10);
+        let one = schedule(1, long, 4);
+        assert_eq!(one, schedule(1, long, 4));
+        assert_ne!(one, schedule(2, long, 4));
+        assert!(one.is_sorted_by_key(|(at, _)| *at));
+        assert!(one.iter().any(|(_, fault)| matches!(fault, Fault::Truncate)));
+        assert!(one.iter().any(|(_, fault)| matches!(fault, Fault::RestartDatabase { .. })));
+    }
+}

@@ -1,0 +1,160 @@
+//! Doing the schedule's faults to the system.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use super::crew::Crew;
+use super::lab::Lab;
+use super::schedule::{Fault, usual};
+use crate::role::progress::Progress;
+
+/// How often processes are looked after and due faults done.
+const TICK: Duration = Duration::from_millis(50);
+
+/// What was done to the system.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[allow(missing_docs)]
+pub struct Done {
+    pub kills: u64,
+    pub freezes: u64,
+    pub database_crashes: u64,
+    pub database_restarts: u64,
+    pub connections_cut: u64,
+    pub messages_duplicated: u64,
+    pub messages_delayed: u64,
+    pub messages_hurried: u64,
+    pub index_storms: u64,
+}
+
+/// Does the faults as they come due, until the last is over or `stop`.
+pub struct Torment<'a> {
+    /// Where.
+    pub lab: &'a Lab,
+    /// To whom.
+    pub crew: &'a mut Crew,
+    /// Tells the writer to truncate.
+    pub truncate: &'a std::sync::atomic::AtomicBool,
+    /// What was done so far.
+    pub done: Done,
+}
+
+impl Torment<'_> {
+    /// Torments for as long as it says.
+    pub async fn run(
+        &mut self,
+        schedule: Vec<(Duration, Fault)>,
+        lasting: Duration,
+        stop: &CancellationToken,
+        progress: &Progress,
+    ) -> anyhow::Result<()> {
+        let started = Instant::now();
+        let mut schedule = schedule.into_iter().peekable();
+        let mut storm_until: Option<Instant> = None;
+        if let Some(double) = &self.lab.double {
+            double.set_faults(usual());
+        }
+        while started.elapsed() < lasting && !stop.is_cancelled() {
+            while let Some((_, fault)) = schedule.next_if(|(at, _)| *at <= started.elapsed()) {
+                tracing::debug!(?fault, at_ms = started.elapsed().as_millis() as u64, "fault");
+                if let Fault::Storm(faults, long) = fault {
+                    if let Some(double) = &self.lab.double {
+                        double.set_faults(faults);
+                        storm_until = Some(Instant::now() + long);
+                        self.done.index_storms += 1;
+                    }
+                } else {
+                    self.inflict(fault).await?;
+                }
+            }
+            if storm_until.is_some_and(|until| until <= Instant::now())
+                && let Some(double) = &self.lab.double
+            {
+                double.set_faults(usual());
+                storm_until = None;
+            }
+            self.crew.tend()?;
+            progress.set(started.elapsed().as_secs());
+            stop.run_until_cancelled(tokio::time::sleep(TICK)).await;
+        }
+        Ok(())
+    }
+
+    async fn inflict(&mut self, fault: Fault) -> anyhow::Result<()> {
+        match fault {
+            Fault::Kill(at) => {
+                self.crew.kill(at).await?;
+                self.done.kills += 1;
+            }
+            Fault::Freeze(at, long) => {
+                self.crew.freeze(at, long);
+                self.done.freezes += 1;
+            }
+            Fault::RestartDatabase { crash } => {
+                self.lab.restart_database(crash).await?;
+                if crash {
+                    self.done.database_crashes += 1;
+                } else {
+                    self.done.database_restarts += 1;
+                }
+            }
+            Fault::Truncate => self.truncate.store(true, std::sync::atomic::Ordering::Relaxed),
+            Fault::CutConnections => {
+                self.done.connections_cut += self
+                    .sql(
+                        "SELECT count(pg_terminate_backend(pid)) FROM (SELECT pid FROM pg_stat_activity \
+                         WHERE application_name = 'refarch' AND pid <> pg_backend_pid() ORDER BY random() LIMIT 5) p",
+                    )
+                    .await;
+            }
+            Fault::Duplicate => {
+                self.done.messages_duplicated += self
+                    .on_lanes(
+                        "WITH again AS (INSERT INTO pgmq.q_LANE (vt, message, headers) \
+                         SELECT clock_timestamp(), message, headers FROM pgmq.q_LANE ORDER BY random() LIMIT 3 RETURNING 1) \
+                         SELECT count(*) FROM again",
+                    )
+                    .await;
+            }
+            Fault::Delay => {
+                self.done.messages_delayed += self
+                    .on_lanes(
+                        "WITH later AS (UPDATE pgmq.q_LANE SET vt = clock_timestamp() + random() * interval '5 s' \
+                         WHERE msg_id IN (SELECT msg_id FROM pgmq.q_LANE WHERE vt <= clock_timestamp() ORDER BY random() LIMIT 5) \
+                         RETURNING 1) SELECT count(*) FROM later",
+                    )
+                    .await;
+            }
+            Fault::Hurry => {
+                self.done.messages_hurried += self
+                    .on_lanes(
+                        "WITH sooner AS (UPDATE pgmq.q_LANE SET vt = clock_timestamp() \
+                         WHERE msg_id IN (SELECT msg_id FROM pgmq.q_LANE WHERE vt > clock_timestamp() ORDER BY random() LIMIT 2) \
+                         RETURNING 1) SELECT count(*) FROM sooner",
+                    )
+                    .await;
+            }
+            // Lasts, so that it is the loop's.
+            Fault::Storm(..) => {}
+        }
+        Ok(())
+    }
+
+    async fn on_lanes(&self, sql: &str) -> u64 {
+        let mut count = 0;
+        for lane in ["live", "bulk"] {
+            count += self.sql(&sql.replace("LANE", &format!("refarch_{lane}"))).await;
+        }
+        count
+    }
+
+    /// What a statement counts; nothing when the database is away, which is a fault too.
+    async fn sql(&self, sql: &str) -> u64 {
+        let counted = async {
+            let client = self.lab.client().await?;
+            client.query_one(sql, &[]).await
+        };
+        counted.await.map_or(0, |row| row.get::<_, i64>(0).try_into().unwrap_or_default())
+    }
+}

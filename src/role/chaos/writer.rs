@@ -1,0 +1,266 @@
+//! An application that writes at a steady rate, and remembers what must be searchable.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+use serde::Serialize;
+use tokio_postgres::{Client, NoTls};
+use tokio_util::sync::CancellationToken;
+
+use crate::role::generate::catalogue::{Catalogue, Text};
+use crate::secret::Secret;
+
+/// Pause between two statements: some 20 changes a second in the mean.
+const PAUSE: Duration = Duration::from_millis(150);
+
+/// Pause before the database is tried again.
+const RECONNECT: Duration = Duration::from_millis(200);
+
+/// Products whose texts are written; few enough that a text comes back.
+const TEXTS: u64 = 100_000;
+
+/// What was written. All counts are rows, but for statements and truncations.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[allow(missing_docs)]
+pub struct Written {
+    pub statements: u64,
+    pub inserted: u64,
+    pub updated: u64,
+    pub deleted: u64,
+    pub reinserted: u64,
+    pub truncations: u64,
+    /// Statements of which the database did not say whether they were committed.
+    pub unsure: u64,
+}
+
+/// A row as it must be found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Product {
+    /// Its name; none if it is null.
+    pub name: Option<String>,
+    /// Its description; none if it is null.
+    pub description: Option<String>,
+}
+
+/// Rows by their id.
+pub type Model = BTreeMap<i64, Product>;
+
+/// The application.
+pub struct Writer {
+    url: Secret,
+    client: Option<Client>,
+    dice: StdRng,
+    catalogue: Catalogue,
+    next_id: i64,
+    gone: Vec<i64>,
+    /// What must be searchable.
+    pub model: Model,
+    /// What was done.
+    pub written: Written,
+}
+
+impl Writer {
+    /// A writer with the table as it is.
+    pub async fn new(url: Secret, seed: u64) -> anyhow::Result<Self> {
+        let mut writer = Self {
+            url,
+            client: None,
+            dice: StdRng::seed_from_u64(seed),
+            catalogue: Catalogue::new(seed),
+            next_id: 1,
+            gone: Vec::new(),
+            model: Model::new(),
+            written: Written::default(),
+        };
+        writer.reread().await?;
+        Ok(writer)
+    }
+
+    /// Writes until `stop`; `truncate` is asked before each statement.
+    pub async fn run(
+        &mut self,
+        stop: &CancellationToken,
+        mut truncate: impl FnMut() -> bool,
+    ) -> anyhow::Result<()> {
+        while !stop.is_cancelled() {
+            if truncate() {
+                self.truncate().await?;
+            } else {
+                self.step().await?;
+            }
+            stop.run_until_cancelled(tokio::time::sleep(PAUSE)).await;
+        }
+        Ok(())
+    }
+
+    async fn step(&mut self) -> anyhow::Result<()> {
+        let kind = self.dice.random_range(0..100);
+        let many = if self.dice.random_ratio(1, 60) { 150 } else { self.dice.random_range(1..6) };
+        let ids = match kind {
+            0..25 => {
+                let first = self.next_id;
+                self.next_id += many;
+                self.written.inserted += many as u64;
+                (first..first + many).collect()
+            }
+            25..35 if !self.gone.is_empty() => {
+                let at = self.dice.random_range(0..self.gone.len());
+                self.written.reinserted += 1;
+                vec![self.gone.swap_remove(at)]
+            }
+            35..55 => {
+                let ids = self.some_ids((many as usize).min(5));
+                self.written.deleted += ids.len() as u64;
+                self.gone.extend(&ids);
+                return self
+                    .commit("DELETE FROM public.products_with_increment WHERE id = ANY ($1)", &ids, None)
+                    .await;
+            }
+            _ => {
+                let ids = self.some_ids(many as usize);
+                self.written.updated += ids.len() as u64;
+                let products = self.products(&ids);
+                let sql = "UPDATE public.products_with_increment p SET name = u.name, description = u.description \
+                           FROM unnest($1::bigint[], $2::text[], $3::text[]) AS u(id, name, description) WHERE p.id = u.id";
+                return self.commit(sql, &ids, Some(products)).await;
+            }
+        };
+        let products = self.products(&ids);
+        let sql = "INSERT INTO public.products_with_increment (id, name, description) \
+                   SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[])";
+        self.commit(sql, &ids, Some(products)).await
+    }
+
+    async fn truncate(&mut self) -> anyhow::Result<()> {
+        self.written.truncations += 1;
+        self.gone.extend(self.model.keys());
+        self.gone.truncate(10_000);
+        let ids: Vec<i64> = self.model.keys().copied().collect();
+        // Some of the rows are back at once.
+        let back: Vec<i64> = ids.iter().copied().take(ids.len() / 10).collect();
+        self.commit("TRUNCATE public.products_with_increment", &[], None).await?;
+        if self.model.is_empty() && !back.is_empty() {
+            self.gone.retain(|id| !back.contains(id));
+            self.written.reinserted += back.len() as u64;
+            let products = self.products(&back);
+            let sql = "INSERT INTO public.products_with_increment (id, name, description) \
+                       SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[])";
+            self.commit(sql, &back, Some(products)).await?;
+        }
+        Ok(())
+    }
+
+    fn some_ids(&mut self, many: usize) -> Vec<i64> {
+        let mut ids = Vec::new();
+        for _ in 0..many.min(self.model.len()) {
+            let from = self.dice.random_range(0..self.next_id);
+            let found = self.model.range(from..).next().or_else(|| self.model.iter().next());
+            ids.extend(found.map(|(id, _)| *id));
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+
+    fn products(&mut self, ids: &[i64]) -> Vec<Product> {
+        let mut text = Text::default();
+        ids.iter()
+            .map(|_| {
+                self.catalogue.product(self.dice.random_range(0..TEXTS), &mut text);
+                // A row without a text must not be found at all.
+                let described = !self.dice.random_ratio(1, 40);
+                Product {
+                    name: Some(text.name.clone()),
+                    description: described.then(|| text.description.clone()),
+                }
+            })
+            .collect()
+    }
+
+    /// Runs a statement in a transaction of its own, and remembers what it did. Without `products`
+    /// the ids go; without ids every row goes.
+    async fn commit(&mut self, sql: &str, ids: &[i64], products: Option<Vec<Product>>) -> anyhow::Result<()> {
+        self.written.statements += 1;
+        let done = self.try_commit(sql, ids, products.as_deref()).await;
+        let Err(error) = done else {
+            match products {
+                Some(products) => self.model.extend(ids.iter().copied().zip(products)),
+                None if sql.starts_with("TRUNCATE") => self.model.clear(),
+                None => self.model.retain(|id, _| ids.binary_search(id).is_err()),
+            }
+            return Ok(());
+        };
+        if error.code().is_some_and(|code| !matches!(&code.code()[..2], "57" | "08" | "40" | "55" | "53")) {
+            return Err(error).context("the writer's statement is refused");
+        }
+        // Whether it was committed, the table tells.
+        self.written.unsure += 1;
+        self.client = None;
+        self.reread().await
+    }
+
+    async fn try_commit(
+        &mut self,
+        sql: &str,
+        ids: &[i64],
+        products: Option<&[Product]>,
+    ) -> Result<(), tokio_postgres::Error> {
+        if self.client.is_none() {
+            self.client = Some(connect(&self.url).await?);
+        }
+        let Some(client) = &mut self.client else { return Ok(()) };
+        let transaction = client.transaction().await?;
+        match products {
+            Some(products) => {
+                let names: Vec<&Option<String>> = products.iter().map(|product| &product.name).collect();
+                let texts: Vec<&Option<String>> =
+                    products.iter().map(|product| &product.description).collect();
+                transaction.execute(sql, &[&ids, &names, &texts]).await?;
+            }
+            None if ids.is_empty() => drop(transaction.execute(sql, &[]).await?),
+            None => drop(transaction.execute(sql, &[&ids]).await?),
+        }
+        transaction.commit().await
+    }
+
+    /// Takes the table as it is for what must be searchable.
+    async fn reread(&mut self) -> anyhow::Result<()> {
+        loop {
+            match self.try_reread().await {
+                Ok(model) => {
+                    self.next_id = self.next_id.max(model.keys().next_back().map_or(1, |last| last + 1));
+                    self.gone.retain(|id| !model.contains_key(id));
+                    self.model = model;
+                    return Ok(());
+                }
+                Err(_) => {
+                    self.client = None;
+                    tokio::time::sleep(RECONNECT).await;
+                }
+            }
+        }
+    }
+
+    async fn try_reread(&mut self) -> Result<Model, tokio_postgres::Error> {
+        if self.client.is_none() {
+            self.client = Some(connect(&self.url).await?);
+        }
+        let Some(client) = &self.client else { return Ok(Model::new()) };
+        let sql = "SELECT id, name, description FROM public.products_with_increment";
+        let rows = client.query(sql, &[]).await?;
+        Ok(rows
+            .iter()
+            .map(|row| (row.get(0), Product { name: row.get(1), description: row.get(2) }))
+            .collect())
+    }
+}
+
+/// A connection that ends with its client.
+pub async fn connect(url: &Secret) -> Result<Client, tokio_postgres::Error> {
+    let (client, connection) = tokio_postgres::connect(url.expose(), NoTls).await?;
+    tokio::spawn(connection);
+    Ok(client)
+}
