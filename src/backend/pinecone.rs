@@ -71,10 +71,25 @@ pub struct Pinecone {
     dimensions: usize,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+/// A record as it is sent. Not by way of a [`Value`], whose floats are wider: each would take twice
+/// the digits.
+#[derive(Debug, Serialize)]
+struct Sent<'a> {
+    id: &'a str,
+    values: &'a [f32],
+    metadata: Map<String, Value>,
+}
+
+#[derive(Debug, Serialize)]
+struct Upsert<'a> {
+    namespace: &'a str,
+    vectors: &'a [Sent<'a>],
+}
+
+#[derive(Debug, Default, Deserialize)]
 struct Vector {
     id: String,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     values: Vec<f32>,
     #[serde(default)]
     metadata: Map<String, Value>,
@@ -170,8 +185,8 @@ impl Pinecone {
         Ok(self.client.request(method, url))
     }
 
-    async fn upsert_into(&self, namespace: &str, vectors: &[Value]) -> Result<()> {
-        let body = json!({ "namespace": namespace, "vectors": vectors });
+    async fn upsert_into(&self, namespace: &str, vectors: &[Sent<'_>]) -> Result<()> {
+        let body = Upsert { namespace, vectors };
         send(self.request(Method::POST, "/vectors/upsert")?.json(&body), "upsert records").await.map(|_| ())
     }
 
@@ -294,23 +309,41 @@ fn unhex(value: Option<&Value>) -> Option<Hash> {
 }
 
 /// A record as it travels.
-fn vector(record: &Record) -> Value {
+fn sent(record: &Record) -> Sent<'_> {
     let mut metadata: Map<String, Value> = serde_json::from_str(&record.row.metadata).unwrap_or_default();
     metadata.insert(CONTENT_HASH.into(), hex(&record.row.content_hash).into());
     metadata.insert(METADATA_HASH.into(), hex(&record.row.metadata_hash).into());
     metadata.insert(VERSION.into(), record.version.into());
-    json!({ "id": record.row.id, "values": &record.embedding[..], "metadata": metadata })
+    Sent { id: &record.row.id, values: &record.embedding, metadata }
 }
 
-/// An upper bound of a record's bytes as it travels: a float takes at most 14 with its comma.
+/// Counts what is written to it.
+struct Counter(usize);
+
+impl std::io::Write for Counter {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0 += bytes.len();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A record's bytes as it travels, with the comma after it. Written out, as no bound would hold:
+/// JSON escapes ids, and writes some numbers longer than PostgreSQL does.
 fn weight(record: &Record) -> usize {
-    record.embedding.len() * 14 + record.row.metadata.len() + record.row.id.len() + 300
+    let mut counter = Counter(1);
+    // What can't be written will not be sent either.
+    let _ = serde_json::to_writer(&mut counter, &sent(record));
+    counter.0
 }
 
 #[async_trait]
 impl PlainWrite for Pinecone {
     async fn upsert(&self, records: &[Record]) -> Result<()> {
-        let vectors: Vec<Value> = records.iter().map(vector).collect();
+        let vectors: Vec<Sent<'_>> = records.iter().map(sent).collect();
         self.upsert_into(&self.namespace, &vectors).await
     }
 
@@ -420,8 +453,8 @@ impl VectorIndex for Pinecone {
         if let Some(first) = values.first_mut() {
             *first = 1.0;
         }
-        let vector = json!({ "id": NOTE_ID, "values": values, "metadata": { "text": note } });
-        self.upsert_into(NOTES, &[vector]).await
+        let metadata = [("text".to_owned(), note.into())].into_iter().collect();
+        self.upsert_into(NOTES, &[Sent { id: NOTE_ID, values: &values, metadata }]).await
     }
 }
 
