@@ -32,7 +32,7 @@ struct Bench {
 
 enum Keeper {
     Database { client: tokio_postgres::Client, table: String, _database: Database },
-    Double(Double),
+    Double { _double: Double },
 }
 
 async fn on_pgvector() -> Bench {
@@ -52,7 +52,7 @@ async fn on_pgvector() -> Bench {
 
 async fn on_pinecone() -> Bench {
     let double = Double::start(3, 1).await.unwrap();
-    Bench { index: Arc::new(client(&double)), keeper: Keeper::Double(double) }
+    Bench { index: Arc::new(client(&double)), keeper: Keeper::Double { _double: double } }
 }
 
 fn options(url: &str) -> pinecone::Options {
@@ -80,7 +80,7 @@ impl Bench {
                     client.execute(&sql, &[&record.row.id, &embedding, &hash]).await.unwrap();
                 }
             }
-            Keeper::Double(_) => plain(&*self.index).upsert(records).await.unwrap(),
+            Keeper::Double { .. } => plain(&*self.index).upsert(records).await.unwrap(),
         }
     }
 
@@ -89,7 +89,7 @@ impl Bench {
             Keeper::Database { client, table, .. } => {
                 client.execute(&format!("DELETE FROM {table} WHERE id = $1"), &[&id]).await.unwrap();
             }
-            Keeper::Double(_) => plain(&*self.index).delete(&[id.to_owned()]).await.unwrap(),
+            Keeper::Double { .. } => plain(&*self.index).delete(&[id.to_owned()]).await.unwrap(),
         }
     }
 }

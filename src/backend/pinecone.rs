@@ -308,13 +308,16 @@ fn unhex(value: Option<&Value>) -> Option<Hash> {
     Hash::from_bytes(&bytes?)
 }
 
-/// A record as it travels.
-fn sent(record: &Record) -> Sent<'_> {
-    let mut metadata: Map<String, Value> = serde_json::from_str(&record.row.metadata).unwrap_or_default();
+/// A record as it travels. Metadata that can't be read is refused: a number may be too large for JSON's
+/// reader here, and a record without its metadata would pass for complete.
+fn sent(record: &Record) -> Result<Sent<'_>> {
+    let mut metadata: Map<String, Value> = serde_json::from_str(&record.row.metadata).map_err(|error| {
+        Error::permanent("upsert records", format!("metadata of {:?}: {error}", record.row.id))
+    })?;
     metadata.insert(CONTENT_HASH.into(), hex(&record.row.content_hash).into());
     metadata.insert(METADATA_HASH.into(), hex(&record.row.metadata_hash).into());
     metadata.insert(VERSION.into(), record.version.into());
-    Sent { id: &record.row.id, values: &record.embedding, metadata }
+    Ok(Sent { id: &record.row.id, values: &record.embedding, metadata })
 }
 
 /// Counts what is written to it.
@@ -335,15 +338,17 @@ impl std::io::Write for Counter {
 /// JSON escapes ids, and writes some numbers longer than PostgreSQL does.
 fn weight(record: &Record) -> usize {
     let mut counter = Counter(1);
-    // What can't be written will not be sent either.
-    let _ = serde_json::to_writer(&mut counter, &sent(record));
+    if let Ok(sent) = sent(record) {
+        // What can't be written will not be sent either.
+        let _ = serde_json::to_writer(&mut counter, &sent);
+    }
     counter.0
 }
 
 #[async_trait]
 impl PlainWrite for Pinecone {
     async fn upsert(&self, records: &[Record]) -> Result<()> {
-        let vectors: Vec<Sent<'_>> = records.iter().map(sent).collect();
+        let vectors = records.iter().map(sent).collect::<Result<Vec<_>>>()?;
         self.upsert_into(&self.namespace, &vectors).await
     }
 
