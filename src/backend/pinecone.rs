@@ -29,8 +29,9 @@ const MAX_BYTES: usize = 1_900_000;
 /// Ids in a delete at most, by Pinecone's limits.
 const MAX_DELETES: usize = 1_000;
 
-/// Ids in one fetch: they travel in the URL.
+/// Ids in one fetch, and bytes that they may take there: they travel in the URL.
 const FETCH_IDS: usize = 50;
+const FETCH_BYTES: usize = 8_000;
 
 /// Ids on a page of a listing at most, by Pinecone's limits.
 const MAX_LISTED: usize = 100;
@@ -197,6 +198,17 @@ impl Pinecone {
         request = with_query(request, &query);
         Ok(read::<Fetched>(request, "fetch records").await?.vectors.into_values().collect())
     }
+}
+
+/// How many of the first ids fit into a URL; at least one, if there is one.
+fn fetched_at_once(ids: &[String]) -> usize {
+    let mut bytes = 0;
+    let fits = |id: &&String| {
+        // Encoded, a byte takes three at most.
+        bytes += "&ids=".len() + 3 * id.len();
+        bytes <= FETCH_BYTES
+    };
+    ids.iter().take(FETCH_IDS).take_while(fits).count().max(1)
 }
 
 /// Adds query parameters, percent-encoded.
@@ -421,7 +433,10 @@ impl VectorIndex for Pinecone {
 
     async fn fetch(&self, ids: &[String]) -> Result<Vec<Stored>> {
         let mut stored = Vec::with_capacity(ids.len());
-        for ids in ids.chunks(FETCH_IDS) {
+        let mut left = ids;
+        while !left.is_empty() {
+            let (ids, rest) = left.split_at(fetched_at_once(left));
+            left = rest;
             for vector in self.fetch_from(&self.namespace, ids).await? {
                 stored.push(Stored {
                     content_hash: unhex(vector.metadata.get(CONTENT_HASH)),
