@@ -148,7 +148,7 @@ impl Pinecone {
     /// The index at a host. Nothing is asked of it yet.
     pub fn new(options: Options) -> Result<Self> {
         let wrong = |message: String| Error::fatal("use the Pinecone index", message);
-        let host = options.host.trim().trim_end_matches('/');
+        let host = options.host.trim();
         if host.is_empty() {
             return Err(wrong(
                 "index.host is not set: it is the index's host, as Pinecone's console shows it".into(),
