@@ -29,8 +29,9 @@ const MAX_BYTES: usize = 1_900_000;
 /// Ids in a delete at most, by Pinecone's limits.
 const MAX_DELETES: usize = 1_000;
 
-/// Ids in one fetch: they travel in the URL.
+/// Ids in one fetch, and bytes that they may take there: they travel in the URL.
 const FETCH_IDS: usize = 50;
+const FETCH_BYTES: usize = 8_000;
 
 /// Ids on a page of a listing at most, by Pinecone's limits.
 const MAX_LISTED: usize = 100;
@@ -74,10 +75,25 @@ pub struct Pinecone {
     dimensions: usize,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+/// A record as it is sent. Not by way of a [`Value`], whose floats are wider: each would take twice
+/// the digits.
+#[derive(Debug, Serialize)]
+struct Sent<'a> {
+    id: &'a str,
+    values: &'a [f32],
+    metadata: Map<String, Value>,
+}
+
+#[derive(Debug, Serialize)]
+struct Upsert<'a> {
+    namespace: &'a str,
+    vectors: &'a [Sent<'a>],
+}
+
+#[derive(Debug, Default, Deserialize)]
 struct Vector {
     id: String,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     values: Vec<f32>,
     #[serde(default)]
     metadata: Map<String, Value>,
@@ -135,7 +151,7 @@ impl Pinecone {
     /// The index at a host. Nothing is asked of it yet.
     pub fn new(options: Options) -> Result<Self> {
         let wrong = |message: String| Error::fatal("use the Pinecone index", message);
-        let host = options.host.trim().trim_end_matches('/');
+        let host = options.host.trim();
         if host.is_empty() {
             return Err(wrong(
                 "index.host is not set: it is the index's host, as Pinecone's console shows it".into(),
@@ -182,8 +198,8 @@ impl Pinecone {
         values
     }
 
-    async fn upsert_into(&self, namespace: &str, vectors: &[Value]) -> Result<()> {
-        let body = json!({ "namespace": namespace, "vectors": vectors });
+    async fn upsert_into(&self, namespace: &str, vectors: &[Sent<'_>]) -> Result<()> {
+        let body = Upsert { namespace, vectors };
         send(self.request(Method::POST, "/vectors/upsert")?.json(&body), "upsert records").await.map(|_| ())
     }
 
@@ -194,6 +210,17 @@ impl Pinecone {
         request = with_query(request, &query);
         Ok(read::<Fetched>(request, "fetch records").await?.vectors.into_values().collect())
     }
+}
+
+/// How many of the first ids fit into a URL; at least one, if there is one.
+fn fetched_at_once(ids: &[String]) -> usize {
+    let mut bytes = 0;
+    let fits = |id: &&String| {
+        // Encoded, a byte takes three at most.
+        bytes += "&ids=".len() + 3 * id.len();
+        bytes <= FETCH_BYTES
+    };
+    ids.iter().take(FETCH_IDS).take_while(fits).count().max(1)
 }
 
 /// Adds query parameters, percent-encoded.
@@ -305,24 +332,47 @@ fn unhex(value: Option<&Value>) -> Option<Hash> {
     Hash::from_bytes(&bytes?)
 }
 
-/// A record as it travels.
-fn vector(record: &Record) -> Value {
-    let mut metadata: Map<String, Value> = serde_json::from_str(&record.row.metadata).unwrap_or_default();
+/// A record as it travels. Metadata that can't be read is refused: a number may be too large for JSON's
+/// reader here, and a record without its metadata would pass for complete.
+fn sent(record: &Record) -> Result<Sent<'_>> {
+    let mut metadata: Map<String, Value> = serde_json::from_str(&record.row.metadata).map_err(|error| {
+        Error::permanent("upsert records", format!("metadata of {:?}: {error}", record.row.id))
+    })?;
     metadata.insert(CONTENT_HASH.into(), hex(&record.row.content_hash).into());
     metadata.insert(METADATA_HASH.into(), hex(&record.row.metadata_hash).into());
     metadata.insert(VERSION.into(), record.version.into());
-    json!({ "id": record.row.id, "values": &record.embedding[..], "metadata": metadata })
+    Ok(Sent { id: &record.row.id, values: &record.embedding, metadata })
 }
 
-/// An upper bound of a record's bytes as it travels: a float takes at most 14 with its comma.
+/// Counts what is written to it.
+struct Counter(usize);
+
+impl std::io::Write for Counter {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0 += bytes.len();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A record's bytes as it travels, with the comma after it. Written out, as no bound would hold:
+/// JSON escapes ids, and writes some numbers longer than PostgreSQL does.
 fn weight(record: &Record) -> usize {
-    record.embedding.len() * 14 + record.row.metadata.len() + record.row.id.len() + 300
+    let mut counter = Counter(1);
+    if let Ok(sent) = sent(record) {
+        // What can't be written will not be sent either.
+        let _ = serde_json::to_writer(&mut counter, &sent);
+    }
+    counter.0
 }
 
 #[async_trait]
 impl PlainWrite for Pinecone {
     async fn upsert(&self, records: &[Record]) -> Result<()> {
-        let vectors: Vec<Value> = records.iter().map(vector).collect();
+        let vectors = records.iter().map(sent).collect::<Result<Vec<_>>>()?;
         self.upsert_into(&self.namespace, &vectors).await
     }
 
@@ -395,7 +445,10 @@ impl VectorIndex for Pinecone {
 
     async fn fetch(&self, ids: &[String]) -> Result<Vec<Stored>> {
         let mut stored = Vec::with_capacity(ids.len());
-        for ids in ids.chunks(FETCH_IDS) {
+        let mut left = ids;
+        while !left.is_empty() {
+            let (ids, rest) = left.split_at(fetched_at_once(left));
+            left = rest;
             for vector in self.fetch_from(&self.namespace, ids).await? {
                 stored.push(Stored {
                     content_hash: unhex(vector.metadata.get(CONTENT_HASH)),
@@ -419,7 +472,7 @@ impl VectorIndex for Pinecone {
     async fn probe(&self) -> Result<()> {
         // Among the records a delete of what can't be there, and an upsert beside them.
         self.delete(&[PROBE_ID.to_owned()]).await?;
-        let vector = json!({ "id": PROBE_ID, "values": self.first_axis() });
+        let vector = Sent { id: PROBE_ID, values: &self.first_axis(), metadata: Map::new() };
         self.upsert_into(NOTES, &[vector]).await
     }
 
@@ -434,8 +487,8 @@ impl VectorIndex for Pinecone {
     }
 
     async fn set_note(&self, note: &str) -> Result<()> {
-        let vector = json!({ "id": NOTE_ID, "values": self.first_axis(), "metadata": { "text": note } });
-        self.upsert_into(NOTES, &[vector]).await
+        let metadata = [("text".to_owned(), note.into())].into_iter().collect();
+        self.upsert_into(NOTES, &[Sent { id: NOTE_ID, values: &self.first_axis(), metadata }]).await
     }
 }
 

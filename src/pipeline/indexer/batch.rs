@@ -3,7 +3,7 @@
 //! An outage is not poison. A group of changes that fails in a way that another try may mend is split
 //! and put last, and after a few failures in a row the batch is held as it is; nothing is counted. A
 //! group that is refused for good is split until the refused change stands alone, and that one is
-//! dead-lettered at once. A change that fails by itself, while others go through, is counted, and
+//! dead-lettered at once. A change that fails by itself, while harmless writes go through, is counted, and
 //! dead-lettered at the fourth time. From a message's third receive on its changes are tried one by
 //! one and counted *before* each try, so that one that takes the process down is found too. The counts
 //! are the ledger's, so that redone work is included.
@@ -28,6 +28,9 @@ const FAILURES_IN_A_ROW: usize = 3;
 /// that somebody rewrites these very rows all the time.
 const CONFLICTS_IN_A_ROW: usize = 10;
 
+/// Harmless writes that must work in a row before a change is to blame for its failure.
+const PROBES: u32 = 3;
+
 /// A text that any embedder can take.
 const PROBE: &str = "a plain text";
 
@@ -44,8 +47,8 @@ pub(super) struct Batch {
     left: HashSet<String>,
     /// Ids of messages that came too often.
     suspects: HashSet<String>,
-    /// What had gone through when an id last failed by itself.
-    failed_at: HashMap<String, u64>,
+    /// Ids that failed by themselves.
+    failed_alone: HashSet<String>,
 }
 
 impl Batch {
@@ -117,7 +120,7 @@ impl Indexer {
             made: HashMap::new(),
             groups,
             suspects,
-            failed_at: HashMap::new(),
+            failed_alone: HashSet::new(),
         }
     }
 
@@ -155,7 +158,7 @@ impl Indexer {
         while let Some(group) = batch.groups.pop_front() {
             let alone = (group.len() == 1).then(|| group[0].clone());
             let counted =
-                alone.clone().filter(|id| batch.suspects.contains(id) || batch.failed_at.contains_key(id));
+                alone.clone().filter(|id| batch.suspects.contains(id) || batch.failed_alone.contains(id));
             if let Some(id) = &counted {
                 match self.ledger.count_try(id, 1).await {
                     Ok(tries) if tries > MAX_TRIES => {
@@ -229,9 +232,8 @@ impl Indexer {
         Ok(())
     }
 
-    /// A change failed by itself: counts it if other things go through. What has gone through since
-    /// the change last failed tells; when nothing has, as when nothing else is asked for, a write that
-    /// changes nothing is tried, and a text embedded.
+    /// A change failed by itself: counts it if other things go through, which is tried out. That has
+    /// to work several times in a row, or an index that fails every other time would do as a witness.
     async fn retry_alone(
         &self,
         lane: Lane,
@@ -241,14 +243,11 @@ impl Indexer {
         error: &Error,
     ) -> Result<()> {
         batch.groups.push_back(vec![id.clone()]);
-        let successes = self.health.successes();
-        let failed_before = batch.failed_at.insert(id.clone(), successes);
-        let others_go_through = error.about_change
-            && counted
-            && (failed_before.is_some_and(|then| successes > then) || self.probe(lane).await.is_ok());
+        batch.failed_alone.insert(id.clone());
         if !counted {
             return Ok(());
         }
+        let others_go_through = error.about_change && self.probe(lane).await.is_ok();
         // What was counted before the try stands only if it is the change's own fault.
         let tries = self.ledger.count_try(&id, if others_go_through { 0 } else { -1 }).await?;
         if others_go_through && tries >= MAX_TRIES {
@@ -259,10 +258,12 @@ impl Indexer {
         Ok(())
     }
 
-    /// Whether a text can be embedded and the index be written to.
+    /// Whether texts can be embedded and the index be written to, time and again.
     async fn probe(&self, lane: Lane) -> Result<()> {
-        self.scheduler.embed(lane, &[PROBE.into()]).await?;
-        self.index.probe().await?;
+        for _ in 0..PROBES {
+            self.scheduler.embed(lane, &[PROBE.into()]).await?;
+            self.index.probe().await?;
+        }
         self.health.succeeded();
         Ok(())
     }

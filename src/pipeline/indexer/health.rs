@@ -1,6 +1,6 @@
-//! Whether things go through at all: what tells an outage from a change that fails by itself.
+//! Whether things go through at all.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::pipeline::failure::Error;
 
@@ -10,14 +10,12 @@ const OUTAGE: u32 = 3;
 /// What has gone through in this process, and what has not.
 #[derive(Debug, Default)]
 pub(super) struct Health {
-    successes: AtomicU64,
     failures_in_a_row: AtomicU32,
 }
 
 impl Health {
     /// Something went through.
     pub(super) fn succeeded(&self) {
-        self.successes.fetch_add(1, Ordering::Relaxed);
         let failures = self.failures_in_a_row.swap(0, Ordering::Relaxed);
         if failures >= OUTAGE {
             tracing::info!(failures, "changes go through again");
@@ -30,11 +28,6 @@ impl Health {
         if failures == OUTAGE {
             tracing::warn!(%error, "nothing goes through: holding what was received, and receiving no more");
         }
-    }
-
-    /// Counts what went through: more than at an earlier moment means no outage since.
-    pub(super) fn successes(&self) -> u64 {
-        self.successes.load(Ordering::Relaxed)
     }
 
     /// Whether nothing goes through.
