@@ -128,7 +128,8 @@ async fn an_index_that_is_away_leaves_no_dead_letter_behind() {
     let began = Instant::now();
     assert_eq!(remote.run(&["generate", "--load", "--count", &rows.to_string()]).await.0, 0);
     // The work is tried, and none of it goes through.
-    eventually("the index to be asked", PATIENCE, async || remote.double.counts().requests > before + 5).await;
+    eventually("the index to be asked", PATIENCE, async || remote.double.counts().requests > before + 5)
+        .await;
     while began.elapsed() < storm {
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(remote.double.snapshot("").len(), 0);

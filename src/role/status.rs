@@ -38,7 +38,7 @@ pub fn text(status: &Status) -> String {
     let mut text = format!(
         "source rows    {}{}\n\
          in sync        {}{}{}\n\
-         indexed        {} vectors\n\
+         indexed        {}\n\
          pending        {} in the outbox\n\
          queue, live    {} visible, {} in flight\n\
          queue, bulk    {} visible, {} in flight\n\
@@ -49,7 +49,7 @@ pub fn text(status: &Status) -> String {
         about(status.in_sync_estimated),
         status.in_sync,
         if status.is_synced() { ", all of them" } else { "" },
-        status.indexed,
+        status.indexed.map_or_else(|| "not known".into(), |count| format!("{count} vectors")),
         status.pending,
         queue.live.visible,
         queue.live.in_flight,

@@ -92,7 +92,10 @@ async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) ->
         foreign = false;
     }
     let expected = backends.status().await?;
-    let progress = Progress::new("comparing rows and records", expected.source_rows + expected.indexed);
+    let progress = Progress::new(
+        "comparing rows and records",
+        expected.source_rows + expected.indexed.unwrap_or_default(),
+    );
     let auditor = Auditor {
         ledger: &*backends.ledger,
         index: &*backends.index,

@@ -6,7 +6,7 @@ use super::registry::WORKER_GONE_S;
 use super::source::SourceTable;
 use super::{Postgres, failure, outbox};
 use crate::pipeline::change::Lane;
-use crate::pipeline::failure::Result;
+use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::freshness::Histogram;
 use crate::pipeline::index::VectorIndex;
 use crate::pipeline::queue::{Backlog, JobQueue};
@@ -30,8 +30,8 @@ pub struct Status {
     pub queue: Lanes,
     /// Changes in the dead-letter queue.
     pub dead_letters: u64,
-    /// Vectors in the index.
-    pub indexed: u64,
+    /// Vectors in the index; none while it can't be asked.
+    pub indexed: Option<u64>,
     /// Rows whose current state the index holds.
     pub in_sync: u64,
     /// Whether that is a bound, because changes are under way.
@@ -162,7 +162,15 @@ pub async fn read(
         })
         .collect();
     drop(client);
-    let indexed = index.count().await?;
+    // During an outage of the index the rest is what one wants to see.
+    let indexed = match index.count().await {
+        Ok(count) => Some(count),
+        Err(error) if error.class == Class::Retryable => {
+            tracing::warn!(%error, "cannot count the vectors");
+            None
+        }
+        Err(error) => return Err(error),
+    };
     let mut status = Status {
         source_rows,
         source_rows_estimated,
