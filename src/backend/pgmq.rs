@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use serde::de::IgnoredAny;
 use serde_json::json;
 use tokio_postgres::Transaction;
 use tokio_postgres::types::Json;
@@ -120,7 +121,7 @@ impl JobQueue for Pgmq {
         let client = self.postgres.client().await?;
         let statement = client
             .prepare_cached(
-                "SELECT msg_id, read_ct, message FROM pgmq.read($1::text, $2::integer, $3::integer)",
+                "SELECT msg_id, read_ct, message::text FROM pgmq.read($1::text, $2::integer, $3::integer)",
             )
             .await
             .map_err(fail)?;
@@ -177,10 +178,12 @@ impl JobQueue for Pgmq {
     async fn dead_letter(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
         let fail = |error: tokio_postgres::Error| failure("move to the dead letters", &error);
         let body = match (part, &message.body) {
-            (Some(job), _) | (None, Ok(job)) => serde_json::to_value(job).unwrap_or_default(),
-            (None, Err(undecodable)) => {
-                serde_json::from_str(&undecodable.body).unwrap_or_else(|_| json!(undecodable.body))
-            }
+            (Some(job), _) | (None, Ok(job)) => json!(job).to_string(),
+            // Passed on as the text it is: a number may not fit any type of ours.
+            (None, Err(Undecodable { body, .. })) => match serde_json::from_str::<IgnoredAny>(body) {
+                Ok(_) => body.clone(),
+                Err(_) => json!(body).to_string(),
+            },
         };
         let changes = part.or(message.body.as_ref().ok()).map_or(1, Job::changes);
         let headers = json!({
@@ -197,8 +200,8 @@ impl JobQueue for Pgmq {
         let transaction = client.transaction().await.map_err(fail)?;
         transaction
             .execute(
-                "SELECT pgmq.send($1::text, $2::jsonb, $3::jsonb)",
-                &[&self.names.dead(), &Json(body), &Json(headers)],
+                "SELECT pgmq.send($1::text, $2::text::jsonb, $3::jsonb)",
+                &[&self.names.dead(), &body, &Json(headers)],
             )
             .await
             .map_err(fail)?;
@@ -225,7 +228,7 @@ impl JobQueue for Pgmq {
         let after = after.map(dead_letter_id).transpose()?.unwrap_or(i64::MIN);
         let client = self.postgres.client().await?;
         let sql = format!(
-            "SELECT msg_id, enqueued_at, headers, message FROM pgmq.q_{} WHERE msg_id > $1 ORDER BY msg_id LIMIT $2",
+            "SELECT msg_id, enqueued_at, headers::text, message::text FROM pgmq.q_{} WHERE msg_id > $1 ORDER BY msg_id LIMIT $2",
             self.names.dead()
         );
         let rows = client
@@ -308,17 +311,13 @@ fn dead_letter_id(id: &str) -> Result<i64> {
     })
 }
 
-fn letter(
-    id: i64,
-    at: Timestamp,
-    headers: Option<serde_json::Value>,
-    body: Option<serde_json::Value>,
-) -> DeadLetter {
-    let headers = headers.unwrap_or_default();
-    let body = body.unwrap_or_default();
+fn letter(id: i64, at: Timestamp, headers: Option<String>, body: Option<String>) -> DeadLetter {
+    let headers: serde_json::Value =
+        headers.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
+    let body = body.unwrap_or_else(|| "null".into());
     let number = |key: &str| headers.get(key).and_then(serde_json::Value::as_u64);
     let read = |key: &str| headers.get(key).cloned().unwrap_or_default();
-    let job: Option<Job> = serde_json::from_value(body.clone()).ok();
+    let job: Option<Job> = serde_json::from_str(&body).ok();
     let ids = job.iter().flat_map(|job| &job.groups).flat_map(|group| group.ids.clone()).collect();
     DeadLetter {
         id: id.to_string(),
@@ -330,7 +329,7 @@ fn letter(
         receive_count: number("receive_count").unwrap_or_default() as u32,
         changes: number("changes").unwrap_or(1),
         ids,
-        body: job.is_none().then(|| body.to_string()),
+        body: job.is_none().then_some(body),
     }
 }
 
@@ -346,21 +345,24 @@ fn handles(receipts: &[Receipt], lane: Lane) -> Result<Vec<i64>> {
         .collect()
 }
 
-fn decode(lane: Lane, id: i64, receive_count: i32, body: Option<serde_json::Value>) -> Message {
-    let body = body.unwrap_or_default();
-    let undecodable = |reason: String| Err(Undecodable { reason, body: body.to_string() });
-    let version = body.get("v").and_then(serde_json::Value::as_u64);
-    let body = match version {
-        Some(v) if v == u64::from(JOB_VERSION) => {
-            serde_json::from_value(body.clone()).or_else(|error| undecodable(format!("not a job: {error}")))
-        }
-        Some(v) => undecodable(format!("job version {v}; this build reads {JOB_VERSION}")),
-        None => undecodable("not a job: it has no version".into()),
-    };
+fn decode(lane: Lane, id: i64, receive_count: i32, body: Option<String>) -> Message {
+    let body = body.unwrap_or_else(|| "null".into());
     Message {
         id: id.to_string(),
         receipt: Receipt { lane, handle: id.to_string() },
         receive_count: receive_count.try_into().unwrap_or_default(),
-        body,
+        body: read(&body).map_err(|reason| Undecodable { reason, body }),
+    }
+}
+
+/// A body as a job, or why it is none. PostgreSQL takes JSON that serde does not: numbers beyond
+/// `f64`, any depth.
+fn read(body: &str) -> Result<Job, String> {
+    let not_a_job = |error| format!("not a job: {error}");
+    let value: serde_json::Value = serde_json::from_str(body).map_err(not_a_job)?;
+    match value.get("v").and_then(serde_json::Value::as_u64) {
+        Some(v) if v == u64::from(JOB_VERSION) => serde_json::from_value(value).map_err(not_a_job),
+        Some(v) => Err(format!("job version {v}; this build reads {JOB_VERSION}")),
+        None => Err("not a job: it has no version".into()),
     }
 }
