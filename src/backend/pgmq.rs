@@ -245,13 +245,14 @@ impl JobQueue for Pgmq {
         let transaction = client.transaction().await.map_err(fail)?;
         let mut back = Vec::new();
         for lane in Lane::ALL {
-            // What has no lane was not put there by us; a change somebody waits for is the safer guess.
+            // What has no lane of ours was not put there by us; a change somebody waits for is the safer guess.
             let sql = format!(
                 "WITH taken AS ( \
-                   DELETE FROM pgmq.q_{dead} WHERE msg_id = ANY ($1) AND coalesce(headers ->> 'lane', 'live') = $2 \
+                   DELETE FROM pgmq.q_{dead} WHERE msg_id = ANY ($1) \
+                     AND CASE headers ->> 'lane' WHEN 'bulk' THEN 'bulk' ELSE 'live' END = $2 \
                    RETURNING msg_id, message, headers \
                  ), sent AS ( \
-                   SELECT pgmq.send($3::text, message, jsonb_build_object('changes', coalesce((headers ->> 'changes')::bigint, 1))) \
+                   SELECT pgmq.send($3::text, message, jsonb_build_object('changes', coalesce(headers -> 'changes', '1'))) \
                    FROM taken \
                  ) SELECT msg_id, (SELECT count(*) FROM sent) FROM taken",
                 dead = self.names.dead()
