@@ -186,10 +186,12 @@ impl JobQueue for Pgmq {
             },
         };
         let changes = part.or(message.body.as_ref().ok()).map_or(1, Job::changes);
+        // A server may put anything into its error, and neither text nor jsonb takes a NUL.
+        let error = why.error.replace('\0', "\u{fffd}");
         let headers = json!({
             "changes": changes,
             "reason": why.reason,
-            "error": why.error,
+            "error": error,
             "tries": why.tries,
             "receive_count": message.receive_count,
             "lane": message.receipt.lane,
@@ -217,7 +219,7 @@ impl JobQueue for Pgmq {
         transaction
             .execute(
                 "INSERT INTO refarch.event (kind, detail) VALUES ('dead_letter', jsonb_build_object('message_id', $1::text, 'error', $2::text))",
-                &[&message.id, &why.error],
+                &[&message.id, &error],
             )
             .await
             .map_err(fail)?;
