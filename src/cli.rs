@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::Override;
 
@@ -17,6 +17,18 @@ Start here:
   refarch config               every setting and its value
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 forced by a second stop signal.";
+
+const AFTER_REDRIVE_HELP: &str = "\
+A dead letter is a change (or a message) that was given up, with the reason: its row stays out of step
+with the index until it goes back. Mend the cause first, or it comes to lie here again.
+
+  refarch redrive                    what lies here, and why; the newest last
+  refarch redrive --all --dry-run    how much would go back
+  refarch redrive --all              bring back everything that lies here now
+  refarch redrive --id 7 --id 9      bring back these two only
+
+What goes back is worked off by refarch embed or refarch up. Bringing a change back twice does no
+harm: the row is read anew. An --id that is not there fails, after the others have gone back.";
 
 /// Keeps a semantic search index in step with a PostgreSQL table, and proves that it is.
 #[derive(Debug, Parser)]
@@ -70,6 +82,8 @@ pub enum Command {
     Migrate(Migrate),
     /// Show counts, backlog, freshness and workers
     Status(Status),
+    /// List the dead letters, or bring them back into work
+    Redrive(Redrive),
     /// Print the resolved settings as TOML, secrets hidden
     Config,
     /// Open psql on the database in use
@@ -162,6 +176,24 @@ pub struct Status {
     /// Print again every second until stopped
     #[arg(long)]
     pub watch: bool,
+}
+
+/// `refarch redrive`
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_REDRIVE_HELP, group(ArgGroup::new("letters").args(["id", "all"])))]
+pub struct Redrive {
+    /// Bring back the dead letter with this id; may be given several times
+    #[arg(long, value_name = "ID")]
+    pub id: Vec<String>,
+    /// Bring back every dead letter that is there now
+    #[arg(long)]
+    pub all: bool,
+    /// Say what would go back, and change nothing
+    #[arg(long, requires = "letters")]
+    pub dry_run: bool,
+    /// Print one JSON object; for the list, one a line
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `refarch psql`
