@@ -19,16 +19,16 @@ Start here:
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 forced by a second stop signal.";
 
 const AFTER_REDRIVE_HELP: &str = "\
-A dead letter is a change (or a message) that was given up, with the reason: its row stays out of step
-with the index until it goes back. Mend the cause first, or it comes to lie here again.
+A dead letter is a change (or a message) that was given up, with the reason. Mend the cause
+first, or what goes back comes to lie here again.
 
   refarch redrive                    what lies here, and why; the newest last
   refarch redrive --all --dry-run    how much would go back
   refarch redrive --all              bring back everything that lies here now
   refarch redrive --id 7 --id 9      bring back these two only
 
-What goes back is worked off by refarch embed or refarch up. Bringing a change back twice does no
-harm: the row is read anew. An --id that is not there fails, after the others have gone back.";
+What goes back is worked off by refarch embed or refarch up. Bringing a change back twice does
+no harm: the row is read anew. An --id that is not there fails, after the others went back.";
 
 /// Keeps a semantic search index in step with a PostgreSQL table, and proves that it is.
 #[derive(Debug, Parser)]

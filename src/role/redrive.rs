@@ -205,16 +205,15 @@ fn block(letter: &DeadLetter) -> String {
         times(letter.tries),
     );
     // Writing to a string can't fail.
-    let _ = match &letter.body {
-        Some(body) => writeln!(text, "body           {}", line(&shortened(body))),
-        None => {
-            let first: Vec<&str> = letter.ids.iter().take(IDS).map(String::as_str).collect();
-            let more = match letter.ids.len().saturating_sub(IDS) {
-                0 => String::new(),
-                more => format!(" and {more} more"),
-            };
-            writeln!(text, "rows           {}{more}", line(&first.join(", ")))
-        }
+    let _ = if let Some(body) = &letter.body {
+        writeln!(text, "body           {}", line(&shortened(body)))
+    } else {
+        let first: Vec<&str> = letter.ids.iter().take(IDS).map(String::as_str).collect();
+        let more = match letter.ids.len().saturating_sub(IDS) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        writeln!(text, "rows           {}{more}", line(&first.join(", ")))
     };
     if !letter.error.is_empty() {
         let _ = writeln!(text, "error          {}", line(&letter.error));
