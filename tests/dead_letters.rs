@@ -53,7 +53,7 @@ impl Post {
         assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
         let settings = Settings::load(None, &std::collections::BTreeMap::new(), &[]).unwrap();
         let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-        let queue = Pgmq::new(postgres, &settings.queue.name, Duration::from_secs(60));
+        let queue = Pgmq::new(postgres, &settings.queue.name, Duration::from_mins(1));
         Self { database, queue }
     }
 
