@@ -1,4 +1,7 @@
 //! `refarch redrive`: the dead letters, as a person or a script lists them and brings them back.
+//!
+//! On several threads, because a dropped database blocks its own until the server is rid of every
+//! connection, and one that the queue is just making would wait for that very thread.
 
 mod common;
 
@@ -97,7 +100,7 @@ impl Post {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn no_dead_letters_are_said_and_nothing_is_brought_back() {
     let post = Post::new().await;
     let list = post.redrive(&[]).await;
@@ -112,7 +115,7 @@ async fn no_dead_letters_are_said_and_nothing_is_brought_back() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn the_list_says_what_lies_there_and_why() {
     let post = Post::new().await;
     let first = post.dead(Lane::Bulk, 1..501, "the index\nrefuses it").await;
@@ -150,7 +153,7 @@ async fn the_list_says_what_lies_there_and_why() {
     assert_eq!(post.counts().await, (0, 0, 501), "looking changes nothing");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn all_go_back_and_a_dry_run_changes_nothing() {
     let post = Post::new().await;
     post.dead(Lane::Live, 0..3, "no").await;
@@ -172,7 +175,7 @@ async fn all_go_back_and_a_dry_run_changes_nothing() {
     assert_eq!(post.counts().await, (3, 7, 0));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn only_the_named_go_back_and_one_that_is_not_there_fails() {
     let post = Post::new().await;
     let mut ids = Vec::new();
@@ -210,7 +213,7 @@ async fn only_the_named_go_back_and_one_that_is_not_there_fails() {
     assert_eq!(post.counts().await, (3, 0, 1));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn all_means_those_there_at_the_start_however_many_they_are() {
     let post = Post::new().await;
     let client = post.database.client().await;
@@ -240,7 +243,7 @@ async fn all_means_those_there_at_the_start_however_many_they_are() {
     assert_eq!(post.counts().await, (2400, 0, 0));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn wrong_usage_and_a_database_without_the_schema_are_said() {
     let database = Database::create().await;
     for args in [&["--id", "1", "--all"][..], &["--dry-run"], &["--id"]] {

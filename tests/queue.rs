@@ -1,4 +1,7 @@
 //! The job queue's contract, which every backend must keep.
+//!
+//! On several threads, because a dropped database blocks its own until the server is rid of every
+//! connection, and one that the queue is just making would wait for that very thread.
 
 mod common;
 
@@ -55,7 +58,7 @@ async fn dead(queue: &dyn JobQueue, job: Job) -> String {
     queue.read_dead_letters(None, 100).await.unwrap().pop().unwrap().id
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_sent_is_received_in_its_lane_as_it_was() {
     let (_database, queue) = pgmq().await;
     let jobs = [job(Lane::Live, 0..2), job(Lane::Bulk, 0..500), job(Lane::Live, 5..6)];
@@ -71,7 +74,7 @@ async fn what_is_sent_is_received_in_its_lane_as_it_was() {
     assert!(queue.receive(Lane::Live, 10).await.unwrap().is_empty());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn an_acknowledged_message_is_gone_and_another_comes_again() {
     let (_database, queue) = pgmq().await;
     queue.send(&[job(Lane::Live, 0..1), job(Lane::Live, 1..2)]).await.unwrap();
@@ -90,7 +93,7 @@ async fn an_acknowledged_message_is_gone_and_another_comes_again() {
     assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog::default());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn visibility_is_extended_and_released() {
     let (_database, queue) = pgmq().await;
     queue.send(&[job(Lane::Bulk, 0..3)]).await.unwrap();
@@ -108,7 +111,7 @@ async fn visibility_is_extended_and_released() {
     assert_eq!(receive_one(&*queue, Lane::Bulk).await.receive_count, 2);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_dead_letter_keeps_body_and_reason_and_leaves_its_lane() {
     let (database, queue) = pgmq().await;
     queue.send(&[job(Lane::Live, 0..4)]).await.unwrap();
@@ -122,7 +125,7 @@ async fn a_dead_letter_keeps_body_and_reason_and_leaves_its_lane() {
     assert_eq!((row.get(0), row.get(1)), ("the index refuses it", "7"));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_part_of_a_message_is_dead_lettered_while_the_message_stays() {
     let (_database, queue) = pgmq().await;
     queue.send(&[job(Lane::Bulk, 0..3)]).await.unwrap();
@@ -152,7 +155,7 @@ async fn a_part_of_a_message_is_dead_lettered_while_the_message_stays() {
     assert_eq!(queue.dead_letters().await.unwrap(), 1);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn dead_letters_are_read_in_their_order_page_by_page() {
     let (_database, queue) = pgmq().await;
     assert_eq!(queue.read_dead_letters(None, 2).await.unwrap(), []);
@@ -170,7 +173,7 @@ async fn dead_letters_are_read_in_their_order_page_by_page() {
     assert_eq!(pages, [vec!["0", "1"], vec!["2", "3"], vec!["4"]]);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_redriven_letter_is_back_in_its_lane_with_its_changes() {
     let (_database, queue) = pgmq().await;
     let jobs = [job(Lane::Live, 0..4), job(Lane::Bulk, 0..500), job(Lane::Bulk, 500..507)];
@@ -196,7 +199,7 @@ async fn a_redriven_letter_is_back_in_its_lane_with_its_changes() {
     assert!(queue.redrive(&["first".into()]).await.is_err());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_letter_of_somebody_else_is_listed_and_redriven_as_a_live_one() {
     let (database, queue) = pgmq().await;
     let client = database.client().await;
@@ -219,7 +222,7 @@ async fn a_letter_of_somebody_else_is_listed_and_redriven_as_a_live_one() {
     assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog { visible: 2, in_flight: 0 });
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_is_no_job_comes_through_as_it_was() {
     let (database, queue) = pgmq().await;
     let client = database.client().await;
@@ -259,7 +262,7 @@ async fn a_body_that_is_no_job_comes_through_as_it_was() {
     assert_eq!(queue.dead_letters().await.unwrap(), 0);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn the_oldest_change_of_both_lanes_is_known_held_or_not() {
     let (database, queue) = pgmq().await;
     let at = |lane, oldest: &str| Job { oldest: oldest.parse().unwrap(), ..job(lane, 0..1) };
@@ -289,7 +292,7 @@ async fn the_oldest_change_of_both_lanes_is_known_held_or_not() {
     assert_eq!(oldest().await.unwrap(), "2026-01-02T03:04:05.678Z");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_waiting_receiver_wakes_when_something_is_sent() {
     let (database, queue) = pgmq().await;
     // The listening connection is made in the background.
