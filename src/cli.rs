@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::Override;
 
@@ -17,6 +17,18 @@ Start here:
   refarch config               every setting and its value
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 forced by a second stop signal.";
+
+const AFTER_REDRIVE_HELP: &str = "\
+A dead letter is a change (or a message) that was given up, with the reason. Mend the cause
+first, or what goes back comes to lie here again.
+
+  refarch redrive                    what lies here, and why; the newest last
+  refarch redrive --all --dry-run    how much would go back
+  refarch redrive --all              bring back everything that lies here now
+  refarch redrive --id 7 --id 9      bring back these two only
+
+What goes back is worked off by refarch embed or refarch up. Bringing a change back twice does
+no harm: the row is read anew. An --id that is not there fails, after the others went back.";
 
 /// Keeps a semantic search index in step with a PostgreSQL table, and proves that it is.
 #[derive(Debug, Parser)]
@@ -74,6 +86,8 @@ pub enum Command {
     Verify(Verify),
     /// Let everything go wrong on a private database, and prove that index and table agree afterwards
     Chaos(Chaos),
+    /// List the dead letters, or bring them back into work
+    Redrive(Redrive),
     /// Print the resolved settings as TOML, secrets hidden
     Config,
     /// Open psql on the database in use
@@ -225,6 +239,24 @@ pub struct Verify {
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     pub wait: u64,
     /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `refarch redrive`
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_REDRIVE_HELP, group(ArgGroup::new("letters").args(["id", "all"])))]
+pub struct Redrive {
+    /// Bring back the dead letter with this id; may be given several times
+    #[arg(long, value_name = "ID")]
+    pub id: Vec<String>,
+    /// Bring back every dead letter that is there now
+    #[arg(long)]
+    pub all: bool,
+    /// Say what would go back, and change nothing
+    #[arg(long, requires = "letters")]
+    pub dry_run: bool,
+    /// Print one JSON object; for the list, one a line
     #[arg(long)]
     pub json: bool,
 }

@@ -74,6 +74,8 @@ async fn wrong_usage_exits_with_2_and_says_what_would_be_right() {
     wrong_usage(&["up", "--json"], "--until-synced").await;
     wrong_usage(&["serve", "--bind", "here"], "invalid socket address").await;
     wrong_usage(&["completions", "cmd"], "bash").await;
+    wrong_usage(&["redrive", "--id", "1", "--all"], "cannot be used with").await;
+    wrong_usage(&["redrive", "--dry-run"], "--id <ID>|--all").await;
 }
 
 #[tokio::test]
@@ -143,6 +145,7 @@ async fn help_names_what_one_needs() {
         ("generate", &["--count", "--seed", "--output", "--load", "10000"]),
         ("migrate", &["--json"]),
         ("status", &["--json", "--watch"]),
+        ("redrive", &["--id", "--all", "--dry-run", "--json", "refarch redrive --all"]),
         ("config", &[]),
         ("psql", &["[ARGS]..."]),
         ("completions", &["bash", "zsh", "fish"]),
@@ -192,7 +195,7 @@ async fn a_full_disk_is_a_failure() {
 async fn a_database_that_cannot_be_reached_is_named_without_its_password() {
     let port = common::free_port();
     let url = format!("postgres://me:hunter2@127.0.0.1:{port}/shop");
-    for command in ["listen", "embed", "migrate", "status"] {
+    for command in ["listen", "embed", "migrate", "status", "redrive"] {
         let begun = Instant::now();
         let env = [("DATABASE_URL", url.as_str()), ("REFARCH_DATABASE_CONNECT_TIMEOUT_S", "1")];
         let run = run(&[command], &env).await;

@@ -1,4 +1,7 @@
 //! The job queue's contract, which every backend must keep.
+//!
+//! On several threads, because a dropped database blocks its own until the server is rid of every
+//! connection, and one that the queue is just making would wait for that very thread.
 
 mod common;
 
@@ -11,7 +14,7 @@ use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::migrate::{self, IndexShape};
 use refarch::config::Settings;
 use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
-use refarch::pipeline::queue::{Backlog, JobQueue, Message, Reason, Why};
+use refarch::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Reason, Why};
 use refarch::secret::Secret;
 
 const VISIBILITY: Duration = Duration::from_secs(2);
@@ -47,7 +50,15 @@ async fn receive_one(queue: &dyn JobQueue, lane: Lane) -> Message {
     messages.remove(0)
 }
 
-#[tokio::test]
+/// Sends a job and dead-letters it whole; returns the letter's id.
+async fn dead(queue: &dyn JobQueue, job: Job) -> String {
+    queue.send(std::slice::from_ref(&job)).await.unwrap();
+    let message = receive_one(queue, job.lane).await;
+    queue.dead_letter(&message, None, &why("the index refuses it")).await.unwrap();
+    queue.read_dead_letters(None, 100).await.unwrap().pop().unwrap().id
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_sent_is_received_in_its_lane_as_it_was() {
     let (_database, queue) = pgmq().await;
     let jobs = [job(Lane::Live, 0..2), job(Lane::Bulk, 0..500), job(Lane::Live, 5..6)];
@@ -63,7 +74,7 @@ async fn what_is_sent_is_received_in_its_lane_as_it_was() {
     assert!(queue.receive(Lane::Live, 10).await.unwrap().is_empty());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn an_acknowledged_message_is_gone_and_another_comes_again() {
     let (_database, queue) = pgmq().await;
     queue.send(&[job(Lane::Live, 0..1), job(Lane::Live, 1..2)]).await.unwrap();
@@ -82,7 +93,7 @@ async fn an_acknowledged_message_is_gone_and_another_comes_again() {
     assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog::default());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn visibility_is_extended_and_released() {
     let (_database, queue) = pgmq().await;
     queue.send(&[job(Lane::Bulk, 0..3)]).await.unwrap();
@@ -100,7 +111,7 @@ async fn visibility_is_extended_and_released() {
     assert_eq!(receive_one(&*queue, Lane::Bulk).await.receive_count, 2);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_dead_letter_keeps_body_and_reason_and_leaves_its_lane() {
     let (database, queue) = pgmq().await;
     queue.send(&[job(Lane::Live, 0..4)]).await.unwrap();
@@ -114,7 +125,174 @@ async fn a_dead_letter_keeps_body_and_reason_and_leaves_its_lane() {
     assert_eq!((row.get(0), row.get(1)), ("the index refuses it", "7"));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_part_of_a_message_is_dead_lettered_while_the_message_stays() {
+    let (_database, queue) = pgmq().await;
+    queue.send(&[job(Lane::Bulk, 0..3)]).await.unwrap();
+    let message = receive_one(&*queue, Lane::Bulk).await;
+    let part = job(Lane::Bulk, 1..2);
+    let why = Why { reason: Reason::Failed, error: "time\0out".into(), tries: 4 };
+    queue.dead_letter(&message, Some(&part), &why).await.unwrap();
+    assert_eq!(queue.backlog(Lane::Bulk).await.unwrap(), Backlog { visible: 0, in_flight: 3 });
+    assert_eq!(queue.dead_letters().await.unwrap(), 1);
+    let letters = queue.read_dead_letters(None, 10).await.unwrap();
+    let expected = DeadLetter {
+        id: letters[0].id.clone(),
+        at: letters[0].at,
+        lane: Lane::Bulk,
+        reason: Some(Reason::Failed),
+        // PostgreSQL has no NUL.
+        error: "time\u{fffd}out".into(),
+        tries: 4,
+        receive_count: 1,
+        changes: 1,
+        ids: vec!["1".into()],
+        body: None,
+    };
+    assert_eq!(letters, [expected]);
+    queue.acknowledge(&[message.receipt]).await.unwrap();
+    assert_eq!(queue.backlog(Lane::Bulk).await.unwrap(), Backlog::default());
+    assert_eq!(queue.dead_letters().await.unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_letters_are_read_in_their_order_page_by_page() {
+    let (_database, queue) = pgmq().await;
+    assert_eq!(queue.read_dead_letters(None, 2).await.unwrap(), []);
+    for n in 0..5 {
+        dead(&*queue, job([Lane::Live, Lane::Bulk][n as usize % 2], n..n + 1)).await;
+    }
+    let mut after: Option<String> = None;
+    let mut pages = Vec::new();
+    loop {
+        let page = queue.read_dead_letters(after.as_deref(), 2).await.unwrap();
+        let Some(last) = page.last() else { break };
+        after = Some(last.id.clone());
+        pages.push(page.into_iter().flat_map(|letter| letter.ids).collect::<Vec<_>>());
+    }
+    assert_eq!(pages, [vec!["0", "1"], vec!["2", "3"], vec!["4"]]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redriven_letter_is_back_in_its_lane_with_its_changes() {
+    let (_database, queue) = pgmq().await;
+    let jobs = [job(Lane::Live, 0..4), job(Lane::Bulk, 0..500), job(Lane::Bulk, 500..507)];
+    let mut ids = Vec::new();
+    for job in &jobs {
+        ids.push(dead(&*queue, job.clone()).await);
+    }
+    let asked = [ids[1].clone(), "4711".into(), ids[0].clone(), ids[0].clone()];
+    let mut back = queue.redrive(&asked).await.unwrap();
+    back.sort();
+    assert_eq!(back, ids[..2]);
+    assert_eq!(queue.dead_letters().await.unwrap(), 7);
+    for (lane, job) in [(Lane::Live, &jobs[0]), (Lane::Bulk, &jobs[1])] {
+        let visible = job.changes() as u64;
+        assert_eq!(queue.backlog(lane).await.unwrap(), Backlog { visible, in_flight: 0 });
+        let message = receive_one(&*queue, lane).await;
+        assert_eq!((message.receive_count, message.body.as_ref().unwrap()), (1, job));
+        assert!(queue.receive(lane, 1).await.unwrap().is_empty(), "it is there once");
+    }
+    // They are gone now.
+    assert_eq!(queue.redrive(&asked).await.unwrap(), Vec::<String>::new());
+    assert_eq!(queue.redrive(&[]).await.unwrap(), Vec::<String>::new());
+    assert!(queue.redrive(&["first".into()]).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_letter_of_somebody_else_is_listed_and_redriven_as_a_live_one() {
+    let (database, queue) = pgmq().await;
+    let client = database.client().await;
+    client
+        .batch_execute(
+            r#"SELECT pgmq.send('refarch_dead', '"a"'); SELECT pgmq.send('refarch_dead', '"b"', '{"lane": "slow"}'::jsonb)"#,
+        )
+        .await
+        .unwrap();
+    let letters = queue.read_dead_letters(None, 10).await.unwrap();
+    let seen: Vec<_> =
+        letters.iter().map(|it| (it.lane, it.reason, it.changes, it.body.as_deref())).collect();
+    assert_eq!(
+        seen,
+        [(Lane::Live, None, 1, Some(r#""a""#)), (Lane::Live, None, 1, Some(r#""b""#))],
+        "{letters:?}"
+    );
+    let ids: Vec<String> = letters.into_iter().map(|letter| letter.id).collect();
+    assert_eq!(queue.redrive(&ids).await.unwrap().len(), 2);
+    assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog { visible: 2, in_flight: 0 });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_is_no_job_comes_through_as_it_was() {
+    let (database, queue) = pgmq().await;
+    let client = database.client().await;
+    let bodies = [
+        "\"text\"".to_owned(),
+        "null".to_owned(),
+        r#"{"v": 1, "price": 1.10, "big": 123456789012345678901234567890}"#.to_owned(),
+        // More than the parser of ours takes.
+        format!("[1{}]", "0".repeat(400)),
+        format!("{}{}", "[".repeat(300), "]".repeat(300)),
+    ];
+    for body in &bodies {
+        client.execute("SELECT pgmq.send('refarch_live', $1::text::jsonb)", &[body]).await.unwrap();
+    }
+    let stored = async |table: &str| -> Vec<String> {
+        let sql = format!("SELECT message::text FROM pgmq.q_refarch_{table} ORDER BY msg_id");
+        client.query(&sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
+    };
+    let sent = stored("live").await;
+    for (message, body) in queue.receive(Lane::Live, 10).await.unwrap().iter().zip(&sent) {
+        let undecodable = message.body.as_ref().unwrap_err();
+        assert_eq!(&undecodable.body, body);
+        let why = Why { reason: Reason::Undecodable, error: undecodable.reason.clone(), tries: 0 };
+        queue.dead_letter(message, None, &why).await.unwrap();
+    }
+    assert_eq!(stored("live").await, Vec::<String>::new());
+    assert_eq!(stored("dead").await, sent);
+    let letters = queue.read_dead_letters(None, 10).await.unwrap();
+    for (letter, body) in letters.iter().zip(&sent) {
+        assert_eq!((letter.reason, letter.body.as_ref()), (Some(Reason::Undecodable), Some(body)));
+        assert!(letter.error.starts_with("not a job: "), "{}", letter.error);
+        // One by one, so that they keep their order.
+        let id = std::slice::from_ref(&letter.id);
+        assert_eq!(queue.redrive(id).await.unwrap(), id);
+    }
+    assert_eq!(stored("live").await, sent);
+    assert_eq!(queue.dead_letters().await.unwrap(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_oldest_change_of_both_lanes_is_known_held_or_not() {
+    let (database, queue) = pgmq().await;
+    let at = |lane, oldest: &str| Job { oldest: oldest.parse().unwrap(), ..job(lane, 0..1) };
+    let oldest = async || queue.oldest().await.unwrap().map(|oldest| oldest.to_string());
+    assert_eq!(oldest().await, None);
+    let client = database.client().await;
+    for (queue, body) in [
+        ("live", r#"{"oldest": "long ago"}"#),
+        ("bulk", r#"{"oldest": "1999-02-30T00:00:00Z"}"#),
+        ("bulk", "3"),
+    ] {
+        let sql = format!("SELECT pgmq.send('refarch_{queue}', '{body}')");
+        client.batch_execute(&sql).await.unwrap();
+    }
+    assert_eq!(oldest().await, None, "what is no job has no age");
+    queue.send(&[at(Lane::Live, "2026-01-02T03:04:05.678Z")]).await.unwrap();
+    assert_eq!(oldest().await.unwrap(), "2026-01-02T03:04:05.678Z");
+    queue
+        .send(&[at(Lane::Bulk, "2026-01-02T03:04:05Z"), at(Lane::Live, "2026-01-03T00:00:00Z")])
+        .await
+        .unwrap();
+    assert_eq!(oldest().await.unwrap(), "2026-01-02T03:04:05Z");
+    let held = queue.receive(Lane::Bulk, 10).await.unwrap();
+    assert_eq!(oldest().await.unwrap(), "2026-01-02T03:04:05Z", "held is not done");
+    let receipts: Vec<_> = held.into_iter().map(|message| message.receipt).collect();
+    queue.acknowledge(&receipts).await.unwrap();
+    assert_eq!(oldest().await.unwrap(), "2026-01-02T03:04:05.678Z");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_waiting_receiver_wakes_when_something_is_sent() {
     let (database, queue) = pgmq().await;
     // The listening connection is made in the background.

@@ -264,7 +264,7 @@ async fn foreign_messages_are_kept_among_the_dead_letters_with_the_reason() {
     assert_eq!(it.backends.queue.dead_letters().await.unwrap(), 4);
     let rows = it
         .client
-        .query("SELECT headers ->> 'reason', message::text FROM pgmq.q_refarch_dead", &[])
+        .query("SELECT headers ->> 'error', message::text FROM pgmq.q_refarch_dead", &[])
         .await
         .unwrap();
     let dead: Vec<(String, String)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use serde::de::IgnoredAny;
 use serde_json::json;
 use tokio_postgres::Transaction;
 use tokio_postgres::types::Json;
@@ -120,7 +121,7 @@ impl JobQueue for Pgmq {
         let client = self.postgres.client().await?;
         let statement = client
             .prepare_cached(
-                "SELECT msg_id, read_ct, message FROM pgmq.read($1::text, $2::integer, $3::integer)",
+                "SELECT msg_id, read_ct, message::text FROM pgmq.read($1::text, $2::integer, $3::integer)",
             )
             .await
             .map_err(fail)?;
@@ -177,16 +178,20 @@ impl JobQueue for Pgmq {
     async fn dead_letter(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
         let fail = |error: tokio_postgres::Error| failure("move to the dead letters", &error);
         let body = match (part, &message.body) {
-            (Some(job), _) | (None, Ok(job)) => serde_json::to_value(job).unwrap_or_default(),
-            (None, Err(undecodable)) => {
-                serde_json::from_str(&undecodable.body).unwrap_or_else(|_| json!(undecodable.body))
-            }
+            (Some(job), _) | (None, Ok(job)) => json!(job).to_string(),
+            // Passed on as the text it is: a number may not fit any type of ours.
+            (None, Err(Undecodable { body, .. })) => match serde_json::from_str::<IgnoredAny>(body) {
+                Ok(_) => body.clone(),
+                Err(_) => json!(body).to_string(),
+            },
         };
         let changes = part.or(message.body.as_ref().ok()).map_or(1, Job::changes);
+        // A server may put anything into its error, and neither text nor jsonb takes a NUL.
+        let error = why.error.replace('\0', "\u{fffd}");
         let headers = json!({
             "changes": changes,
             "reason": why.reason,
-            "error": why.error,
+            "error": error,
             "tries": why.tries,
             "receive_count": message.receive_count,
             "lane": message.receipt.lane,
@@ -197,8 +202,8 @@ impl JobQueue for Pgmq {
         let transaction = client.transaction().await.map_err(fail)?;
         transaction
             .execute(
-                "SELECT pgmq.send($1::text, $2::jsonb, $3::jsonb)",
-                &[&self.names.dead(), &Json(body), &Json(headers)],
+                "SELECT pgmq.send($1::text, $2::text::jsonb, $3::jsonb)",
+                &[&self.names.dead(), &body, &Json(headers)],
             )
             .await
             .map_err(fail)?;
@@ -214,7 +219,7 @@ impl JobQueue for Pgmq {
         transaction
             .execute(
                 "INSERT INTO refarch.event (kind, detail) VALUES ('dead_letter', jsonb_build_object('message_id', $1::text, 'error', $2::text))",
-                &[&message.id, &why.error],
+                &[&message.id, &error],
             )
             .await
             .map_err(fail)?;
@@ -225,7 +230,7 @@ impl JobQueue for Pgmq {
         let after = after.map(dead_letter_id).transpose()?.unwrap_or(i64::MIN);
         let client = self.postgres.client().await?;
         let sql = format!(
-            "SELECT msg_id, enqueued_at, headers, message FROM pgmq.q_{} WHERE msg_id > $1 ORDER BY msg_id LIMIT $2",
+            "SELECT msg_id, enqueued_at, headers::text, message::text FROM pgmq.q_{} WHERE msg_id > $1 ORDER BY msg_id LIMIT $2",
             self.names.dead()
         );
         let rows = client
@@ -242,13 +247,14 @@ impl JobQueue for Pgmq {
         let transaction = client.transaction().await.map_err(fail)?;
         let mut back = Vec::new();
         for lane in Lane::ALL {
-            // What has no lane was not put there by us; a change somebody waits for is the safer guess.
+            // What has no lane of ours was not put there by us; a change somebody waits for is the safer guess.
             let sql = format!(
                 "WITH taken AS ( \
-                   DELETE FROM pgmq.q_{dead} WHERE msg_id = ANY ($1) AND coalesce(headers ->> 'lane', 'live') = $2 \
+                   DELETE FROM pgmq.q_{dead} WHERE msg_id = ANY ($1) \
+                     AND CASE headers ->> 'lane' WHEN 'bulk' THEN 'bulk' ELSE 'live' END = $2 \
                    RETURNING msg_id, message, headers \
                  ), sent AS ( \
-                   SELECT pgmq.send($3::text, message, jsonb_build_object('changes', coalesce((headers ->> 'changes')::bigint, 1))) \
+                   SELECT pgmq.send($3::text, message, jsonb_build_object('changes', coalesce(headers -> 'changes', '1'))) \
                    FROM taken \
                  ) SELECT msg_id, (SELECT count(*) FROM sent) FROM taken",
                 dead = self.names.dead()
@@ -264,14 +270,19 @@ impl JobQueue for Pgmq {
 
     async fn oldest(&self) -> Result<Option<Timestamp>> {
         let client = self.postgres.client().await?;
+        // Text sorts as time does without its Z. A cast would let one foreign body fail every look; a
+        // date that is none (30 February) passes the pattern, so that the first few are tried.
         let sql = format!(
-            "SELECT min((message ->> 'oldest')::timestamptz) FROM (SELECT message FROM pgmq.q_{} UNION ALL SELECT message FROM pgmq.q_{}) m",
+            "SELECT oldest FROM ( \
+               SELECT message ->> 'oldest' AS oldest FROM pgmq.q_{} UNION ALL SELECT message ->> 'oldest' FROM pgmq.q_{} \
+             ) m WHERE oldest ~ '^\\d{{4}}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\d([.]\\d+)?Z$' \
+             ORDER BY rtrim(oldest, 'Z') COLLATE \"C\" LIMIT 100",
             self.names.lane(Lane::Live),
             self.names.lane(Lane::Bulk)
         );
-        let row =
-            client.query_one(&sql, &[]).await.map_err(|error| failure("look for the oldest job", &error))?;
-        Ok(row.get(0))
+        let rows =
+            client.query(&sql, &[]).await.map_err(|error| failure("look for the oldest job", &error))?;
+        Ok(rows.iter().find_map(|row| row.get::<_, &str>(0).parse().ok()))
     }
 
     async fn backlog(&self, lane: Lane) -> Result<Backlog> {
@@ -308,17 +319,13 @@ fn dead_letter_id(id: &str) -> Result<i64> {
     })
 }
 
-fn letter(
-    id: i64,
-    at: Timestamp,
-    headers: Option<serde_json::Value>,
-    body: Option<serde_json::Value>,
-) -> DeadLetter {
-    let headers = headers.unwrap_or_default();
-    let body = body.unwrap_or_default();
+fn letter(id: i64, at: Timestamp, headers: Option<String>, body: Option<String>) -> DeadLetter {
+    let headers: serde_json::Value =
+        headers.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
+    let body = body.unwrap_or_else(|| "null".into());
     let number = |key: &str| headers.get(key).and_then(serde_json::Value::as_u64);
     let read = |key: &str| headers.get(key).cloned().unwrap_or_default();
-    let job: Option<Job> = serde_json::from_value(body.clone()).ok();
+    let job: Option<Job> = serde_json::from_str(&body).ok();
     let ids = job.iter().flat_map(|job| &job.groups).flat_map(|group| group.ids.clone()).collect();
     DeadLetter {
         id: id.to_string(),
@@ -330,7 +337,7 @@ fn letter(
         receive_count: number("receive_count").unwrap_or_default() as u32,
         changes: number("changes").unwrap_or(1),
         ids,
-        body: job.is_none().then(|| body.to_string()),
+        body: job.is_none().then_some(body),
     }
 }
 
@@ -346,21 +353,24 @@ fn handles(receipts: &[Receipt], lane: Lane) -> Result<Vec<i64>> {
         .collect()
 }
 
-fn decode(lane: Lane, id: i64, receive_count: i32, body: Option<serde_json::Value>) -> Message {
-    let body = body.unwrap_or_default();
-    let undecodable = |reason: String| Err(Undecodable { reason, body: body.to_string() });
-    let version = body.get("v").and_then(serde_json::Value::as_u64);
-    let body = match version {
-        Some(v) if v == u64::from(JOB_VERSION) => {
-            serde_json::from_value(body.clone()).or_else(|error| undecodable(format!("not a job: {error}")))
-        }
-        Some(v) => undecodable(format!("job version {v}; this build reads {JOB_VERSION}")),
-        None => undecodable("not a job: it has no version".into()),
-    };
+fn decode(lane: Lane, id: i64, receive_count: i32, body: Option<String>) -> Message {
+    let body = body.unwrap_or_else(|| "null".into());
     Message {
         id: id.to_string(),
         receipt: Receipt { lane, handle: id.to_string() },
         receive_count: receive_count.try_into().unwrap_or_default(),
-        body,
+        body: read(&body).map_err(|reason| Undecodable { reason, body }),
+    }
+}
+
+/// A body as a job, or why it is none. PostgreSQL takes JSON that serde does not: numbers beyond
+/// `f64`, any depth.
+fn read(body: &str) -> Result<Job, String> {
+    let not_a_job = |error| format!("not a job: {error}");
+    let value: serde_json::Value = serde_json::from_str(body).map_err(not_a_job)?;
+    match value.get("v").and_then(serde_json::Value::as_u64) {
+        Some(v) if v == u64::from(JOB_VERSION) => serde_json::from_value(value).map_err(not_a_job),
+        Some(v) => Err(format!("job version {v}; this build reads {JOB_VERSION}")),
+        None => Err("not a job: it has no version".into()),
     }
 }

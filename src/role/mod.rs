@@ -7,6 +7,7 @@ pub mod listen;
 pub mod migrate;
 pub mod progress;
 pub mod psql;
+pub mod redrive;
 pub mod serve;
 pub mod status;
 pub mod up;
@@ -35,6 +36,7 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCod
         Command::Serve(_) => serve::run(&settings).await,
         Command::Up(args) => up::run(&args, &settings).await,
         Command::Status(args) => status::run(&args, &settings).await,
+        Command::Redrive(args) => redrive::run(&args, &settings).await,
         Command::Config => print(toml::to_string(&settings)?.as_bytes()),
         Command::Completions { shell } => {
             let mut script = Vec::new();
