@@ -65,7 +65,7 @@ pub async fn work(
             settle: settings.indexer.settle(),
         },
     ));
-    claim(backends, &*clock, stop).await?;
+    Box::pin(claim(backends, &*clock, stop)).await?;
     let abort = shutdown::after_grace(stop, settings.runtime.grace());
     let over = CancellationToken::new();
     let session = async {
@@ -82,10 +82,11 @@ pub async fn work(
         result
     };
     let marks = lineage::keep(&backends.postgres, backends.target.id, &*backends.index, &over);
-    let both = async {
-        let (worked, kept, ()) = tokio::join!(work, session, marks);
-        Ok(worked.and(kept)?)
-    };
+    // On the heap: the roles' futures lie within each other.
+    let both = Box::pin(async {
+        let (done, alive, ()) = tokio::join!(work, session, marks);
+        Ok(done.and(alive)?)
+    });
     let result = super::while_beating(&worker, both).await;
     abort.cancel();
     result

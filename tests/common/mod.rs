@@ -146,9 +146,11 @@ pub fn runtime_dir() -> PathBuf {
     dir
 }
 
-/// The executable, with nothing of our environment that could change what it does.
+/// The executable (`TESTED_REFARCH` names another build of it, such as a release build for large runs),
+/// with nothing of our environment that could change what it does.
 pub fn refarch() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_refarch"));
+    let built = std::env::var_os("TESTED_REFARCH").unwrap_or_else(|| env!("CARGO_BIN_EXE_refarch").into());
+    let mut command = Command::new(built);
     command.env_clear().env("REFARCH_RUNTIME_DIR", runtime_dir()).kill_on_drop(true);
     for name in ["PATH", "HOME"] {
         if let Some(value) = std::env::var_os(name) {

@@ -182,11 +182,7 @@ impl Run {
                 let row = self.rng.random_ratio(3, 4).then(|| self.text(poison));
                 self.world.lock().unwrap().write(&id, row);
             }
-            12 => {
-                if self.rng.random_ratio(1, 2) {
-                    self.world.lock().unwrap().truncate();
-                }
-            }
+            12 if self.rng.random_ratio(1, 2) => self.world.lock().unwrap().truncate(),
             13..16 => self.world.lock().unwrap().disturb_queue(),
             16 | 17 if self.workers.contains_key(&process) => {
                 let worker = self.workers[&process].clone();
@@ -326,7 +322,7 @@ fn compare(world: &World, poison: Poison) -> Result<(), Divergence> {
             let source = world::source_row(id, row);
             (source.content_hash, source.metadata_hash, world::vector_of(&row.text))
         });
-        let held = world.index.get(id).map(|c| (c.content_hash, c.metadata_hash, c.vector));
+        let held = world.index.get(id).map(|c| (c.text, c.metadata, c.vector));
         if wanted != held && !dead.contains(id) {
             return Err(format!(
                 "id {id}: the row is {row:?} and the index holds {held:?}; {}",

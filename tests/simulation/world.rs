@@ -83,8 +83,8 @@ enum Late {
 /// A record as the index holds it: which text, with which metadata.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Content {
-    pub content_hash: Hash,
-    pub metadata_hash: Hash,
+    pub text: Hash,
+    pub metadata: Hash,
     /// What the vector was made of.
     pub vector: f32,
     version: i64,
@@ -220,8 +220,8 @@ impl World {
         match write {
             Late::Upsert(record) => {
                 let content = Content {
-                    content_hash: record.row.content_hash,
-                    metadata_hash: record.row.metadata_hash,
+                    text: record.row.content_hash,
+                    metadata: record.row.metadata_hash,
                     vector: record.embedding[0],
                     version: record.version,
                 };
@@ -801,7 +801,9 @@ impl View {
                 Fate::Done => writes.into_iter().for_each(|write| world.apply(write)),
                 Fate::NotDone(error) => return Err(error),
                 Fate::DoneButFailed(error) => {
-                    writes.into_iter().for_each(|write| world.apply(write));
+                    for write in writes {
+                        world.apply(write);
+                    }
                     return Err(error);
                 }
                 Fate::Late(error) => {
@@ -927,7 +929,7 @@ impl World {
                         Record { embedding: embedding.clone(), row: row.clone(), version: plan.version };
                     self.apply(Late::Upsert(record));
                 } else if let Some(content) = self.index.get_mut(&plan.id) {
-                    content.metadata_hash = row.metadata_hash;
+                    content.metadata = row.metadata_hash;
                 }
                 Some(row)
             }
@@ -977,8 +979,8 @@ impl VectorIndex for View {
         let found = ids.iter().filter_map(|id| {
             world.index.get(id).map(|content| Stored {
                 id: id.clone(),
-                content_hash: Some(content.content_hash),
-                metadata_hash: Some(content.metadata_hash),
+                content_hash: Some(content.text),
+                metadata_hash: Some(content.metadata),
                 embedding: Arc::new([content.vector]),
             })
         });

@@ -155,11 +155,8 @@ impl Cluster {
         let transition = tokio::task::spawn_blocking(move || {
             let transition = Transition::begin(&dir)?;
             let server = Server::new(place);
-            if crash {
-                server.crash()?
-            } else {
-                server.stop()?
-            }
+            let stopped = if crash { server.crash() } else { server.stop() };
+            stopped?;
             anyhow::Ok(transition)
         })
         .await??;

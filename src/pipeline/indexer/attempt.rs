@@ -236,7 +236,7 @@ impl Indexer {
             }
         }
 
-        let mut refused: Option<(Vec<String>, Error)> = None;
+        let mut refusal: Option<(Vec<String>, Error)> = None;
         let mut take = |ids: Vec<String>, sent: Sent| -> Result<()> {
             let mut set = |outcome: &dyn Fn(&Part) -> Outcome| {
                 for id in &ids {
@@ -247,9 +247,9 @@ impl Indexer {
             match sent {
                 Sent::Surely => set(&|part| part.settled(version(&part.opened.id))),
                 Sent::Doubtfully => set(&|_| Outcome::Doubtful),
-                Sent::Refused(error) => match &mut refused {
+                Sent::Refused(error) => match &mut refusal {
                     Some((all, _)) => all.extend(ids),
-                    None => refused = Some((ids, error)),
+                    None => refusal = Some((ids, error)),
                 },
                 Sent::Failed(doubtful, error) => {
                     if doubtful {
@@ -271,7 +271,7 @@ impl Indexer {
             let sent = self.send(plain, session, Request::Delete(ids)).await;
             take(ids.to_vec(), sent)?;
         }
-        Ok(refused)
+        Ok(refusal)
     }
 
     /// Vectors that the index holds and that still stand: the content hash was known, by an entry

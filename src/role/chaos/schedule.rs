@@ -51,13 +51,16 @@ pub fn usual() -> Faults {
     }
 }
 
+/// Makes a fault of one kind, for one of so many processes.
+type Make = fn(&mut StdRng, usize) -> Fault;
+
 /// Faults with the moments at which they come, in order; `processes` can be killed and frozen.
 #[must_use]
 pub fn schedule(seed: u64, lasting: Duration, processes: usize) -> Vec<(Duration, Fault)> {
     let mut dice = StdRng::seed_from_u64(seed);
     let mut faults = Vec::new();
     // Mean seconds between two of a kind.
-    let kinds: [(f64, fn(&mut StdRng, usize) -> Fault); 8] = [
+    let kinds: [(f64, Make); 8] = [
         (9.0, |dice, processes| Fault::Kill(dice.random_range(0..processes))),
         (15.0, |dice, processes| {
             let long = Duration::from_millis(dice.random_range(7_000..20_000));

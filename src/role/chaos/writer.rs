@@ -229,18 +229,16 @@ impl Writer {
     /// Takes the table as it is for what must be searchable.
     async fn reread(&mut self) -> anyhow::Result<()> {
         loop {
-            match self.try_reread().await {
-                Ok(model) => {
-                    self.next_id = self.next_id.max(model.keys().next_back().map_or(1, |last| last + 1));
-                    self.gone.retain(|id| !model.contains_key(id));
-                    self.model = model;
-                    return Ok(());
-                }
-                Err(_) => {
-                    self.client = None;
-                    tokio::time::sleep(RECONNECT).await;
-                }
-            }
+            // The database may be away for a while.
+            let Ok(model) = self.try_reread().await else {
+                self.client = None;
+                tokio::time::sleep(RECONNECT).await;
+                continue;
+            };
+            self.next_id = self.next_id.max(model.keys().next_back().map_or(1, |last| last + 1));
+            self.gone.retain(|id| !model.contains_key(id));
+            self.model = model;
+            return Ok(());
         }
     }
 
