@@ -47,10 +47,13 @@ impl PgLedger {
              ORDER BY k.place",
             rows = table.select_by_ids(),
         );
+        // A join need not keep the order of the rows, and the last one tells where the next page begins.
         let page = format!(
             "SELECT s.id, true, s.text, s.metadata, l.id IS NOT NULL, {ENTRY} \
-             FROM ({rows}) s LEFT JOIN refarch.ledger l ON l.target = $3 AND l.id = s.id",
+             FROM ({rows}) s LEFT JOIN refarch.ledger l ON l.target = $3 AND l.id = s.id \
+             ORDER BY s.id::{id_type}",
             rows = table.select_after(),
+            id_type = table.id_type,
         );
         Self { postgres, table, target, salt, peek: peek.into(), page: page.into() }
     }
