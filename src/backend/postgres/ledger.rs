@@ -2,7 +2,7 @@
 //!
 //! Locks are taken in one order everywhere: an attempt, then its ledger entries by id, byte by byte.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -149,14 +149,16 @@ impl Ledger for PgLedger {
         let mut client = self.postgres.client().await?;
         let transaction = client.transaction().await.map_err(&fail)?;
         let stands = transaction
-            .query_opt("SELECT FROM refarch.attempt WHERE attempt_id = $1 FOR UPDATE", &[&attempt])
+            .query_opt("SELECT ids FROM refarch.attempt WHERE attempt_id = $1 FOR UPDATE", &[&attempt])
             .await
             .map_err(&fail)?
-            .is_some();
+            .map(|row| row.get::<_, Vec<String>>(0).into_iter().collect::<HashSet<_>>());
         let mut closed = Closed::default();
         let mut open = Vec::new();
         let mut requeue = Vec::new();
-        if stands {
+        if let Some(named) = stands {
+            // What it does not name any more was closed by a call whose answer was lost.
+            let closing: Vec<_> = closing.iter().filter(|(opened, _)| named.contains(&opened.id)).collect();
             let ids: Vec<&str> = closing.iter().map(|(opened, _)| opened.id.as_str()).collect();
             let mut entries = self.lock(&transaction, &ids).await?;
             let mut versions = HashMap::new();
