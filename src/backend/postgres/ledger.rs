@@ -281,10 +281,13 @@ impl Ledger for PgLedger {
         let fail = fail("queue ids again");
         let mut client = self.postgres.client().await?;
         let transaction = client.transaction().await.map_err(&fail)?;
+        // Locks the entries that are there as it comes to them: with DO NOTHING the new ones would be
+        // locked first, whatever their ids, and an opening of both could deadlock with it.
         transaction
             .execute(
-                "INSERT INTO refarch.ledger (target, id) SELECT $1, k FROM unnest($2::text[]) k ORDER BY k COLLATE \"C\" \
-                 ON CONFLICT DO NOTHING",
+                "INSERT INTO refarch.ledger AS l (target, id) \
+                 SELECT $1, k FROM (SELECT DISTINCT unnest($2::text[]) COLLATE \"C\") u(k) ORDER BY k \
+                 ON CONFLICT (target, id) DO UPDATE SET epoch = l.epoch WHERE false",
                 &[&self.target, &ids],
             )
             .await
