@@ -264,7 +264,9 @@ pub trait Ledger: Send + Sync {
 
     /// Closes an attempt: one transaction that calls [`Entry::close`] on each id, puts what must be
     /// done again into the outbox, and keeps the attempt, as abandoned, for what is doubtful. If the
-    /// attempt was swept meanwhile, what it wrote is put back as abandoned.
+    /// attempt was swept meanwhile, what it wrote is put back as abandoned. May be repeated after an
+    /// error: of an attempt that stands, ids that it does not name any more are left alone, because
+    /// their entries were closed by the call that was told as failed.
     async fn close(&self, attempt: &str, worker: &str, closing: &[(Opened, Outcome)]) -> Result<Closed>;
 
     /// Marks as abandoned what stands under a worker's name and is none of its attempts in hand.

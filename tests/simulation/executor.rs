@@ -137,7 +137,7 @@ impl SimClock {
         }
     }
 
-    fn advance_to(&self, to: Duration) {
+    pub fn advance_to(&self, to: Duration) {
         self.now_us.fetch_max(to.as_micros() as u64, Ordering::Relaxed);
     }
 

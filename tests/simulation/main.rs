@@ -8,7 +8,10 @@
 //!
 //! `REFARCH_SCHEDULES` sets how many schedules are run; the same seeds always give the same ones.
 
+#[path = "../contract/ledger.rs"]
+mod contract;
 mod executor;
+mod ledger;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};

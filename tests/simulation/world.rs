@@ -276,6 +276,13 @@ impl World {
         }
     }
 
+    /// Takes every id that the outbox holds, sorted.
+    pub fn take_outbox(&mut self) -> Vec<String> {
+        let mut ids: Vec<String> = self.outbox.drain(..).flat_map(|row| row.ids).collect();
+        ids.sort();
+        ids
+    }
+
     /// What keeps the world from being quiet, for messages.
     pub fn leftovers(&self) -> String {
         format!(
@@ -440,8 +447,8 @@ impl Ledger for View {
             let mut closed = Closed::default();
             let mut open = Vec::new();
             let mut requeue = Vec::new();
-            if world.attempts.contains_key(attempt) {
-                for (opened, outcome) in closing {
+            if let Some(named) = world.attempts.get(attempt).map(|attempt| attempt.ids.clone()) {
+                for (opened, outcome) in closing.iter().filter(|(opened, _)| named.contains(&opened.id)) {
                     let before = world.entry(&opened.id).clone();
                     let mut seen = opened.clone();
                     if world.planted(Plant::NoOverlapRule) {
@@ -449,7 +456,10 @@ impl Ledger for View {
                         seen.shared = false;
                     }
                     match world.entry(&opened.id).close(&seen, outcome) {
-                        Left::Settled => closed.settled.push(opened.id.clone()),
+                        Left::Settled => {
+                            closed.settled.push(opened.id.clone());
+                            world.ledger.entry(opened.id.clone()).or_default().1 = 0;
+                        }
                         Left::Open => open.push(opened.id.clone()),
                         Left::Requeue => requeue.push(opened.id.clone()),
                         Left::Dirty => {}
@@ -508,23 +518,25 @@ impl Ledger for View {
         Ok(disowned)
     }
 
-    async fn sweep(&self, settle: Duration, _: usize) -> Result<Swept> {
+    async fn sweep(&self, settle: Duration, limit: usize) -> Result<Swept> {
         self.database().await?;
         let mut world = self.world();
         let now = world.clock.now();
         let settle = if world.planted(Plant::SweepWithoutSettling) { Duration::ZERO } else { settle };
         let World { attempts, sessions, .. } = &mut *world;
+        let mut swept = Swept::default();
         for attempt in attempts.values_mut() {
             if attempt.abandoned_at.is_none() && !sessions.contains(&attempt.worker) {
                 attempt.abandoned_at = Some(now);
+                swept.abandoned += 1;
             }
         }
         let due: Vec<String> = attempts
             .iter()
             .filter(|(_, attempt)| attempt.abandoned_at.is_some_and(|at| at + settle <= now))
             .map(|(name, _)| name.clone())
+            .take(limit)
             .collect();
-        let mut swept = Swept::default();
         for name in due {
             let attempt = world.attempts.remove(&name).unwrap();
             if world.sessions.contains(&attempt.worker) {
@@ -547,7 +559,9 @@ impl Ledger for View {
     }
 
     async fn requeue(&self, ids: &[String]) -> Result<()> {
-        self.world().requeue(ids.to_vec());
+        let mut world = self.world();
+        ids.iter().for_each(|id| world.entry(id).distrust());
+        world.requeue(ids.to_vec());
         Ok(())
     }
 
@@ -942,7 +956,8 @@ impl World {
                 None
             }
         };
-        let entry = &mut self.ledger.entry(plan.id.clone()).or_default().0;
+        let (entry, tries) = self.ledger.entry(plan.id.clone()).or_default();
+        *tries = 0;
         entry.epoch += 1;
         entry.dirty = false;
         entry.content_hash = row.map(|row| row.content_hash);

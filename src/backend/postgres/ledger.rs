@@ -2,7 +2,7 @@
 //!
 //! Locks are taken in one order everywhere: an attempt, then its ledger entries by id, byte by byte.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,10 +47,13 @@ impl PgLedger {
              ORDER BY k.place",
             rows = table.select_by_ids(),
         );
+        // A join need not keep the order of the rows, and the last one tells where the next page begins.
         let page = format!(
             "SELECT s.id, true, s.text, s.metadata, l.id IS NOT NULL, {ENTRY} \
-             FROM ({rows}) s LEFT JOIN refarch.ledger l ON l.target = $3 AND l.id = s.id",
+             FROM ({rows}) s LEFT JOIN refarch.ledger l ON l.target = $3 AND l.id = s.id \
+             ORDER BY s.id::{id_type}",
             rows = table.select_after(),
+            id_type = table.id_type,
         );
         Self { postgres, table, target, salt, peek: peek.into(), page: page.into() }
     }
@@ -146,14 +149,16 @@ impl Ledger for PgLedger {
         let mut client = self.postgres.client().await?;
         let transaction = client.transaction().await.map_err(&fail)?;
         let stands = transaction
-            .query_opt("SELECT FROM refarch.attempt WHERE attempt_id = $1 FOR UPDATE", &[&attempt])
+            .query_opt("SELECT ids FROM refarch.attempt WHERE attempt_id = $1 FOR UPDATE", &[&attempt])
             .await
             .map_err(&fail)?
-            .is_some();
+            .map(|row| row.get::<_, Vec<String>>(0).into_iter().collect::<HashSet<_>>());
         let mut closed = Closed::default();
         let mut open = Vec::new();
         let mut requeue = Vec::new();
-        if stands {
+        if let Some(named) = stands {
+            // What it does not name any more was closed by a call whose answer was lost.
+            let closing: Vec<_> = closing.iter().filter(|(opened, _)| named.contains(&opened.id)).collect();
             let ids: Vec<&str> = closing.iter().map(|(opened, _)| opened.id.as_str()).collect();
             let mut entries = self.lock(&transaction, &ids).await?;
             let mut versions = HashMap::new();
@@ -276,10 +281,13 @@ impl Ledger for PgLedger {
         let fail = fail("queue ids again");
         let mut client = self.postgres.client().await?;
         let transaction = client.transaction().await.map_err(&fail)?;
+        // Locks the entries that are there as it comes to them: with DO NOTHING the new ones would be
+        // locked first, whatever their ids, and an opening of both could deadlock with it.
         transaction
             .execute(
-                "INSERT INTO refarch.ledger (target, id) SELECT $1, k FROM unnest($2::text[]) k ORDER BY k COLLATE \"C\" \
-                 ON CONFLICT DO NOTHING",
+                "INSERT INTO refarch.ledger AS l (target, id) \
+                 SELECT $1, k FROM (SELECT DISTINCT unnest($2::text[]) COLLATE \"C\") u(k) ORDER BY k \
+                 ON CONFLICT (target, id) DO UPDATE SET epoch = l.epoch WHERE false",
                 &[&self.target, &ids],
             )
             .await

@@ -28,7 +28,8 @@
 //! - *before or amid the closing*: as amid writing. A closing that failed, or that nobody came to, is
 //!   done again and again while the worker lives: were the attempt swept before, only the closing can
 //!   tell that it wrote late. Told "failed" of a closing that was committed, it finds the attempt gone
-//!   and takes it for swept: the ids are done once more;
+//!   and takes it for swept: the ids are done once more. Or it finds it standing for what is in doubt
+//!   alone, and then only that is closed again: the rest may be in others' attempts by now;
 //! - *between closing and acknowledging*: the message comes again and finds the ids in sync.
 //!
 //! A TRUNCATE is expanded from the ledger: every id whose entry is not known to be deleted, *or is

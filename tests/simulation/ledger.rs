@@ -1,0 +1,75 @@
+//! The world's ledger keeps the contract that the database's keeps: what the simulation shows of one
+//! holds for the other.
+
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rand::SeedableRng as _;
+use rand::rngs::SmallRng;
+use refarch::pipeline::clock::Clock as _;
+
+use crate::contract::{self, Bench};
+use crate::executor::SimClock;
+use crate::world::{IndexKind, RowText, SETTLE, View, World};
+
+#[async_trait(?Send)]
+impl Bench for View {
+    async fn write(&self, id: u32, text: Option<&str>) {
+        let row = text.map(|text| RowText { text: text.into(), metadata: String::new() });
+        self.world.lock().unwrap().write(&id.to_string(), row);
+    }
+
+    async fn take(&self) -> Vec<String> {
+        self.world.lock().unwrap().take_outbox()
+    }
+
+    async fn set_alive(&self, worker: &str, alive: bool) {
+        let sessions = &mut self.world.lock().unwrap().sessions;
+        if alive {
+            sessions.insert(worker.to_owned());
+        } else {
+            sessions.remove(worker);
+        }
+    }
+
+    fn settle(&self) -> Duration {
+        SETTLE
+    }
+
+    async fn pass(&self, time: Duration) {
+        let clock = Arc::clone(&self.world.lock().unwrap().clock);
+        clock.advance_to(clock.now() + time);
+    }
+
+    fn impossible(&self) -> &'static str {
+        "no number"
+    }
+}
+
+/// A world in which nothing goes wrong.
+fn quiet() -> View {
+    let clock = Arc::new(SimClock::new(0));
+    let mut world = World::new(SmallRng::seed_from_u64(0), clock, IndexKind::Plain, None);
+    world.faults = false;
+    View { world: Arc::new(Mutex::new(world)), worker: "w".into() }
+}
+
+/// Polls until it is done: nothing here waits for anything but its turn.
+fn block_on(future: impl Future<Output = ()>) {
+    let mut future = std::pin::pin!(future);
+    while let Poll::Pending = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {}
+}
+
+macro_rules! on_the_simulations_ledger {
+    ($($clause:ident),* $(,)?) => {$(
+        #[test]
+        fn $clause() {
+            let view = quiet();
+            block_on(contract::$clause(&view, &view));
+        }
+    )*};
+}
+
+contract::for_each_clause!(on_the_simulations_ledger);
