@@ -12,6 +12,7 @@
 mod contract;
 mod executor;
 mod ledger;
+mod split;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -116,25 +117,7 @@ impl Run {
         self.workers.insert(process, worker.clone());
         let view = Arc::new(self.view(&worker));
         let clock: Arc<dyn Clock> = Arc::clone(&self.clock) as _;
-        let lease = Arc::new(Lease::new(Arc::clone(&clock), LEASE));
-        let indexer = Arc::new(Indexer::new(
-            view.clone() as _,
-            view.clone() as _,
-            view.clone() as _,
-            Scheduler::new(Arc::new(world::Instant), Duration::from_millis(50), Arc::clone(&clock)),
-            Arc::default(),
-            Arc::clone(&lease),
-            indexer::Options {
-                source: "products".into(),
-                worker: worker.clone(),
-                workers: 1,
-                hold: Duration::from_secs(1),
-                poll: Duration::from_secs(1),
-                // Chaos of this density would use up any number.
-                max_receives: u32::MAX,
-                settle: SETTLE,
-            },
-        ));
+        let (indexer, lease) = indexer(&view, &self.clock);
         for lane in Lane::ALL {
             let (indexer, view, clock) = (Arc::clone(&indexer), view.clone(), Arc::clone(&clock));
             self.executor.spawn(process, async move {
@@ -240,6 +223,33 @@ impl Run {
         };
         RowText { text, metadata }
     }
+}
+
+/// The real indexer over one process's view of the world, and its lease.
+fn indexer(view: &View, clock: &Arc<SimClock>) -> (Arc<Indexer>, Arc<Lease>) {
+    let worker = view.worker.clone();
+    let view = Arc::new(view.clone());
+    let clock: Arc<dyn Clock> = Arc::clone(clock) as _;
+    let lease = Arc::new(Lease::new(Arc::clone(&clock), LEASE));
+    let indexer = Indexer::new(
+        view.clone() as _,
+        view.clone() as _,
+        view as _,
+        Scheduler::new(Arc::new(world::Instant), Duration::from_millis(50), clock),
+        Arc::default(),
+        Arc::clone(&lease),
+        indexer::Options {
+            source: "products".into(),
+            worker,
+            workers: 1,
+            hold: Duration::from_secs(1),
+            poll: Duration::from_secs(1),
+            // Chaos of this density would use up any number.
+            max_receives: u32::MAX,
+            settle: SETTLE,
+        },
+    );
+    (Arc::new(indexer), lease)
 }
 
 /// Runs one schedule to its end.
