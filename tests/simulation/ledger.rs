@@ -2,7 +2,7 @@
 //! holds for the other.
 
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -59,7 +59,7 @@ fn quiet() -> View {
 /// Polls until it is done: nothing here waits for anything but its turn.
 fn block_on(future: impl Future<Output = ()>) {
     let mut future = std::pin::pin!(future);
-    while let Poll::Pending = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {}
+    while future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {}
 }
 
 macro_rules! on_the_simulations_ledger {

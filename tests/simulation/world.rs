@@ -560,7 +560,9 @@ impl Ledger for View {
 
     async fn requeue(&self, ids: &[String]) -> Result<()> {
         let mut world = self.world();
-        ids.iter().for_each(|id| world.entry(id).distrust());
+        for id in ids {
+            world.entry(id).distrust();
+        }
         world.requeue(ids.to_vec());
         Ok(())
     }
