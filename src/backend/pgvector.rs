@@ -384,7 +384,7 @@ impl PgVector {
                 .execute(
                     "UPDATE refarch.ledger l SET epoch = l.epoch + 1, dirty = false, content_hash = u.content, \
                             metadata_hash = u.metadata, deleted = u.deleted, version = greatest(l.version, u.version), \
-                            synced_at = clock_timestamp(), tries = 0 \
+                            synced_at = clock_timestamp(), tries = 0, parked = false \
                      FROM unnest($2::text[], $3::bytea[], $4::bytea[], $5::boolean[], $6::bigint[]) \
                           AS u(id, content, metadata, deleted, version) \
                      WHERE l.target = $1 AND l.id = u.id",

@@ -69,6 +69,21 @@ impl Lease {
         !confirmed.is_zero() && self.clock.now().saturating_sub(confirmed) + request < self.length
     }
 
+    /// The session, once there is one that covers a request of up to `request`.
+    pub async fn current(&self, request: Duration) -> Result<u64> {
+        let started = self.clock.now();
+        while !self.covers(request) {
+            if self.clock.now().saturating_sub(started) > self.length {
+                return Err(Error::retryable(
+                    "write to the index",
+                    "this worker has no session in the database",
+                ));
+            }
+            self.clock.sleep(LOOK_EVERY).await;
+        }
+        Ok(self.session())
+    }
+
     /// Returns once the lease covers a request of up to `request`. After a freeze that takes one
     /// heartbeat. Fails when none comes, or when the session is not `session` any more.
     pub async fn ensure(&self, session: u64, request: Duration) -> Result<()> {

@@ -326,6 +326,9 @@ fn mend_rows(run: &mut Run) {
 
 /// The property: the index equals the table, but for what stands in the dead letters.
 fn compare(world: &World, poison: Poison) -> Result<(), Divergence> {
+    if let Some(broken) = &world.broken {
+        return Err(broken.clone());
+    }
     let dead: BTreeSet<&String> =
         world.dead.iter().flat_map(|(job, _)| &job.groups).flat_map(|group| &group.ids).collect();
     let ids: BTreeSet<&String> = world.rows.keys().chain(world.index.keys()).collect();
@@ -451,4 +454,5 @@ plants! {
     expanding_a_truncation_without_what_is_open_it_diverges: TruncateSkipsWhatIsOpen, Plain;
     leaving_a_lost_opening_it_is_never_quiet: LostOpeningStands, Plain;
     not_putting_back_what_was_swept_it_diverges: SweptAttemptNotPutBack, Plain;
+    closing_again_what_others_have_open_it_diverges: RepeatedClosingTakesAll, Plain;
 }

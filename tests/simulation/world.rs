@@ -52,6 +52,7 @@ pub enum Plant {
     TruncateSkipsWhatIsOpen,
     LostOpeningStands,
     SweptAttemptNotPutBack,
+    RepeatedClosingTakesAll,
 }
 
 /// What the index can do.
@@ -122,6 +123,8 @@ pub struct World {
     /// Workers that must not die now: they wrote under an attempt that had been swept, which is the
     /// residue that the protocol names.
     immortal: BTreeMap<String, BTreeSet<String>>,
+    /// The first invariant of the ledger that did not hold.
+    pub broken: Option<String>,
     /// Rows as first peeked, for a plant.
     peeked: BTreeMap<String, Option<RowText>>,
 }
@@ -149,6 +152,7 @@ impl World {
             index: BTreeMap::new(),
             late: Vec::new(),
             immortal: BTreeMap::new(),
+            broken: None,
             peeked: BTreeMap::new(),
         }
     }
@@ -228,6 +232,21 @@ impl World {
                 self.index.insert(record.row.id, content);
             }
             Late::Delete(id) => drop(self.index.remove(&id)),
+        }
+    }
+
+    /// Between transactions `open` is the number of attempts that name the id.
+    fn check_invariant(&mut self) {
+        if self.broken.is_some() {
+            return;
+        }
+        for (id, (entry, _)) in &self.ledger {
+            let naming = self.attempts.values().filter(|attempt| attempt.ids.contains(id)).count();
+            if entry.open != naming as i32 {
+                self.broken =
+                    Some(format!("id {id} is open {} times and {naming} attempts name it", entry.open));
+                return;
+            }
         }
     }
 
@@ -447,8 +466,10 @@ impl Ledger for View {
             let mut closed = Closed::default();
             let mut open = Vec::new();
             let mut requeue = Vec::new();
+            let forgetful = world.planted(Plant::RepeatedClosingTakesAll);
             if let Some(named) = world.attempts.get(attempt).map(|attempt| attempt.ids.clone()) {
-                for (opened, outcome) in closing.iter().filter(|(opened, _)| named.contains(&opened.id)) {
+                let still = |opened: &Opened| forgetful || named.contains(&opened.id);
+                for (opened, outcome) in closing.iter().filter(|(opened, _)| still(opened)) {
                     let before = world.entry(&opened.id).clone();
                     let mut seen = opened.clone();
                     if world.planted(Plant::NoOverlapRule) {
@@ -492,6 +513,7 @@ impl Ledger for View {
             if let Some(ids) = world.immortal.get_mut(&self.worker) {
                 ids.retain(|id| !closing.iter().any(|(opened, _)| opened.id == *id));
             }
+            world.check_invariant();
             closed.clock_us = world.now_us();
             closed
         };
@@ -555,6 +577,7 @@ impl Ledger for View {
             world.requeue(requeue);
             world.count("attempt swept");
         }
+        world.check_invariant();
         Ok(swept)
     }
 

@@ -115,8 +115,9 @@ impl Indexer {
         if ids.is_empty() {
             return Ok(Round::default());
         }
+        // An attempt of a worker without a session would be taken for a dead one's.
+        let session = self.lease.current(plain.request_timeout()).await?;
         let attempt = self.take_in_hand();
-        let session = self.lease.session();
         let opened = self.ledger.open(&attempt.name, &self.options.worker, &ids).await?;
         let mut parts: Vec<Part> = opened
             .into_iter()
