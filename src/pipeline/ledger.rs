@@ -249,7 +249,7 @@ pub struct Pending {
 #[async_trait]
 pub trait Ledger: Send + Sync {
     /// Row and entry of each id, in one snapshot of the primary. The answer has the ids in the
-    /// order asked; an id that the source's key type can't hold has neither row nor entry.
+    /// order asked; an id that the source's key type can't hold has no row.
     async fn peek(&self, ids: &[String]) -> Result<Vec<Peeked>>;
 
     /// The next rows of the source by its own order, with their entries, after a row's id; all that

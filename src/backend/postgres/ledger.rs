@@ -87,7 +87,16 @@ impl Ledger for PgLedger {
         if impossible.is_empty() {
             return Ok(peeked);
         }
+        // No row can have such an id, but the index may: somebody else put it there.
+        let sql =
+            format!("SELECT l.id, {ENTRY} FROM refarch.ledger l WHERE l.target = $1 AND l.id = ANY ($2)");
+        let entries = client.query(&sql, &[&self.target, &impossible]).await.map_err(&fail)?;
         let mut by_id: HashMap<String, Peeked> = peeked.into_iter().map(|p| (p.id.clone(), p)).collect();
+        for row in &entries {
+            let id: String = row.get(0);
+            let entry = Some(read_entry(row, 1, &id)?);
+            by_id.insert(id.clone(), Peeked { id, row: None, entry });
+        }
         let nothing = |id: &String| Peeked { id: id.clone(), row: None, entry: None };
         Ok(ids.iter().map(|id| by_id.remove(id).unwrap_or_else(|| nothing(id))).collect())
     }
