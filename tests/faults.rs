@@ -173,8 +173,8 @@ async fn a_change_that_is_refused_stands_alone_among_the_dead_letters() {
     client
         .execute(
             "INSERT INTO item SELECT n, 'a chair of kind ' || n, \
-             CASE n WHEN $2 THEN '{\"size\": {\"width\": 3}}'::jsonb ELSE '\"plain\"'::jsonb END \
-             FROM generate_series(1, $1) n",
+             CASE n WHEN $2::bigint THEN '{\"size\": {\"width\": 3}}'::jsonb ELSE '\"plain\"'::jsonb END \
+             FROM generate_series(1, $1::bigint) n",
             &[&i64::try_from(rows).unwrap(), &poison],
         )
         .await
