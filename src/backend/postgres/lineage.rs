@@ -23,23 +23,25 @@ const MARK_EVERY: Duration = Duration::from_mins(1);
 pub enum Standing {
     /// The index is this database's.
     Ours,
-    /// The index holds no note and the database made none: both are new.
+    /// The index holds no note, and nothing was written to it as far as the ledger knows.
     New,
     /// The index belongs to another database, or to a later state of this one, or was made anew.
     Foreign,
 }
 
-async fn marked(postgres: &Postgres, target: i32) -> Result<(String, i64)> {
+/// Name and mark, and whether the index was ever written to as far as the ledger knows.
+async fn marked(postgres: &Postgres, target: i32) -> Result<(String, i64, bool)> {
     let client = postgres.client().await?;
     let row = client
         .query_one(
             "INSERT INTO refarch.lineage (target) VALUES ($1) \
-             ON CONFLICT (target) DO UPDATE SET mark = lineage.mark RETURNING name, mark",
+             ON CONFLICT (target) DO UPDATE SET mark = lineage.mark \
+             RETURNING name, mark, EXISTS (SELECT FROM refarch.ledger l WHERE l.target = $1 AND l.epoch > 0)",
             &[&target],
         )
         .await
         .map_err(|error| failure("read the lineage", &error))?;
-    Ok((row.get(0), row.get(1)))
+    Ok((row.get(0), row.get(1), row.get(2)))
 }
 
 /// Compares the index's note with the database.
@@ -47,14 +49,15 @@ pub async fn compare(postgres: &Postgres, target: i32, index: &dyn VectorIndex) 
     if !index.keeps_notes() {
         return Ok(Standing::Ours);
     }
-    let (name, mark) = marked(postgres, target).await?;
+    let (name, mark, written) = marked(postgres, target).await?;
     let note = index.note().await?;
-    Ok(stand(&name, mark, note.as_deref()))
+    Ok(stand(&name, mark, written, note.as_deref()))
 }
 
-fn stand(name: &str, mark: i64, note: Option<&str>) -> Standing {
+fn stand(name: &str, mark: i64, written: bool, note: Option<&str>) -> Standing {
     let Some(note) = note else {
-        return if mark == 0 { Standing::New } else { Standing::Foreign };
+        // A mark alone says nothing: the note that goes with it may have failed.
+        return if written { Standing::Foreign } else { Standing::New };
     };
     match note.rsplit_once('/').map(|(name, mark)| (name, mark.parse::<i64>())) {
         Some((noted, Ok(seen))) if noted == name && seen <= mark => Standing::Ours,
@@ -130,12 +133,13 @@ mod tests {
 
     #[test]
     fn an_index_that_is_ahead_or_not_ours_is_foreign() {
-        assert_eq!(stand("a", 0, None), Standing::New);
-        assert_eq!(stand("a", 3, None), Standing::Foreign);
-        assert_eq!(stand("a", 3, Some("a/3")), Standing::Ours);
-        assert_eq!(stand("a", 3, Some("a/2")), Standing::Ours);
-        assert_eq!(stand("a", 3, Some("a/4")), Standing::Foreign);
-        assert_eq!(stand("a", 3, Some("b/3")), Standing::Foreign);
-        assert_eq!(stand("a", 3, Some("nonsense")), Standing::Foreign);
+        assert_eq!(stand("a", 0, false, None), Standing::New);
+        assert_eq!(stand("a", 3, false, None), Standing::New);
+        assert_eq!(stand("a", 3, true, None), Standing::Foreign);
+        assert_eq!(stand("a", 3, true, Some("a/3")), Standing::Ours);
+        assert_eq!(stand("a", 3, true, Some("a/2")), Standing::Ours);
+        assert_eq!(stand("a", 3, true, Some("a/4")), Standing::Foreign);
+        assert_eq!(stand("a", 3, true, Some("b/3")), Standing::Foreign);
+        assert_eq!(stand("a", 3, true, Some("nonsense")), Standing::Foreign);
     }
 }

@@ -249,8 +249,15 @@ impl Indexer {
                     );
                     return Ok(());
                 }
-                // Acknowledged in part only: not what the contract says, and so not to be trusted.
-                Ok(()) => return Err(Error::retryable("acknowledge jobs", "some were left")),
+                // Cannot be; but what is left is released, and comes again.
+                Ok(()) => {
+                    tracing::warn!(
+                        lane = lane.name(),
+                        messages = batch.receipts().len(),
+                        "messages were left over"
+                    );
+                    return Ok(());
+                }
                 Err(error) if error.class == Class::Fatal => return Err(error),
                 Err(error) => {
                     if batch.done.applied > before {
