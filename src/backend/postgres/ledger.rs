@@ -90,7 +90,9 @@ impl Ledger for PgLedger {
         // No row can have such an id, but the index may: somebody else put it there.
         let sql =
             format!("SELECT l.id, {ENTRY} FROM refarch.ledger l WHERE l.target = $1 AND l.id = ANY ($2)");
-        let entries = client.query(&sql, &[&self.target, &impossible]).await.map_err(&fail)?;
+        // No text of the database can hold a NUL.
+        let held: Vec<&String> = impossible.iter().copied().filter(|id| !id.contains('\0')).collect();
+        let entries = client.query(&sql, &[&self.target, &held]).await.map_err(&fail)?;
         let mut by_id: HashMap<String, Peeked> = peeked.into_iter().map(|p| (p.id.clone(), p)).collect();
         for row in &entries {
             let id: String = row.get(0);
