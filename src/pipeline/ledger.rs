@@ -84,7 +84,7 @@ pub enum Outcome {
     },
     /// A write was sent, and nobody knows whether or when it is applied.
     Doubtful,
-    /// No write was sent. Whoever closes the attempt still holds the change.
+    /// No write was sent.
     Unwritten,
 }
 
@@ -95,7 +95,9 @@ pub enum Left {
     Settled,
     /// Stays open until it is swept.
     Open,
-    /// Dirty, and somebody still holds the change.
+    /// As it was before the attempt, which wrote nothing and was alone.
+    Unchanged,
+    /// Dirty, and the last to close or sweep it will see to it.
     Dirty,
     /// Dirty, and nobody else will see to it: the id must go back into the outbox.
     Requeue,
@@ -157,10 +159,14 @@ impl Entry {
                 self.parked = false;
                 self.sweep()
             }
-            Outcome::Unwritten => {
-                self.sweep();
-                Left::Dirty
+            // Nobody wrote anything: the entry is what it was, and so is whoever was to see to it.
+            Outcome::Unwritten if self.epoch == opened.epoch && !opened.shared => {
+                self.open -= 1;
+                Left::Unchanged
             }
+            // The others may have left the id to the last to close, which may be this one; that it
+            // still holds a message with the id is no comfort, for a copy may have been acknowledged.
+            Outcome::Unwritten => self.sweep(),
         }
     }
 

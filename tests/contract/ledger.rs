@@ -42,7 +42,7 @@ macro_rules! for_each_clause {
             who_overlaps_does_not_settle_and_the_last_one_queues,
             an_attempt_within_another_spoils_both,
             what_is_in_doubt_is_swept_once_it_has_settled,
-            what_was_not_written_is_left_to_who_holds_it,
+            what_was_not_written_is_as_it_was_unless_others_had_it_open,
             only_a_dead_workers_attempts_are_swept_and_not_at_once,
             a_sweep_takes_no_more_than_its_limit,
             what_was_swept_meanwhile_is_put_back,
@@ -293,16 +293,28 @@ pub async fn what_is_in_doubt_is_swept_once_it_has_settled(ledger: &dyn Ledger, 
     assert_eq!(bench.take().await, NOTHING);
 }
 
-pub async fn what_was_not_written_is_left_to_who_holds_it(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn what_was_not_written_is_as_it_was_unless_others_had_it_open(
+    ledger: &dyn Ledger,
+    bench: &dyn Bench,
+) {
     bench.write(1, Some("text")).await;
     bring_in_sync(ledger, "1").await;
     bench.take().await;
     let opened = open_one(ledger, "a", "w", "1").await;
     let closed = close(ledger, "a", "w", &[(&opened, &Outcome::Unwritten)]).await;
     assert_eq!((closed.settled, closed.overlapped, closed.abandoned), (vec![], 0, 0));
-    assert_unknown(ledger, "1", 0).await;
+    assert!(matches(ledger, "1").await, "nothing was written, so nothing changed");
     assert_no_attempt(ledger, bench).await;
     assert_eq!(bench.take().await, NOTHING);
+    // Another one that was open meanwhile leaves the id to the last to close.
+    let first = open_one(ledger, "first", "w", "1").await;
+    let last = open_one(ledger, "last", "w", "1").await;
+    let one = written(ledger, "1").await;
+    close(ledger, "first", "w", &[(&first, &one)]).await;
+    assert_eq!(bench.take().await, NOTHING);
+    close(ledger, "last", "w", &[(&last, &Outcome::Unwritten)]).await;
+    assert_unknown(ledger, "1", 0).await;
+    assert_eq!(bench.take().await, ["1"]);
 }
 
 pub async fn only_a_dead_workers_attempts_are_swept_and_not_at_once(ledger: &dyn Ledger, bench: &dyn Bench) {

@@ -383,6 +383,11 @@ fn run_all(
     (found, totals.into_inner().unwrap())
 }
 
+/// The first seed, to look at some schedules again.
+fn first_seed() -> u64 {
+    std::env::var("REFARCH_FIRST_SEED").map_or(0, |seed| seed.parse().expect("a number"))
+}
+
 fn schedules() -> u64 {
     std::env::var("REFARCH_SCHEDULES").map_or(SCHEDULES, |count| count.parse().expect("a number"))
 }
@@ -390,7 +395,9 @@ fn schedules() -> u64 {
 fn converges(name: &str, kind: IndexKind, poison: Poison) {
     let count = schedules();
     let started = Instant::now();
-    let (found, totals) = run_all(count, |seed| Schedule { seed, kind, plant: None, poison }, false);
+    let first = first_seed();
+    let make = |at| Schedule { seed: first + at, kind, plant: None, poison };
+    let (found, totals) = run_all(count, make, false);
     println!("{name}: {count} schedules in {:.1} s", started.elapsed().as_secs_f64());
     for (what, count) in &totals {
         println!("  {count:>10}  {what}");

@@ -483,7 +483,7 @@ impl Ledger for View {
                         }
                         Left::Open => open.push(opened.id.clone()),
                         Left::Requeue => requeue.push(opened.id.clone()),
-                        Left::Dirty => {}
+                        Left::Dirty | Left::Unchanged => {}
                     }
                     if matches!(outcome, Outcome::Settled { .. }) && world.entry(&opened.id).dirty {
                         closed.overlapped += 1;

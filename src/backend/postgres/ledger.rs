@@ -184,7 +184,7 @@ impl Ledger for PgLedger {
                     }
                     Left::Open => open.push(opened.id.clone()),
                     Left::Requeue => requeue.push(opened.id.clone()),
-                    Left::Dirty => {}
+                    Left::Dirty | Left::Unchanged => {}
                 }
                 closed.overlapped += u64::from(matches!(outcome, Outcome::Settled { .. }) && entry.dirty);
             }
