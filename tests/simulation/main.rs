@@ -402,6 +402,9 @@ fn converges(name: &str, kind: IndexKind, poison: Poison) {
     for (what, count) in &totals {
         println!("  {count:>10}  {what}");
     }
+    for (seed, divergence) in found.iter().take(20) {
+        println!("  schedule {seed}: {divergence}");
+    }
     assert!(found.is_empty(), "{} of {count} diverged, such as {:?}", found.len(), found.first());
     // A world in which nothing goes wrong has shown nothing.
     for what in ["worker killed", "worker frozen", "duplicated message", "database commit told as failed"] {

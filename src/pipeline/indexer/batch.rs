@@ -49,6 +49,8 @@ pub(super) struct Batch {
     suspects: HashSet<String>,
     /// Ids that failed by themselves.
     failed_alone: HashSet<String>,
+    /// Ids whose next try may stand in the count already.
+    counted: HashSet<String>,
 }
 
 impl Batch {
@@ -121,6 +123,7 @@ impl Indexer {
             groups,
             suspects,
             failed_alone: HashSet::new(),
+            counted: HashSet::new(),
         }
     }
 
@@ -160,7 +163,9 @@ impl Indexer {
             let counted =
                 alone.clone().filter(|id| batch.suspects.contains(id) || batch.failed_alone.contains(id));
             if let Some(id) = &counted {
-                match self.ledger.count_try(id, 1).await {
+                // One that may stand already is not counted again: a lost answer is nobody's fault.
+                let by = i32::from(!batch.counted.remove(id));
+                match self.ledger.count_try(id, by).await {
                     Ok(tries) if tries > MAX_TRIES => {
                         let error = "whoever worked on it did not come to an end".to_owned();
                         let why = Why { reason: Reason::Failed, error, tries: MAX_TRIES };
@@ -172,6 +177,7 @@ impl Indexer {
                     }
                     Ok(_) => {}
                     Err(error) => {
+                        batch.counted.insert(id.clone());
                         batch.groups.push_front(group);
                         return Err(error);
                     }
@@ -249,7 +255,13 @@ impl Indexer {
         }
         let others_go_through = error.about_change && self.probe(lane).await.is_ok();
         // What was counted before the try stands only if it is the change's own fault.
-        let tries = self.ledger.count_try(&id, if others_go_through { 0 } else { -1 }).await?;
+        let tries = match self.ledger.count_try(&id, if others_go_through { 0 } else { -1 }).await {
+            Ok(tries) => tries,
+            Err(error) => {
+                batch.counted.insert(id);
+                return Err(error);
+            }
+        };
         if others_go_through && tries >= MAX_TRIES {
             let why = Why { reason: Reason::Failed, error: error.to_string(), tries };
             self.give_up(batch, &id, &why).await?;
