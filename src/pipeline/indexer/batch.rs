@@ -21,6 +21,10 @@ const ONE_BY_ONE_FROM: u32 = 3;
 /// A change that failed by itself this often is dead-lettered.
 const MAX_TRIES: u32 = 4;
 
+/// A change whose tries began this often and did not end is dead-lettered. More than of those that
+/// failed: copies of its message may be at it in other processes right now, or in frozen ones.
+const MAX_UNFINISHED: u32 = 10;
+
 /// Groups that fail in a row before the batch is put aside for a while.
 const FAILURES_IN_A_ROW: usize = 3;
 
@@ -166,9 +170,9 @@ impl Indexer {
                 // One that may stand already is not counted again: a lost answer is nobody's fault.
                 let by = i32::from(!batch.counted.remove(id));
                 match self.ledger.count_try(id, by).await {
-                    Ok(tries) if tries > MAX_TRIES => {
+                    Ok(tries) if tries > MAX_UNFINISHED => {
                         let error = "whoever worked on it did not come to an end".to_owned();
-                        let why = Why { reason: Reason::Failed, error, tries: MAX_TRIES };
+                        let why = Why { reason: Reason::Failed, error, tries: MAX_UNFINISHED };
                         if let Err(error) = self.give_up(batch, id, &why).await {
                             batch.groups.push_front(group);
                             return Err(error);
