@@ -134,7 +134,8 @@ struct Suspect {
     id: String,
     /// Epoch of the entry and hashes of the row, as last seen.
     state: State,
-    /// Since when it has looked like this, by the database's clock.
+    /// Since when it has looked like this at the latest, by the database's clock: read after the
+    /// state, so that whatever led to the state was captured before.
     since: Timestamp,
     /// Since when it has looked like this, by ours; none before it was looked at again.
     confirmed: Option<Duration>,
@@ -191,9 +192,9 @@ impl Auditor<'_> {
     ) -> Result<()> {
         let mut after: Option<String> = None;
         loop {
-            let seen = self.ledger.pending().await?.now;
             let page = self.ledger.rows_after(after.as_deref(), PAGE).await?;
             let Some(last) = page.last() else { return Ok(()) };
+            let seen = self.ledger.pending().await?.now;
             after = Some(last.id.clone());
             let ids: Vec<String> = page.iter().map(|peeked| peeked.id.clone()).collect();
             let mut stored = self.fetch(&ids).await?;
@@ -244,9 +245,10 @@ impl Auditor<'_> {
     ) -> Result<()> {
         let mut cursor: Option<String> = None;
         loop {
-            let seen = self.ledger.pending().await?.now;
             let page = self.index.list(cursor.as_deref(), PAGE).await?;
-            for peeked in self.ledger.peek(&page.ids).await? {
+            let peeked = self.ledger.peek(&page.ids).await?;
+            let seen = self.ledger.pending().await?.now;
+            for peeked in peeked {
                 report.indexed += 1;
                 if peeked.row.as_ref().is_none_or(|row| !row.has_text()) {
                     let state = state(&peeked, Kind::Orphaned);
@@ -282,7 +284,7 @@ impl Auditor<'_> {
             let queued = self.queue.oldest().await?;
             let oldest = [pending.oldest, queued].into_iter().flatten().min();
             for chunk in chunks(suspects, PAGE) {
-                self.look(chunk, pending.now, oldest, &mut sure, &mut unsure).await?;
+                self.look(chunk, oldest, &mut sure, &mut unsure).await?;
             }
             self.count(sure, report).await?;
             suspects = unsure;
@@ -300,7 +302,6 @@ impl Auditor<'_> {
     async fn look(
         &self,
         suspects: Vec<Suspect>,
-        now: Timestamp,
         oldest: Option<Timestamp>,
         sure: &mut Vec<Difference>,
         unsure: &mut Vec<Suspect>,
@@ -309,6 +310,7 @@ impl Auditor<'_> {
         let before = self.ledger.peek(&ids).await?;
         let stored = self.fetch(&ids).await?;
         let after = self.ledger.peek(&ids).await?;
+        let now = self.ledger.pending().await?.now;
         let visible_after =
             if matches!(self.index.writes(), Writes::Fenced(_)) { Duration::ZERO } else { VISIBLE_AFTER };
         for ((mut suspect, before), after) in suspects.into_iter().zip(before).zip(after) {

@@ -49,8 +49,11 @@ pub async fn compare(postgres: &Postgres, target: i32, index: &dyn VectorIndex) 
     if !index.keeps_notes() {
         return Ok(Standing::Ours);
     }
-    let (name, mark, written) = marked(postgres, target).await?;
+    let (name, before, written) = marked(postgres, target).await?;
     let note = index.note().await?;
+    // A worker may make a mark meanwhile. The note that was read is not ahead of what is read after
+    // it, and one that was missing is missed only if something was written before.
+    let mark = if note.is_some() { marked(postgres, target).await?.1 } else { before };
     Ok(stand(&name, mark, written, note.as_deref()))
 }
 
