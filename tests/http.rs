@@ -14,7 +14,7 @@ use refarch::backend::postgres::products::Products;
 use refarch::config::Settings;
 use refarch::pipeline::embedder::{Embedder, Embedding};
 use refarch::pipeline::failure::{Error, Result};
-use refarch::pipeline::index::{Listing, Match, Stored, VectorIndex, Writes};
+use refarch::pipeline::index::{Listing, Match, Notes, Stored, VectorIndex, Writes};
 use refarch::role::serve::{App, Guard, Probe, router};
 use refarch::secret::Secret;
 use reqwest::{Method, RequestBuilder, StatusCode};
@@ -97,6 +97,10 @@ impl VectorIndex for FlatIndex {
 
     async fn fetch(&self, _: &[String]) -> Result<Vec<Stored>> {
         Ok(Vec::new())
+    }
+
+    fn notes(&self) -> Option<&dyn Notes> {
+        None
     }
 
     async fn probe(&self) -> Result<()> {

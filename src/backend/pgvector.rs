@@ -17,7 +17,7 @@ use crate::pipeline::catalog::{ContentSalt, Hash, SourceRow};
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::index::{
-    Applied, Desired, FencedWrite, Listing, Match, Planned, Stored, VectorIndex, Writes,
+    Applied, Desired, FencedWrite, Listing, Match, Notes, Planned, Stored, VectorIndex, Writes,
 };
 
 /// The oldest pgvector without known corruption (its changelog, 0.8.2 to 0.8.4).
@@ -145,6 +145,10 @@ impl VectorIndex for PgVector {
                 embedding: row.get::<_, HalfVector>(2).to_vec().into_iter().map(f32::from).collect(),
             })
             .collect())
+    }
+
+    fn notes(&self) -> Option<&dyn Notes> {
+        None
     }
 
     async fn probe(&self) -> Result<()> {
@@ -282,7 +286,7 @@ impl FencedWrite for PgVector {
         let mut write = Write::default();
         let mut conflicted = Vec::new();
         for plan in planned {
-            if stands(plan, epochs.get(&plan.id).copied(), rows.get(&plan.id)) {
+            if plan.stands(epochs.get(&plan.id).copied(), rows.get(&plan.id)) {
                 write.add(plan);
             } else {
                 conflicted.push(plan.id.clone());
@@ -295,21 +299,6 @@ impl FencedWrite for PgVector {
             .map_err(fail("read the clock"))?;
         transaction.commit().await.map_err(fail("commit a write"))?;
         Ok(Applied { conflicted, clock_us: clock.get(0) })
-    }
-}
-
-/// Whether a write still rests on what is there, now that the entry is locked.
-fn stands(plan: &Planned, epoch: Option<i64>, row: Option<&SourceRow>) -> bool {
-    // An entry that was not there has just been made, at epoch 0.
-    if epoch != Some(plan.epoch.unwrap_or(0)) {
-        return false;
-    }
-    match (&plan.desired, row) {
-        (Desired::Absent, None) => true,
-        (Desired::Present { row: peeked, .. } | Desired::Textless { row: peeked }, Some(row)) => {
-            peeked.content_hash == row.content_hash && peeked.metadata_hash == row.metadata_hash
-        }
-        _ => false,
     }
 }
 

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use crate::pipeline::catalog::Hash;
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Class, Error, Result};
-use crate::pipeline::index::{Listing, Match, PlainWrite, Record, Stored, VectorIndex, Writes};
+use crate::pipeline::index::{Listing, Match, Notes, PlainWrite, Record, Stored, VectorIndex, Writes};
 use crate::secret::Secret;
 
 /// The version of the API that is spoken: without one, the oldest that is supported answers.
@@ -43,6 +43,9 @@ const MAX_ERROR_BODY: usize = 4_096;
 const CONTENT_HASH: &str = "content_hash";
 const METADATA_HASH: &str = "metadata_hash";
 const VERSION: &str = "version";
+
+/// What a delete is called in errors.
+const DELETE: &str = "delete records";
 
 /// Namespace and id of the note: beside the records, never among them.
 const NOTES: &str = "refarch-notes";
@@ -236,12 +239,18 @@ fn with_query(request: RequestBuilder, query: &[(&str, &str)]) -> RequestBuilder
     }
 }
 
+/// Sends a request; any answer is one.
+async fn ask(request: RequestBuilder, what: &str) -> Result<reqwest::Response> {
+    request.send().await.map_err(|error| failure(what, &error))
+}
+
+/// An answer, if it is a success.
+async fn accepted(response: reqwest::Response, what: &str) -> Result<reqwest::Response> {
+    if response.status().is_success() { Ok(response) } else { Err(refusal(what, response).await) }
+}
+
 async fn send(request: RequestBuilder, what: &str) -> Result<reqwest::Response> {
-    let response = request.send().await.map_err(|error| failure(what, &error))?;
-    if response.status().is_success() {
-        return Ok(response);
-    }
-    Err(refusal(what, response).await)
+    accepted(ask(request, what).await?, what).await
 }
 
 async fn read<T: DeserializeOwned>(request: RequestBuilder, what: &str) -> Result<T> {
@@ -288,16 +297,23 @@ async fn refusal(what: &str, response: reqwest::Response) -> Error {
         .and_then(|value| value.trim().parse().ok())
         .map(Duration::from_secs);
     let message = format!("{status}: {}", message(response).await);
-    let error = match status {
-        StatusCode::TOO_MANY_REQUESTS => Error::retryable(what, message),
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::PAYMENT_REQUIRED => {
-            Error::fatal(what, message)
+    let (class, doubtful) = class_of(status);
+    Error { retry_after, doubtful, ..Error::new(class, what, message) }
+}
+
+/// What an answer's status means, and whether the request may have been done all the same. Only what
+/// is said of the request itself can be a change's own fault: an index that is gone, or a key that is
+/// refused, is everybody's.
+fn class_of(status: StatusCode) -> (Class, bool) {
+    match status {
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::CONFLICT => (Class::Retryable, false),
+        StatusCode::REQUEST_TIMEOUT => (Class::Retryable, true),
+        StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNPROCESSABLE_ENTITY => {
+            (Class::Permanent, false)
         }
-        StatusCode::REQUEST_TIMEOUT => Error::doubtful(what, message),
-        status if status.is_server_error() => Error::doubtful(what, message),
-        _ => Error::new(Class::Permanent, what, message),
-    };
-    Error { retry_after, ..error }
+        status if status.is_server_error() => (Class::Retryable, true),
+        _ => (Class::Fatal, false),
+    }
 }
 
 /// The message of an error's body: the data plane's, the control plane's, or the text as it is.
@@ -379,12 +395,12 @@ impl PlainWrite for Pinecone {
     async fn delete(&self, ids: &[String]) -> Result<()> {
         let body = json!({ "namespace": self.namespace, "ids": ids });
         let request = self.request(Method::POST, "/vectors/delete")?.json(&body);
-        match send(request, "delete records").await {
-            Ok(_) => Ok(()),
-            // A namespace that was never written to holds nothing.
-            Err(error) if error.message.starts_with("404") => Ok(()),
-            Err(error) => Err(error),
+        let response = ask(request, DELETE).await?;
+        // A namespace that was never written to holds nothing.
+        if response.status() == StatusCode::NOT_FOUND {
+            return Ok(());
         }
+        accepted(response, DELETE).await.map(drop)
     }
 
     fn fits(&self, records: &[Record]) -> usize {
@@ -476,10 +492,13 @@ impl VectorIndex for Pinecone {
         self.upsert_into(NOTES, &[vector]).await
     }
 
-    fn keeps_notes(&self) -> bool {
-        true
+    fn notes(&self) -> Option<&dyn Notes> {
+        Some(self)
     }
+}
 
+#[async_trait]
+impl Notes for Pinecone {
     async fn note(&self) -> Result<Option<String>> {
         let found = self.fetch_from(NOTES, &[NOTE_ID.to_owned()]).await?;
         let text = found.first().and_then(|vector| vector.metadata.get("text"));
@@ -512,6 +531,22 @@ mod tests {
         assert_eq!(open("http://127.0.0.1:5081/").unwrap().base.as_str(), "http://127.0.0.1:5081/");
         for wrong in ["", " ", "ftp://x", "http://", "two words"] {
             assert!(open(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_said_of_the_request_is_the_changes_fault() {
+        let class = |status: u16| class_of(StatusCode::from_u16(status).unwrap());
+        for status in [400, 413, 422] {
+            assert_eq!(class(status), (Class::Permanent, false), "{status}");
+        }
+        for (status, doubtful) in
+            [(429, false), (409, false), (408, true), (500, true), (503, true), (504, true)]
+        {
+            assert_eq!(class(status), (Class::Retryable, doubtful), "{status}");
+        }
+        for status in [301, 401, 402, 403, 404, 405, 410, 412] {
+            assert_eq!(class(status), (Class::Fatal, false), "{status}");
         }
     }
 

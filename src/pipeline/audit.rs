@@ -14,6 +14,7 @@
 //! What is not sure in time is undecided.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -113,6 +114,26 @@ impl Report {
     }
 }
 
+impl fmt::Display for Report {
+    /// A count a line, for people, and then some of what differs.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counts = [
+            ("rows", self.rows),
+            ("indexed", self.indexed),
+            ("missing", self.missing),
+            ("stale", self.stale),
+            ("orphaned", self.orphaned),
+            ("undecided", self.undecided),
+            ("repaired", self.repaired),
+        ];
+        for (name, count) in counts {
+            writeln!(f, "{name:<16} {count}")?;
+        }
+        writeln!(f, "{:<16} {} compared, {} otherwise", "vectors", self.sampled, self.vector_mismatch)?;
+        self.examples.iter().try_for_each(|one| writeln!(f, "  {:<14} {:?}", one.id, one.kind))
+    }
+}
+
 /// Compares source, ledger and index.
 pub struct Auditor<'a> {
     /// Source and ledger.
@@ -194,24 +215,20 @@ impl Auditor<'_> {
         loop {
             let page = self.ledger.rows_after(after.as_deref(), PAGE).await?;
             let Some(last) = page.last() else { return Ok(()) };
-            let seen = self.ledger.pending().await?.now;
             after = Some(last.id.clone());
             let ids: Vec<String> = page.iter().map(|peeked| peeked.id.clone()).collect();
             let mut stored = self.fetch(&ids).await?;
+            let mut differing = Vec::new();
             for peeked in &page {
                 report.rows += 1;
                 let record = stored.remove(&peeked.id);
                 match (difference(peeked, record.as_ref()), record) {
-                    (Some(kind), _) => suspects.push(Suspect {
-                        id: peeked.id.clone(),
-                        state: state(peeked, kind),
-                        since: seen,
-                        confirmed: None,
-                    }),
+                    (Some(kind), _) => differing.push((peeked, kind)),
                     (None, Some(record)) => self.choose(sample, report.rows, peeked, record),
                     (None, None) => {}
                 }
             }
+            self.suspect(differing, suspects).await?;
             progress(report.rows);
             if suspects.len() >= MAX_SUSPECTS {
                 self.settle(std::mem::take(suspects), report).await?;
@@ -220,6 +237,21 @@ impl Auditor<'_> {
                 return Ok(());
             }
         }
+    }
+
+    /// Puts what differs among the suspects. The clock is read after they were seen.
+    async fn suspect(&self, differing: Vec<(&Peeked, Kind)>, suspects: &mut Vec<Suspect>) -> Result<()> {
+        if differing.is_empty() {
+            return Ok(());
+        }
+        let since = self.ledger.pending().await?.now;
+        suspects.extend(differing.into_iter().map(|(peeked, kind)| Suspect {
+            id: peeked.id.clone(),
+            state: state(peeked, kind),
+            since,
+            confirmed: None,
+        }));
+        Ok(())
     }
 
     /// Keeps each row with the same chance (Vitter's algorithm R).
@@ -247,14 +279,10 @@ impl Auditor<'_> {
         loop {
             let page = self.index.list(cursor.as_deref(), PAGE).await?;
             let peeked = self.ledger.peek(&page.ids).await?;
-            let seen = self.ledger.pending().await?.now;
-            for peeked in peeked {
-                report.indexed += 1;
-                if peeked.row.as_ref().is_none_or(|row| !row.has_text()) {
-                    let state = state(&peeked, Kind::Orphaned);
-                    suspects.push(Suspect { id: peeked.id, state, since: seen, confirmed: None });
-                }
-            }
+            report.indexed += peeked.len() as u64;
+            let without_text = |one: &&Peeked| one.row.as_ref().is_none_or(|row| !row.has_text());
+            let orphans = peeked.iter().filter(without_text).map(|one| (one, Kind::Orphaned)).collect();
+            self.suspect(orphans, suspects).await?;
             progress(report.rows + report.indexed);
             if suspects.len() >= MAX_SUSPECTS {
                 self.settle(std::mem::take(suspects), report).await?;

@@ -50,6 +50,25 @@ pub struct Planned {
     pub desired: Desired,
 }
 
+impl Planned {
+    /// Whether the write still rests on what is there: the entry's epoch (none if there is no entry)
+    /// and the row, read with the entry locked.
+    #[must_use]
+    pub fn stands(&self, epoch: Option<i64>, row: Option<&SourceRow>) -> bool {
+        // An entry that was not there has just been made, at epoch 0.
+        if epoch != Some(self.epoch.unwrap_or(0)) {
+            return false;
+        }
+        match (&self.desired, row) {
+            (Desired::Absent, None) => true,
+            (Desired::Present { row: peeked, .. } | Desired::Textless { row: peeked }, Some(row)) => {
+                peeked.content_hash == row.content_hash && peeked.metadata_hash == row.metadata_hash
+            }
+            _ => false,
+        }
+    }
+}
+
 /// What a fenced write did.
 #[derive(Clone, Debug, Default)]
 pub struct Applied {
@@ -158,19 +177,16 @@ pub trait VectorIndex: Send + Sync {
     /// seen, so that a change that fails can be told from an outage.
     async fn probe(&self) -> Result<()>;
 
-    /// A note that the index keeps for us, such as which database it belongs to; none if it keeps
-    /// none, because it shares the database.
-    async fn note(&self) -> Result<Option<String>> {
-        Ok(None)
-    }
+    /// Where the index keeps a note for us, unless it shares the database and can't be ahead of it.
+    fn notes(&self) -> Option<&dyn Notes>;
+}
+
+/// A note that an index keeps for us beside the records, such as which database it belongs to.
+#[async_trait]
+pub trait Notes: Send + Sync {
+    /// The note, if there is one.
+    async fn note(&self) -> Result<Option<String>>;
 
     /// Replaces the note.
-    async fn set_note(&self, _note: &str) -> Result<()> {
-        Ok(())
-    }
-
-    /// Whether the index can be ahead of the database, so that it needs a note.
-    fn keeps_notes(&self) -> bool {
-        false
-    }
+    async fn set_note(&self, note: &str) -> Result<()>;
 }

@@ -27,10 +27,13 @@ struct Verified {
     report: Report,
     /// Changes in the dead letters.
     dead_letters: u64,
-    /// Tables whose changes are not captured.
+    /// Tables whose changes were not captured.
     unarmed: Vec<String>,
-    /// Whether the index belongs to another database, or to a later state of this one.
+    /// Whether the index belonged to another database, or to a later state of this one.
     foreign: bool,
+    /// Whether that was to be repaired.
+    #[serde(skip)]
+    repair: bool,
 }
 
 impl Verified {
@@ -77,19 +80,17 @@ async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) ->
         None
     };
     let target = &backends.target;
-    let mut unarmed = migrate::unarmed(&backends.postgres, &target.table).await?;
-    let mut foreign =
+    let unarmed = migrate::unarmed(&backends.postgres, &target.table).await?;
+    let foreign =
         lineage::compare(&backends.postgres, target.id, &*backends.index).await? == Standing::Foreign;
     if args.repair && !unarmed.is_empty() {
         // Before the walk, so that what changes during it is captured.
         crate::backend::migrate(&backends.postgres, settings).await.context("arm change capture")?;
         eprintln!("repaired: change capture is armed on {}", unarmed.join(", "));
-        unarmed = migrate::unarmed(&backends.postgres, &target.table).await?;
     }
     if args.repair && foreign {
         lineage::claim(&backends.postgres, target.id, &*backends.index).await?;
         eprintln!("repaired: every row is queued");
-        foreign = false;
     }
     let expected = backends.status().await?;
     let progress = Progress::new(
@@ -107,48 +108,28 @@ async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) ->
     let report = auditor.run(&|seen| progress.set(seen)).await?;
     progress.finish();
     let dead_letters = backends.queue.dead_letters().await?;
-    Ok(Verified { report, dead_letters, unarmed, foreign })
+    Ok(Verified { report, dead_letters, unarmed, foreign, repair: args.repair })
 }
 
 fn text(verified: &Verified) -> String {
-    let Verified { report, dead_letters, unarmed, foreign } = verified;
-    let mut text = format!(
-        "rows             {}\n\
-         indexed          {}\n\
-         missing          {}\n\
-         stale            {}\n\
-         orphaned         {}\n\
-         undecided        {}\n\
-         vectors          {} compared, {} otherwise\n\
-         repaired         {}\n\
-         dead letters     {dead_letters}\n",
-        report.rows,
-        report.indexed,
-        report.missing,
-        report.stale,
-        report.orphaned,
-        report.undecided,
-        report.sampled,
-        report.vector_mismatch,
-        report.repaired,
-    );
+    let Verified { report, dead_letters, unarmed, foreign, repair } = verified;
+    let mut text = format!("{report}dead letters     {dead_letters}\n");
     // Writing to a string can't fail.
-    for difference in &report.examples {
-        let _ = writeln!(text, "  {:<14} {:?}", difference.id, difference.kind);
-    }
     for table in unarmed {
-        let _ = writeln!(text, "not captured     {table}: run refarch migrate");
+        let _ = writeln!(text, "not captured     {table}");
     }
     if *foreign {
         let _ = writeln!(
             text,
-            "foreign          the index belongs to another database or to a later state of this one: restart refarch embed, or use --repair"
+            "foreign          the index belongs to another database or to a later state of this one"
         );
     }
-    let verdict = match (verified.code(), report.repaired) {
-        (0, _) => "index and table agree",
-        (DIFFERENT, 0) => "index and table differ: --repair queues what differs",
-        (DIFFERENT, _) => "index and table differed: what did is queued; verify again once it is applied",
+    let verdict = match verified.code() {
+        0 => "index and table agree",
+        DIFFERENT if *repair => {
+            "index and table differed: what did is queued; verify again once it is applied"
+        }
+        DIFFERENT => "index and table differ: --repair queues what differs",
         _ => {
             "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)"
         }

@@ -15,7 +15,8 @@ use refarch::pipeline::clock::Clock;
 use refarch::pipeline::embedder::{Embedder, Embedding};
 use refarch::pipeline::failure::{Error, Result};
 use refarch::pipeline::index::{
-    Applied, Desired, FencedWrite, Listing, Match, PlainWrite, Planned, Record, Stored, VectorIndex, Writes,
+    Applied, Desired, FencedWrite, Listing, Match, Notes, PlainWrite, Planned, Record, Stored, VectorIndex,
+    Writes,
 };
 use refarch::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peeked, Pending, Swept};
 use refarch::pipeline::outbox::{ClaimRequest, Outbox, OutboxRow, Pack, Transferred};
@@ -916,45 +917,37 @@ impl PlainWrite for View {
 impl FencedWrite for View {
     async fn apply(&self, planned: &[Planned]) -> Result<Applied> {
         self.database().await?;
-        let applied = {
-            let mut world = self.world();
-            let mut applied = Applied { clock_us: world.now_us(), ..Applied::default() };
-            if planned
-                .iter()
-                .any(|plan| matches!(&plan.desired, Desired::Present { row, .. } if &*row.text == REFUSED))
+        let applied =
             {
-                return Err(Error::permanent("simulated index", "refused"));
-            }
-            if planned
-                .iter()
-                .any(|plan| matches!(&plan.desired, Desired::Present { row, .. } if &*row.text == FAILING))
-            {
-                return Err(Error::retryable("simulated index", "fails for this one always"));
-            }
-            for plan in planned {
-                if world.planted(Plant::ConditionalUpsertAfterDelete) {
-                    world.apply_by_version(plan);
-                    continue;
+                let mut world = self.world();
+                let mut applied = Applied { clock_us: world.now_us(), ..Applied::default() };
+                if planned.iter().any(
+                    |plan| matches!(&plan.desired, Desired::Present { row, .. } if &*row.text == REFUSED),
+                ) {
+                    return Err(Error::permanent("simulated index", "refused"));
                 }
-                let row = world.source_row(&plan.id);
-                let entry = world.ledger.entry(plan.id.clone()).or_default();
-                let stands = entry.0.epoch == plan.epoch.unwrap_or(0)
-                    && match (&plan.desired, &row) {
-                        (Desired::Absent, None) => true,
-                        (Desired::Present { row: seen, .. } | Desired::Textless { row: seen }, Some(row)) => {
-                            seen.content_hash == row.content_hash && seen.metadata_hash == row.metadata_hash
-                        }
-                        _ => false,
-                    };
-                if !stands {
-                    applied.conflicted.push(plan.id.clone());
-                    world.count("fenced write conflicted");
-                    continue;
+                if planned.iter().any(
+                    |plan| matches!(&plan.desired, Desired::Present { row, .. } if &*row.text == FAILING),
+                ) {
+                    return Err(Error::retryable("simulated index", "fails for this one always"));
                 }
-                world.settle(plan);
-            }
-            applied
-        };
+                for plan in planned {
+                    if world.planted(Plant::ConditionalUpsertAfterDelete) {
+                        world.apply_by_version(plan);
+                        continue;
+                    }
+                    let row = world.source_row(&plan.id);
+                    let entry = world.ledger.entry(plan.id.clone()).or_default();
+                    let stands = plan.stands(Some(entry.0.epoch), row.as_ref());
+                    if !stands {
+                        applied.conflicted.push(plan.id.clone());
+                        world.count("fenced write conflicted");
+                        continue;
+                    }
+                    world.settle(plan);
+                }
+                applied
+            };
         self.answer(applied).await
     }
 }
@@ -1025,6 +1018,10 @@ impl VectorIndex for View {
             })
         });
         Ok(found.collect())
+    }
+
+    fn notes(&self) -> Option<&dyn Notes> {
+        None
     }
 
     async fn probe(&self) -> Result<()> {

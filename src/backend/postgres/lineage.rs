@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Postgres, failure};
 use crate::pipeline::failure::{Error, Result};
-use crate::pipeline::index::VectorIndex;
+use crate::pipeline::index::{Notes, VectorIndex};
 
 /// How often a mark is made: the most that a restore can go back without being noticed.
 const MARK_EVERY: Duration = Duration::from_mins(1);
@@ -46,11 +46,9 @@ async fn marked(postgres: &Postgres, target: i32) -> Result<(String, i64, bool)>
 
 /// Compares the index's note with the database.
 pub async fn compare(postgres: &Postgres, target: i32, index: &dyn VectorIndex) -> Result<Standing> {
-    if !index.keeps_notes() {
-        return Ok(Standing::Ours);
-    }
+    let Some(notes) = index.notes() else { return Ok(Standing::Ours) };
     let (name, before, written) = marked(postgres, target).await?;
-    let note = index.note().await?;
+    let note = notes.note().await?;
     // A worker may make a mark meanwhile. The note that was read is not ahead of what is read after
     // it, and one that was missing is missed only if something was written before.
     let mark = if note.is_some() { marked(postgres, target).await?.1 } else { before };
@@ -69,7 +67,7 @@ fn stand(name: &str, mark: i64, written: bool, note: Option<&str>) -> Standing {
 }
 
 /// Makes a mark, first in the database and then in the index.
-pub async fn mark(postgres: &Postgres, target: i32, index: &dyn VectorIndex) -> Result<()> {
+pub async fn mark(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Result<()> {
     let client = postgres.client().await?;
     let row = client
         .query_one(
@@ -80,11 +78,11 @@ pub async fn mark(postgres: &Postgres, target: i32, index: &dyn VectorIndex) -> 
         .await
         .map_err(|error| failure("mark the lineage", &error))?;
     let note = format!("{}/{}", row.get::<_, &str>(0), row.get::<_, i64>(1));
-    index.set_note(&note).await
+    notes.set_note(&note).await
 }
 
 /// Queues every row and every entry of the ledger as not to be trusted; returns the rows.
-pub async fn distrust(postgres: &Postgres, target: i32) -> Result<u64> {
+async fn distrust(postgres: &Postgres, target: i32) -> Result<u64> {
     let client = postgres.client().await?;
     let row = client
         .query_one("SELECT refarch.distrust($1)", &[&target])
@@ -95,9 +93,7 @@ pub async fn distrust(postgres: &Postgres, target: i32) -> Result<u64> {
 
 /// Sees to it that the index is this database's, before anything is written to it.
 pub async fn claim(postgres: &Postgres, target: i32, index: &dyn VectorIndex) -> Result<()> {
-    if !index.keeps_notes() {
-        return Ok(());
-    }
+    let Some(notes) = index.notes() else { return Ok(()) };
     // A session of its own: the lock goes with it, however this ends.
     let fail = |error: tokio_postgres::Error| failure("claim the index", &error);
     let (session, connection) = postgres.dedicated().await.map_err(fail)?;
@@ -113,18 +109,16 @@ pub async fn claim(postgres: &Postgres, target: i32, index: &dyn VectorIndex) ->
             "the index belongs to another database or to a later state of this one, as after a restore: every row is written anew"
         );
     }
-    mark(postgres, target, index).await?;
+    mark(postgres, target, notes).await?;
     drop(session);
     connection.await.map_err(|error| Error::retryable("claim the index", error))?.map_err(fail)
 }
 
 /// Makes a mark every now and then, until `stop`.
 pub async fn keep(postgres: &Postgres, target: i32, index: &dyn VectorIndex, stop: &CancellationToken) {
-    if !index.keeps_notes() {
-        return;
-    }
+    let Some(notes) = index.notes() else { return };
     while stop.run_until_cancelled(tokio::time::sleep(MARK_EVERY)).await.is_some() {
-        if let Err(error) = mark(postgres, target, index).await {
+        if let Err(error) = mark(postgres, target, notes).await {
             tracing::debug!(%error, "cannot mark the lineage");
         }
     }

@@ -287,13 +287,7 @@ fn text(outcome: &Outcome) -> String {
          {index}{ended}\
          written          {} statements: {} rows inserted, {} updated, {} deleted, {} inserted again, {} truncations\n\
          drained          in {:.1} s\n\
-         rows             {}\n\
-         indexed          {}\n\
-         missing          {}\n\
-         stale            {}\n\
-         orphaned         {}\n\
-         undecided        {}\n\
-         vectors          {} compared, {} otherwise\n\
+         {report}\
          dead letters     {}\n\
          writer's memory  {} rows otherwise in the table, {} records otherwise in the index\n\
          {verdict}\n",
@@ -315,14 +309,6 @@ fn text(outcome: &Outcome) -> String {
         written.reinserted,
         written.truncations,
         outcome.drained_s,
-        report.rows,
-        report.indexed,
-        report.missing,
-        report.stale,
-        report.orphaned,
-        report.undecided,
-        report.sampled,
-        report.vector_mismatch,
         outcome.dead_letters,
         outcome.table_differs,
         outcome.index_differs,
