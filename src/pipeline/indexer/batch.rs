@@ -221,6 +221,12 @@ impl Indexer {
                 batch.left.remove(id);
             }
             self.keep_pace(group.len() as u64, self.clock().now().saturating_sub(started));
+            let conflicted = !round.again.is_empty();
+            if conflicted {
+                batch.done.conflicts += 1;
+                batch.groups.push_back(round.again);
+            }
+            conflicts = if conflicted { conflicts + 1 } else { 0 };
             // It came to an end, if not to a write that settles the entry.
             if let Some(id) = counted.filter(|_| round.refused.is_none() && round.settled == 0) {
                 self.ledger.count_try(&id, i32::MIN).await?;
@@ -228,15 +234,8 @@ impl Indexer {
             if let Some((refused, error)) = round.refused {
                 self.refuse(batch, refused, &error).await?;
             }
-            if round.again.is_empty() {
-                conflicts = 0;
-            } else {
-                conflicts += 1;
-                batch.done.conflicts += 1;
-                batch.groups.push_back(round.again);
-                if conflicts >= CONFLICTS_IN_A_ROW {
-                    return Err(Error::retryable("apply changes", "the rows kept changing meanwhile"));
-                }
+            if conflicts >= CONFLICTS_IN_A_ROW {
+                return Err(Error::retryable("apply changes", "the rows kept changing meanwhile"));
             }
         }
         Ok(())

@@ -30,7 +30,7 @@ BEGIN
     -- In id order, as every other writer of the ledger locks it.
     PERFORM 1 FROM refarch.ledger l WHERE l.target = wanted ORDER BY l.id COLLATE "C" FOR UPDATE;
     UPDATE refarch.ledger l SET epoch = l.epoch + 1, dirty = true, content_hash = NULL, metadata_hash = NULL,
-           deleted = false WHERE l.target = wanted;
+           deleted = false, parked = false WHERE l.target = wanted;
     INSERT INTO refarch.outbox (source, op, ids) VALUES (src.name, 't', '{}');
     queued := refarch.backfill(src.name, src.relation, src.id_column);
     RETURN queued;
