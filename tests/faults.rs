@@ -305,7 +305,10 @@ async fn a_short_drill_of_everything_leaves_nothing_behind() {
     for index in ["pinecone", "pgvector"] {
         let args =
             ["chaos", "--products", "150", "--minutes", &minutes, "--seed", "7", "--index", index, "--json"];
-        let output = common::refarch().args(args).output().await.unwrap();
+        // What the user keeps in step, and under which names, is not the drill's.
+        let mut command = common::refarch();
+        command.args(args).env("REFARCH_QUEUE_NAME", "other").env("REFARCH_SOURCE_TABLE", "public.other");
+        let output = command.output().await.unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{text}\n{error}");

@@ -1,6 +1,7 @@
 //! Where the drill takes place: a private database, a double of the index, and the settings that
 //! point the roles at them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -43,9 +44,12 @@ impl Lab {
         let options = Options { dir: dir.join("postgres"), ..Options::in_runtime_dir(&runtime) };
         let cluster = Cluster::join(options).await?;
         let mut settings = Settings {
-            // The reference table, whatever the user keeps in step.
-            source: Settings::load(None, &std::collections::BTreeMap::new(), &[])?.source,
-            ..settings.clone()
+            runtime: settings.runtime.clone(),
+            embedder: settings.embedder.clone(),
+            log: settings.log.clone(),
+            // The reference table and the usual names, whatever the user keeps in step: the roles'
+            // processes are told of what is set below only.
+            ..Settings::load(None, &BTreeMap::new(), &[])?
         };
         settings.embedder.model = std::path::absolute(model_dir(&settings))?.display().to_string();
         settings.runtime.dir = runtime;
@@ -57,16 +61,12 @@ impl Lab {
         settings.index.timeout_ms = TIMEOUT_MS;
         let shape = backend::index_shape(&settings)?;
         let double = match index {
-            ChaosIndex::Pgvector => {
-                settings.index.kind = IndexKind::Pgvector;
-                None
-            }
+            ChaosIndex::Pgvector => None,
             ChaosIndex::Pinecone => {
                 let double = Double::start(shape.dimensions, seed).await.context("start the index double")?;
                 settings.index.kind = IndexKind::Pinecone;
                 settings.index.host = double.url();
                 settings.index.api_key = Secret::new("chaos");
-                settings.index.namespace = String::new();
                 Some(double)
             }
         };
@@ -85,7 +85,6 @@ impl Lab {
             ("REFARCH_RUNTIME_DIR".to_owned(), set.runtime.dir.display().to_string()),
             ("REFARCH_EMBEDDER_MODEL".to_owned(), set.embedder.model.clone()),
             ("REFARCH_QUEUE_VISIBILITY_S".to_owned(), VISIBILITY_S.to_string()),
-            ("REFARCH_QUEUE_MAX_RECEIVES".to_owned(), set.queue.max_receives.to_string()),
             ("REFARCH_INDEXER_WORKERS".to_owned(), "1".to_owned()),
             ("REFARCH_INDEXER_LEASE_MS".to_owned(), LEASE_MS.to_string()),
             ("REFARCH_INDEXER_SETTLE_MS".to_owned(), SETTLE_MS.to_string()),
