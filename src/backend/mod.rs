@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crate::config::{EmbedderKind, IndexKind, QueueKind, Settings};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::embedder::Embedder;
-use crate::pipeline::failure::{Class, Result};
+use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::outbox::Outbox;
 use crate::pipeline::queue::JobQueue;
@@ -105,8 +105,13 @@ pub fn index_shape(settings: &Settings) -> Result<IndexShape> {
     };
     let description = match settings.embedder.kind {
         EmbedderKind::Minilm => minilm::Description::read(&model_dir(settings))?,
+        kind => return Err(unbuilt(kind)),
     };
     Ok(IndexShape { kind: kind.into(), model: description.model, dimensions: description.dimensions })
+}
+
+fn unbuilt(kind: impl std::fmt::Debug) -> Error {
+    Error::fatal("choose a backend", format!("{kind:?} is not built in"))
 }
 
 /// A loaded model, from which embedders with threads of their own are started.
@@ -120,6 +125,7 @@ impl LoadedModel {
     pub fn load(settings: &Settings) -> Result<Self> {
         match settings.embedder.kind {
             EmbedderKind::Minilm => Ok(Self::Minilm(Arc::new(Model::load(&model_dir(settings))?))),
+            kind => Err(unbuilt(kind)),
         }
     }
 
@@ -159,6 +165,7 @@ impl Backends {
         let target = migrate::target(postgres, &settings.source, &index_shape(settings)?).await?;
         let table = Arc::new(target.table.clone());
         let queue: Arc<dyn JobQueue> = match settings.queue.kind {
+            QueueKind::Sqs => return Err(unbuilt(settings.queue.kind)),
             QueueKind::Pgmq => Arc::new(Pgmq::new(
                 postgres.clone(),
                 &settings.queue.name,

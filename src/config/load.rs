@@ -1,33 +1,21 @@
-//! Settings: flags over environment over file over default, resolved once and validated.
-//!
-//! Loading is a pure function of a file's text, a map of environment variables and overrides from
-//! flags. `config/default.toml` is the one list of keys: a key that is not in there does not exist.
+//! From files, environment and flags to settings.
 
 use std::collections::BTreeMap;
-use std::fmt::{self, Write as _};
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-use crate::secret::Secret;
+use super::Settings;
+use super::environment;
 
 /// The built-in defaults, and the list of every key.
-pub const DEFAULTS: &str = include_str!("../config/default.toml");
-
-/// Prefix of the environment variables that set a key.
-const ENV_PREFIX: &str = "REFARCH_";
+pub const DEFAULTS: &str = include_str!("../../config/default.toml");
 
 /// Where configuration is looked for when no `--config` is given.
 pub const DEFAULT_FILE: &str = "refarch.toml";
 
-/// Variables with our prefix that are not settings.
-const OTHER_VARIABLES: &[&str] = &["REFARCH_CONFIG"];
-
 /// Keys whose values are never shown.
-const SECRETS: &[&str] = &["database.url", "index.api_key", "serve.edit_token"];
+const SECRETS: &[&str] = &["database.url", "embedder.api_key", "index.api_key", "serve.edit_token"];
 
 /// Names further apart than this are not offered as what was meant.
 const MAX_EDIT_DISTANCE: usize = 4;
@@ -73,199 +61,6 @@ pub enum ConfigError {
         /// What is wrong, and what would be right.
         reason: String,
     },
-}
-
-/// The system's settings. Each key is described in `config/default.toml`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Settings {
-    pub database: Database,
-    pub source: Source,
-    pub queue: Queue,
-    pub index: Index,
-    pub embedder: Embedder,
-    pub relay: Relay,
-    pub indexer: Indexer,
-    pub serve: Serve,
-    pub up: Up,
-    pub runtime: Runtime,
-    pub log: Log,
-}
-
-/// `[database]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Database {
-    pub url: Secret,
-    pub pool_size: usize,
-    pub connect_timeout_s: u64,
-}
-
-/// `[source]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Source {
-    pub name: String,
-    pub table: String,
-    pub id: String,
-    pub text: Vec<String>,
-    pub metadata: Vec<String>,
-}
-
-/// `[queue]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Queue {
-    pub kind: QueueKind,
-    pub name: String,
-    pub visibility_s: u64,
-    pub max_receives: u32,
-}
-
-/// The queues that can be chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum QueueKind {
-    /// pgmq in the source's database.
-    Pgmq,
-}
-
-/// `[index]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Index {
-    pub kind: IndexKind,
-    pub host: String,
-    pub api_key: Secret,
-    pub namespace: String,
-    pub timeout_ms: u64,
-    pub graph_min_rows: u64,
-    pub graph_max_backlog: u64,
-    pub ef_search: u32,
-}
-
-/// The indexes that can be chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum IndexKind {
-    /// pgvector in the source's database.
-    Pgvector,
-    /// A Pinecone index.
-    Pinecone,
-}
-
-/// `[embedder]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Embedder {
-    pub kind: EmbedderKind,
-    pub model: String,
-}
-
-/// The embedders that can be chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum EmbedderKind {
-    /// A `MiniLM`-class model on this machine's CPU.
-    Minilm,
-}
-
-/// `[relay]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Relay {
-    pub poll_ms: u64,
-    pub pack: usize,
-    pub bulk_threshold: u64,
-    pub live_bound: u64,
-}
-
-/// `[indexer]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Indexer {
-    pub workers: usize,
-    pub slice_ms: u64,
-    pub hold_ms: u64,
-    pub poll_ms: u64,
-    pub lease_ms: u64,
-    pub settle_ms: u64,
-}
-
-/// `[serve]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Serve {
-    pub bind: SocketAddr,
-    pub edit_token: Secret,
-    pub page_size: u32,
-}
-
-/// `[up]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Up {
-    pub products: u64,
-}
-
-/// `[runtime]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Runtime {
-    pub dir: PathBuf,
-    pub grace_s: u64,
-}
-
-/// `[log]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Log {
-    pub format: String,
-    pub level: String,
-}
-
-impl Runtime {
-    /// [`Self::grace_s`] as a duration.
-    #[must_use]
-    pub fn grace(&self) -> Duration {
-        Duration::from_secs(self.grace_s)
-    }
-}
-
-impl Indexer {
-    /// [`Self::lease_ms`] as a duration.
-    #[must_use]
-    pub fn lease(&self) -> Duration {
-        Duration::from_millis(self.lease_ms)
-    }
-
-    /// How long an attempt of a dead worker stands: it may have written until its lease ended, and
-    /// what it wrote is applied within [`Self::settle_ms`].
-    #[must_use]
-    pub fn settle(&self) -> Duration {
-        Duration::from_millis(self.lease_ms + self.settle_ms)
-    }
-
-    /// Embedding threads: as set, or one for each core.
-    #[must_use]
-    pub fn worker_count(&self) -> usize {
-        if self.workers > 0 {
-            return self.workers;
-        }
-        std::thread::available_parallelism().map_or(1, usize::from)
-    }
 }
 
 /// A value given by a flag, for one key such as `serve.bind`.
@@ -337,22 +132,8 @@ impl Settings {
                 }
             }
         }
-        if let Some((key, value)) = database_url(env) {
-            put(&mut settings, &mut origins, "environment", key, Given::Text(&value))?;
-        }
-        for (variable, value) in env {
-            let Some(rest) = variable.strip_prefix(ENV_PREFIX) else { continue };
-            if OTHER_VARIABLES.contains(&variable.as_str()) {
-                continue;
-            }
-            let key = rest.to_lowercase().replacen('_', ".", 1);
-            put(
-                &mut settings,
-                &mut origins,
-                &format!("environment variable {variable}"),
-                &key,
-                Given::Text(value),
-            )?;
+        for (origin, key, value) in environment::given(env) {
+            put(&mut settings, &mut origins, &origin, &key, Given::Text(&value))?;
         }
         for flag in flags {
             put(&mut settings, &mut origins, flag.flag, flag.key, Given::Text(&flag.value))?;
@@ -361,108 +142,6 @@ impl Settings {
         settings.validate(&origins)?;
         Ok(settings)
     }
-
-    fn validate(&self, origins: &BTreeMap<String, String>) -> Result<(), ConfigError> {
-        let check = |good: bool, key: &str, value: &dyn fmt::Display, reason: &str| {
-            if good {
-                return Ok(());
-            }
-            Err(ConfigError::Invalid {
-                origin: origins.get(key).cloned().unwrap_or_else(|| "configuration".into()),
-                key: key.into(),
-                value: value.to_string(),
-                reason: reason.into(),
-            })
-        };
-        let name_fits = |name: &str| {
-            !name.is_empty()
-                && name.len() <= 40
-                && name.starts_with(|c: char| c.is_ascii_lowercase())
-                && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
-        };
-        let name_rule = "use 1 to 40 lower-case letters, digits and _, beginning with a letter";
-        check(
-            self.database.pool_size >= 4,
-            "database.pool_size",
-            &self.database.pool_size,
-            "use at least 4: the roles hold that many at once",
-        )?;
-        check(name_fits(&self.source.name), "source.name", &self.source.name, name_rule)?;
-        check(!self.source.text.is_empty(), "source.text", &"[]", "name at least one column to embed")?;
-        check(name_fits(&self.queue.name), "queue.name", &self.queue.name, name_rule)?;
-        check(
-            (1..=43_200).contains(&self.queue.visibility_s),
-            "queue.visibility_s",
-            &self.queue.visibility_s,
-            "use 1 to 43200 seconds",
-        )?;
-        check(
-            self.queue.max_receives >= 1,
-            "queue.max_receives",
-            &self.queue.max_receives,
-            "use at least 1",
-        )?;
-        check(
-            self.index.timeout_ms >= 1 && self.index.timeout_ms * 2 <= self.indexer.lease_ms,
-            "index.timeout_ms",
-            &self.index.timeout_ms,
-            "use at least 1, and at most half of indexer.lease_ms: a request must end within the lease",
-        )?;
-        check(
-            (1..=1000).contains(&self.index.ef_search),
-            "index.ef_search",
-            &self.index.ef_search,
-            "use 1 to 1000",
-        )?;
-        check((1..=500).contains(&self.relay.pack), "relay.pack", &self.relay.pack, "use 1 to 500")?;
-        check(self.relay.poll_ms >= 1, "relay.poll_ms", &self.relay.poll_ms, "use at least 1")?;
-        check(
-            self.indexer.workers <= 1024,
-            "indexer.workers",
-            &self.indexer.workers,
-            "use 1 to 1024, or 0 for one each core",
-        )?;
-        check(self.indexer.slice_ms >= 1, "indexer.slice_ms", &self.indexer.slice_ms, "use at least 1")?;
-        check(self.indexer.hold_ms >= 1, "indexer.hold_ms", &self.indexer.hold_ms, "use at least 1")?;
-        check(self.indexer.poll_ms >= 1, "indexer.poll_ms", &self.indexer.poll_ms, "use at least 1")?;
-        check(
-            (1..=100).contains(&self.serve.page_size),
-            "serve.page_size",
-            &self.serve.page_size,
-            "use 1 to 100",
-        )?;
-        check(
-            matches!(self.log.format.as_str(), "" | "text" | "json"),
-            "log.format",
-            &self.log.format,
-            "use text or json",
-        )
-    }
-}
-
-/// The database that the environment names: `DATABASE_URL`, or the reference architecture's five.
-fn database_url(env: &BTreeMap<String, String>) -> Option<(&'static str, String)> {
-    let set = |name: &str| env.get(name).filter(|value| !value.is_empty());
-    if let Some(url) = set("DATABASE_URL") {
-        return Some(("database.url", url.clone()));
-    }
-    let host = set("POSTGRES_DB_HOST")?;
-    // The key-value form needs no percent-encoding: a quoted value takes anything.
-    let mut url = String::new();
-    let parts = [
-        ("host", Some(host)),
-        ("port", set("POSTGRES_DB_PORT")),
-        ("dbname", set("POSTGRES_DB_NAME")),
-        ("user", set("POSTGRES_DB_USER")),
-        ("password", set("POSTGRES_DB_PASSWORD")),
-    ];
-    for (name, value) in parts {
-        if let Some(value) = value {
-            let quoted = value.replace('\\', r"\\").replace('\'', r"\'");
-            let _ = write!(url, "{name}='{quoted}' ");
-        }
-    }
-    Some(("database.url", url.trim_end().to_owned()))
 }
 
 /// A value, as it came.
@@ -555,6 +234,7 @@ fn typed(settings: &Table, origins: &BTreeMap<String, String>) -> Result<Setting
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{IndexKind, QueueKind};
 
     fn load(file: &str, env: &[(&str, &str)], flags: &[Override]) -> Result<Settings, ConfigError> {
         let file = File { path: "test.toml".into(), text: file.into() };
@@ -605,6 +285,38 @@ mod tests {
         let parsed: tokio_postgres::Config = settings.database.url.expose().parse().unwrap();
         assert_eq!(parsed.get_dbname(), Some("shop"));
         assert_eq!(parsed.get_password(), Some(&b"it's \\ here"[..]));
+    }
+
+    #[test]
+    fn customary_variables_choose_their_service_and_ours_win() {
+        let env = [
+            ("SQS_QUEUE_URL", "https://sqs.eu-west-1.amazonaws.com/1/jobs"),
+            ("PINECONE_INDEX", "shop"),
+            ("PINECONE_API_KEY", "hidden"),
+            ("PGSSLMODE", "require"),
+        ];
+        let settings = load("", &env, &[]).unwrap();
+        assert_eq!((settings.queue.kind, settings.index.kind), (QueueKind::Sqs, IndexKind::Pinecone));
+        assert_eq!(settings.database.sslmode, "require");
+        assert!(!format!("{settings:?}").contains("hidden"));
+        let ours = [&env[..], &[("REFARCH_QUEUE_KIND", "pgmq"), ("REFARCH_INDEX_NAME", "other")]].concat();
+        let settings = load("", &ours, &[]).unwrap();
+        assert_eq!((settings.queue.kind, settings.index.name.as_str()), (QueueKind::Pgmq, "other"));
+    }
+
+    #[test]
+    fn a_service_that_lacks_what_it_needs_is_refused() {
+        let message = |env: &[(&str, &str)]| load("", env, &[]).unwrap_err().to_string();
+        let error = message(&[("REFARCH_QUEUE_KIND", "sqs")]);
+        assert!(error.contains("queue.url"), "{error}");
+        let error = message(&[("SQS_QUEUE_URL", "jobs")]);
+        assert!(error.starts_with("environment variable SQS_QUEUE_URL: queue.url = jobs: "), "{error}");
+        let error = message(&[("PINECONE_INDEX", "shop")]);
+        assert!(error.contains("PINECONE_API_KEY"), "{error}");
+        let error = message(&[("REFARCH_EMBEDDER_KIND", "tei")]);
+        assert!(error.contains("embedder.url"), "{error}");
+        let error = message(&[("PGSSLMODE", "verify")]);
+        assert!(error.contains("PGSSLMODE: database.sslmode = verify: use disable"), "{error}");
     }
 
     #[test]

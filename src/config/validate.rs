@@ -1,0 +1,153 @@
+//! What settings must be to be of use.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use super::{ConfigError, EmbedderKind, IndexKind, QueueKind, Settings};
+
+/// Whether a key's value is good; if not, the value and what would be right.
+type Check<'a> = dyn Fn(bool, &str, &dyn fmt::Display, &str) -> Result<(), ConfigError> + 'a;
+
+impl Settings {
+    /// Checks every value, each with the place that it came from.
+    pub(super) fn validate(&self, origins: &BTreeMap<String, String>) -> Result<(), ConfigError> {
+        let check = |good: bool, key: &str, value: &dyn fmt::Display, reason: &str| {
+            if good {
+                return Ok(());
+            }
+            Err(ConfigError::Invalid {
+                origin: origins.get(key).cloned().unwrap_or_else(|| "configuration".into()),
+                key: key.into(),
+                value: value.to_string(),
+                reason: reason.into(),
+            })
+        };
+        let name_fits = |name: &str| {
+            !name.is_empty()
+                && name.len() <= 40
+                && name.starts_with(|c: char| c.is_ascii_lowercase())
+                && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+        };
+        let name_rule = "use 1 to 40 lower-case letters, digits and _, beginning with a letter";
+        check(
+            self.database.pool_size >= 4,
+            "database.pool_size",
+            &self.database.pool_size,
+            "use at least 4: the roles hold that many at once",
+        )?;
+        check(name_fits(&self.source.name), "source.name", &self.source.name, name_rule)?;
+        check(!self.source.text.is_empty(), "source.text", &"[]", "name at least one column to embed")?;
+        check(name_fits(&self.queue.name), "queue.name", &self.queue.name, name_rule)?;
+        check(
+            (1..=43_200).contains(&self.queue.visibility_s),
+            "queue.visibility_s",
+            &self.queue.visibility_s,
+            "use 1 to 43200 seconds",
+        )?;
+        check(
+            self.queue.max_receives >= 1,
+            "queue.max_receives",
+            &self.queue.max_receives,
+            "use at least 1",
+        )?;
+        self.validate_services(&check)?;
+        check(
+            self.index.timeout_ms >= 1 && self.index.timeout_ms * 2 <= self.indexer.lease_ms,
+            "index.timeout_ms",
+            &self.index.timeout_ms,
+            "use at least 1, and at most half of indexer.lease_ms: a request must end within the lease",
+        )?;
+        check(
+            (1..=1000).contains(&self.index.ef_search),
+            "index.ef_search",
+            &self.index.ef_search,
+            "use 1 to 1000",
+        )?;
+        check((1..=500).contains(&self.relay.pack), "relay.pack", &self.relay.pack, "use 1 to 500")?;
+        check(self.relay.poll_ms >= 1, "relay.poll_ms", &self.relay.poll_ms, "use at least 1")?;
+        check(
+            self.indexer.workers <= 1024,
+            "indexer.workers",
+            &self.indexer.workers,
+            "use 1 to 1024, or 0 for one each core",
+        )?;
+        check(self.indexer.slice_ms >= 1, "indexer.slice_ms", &self.indexer.slice_ms, "use at least 1")?;
+        check(self.indexer.hold_ms >= 1, "indexer.hold_ms", &self.indexer.hold_ms, "use at least 1")?;
+        check(self.indexer.poll_ms >= 1, "indexer.poll_ms", &self.indexer.poll_ms, "use at least 1")?;
+        check(
+            (1..=100).contains(&self.serve.page_size),
+            "serve.page_size",
+            &self.serve.page_size,
+            "use 1 to 100",
+        )?;
+        check(
+            matches!(self.log.format.as_str(), "" | "text" | "json"),
+            "log.format",
+            &self.log.format,
+            "use text or json",
+        )
+    }
+    /// What the chosen services can't do without.
+    fn validate_services(&self, check: &Check<'_>) -> Result<(), ConfigError> {
+        let is_url = |url: &str| url.starts_with("https://") || url.starts_with("http://");
+        let modes = ["", "disable", "prefer", "require", "verify-ca", "verify-full"];
+        check(
+            modes.contains(&self.database.sslmode.as_str()),
+            "database.sslmode",
+            &self.database.sslmode,
+            "use disable, prefer, require, verify-ca or verify-full; empty: verify-full unless the host is local",
+        )?;
+        if self.queue.kind == QueueKind::Sqs {
+            let url_rule = "use the queue's URL, as https://sqs.REGION.amazonaws.com/ACCOUNT/NAME";
+            check(is_url(&self.queue.url), "queue.url", &self.queue.url, url_rule)?;
+            for (key, url) in
+                [("queue.bulk_url", &self.queue.bulk_url), ("queue.dead_url", &self.queue.dead_url)]
+            {
+                check(url.is_empty() || is_url(url), key, url, url_rule)?;
+                check(
+                    *url != self.queue.url,
+                    key,
+                    url,
+                    "use another queue than queue.url, or leave it empty",
+                )?;
+            }
+        }
+        if self.index.kind == IndexKind::Pinecone {
+            check(
+                !self.index.host.trim().is_empty() || !self.index.name.is_empty(),
+                "index.name",
+                &self.index.name,
+                "name the index, or set index.host to its host",
+            )?;
+            check(
+                !self.index.api_key.is_empty(),
+                "index.api_key",
+                &self.index.api_key,
+                "set PINECONE_API_KEY to the key that Pinecone's console shows",
+            )?;
+            check(is_url(&self.index.controller), "index.controller", &self.index.controller, "use a URL")?;
+        }
+        if matches!(self.embedder.kind, EmbedderKind::Openai | EmbedderKind::Tei) {
+            check(
+                is_url(&self.embedder.url),
+                "embedder.url",
+                &self.embedder.url,
+                "use the server's address, such as http://127.0.0.1:8080",
+            )?;
+        }
+        if matches!(self.embedder.kind, EmbedderKind::Openai | EmbedderKind::Pinecone) {
+            check(
+                !self.embedder.model.is_empty(),
+                "embedder.model",
+                &self.embedder.model,
+                "name the model that the server is to use",
+            )?;
+        }
+        check(
+            self.embedder.timeout_ms >= 1,
+            "embedder.timeout_ms",
+            &self.embedder.timeout_ms,
+            "use at least 1",
+        )
+    }
+}
