@@ -6,6 +6,7 @@ pub mod pgmq;
 pub mod pgvector;
 pub mod pinecone;
 pub mod postgres;
+pub mod sqs;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use postgres::Postgres;
 use postgres::ledger::PgLedger;
 use postgres::migrate::{self, IndexShape, Report, Target};
 use postgres::outbox::PgOutbox;
+use sqs::Sqs;
 
 /// The database in use, and the private cluster when it is ours.
 pub struct Database {
@@ -143,6 +145,21 @@ pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report>
     migrate::migrate(postgres, &settings.source, &settings.queue, &index_shape(settings)?).await
 }
 
+fn sqs_options(settings: &Settings) -> sqs::Options {
+    let named = |url: &str| (!url.is_empty()).then(|| url.to_owned());
+    let queue = &settings.queue;
+    sqs::Options {
+        url: queue.url.clone(),
+        bulk_url: named(&queue.bulk_url),
+        dead_url: named(&queue.dead_url),
+        visibility: Duration::from_secs(queue.visibility_s),
+        wait: Duration::from_secs(queue.wait_s),
+        shared_bound: queue.shared_bound,
+        max_receives: queue.max_receives,
+        source: settings.source.name.clone(),
+    }
+}
+
 /// The backends of one source and its active target.
 #[derive(Clone)]
 pub struct Backends {
@@ -156,7 +173,8 @@ pub struct Backends {
     pub queue: Arc<dyn JobQueue>,
     /// The vector index.
     pub index: Arc<dyn VectorIndex>,
-    outbox_queue: String,
+    /// Prefix of pgmq's queues, if that is the queue.
+    pgmq: Option<String>,
 }
 
 impl Backends {
@@ -165,7 +183,11 @@ impl Backends {
         let target = migrate::target(postgres, &settings.source, &index_shape(settings)?).await?;
         let table = Arc::new(target.table.clone());
         let queue: Arc<dyn JobQueue> = match settings.queue.kind {
-            QueueKind::Sqs => return Err(unbuilt(settings.queue.kind)),
+            QueueKind::Sqs => {
+                let options = sqs_options(settings);
+                let client = sqs::connect(&options).await?;
+                Arc::new(Sqs::open(client, postgres.clone(), options).await?)
+            }
             QueueKind::Pgmq => Arc::new(Pgmq::new(
                 postgres.clone(),
                 &settings.queue.name,
@@ -199,14 +221,18 @@ impl Backends {
             ledger,
             queue,
             index,
-            outbox_queue: settings.queue.name.clone(),
+            pgmq: (settings.queue.kind == QueueKind::Pgmq).then(|| settings.queue.name.clone()),
         })
     }
 
     /// The outbox, feeding the queue. Listens for wake-ups for as long as it lives.
     #[must_use]
     pub fn outbox(&self) -> Arc<dyn Outbox> {
-        Arc::new(PgOutbox::new(self.postgres.clone(), &self.target.table.name, &self.outbox_queue))
+        let (postgres, source) = (self.postgres.clone(), &self.target.table.name);
+        Arc::new(match &self.pgmq {
+            Some(prefix) => PgOutbox::new(postgres, source, prefix),
+            None => PgOutbox::shipping(postgres, source, Arc::clone(&self.queue)),
+        })
     }
 
     /// Whether the index is written to under a fence, so that no attempts are needed.

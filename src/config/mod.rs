@@ -69,6 +69,8 @@ pub struct Queue {
     pub url: String,
     pub bulk_url: String,
     pub dead_url: String,
+    pub wait_s: u64,
+    pub shared_bound: u64,
     pub visibility_s: u64,
     pub max_receives: u32,
 }

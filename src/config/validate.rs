@@ -97,6 +97,18 @@ impl Settings {
             &self.database.sslmode,
             "use disable, prefer, require, verify-ca or verify-full; empty: verify-full unless the host is local",
         )?;
+        check(
+            (1..=20).contains(&self.queue.wait_s),
+            "queue.wait_s",
+            &self.queue.wait_s,
+            "use 1 to 20 seconds",
+        )?;
+        check(
+            self.queue.shared_bound >= 1,
+            "queue.shared_bound",
+            &self.queue.shared_bound,
+            "use at least 1",
+        )?;
         if self.queue.kind == QueueKind::Sqs {
             let url_rule = "use the queue's URL, as https://sqs.REGION.amazonaws.com/ACCOUNT/NAME";
             check(is_url(&self.queue.url), "queue.url", &self.queue.url, url_rule)?;

@@ -27,7 +27,7 @@ pub struct OutboxRow {
 pub struct ClaimRequest {
     /// At most this many outbox rows that are small, of transactions not known to be large.
     pub small_rows: usize,
-    /// At most this many other rows.
+    /// At most this many rows of large statements, and if it is zero none of transactions that are known to be large.
     pub large_rows: usize,
 }
 
@@ -54,7 +54,8 @@ pub struct Transferred {
 pub trait Outbox: Send + Sync {
     /// Claims rows (small ones first), packs them, sends them to the queue and removes them. Rows
     /// that another relay holds are passed over. A crash at any point may send a change again, and
-    /// never loses one.
+    /// never loses one. Sending may go on after this returns; then its failure is a later call's, and a
+    /// call that finds nothing to take returns when all is sent.
     async fn transfer(&self, request: ClaimRequest, pack: Pack<'_>) -> Result<Transferred>;
 
     /// Returns when a change may have been committed, or after `timeout`. Arms the wake-up before it

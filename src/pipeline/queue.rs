@@ -116,14 +116,17 @@ pub struct DeadLetter {
 ///
 /// Delivery is at least once and unordered: a message may come again after it was acknowledged, and
 /// two receivers may hold copies of it. Whoever receives a message owns it for the visibility
-/// timeout; then it comes again.
+/// timeout; then it comes again. Counts may be estimates, but for this: a queue that holds nothing, and
+/// nothing in flight, comes to be counted as empty, and one that stays filled does not.
 #[async_trait]
 pub trait JobQueue: Send + Sync {
     /// Adds messages to their lanes. Either all are added or the error says that none can be relied
     /// on: sending again may duplicate, which is harmless.
     async fn send(&self, jobs: &[Job]) -> Result<()>;
 
-    /// Takes up to `max` messages of a lane; none when the lane is empty. Does not wait.
+    /// Takes up to `max` messages of a lane; none when the lane is empty. A queue that is paid by the
+    /// call waits a while for the first one, and then [`Self::wait`] returns at once. What a caller that
+    /// gives up would have got comes to others at once, or when its visibility timeout ends.
     async fn receive(&self, lane: Lane, max: usize) -> Result<Vec<Message>>;
 
     /// Returns when the lane may hold something, or after `timeout`. May return early for no reason.
@@ -149,9 +152,21 @@ pub trait JobQueue: Send + Sync {
     /// Dead letters in their order, page by page: those after a letter's id.
     async fn read_dead_letters(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>>;
 
+    /// Brings every dead letter back by a means of the queue's own, and returns how many went; none if
+    /// it has no such means, and nothing was done.
+    async fn redrive_all(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// Puts dead letters back into the lanes they came from, and returns the ids of those that were
     /// there. May happen twice after an error, and never not at all.
     async fn redrive(&self, ids: &[String]) -> Result<Vec<String>>;
+
+    /// Where both lanes share one queue, nobody can take the live messages first: while more changes
+    /// than this stand in it, bulk ones are best kept out. None where each lane has its own.
+    fn shared_bound(&self) -> Option<u64> {
+        None
+    }
 
     /// When the oldest change in the lanes was made, by the database's clock; none when there is
     /// none. A queue that can't tell answers with the beginning of time while it holds anything.

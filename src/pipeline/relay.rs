@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -26,8 +26,11 @@ const SMALL_ROWS: usize = 2_000;
 /// Rows of large statements in one claim: with 500 ids each 100,000 changes, some 5 MB.
 const LARGE_ROWS: usize = 200;
 
-/// How long a count of the live backlog is believed.
+/// How long a count of the backlog is believed while changes come.
 const BACKLOG_AGE: Duration = Duration::from_secs(1);
+
+/// The same while none come: what was counted can only have become less, and a count may cost a call.
+const IDLE_BACKLOG_AGE: Duration = Duration::from_mins(1);
 
 /// What the relay needs of the settings.
 #[derive(Clone, Debug)]
@@ -51,7 +54,9 @@ pub struct Relay {
     clock: Arc<dyn Clock>,
     options: Options,
     live_backlog: AtomicU64,
+    bulk_backlog: AtomicU64,
     counted: Mutex<Option<Duration>>,
+    idle: AtomicBool,
 }
 
 impl Relay {
@@ -63,17 +68,32 @@ impl Relay {
         clock: Arc<dyn Clock>,
         options: Options,
     ) -> Self {
-        Self { outbox, queue, clock, options, live_backlog: AtomicU64::new(0), counted: Mutex::default() }
+        Self {
+            outbox,
+            queue,
+            clock,
+            options,
+            live_backlog: AtomicU64::new(0),
+            bulk_backlog: AtomicU64::new(0),
+            counted: Mutex::default(),
+            idle: AtomicBool::new(false),
+        }
     }
 
     /// Moves one claim; nothing moved means that the outbox was empty.
     pub async fn step(&self) -> Result<Transferred> {
-        self.count_live_backlog().await?;
-        let room = self.options.live_bound.saturating_sub(self.live_backlog.load(Ordering::Relaxed));
+        self.count_backlog().await?;
+        let live = self.live_backlog.load(Ordering::Relaxed);
+        let room = self.options.live_bound.saturating_sub(live);
         let pack = |rows| pack(rows, &self.options, room);
-        let request = ClaimRequest { small_rows: SMALL_ROWS, large_rows: LARGE_ROWS };
-        let done = self.outbox.transfer(request, &pack).await?;
+        // In the outbox a load is stepped over; in a queue that the lanes share it stands in the way.
+        let bulk = self.bulk_backlog.load(Ordering::Relaxed);
+        let is_full = self.queue.shared_bound().is_some_and(|bound| live + bulk >= bound);
+        let large_rows = if is_full { 0 } else { LARGE_ROWS };
+        let done = self.outbox.transfer(ClaimRequest { small_rows: SMALL_ROWS, large_rows }, &pack).await?;
         self.live_backlog.fetch_add(done.live, Ordering::Relaxed);
+        self.bulk_backlog.fetch_add(done.bulk, Ordering::Relaxed);
+        self.idle.store(done.rows == 0 && !is_full, Ordering::Relaxed);
         Ok(done)
     }
 
@@ -84,7 +104,7 @@ impl Relay {
             match self.step().await {
                 Ok(done) if done.rows == 0 => {
                     backoff.reset();
-                    if until_idle {
+                    if until_idle && self.idle.load(Ordering::Relaxed) {
                         break;
                     }
                     stop.run_until_cancelled(self.outbox.wait(self.options.poll)).await;
@@ -110,11 +130,17 @@ impl Relay {
         Ok(())
     }
 
-    async fn count_live_backlog(&self) -> Result<()> {
+    async fn count_backlog(&self) -> Result<()> {
         let mut counted = self.counted.lock().await;
-        if counted.is_none_or(|at| self.clock.now().saturating_sub(at) > BACKLOG_AGE) {
-            let backlog = self.queue.backlog(Lane::Live).await?;
-            self.live_backlog.store(backlog.visible + backlog.in_flight, Ordering::Relaxed);
+        let age = if self.idle.load(Ordering::Relaxed) { IDLE_BACKLOG_AGE } else { BACKLOG_AGE };
+        if counted.is_none_or(|at| self.clock.now().saturating_sub(at) > age) {
+            let standing = async |lane| {
+                self.queue.backlog(lane).await.map(|backlog| backlog.visible + backlog.in_flight)
+            };
+            self.live_backlog.store(standing(Lane::Live).await?, Ordering::Relaxed);
+            if self.queue.shared_bound().is_some() {
+                self.bulk_backlog.store(standing(Lane::Bulk).await?, Ordering::Relaxed);
+            }
             *counted = Some(self.clock.now());
         }
         Ok(())

@@ -115,6 +115,9 @@ async fn all(queue: &dyn JobQueue, dry_run: bool) -> failure::Result<Outcome> {
     let Some(last) = last.filter(|_| !dry_run) else {
         return Ok(Outcome { dry_run, ..there });
     };
+    if let Some(redriven) = queue.redrive_all().await? {
+        return Ok(Outcome { redriven, changes: there.changes, ..Outcome::default() });
+    }
     let mut outcome = Outcome::default();
     let mut pages = Pages::of(queue);
     while let Some(mut page) = pages.next().await? {

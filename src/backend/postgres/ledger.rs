@@ -315,7 +315,8 @@ impl Ledger for PgLedger {
         let client = self.postgres.client().await?;
         let row = client
             .query_one(
-                "SELECT clock_timestamp(), (SELECT min(changed_at) FROM refarch.outbox WHERE source = $1)",
+                "SELECT clock_timestamp(), least((SELECT min(changed_at) FROM refarch.outbox WHERE source = $1), \
+                   (SELECT min(oldest) FROM refarch.shipment WHERE source = $1))",
                 &[&self.table.name],
             )
             .await

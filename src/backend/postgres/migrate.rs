@@ -15,6 +15,7 @@ use crate::pipeline::failure::{Error, Result};
 const MIGRATIONS: &[(i32, &str, &str)] = &[
     (1, "core", include_str!("schema/0001_core.sql")),
     (2, "attempts", include_str!("schema/0002_attempts.sql")),
+    (3, "shipments", include_str!("schema/0003_shipments.sql")),
 ];
 
 /// pgmq, as its authors publish it.

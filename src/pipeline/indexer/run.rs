@@ -42,8 +42,16 @@ const SWEEP_AT_ONCE: usize = 100;
 /// During an outage, how often it is looked at whether it is over.
 const OUTAGE_LOOK: Duration = Duration::from_millis(100);
 
+/// How long a receive may still take once the work is to stop: what it brings would else stay invisible.
+const LAST_RECEIVE: Duration = Duration::from_millis(200);
+
 /// How often the index's search structures are looked after.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(1);
+
+/// What a batch's task came to; one that panicked is as bad as one that failed for good.
+fn ended_well(ended: Result<Result<()>, tokio::task::JoinError>) -> Result<()> {
+    ended.unwrap_or_else(|error| Err(Error::fatal("apply changes", error)))
+}
 
 impl Indexer {
     fn may_hold(&self) -> u64 {
@@ -90,12 +98,15 @@ impl Indexer {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
-            let result = async {
-                let backlog = self.backlog().await?;
-                self.index.maintain(backlog).await
-            };
-            if let Err(error) = result.await {
-                tracing::debug!(%error, "cannot look after the index's search structures");
+            // An index that can't fence is a service that looks after itself, and a count may cost a call.
+            if matches!(self.index.writes(), Writes::Fenced(_)) {
+                let result = async {
+                    let backlog = self.backlog().await?;
+                    self.index.maintain(backlog).await
+                };
+                if let Err(error) = result.await {
+                    tracing::debug!(%error, "cannot look after the index's search structures");
+                }
             }
             if let Err(error) = self.sweep().await {
                 tracing::debug!(%error, "cannot sweep attempts");
@@ -128,7 +139,7 @@ impl Indexer {
         let mut result = Ok(());
         while !stop.is_cancelled() {
             while let Some(ended) = running.try_join_next() {
-                result = result.and(ended.unwrap_or_else(|error| Err(Error::fatal("apply changes", error))));
+                result = result.and(ended_well(ended));
             }
             if result.is_err() {
                 stop.cancel();
@@ -149,13 +160,21 @@ impl Indexer {
                 drop(permit);
                 // Something ends soon, since something is held.
                 if let Some(Some(ended)) = stop.run_until_cancelled(running.join_next()).await {
-                    result =
-                        result.and(ended.unwrap_or_else(|error| Err(Error::fatal("apply changes", error))));
+                    result = result.and(ended_well(ended));
                 }
                 continue;
             } else {
                 let wanted = (room as f64 / per_message).ceil() as usize;
-                self.queue.receive(lane, wanted.clamp(1, MAX_RECEIVE)).await
+                let receive = self.queue.receive(lane, wanted.clamp(1, MAX_RECEIVE));
+                match self.receive_beside(receive, &mut running, stop).await {
+                    Ok(Some(received)) => received,
+                    Ok(None) => break,
+                    Err(error) => {
+                        result = Err(error);
+                        stop.cancel();
+                        break;
+                    }
+                }
             };
             match received {
                 Ok(messages) if messages.is_empty() => {
@@ -194,9 +213,31 @@ impl Indexer {
             }
         }
         while let Some(ended) = running.join_next().await {
-            result = result.and(ended.unwrap_or_else(|error| Err(Error::fatal("apply changes", error))));
+            result = result.and(ended_well(ended));
         }
         result
+    }
+
+    /// Receives while batches run; ends with the first of these that fails for good, and with `stop`.
+    async fn receive_beside(
+        &self,
+        receive: impl Future<Output = Result<Vec<Message>>>,
+        running: &mut JoinSet<Result<()>>,
+        stop: &CancellationToken,
+    ) -> Result<Option<Result<Vec<Message>>>> {
+        let mut receive = std::pin::pin!(receive);
+        let mut stopped = std::pin::pin!(async {
+            stop.cancelled().await;
+            self.clock().sleep(LAST_RECEIVE).await;
+        });
+        loop {
+            tokio::select! {
+                biased;
+                received = &mut receive => return Ok(Some(received)),
+                () = &mut stopped => return Ok(None),
+                Some(ended) = running.join_next() => ended_well(ended)?,
+            }
+        }
     }
 
     /// Works until the messages are done with, extending their visibility meanwhile. An outage is

@@ -1,5 +1,12 @@
-//! The outbox, for a queue in the same database: claim, send and delete in one transaction.
+//! The outbox: changes that triggers captured, claimed and handed to the queue.
+//!
+//! A queue in the same database gets its messages in the transaction that claims their changes. For one
+//! outside, that transaction books the messages, packed as they will travel, and [`shipping`] sends them:
+//! no transaction stays open during a call, which would hold back vacuum in the whole database.
 
+mod shipping;
+
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -12,6 +19,8 @@ use super::{Postgres, failure};
 use crate::pipeline::change::{Job, Lane, Op};
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::outbox::{ClaimRequest, Outbox, OutboxRow, Pack, Transferred};
+use crate::pipeline::queue::JobQueue;
+use shipping::Shipping;
 
 /// Channel on which a committing writer rings a sleeping relay.
 const CHANNEL: &str = "refarch_outbox";
@@ -63,11 +72,19 @@ SELECT t.seq, t.op::text, t.ids, t.xid::text, (extract(epoch FROM t.changed_at) 
        totals.changes::bigint, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
 FROM taken t JOIN totals USING (xid) ORDER BY t.xid, t.seq";
 
-/// Changes captured by triggers, on their way to pgmq in the same database.
+/// How messages leave the database.
+enum Delivery {
+    /// To pgmq, whose queues begin with that prefix: in the transaction that claims their changes.
+    Pgmq(String),
+    /// To a queue outside of the database.
+    Shipped(Shipping),
+}
+
+/// Changes captured by triggers, on their way to the queue.
 pub struct PgOutbox {
     postgres: Postgres,
     source: String,
-    queue: String,
+    delivery: Delivery,
     _bell: Bell,
     waiter: Mutex<Waiter>,
     /// Transactions that still had rows when their claim showed them to be large.
@@ -77,15 +94,26 @@ pub struct PgOutbox {
 }
 
 impl PgOutbox {
-    /// The outbox of a source, feeding the queues that begin with `queue`.
+    /// The outbox of a source, feeding the queues of pgmq that begin with `queue`.
     #[must_use]
     pub fn new(postgres: Postgres, source: &str, queue: &str) -> Self {
+        Self::delivering(postgres, source, Delivery::Pgmq(queue.into()))
+    }
+
+    /// The outbox of a source, feeding a queue outside of its database.
+    #[must_use]
+    pub fn shipping(postgres: Postgres, source: &str, queue: Arc<dyn JobQueue>) -> Self {
+        let shipping = Shipping::new(postgres.clone(), source, queue);
+        Self::delivering(postgres, source, Delivery::Shipped(shipping))
+    }
+
+    fn delivering(postgres: Postgres, source: &str, delivery: Delivery) -> Self {
         let bell = Bell::listen(postgres.clone(), CHANNEL);
         let waiter = Mutex::new(bell.waiter());
         Self {
             postgres,
             source: source.into(),
-            queue: queue.into(),
+            delivery,
             _bell: bell,
             waiter,
             known_large: Mutex::default(),
@@ -108,17 +136,28 @@ impl PgOutbox {
     }
 }
 
-/// Changes in the outbox; a truncation counts as one.
+/// Changes in the outbox or on their way to the queue; a truncation counts as one.
 pub async fn pending(postgres: &Postgres, source: &str) -> Result<u64> {
     let client = postgres.client().await?;
     let row = client
         .query_one(
-            "SELECT coalesce(sum(greatest(cardinality(ids), 1)), 0)::bigint FROM refarch.outbox WHERE source = $1",
+            "SELECT (SELECT coalesce(sum(greatest(cardinality(ids), 1)), 0) FROM refarch.outbox WHERE source = $1)::bigint \
+               + (SELECT coalesce(sum(changes), 0) FROM refarch.shipment WHERE source = $1)::bigint",
             &[&source],
         )
         .await
         .map_err(|error| failure("count the outbox", &error))?;
     Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
+}
+
+/// Counts what goes to each lane.
+fn count(jobs: &[Job], done: &mut Transferred) {
+    for job in jobs {
+        match job.lane {
+            Lane::Live => done.live += job.changes() as u64,
+            Lane::Bulk => done.bulk += job.changes() as u64,
+        }
+    }
 }
 
 /// The gaps between known large transactions, as exclusive bounds.
@@ -140,10 +179,17 @@ enum Claimed {
 impl Outbox for PgOutbox {
     async fn transfer(&self, request: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
         self.waiter.lock().await.arm();
+        let mut done = Transferred::default();
+        if let Delivery::Shipped(shipping) = &self.delivery {
+            shipping.make_room().await?;
+            shipping.take_left(&mut done).await?;
+        }
         let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, &error);
         let known = self.known_large.lock().await.clone();
         let (low, high) = gaps(&known);
-        let known_text: Vec<String> = known.iter().map(u64::to_string).collect();
+        // Large transactions that are not wanted now are stepped over all the same.
+        let wanted = if request.large_rows > 0 { known.as_slice() } else { &[] };
+        let known_text: Vec<String> = wanted.iter().map(u64::to_string).collect();
 
         let mut client = self.postgres.client().await?;
         let statement = client.prepare_cached(CLAIM).await.map_err(fail("prepare the claim"))?;
@@ -164,12 +210,19 @@ impl Outbox for PgOutbox {
             .map_err(fail("claim changes"))?;
         if rows.is_empty() {
             transaction.rollback().await.map_err(fail("end an empty claim"))?;
-            self.known_large.lock().await.clear();
-            return Ok(Transferred::default());
+            if request.large_rows > 0 {
+                self.known_large.lock().await.clear();
+            }
+            if done.rows == 0
+                && let Delivery::Shipped(shipping) = &self.delivery
+            {
+                shipping.finish().await?;
+            }
+            return Ok(done);
         }
         let now_us: i64 = rows[0].get(6);
         let claimed = rows.iter().map(read).collect::<Result<Vec<_>>>()?;
-        let mut done = Transferred { rows: claimed.len(), ..Transferred::default() };
+        done.rows += claimed.len();
         let mut plain = Vec::with_capacity(claimed.len());
         let mut large = Vec::new();
         for claimed in claimed {
@@ -190,12 +243,23 @@ impl Outbox for PgOutbox {
             };
             done.oldest_ms = done.oldest_ms.max(((now_us - changed_at_us) / 1000).max(0) as u64);
         }
-        self.send(&transaction, &pack(plain), &mut done).await?;
-        transaction
-            .execute("SELECT pg_notify($1, '')", &[&crate::backend::pgmq::CHANNEL])
-            .await
-            .map_err(fail("ring the indexers"))?;
+        let jobs = pack(plain);
+        count(&jobs, &mut done);
+        let mut shipment = None;
+        match &self.delivery {
+            Delivery::Pgmq(prefix) => crate::backend::pgmq::send_within(&transaction, prefix, &jobs).await?,
+            Delivery::Shipped(shipping) => shipment = shipping.book(&transaction, jobs).await?,
+        }
+        if matches!(self.delivery, Delivery::Pgmq(_)) {
+            transaction
+                .execute("SELECT pg_notify($1, '')", &[&crate::backend::pgmq::CHANNEL])
+                .await
+                .map_err(fail("ring the indexers"))?;
+        }
         transaction.commit().await.map_err(fail("commit a transfer"))?;
+        if let Delivery::Shipped(shipping) = &self.delivery {
+            shipping.start(shipment).await;
+        }
 
         large.extend(known);
         large.sort_unstable();
@@ -226,17 +290,6 @@ impl Outbox for PgOutbox {
 }
 
 impl PgOutbox {
-    async fn send(&self, transaction: &Transaction<'_>, jobs: &[Job], done: &mut Transferred) -> Result<()> {
-        crate::backend::pgmq::send_within(transaction, &self.queue, jobs).await?;
-        for job in jobs {
-            match job.lane {
-                Lane::Live => done.live += job.changes() as u64,
-                Lane::Bulk => done.bulk += job.changes() as u64,
-            }
-        }
-        Ok(())
-    }
-
     /// Sends a delete for every row that the ledger knows, unless it knows it to be gone: one that is
     /// being written, or is dirty, may have been there in between. Whether a row is really gone, the
     /// indexer sees when it reads it.
@@ -275,7 +328,14 @@ impl PgOutbox {
                     xid_changes: u64::MAX,
                 })
                 .collect();
-            self.send(transaction, &pack(rows), done).await?;
+            let jobs = pack(rows);
+            count(&jobs, done);
+            match &self.delivery {
+                Delivery::Pgmq(prefix) => {
+                    crate::backend::pgmq::send_within(transaction, prefix, &jobs).await?;
+                }
+                Delivery::Shipped(shipping) => shipping.leave(transaction, &jobs).await?,
+            }
         }
     }
 }

@@ -1,0 +1,219 @@
+//! Messages on their way to a queue outside of the database.
+//!
+//! A shipment holds the messages of one claim. It is booked by the transaction that takes their changes
+//! out of the outbox, sent after it, and struck off when the queue has taken all of it. Whoever books it
+//! has it leased; when that runs out, or the sending failed, anybody sends it (again). Packed messages
+//! are leased rather than rows of the outbox, since a lease on a million of those would be two million
+//! writes more.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+use tokio_postgres::Transaction;
+
+use crate::backend::postgres::{Postgres, failure};
+use crate::pipeline::change::{Job, Lane};
+use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::outbox::Transferred;
+use crate::pipeline::queue::JobQueue;
+
+/// How long nobody else sends a shipment: longer than its calls take, tries of the client's included.
+const LEASE_S: f64 = 120.0;
+
+/// Shipments that are sent at once: while these are on their way, the next ones are claimed.
+const AT_ONCE: usize = 4;
+
+/// How often it is looked for shipments that were left.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Messages in a shipment that is left for later, so that few are read back at a time.
+const LEFT_TOGETHER: usize = 100;
+
+/// Sums of the packing above this are halved.
+const REMEMBERED: i64 = 1_000;
+
+const STRIKE_OFF: &str = "DELETE FROM refarch.shipment WHERE id = $1";
+
+const REMEMBER: &str = "INSERT INTO refarch.packing AS p (source, lane, messages, changes) VALUES ($1, $2, $3, $4) \
+    ON CONFLICT (source, lane) DO UPDATE SET \
+      messages = p.messages / CASE WHEN p.messages > $5 THEN 2 ELSE 1 END + excluded.messages, \
+      changes = p.changes / CASE WHEN p.messages > $5 THEN 2 ELSE 1 END + excluded.changes";
+
+const BOOK: &str = "INSERT INTO refarch.shipment (source, bodies, changes, oldest, claimed_until) \
+    VALUES ($1, $2, $3, $4, clock_timestamp() + make_interval(secs => $5)) RETURNING id";
+
+/// Of those that stand past their time, the oldest is leased anew.
+const TAKE_LEFT: &str = "UPDATE refarch.shipment SET claimed_until = clock_timestamp() + make_interval(secs => $2) \
+    WHERE id = (SELECT id FROM refarch.shipment WHERE source = $1 AND claimed_until < clock_timestamp() \
+                ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED) \
+    RETURNING id, bodies";
+
+const PUT_BACK: &str = "UPDATE refarch.shipment SET claimed_until = '-infinity' WHERE id = $1";
+
+/// A shipment that is ours to send.
+pub(super) struct Shipment {
+    id: i64,
+    jobs: Vec<Job>,
+}
+
+/// Sends what is booked.
+pub(super) struct Shipping {
+    postgres: Postgres,
+    source: String,
+    queue: Arc<dyn JobQueue>,
+    sending: Mutex<JoinSet<Result<()>>>,
+    looked: Mutex<Option<Instant>>,
+    /// Whether something is known to have been left.
+    left: Arc<AtomicBool>,
+}
+
+impl Shipping {
+    pub(super) fn new(postgres: Postgres, source: &str, queue: Arc<dyn JobQueue>) -> Self {
+        Self {
+            postgres,
+            source: source.into(),
+            queue,
+            sending: Mutex::default(),
+            looked: Mutex::default(),
+            left: Arc::default(),
+        }
+    }
+
+    /// Returns when another shipment may be sent, with the failure of an earlier one if there is one.
+    pub(super) async fn make_room(&self) -> Result<()> {
+        let mut sending = self.sending.lock().await;
+        while let Some(ended) = sending.try_join_next() {
+            outcome(ended)?;
+        }
+        while sending.len() >= AT_ONCE
+            && let Some(ended) = sending.join_next().await
+        {
+            outcome(ended)?;
+        }
+        Ok(())
+    }
+
+    /// Returns when nothing is on its way.
+    pub(super) async fn finish(&self) -> Result<()> {
+        let mut sending = self.sending.lock().await;
+        while let Some(ended) = sending.join_next().await {
+            outcome(ended)?;
+        }
+        Ok(())
+    }
+
+    /// Books jobs as a shipment that this relay sends after the transaction.
+    pub(super) async fn book(
+        &self,
+        transaction: &Transaction<'_>,
+        jobs: Vec<Job>,
+    ) -> Result<Option<Shipment>> {
+        if jobs.is_empty() {
+            return Ok(None);
+        }
+        let id = self.insert(transaction, &jobs, LEASE_S).await?;
+        Ok(Some(Shipment { id, jobs }))
+    }
+
+    /// Books jobs for whoever comes next, this relay among others: there may be more than memory should
+    /// hold.
+    pub(super) async fn leave(&self, transaction: &Transaction<'_>, jobs: &[Job]) -> Result<()> {
+        for jobs in jobs.chunks(LEFT_TOGETHER) {
+            self.insert(transaction, jobs, 0.0).await?;
+        }
+        self.left.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn insert(&self, transaction: &Transaction<'_>, jobs: &[Job], lease_s: f64) -> Result<i64> {
+        let bodies = jobs
+            .iter()
+            .map(serde_json::to_string)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| Error::permanent("book a shipment", error))?;
+        let changes = jobs.iter().map(|job| job.changes() as i64).sum::<i64>();
+        let oldest = jobs.iter().map(|job| job.oldest).min().unwrap_or(Timestamp::UNIX_EPOCH);
+        transaction
+            .query_one(BOOK, &[&self.source, &bodies, &changes, &oldest, &lease_s])
+            .await
+            .map(|row| row.get(0))
+            .map_err(|error| failure("book a shipment", &error))
+    }
+
+    /// Starts to send a shipment whose booking has been committed.
+    pub(super) async fn start(&self, shipment: Option<Shipment>) {
+        let Some(shipment) = shipment else { return };
+        let (postgres, source, queue) = (self.postgres.clone(), self.source.clone(), Arc::clone(&self.queue));
+        let left = Arc::clone(&self.left);
+        self.sending.lock().await.spawn(async move {
+            let sent = queue.send(&shipment.jobs).await;
+            if sent.is_err() {
+                // If this fails too, it stands until its lease has run out.
+                let client = postgres.client().await?;
+                client
+                    .execute(PUT_BACK, &[&shipment.id])
+                    .await
+                    .map_err(|error| failure("put a shipment back", &error))?;
+                left.store(true, Ordering::Relaxed);
+                return sent;
+            }
+            strike_off(&postgres, &source, &shipment).await
+        });
+    }
+
+    /// Takes over a shipment that was left, if there is one.
+    pub(super) async fn take_left(&self, done: &mut Transferred) -> Result<()> {
+        let mut looked = self.looked.lock().await;
+        let is_due = looked.is_none_or(|at| at.elapsed() >= LOOK_EVERY);
+        if !self.left.swap(false, Ordering::Relaxed) && !is_due {
+            return Ok(());
+        }
+        *looked = Some(Instant::now());
+        let client = self.postgres.client().await?;
+        let row = client
+            .query_opt(TAKE_LEFT, &[&self.source, &LEASE_S])
+            .await
+            .map_err(|error| failure("look for shipments that were left", &error))?;
+        let Some(row) = row else { return Ok(()) };
+        // Where one was, others may be.
+        self.left.store(true, Ordering::Relaxed);
+        let bodies: Vec<String> = row.get(1);
+        let jobs = bodies
+            .iter()
+            .map(|body| serde_json::from_str(body))
+            .collect::<Result<Vec<Job>, _>>()
+            .map_err(|error| Error::fatal("read a shipment that was left", error))?;
+        done.rows += 1;
+        done.changes += jobs.iter().map(|job| job.changes() as u64).sum::<u64>();
+        drop(client);
+        self.start(Some(Shipment { id: row.get(0), jobs })).await;
+        Ok(())
+    }
+}
+
+/// Strikes off a shipment that the queue has taken, and remembers how it was packed.
+async fn strike_off(postgres: &Postgres, source: &str, shipment: &Shipment) -> Result<()> {
+    let fail = |error: tokio_postgres::Error| failure("strike off a shipment", &error);
+    let mut client = postgres.client().await?;
+    let transaction = client.transaction().await.map_err(fail)?;
+    transaction.execute(STRIKE_OFF, &[&shipment.id]).await.map_err(fail)?;
+    for lane in Lane::ALL {
+        let of_lane = shipment.jobs.iter().filter(|job| job.lane == lane);
+        let (messages, changes) =
+            of_lane.fold((0, 0), |(messages, changes), job| (messages + 1, changes + job.changes() as i64));
+        if messages > 0 {
+            let values: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
+                [&source, &lane.name(), &messages, &changes, &REMEMBERED];
+            transaction.execute(REMEMBER, &values).await.map_err(fail)?;
+        }
+    }
+    transaction.commit().await.map_err(fail)
+}
+
+fn outcome(ended: Result<Result<()>, tokio::task::JoinError>) -> Result<()> {
+    ended.unwrap_or_else(|error| Err(Error::retryable("send a shipment", error)))
+}

@@ -1,0 +1,296 @@
+//! Calls of ten entries each, whose failures are read entry by entry.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use aws_sdk_sqs::Client;
+use aws_sdk_sqs::error::BuildError;
+use aws_sdk_sqs::types::{
+    BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
+    SendMessageBatchRequestEntry,
+};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+
+use super::failure::failure;
+use super::{MAX_BYTES, Sqs};
+use crate::pipeline::change::{Group, Job};
+use crate::pipeline::clock::BootClock;
+use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::queue::Receipt;
+use crate::pipeline::retry::Backoff;
+
+/// Entries in a call, by the limits of SQS.
+pub(super) const MAX_ENTRIES: usize = 10;
+
+/// Calls that are under way at once.
+const AT_ONCE: usize = 16;
+
+/// How often the entries of a call are sent that failed by no fault of ours.
+const TRIES: u32 = 5;
+
+/// A job's body, or those of its parts if it is too long for a message.
+pub(super) fn bodies(job: &Job, to: &mut Vec<String>) -> Result<()> {
+    let body = serde_json::to_string(job).map_err(|error| Error::permanent("send jobs", error))?;
+    let body = sendable(body);
+    if body.len() <= MAX_BYTES {
+        to.push(body);
+        return Ok(());
+    }
+    let Some((left, right)) = halves(job) else {
+        return Err(Error::permanent(
+            "send jobs",
+            format!("an id of {} bytes is too long for SQS", body.len()),
+        ));
+    };
+    bodies(&left, to)?;
+    bodies(&right, to)
+}
+
+/// JSON escapes control characters; two more characters are none that SQS takes.
+fn sendable(body: String) -> String {
+    if body.contains(['\u{fffe}', '\u{ffff}']) {
+        return body.replace('\u{fffe}', "\\ufffe").replace('\u{ffff}', "\\uffff");
+    }
+    body
+}
+
+/// Two jobs with half of the changes each; none if there is but one.
+fn halves(job: &Job) -> Option<(Job, Job)> {
+    let half = job.changes() / 2;
+    if half == 0 {
+        return None;
+    }
+    let with = |groups| Job { groups, ..job.clone() };
+    let (mut left, mut right, mut taken) = (Vec::new(), Vec::new(), 0);
+    for group in &job.groups {
+        let (now, later) = group.ids.split_at(group.ids.len().min(half - taken));
+        taken += now.len();
+        for (ids, to) in [(now, &mut left), (later, &mut right)] {
+            if !ids.is_empty() {
+                to.push(Group { ids: ids.to_vec(), ..group.clone() });
+            }
+        }
+    }
+    Some((with(left), with(right)))
+}
+
+/// Cuts bodies into calls by count and by bytes.
+fn calls(bodies: Vec<String>) -> Vec<Vec<String>> {
+    let mut calls: Vec<Vec<String>> = Vec::new();
+    let mut bytes = 0;
+    for body in bodies {
+        let fits =
+            calls.last().is_some_and(|call| call.len() < MAX_ENTRIES && bytes + body.len() <= MAX_BYTES);
+        if !fits {
+            calls.push(Vec::new());
+            bytes = 0;
+        }
+        bytes += body.len();
+        if let Some(call) = calls.last_mut() {
+            call.push(body);
+        }
+    }
+    calls
+}
+
+/// What is done with the messages of a call.
+#[derive(Clone, Copy)]
+enum Doing {
+    Send,
+    Delete,
+    /// Hides them for that many seconds from now on.
+    Hide(i32),
+}
+
+impl Doing {
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Send => "send jobs to",
+            Self::Delete => "acknowledge jobs of",
+            Self::Hide(_) => "extend visibility in",
+        }
+    }
+
+    /// Whether nothing can be done with the message any more, which is no error: its visibility ended, or
+    /// it is gone.
+    fn is_over(self, code: &str) -> bool {
+        const OVER: [&str; 3] = ["ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue"];
+        !matches!(self, Self::Send) && OVER.iter().any(|over| code.ends_with(over))
+    }
+
+    /// Makes one call with bodies or receipt handles, and returns the entries that failed.
+    async fn call(
+        self,
+        client: &Client,
+        url: &str,
+        entries: &[String],
+    ) -> Result<Vec<BatchResultErrorEntry>> {
+        let what = self.describe();
+        let wrong = |error: BuildError| Error::permanent(what, error);
+        let numbered = entries.iter().enumerate().map(|(at, entry)| (at.to_string(), entry));
+        match self {
+            Self::Send => {
+                let entry = |(id, body): (String, &String)| {
+                    SendMessageBatchRequestEntry::builder().id(id).message_body(body).build()
+                };
+                let entries = numbered.map(entry).collect::<Result<Vec<_>, _>>().map_err(wrong)?;
+                let answer =
+                    client.send_message_batch().queue_url(url).set_entries(Some(entries)).send().await;
+                answer.map(|answer| answer.failed).map_err(|error| failure(what, url, &error))
+            }
+            Self::Delete => {
+                let entry = |(id, handle): (String, &String)| {
+                    DeleteMessageBatchRequestEntry::builder().id(id).receipt_handle(handle).build()
+                };
+                let entries = numbered.map(entry).collect::<Result<Vec<_>, _>>().map_err(wrong)?;
+                let answer =
+                    client.delete_message_batch().queue_url(url).set_entries(Some(entries)).send().await;
+                answer.map(|answer| answer.failed).map_err(|error| failure(what, url, &error))
+            }
+            Self::Hide(seconds) => {
+                let entry = |(id, handle): (String, &String)| {
+                    let entry = ChangeMessageVisibilityBatchRequestEntry::builder();
+                    entry.id(id).receipt_handle(handle).visibility_timeout(seconds).build()
+                };
+                let entries = numbered.map(entry).collect::<Result<Vec<_>, _>>().map_err(wrong)?;
+                let call = client.change_message_visibility_batch();
+                let answer = call.queue_url(url).set_entries(Some(entries)).send().await;
+                answer.map(|answer| answer.failed).map_err(|error| failure(what, url, &error))
+            }
+        }
+    }
+
+    /// Makes one call, and again with the entries that failed by no fault of ours.
+    async fn settle(self, client: Client, url: String, entries: Vec<String>) -> Result<()> {
+        let what = || format!("{} {url}", self.describe());
+        let said = |entry: &BatchResultErrorEntry| {
+            format!("{}: {}", entry.code(), entry.message().unwrap_or_default())
+        };
+        let mut left = entries;
+        let mut backoff = Backoff::default();
+        loop {
+            let mut failed = self.call(&client, &url, &left).await?;
+            failed.retain(|entry| !self.is_over(entry.code()));
+            if let Some(refused) = failed.iter().find(|entry| entry.sender_fault()) {
+                return Err(Error::permanent(what(), said(refused)));
+            }
+            let Some(first) = failed.first() else { return Ok(()) };
+            let error = Error::retryable(what(), said(first));
+            let pause = backoff.next(&error, &BootClock);
+            if backoff.failures() >= TRIES {
+                return Err(error);
+            }
+            tokio::time::sleep(pause).await;
+            left = failed
+                .iter()
+                .filter_map(|entry| left.get(entry.id().parse::<usize>().ok()?).cloned())
+                .collect();
+        }
+    }
+
+    /// Makes several calls at a time.
+    async fn all(self, client: &Client, url: &str, calls: Vec<Vec<String>>) -> Result<()> {
+        stream::iter(calls)
+            .map(|entries| self.settle(client.clone(), url.to_owned(), entries))
+            .buffer_unordered(AT_ONCE)
+            .try_collect()
+            .await
+    }
+}
+
+impl Sqs {
+    /// Sends bodies, ten a call, several calls at a time.
+    pub(super) async fn send_bodies(&self, url: &str, bodies: Vec<String>) -> Result<()> {
+        Doing::Send.all(&self.client, url, calls(bodies)).await
+    }
+
+    /// Deletes messages; one that is out of our hands is no error.
+    pub(super) async fn delete(&self, url: &str, handles: Vec<String>) -> Result<()> {
+        Doing::Delete.all(&self.client, url, tens(handles)).await
+    }
+
+    /// Receipt handles by the queue that they are of.
+    pub(super) fn by_queue(&self, receipts: &[Receipt]) -> BTreeMap<String, Vec<String>> {
+        let mut by_queue: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for receipt in receipts {
+            by_queue.entry(self.url(receipt.lane).to_owned()).or_default().push(receipt.handle.clone());
+        }
+        by_queue
+    }
+}
+
+/// Hides messages for `timeout` from now on; one that is out of our hands is no error.
+pub(super) async fn change_visibility(
+    client: &Client,
+    url: &str,
+    handles: Vec<String>,
+    timeout: Duration,
+) -> Result<()> {
+    let seconds = i32::try_from(timeout.as_secs()).unwrap_or(i32::MAX);
+    Doing::Hide(seconds).all(client, url, tens(handles)).await
+}
+
+fn tens(mut handles: Vec<String>) -> Vec<Vec<String>> {
+    // SQS refuses a call that names a message twice.
+    handles.sort_unstable();
+    handles.dedup();
+    handles.chunks(MAX_ENTRIES).map(<[String]>::to_vec).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::change::{JOB_VERSION, Lane, Op};
+
+    fn job(ids: usize, bytes: usize) -> Job {
+        let id = |n: usize| format!("{n:0bytes$}");
+        let group = |range: std::ops::Range<usize>| Group {
+            version: 1,
+            op: Op::Upsert,
+            after_ms: 0,
+            ids: range.map(id).collect(),
+        };
+        Job {
+            v: JOB_VERSION,
+            source: "products".into(),
+            lane: Lane::Bulk,
+            oldest: "2026-01-02T03:04:05Z".parse().unwrap(),
+            groups: vec![group(0..ids / 3), group(ids / 3..ids)],
+        }
+    }
+
+    #[test]
+    fn a_job_too_long_for_a_message_travels_in_parts() {
+        let job = job(500, 5_000);
+        let mut parts = Vec::new();
+        bodies(&job, &mut parts).unwrap();
+        assert!(parts.len() >= 3 && parts.iter().all(|body| body.len() <= MAX_BYTES));
+        let ids: Vec<String> = parts
+            .iter()
+            .flat_map(|body| serde_json::from_str::<Job>(body).unwrap().groups)
+            .flat_map(|group| group.ids)
+            .collect();
+        assert_eq!(ids, job.groups.iter().flat_map(|group| group.ids.clone()).collect::<Vec<_>>());
+        assert!(bodies(&self::job(1, MAX_BYTES), &mut parts).is_err());
+    }
+
+    #[test]
+    fn calls_keep_to_ten_entries_and_to_the_bytes() {
+        let sizes = |bodies: Vec<usize>| -> Vec<usize> {
+            calls(bodies.into_iter().map(|n| "x".repeat(n)).collect()).iter().map(Vec::len).collect()
+        };
+        assert_eq!(sizes(vec![1; 25]), [10, 10, 5]);
+        assert_eq!(sizes(vec![MAX_BYTES, 1, MAX_BYTES - 1, 1]), [1, 2, 1]);
+        assert!(sizes(vec![]).is_empty());
+    }
+
+    #[test]
+    fn characters_that_sqs_refuses_are_escaped() {
+        let mut odd = job(3, 1);
+        odd.groups[0].ids = vec!["a\u{ffff}\u{1}\u{fffe}".into()];
+        let mut sent = Vec::new();
+        bodies(&odd, &mut sent).unwrap();
+        assert!(sent[0].chars().all(|c| !c.is_control() && c != '\u{ffff}' && c != '\u{fffe}'));
+        assert_eq!(serde_json::from_str::<Job>(&sent[0]).unwrap(), odd);
+    }
+}

@@ -1,0 +1,180 @@
+//! The client, by the SDK's own chain of credentials and regions, and a look at the queues before use.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use aws_config::timeout::TimeoutConfig;
+use aws_config::{BehaviorVersion, Region};
+use aws_sdk_sqs::Client;
+use aws_sdk_sqs::types::QueueAttributeName;
+use serde_json::Value;
+
+use super::failure::failure;
+use super::{Options, lacking};
+use crate::pipeline::failure::{Error, Result};
+
+/// How long a connection may take to be made.
+const CONNECT: Duration = Duration::from_secs(3);
+
+/// How long one try of a call may take; a receive's waiting comes on top. The SDK sets no bound.
+pub(super) const ATTEMPT: Duration = Duration::from_secs(10);
+
+/// A client for the region in the queue's URL, or where it names none (another endpoint than Amazon's),
+/// the region of the environment or the profile.
+pub async fn connect(options: &Options) -> Result<Client> {
+    let region = region_of(&options.url);
+    for url in [&options.bulk_url, &options.dead_url].into_iter().flatten() {
+        if region_of(url) != region {
+            return Err(Error::fatal(
+                "use the queues",
+                format!("{} and {url} are in different regions: use queues of one region", options.url),
+            ));
+        }
+    }
+    let timeouts =
+        TimeoutConfig::builder().connect_timeout(CONNECT).operation_attempt_timeout(ATTEMPT).build();
+    let mut loader = aws_config::defaults(BehaviorVersion::latest()).timeout_config(timeouts);
+    if let Some(region) = region {
+        loader = loader.region(Region::new(region.to_owned()));
+    }
+    let config = loader.load().await;
+    if config.region().is_none() {
+        return Err(Error::fatal(
+            "use the queues",
+            format!("{} names no region: set AWS_REGION", options.url),
+        ));
+    }
+    Ok(Client::new(&config))
+}
+
+/// The region in a queue's URL: `sqs.REGION.amazonaws.com` or, as of old, `REGION.queue.amazonaws.com`.
+fn region_of(url: &str) -> Option<&str> {
+    let host = url.split_once("://")?.1.split(['/', ':']).next()?;
+    let name = host.strip_suffix(".amazonaws.com").or_else(|| host.strip_suffix(".amazonaws.com.cn"))?;
+    name.strip_prefix("sqs.").or_else(|| name.strip_suffix(".queue"))
+}
+
+/// Looks at the queues; returns the dead-letter queue's URL. Warns of what will lose sight of messages
+/// before refarch gives them up.
+pub(super) async fn check(client: &Client, options: &Options) -> Result<String> {
+    let wrong = |message: String| Err(Error::fatal("use the queues", message));
+    let mut policies = Vec::new();
+    for url in std::iter::once(&options.url).chain(&options.bulk_url) {
+        if url.trim_end_matches('/').ends_with(".fifo") {
+            return wrong(format!("{url} is a FIFO queue: use a standard one, since order is no help here"));
+        }
+        let attributes = attributes(client, url).await?;
+        let policy =
+            attributes.get(&QueueAttributeName::RedrivePolicy).map(|text| policy(text, url)).transpose()?;
+        match &policy {
+            None => tracing::warn!(
+                queue.url = url,
+                "the queue has no redrive policy: a message that no build can handle comes again until it expires; \
+                 set one with maxReceiveCount {} or more",
+                options.max_receives
+            ),
+            Some(policy) if policy.max_receives < u64::from(options.max_receives) => tracing::warn!(
+                queue.url = url,
+                "the queue's redrive policy gives a message up after {} receives, before refarch does (queue.max_receives = {}): \
+                 changes may become dead letters without a reason; set maxReceiveCount to {} or more",
+                policy.max_receives,
+                options.max_receives,
+                options.max_receives
+            ),
+            Some(_) => {}
+        }
+        policies.extend(policy);
+    }
+    let dead_url = match (&options.dead_url, policies.first()) {
+        (Some(url), _) => url.clone(),
+        (None, Some(policy)) => url_of(client, &policy.dead_arn).await?,
+        (None, None) => {
+            return wrong(format!(
+                "{} has no redrive policy, and no dead-letter queue is named: give it one, or set SQS_DEAD_LETTER_QUEUE_URL",
+                options.url
+            ));
+        }
+    };
+    attributes(client, &dead_url).await?;
+    Ok(dead_url)
+}
+
+async fn attributes(client: &Client, url: &str) -> Result<HashMap<QueueAttributeName, String>> {
+    let names = [QueueAttributeName::QueueArn, QueueAttributeName::RedrivePolicy];
+    let answer = client
+        .get_queue_attributes()
+        .queue_url(url)
+        .set_attribute_names(Some(names.to_vec()))
+        .send()
+        .await
+        .map_err(|error| failure("look at the queue", url, &error))?;
+    Ok(answer.attributes.unwrap_or_default())
+}
+
+/// The name by which other calls know a queue.
+pub(super) async fn arn(client: &Client, url: &str) -> Result<String> {
+    attributes(client, url)
+        .await?
+        .remove(&QueueAttributeName::QueueArn)
+        .ok_or_else(|| lacking("look at the queue", "QueueArn"))
+}
+
+struct RedrivePolicy {
+    dead_arn: String,
+    max_receives: u64,
+}
+
+fn policy(text: &str, url: &str) -> Result<RedrivePolicy> {
+    let value: Value = serde_json::from_str(text).unwrap_or_default();
+    // Written as a number or as text, as whoever set it liked.
+    let number = |value: &Value| value.as_u64().or_else(|| value.as_str()?.parse().ok());
+    let read = || {
+        Some(RedrivePolicy {
+            dead_arn: value.get("deadLetterTargetArn")?.as_str()?.to_owned(),
+            max_receives: number(value.get("maxReceiveCount")?)?,
+        })
+    };
+    read().ok_or_else(|| {
+        Error::fatal("use the queues", format!("{url} has the redrive policy {text:?}, which names no queue"))
+    })
+}
+
+/// The URL of a queue: `arn:aws:sqs:REGION:ACCOUNT:NAME`.
+async fn url_of(client: &Client, arn: &str) -> Result<String> {
+    let mut parts = arn.rsplit(':');
+    let (name, account) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    client
+        .get_queue_url()
+        .queue_name(name)
+        .queue_owner_aws_account_id(account)
+        .send()
+        .await
+        .map_err(|error| failure("find the dead-letter queue", arn, &error))?
+        .queue_url
+        .ok_or_else(|| lacking("find the dead-letter queue", "QueueUrl"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_region_is_read_from_amazons_urls_only() {
+        let of = |url| region_of(url);
+        assert_eq!(of("https://sqs.eu-west-1.amazonaws.com/123456789012/jobs"), Some("eu-west-1"));
+        assert_eq!(of("https://sqs.cn-north-1.amazonaws.com.cn/1/jobs"), Some("cn-north-1"));
+        assert_eq!(of("https://us-east-2.queue.amazonaws.com/1/jobs"), Some("us-east-2"));
+        assert_eq!(of("http://127.0.0.1:5555/123456789012/jobs"), None);
+        assert_eq!(of("jobs"), None);
+    }
+
+    #[test]
+    fn a_redrive_policy_is_read_with_either_kind_of_number() {
+        for count in ["7", "\"7\""] {
+            let text =
+                format!(r#"{{"deadLetterTargetArn":"arn:aws:sqs:r:1:dead","maxReceiveCount":{count}}}"#);
+            assert_eq!(policy(&text, "u").unwrap().max_receives, 7);
+        }
+        assert!(policy("{}", "u").is_err());
+    }
+}
