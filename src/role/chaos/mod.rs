@@ -9,6 +9,7 @@
 mod crew;
 pub mod double;
 mod lab;
+pub mod queue_double;
 mod schedule;
 mod torment;
 mod writer;

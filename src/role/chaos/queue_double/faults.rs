@@ -1,0 +1,100 @@
+//! What goes wrong with a call, by chance, and what was asked for.
+
+use std::time::Duration;
+
+use rand::RngExt as _;
+use rand::rngs::StdRng;
+use serde::Serialize;
+
+/// Bytes that SQS bills as one request.
+const BILLED: usize = 64 * 1024;
+
+/// How likely each fault is, from 0 to 1; the first four together at most 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct QueueFaults {
+    /// 503, and nothing is done.
+    pub unavailable: f64,
+    /// `RequestThrottled`, and nothing is done.
+    pub throttled: f64,
+    /// The call is done, and 500 is the answer.
+    pub lie: f64,
+    /// The call is done, and the connection breaks without an answer.
+    pub drop_connection: f64,
+    /// An entry of a batch fails, half of the time after it was done.
+    pub entry: f64,
+    /// A message that is handed out stays visible to others.
+    pub duplicate: f64,
+    /// How long every answer takes.
+    pub latency: Duration,
+}
+
+/// Calls since the start, by their kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[allow(missing_docs)]
+pub struct QueueCounts {
+    pub send: u64,
+    pub receive: u64,
+    pub delete: u64,
+    pub extend: u64,
+    pub other: u64,
+    /// What would be billed: a request for every 64 KB of a call's messages, and at least one.
+    pub billed: u64,
+    /// Messages that were sent, received and deleted.
+    pub messages_sent: u64,
+    pub messages_received: u64,
+    pub messages_deleted: u64,
+    /// Faults.
+    pub unavailable: u64,
+    pub throttled: u64,
+    pub lied: u64,
+    pub dropped: u64,
+    pub entries_failed: u64,
+    pub duplicated: u64,
+}
+
+impl QueueCounts {
+    /// Counts a call and the bytes of its messages.
+    pub(super) fn call(&mut self, operation: &str, bytes: usize) {
+        let count = match operation {
+            "SendMessage" | "SendMessageBatch" => &mut self.send,
+            "ReceiveMessage" => &mut self.receive,
+            "DeleteMessage" | "DeleteMessageBatch" => &mut self.delete,
+            "ChangeMessageVisibility" | "ChangeMessageVisibilityBatch" => &mut self.extend,
+            _ => &mut self.other,
+        };
+        *count += 1;
+        self.billed += bytes.div_ceil(BILLED).max(1) as u64;
+    }
+}
+
+/// What becomes of one call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    Served,
+    Unavailable,
+    Throttled,
+    Lied,
+    Dropped,
+}
+
+impl QueueFaults {
+    pub(super) fn draw(&self, dice: &mut StdRng) -> Fate {
+        let mut left = dice.random::<f64>();
+        let mut is = |chance: f64| {
+            let hit = (0.0..chance).contains(&left);
+            left -= chance;
+            hit
+        };
+        if is(self.unavailable) {
+            Fate::Unavailable
+        } else if is(self.throttled) {
+            Fate::Throttled
+        } else if is(self.lie) {
+            Fate::Lied
+        } else if is(self.drop_connection) {
+            Fate::Dropped
+        } else {
+            Fate::Served
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! A double of SQS in this process, fast enough to be loaded with millions of changes, which keeps its
+//! limits and can be made to fail.
+//!
+//! It speaks the JSON protocol, is written from the service's description, apart from the client, and
+//! passes the same contract tests as an independent server.
+
+mod faults;
+mod operation;
+mod queue;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{DefaultBodyLimit, State as Shared};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::post;
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use faults::Fate;
+pub use faults::{QueueCounts, QueueFaults};
+use operation::{Answer, Refused};
+use queue::Queue;
+
+/// What every queue's URL and ARN hold.
+const ACCOUNT: &str = "123456789012";
+const REGION: &str = "us-east-1";
+
+/// The double; it stops with its last clone.
+#[derive(Clone)]
+pub struct QueueDouble {
+    url: String,
+    server: Arc<Server>,
+    _stop: Arc<DropGuard>,
+}
+
+/// What is there, and what befalls it.
+struct State {
+    queues: HashMap<String, Queue>,
+    moves: Vec<Value>,
+    dice: StdRng,
+    faults: QueueFaults,
+    counts: QueueCounts,
+}
+
+struct Server {
+    base: String,
+    state: Mutex<State>,
+    /// Rung when something may have come to be visible.
+    sent: Notify,
+}
+
+impl Server {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl QueueDouble {
+    /// Serves no queues yet, on a loopback port that is free. What goes wrong follows from the seed and
+    /// the order of calls.
+    pub async fn start(seed: u64) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+        let url = format!("http://{}", listener.local_addr()?);
+        let server = Arc::new(Server {
+            base: url.clone(),
+            state: Mutex::new(State {
+                queues: HashMap::new(),
+                moves: Vec::new(),
+                dice: StdRng::seed_from_u64(seed),
+                faults: QueueFaults::default(),
+                counts: QueueCounts::default(),
+            }),
+            sent: Notify::new(),
+        });
+        let stop = CancellationToken::new();
+        let router = Router::new()
+            .route("/", post(serve))
+            // Older clients post to the queue's own path.
+            .route("/{*queue}", post(serve))
+            .layer(DefaultBodyLimit::disable())
+            .with_state(Arc::clone(&server));
+        let serving = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
+        tokio::spawn(serving.into_future());
+        Ok(Self { url, server, _stop: Arc::new(stop.drop_guard()) })
+    }
+
+    /// Where it listens, such as `http://127.0.0.1:9324`.
+    #[must_use]
+    pub fn url(&self) -> String {
+        self.url.clone()
+    }
+
+    /// Makes the two lanes' queues and their dead-letter queue, and returns their URLs in this order.
+    #[must_use]
+    pub fn create(&self, prefix: &str, max_receives: u32) -> [String; 3] {
+        let dead = format!("{prefix}-dead");
+        let policy = json!({
+            "deadLetterTargetArn": format!("arn:aws:sqs:{REGION}:{ACCOUNT}:{dead}"),
+            "maxReceiveCount": max_receives,
+        });
+        let mut state = self.server.state();
+        ["live", "bulk", "dead"].map(|name| {
+            let name = format!("{prefix}-{name}");
+            let queue = state.queues.entry(name.clone()).or_default();
+            if name != dead {
+                queue.settings.insert("RedrivePolicy".into(), policy.to_string());
+            }
+            format!("{}/{ACCOUNT}/{name}", self.url)
+        })
+    }
+
+    /// What goes wrong from now on.
+    pub fn set_faults(&self, faults: QueueFaults) {
+        self.server.state().faults = faults;
+    }
+
+    /// Calls and faults since the start.
+    #[must_use]
+    pub fn counts(&self) -> QueueCounts {
+        self.server.state().counts
+    }
+
+    /// Bodies of the messages that a queue holds, in no order.
+    #[must_use]
+    pub fn bodies(&self, name: &str) -> Vec<String> {
+        let state = self.server.state();
+        state
+            .queues
+            .get(name)
+            .into_iter()
+            .flat_map(Queue::messages)
+            .map(|message| message.body.clone())
+            .collect()
+    }
+
+    /// Sends up to `count` messages of every queue but the dead letters' a second time.
+    pub fn duplicate(&self, count: usize) -> u64 {
+        let mut state = self.server.state();
+        let mut duplicated = 0;
+        for (_, queue) in state.queues.iter_mut().filter(|(name, _)| !name.ends_with("-dead")) {
+            let copies: Vec<queue::Message> = queue.messages().take(count).cloned().collect();
+            duplicated += copies.len() as u64;
+            for copy in copies {
+                queue.send(copy, Duration::ZERO, Instant::now());
+            }
+        }
+        drop(state);
+        self.server.sent.notify_waiters();
+        duplicated
+    }
+
+    /// Hides up to `count` messages of every queue that could be received, and so changes their order.
+    pub fn delay(&self, count: usize, delay: Duration) -> u64 {
+        let mut state = self.server.state();
+        state.queues.values_mut().map(|queue| queue.delay(count, delay, Instant::now())).sum()
+    }
+
+    /// Lets others receive up to `count` messages of every queue that somebody holds.
+    pub fn hurry(&self, count: usize) -> u64 {
+        let hurried = self.server.state().queues.values_mut().map(|queue| queue.hurry(count)).sum();
+        self.server.sent.notify_waiters();
+        hurried
+    }
+}
+
+async fn serve(Shared(server): Shared<Arc<Server>>, headers: HeaderMap, body: Bytes) -> Response {
+    let target = headers.get("X-Amz-Target").and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let operation = target.strip_prefix("AmazonSQS.").unwrap_or_default().to_owned();
+    if !headers.contains_key("Authorization") {
+        return refused(&Refused::missing_token());
+    }
+    let (latency, fate) = {
+        let mut state = server.state();
+        let faults = state.faults;
+        (faults.latency, faults.draw(&mut state.dice))
+    };
+    if !latency.is_zero() {
+        tokio::time::sleep(latency).await;
+    }
+    let answer = match fate {
+        Fate::Unavailable => {
+            server.state().counts.unavailable += 1;
+            return (StatusCode::SERVICE_UNAVAILABLE, r#"{"__type":"com.amazonaws.sqs#ServiceUnavailable"}"#)
+                .into_response();
+        }
+        Fate::Throttled => {
+            server.state().counts.throttled += 1;
+            return refused(&Refused::throttled());
+        }
+        Fate::Served | Fate::Lied | Fate::Dropped => {
+            let parsed: Value = match serde_json::from_slice(&body) {
+                Ok(parsed) => parsed,
+                Err(error) => return refused(&Refused::invalid(error.to_string())),
+            };
+            answer(&server, &operation, &parsed).await
+        }
+    };
+    let sent = if operation.starts_with("Send") { body.len() } else { 0 };
+    let (status, text) = match &answer {
+        Ok(answer) => (StatusCode::OK, answer.to_string()),
+        Err(error) => return count_and(&server, &operation, sent, refused(error)),
+    };
+    let bytes = if operation == "ReceiveMessage" { text.len() } else { sent };
+    let response = match fate {
+        Fate::Lied => {
+            server.state().counts.lied += 1;
+            (StatusCode::INTERNAL_SERVER_ERROR, r#"{"__type":"com.amazonaws.sqs#InternalFailure"}"#)
+                .into_response()
+        }
+        Fate::Dropped => {
+            server.state().counts.dropped += 1;
+            broken_off()
+        }
+        _ => (status, [("Content-Type", "application/x-amz-json-1.0")], text).into_response(),
+    };
+    count_and(&server, &operation, bytes, response)
+}
+
+fn count_and(server: &Server, operation: &str, bytes: usize, response: Response) -> Response {
+    server.state().counts.call(operation, bytes);
+    response
+}
+
+/// Does an operation; a receive waits for as long as it says.
+async fn answer(server: &Server, operation: &str, body: &Value) -> Answer {
+    let wait = body.get("WaitTimeSeconds").and_then(Value::as_u64).unwrap_or_default();
+    let until = Instant::now() + Duration::from_secs(wait);
+    loop {
+        let sent = server.sent.notified();
+        let mut sent = std::pin::pin!(sent);
+        sent.as_mut().enable();
+        let (answer, due) = {
+            let mut state = server.state();
+            let answer = state.run(operation, body, &server.base);
+            let due = if operation == "ReceiveMessage" { state.next_due(body) } else { None };
+            (answer, due)
+        };
+        if operation != "ReceiveMessage" {
+            server.sent.notify_waiters();
+            return answer;
+        }
+        let is_empty = answer.as_ref().is_ok_and(|answer| answer.get("Messages").is_none());
+        if !is_empty || Instant::now() >= until {
+            return answer;
+        }
+        let again = due.map_or(until, |due| due.min(until));
+        tokio::select! {
+            () = sent => {}
+            () = tokio::time::sleep_until(again.into()) => {}
+        }
+    }
+}
+
+fn refused(error: &Refused) -> Response {
+    let body = json!({ "__type": format!("com.amazonaws.sqs#{}", error.name), "message": error.message });
+    let headers = [
+        ("Content-Type", "application/x-amz-json-1.0".to_owned()),
+        ("x-amzn-query-error", format!("{};Sender", error.query_name)),
+    ];
+    (StatusCode::BAD_REQUEST, headers, body.to_string()).into_response()
+}
+
+/// An answer that makes the server close the connection before anything of it was sent.
+fn broken_off() -> Response {
+    let broken = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+    let body = futures::stream::once(std::future::ready(Err::<Bytes, _>(broken)));
+    Response::new(Body::from_stream(body))
+}

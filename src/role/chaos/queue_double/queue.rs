@@ -1,0 +1,323 @@
+//! Queues as SQS keeps them: at least once, in no order, each message hidden from others while somebody
+//! has it. Pure: what time it is, is given.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::{Map, Value};
+
+/// Messages in flight at most, by the limits of SQS.
+const MAX_IN_FLIGHT: usize = 120_000;
+
+/// What is done when too many are in flight.
+pub(super) struct OverLimit;
+
+/// A message.
+#[derive(Clone, Debug)]
+pub(super) struct Message {
+    pub(super) id: String,
+    pub(super) body: String,
+    pub(super) attributes: Map<String, Value>,
+    pub(super) sent: SystemTime,
+    pub(super) first_received: Option<SystemTime>,
+    pub(super) receive_count: u32,
+    /// The queue that gave it up, for a message in a dead-letter queue.
+    pub(super) from: Option<String>,
+}
+
+/// A message in a queue. Each receipt, and each change of its visibility, has a turn of its own.
+#[derive(Debug)]
+struct Held {
+    message: Message,
+    turn: u64,
+    /// Turn of the newest receipt.
+    receipt: u64,
+    /// When others may have it.
+    due: Option<Instant>,
+    delayed: bool,
+}
+
+/// Why a receipt can't be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unusable {
+    /// It is none of this queue's.
+    Invalid,
+    /// Its message is visible to others again, or gone.
+    NotInFlight,
+}
+
+/// A queue.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    pub(super) settings: HashMap<String, String>,
+    messages: HashMap<u64, Held>,
+    ready: VecDeque<u64>,
+    due: BinaryHeap<Reverse<(Instant, u64, u64)>>,
+    next: u64,
+}
+
+/// How many messages are in which state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counted {
+    pub(super) visible: usize,
+    pub(super) in_flight: usize,
+    pub(super) delayed: usize,
+}
+
+impl Queue {
+    pub(super) fn send(&mut self, message: Message, delay: Duration, now: Instant) {
+        let key = self.next;
+        self.next += 1;
+        let mut held = Held { message, turn: 0, receipt: 0, due: None, delayed: false };
+        if delay.is_zero() {
+            self.ready.push_back(key);
+        } else {
+            held.delayed = true;
+            held.due = Some(now + delay);
+            self.due.push(Reverse((now + delay, key, 0)));
+        }
+        self.messages.insert(key, held);
+    }
+
+    /// Shows what is due.
+    fn ripen(&mut self, now: Instant) {
+        while let Some(Reverse((at, key, turn))) = self.due.peek().copied()
+            && at <= now
+        {
+            self.due.pop();
+            if let Some(held) = self.messages.get_mut(&key)
+                && held.turn == turn
+            {
+                held.due = None;
+                held.delayed = false;
+                held.turn += 1;
+                self.ready.push_back(key);
+            }
+        }
+    }
+
+    /// When something comes to be visible by itself.
+    pub(super) fn next_due(&mut self, now: Instant) -> Option<Instant> {
+        self.ripen(now);
+        self.due.peek().map(|Reverse((at, ..))| *at)
+    }
+
+    /// Hands out up to `max` messages with their receipts; what was received too often goes to `dead`.
+    pub(super) fn receive(
+        &mut self,
+        max: usize,
+        visibility: Duration,
+        max_receives: Option<u32>,
+        now: Instant,
+        dead: &mut Vec<Message>,
+    ) -> Result<Vec<(String, Message)>, OverLimit> {
+        self.ripen(now);
+        let mut received = Vec::new();
+        while received.len() < max {
+            if self.messages.len() - self.ready.len() >= MAX_IN_FLIGHT {
+                return if received.is_empty() { Err(OverLimit) } else { Ok(received) };
+            }
+            let Some(key) = self.ready.pop_front() else { break };
+            let Some(held) = self.messages.get_mut(&key) else { continue };
+            if max_receives.is_some_and(|max| held.message.receive_count >= max) {
+                dead.extend(self.messages.remove(&key).map(|held| held.message));
+                continue;
+            }
+            held.message.receive_count += 1;
+            held.message.first_received.get_or_insert_with(SystemTime::now);
+            held.turn += 1;
+            held.receipt = held.turn;
+            let receipt = format!("{key}.{}", held.receipt);
+            let message = held.message.clone();
+            self.hide(key, visibility, now);
+            received.push((receipt, message));
+        }
+        Ok(received)
+    }
+
+    fn hide(&mut self, key: u64, visibility: Duration, now: Instant) {
+        let Some(held) = self.messages.get_mut(&key) else { return };
+        if visibility.is_zero() {
+            held.due = None;
+            self.ready.push_back(key);
+        } else {
+            held.due = Some(now + visibility);
+            self.due.push(Reverse((now + visibility, key, held.turn)));
+        }
+    }
+
+    fn parse(receipt: &str) -> Result<(u64, u64), Unusable> {
+        let parts =
+            receipt.split_once('.').and_then(|(key, turn)| Some((key.parse().ok()?, turn.parse().ok()?)));
+        parts.ok_or(Unusable::Invalid)
+    }
+
+    /// Deletes by a receipt. An older one than the newest succeeds and deletes nothing, as SQS may have it.
+    pub(super) fn delete(&mut self, receipt: &str) -> Result<(), Unusable> {
+        let (key, turn) = Self::parse(receipt)?;
+        if let Some(held) = self.messages.get(&key)
+            && held.receipt == turn
+        {
+            if held.due.is_none() {
+                self.ready.retain(|ready| *ready != key);
+            }
+            self.messages.remove(&key);
+        }
+        Ok(())
+    }
+
+    /// Hides the receipt's message for `visibility` from now on.
+    pub(super) fn change_visibility(
+        &mut self,
+        receipt: &str,
+        visibility: Duration,
+        now: Instant,
+    ) -> Result<(), Unusable> {
+        self.ripen(now);
+        let (key, turn) = Self::parse(receipt)?;
+        let held = self.messages.get_mut(&key).ok_or(Unusable::NotInFlight)?;
+        if held.receipt != turn || held.due.is_none() {
+            return Err(Unusable::NotInFlight);
+        }
+        // What was due before is no more; the receipt stays good.
+        held.turn += 1;
+        self.hide(key, visibility, now);
+        Ok(())
+    }
+
+    pub(super) fn count(&mut self, now: Instant) -> Counted {
+        self.ripen(now);
+        let delayed = self.messages.values().filter(|held| held.delayed).count();
+        let visible = self.ready.len();
+        Counted { visible, delayed, in_flight: self.messages.len() - visible - delayed }
+    }
+
+    pub(super) fn purge(&mut self) {
+        self.messages.clear();
+        self.ready.clear();
+        self.due.clear();
+    }
+
+    /// Takes everything that is visible, to move it elsewhere.
+    pub(super) fn drain(&mut self, now: Instant) -> Vec<Message> {
+        self.ripen(now);
+        let ready = std::mem::take(&mut self.ready);
+        ready.into_iter().filter_map(|key| self.messages.remove(&key)).map(|held| held.message).collect()
+    }
+
+    /// Every message as it is, in no order.
+    pub(super) fn messages(&self) -> impl Iterator<Item = &Message> {
+        self.messages.values().map(|held| &held.message)
+    }
+
+    /// Makes a message that somebody has visible to others.
+    pub(super) fn show(&mut self, receipt: &str) {
+        if let Ok((key, _)) = Self::parse(receipt)
+            && let Some(held) = self.messages.get_mut(&key)
+            && held.due.is_some()
+        {
+            held.turn += 1;
+            held.due = None;
+            self.ready.push_back(key);
+        }
+    }
+
+    /// Makes up to `count` messages that somebody has visible to others.
+    pub(super) fn hurry(&mut self, count: usize) -> u64 {
+        let hidden = self.messages.iter_mut().filter(|(_, held)| held.due.is_some() && !held.delayed);
+        let mut hurried = 0;
+        for (key, held) in hidden.take(count) {
+            held.turn += 1;
+            held.due = None;
+            self.ready.push_back(*key);
+            hurried += 1;
+        }
+        hurried
+    }
+
+    /// Hides up to `count` messages that are visible, so that others come before them.
+    pub(super) fn delay(&mut self, count: usize, delay: Duration, now: Instant) -> u64 {
+        self.ripen(now);
+        let mut delayed = 0;
+        for _ in 0..count.min(self.ready.len()) {
+            let Some(key) = self.ready.pop_front() else { break };
+            if let Some(held) = self.messages.get_mut(&key) {
+                held.turn += 1;
+                self.hide(key, delay, now);
+                delayed += 1;
+            }
+        }
+        delayed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VISIBILITY: Duration = Duration::from_secs(10);
+
+    fn message(id: &str) -> Message {
+        Message {
+            id: id.into(),
+            body: id.into(),
+            attributes: Map::new(),
+            sent: SystemTime::UNIX_EPOCH,
+            first_received: None,
+            receive_count: 0,
+            from: None,
+        }
+    }
+
+    fn receive(queue: &mut Queue, now: Instant) -> Vec<String> {
+        let received = queue.receive(10, VISIBILITY, None, now, &mut Vec::new());
+        received.ok().unwrap().into_iter().map(|(receipt, _)| receipt).collect()
+    }
+
+    #[test]
+    fn a_message_comes_again_after_its_visibility_and_not_before() {
+        let (mut queue, start) = (Queue::default(), Instant::now());
+        queue.send(message("a"), Duration::ZERO, start);
+        let first = receive(&mut queue, start);
+        assert_eq!(first.len(), 1);
+        assert!(receive(&mut queue, start + VISIBILITY / 2).is_empty());
+        queue.change_visibility(&first[0], VISIBILITY, start + VISIBILITY / 2).unwrap();
+        assert!(receive(&mut queue, start + VISIBILITY).is_empty(), "it was extended");
+        let again = receive(&mut queue, start + VISIBILITY * 2);
+        assert_eq!(again.len(), 1);
+        // The older receipt is taken, and does nothing.
+        assert_eq!(queue.change_visibility(&first[0], VISIBILITY, start), Err(Unusable::NotInFlight));
+        queue.delete(&first[0]).unwrap();
+        assert_eq!(queue.count(start).in_flight, 1);
+        queue.delete(&again[0]).unwrap();
+        assert_eq!(queue.count(start), Counted::default());
+        assert_eq!(queue.delete("x"), Err(Unusable::Invalid));
+    }
+
+    #[test]
+    fn a_released_message_can_be_had_at_once_and_its_receipt_deletes_no_more() {
+        let (mut queue, start) = (Queue::default(), Instant::now());
+        queue.send(message("a"), Duration::ZERO, start);
+        let first = receive(&mut queue, start);
+        queue.change_visibility(&first[0], VISIBILITY, start).unwrap();
+        queue.change_visibility(&first[0], Duration::ZERO, start).unwrap();
+        let second = receive(&mut queue, start);
+        assert_eq!(second.len(), 1);
+        // Nothing is due from before.
+        assert!(receive(&mut queue, start + VISIBILITY - Duration::from_millis(1)).is_empty());
+        queue.delete(&second[0]).unwrap();
+        assert!(receive(&mut queue, start + VISIBILITY * 9).is_empty());
+    }
+
+    #[test]
+    fn what_was_received_too_often_goes_to_the_dead() {
+        let (mut queue, start, mut dead) = (Queue::default(), Instant::now(), Vec::new());
+        queue.send(message("a"), Duration::ZERO, start);
+        for n in 0..3 {
+            let received = queue.receive(10, VISIBILITY, Some(2), start + VISIBILITY * n, &mut dead);
+            assert_eq!(received.ok().unwrap().len(), usize::from(n < 2));
+        }
+        assert_eq!(dead.len(), 1);
+    }
+}
