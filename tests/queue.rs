@@ -15,14 +15,14 @@ use async_trait::async_trait;
 use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
 use common::Database;
 use common::python::{Moto, python};
-use contract::{Bench, VISIBILITY, dead, job, receive_one};
+use contract::{Bench, VISIBILITY, job, receive_one};
 use refarch::backend::pgmq::Pgmq;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::migrate::{self, IndexShape};
 use refarch::backend::sqs::{self, Sqs};
 use refarch::config::Settings;
 use refarch::pipeline::change::{Job, Lane};
-use refarch::pipeline::queue::JobQueue;
+use refarch::pipeline::queue::{Backlog, JobQueue};
 use refarch::role::chaos::queue_double::{QueueDouble, QueueFaults};
 use refarch::secret::Secret;
 
@@ -222,4 +222,212 @@ async fn a_waiting_receiver_wakes_when_something_is_sent() {
     queue.send(&[job(Lane::Live, 0..1)]).await.unwrap();
     tokio::time::timeout(PATIENCE / 2, waiting).await.expect("it woke up by the timeout only").unwrap();
     receive_one(&*queue, Lane::Live).await;
+}
+
+/// A queue for both lanes on a double.
+async fn shared(bound: u64) -> (OnSqs, Arc<Sqs>) {
+    let bench = sqs_on_double().await;
+    let options = sqs::Options { bulk_url: None, shared_bound: bound, ..bench.options.clone() };
+    let queue = Sqs::open(bench.client.clone(), bench.postgres.clone(), options).await.unwrap();
+    (bench, Arc::new(queue))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_that_share_a_queue_are_told_apart_by_the_receiver() {
+    let (_bench, queue) = shared(100).await;
+    queue.send(&[job(Lane::Bulk, 0..5), job(Lane::Bulk, 5..10), job(Lane::Live, 10..15)]).await.unwrap();
+    // What came for the other lane meanwhile is kept for it.
+    let live = receive_one(&*queue, Lane::Live).await;
+    assert_eq!((live.receipt.lane, live.body.as_ref().unwrap().lane), (Lane::Live, Lane::Live));
+    let mut bulk = Vec::new();
+    while bulk.len() < 2 {
+        let more = queue.receive(Lane::Bulk, 10).await.unwrap();
+        assert!(!more.is_empty());
+        bulk.extend(more);
+    }
+    assert!(bulk.iter().all(|message| message.receipt.lane == Lane::Bulk && message.receive_count == 1));
+    let receipts: Vec<_> = bulk.into_iter().chain([live]).map(|message| message.receipt).collect();
+    queue.acknowledge(&receipts).await.unwrap();
+    for lane in Lane::ALL {
+        assert_eq!(queue.backlog(lane).await.unwrap(), Backlog::default());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_that_is_not_taken_from_does_not_stop_the_other() {
+    let (_bench, queue) = shared(1_000).await;
+    let bulk: Vec<Job> = (0..40).map(|n| job(Lane::Bulk, n..n + 1)).collect();
+    queue.send(&bulk).await.unwrap();
+    let waiter = Arc::clone(&queue);
+    let live = tokio::spawn(async move {
+        loop {
+            let messages = waiter.receive(Lane::Live, 10).await.unwrap();
+            if !messages.is_empty() {
+                return messages;
+            }
+        }
+    });
+    queue.send(&[job(Lane::Live, 100..101)]).await.unwrap();
+    // The other lane takes its share, as an indexer's does.
+    let mut taken = 0;
+    while taken < bulk.len() {
+        taken += queue.receive(Lane::Bulk, 5).await.unwrap().len();
+    }
+    let live = tokio::time::timeout(PATIENCE, live).await.expect("the live message never came").unwrap();
+    assert_eq!(live.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_shared_queue_may_hold_of_a_load_is_no_live_backlog() {
+    let (_bench, queue) = shared(30).await;
+    queue.send(&[job(Lane::Bulk, 0..10), job(Lane::Bulk, 10..20)]).await.unwrap();
+    assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog::default());
+    assert_eq!(queue.backlog(Lane::Bulk).await.unwrap(), Backlog { visible: 20, in_flight: 0 });
+    queue.send(&[job(Lane::Bulk, 20..30), job(Lane::Live, 30..40)]).await.unwrap();
+    assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog { visible: 10, in_flight: 0 });
+    assert_eq!(queue.backlog(Lane::Bulk).await.unwrap(), Backlog { visible: 30, in_flight: 0 });
+    assert_eq!(JobQueue::shared_bound(&*queue), Some(30));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_entries_that_failed_are_sent_again() {
+    let bench = sqs_on_double().await;
+    let double = bench.double.clone().unwrap();
+    double.set_faults(QueueFaults { entry: 0.2, ..QueueFaults::default() });
+    let jobs: Vec<Job> = (0..200).map(|n| job(Lane::Live, n..n + 1)).collect();
+    bench.queue.send(&jobs).await.unwrap();
+    let counts = double.counts();
+    // Half of the failures were done, and so come twice: that is what at least once means.
+    assert!(counts.entries_failed > 10);
+    assert!(
+        counts.messages_sent <= 200 + counts.entries_failed,
+        "{} sent, {} failed",
+        counts.messages_sent,
+        counts.entries_failed
+    );
+    let mut ids: Vec<String> = double
+        .bodies(bench.urls[0].rsplit('/').next().unwrap())
+        .iter()
+        .flat_map(|body| serde_json::from_str::<Job>(body).unwrap().groups.remove(0).ids)
+        .collect();
+    ids.sort();
+    ids.dedup();
+    assert_eq!(ids.len(), 200);
+    // Acknowledging and extending go through, too.
+    let messages = bench.queue.receive(Lane::Live, 10).await.unwrap();
+    let receipts: Vec<_> = messages.into_iter().map(|message| message.receipt).collect();
+    bench.queue.extend(&receipts, VISIBILITY).await.unwrap();
+    bench.queue.acknowledge(&receipts).await.unwrap();
+    double.set_faults(QueueFaults { entry: 1.0, ..QueueFaults::default() });
+    let error = bench.queue.send(&jobs[..1]).await.unwrap_err();
+    assert!(error.to_string().contains("InternalError"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_that_fail_are_made_again() {
+    let bench = sqs_on_double().await;
+    let double = bench.double.clone().unwrap();
+    let faults = QueueFaults { unavailable: 0.1, lie: 0.1, drop_connection: 0.1, ..QueueFaults::default() };
+    double.set_faults(faults);
+    for n in 0..10 {
+        bench.queue.send(&[job(Lane::Live, n..n + 1)]).await.unwrap();
+    }
+    let counts = double.counts();
+    assert!(counts.unavailable + counts.lied + counts.dropped > 0);
+    assert!(counts.messages_sent >= 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receive_that_nobody_waits_for_releases_what_it_brought() {
+    let bench = sqs_on_double().await;
+    let double = bench.double.clone().unwrap();
+    bench.queue.send(&[job(Lane::Live, 0..1)]).await.unwrap();
+    double.set_faults(QueueFaults { latency: Duration::from_millis(300), ..QueueFaults::default() });
+    let (queue, arrived) = (Arc::clone(&bench.queue), double.counts().arrived);
+    let waiting = tokio::spawn(async move { queue.receive(Lane::Live, 1).await });
+    common::eventually("the call to arrive", PATIENCE, async || double.counts().arrived > arrived).await;
+    waiting.abort();
+    assert!(waiting.await.unwrap_err().is_cancelled());
+    common::eventually("the release", PATIENCE, async || double.counts().extend == 1).await;
+    assert_eq!(receive_one(&*bench.queue, Lane::Live).await.receive_count, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn queues_that_cannot_serve_are_refused_with_what_to_do() {
+    let moto = Moto::shared().await;
+    let client = client(moto.url());
+    let urls = create(&client).await;
+    let (_database, postgres) = database().await;
+    let refusal = async |options: sqs::Options| {
+        Sqs::open(client.clone(), postgres.clone(), options).await.err().map(|error| error.to_string())
+    };
+    let options = options(&urls);
+    assert_eq!(refusal(options.clone()).await, None);
+    let missing = format!("{}-not", urls[0]);
+    let error = refusal(sqs::Options { url: missing.clone(), ..options.clone() }).await.unwrap();
+    assert!(error.contains(&missing) && error.contains("there is no such queue"), "{error}");
+    // The dead-letter queue has no redrive policy itself.
+    let lone = sqs::Options { url: urls[2].clone(), bulk_url: None, ..options.clone() };
+    let error = refusal(lone.clone()).await.unwrap();
+    assert!(error.contains("SQS_DEAD_LETTER_QUEUE_URL"), "{error}");
+    assert_eq!(refusal(sqs::Options { dead_url: Some(urls[1].clone()), ..lone }).await, None);
+    let error = refusal(sqs::Options { url: "http://x/1/a.fifo".into(), ..options.clone() }).await.unwrap();
+    assert!(error.contains("FIFO"), "{error}");
+    let elsewhere = sqs::Options {
+        url: "https://sqs.eu-west-1.amazonaws.com/1/a".into(),
+        bulk_url: Some("https://sqs.us-east-1.amazonaws.com/1/b".into()),
+        ..options
+    };
+    let error = sqs::connect(&elsewhere).await.unwrap_err().to_string();
+    assert!(error.contains("different regions"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_key_ends_the_role_with_what_to_do() {
+    let database = Database::create().await;
+    assert!(database.refarch().arg("migrate").status().await.unwrap().success());
+    let run = async |env: &[(&str, &str)]| -> String {
+        let mut command = database.refarch();
+        command.args(["listen", "--until-idle"]);
+        command.env("SQS_QUEUE_URL", "http://127.0.0.1:9/123456789012/jobs");
+        command.env("AWS_EC2_METADATA_DISABLED", "true").env("AWS_CONFIG_FILE", "/none");
+        command.env("AWS_SHARED_CREDENTIALS_FILE", "/none").envs(env.iter().copied());
+        let output = command.output().await.unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let error = run(&[("AWS_REGION", "us-east-1")]).await;
+    assert!(error.contains("there are no AWS credentials"), "{error}");
+    let error = run(&[("AWS_ACCESS_KEY_ID", "k"), ("AWS_SECRET_ACCESS_KEY", "s")]).await;
+    assert!(error.contains("set AWS_REGION"), "{error}");
+    // A server that knows no such key.
+    let refusing = axum::Router::new().fallback(|| async {
+        let body = r#"{"__type":"com.amazon.coral.service#ExpiredTokenException","message":"The security token included in the request is expired"}"#;
+        (axum::http::StatusCode::FORBIDDEN, body)
+    });
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let server = tokio::spawn(async move { axum::serve(listener, refusing).await });
+    let keys = [
+        ("AWS_REGION", "us-east-1"),
+        ("AWS_ACCESS_KEY_ID", "k"),
+        ("AWS_SECRET_ACCESS_KEY", "hidden-secret"),
+        ("AWS_ENDPOINT_URL_SQS", endpoint.as_str()),
+    ];
+    let error = run(&keys).await;
+    assert!(error.contains("ExpiredToken") && error.contains("get new credentials"), "{error}");
+    assert!(!error.contains("hidden-secret"), "{error}");
+    server.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_vendors_client_drives_the_double() {
+    let double = QueueDouble::start(1).await.unwrap();
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/drive_sqs.py");
+    let output = tokio::process::Command::new(python()).arg(script).arg(double.url()).output().await.unwrap();
+    let said =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    println!("{said}");
+    assert!(said.contains("all as expected"), "{said}");
 }

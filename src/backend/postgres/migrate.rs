@@ -89,7 +89,9 @@ pub async fn migrate(
     apply_migrations(&mut client, &mut report).await?;
     let transaction = client.transaction().await.map_err(|error| failure("begin a migration", &error))?;
     create_products(&transaction, source, &mut report).await?;
-    create_queues(&transaction, queue, &mut report).await?;
+    if queue.kind == config::QueueKind::Pgmq {
+        create_queues(&transaction, queue, &mut report).await?;
+    }
     if shape.kind == PGVECTOR {
         create_extension(&transaction, &mut report).await?;
     }

@@ -32,6 +32,8 @@ pub struct QueueFaults {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[allow(missing_docs)]
 pub struct QueueCounts {
+    /// Calls that have come, answered or not.
+    pub arrived: u64,
     pub send: u64,
     pub receive: u64,
     pub delete: u64,

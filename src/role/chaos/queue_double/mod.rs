@@ -180,6 +180,7 @@ async fn serve(Shared(server): Shared<Arc<Server>>, headers: HeaderMap, body: By
     }
     let (latency, fate) = {
         let mut state = server.state();
+        state.counts.arrived += 1;
         let faults = state.faults;
         (faults.latency, faults.draw(&mut state.dice))
     };
