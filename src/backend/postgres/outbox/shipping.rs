@@ -203,8 +203,8 @@ async fn strike_off(postgres: &Postgres, source: &str, shipment: &Shipment) -> R
     transaction.execute(STRIKE_OFF, &[&shipment.id]).await.map_err(fail)?;
     for lane in Lane::ALL {
         let of_lane = shipment.jobs.iter().filter(|job| job.lane == lane);
-        let (messages, changes) =
-            of_lane.fold((0, 0), |(messages, changes), job| (messages + 1, changes + job.changes() as i64));
+        let (messages, changes) = of_lane
+            .fold((0_i64, 0_i64), |(messages, changes), job| (messages + 1, changes + job.changes() as i64));
         if messages > 0 {
             let values: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
                 [&source, &lane.name(), &messages, &changes, &REMEMBERED];

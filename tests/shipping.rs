@@ -1,0 +1,288 @@
+//! Changes on their way from the outbox to a queue outside of the database.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use common::Database;
+use jiff::Timestamp;
+use refarch::backend::postgres::Postgres;
+use refarch::backend::postgres::migrate::{self, IndexShape};
+use refarch::backend::postgres::outbox::{PgOutbox, pending};
+use refarch::config::{QueueKind, Settings};
+use refarch::pipeline::change::{Job, Lane};
+use refarch::pipeline::clock::BootClock;
+use refarch::pipeline::failure::{Error, Result};
+use refarch::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Why};
+use refarch::pipeline::relay::{Options, Relay};
+use refarch::secret::Secret;
+use tokio::sync::{Mutex, Notify};
+use tokio_util::sync::CancellationToken;
+
+/// A queue that keeps what it is sent, and fails or stalls when it is told to.
+#[derive(Default)]
+struct Sink {
+    sent: Mutex<Vec<Job>>,
+    fails: AtomicBool,
+    stalls: AtomicBool,
+    stalled: Notify,
+    standing: AtomicU64,
+    bound: AtomicU64,
+}
+
+impl Sink {
+    async fn ids(&self, lane: Lane) -> Vec<String> {
+        let sent = self.sent.lock().await;
+        let of_lane = sent.iter().filter(|job| job.lane == lane);
+        let mut ids: Vec<String> =
+            of_lane.flat_map(|job| &job.groups).flat_map(|group| group.ids.clone()).collect();
+        ids.sort_by_key(|id| id.parse::<u32>().unwrap());
+        ids
+    }
+}
+
+#[async_trait]
+impl JobQueue for Sink {
+    async fn send(&self, jobs: &[Job]) -> Result<()> {
+        if self.stalls.load(Ordering::SeqCst) {
+            self.stalled.notify_one();
+            std::future::pending::<()>().await;
+        }
+        if self.fails.load(Ordering::SeqCst) {
+            return Err(Error::retryable("send jobs", "the queue is away"));
+        }
+        self.sent.lock().await.extend_from_slice(jobs);
+        Ok(())
+    }
+
+    async fn backlog(&self, lane: Lane) -> Result<Backlog> {
+        let visible = if lane == Lane::Bulk { self.standing.load(Ordering::SeqCst) } else { 0 };
+        Ok(Backlog { visible, in_flight: 0 })
+    }
+
+    fn shared_bound(&self) -> Option<u64> {
+        Some(self.bound.load(Ordering::SeqCst)).filter(|bound| *bound > 0)
+    }
+
+    async fn receive(&self, _: Lane, _: usize) -> Result<Vec<Message>> {
+        unreachable!("a relay only sends")
+    }
+
+    async fn wait(&self, _: Lane, _: Duration) {
+        unreachable!("a relay only sends")
+    }
+
+    async fn acknowledge(&self, _: &[Receipt]) -> Result<()> {
+        unreachable!("a relay only sends")
+    }
+
+    async fn extend(&self, _: &[Receipt], _: Duration) -> Result<()> {
+        unreachable!("a relay only sends")
+    }
+
+    async fn dead_letter(&self, _: &Message, _: Option<&Job>, _: &Why) -> Result<()> {
+        unreachable!("a relay only sends")
+    }
+
+    async fn dead_letters(&self) -> Result<u64> {
+        unreachable!("a relay only sends")
+    }
+
+    async fn read_dead_letters(&self, _: Option<&str>, _: usize) -> Result<Vec<DeadLetter>> {
+        unreachable!("a relay only sends")
+    }
+
+    async fn redrive(&self, _: &[String]) -> Result<Vec<String>> {
+        unreachable!("a relay only sends")
+    }
+
+    async fn oldest(&self) -> Result<Option<Timestamp>> {
+        unreachable!("a relay only sends")
+    }
+
+    fn visibility(&self) -> Duration {
+        Duration::from_mins(1)
+    }
+}
+
+struct Bench {
+    postgres: Postgres,
+    sink: Arc<Sink>,
+    database: Database,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let database = Database::create().await;
+        let mut settings = Settings::load(None, &std::collections::BTreeMap::new(), &[]).unwrap();
+        settings.queue.kind = QueueKind::Sqs;
+        let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
+        let shape = IndexShape { kind: "pinecone".into(), model: "test".into(), dimensions: 3 };
+        let report = migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
+        assert!(!report.created.iter().any(|name| name.contains("pgmq")), "{report:?}");
+        Self { postgres, sink: Arc::default(), database }
+    }
+
+    fn relay(&self) -> Relay {
+        let queue: Arc<dyn JobQueue> = self.sink.clone();
+        Relay::new(
+            Arc::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&queue))),
+            queue,
+            Arc::new(BootClock),
+            Options {
+                source: "products".into(),
+                pack: 500,
+                bulk_threshold: 100,
+                live_bound: 5_000,
+                poll: Duration::from_millis(20),
+            },
+        )
+    }
+
+    /// Relays until nothing is left.
+    async fn drain(&self) {
+        self.relay().run(&CancellationToken::new(), true).await.unwrap();
+    }
+
+    async fn insert(&self, ids: std::ops::Range<u32>) {
+        let sql = "INSERT INTO products_with_increment (id, description) SELECT n, 'text' FROM generate_series($1::int, $2::int) n";
+        let client = self.database.client().await;
+        client.execute(sql, &[&(ids.start as i32), &(ids.end as i32 - 1)]).await.unwrap();
+    }
+
+    async fn shipments(&self) -> i64 {
+        let client = self.database.client().await;
+        client.query_one("SELECT count(*) FROM refarch.shipment", &[]).await.unwrap().get(0)
+    }
+
+    async fn pending(&self) -> u64 {
+        pending(&self.postgres, "products").await.unwrap()
+    }
+}
+
+fn numbers(ids: std::ops::Range<u32>) -> Vec<String> {
+    ids.map(|id| id.to_string()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_are_shipped_in_their_lanes_and_struck_off() {
+    let bench = Bench::new().await;
+    bench.insert(0..3).await;
+    bench.insert(1_000..3_000).await;
+    bench.drain().await;
+    assert_eq!(bench.sink.ids(Lane::Live).await, numbers(0..3));
+    assert_eq!(bench.sink.ids(Lane::Bulk).await, numbers(1_000..3_000));
+    assert_eq!((bench.shipments().await, bench.pending().await), (0, 0));
+    let client = bench.database.client().await;
+    let sql = "SELECT lane, messages, changes FROM refarch.packing ORDER BY lane";
+    let packed: Vec<(String, i64, i64)> = client
+        .query(sql, &[])
+        .await
+        .unwrap()
+        .iter()
+        .map(|row| (row.get(0), row.get(1), row.get(2)))
+        .collect();
+    assert_eq!(packed, [("bulk".to_owned(), 4, 2_000), ("live".to_owned(), 1, 3)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_queue_does_not_take_is_kept_and_sent_later() {
+    let bench = Bench::new().await;
+    bench.insert(0..3).await;
+    bench.sink.fails.store(true, Ordering::SeqCst);
+    let relay = bench.relay();
+    relay.step().await.unwrap();
+    let error = loop {
+        if let Err(error) = relay.step().await {
+            break error;
+        }
+    };
+    assert!(error.to_string().contains("the queue is away"), "{error}");
+    assert_eq!((bench.shipments().await, bench.pending().await), (1, 3), "counted as not queued yet");
+    bench.sink.fails.store(false, Ordering::SeqCst);
+    // Another relay, as after a crash.
+    bench.drain().await;
+    assert_eq!(bench.sink.ids(Lane::Live).await, numbers(0..3));
+    assert_eq!((bench.shipments().await, bench.pending().await), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_that_died_while_sending_loses_nothing_and_nobody_sends_before_its_lease_ends() {
+    let bench = Bench::new().await;
+    bench.insert(0..3).await;
+    bench.sink.stalls.store(true, Ordering::SeqCst);
+    let relay = bench.relay();
+    relay.step().await.unwrap();
+    bench.sink.stalled.notified().await;
+    // With it go its tasks.
+    drop(relay);
+    bench.sink.stalls.store(false, Ordering::SeqCst);
+    bench.drain().await;
+    assert_eq!(bench.sink.ids(Lane::Live).await, Vec::<String>::new(), "its lease stands");
+    let client = bench.database.client().await;
+    let ran_out = "UPDATE refarch.shipment SET claimed_until = clock_timestamp() - interval '1 second'";
+    assert_eq!(client.execute(ran_out, &[]).await.unwrap(), 1);
+    bench.drain().await;
+    assert_eq!(bench.sink.ids(Lane::Live).await, numbers(0..3));
+    assert_eq!((bench.shipments().await, bench.pending().await), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_transaction_is_open_while_the_queue_is_called() {
+    let bench = Bench::new().await;
+    bench.insert(0..3).await;
+    bench.sink.stalls.store(true, Ordering::SeqCst);
+    let relay = bench.relay();
+    relay.step().await.unwrap();
+    bench.sink.stalled.notified().await;
+    let client = bench.database.client().await;
+    let open: i64 = client
+        .query_one(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() \
+             AND backend_type = 'client backend' AND xact_start IS NOT NULL",
+            &[],
+        )
+        .await
+        .unwrap()
+        .get(0);
+    assert_eq!(open, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_truncation_is_shipped_as_deletes_of_what_the_ledger_knows() {
+    let bench = Bench::new().await;
+    let client = bench.database.client().await;
+    client
+        .batch_execute(
+            "INSERT INTO refarch.ledger (target, id) SELECT id, n::text FROM refarch.target, generate_series(1, 12000) n; \
+             TRUNCATE products_with_increment",
+        )
+        .await
+        .unwrap();
+    bench.drain().await;
+    assert_eq!(bench.sink.ids(Lane::Bulk).await, numbers(1..12_001));
+    assert_eq!((bench.shipments().await, bench.pending().await), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_load_waits_in_the_outbox_while_a_shared_queue_is_full_and_edits_pass_it() {
+    let bench = Bench::new().await;
+    bench.sink.bound.store(1_000, Ordering::SeqCst);
+    bench.sink.standing.store(1_000, Ordering::SeqCst);
+    bench.insert(1_000..3_000).await;
+    bench.insert(0..3).await;
+    let relay = bench.relay();
+    common::eventually("the edits to be sent", Duration::from_secs(30), async || {
+        relay.step().await.unwrap();
+        bench.sink.ids(Lane::Live).await == numbers(0..3)
+    })
+    .await;
+    assert_eq!(bench.sink.ids(Lane::Bulk).await, Vec::<String>::new());
+    assert_eq!(bench.pending().await, 2_000);
+    bench.sink.standing.store(0, Ordering::SeqCst);
+    bench.drain().await;
+    assert_eq!(bench.sink.ids(Lane::Bulk).await, numbers(1_000..3_000));
+}
