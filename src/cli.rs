@@ -206,6 +206,9 @@ pub struct Chaos {
     /// The index that is written to
     #[arg(long, value_enum, value_name = "KIND", default_value = "pinecone")]
     pub index: ChaosIndex,
+    /// The queue that changes travel on
+    #[arg(long, value_enum, value_name = "KIND", default_value = "pgmq")]
+    pub queue: ChaosQueue,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -218,6 +221,15 @@ pub enum ChaosIndex {
     Pinecone,
     /// pgvector, in the private database
     Pgvector,
+}
+
+/// The queues that chaos can be tried on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ChaosQueue {
+    /// pgmq, in the private database
+    Pgmq,
+    /// A double of SQS in this process, which fails, lies and delivers twice
+    Sqs,
 }
 
 const VERIFY_HELP: &str = "\

@@ -12,7 +12,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
 use common::Database;
 use common::python::{Moto, python};
 use contract::{Bench, VISIBILITY, job, receive_one};
@@ -75,17 +74,6 @@ struct OnSqs {
     _moto: Option<Arc<Moto>>,
 }
 
-/// A client of a server that takes any credentials.
-fn client(endpoint: &str) -> aws_sdk_sqs::Client {
-    let config = aws_sdk_sqs::Config::builder()
-        .behavior_version(BehaviorVersion::latest())
-        .region(Region::new("us-east-1"))
-        .credentials_provider(Credentials::new("test", "test", None, None, "test"))
-        .endpoint_url(endpoint)
-        .build();
-    aws_sdk_sqs::Client::from_conf(config)
-}
-
 /// Makes queues that no other test has, by the API.
 async fn create(client: &aws_sdk_sqs::Client) -> [String; 3] {
     static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -118,7 +106,7 @@ fn options(urls: &[String; 3]) -> sqs::Options {
 }
 
 async fn sqs(endpoint: &str, moto: Option<Arc<Moto>>, double: Option<QueueDouble>) -> OnSqs {
-    let client = client(endpoint);
+    let client = sqs::connect_to(endpoint);
     let urls = create(&client).await;
     let (database, postgres) = database().await;
     let options = options(&urls);
@@ -355,7 +343,7 @@ async fn a_receive_that_nobody_waits_for_releases_what_it_brought() {
 #[tokio::test(flavor = "multi_thread")]
 async fn queues_that_cannot_serve_are_refused_with_what_to_do() {
     let moto = Moto::shared().await;
-    let client = client(moto.url());
+    let client = sqs::connect_to(moto.url());
     let urls = create(&client).await;
     let (_database, postgres) = database().await;
     let refusal = async |options: sqs::Options| {

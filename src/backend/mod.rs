@@ -145,7 +145,24 @@ pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report>
     migrate::migrate(postgres, &settings.source, &settings.queue, &index_shape(settings)?).await
 }
 
-fn sqs_options(settings: &Settings) -> sqs::Options {
+async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Arc<dyn JobQueue>> {
+    Ok(match settings.queue.kind {
+        QueueKind::Pgmq => Arc::new(Pgmq::new(
+            postgres.clone(),
+            &settings.queue.name,
+            Duration::from_secs(settings.queue.visibility_s),
+        )),
+        QueueKind::Sqs => {
+            let options = sqs_options(settings);
+            let client = sqs::connect(&options).await?;
+            Arc::new(Sqs::open(client, postgres.clone(), options).await?)
+        }
+    })
+}
+
+/// What the queue on SQS needs of the settings.
+#[must_use]
+pub fn sqs_options(settings: &Settings) -> sqs::Options {
     let named = |url: &str| (!url.is_empty()).then(|| url.to_owned());
     let queue = &settings.queue;
     sqs::Options {
@@ -180,20 +197,18 @@ pub struct Backends {
 impl Backends {
     /// Finds the active target and opens its backends.
     pub async fn open(postgres: &Postgres, settings: &Settings) -> Result<Self> {
+        let queue = open_queue(postgres, settings).await?;
+        Self::with_queue(postgres, settings, queue).await
+    }
+
+    /// Opens the backends around a queue that is open already.
+    pub async fn with_queue(
+        postgres: &Postgres,
+        settings: &Settings,
+        queue: Arc<dyn JobQueue>,
+    ) -> Result<Self> {
         let target = migrate::target(postgres, &settings.source, &index_shape(settings)?).await?;
         let table = Arc::new(target.table.clone());
-        let queue: Arc<dyn JobQueue> = match settings.queue.kind {
-            QueueKind::Sqs => {
-                let options = sqs_options(settings);
-                let client = sqs::connect(&options).await?;
-                Arc::new(Sqs::open(client, postgres.clone(), options).await?)
-            }
-            QueueKind::Pgmq => Arc::new(Pgmq::new(
-                postgres.clone(),
-                &settings.queue.name,
-                Duration::from_secs(settings.queue.visibility_s),
-            )),
-        };
         let index: Arc<dyn VectorIndex> = match settings.index.kind {
             IndexKind::Pgvector => Arc::new(PgVector::new(
                 postgres.clone(),

@@ -47,6 +47,21 @@ pub async fn connect(options: &Options) -> Result<Client> {
     Ok(Client::new(&config))
 }
 
+/// A client of a server of one's own that speaks SQS and takes any credentials.
+#[must_use]
+pub fn connect_to(endpoint: &str) -> Client {
+    let timeouts =
+        TimeoutConfig::builder().connect_timeout(CONNECT).operation_attempt_timeout(ATTEMPT).build();
+    let config = aws_sdk_sqs::Config::builder()
+        .behavior_version(BehaviorVersion::latest())
+        .region(aws_sdk_sqs::config::Region::new("us-east-1"))
+        .credentials_provider(aws_sdk_sqs::config::Credentials::new("any", "any", None, None, "any"))
+        .timeout_config(timeouts)
+        .endpoint_url(endpoint)
+        .build();
+    Client::from_conf(config)
+}
+
 /// The region in a queue's URL: `sqs.REGION.amazonaws.com` or, as of old, `REGION.queue.amazonaws.com`.
 fn region_of(url: &str) -> Option<&str> {
     let host = url.split_once("://")?.1.split(['/', ':']).next()?;

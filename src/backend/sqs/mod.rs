@@ -25,7 +25,7 @@ use crate::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Un
 use failure::failure;
 use intake::Intake;
 
-pub use client::connect;
+pub use client::{connect, connect_to};
 
 /// Bytes of a message, and of all messages of a call, by the limits of SQS.
 pub const MAX_BYTES: usize = 1_048_576;

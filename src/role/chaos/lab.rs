@@ -8,13 +8,16 @@ use anyhow::Context as _;
 use tokio_postgres::Client;
 
 use super::double::Double;
+use super::queue_double::QueueDouble;
 use super::schedule::MAX_LATE;
 use super::writer;
+use crate::backend::Backends;
 use crate::backend::embedded::{Cluster, Options};
 use crate::backend::postgres::Postgres;
+use crate::backend::sqs::{self, Sqs};
 use crate::backend::{self, model_dir};
-use crate::cli::ChaosIndex;
-use crate::config::{IndexKind, Settings};
+use crate::cli::{ChaosIndex, ChaosQueue};
+use crate::config::{IndexKind, QueueKind, Settings};
 use crate::secret::Secret;
 
 /// Timeouts of the drill's roles: short, so that much happens in a minute.
@@ -30,6 +33,8 @@ pub struct Lab {
     pub settings: Settings,
     /// The index, if it is the double.
     pub double: Option<Double>,
+    /// The queue, if it is the double.
+    pub queue_double: Option<QueueDouble>,
     /// Where logs are.
     pub dir: PathBuf,
     cluster: Cluster,
@@ -37,7 +42,12 @@ pub struct Lab {
 
 impl Lab {
     /// Makes everything, in a folder of its own under the runtime folder.
-    pub async fn set_up(settings: &Settings, index: ChaosIndex, seed: u64) -> anyhow::Result<Self> {
+    pub async fn set_up(
+        settings: &Settings,
+        index: ChaosIndex,
+        queue: ChaosQueue,
+        seed: u64,
+    ) -> anyhow::Result<Self> {
         let runtime = std::path::absolute(&settings.runtime.dir)?;
         let dir = runtime.join(format!("chaos-{}", std::process::id()));
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
@@ -70,10 +80,22 @@ impl Lab {
                 Some(double)
             }
         };
+        let queue_double = match queue {
+            ChaosQueue::Pgmq => None,
+            ChaosQueue::Sqs => {
+                let double = QueueDouble::start(seed).await.context("start the queue double")?;
+                let max_receives = settings.queue.max_receives * 2;
+                let [live, bulk, dead] = double.create("chaos", max_receives);
+                settings.queue.kind = QueueKind::Sqs;
+                (settings.queue.url, settings.queue.bulk_url, settings.queue.dead_url) = (live, bulk, dead);
+                settings.queue.wait_s = 1;
+                Some(double)
+            }
+        };
         let postgres = Postgres::new(&settings.database.url, &settings.database)?;
         backend::migrate(&postgres, &settings).await?;
         postgres.pool.close();
-        Ok(Self { settings, double, dir, cluster })
+        Ok(Self { settings, double, queue_double, dir, cluster })
     }
 
     /// The environment of the roles.
@@ -98,10 +120,35 @@ impl Lab {
             env.push(("REFARCH_INDEX_HOST".to_owned(), double.url()));
             env.push(("REFARCH_INDEX_API_KEY".to_owned(), "chaos".to_owned()));
         }
+        if let Some(double) = &self.queue_double {
+            for (name, value) in [
+                ("REFARCH_QUEUE_KIND", "sqs"),
+                ("REFARCH_QUEUE_URL", &set.queue.url),
+                ("REFARCH_QUEUE_BULK_URL", &set.queue.bulk_url),
+                ("REFARCH_QUEUE_DEAD_URL", &set.queue.dead_url),
+                ("REFARCH_QUEUE_WAIT_S", "1"),
+                ("AWS_ENDPOINT_URL_SQS", &double.url()),
+                ("AWS_REGION", "us-east-1"),
+                ("AWS_ACCESS_KEY_ID", "chaos"),
+                ("AWS_SECRET_ACCESS_KEY", "chaos"),
+            ] {
+                env.push((name.to_owned(), value.to_owned()));
+            }
+        }
         for name in ["PATH", "HOME", "NO_COLOR"] {
             env.extend(std::env::var(name).ok().map(|value| (name.to_owned(), value)));
         }
         env
+    }
+
+    /// The backends, as the roles have them.
+    pub async fn backends(&self, postgres: &Postgres) -> anyhow::Result<Backends> {
+        let Some(double) = &self.queue_double else {
+            return Ok(Backends::open(postgres, &self.settings).await?);
+        };
+        let client = sqs::connect_to(&double.url());
+        let queue = Sqs::open(client, postgres.clone(), backend::sqs_options(&self.settings)).await?;
+        Ok(Backends::with_queue(postgres, &self.settings, std::sync::Arc::new(queue)).await?)
     }
 
     /// The database's address.

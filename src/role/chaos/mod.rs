@@ -34,6 +34,7 @@ use crate::shutdown;
 use crew::Crew;
 use double::{Counts, Faults};
 use lab::Lab;
+use queue_double::{QueueCounts, QueueFaults};
 use torment::{Done, Torment};
 use writer::{Model, Writer, Written};
 
@@ -62,6 +63,8 @@ struct Outcome {
     faults: Done,
     /// What the index did; none with pgvector.
     index: Option<Counts>,
+    /// What the queue was asked and did; none with pgmq.
+    queue: Option<QueueCounts>,
     /// What the application did.
     written: Written,
     /// From the end of the faults until nothing was under way.
@@ -94,7 +97,7 @@ impl Outcome {
 /// Runs the drill.
 pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
-    let lab = Lab::set_up(settings, args.index, args.seed).await?;
+    let lab = Lab::set_up(settings, args.index, args.queue, args.seed).await?;
     let outcome = drill(args, &lab, &stop).await;
     let clean = outcome.as_ref().is_ok_and(|outcome| outcome.as_ref().is_none_or(|o| o.code() == 0));
     let dir = lab.dir.clone();
@@ -143,11 +146,15 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
     if let Some(double) = &lab.double {
         double.set_faults(Faults::default());
     }
+    if let Some(double) = &lab.queue_double {
+        double.set_faults(QueueFaults::default());
+    }
     crew.thaw_all();
     let counts = lab.double.as_ref().map(double::Double::counts);
+    let queue_counts = lab.queue_double.as_ref().map(queue_double::QueueDouble::counts);
     let quiet = Instant::now();
     let postgres = Postgres::new(lab.url(), &lab.settings.database)?;
-    let backends = Backends::open(&postgres, &lab.settings).await?;
+    let backends = lab.backends(&postgres).await?;
     if !drain(&backends, &mut crew, stop).await? {
         return Ok(None);
     }
@@ -172,6 +179,7 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
         products: args.products,
         faults: done,
         index: counts,
+        queue: queue_counts,
         written: writer.written,
         drained_s,
         dead_letters,
@@ -270,6 +278,13 @@ fn text(outcome: &Outcome) -> String {
             index.requests, index.unavailable, index.rate_limited, index.hung, index.lied, index.late, index.dropped
         )
     });
+    let calls = outcome.queue.map_or_else(String::new, |queue| {
+        format!(
+            "queue's calls    {} send, {} receive, {} delete, {} extend: {} unavailable, {} throttled, {} done but failed, {} cut off, {} entries failed, {} delivered twice\n",
+            queue.send, queue.receive, queue.delete, queue.extend, queue.unavailable, queue.throttled, queue.lied,
+            queue.dropped, queue.entries_failed, queue.duplicated
+        )
+    });
     let ended = if outcome.ended.is_empty() {
         String::new()
     } else {
@@ -285,7 +300,7 @@ fn text(outcome: &Outcome) -> String {
          processes        {} kills, {} freezes\n\
          database         {} crashes, {} restarts, {} connections cut\n\
          queue            {} messages duplicated, {} delayed, {} hurried\n\
-         {index}{ended}\
+         {calls}{index}{ended}\
          written          {} statements: {} rows inserted, {} updated, {} deleted, {} inserted again, {} truncations\n\
          drained          in {:.1} s\n\
          {report}\

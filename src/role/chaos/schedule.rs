@@ -6,6 +6,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
 use super::double::Faults;
+use super::queue_double::QueueFaults;
 
 /// Something that is done to the system.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,6 +49,20 @@ pub fn usual() -> Faults {
         drop_connection: 0.005,
         max_late: MAX_LATE,
         hang_for: HANG_FOR,
+    }
+}
+
+/// What the queue does, storms or not: a message lost in doubt is only sent again.
+#[must_use]
+pub fn usual_for_the_queue() -> QueueFaults {
+    QueueFaults {
+        unavailable: 0.02,
+        throttled: 0.02,
+        lie: 0.02,
+        drop_connection: 0.01,
+        entry: 0.03,
+        duplicate: 0.02,
+        latency: Duration::ZERO,
     }
 }
 

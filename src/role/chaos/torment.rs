@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::crew::Crew;
 use super::lab::Lab;
-use super::schedule::{Fault, usual};
+use super::schedule::{Fault, usual, usual_for_the_queue};
 use crate::role::progress::Progress;
 
 /// How often processes are looked after and due faults done.
@@ -54,6 +54,9 @@ impl Torment<'_> {
         let mut storm_until: Option<Instant> = None;
         if let Some(double) = &self.lab.double {
             double.set_faults(usual());
+        }
+        if let Some(double) = &self.lab.queue_double {
+            double.set_faults(usual_for_the_queue());
         }
         while started.elapsed() < lasting && !stop.is_cancelled() {
             while let Some((_, fault)) = schedule.next_if(|(at, _)| *at <= started.elapsed()) {
@@ -108,6 +111,9 @@ impl Torment<'_> {
                     )
                     .await;
             }
+            Fault::Duplicate | Fault::Delay | Fault::Hurry if self.lab.queue_double.is_some() => {
+                self.disorder(fault);
+            }
             Fault::Duplicate => {
                 self.done.messages_duplicated += self
                     .on_lanes(
@@ -139,6 +145,17 @@ impl Torment<'_> {
             Fault::Storm(..) => {}
         }
         Ok(())
+    }
+
+    /// Does to the queue's double what is else done to pgmq's tables.
+    fn disorder(&mut self, fault: Fault) {
+        let Some(double) = &self.lab.queue_double else { return };
+        match fault {
+            Fault::Duplicate => self.done.messages_duplicated += double.duplicate(3),
+            Fault::Delay => self.done.messages_delayed += double.delay(5, Duration::from_secs(3)),
+            Fault::Hurry => self.done.messages_hurried += double.hurry(2),
+            _ => {}
+        }
     }
 
     async fn on_lanes(&self, sql: &str) -> u64 {
