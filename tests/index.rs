@@ -62,6 +62,7 @@ fn options(url: &str) -> pinecone::Options {
         namespace: String::new(),
         timeout: PATIENCE,
         dimensions: 3,
+        text: vec!["description".into()],
     }
 }
 
@@ -386,7 +387,7 @@ fn assert_classed(error: &Error, class: Class, doubtful: bool) {
 async fn a_rate_limit_is_retried_when_the_index_says_and_changes_nothing() {
     let (double, index) = troubled(Faults { rate_limited: 1.0, ..Faults::default() }).await;
     let mut waits = BTreeSet::new();
-    for _ in 0..20 {
+    for _ in 0..6 {
         for error in failing_writes(&index).await {
             assert_classed(&error, Class::Retryable, false);
             waits.insert(error.retry_after);
@@ -395,7 +396,10 @@ async fn a_rate_limit_is_retried_when_the_index_says_and_changes_nothing() {
     }
     assert_eq!(waits, [None, Some(Duration::from_secs(1))].into());
     assert_eq!(ids(&double), strings(&["old"]).into_iter().collect());
-    assert_eq!((double.counts().rate_limited, double.counts().requests), (60, 61));
+    // One write went before, and reads were tried again.
+    let counts = double.counts();
+    assert_eq!(counts.rate_limited + 1, counts.requests);
+    assert!((18..=28).contains(&counts.rate_limited), "{counts:?}");
 }
 
 #[tokio::test]
@@ -458,7 +462,7 @@ async fn a_write_without_an_answer_in_time_is_in_doubt() {
     }
     eventually("some of the writes to come", PATIENCE, async || ids(&double).len() > 1).await;
     assert_classed(&index.count().await.unwrap_err(), Class::Retryable, true);
-    assert_eq!(double.counts().hung, 9);
+    assert!((9..=12).contains(&double.counts().hung));
 }
 
 #[tokio::test]
@@ -477,10 +481,14 @@ async fn a_record_that_the_index_refuses_is_refused_for_good() {
     let refused = [
         (with_metadata("a", &[1.0, 0.0, 0.0], r#"{"size": {"cm": 3}}"#), "for field 'size'"),
         (with_metadata("a", &[1.0, 0.0, 0.0], r#"{"size": 1e400}"#), "number out of range"),
-        (with_metadata("a", &[1.0, 0.0, 0.0], &json!({ "text": "x".repeat(41_000) }).to_string()), "exceeds"),
+        (
+            with_metadata("a", &[1.0, 0.0, 0.0], &json!({ "list": ["x".repeat(41_000)] }).to_string()),
+            "name fewer columns",
+        ),
+        (record("nan", &[1.0, f32::NAN, 0.0]), "the vector of \"nan\" holds NaN"),
         (record("a", &[0.0, 0.0, 0.0]), "non-zero"),
         (record("a", &[1.0, 0.0]), "dimension"),
-        (record(&"x".repeat(513), &[1.0, 0.0, 0.0]), "513 bytes"),
+        (record(&"x".repeat(513), &[1.0, 0.0, 0.0]), "513 characters"),
     ];
     for (record, reason) in refused {
         let error = index.upsert(&[record]).await.unwrap_err();

@@ -89,6 +89,7 @@ impl Loop {
                 poll: Duration::from_millis(100),
                 max_receives: 10,
                 settle: Duration::from_secs(10),
+                look: Duration::from_millis(50),
             },
         ));
         Self { database, backends, client, relay, indexer, meter }

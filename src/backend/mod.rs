@@ -142,7 +142,30 @@ impl LoadedModel {
 
 /// Brings the database up to date with these settings.
 pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report> {
-    migrate::migrate(postgres, &settings.source, &settings.queue, &index_shape(settings)?).await
+    let shape = index_shape(settings)?;
+    // The index first: one of the wrong shape must not cost the rows that are indexed so far.
+    let made = match settings.index.kind {
+        IndexKind::Pinecone if settings.index.host.trim().is_empty() => {
+            pinecone::control::ensure(&control_options(settings, shape.dimensions)).await?
+        }
+        _ => false,
+    };
+    let mut report = migrate::migrate(postgres, &settings.source, &settings.queue, &shape).await?;
+    if made {
+        report.created.push(format!("index {}", settings.index.name));
+    }
+    Ok(report)
+}
+
+fn control_options(settings: &Settings, dimensions: usize) -> pinecone::control::Options {
+    pinecone::control::Options {
+        controller: settings.index.controller.clone(),
+        api_key: settings.index.api_key.clone(),
+        name: settings.index.name.clone(),
+        dimensions,
+        cloud: settings.index.cloud.clone(),
+        region: settings.index.region.clone(),
+    }
 }
 
 async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Arc<dyn JobQueue>> {
@@ -221,13 +244,20 @@ impl Backends {
                     ef_search: settings.index.ef_search,
                 },
             )),
-            IndexKind::Pinecone => Arc::new(Pinecone::new(pinecone::Options {
-                host: settings.index.host.clone(),
-                api_key: settings.index.api_key.clone(),
-                namespace: settings.index.namespace.clone(),
-                timeout: Duration::from_millis(settings.index.timeout_ms),
-                dimensions: target.dimensions,
-            })?),
+            IndexKind::Pinecone => {
+                let host = match settings.index.host.trim() {
+                    "" => pinecone::control::host(&control_options(settings, target.dimensions)).await?,
+                    named => named.to_owned(),
+                };
+                Arc::new(Pinecone::new(pinecone::Options {
+                    host,
+                    api_key: settings.index.api_key.clone(),
+                    namespace: settings.index.namespace.clone(),
+                    timeout: Duration::from_millis(settings.index.timeout_ms),
+                    dimensions: target.dimensions,
+                    text: settings.source.text.clone(),
+                })?)
+            }
         };
         let ledger = Arc::new(PgLedger::new(postgres.clone(), table, target.id, target.salt.clone()));
         Ok(Self {

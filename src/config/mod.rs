@@ -98,6 +98,7 @@ pub struct Index {
     pub cloud: String,
     pub region: String,
     pub controller: String,
+    pub freshness_ms: u64,
     pub timeout_ms: u64,
     pub graph_min_rows: u64,
     pub graph_max_backlog: u64,

@@ -137,6 +137,12 @@ impl Settings {
                 &self.index.api_key,
                 "set PINECONE_API_KEY to the key that Pinecone's console shows",
             )?;
+            check(
+                self.index.freshness_ms >= 10,
+                "index.freshness_ms",
+                &self.index.freshness_ms,
+                "use at least 10",
+            )?;
             check(is_url(&self.index.controller), "index.controller", &self.index.controller, "use a URL")?;
         }
         if matches!(self.embedder.kind, EmbedderKind::Openai | EmbedderKind::Tei) {

@@ -177,8 +177,25 @@ pub trait VectorIndex: Send + Sync {
     /// seen, so that a change that fails can be told from an outage.
     async fn probe(&self) -> Result<()>;
 
+    /// How far queries are behind writes; none if they find what was written at once.
+    fn visibility(&self) -> Option<&dyn Visibility> {
+        None
+    }
+
     /// Where the index keeps a note for us, unless it shares the database and can't be ahead of it.
     fn notes(&self) -> Option<&dyn Notes>;
+}
+
+/// An index whose queries find a write some time after it was answered, and that tells how far they are.
+///
+/// Marks grow with the order in which writes are found.
+#[async_trait]
+pub trait Visibility: Send + Sync {
+    /// The newest mark of this process's writes; 0 if the index gives none.
+    fn written(&self) -> u64;
+
+    /// The mark up to which a query finds what was written. Asks the index.
+    async fn seen(&self) -> Result<u64>;
 }
 
 /// A note that an index keeps for us beside the records, such as which database it belongs to.

@@ -63,6 +63,7 @@ pub async fn work(
             poll: Duration::from_millis(settings.indexer.poll_ms),
             max_receives: settings.queue.max_receives,
             settle: settings.indexer.settle(),
+            look: Duration::from_millis(settings.index.freshness_ms),
         },
     ));
     Box::pin(claim(backends, &*clock, stop)).await?;

@@ -247,6 +247,7 @@ fn indexer(view: &View, clock: &Arc<SimClock>) -> (Arc<Indexer>, Arc<Lease>) {
             // Chaos of this density would use up any number.
             max_receives: u32::MAX,
             settle: SETTLE,
+            look: Duration::from_secs(1),
         },
     );
     (Arc::new(indexer), lease)

@@ -243,7 +243,7 @@ mod tests {
     use crate::pipeline::change::{JOB_VERSION, Lane, Op};
 
     fn job(ids: usize, bytes: usize) -> Job {
-        let id = |n: usize| format!("{n:0bytes$}");
+        let id = |n: usize| format!("{n}-{}", "x".repeat(bytes));
         let group = |range: std::ops::Range<usize>| Group {
             version: 1,
             op: Op::Upsert,

@@ -137,7 +137,7 @@ impl Indexer {
         // The first failure is the one that tells most.
         let refused = written?;
         let closed = closed?;
-        self.fresh(
+        self.written(
             closed.settled.iter().map(String::as_str),
             &batch.hints,
             (closed.clock_us, self.clock().now()),

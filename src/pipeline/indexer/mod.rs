@@ -14,6 +14,7 @@ mod batch;
 mod fenced;
 mod health;
 mod run;
+mod searchable;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,6 +34,7 @@ use crate::pipeline::queue::{JobQueue, Message};
 use crate::pipeline::schedule::Scheduler;
 use batch::Batch;
 use health::Health;
+use searchable::AllAwaited;
 
 /// A message's changes are written in groups that take about this long to embed: what is embedded is
 /// found soon, and a row that changes meanwhile costs little.
@@ -61,6 +63,8 @@ pub struct Options {
     pub max_receives: u32,
     /// After this long an accepted write has been applied, or never will be; the lease included.
     pub settle: Duration,
+    /// How often an index whose queries are behind is asked how far they are.
+    pub look: Duration,
 }
 
 /// What a batch came to.
@@ -96,6 +100,8 @@ pub struct Indexer {
     in_hand: Mutex<Vec<String>>,
     /// Attempts that may have written and are not known to be closed, with how they are to be closed.
     unclosed: Mutex<BTreeMap<String, Vec<(Opened, Outcome)>>>,
+    /// Changes that were written and are not found by queries yet.
+    awaited: Mutex<AllAwaited>,
 }
 
 /// The vectors that a batch has made, so that a text is embedded once however often it is tried.
@@ -147,6 +153,7 @@ impl Indexer {
             attempts: AtomicU64::new(0),
             in_hand: Mutex::default(),
             unclosed: Mutex::default(),
+            awaited: Mutex::default(),
         }
     }
 

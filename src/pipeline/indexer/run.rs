@@ -78,6 +78,10 @@ impl Indexer {
         let maintenance = tokio::spawn(async move {
             maintain.run_until_cancelled(indexer.maintain()).await;
         });
+        let (watch, indexer) = (lanes_done.clone(), Arc::clone(self));
+        let watching = tokio::spawn(async move {
+            watch.run_until_cancelled(indexer.watch()).await;
+        });
         // A lane that fails for good must not leave the other one working.
         let stop = stop.child_token();
         let (live, bulk) = tokio::join!(
@@ -85,7 +89,10 @@ impl Indexer {
             self.run_lane(Lane::Bulk, &stop, abort, until_idle)
         );
         lanes_done.cancel();
-        let _ = maintenance.await;
+        let _ = tokio::join!(maintenance, watching);
+        if let Some(visibility) = self.index.visibility() {
+            self.look(visibility).await;
+        }
         if let Err(error) = self.close_left().await {
             tracing::warn!(%error, "cannot close attempts: others will sweep them");
         }

@@ -1,0 +1,305 @@
+//! The vector index on Pinecone, over its REST data plane.
+//!
+//! Records are always written whole: an update merges metadata, so that a column set to NULL would
+//! survive, and it answers 200 for an id that is not there. Vectors travel as JSON.
+
+mod answer;
+pub mod control;
+mod http;
+mod pace;
+mod wire;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use reqwest::{Method, StatusCode};
+use serde_json::{Map, Value, json};
+
+use crate::pipeline::embedder::Embedding;
+use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::index::{
+    Listing, Match, Notes, PlainWrite, Record, Stored, VectorIndex, Visibility, Writes,
+};
+use crate::secret::Secret;
+use answer::with_query;
+use http::Http;
+use wire::{
+    CONTENT_HASH, Fetched, Listed, METADATA_HASH, Matches, Sent, Stats, Upsert, Vector, fetched_at_once,
+    sent, unhex, weight,
+};
+
+/// Records in an upsert at most, by Pinecone's limits.
+const MAX_RECORDS: usize = 1_000;
+
+/// Bytes of an upsert at most: under the limit of 2 MB, for what surrounds the records.
+const MAX_BYTES: usize = 1_900_000;
+
+/// Ids in a delete at most, by Pinecone's limits.
+const MAX_DELETES: usize = 1_000;
+
+/// Ids on a page of a listing at most, by Pinecone's limits.
+const MAX_LISTED: usize = 100;
+
+/// Namespace and id of the note: beside the records, never among them.
+const NOTES: &str = "refarch-notes";
+const NOTE_ID: &str = "note";
+
+/// An id that no row has: a row's id never holds a control character here.
+const PROBE_ID: &str = "refarch\u{1}probe";
+
+/// A write's place in the log of its namespace, and the place up to which a query has seen the log.
+const WRITTEN: &str = "x-pinecone-request-lsn";
+const SEEN: &str = "x-pinecone-max-indexed-lsn";
+
+/// What the index needs of the settings.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The index's host, with or without a scheme; without one it is HTTPS.
+    pub host: String,
+    /// The key that may use it.
+    pub api_key: Secret,
+    /// The namespace that holds the records; empty for the default one.
+    pub namespace: String,
+    /// How long a request may take.
+    pub timeout: Duration,
+    /// Length of a vector.
+    pub dimensions: usize,
+    /// Columns that were embedded: the first to be cut where metadata is too long.
+    pub text: Vec<String>,
+}
+
+/// Records of one namespace of an index.
+pub struct Pinecone {
+    http: Http,
+    namespace: String,
+    dimensions: usize,
+    text: Vec<String>,
+    /// Whether the index was seen to hold vectors of this length.
+    checked: AtomicBool,
+    /// Places in the log of the namespace: of the newest write, and what queries have seen; 0 if the
+    /// index does not tell.
+    written: AtomicU64,
+    seen: AtomicU64,
+}
+
+/// A place in the log, if an answer tells one.
+fn place(response: &reqwest::Response, name: &str) -> Option<u64> {
+    response.headers().get(name)?.to_str().ok()?.trim().parse().ok()
+}
+
+impl Pinecone {
+    /// The index at a host. Nothing is asked of it yet.
+    pub fn new(options: Options) -> Result<Self> {
+        Ok(Self {
+            http: Http::new("index.host", &options.host, &options.api_key, options.timeout)?,
+            namespace: options.namespace,
+            dimensions: options.dimensions,
+            text: options.text,
+            checked: AtomicBool::new(false),
+            written: AtomicU64::new(0),
+            seen: AtomicU64::new(0),
+        })
+    }
+
+    /// Some vector: one of zeros is refused.
+    fn first_axis(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.dimensions];
+        if let Some(first) = values.first_mut() {
+            *first = 1.0;
+        }
+        values
+    }
+
+    async fn stats(&self) -> Result<Stats> {
+        let request = self.http.request(Method::POST, "/describe_index_stats")?.json(&json!({}));
+        self.http.read(request, "count records").await
+    }
+
+    /// Once, before anything is written: every record would be refused by itself.
+    async fn check(&self) -> Result<()> {
+        if self.checked.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let wanted = self.dimensions;
+        if let Some(found) = self.stats().await?.dimension.filter(|found| *found != wanted) {
+            let message = format!(
+                "it holds vectors of length {found}, and the model makes {wanted}: name another index, or another model"
+            );
+            return Err(Error::fatal("check the index", message));
+        }
+        self.checked.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn upsert_into(&self, namespace: &str, vectors: &[Sent<'_>]) -> Result<reqwest::Response> {
+        let body = Upsert { namespace, vectors };
+        let request = self.http.request(Method::POST, "/vectors/upsert")?.json(&body);
+        self.http.write(request, "upsert records", None).await
+    }
+
+    fn note_written(&self, response: &reqwest::Response) {
+        if let Some(place) = place(response, WRITTEN) {
+            self.written.fetch_max(place, Ordering::Relaxed);
+        }
+    }
+
+    async fn fetch_from(&self, namespace: &str, ids: &[String]) -> Result<Vec<Vector>> {
+        let mut query: Vec<(&str, &str)> = ids.iter().map(|id| ("ids", id.as_str())).collect();
+        query.push(("namespace", namespace));
+        let request = with_query(self.http.request(Method::GET, "/vectors/fetch")?, &query);
+        Ok(self.http.read::<Fetched>(request, "fetch records").await?.vectors.into_values().collect())
+    }
+
+    async fn search(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
+        let body = json!({
+            "namespace": self.namespace,
+            "vector": embedding,
+            "topK": top.clamp(1, 10_000),
+            "includeValues": false,
+            "includeMetadata": false,
+        });
+        let request = self.http.request(Method::POST, "/query")?.json(&body);
+        let response = self.http.ask(request, "search").await?;
+        if let Some(place) = place(&response, SEEN) {
+            self.seen.fetch_max(place, Ordering::Relaxed);
+        }
+        let answer: Matches = response.json().await.map_err(|error| answer::failure("search", &error))?;
+        Ok(answer.matches.into_iter().map(|m| Match { id: m.id, score: m.score }).collect())
+    }
+}
+
+#[async_trait]
+impl PlainWrite for Pinecone {
+    async fn upsert(&self, records: &[Record]) -> Result<()> {
+        let vectors = records.iter().map(|record| sent(record, &self.text)).collect::<Result<Vec<_>>>()?;
+        let response = self.upsert_into(&self.namespace, &vectors).await?;
+        self.note_written(&response);
+        Ok(())
+    }
+
+    async fn delete(&self, ids: &[String]) -> Result<()> {
+        let body = json!({ "namespace": self.namespace, "ids": ids });
+        let request = self.http.request(Method::POST, "/vectors/delete")?.json(&body);
+        // A namespace that was never written to holds nothing.
+        let response = self.http.write(request, "delete records", Some(StatusCode::NOT_FOUND)).await?;
+        self.note_written(&response);
+        Ok(())
+    }
+
+    fn fits(&self, records: &[Record]) -> usize {
+        let mut bytes = 0;
+        records
+            .iter()
+            .take(MAX_RECORDS)
+            .take_while(|record| {
+                bytes += weight(record, &self.text);
+                bytes <= MAX_BYTES
+            })
+            .count()
+            .max(1)
+    }
+
+    fn max_deletes(&self) -> usize {
+        MAX_DELETES
+    }
+
+    fn request_timeout(&self) -> Duration {
+        self.http.timeout()
+    }
+}
+
+#[async_trait]
+impl VectorIndex for Pinecone {
+    async fn query(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
+        self.search(embedding, top).await
+    }
+
+    async fn count(&self) -> Result<u64> {
+        let stats = self.stats().await?;
+        let default = if self.namespace.is_empty() { "__default__" } else { &self.namespace };
+        let of = |name: &str| stats.namespaces.get(name).map(|namespace| namespace.vector_count);
+        Ok(of(&self.namespace).or_else(|| of(default)).unwrap_or_default())
+    }
+
+    async fn list(&self, cursor: Option<&str>, limit: usize) -> Result<Listing> {
+        let limit = limit.clamp(1, MAX_LISTED).to_string();
+        let mut query = vec![("namespace", self.namespace.as_str()), ("limit", &limit)];
+        query.extend(cursor.map(|cursor| ("paginationToken", cursor)));
+        let request = with_query(self.http.request(Method::GET, "/vectors/list")?, &query);
+        let listed: Listed = self.http.read(request, "list records").await?;
+        Ok(Listing {
+            ids: listed.vectors.into_iter().map(|vector| vector.id).collect(),
+            next: listed.pagination.and_then(|pagination| pagination.next),
+        })
+    }
+
+    async fn fetch(&self, ids: &[String]) -> Result<Vec<Stored>> {
+        let mut stored = Vec::with_capacity(ids.len());
+        let mut left = ids;
+        while !left.is_empty() {
+            let (ids, rest) = left.split_at(fetched_at_once(left));
+            left = rest;
+            for vector in self.fetch_from(&self.namespace, ids).await? {
+                stored.push(Stored {
+                    content_hash: unhex(vector.metadata.get(CONTENT_HASH)),
+                    metadata_hash: unhex(vector.metadata.get(METADATA_HASH)),
+                    embedding: Embedding::from(vector.values),
+                    id: vector.id,
+                });
+            }
+        }
+        Ok(stored)
+    }
+
+    fn writes(&self) -> Writes<'_> {
+        Writes::Plain(self)
+    }
+
+    async fn maintain(&self, _backlog: u64) -> Result<()> {
+        Ok(())
+    }
+
+    async fn probe(&self) -> Result<()> {
+        // Among the records a delete of what can't be there, and an upsert beside them.
+        self.delete(&[PROBE_ID.to_owned()]).await?;
+        let vector = Sent { id: PROBE_ID, values: &self.first_axis(), metadata: Map::new() };
+        self.upsert_into(NOTES, &[vector]).await.map(drop)
+    }
+
+    fn visibility(&self) -> Option<&dyn Visibility> {
+        Some(self)
+    }
+
+    fn notes(&self) -> Option<&dyn Notes> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl Notes for Pinecone {
+    async fn note(&self) -> Result<Option<String>> {
+        let found = self.fetch_from(NOTES, &[NOTE_ID.to_owned()]).await?;
+        let text = found.first().and_then(|vector| vector.metadata.get("text"));
+        Ok(text.and_then(Value::as_str).map(str::to_owned))
+    }
+
+    async fn set_note(&self, note: &str) -> Result<()> {
+        // The first that is ever written, when a worker starts.
+        self.check().await?;
+        let metadata = [("text".to_owned(), note.into())].into_iter().collect();
+        self.upsert_into(NOTES, &[Sent { id: NOTE_ID, values: &self.first_axis(), metadata }]).await.map(drop)
+    }
+}
+
+#[async_trait]
+impl Visibility for Pinecone {
+    fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    async fn seen(&self) -> Result<u64> {
+        self.search(&self.first_axis(), 1).await?;
+        Ok(self.seen.load(Ordering::Relaxed))
+    }
+}
