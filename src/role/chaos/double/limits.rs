@@ -4,7 +4,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::{Record, Write};
+use super::Record;
+use super::store::{Deleted, Write};
 
 const MAX_RECORDS: usize = 1_000;
 const MAX_UPSERT_BYTES: usize = 2 * 1024 * 1024;
@@ -33,10 +34,27 @@ struct Sent {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct Delete {
     #[serde(default)]
     namespace: String,
+    #[serde(default)]
     ids: Vec<String>,
+    #[serde(default)]
+    delete_all: bool,
+    filter: Option<Value>,
+}
+
+/// A change of one record.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Update {
+    #[serde(default)]
+    pub(super) namespace: String,
+    pub(super) id: String,
+    pub(super) values: Option<Vec<f32>>,
+    #[serde(default)]
+    pub(super) set_metadata: Map<String, Value>,
 }
 
 #[derive(Deserialize)]
@@ -44,8 +62,37 @@ struct Delete {
 pub(super) struct Query {
     #[serde(default)]
     pub(super) namespace: String,
+    #[serde(default)]
     pub(super) vector: Vec<f32>,
+    pub(super) id: Option<String>,
     pub(super) top_k: usize,
+    #[serde(default = "everything")]
+    pub(super) filter: Value,
+    #[serde(default)]
+    pub(super) include_values: bool,
+    #[serde(default)]
+    pub(super) include_metadata: bool,
+}
+
+/// A fetch of what passes a filter.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ByMetadata {
+    #[serde(default)]
+    pub(super) namespace: String,
+    #[serde(default = "everything")]
+    pub(super) filter: Value,
+    #[serde(default = "a_page")]
+    pub(super) limit: usize,
+    pub(super) pagination_token: Option<String>,
+}
+
+fn everything() -> Value {
+    Value::Object(Map::new())
+}
+
+fn a_page() -> usize {
+    MAX_LISTED
 }
 
 /// Parameters of a fetch or a listing.
@@ -55,6 +102,7 @@ pub(super) struct Parameters {
     pub(super) ids: Vec<String>,
     pub(super) limit: usize,
     pub(super) after: Option<String>,
+    pub(super) prefix: String,
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Refused<T> {
@@ -80,14 +128,48 @@ pub(super) fn upsert(body: &[u8], dimensions: usize) -> Refused<Write> {
 }
 
 pub(super) fn delete(body: &[u8]) -> Refused<Write> {
-    let Delete { namespace, ids } = parse(body)?;
-    check_ids(&ids)?;
-    Ok(Write::Delete { namespace, ids })
+    let Delete { namespace, ids, delete_all, filter } = parse(body)?;
+    let what = match (delete_all, filter) {
+        (true, None) if ids.is_empty() => Deleted::All,
+        (false, Some(filter)) if ids.is_empty() => {
+            super::filter::matches(&filter, &Map::new())?;
+            Deleted::Filter(filter)
+        }
+        (false, None) => {
+            check_ids(&ids)?;
+            Deleted::Ids(ids)
+        }
+        _ => return Err("ids, deleteAll and filter exclude each other".into()),
+    };
+    Ok(Write::Delete { namespace, what })
+}
+
+pub(super) fn update(body: &[u8], dimensions: usize) -> Refused<Write> {
+    let update: Update = parse(body)?;
+    check_id(&update.id)?;
+    if let Some(values) = &update.values {
+        check_values(values, dimensions)?;
+    }
+    check_metadata(&update.set_metadata)?;
+    Ok(Write::Update(update))
+}
+
+pub(super) fn by_metadata(body: &[u8]) -> Refused<ByMetadata> {
+    let asked: ByMetadata = parse(body)?;
+    if !(1..=MAX_LISTED).contains(&asked.limit) {
+        return Err(format!("limit {} is not from 1 to {MAX_LISTED}", asked.limit));
+    }
+    Ok(asked)
 }
 
 pub(super) fn query(body: &[u8], dimensions: usize) -> Refused<Query> {
     let query: Query = parse(body)?;
-    check_values(&query.vector, dimensions)?;
+    if query.id.is_some() != query.vector.is_empty() {
+        return Err("either vector or id is needed".into());
+    }
+    if query.id.is_none() {
+        check_values(&query.vector, dimensions)?;
+    }
     if !(1..=MAX_TOP).contains(&query.top_k) {
         return Err(format!("topK {} is not from 1 to {MAX_TOP}", query.top_k));
     }
@@ -118,6 +200,7 @@ fn parameters(query: Vec<(String, String)>) -> Refused<Parameters> {
                 parameters.limit = value.parse().map_err(|_| format!("limit {value:?} is not a number"))?;
             }
             "paginationToken" => parameters.after = Some(value),
+            "prefix" => parameters.prefix = value,
             _ => return Err(format!("unknown parameter {key:?}")),
         }
     }

@@ -1,19 +1,23 @@
-//! A double of Pinecone's data plane in this process, which keeps its limits and can be made to fail.
+//! A double of Pinecone in this process, data plane and control plane, which keeps its limits and can be made to fail.
 //!
 //! It is written from Pinecone's documentation, apart from the client, so that the two agree only
 //! where both are right.
 
+mod control;
 mod faults;
+mod filter;
 mod limits;
+mod store;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::extract::{DefaultBodyLimit, Query, Request, State};
-use axum::http::{StatusCode, header};
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::http::{HeaderName, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Json, Response};
 use axum::routing::{get, post};
@@ -25,10 +29,12 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use faults::Fate;
 pub use faults::{Counts, Faults};
-use limits::{Parameters, Refused};
+use limits::Refused;
+use store::{Log, Write};
 
-/// How the default namespace is called where it has a name.
-const DEFAULT_NAMESPACE: &str = "__default__";
+/// A write's place in the log of its namespace, and the place up to which a query has seen the log.
+const WRITTEN: &str = "x-pinecone-request-lsn";
+const SEEN: &str = "x-pinecone-max-indexed-lsn";
 
 /// A record as it is kept.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,15 +53,11 @@ pub struct Double {
     _stop: Arc<DropGuard>,
 }
 
-/// A write that is within the limits.
-enum Write {
-    Upsert { namespace: String, records: Vec<(String, Record)> },
-    Delete { namespace: String, ids: Vec<String> },
-}
-
 struct Index {
-    dimensions: usize,
-    records: Mutex<BTreeMap<String, BTreeMap<String, Record>>>,
+    url: String,
+    dimensions: AtomicUsize,
+    indexes: Mutex<control::Indexes>,
+    log: Mutex<Log>,
     chance: Mutex<Chance>,
 }
 
@@ -76,8 +78,10 @@ impl Double {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let url = format!("http://{}", listener.local_addr()?);
         let index = Arc::new(Index {
-            dimensions,
-            records: Mutex::default(),
+            url: url.clone(),
+            dimensions: AtomicUsize::new(dimensions),
+            indexes: Mutex::default(),
+            log: Mutex::default(),
             chance: Mutex::new(Chance {
                 dice: StdRng::seed_from_u64(seed),
                 faults: Faults::default(),
@@ -111,20 +115,27 @@ impl Double {
     /// The records of a namespace, as they are; empty names the default one.
     #[must_use]
     pub fn snapshot(&self, namespace: &str) -> BTreeMap<String, Record> {
-        lock(&self.index.records).get(named(namespace)).cloned().unwrap_or_default()
+        lock(&self.index.log).snapshot(namespace)
     }
-}
 
-fn named(namespace: &str) -> &str {
-    if namespace.is_empty() { DEFAULT_NAMESPACE } else { namespace }
+    /// How long a write takes from now on until readers see it.
+    pub fn set_delay(&self, delay: Duration) {
+        lock(&self.index.log).delay = delay;
+    }
 }
 
 fn router(index: Arc<Index>) -> Router {
     Router::new()
         .route("/vectors/upsert", post(upsert))
         .route("/vectors/delete", post(delete))
+        .route("/vectors/update", post(update))
         .route("/vectors/fetch", get(fetch))
+        .route("/vectors/fetch_by_metadata", post(fetch_by_metadata))
         .route("/vectors/list", get(list))
+        .route("/namespaces", get(namespaces).post(add_namespace))
+        .route("/namespaces/{name}", get(namespace).delete(remove_namespace))
+        .route("/indexes", get(control::list).post(control::create))
+        .route("/indexes/{name}", get(control::describe).patch(control::configure).delete(control::delete))
         .route("/query", post(query))
         .route("/describe_index_stats", post(stats))
         .layer(middleware::from_fn_with_state(Arc::clone(&index), admit))
@@ -142,27 +153,71 @@ async fn admit(State(index): State<Arc<Index>>, request: Request, next: Next) ->
 }
 
 async fn upsert(State(index): State<Arc<Index>>, body: Bytes) -> Response {
-    index.write(|| limits::upsert(&body, index.dimensions)).await
+    index.write(|| limits::upsert(&body, index.dimensions())).await
 }
 
 async fn delete(State(index): State<Arc<Index>>, body: Bytes) -> Response {
     index.write(|| limits::delete(&body)).await
 }
 
+async fn update(State(index): State<Arc<Index>>, body: Bytes) -> Response {
+    index.write(|| limits::update(&body, index.dimensions())).await
+}
+
 async fn fetch(State(index): State<Arc<Index>>, Query(query): Query<Vec<(String, String)>>) -> Response {
-    index.read(|| Ok(index.fetch(&limits::fetch(query)?))).await
+    index.read(|| Ok((lock(&index.log).fetch(&limits::fetch(query)?), None))).await
+}
+
+async fn fetch_by_metadata(State(index): State<Arc<Index>>, body: Bytes) -> Response {
+    index.read(|| Ok((lock(&index.log).fetch_by_metadata(&limits::by_metadata(&body)?)?, None))).await
 }
 
 async fn list(State(index): State<Arc<Index>>, Query(query): Query<Vec<(String, String)>>) -> Response {
-    index.read(|| Ok(index.list(&limits::list(query)?))).await
+    index.read(|| Ok((lock(&index.log).list(&limits::list(query)?), None))).await
 }
 
 async fn query(State(index): State<Arc<Index>>, body: Bytes) -> Response {
-    index.read(|| Ok(index.query(&limits::query(&body, index.dimensions)?))).await
+    let answer = || {
+        let asked = limits::query(&body, index.dimensions())?;
+        let mut log = lock(&index.log);
+        let seen = log.seen(&asked.namespace);
+        let vector = match &asked.id {
+            Some(id) => log.values(&asked.namespace, id).ok_or("no record has this id")?,
+            None => asked.vector.clone(),
+        };
+        Ok((log.query(&asked, &vector)?, Some(seen)))
+    };
+    index.read(answer).await
 }
 
 async fn stats(State(index): State<Arc<Index>>) -> Response {
-    index.read(|| Ok(index.stats())).await
+    index.read(|| Ok((lock(&index.log).stats(index.dimensions()), None))).await
+}
+
+async fn namespaces(State(index): State<Arc<Index>>) -> Response {
+    let counts = lock(&index.log).counts();
+    let shown = counts.into_iter().map(|(name, count)| json!({ "name": name, "record_count": count }));
+    Json(json!({ "namespaces": shown.collect::<Vec<_>>() })).into_response()
+}
+
+async fn namespace(State(index): State<Arc<Index>>, Path(name): Path<String>) -> Response {
+    match lock(&index.log).counts().get(&name) {
+        Some(count) => Json(json!({ "name": name, "record_count": count })).into_response(),
+        None => error(StatusCode::NOT_FOUND, "Namespace not found"),
+    }
+}
+
+async fn add_namespace(State(index): State<Arc<Index>>, Json(body): Json<Value>) -> Response {
+    let name = body["name"].as_str().unwrap_or_default().to_owned();
+    lock(&index.log).add(&name);
+    Json(json!({ "name": name, "record_count": 0 })).into_response()
+}
+
+async fn remove_namespace(State(index): State<Arc<Index>>, Path(name): Path<String>) -> Response {
+    if lock(&index.log).remove(&name) {
+        return Json(json!({})).into_response();
+    }
+    error(StatusCode::NOT_FOUND, "Namespace not found")
 }
 
 impl Index {
@@ -177,14 +232,14 @@ impl Index {
             Err(message) => return error(StatusCode::BAD_REQUEST, &message),
         };
         if let Write::Delete { namespace, .. } = &write
-            && !lock(&self.records).contains_key(named(namespace))
+            && !lock(&self.log).contains(namespace)
         {
             return error(StatusCode::NOT_FOUND, "Namespace not found");
         }
         self.count(fate);
         let answer = match &write {
             Write::Upsert { records, .. } => json!({ "upsertedCount": records.len() }),
-            Write::Delete { .. } => json!({}),
+            Write::Delete { .. } | Write::Update(_) => json!({}),
         };
         match fate {
             Fate::Late(delay) => {
@@ -210,14 +265,15 @@ impl Index {
                 broken_off()
             }
             Fate::Served | Fate::Unavailable(_) | Fate::RateLimited { .. } => {
-                self.apply(write);
-                Json(answer).into_response()
+                let mut answer = Json(answer).into_response();
+                answer.headers_mut().insert(WRITTEN, self.apply(write).into());
+                answer
             }
         }
     }
 
     /// Serves a read as chance has it.
-    async fn read(&self, answer: impl FnOnce() -> Refused<Value>) -> Response {
+    async fn read(&self, answer: impl FnOnce() -> Refused<(Value, Option<u64>)>) -> Response {
         let fate = self.draw(false);
         if let Some(answer) = self.turn_away(fate) {
             return answer;
@@ -227,7 +283,11 @@ impl Index {
             tokio::time::sleep(hold).await;
         }
         match answer() {
-            Ok(answer) => Json(answer).into_response(),
+            Ok((answer, seen)) => {
+                let mut answer = Json(answer).into_response();
+                answer.headers_mut().extend(seen.map(|seen| (HeaderName::from_static(SEEN), seen.into())));
+                answer
+            }
             Err(message) => error(StatusCode::BAD_REQUEST, &message),
         }
     }
@@ -259,20 +319,13 @@ impl Index {
         Some(answer)
     }
 
-    fn apply(&self, write: Write) {
-        let mut namespaces = lock(&self.records);
-        match write {
-            Write::Upsert { namespace, records } => {
-                namespaces.entry(named(&namespace).to_owned()).or_default().extend(records);
-            }
-            Write::Delete { namespace, ids } => {
-                if let Some(records) = namespaces.get_mut(named(&namespace)) {
-                    for id in &ids {
-                        records.remove(id);
-                    }
-                }
-            }
-        }
+    fn dimensions(&self) -> usize {
+        self.dimensions.load(Ordering::Relaxed)
+    }
+
+    /// Applies a write; returns its place in the log.
+    fn apply(&self, write: Write) -> u64 {
+        lock(&self.log).apply(write)
     }
 
     /// In a task of its own: the request's ends with its connection.
@@ -283,77 +336,6 @@ impl Index {
             index.apply(write);
         });
     }
-
-    fn fetch(&self, asked: &Parameters) -> Value {
-        let namespaces = lock(&self.records);
-        let records = namespaces.get(named(&asked.namespace));
-        let found = asked.ids.iter().filter_map(|id| Some((id, records?.get(id)?)));
-        let vectors: Map<String, Value> = found
-            .map(|(id, record)| {
-                let vector = json!({ "id": id, "values": record.values, "metadata": record.metadata });
-                (id.clone(), vector)
-            })
-            .collect();
-        json!({ "vectors": vectors, "namespace": asked.namespace, "usage": { "readUnits": 1 } })
-    }
-
-    fn list(&self, asked: &Parameters) -> Value {
-        let namespaces = lock(&self.records);
-        // A map of strings is in bitwise order, as Pinecone's listing is.
-        let mut left = namespaces
-            .get(named(&asked.namespace))
-            .into_iter()
-            .flat_map(BTreeMap::keys)
-            .filter(|id| asked.after.as_ref().is_none_or(|after| *id > after))
-            .peekable();
-        let ids: Vec<&String> = left.by_ref().take(asked.limit).collect();
-        let mut answer = json!({
-            "vectors": ids.iter().map(|id| json!({ "id": id })).collect::<Vec<_>>(),
-            "namespace": asked.namespace,
-            "usage": { "readUnits": 1 },
-        });
-        if left.peek().is_some() {
-            answer["pagination"] = json!({ "next": ids.last() });
-        }
-        answer
-    }
-
-    fn query(&self, asked: &limits::Query) -> Value {
-        let namespaces = lock(&self.records);
-        let mut matches: Vec<(f64, &String)> = namespaces
-            .get(named(&asked.namespace))
-            .into_iter()
-            .flatten()
-            .map(|(id, record)| (cosine(&asked.vector, &record.values), id))
-            .collect();
-        matches.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1)));
-        let matches: Vec<Value> = matches
-            .into_iter()
-            .take(asked.top_k)
-            .map(|(score, id)| json!({ "id": id, "score": score, "values": [] }))
-            .collect();
-        json!({ "matches": matches, "namespace": asked.namespace, "usage": { "readUnits": 1 } })
-    }
-
-    fn stats(&self) -> Value {
-        let namespaces = lock(&self.records);
-        let total: usize = namespaces.values().map(BTreeMap::len).sum();
-        let namespaces: Map<String, Value> = namespaces
-            .iter()
-            .map(|(name, records)| (name.clone(), json!({ "vectorCount": records.len() })))
-            .collect();
-        json!({
-            "namespaces": namespaces,
-            "dimension": self.dimensions,
-            "indexFullness": 0,
-            "totalVectorCount": total,
-        })
-    }
-}
-
-fn cosine(a: &[f32], b: &[f32]) -> f64 {
-    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
 
 /// An error as Pinecone tells it, with gRPC's code.
