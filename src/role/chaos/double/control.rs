@@ -139,7 +139,10 @@ pub(super) async fn delete(State(index): State<Arc<Index>>, Path(name): Path<Str
         return error(StatusCode::FORBIDDEN, "FORBIDDEN", "Deletion protection is enabled for this index.");
     }
     indexes.remove(&name);
-    drop(indexes);
-    lock(&index.log).clear();
+    // All share what is held.
+    if indexes.is_empty() {
+        drop(indexes);
+        lock(&index.log).clear();
+    }
     StatusCode::ACCEPTED.into_response()
 }
