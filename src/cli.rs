@@ -163,9 +163,35 @@ pub struct Generate {
     pub load: bool,
 }
 
+const MIGRATE_HELP: &str = "\
+Safe to run again and again: what is as it should be is left alone. All is done in one transaction.
+A database of Pinecone's reference architecture is taken over: its triggers come off the table in
+the transaction that puts refarch's on, and every row is queued once.
+
+  refarch migrate --dry-run            what would be done
+  refarch migrate                      do it
+  refarch migrate --uninstall          what would be taken away again
+  refarch migrate --uninstall --yes    take it away; the table and its rows stay
+
+Exit codes: 0 done (or nothing to do), 1 failed, 2 not uninstalled, since --yes was missing.";
+
 /// `refarch migrate`
 #[derive(Debug, Args)]
+#[command(after_help = MIGRATE_HELP)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub struct Migrate {
+    /// Print what would be done, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Take everything of refarch out of the database again, but for the table and its rows
+    #[arg(long)]
+    pub uninstall: bool,
+    /// With --uninstall: do it; without, it is only printed what would go
+    #[arg(long, requires = "uninstall", conflicts_with = "dry_run")]
+    pub yes: bool,
+    /// With --uninstall: also while roles are running
+    #[arg(long, requires = "uninstall")]
+    pub force: bool,
     /// Print what was done as JSON
     #[arg(long)]
     pub json: bool,

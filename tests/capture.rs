@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use common::Database;
 use refarch::backend::postgres::Postgres;
-use refarch::backend::postgres::migrate::{self, IndexShape, Report};
+use refarch::backend::postgres::migrate::{self, Report};
+use refarch::backend::postgres::target::IndexShape;
 use refarch::config::Settings;
 use refarch::pipeline::failure::Error;
 use refarch::secret::Secret;

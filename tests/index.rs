@@ -13,7 +13,8 @@ use rand::{RngExt as _, SeedableRng as _};
 use refarch::backend::pgvector::{self, PgVector};
 use refarch::backend::pinecone::{self, Pinecone};
 use refarch::backend::postgres::Postgres;
-use refarch::backend::postgres::migrate::{self, IndexShape};
+use refarch::backend::postgres::migrate;
+use refarch::backend::postgres::target::{self, IndexShape};
 use refarch::config::Settings;
 use refarch::pipeline::catalog::{Hash, SourceRow};
 use refarch::pipeline::failure::{Class, Error};
@@ -41,7 +42,7 @@ async fn on_pgvector() -> Bench {
     let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
     let shape = IndexShape { kind: "pgvector".into(), model: "test".into(), dimensions: 3 };
     migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
-    let target = migrate::target(&postgres, &settings.source, &shape).await.unwrap();
+    let target = target::find(&postgres, &settings.source, &shape).await.unwrap();
     let options = pgvector::Options { graph_min_rows: 1_000, graph_max_backlog: 1_000, ef_search: 100 };
     let source = Arc::new(target.table);
     let index = Arc::new(PgVector::new(postgres, source, target.salt, target.id, options));

@@ -17,9 +17,10 @@ use rand::seq::SliceRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
-use refarch::backend::postgres::migrate::{self, IndexShape};
+use refarch::backend::postgres::migrate;
 use refarch::backend::postgres::outbox::PgOutbox;
 use refarch::backend::postgres::session;
+use refarch::backend::postgres::target::{self, IndexShape};
 use refarch::config::Settings;
 use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::failure::Class;
@@ -68,7 +69,7 @@ impl Real {
         let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
         let shape = IndexShape { kind: "test".into(), model: "test".into(), dimensions: 3 };
         migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
-        let target = migrate::target(&postgres, &settings.source, &shape).await.unwrap();
+        let target = target::find(&postgres, &settings.source, &shape).await.unwrap();
         let ledger =
             Arc::new(PgLedger::new(postgres.clone(), Arc::new(target.table), target.id, target.salt));
         Self { postgres, ledger, target: target.id, client, sessions: Mutex::default(), database }

@@ -27,8 +27,10 @@ use pgvector::PgVector;
 use pinecone::Pinecone;
 use postgres::Postgres;
 use postgres::ledger::PgLedger;
-use postgres::migrate::{self, IndexShape, Report, Target};
+use postgres::migrate::uninstall::{self, How, Uninstalled};
+use postgres::migrate::{self, Report};
 use postgres::outbox::PgOutbox;
+use postgres::target::{self, IndexShape, Target};
 use sqs::Sqs;
 
 /// The database in use, and the private cluster when it is ours.
@@ -140,21 +142,49 @@ impl LoadedModel {
     }
 }
 
-/// Brings the database up to date with these settings.
+/// Brings the database up to date with these settings, and makes an index that is missing.
 pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report> {
     let shape = index_shape(settings)?;
     // The index first: one of the wrong shape must not cost the rows that are indexed so far.
-    let made = match settings.index.kind {
-        IndexKind::Pinecone if settings.index.host.trim().is_empty() => {
-            pinecone::control::ensure(&control_options(settings, shape.dimensions)).await?
-        }
-        _ => false,
+    let made = match named_index(settings, shape.dimensions) {
+        Some(options) => pinecone::control::ensure(&options).await?,
+        None => false,
     };
-    let mut report = migrate::migrate(postgres, &settings.source, &settings.queue, &shape).await?;
+    let report = migrate::migrate(postgres, &settings.source, &settings.queue, &shape).await?;
+    Ok(with_index(report, settings, made))
+}
+
+/// What [`migrate`] would do; nothing is changed.
+pub async fn plan_migration(postgres: &Postgres, settings: &Settings) -> Result<Report> {
+    let shape = index_shape(settings)?;
+    let missing = match named_index(settings, shape.dimensions) {
+        Some(options) => !pinecone::control::exists(&options).await?,
+        None => false,
+    };
+    let report = migrate::plan(postgres, &settings.source, &settings.queue, &shape).await?;
+    Ok(with_index(report, settings, missing))
+}
+
+fn with_index(mut report: Report, settings: &Settings, made: bool) -> Report {
     if made {
         report.created.push(format!("index {}", settings.index.name));
     }
-    Ok(report)
+    report
+}
+
+/// Takes everything of ours out of the database, but for the user's table.
+pub async fn uninstall(postgres: &Postgres, settings: &Settings, how: How) -> Result<Uninstalled> {
+    let mut done = uninstall::uninstall(postgres, &settings.queue, how).await?;
+    if settings.index.kind == IndexKind::Pinecone && !done.removed.is_empty() {
+        done.notes.push("records in Pinecone stay: delete the index or its namespaces there".into());
+    }
+    Ok(done)
+}
+
+/// The index to find or make by its name; none if it is not a service's or is given by its host.
+fn named_index(settings: &Settings, dimensions: usize) -> Option<pinecone::control::Options> {
+    let is_named = settings.index.kind == IndexKind::Pinecone && settings.index.host.trim().is_empty();
+    is_named.then(|| control_options(settings, dimensions))
 }
 
 fn control_options(settings: &Settings, dimensions: usize) -> pinecone::control::Options {
@@ -230,7 +260,7 @@ impl Backends {
         settings: &Settings,
         queue: Arc<dyn JobQueue>,
     ) -> Result<Self> {
-        let target = migrate::target(postgres, &settings.source, &index_shape(settings)?).await?;
+        let target = target::find(postgres, &settings.source, &index_shape(settings)?).await?;
         let table = Arc::new(target.table.clone());
         let index: Arc<dyn VectorIndex> = match settings.index.kind {
             IndexKind::Pgvector => Arc::new(PgVector::new(

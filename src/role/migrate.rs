@@ -1,44 +1,109 @@
-//! `refarch migrate`: the schema, and capture armed on the table.
+//! `refarch migrate`: the schema, capture armed on the table, and the way back.
 
 use std::fmt::Write as _;
+use std::process::ExitCode;
 
 use crate::backend::postgres::migrate::Report;
+use crate::backend::postgres::migrate::uninstall::{How, Uninstalled};
 use crate::backend::{self, Database};
 use crate::cli;
 use crate::config::Settings;
 
-/// Migrates and says what was done.
-pub async fn run(args: &cli::Migrate, settings: &Settings) -> anyhow::Result<()> {
+/// Exit code of an uninstallation that was not told to go on.
+const NOT_DONE: u8 = 2;
+
+/// Migrates, or uninstalls, and says what was done or would be.
+pub async fn run(args: &cli::Migrate, settings: &Settings) -> anyhow::Result<ExitCode> {
     super::with_database(settings, async |database: &Database| {
-        let report = backend::migrate(&database.postgres, settings).await?;
-        for warning in &report.warnings {
-            eprintln!("warning: {warning}");
-        }
-        let text = if args.json {
-            serde_json::to_string(&report)? + "\n"
+        if args.uninstall {
+            uninstall(args, settings, database).await
         } else {
-            text(&report, &database.postgres.address())
-        };
-        super::print(text.as_bytes())
+            migrate(args, settings, database).await
+        }
     })
     .await
 }
 
-fn text(report: &Report, address: &str) -> String {
+async fn migrate(args: &cli::Migrate, settings: &Settings, database: &Database) -> anyhow::Result<ExitCode> {
+    let report = if args.dry_run {
+        backend::plan_migration(&database.postgres, settings).await?
+    } else {
+        backend::migrate(&database.postgres, settings).await?
+    };
+    for warning in &report.warnings {
+        eprintln!("warning: {warning}");
+    }
+    let text = if args.json {
+        serde_json::to_string(&report)? + "\n"
+    } else {
+        text(&report, &database.postgres.address(), args.dry_run)
+    };
+    super::print(text.as_bytes())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn uninstall(
+    args: &cli::Migrate,
+    settings: &Settings,
+    database: &Database,
+) -> anyhow::Result<ExitCode> {
+    let how = How { is_plan: !args.yes, force: args.force };
+    let done = backend::uninstall(&database.postgres, settings, how).await?;
+    let text = if args.json {
+        serde_json::to_string(&done)? + "\n"
+    } else {
+        text_of_uninstalled(&done, &database.postgres.address(), how.is_plan)
+    };
+    super::print(text.as_bytes())?;
+    if args.yes || args.dry_run || done.removed.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("nothing was removed: add --yes to do it");
+    Ok(ExitCode::from(NOT_DONE))
+}
+
+fn text(report: &Report, address: &str, is_plan: bool) -> String {
     let mut text = String::new();
-    for (what, names) in
-        [("applied", &report.applied), ("created", &report.created), ("armed", &report.armed)]
-    {
+    let verbs = if is_plan {
+        ["would apply", "would create", "would remove", "would arm", "would queue"]
+    } else {
+        ["applied", "created", "removed", "armed", "queued"]
+    };
+    let lists = [&report.applied, &report.created, &report.removed, &report.armed];
+    for (verb, names) in verbs.iter().zip(lists) {
         if !names.is_empty() {
             // Writing to a string can't fail.
-            let _ = writeln!(text, "{what}: {}", names.join(", "));
+            let _ = writeln!(text, "{verb}: {}", names.join(", "));
         }
     }
     if report.queued > 0 {
-        let _ = writeln!(text, "queued: {} rows that were there already", report.queued);
+        let _ = writeln!(
+            text,
+            "{}: {} rows that {} there already",
+            verbs[4],
+            report.queued,
+            if is_plan { "are" } else { "were" }
+        );
     }
     if text.is_empty() {
         let _ = writeln!(text, "nothing to do: {address} is up to date");
+    }
+    for note in &report.notes {
+        let _ = writeln!(text, "note: {note}");
+    }
+    text
+}
+
+fn text_of_uninstalled(done: &Uninstalled, address: &str, is_plan: bool) -> String {
+    if done.removed.is_empty() {
+        return format!("nothing to do: there is nothing of refarch in {address}\n");
+    }
+    let mut text = String::new();
+    for name in &done.removed {
+        let _ = writeln!(text, "{} {name}", if is_plan { "would remove" } else { "removed" });
+    }
+    for note in &done.notes {
+        let _ = writeln!(text, "note: {note}");
     }
     text
 }

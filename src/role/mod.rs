@@ -28,11 +28,11 @@ use crate::config::Settings;
 pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCode> {
     let done = match command {
         Command::Verify(args) => return verify::run(&args, &settings).await,
+        Command::Migrate(args) => return migrate::run(&args, &settings).await,
         Command::Chaos(args) => return chaos::run(&args, &settings).await,
         Command::Generate(args) => generate::run(&args, &settings).await,
         Command::Listen(args) => listen::run(&args, &settings).await,
         Command::Embed(args) => embed::run(&args, &settings).await,
-        Command::Migrate(args) => migrate::run(&args, &settings).await,
         Command::Serve(_) => serve::run(&settings).await,
         Command::Up(args) => up::run(&args, &settings).await,
         Command::Status(args) => status::run(&args, &settings).await,

@@ -8,8 +8,8 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::progress::Progress;
+use crate::backend::postgres::capture;
 use crate::backend::postgres::lineage::{self, Standing};
-use crate::backend::postgres::migrate;
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
@@ -80,7 +80,7 @@ async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) ->
         None
     };
     let target = &backends.target;
-    let unarmed = migrate::unarmed(&backends.postgres, &target.table).await?;
+    let unarmed = capture::unarmed(&backends.postgres, &target.table).await?;
     let foreign =
         lineage::compare(&backends.postgres, target.id, &*backends.index).await? == Standing::Foreign;
     if args.repair && !unarmed.is_empty() {

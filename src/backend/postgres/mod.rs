@@ -1,6 +1,7 @@
 //! PostgreSQL: connections, schema, capture, outbox, ledger, and the books that the roles keep.
 
 pub mod bell;
+pub mod capture;
 pub mod ledger;
 pub mod lineage;
 pub mod migrate;
@@ -10,6 +11,7 @@ pub mod registry;
 pub mod session;
 pub mod source;
 pub mod status;
+pub mod target;
 
 use std::time::Duration;
 

@@ -75,7 +75,8 @@ pub(super) async fn check(client: &Client, options: &Options) -> Result<String> 
     let wrong = |message: String| Err(Error::fatal("use the queues", message));
     let mut policies = Vec::new();
     for url in std::iter::once(&options.url).chain(&options.bulk_url) {
-        if url.trim_end_matches('/').ends_with(".fifo") {
+        // Amazon's own ending, in lower case always.
+        if url.trim_end_matches('/').rsplit('.').next() == Some("fifo") {
             return wrong(format!("{url} is a FIFO queue: use a standard one, since order is no help here"));
         }
         let attributes = attributes(client, url).await?;

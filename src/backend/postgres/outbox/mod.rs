@@ -77,7 +77,7 @@ enum Delivery {
     /// To pgmq, whose queues begin with that prefix: in the transaction that claims their changes.
     Pgmq(String),
     /// To a queue outside of the database.
-    Shipped(Shipping),
+    Shipped(Box<Shipping>),
 }
 
 /// Changes captured by triggers, on their way to the queue.
@@ -104,7 +104,7 @@ impl PgOutbox {
     #[must_use]
     pub fn shipping(postgres: Postgres, source: &str, queue: Arc<dyn JobQueue>) -> Self {
         let shipping = Shipping::new(postgres.clone(), source, queue);
-        Self::delivering(postgres, source, Delivery::Shipped(shipping))
+        Self::delivering(postgres, source, Delivery::Shipped(Box::new(shipping)))
     }
 
     fn delivering(postgres: Postgres, source: &str, delivery: Delivery) -> Self {

@@ -40,8 +40,8 @@ struct Delete {
     namespace: String,
     #[serde(default)]
     ids: Vec<String>,
-    #[serde(default)]
-    delete_all: bool,
+    #[serde(default, rename = "deleteAll")]
+    all: bool,
     filter: Option<Value>,
 }
 
@@ -128,8 +128,8 @@ pub(super) fn upsert(body: &[u8], dimensions: usize) -> Refused<Write> {
 }
 
 pub(super) fn delete(body: &[u8]) -> Refused<Write> {
-    let Delete { namespace, ids, delete_all, filter } = parse(body)?;
-    let what = match (delete_all, filter) {
+    let Delete { namespace, ids, all, filter } = parse(body)?;
+    let what = match (all, filter) {
         (true, None) if ids.is_empty() => Deleted::All,
         (false, Some(filter)) if ids.is_empty() => {
             super::filter::matches(&filter, &Map::new())?;

@@ -66,7 +66,9 @@ impl Namespace {
             match write {
                 Write::Upsert { records, .. } => self.records.extend(records),
                 Write::Delete { what: Deleted::Ids(ids), .. } => {
-                    ids.iter().for_each(|id| drop(self.records.remove(id)));
+                    for id in &ids {
+                        self.records.remove(id);
+                    }
                 }
                 Write::Delete { what: Deleted::All, .. } => self.records.clear(),
                 Write::Delete { what: Deleted::Filter(wanted), .. } => {

@@ -143,6 +143,7 @@ impl QueueDouble {
     }
 
     /// Sends up to `count` messages of every queue but the dead letters' a second time.
+    #[allow(clippy::must_use_candidate, reason = "the count is only for telling")]
     pub fn duplicate(&self, count: usize) -> u64 {
         let mut state = self.server.state();
         let mut duplicated = 0;
@@ -159,12 +160,14 @@ impl QueueDouble {
     }
 
     /// Hides up to `count` messages of every queue that could be received, and so changes their order.
+    #[allow(clippy::must_use_candidate, reason = "the count is only for telling")]
     pub fn delay(&self, count: usize, delay: Duration) -> u64 {
         let mut state = self.server.state();
         state.queues.values_mut().map(|queue| queue.delay(count, delay, Instant::now())).sum()
     }
 
     /// Lets others receive up to `count` messages of every queue that somebody holds.
+    #[allow(clippy::must_use_candidate, reason = "the count is only for telling")]
     pub fn hurry(&self, count: usize) -> u64 {
         let hurried = self.server.state().queues.values_mut().map(|queue| queue.hurry(count)).sum();
         self.server.sent.notify_waiters();

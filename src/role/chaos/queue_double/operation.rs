@@ -80,7 +80,12 @@ fn arn(name: &str) -> String {
 }
 
 fn md5(bytes: &[u8]) -> String {
-    Md5::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    use std::fmt::Write as _;
+    Md5::digest(bytes).iter().fold(String::with_capacity(32), |mut text, byte| {
+        // Writing to a string can't fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// The digest of attributes, as SQS defines it: by name, each with its length before it.

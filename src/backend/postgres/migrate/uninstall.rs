@@ -1,0 +1,221 @@
+//! Taking everything of ours away again, and nothing else.
+
+use serde::Serialize;
+use tokio_postgres::Transaction;
+
+use crate::backend::pgmq::Names;
+use crate::backend::postgres::registry::WORKER_GONE_S;
+use crate::backend::postgres::source::quote_ident;
+use crate::backend::postgres::{Postgres, failure};
+use crate::config;
+use crate::pipeline::failure::{Error, Result};
+
+/// Kinds of things that are remembered as made by us.
+pub(super) const PGMQ: &str = "schema";
+pub(super) const QUEUE: &str = "queue";
+pub(super) const EXTENSION: &str = "extension";
+
+/// What was taken away, or would be.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Uninstalled {
+    /// Triggers, queues, schemas and extensions, in the order in which they go.
+    pub removed: Vec<String>,
+    /// What stays, and why.
+    pub notes: Vec<String>,
+}
+
+/// What to do, and how bold to be.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// Do it, and take it back.
+    pub is_plan: bool,
+    /// Also while roles are running.
+    pub force: bool,
+}
+
+/// Takes our triggers, schema and queues away, and what was made for them. In one transaction.
+pub async fn uninstall(postgres: &Postgres, queue: &config::Queue, how: How) -> Result<Uninstalled> {
+    let fail = |error: tokio_postgres::Error| failure("uninstall", &error);
+    postgres.check().await?;
+    let mut client = postgres.client().await?;
+    let transaction = client.transaction().await.map_err(fail)?;
+    transaction
+        .batch_execute(
+            "SET LOCAL lock_timeout = '60s'; SELECT pg_advisory_xact_lock(hashtext('refarch.migrate'))",
+        )
+        .await
+        .map_err(fail)?;
+    let mut done = Uninstalled::default();
+    if !exists(&transaction, "refarch").await? {
+        return Ok(done);
+    }
+    if !how.force {
+        refuse_while_running(&transaction).await?;
+    }
+    let made = made(&transaction).await?;
+    drop_triggers(&transaction, &mut done).await?;
+    drop_queues(&transaction, queue, made.as_deref(), &mut done).await?;
+    save_extension(&transaction).await?;
+    transaction.batch_execute("DROP SCHEMA refarch CASCADE").await.map_err(fail)?;
+    done.removed.push("schema refarch".into());
+    drop_extension(&transaction, made.as_deref(), &mut done).await?;
+    done.notes.push("the table and its rows stay as they are".into());
+    if queue.kind == config::QueueKind::Sqs {
+        done.notes.push("messages in SQS stay: purge the queues if nobody else uses them".into());
+    }
+    let ended = if how.is_plan { transaction.rollback().await } else { transaction.commit().await };
+    ended.map_err(fail)?;
+    Ok(done)
+}
+
+async fn exists(transaction: &Transaction<'_>, schema: &str) -> Result<bool> {
+    transaction
+        .query_one("SELECT to_regnamespace($1) IS NOT NULL", &[&schema])
+        .await
+        .map(|row| row.get(0))
+        .map_err(|error| failure("look for a schema", &error))
+}
+
+async fn refuse_while_running(transaction: &Transaction<'_>) -> Result<()> {
+    let there = transaction
+        .query(
+            "SELECT format('%s on %s (%s)', role, host, pid) FROM refarch.worker \
+             WHERE heartbeat_at > now() - make_interval(secs => $1) ORDER BY 1",
+            &[&f64::from(WORKER_GONE_S)],
+        )
+        .await
+        .map_err(|error| failure("look for running roles", &error))?;
+    if there.is_empty() {
+        return Ok(());
+    }
+    let roles: Vec<String> = there.iter().map(|row| row.get(0)).collect();
+    Err(Error::fatal(
+        "uninstall",
+        format!("these roles are running: {}; stop them first, or add --force", roles.join(", ")),
+    ))
+}
+
+/// Kinds and names of what we made; none where that was not remembered yet.
+async fn made(transaction: &Transaction<'_>) -> Result<Option<Vec<(String, String)>>> {
+    let fail = |error: tokio_postgres::Error| failure("look for what was made", &error);
+    let remembered: bool = transaction
+        .query_one("SELECT to_regclass('refarch.made') IS NOT NULL", &[])
+        .await
+        .map_err(fail)?
+        .get(0);
+    if !remembered {
+        return Ok(None);
+    }
+    let rows = transaction.query("SELECT what, name FROM refarch.made", &[]).await.map_err(fail)?;
+    Ok(Some(rows.iter().map(|row| (row.get(0), row.get(1))).collect()))
+}
+
+/// Triggers that call our functions, on whatever table they came to be.
+async fn drop_triggers(transaction: &Transaction<'_>, done: &mut Uninstalled) -> Result<()> {
+    let fail = |error: tokio_postgres::Error| failure("take the capture triggers off", &error);
+    let triggers = transaction
+        .query(
+            "SELECT t.tgname::text, t.tgrelid::regclass::text FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid \
+             WHERE p.pronamespace = 'refarch'::regnamespace AND NOT t.tgisinternal AND t.tgparentid = 0 ORDER BY 2, 1",
+            &[],
+        )
+        .await
+        .map_err(fail)?;
+    for row in triggers {
+        let (name, relation): (String, String) = (row.get(0), row.get(1));
+        // The relation comes from the catalog, quoted.
+        let sql = format!("DROP TRIGGER {} ON {relation}", quote_ident(&name));
+        transaction.batch_execute(&sql).await.map_err(fail)?;
+        done.removed.push(format!("trigger {name} on {relation}"));
+    }
+    Ok(())
+}
+
+fn is_made(made: Option<&[(String, String)]>, what: &str, name: &str) -> bool {
+    made.is_some_and(|made| made.iter().any(|(kind, named)| kind == what && named == name))
+}
+
+async fn drop_queues(
+    transaction: &Transaction<'_>,
+    queue: &config::Queue,
+    made: Option<&[(String, String)]>,
+    done: &mut Uninstalled,
+) -> Result<()> {
+    let fail = |error: tokio_postgres::Error| failure("drop the queues", &error);
+    if !exists(transaction, "pgmq").await? {
+        return Ok(());
+    }
+    let there = transaction.query("SELECT queue_name FROM pgmq.meta ORDER BY 1", &[]).await.map_err(fail)?;
+    // Where it was not remembered, those that the settings name are ours.
+    let ours = |name: &str| match made {
+        Some(_) => is_made(made, QUEUE, name),
+        None => Names::new(&queue.name).all().contains(&name),
+    };
+    let mut left = 0;
+    for row in there {
+        let name: String = row.get(0);
+        if !ours(&name) {
+            left += 1;
+            continue;
+        }
+        transaction.execute("SELECT pgmq.drop_queue($1::text)", &[&name]).await.map_err(fail)?;
+        done.removed.push(format!("queue {name}"));
+    }
+    if left > 0 {
+        done.notes.push(format!("schema pgmq stays: {left} queue(s) in it are not ours"));
+    } else if is_made(made, PGMQ, "pgmq") {
+        transaction.batch_execute("DROP SCHEMA pgmq CASCADE").await.map_err(fail)?;
+        done.removed.push("schema pgmq".into());
+    } else {
+        done.notes.push(
+            "schema pgmq stays: it is not known to be ours; DROP SCHEMA pgmq CASCADE removes it".into(),
+        );
+    }
+    Ok(())
+}
+
+/// Moves the extension out of our schema, with which everybody's columns of its types would go.
+async fn save_extension(transaction: &Transaction<'_>) -> Result<()> {
+    let fail = |error: tokio_postgres::Error| failure("move the extension vector out of our schema", &error);
+    let ours: bool = transaction
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'vector' AND extnamespace = 'refarch'::regnamespace)",
+            &[],
+        )
+        .await
+        .map_err(fail)?
+        .get(0);
+    if ours {
+        transaction.batch_execute("ALTER EXTENSION vector SET SCHEMA public").await.map_err(fail)
+    } else {
+        Ok(())
+    }
+}
+
+/// The extension, if it is ours and nobody else uses it.
+async fn drop_extension(
+    transaction: &Transaction<'_>,
+    made: Option<&[(String, String)]>,
+    done: &mut Uninstalled,
+) -> Result<()> {
+    let fail = |error: tokio_postgres::Error| failure("drop the extension vector", &error);
+    if !is_made(made, EXTENSION, "vector") {
+        return Ok(());
+    }
+    let used: bool = transaction
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_class c ON c.oid = a.attrelid \
+               WHERE t.typname IN ('vector', 'halfvec', 'sparsevec') AND c.relkind IN ('r', 'p', 'm', 'f') AND NOT a.attisdropped)",
+            &[],
+        )
+        .await
+        .map_err(fail)?
+        .get(0);
+    if used {
+        done.notes.push("the extension vector stays: other tables use it".into());
+        return Ok(());
+    }
+    transaction.batch_execute("DROP EXTENSION vector").await.map_err(fail)?;
+    done.removed.push("extension vector".into());
+    Ok(())
+}
