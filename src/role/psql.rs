@@ -11,9 +11,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::config::Host;
 
 use crate::backend::embedded::{Cluster, Options, Tcp};
+use crate::backend::postgres::tls::Wanted;
 use crate::cli::Psql;
 use crate::config::Settings;
 
@@ -30,7 +31,7 @@ pub async fn run(psql: Psql, settings: &Settings) -> anyhow::Result<()> {
         cluster.leave().await?;
         status?
     } else {
-        let variables = of_url(settings.database.url.expose())?;
+        let variables = of_url(&Wanted::read(&settings.database.url, &settings.database)?);
         // The bundled one has no TLS, which a database elsewhere may want.
         attend(&find([on_path(), Some(bundled)])?, &psql.args, variables).await?
     };
@@ -98,8 +99,8 @@ fn of_cluster(tcp: &Tcp) -> BTreeMap<&'static str, String> {
     ])
 }
 
-fn of_url(url: &str) -> anyhow::Result<BTreeMap<&'static str, String>> {
-    let config: tokio_postgres::Config = url.parse().context("cannot read database.url")?;
+fn of_url(wanted: &Wanted) -> BTreeMap<&'static str, String> {
+    let config = &wanted.config;
     let hosts: Vec<_> = config
         .get_hosts()
         .iter()
@@ -109,11 +110,6 @@ fn of_url(url: &str) -> anyhow::Result<BTreeMap<&'static str, String>> {
         })
         .collect();
     let ports: Vec<_> = config.get_ports().iter().map(u16::to_string).collect();
-    let ssl_mode = match config.get_ssl_mode() {
-        SslMode::Disable => "disable",
-        SslMode::Require => "require",
-        _ => "prefer",
-    };
     let password = config.get_password().map(|bytes| String::from_utf8_lossy(bytes).into_owned());
     let variables = [
         ("PGHOST", Some(hosts.join(","))),
@@ -122,27 +118,32 @@ fn of_url(url: &str) -> anyhow::Result<BTreeMap<&'static str, String>> {
         ("PGPASSWORD", password),
         ("PGDATABASE", config.get_dbname().map(str::to_owned)),
         ("PGOPTIONS", config.get_options().map(str::to_owned)),
-        ("PGSSLMODE", Some(ssl_mode.to_owned())),
+        ("PGSSLMODE", Some(wanted.mode.name().to_owned())),
+        ("PGSSLROOTCERT", wanted.root.as_ref().map(|path| path.display().to_string())),
     ];
-    Ok(variables
+    variables
         .into_iter()
         .filter_map(|(name, value)| Some((name, value.filter(|value| !value.is_empty())?)))
-        .collect())
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::secret::Secret;
 
     #[test]
     fn a_url_becomes_libpqs_variables() {
-        let variables = of_url("postgres://me:s%40fe@a:1,b:2/shop?sslmode=require").unwrap();
+        let settings = Settings::load(None, &BTreeMap::new(), &[]).unwrap();
+        let url = Secret::new("postgres://me:s%40fe@a:1,b:2/shop?sslmode=verify-ca&sslrootcert=/ca.pem");
+        let variables = of_url(&Wanted::read(&url, &settings.database).unwrap());
         let expected = [
             ("PGDATABASE", "shop"),
             ("PGHOST", "a,b"),
             ("PGPASSWORD", "s@fe"),
             ("PGPORT", "1,2"),
-            ("PGSSLMODE", "require"),
+            ("PGSSLMODE", "verify-ca"),
+            ("PGSSLROOTCERT", "/ca.pem"),
             ("PGUSER", "me"),
         ];
         assert_eq!(variables, expected.map(|(name, value)| (name, value.to_owned())).into());

@@ -2,6 +2,10 @@
 //!
 //! A ring only wakes; the waiter looks for work itself, and a poll stands behind every wait. So a
 //! lost connection costs latency, never a change.
+//!
+//! A pooler that gives each transaction another session lets a LISTEN succeed and then hears nothing. So
+//! after it we ring ourselves through another connection, and take silence for such a pooler: there is
+//! nothing in the protocol that would tell.
 
 use std::time::Duration;
 
@@ -15,6 +19,20 @@ use super::Postgres;
 
 /// Pause before the listening connection is made again.
 const RECONNECT: Duration = Duration::from_secs(1);
+
+/// How long our own ring may take to be heard.
+const HEARD_WITHIN: Duration = Duration::from_secs(5);
+
+/// Pause before it is looked again whether wake-ups come, after they did not.
+const DEAF: Duration = Duration::from_mins(1);
+
+/// Why a listening connection ended.
+enum Ended {
+    /// It was closed.
+    Closed,
+    /// It heard nothing.
+    Deaf,
+}
 
 /// Listens on one channel for as long as it lives.
 pub struct Bell {
@@ -65,16 +83,34 @@ impl Waiter {
 
 async fn run(postgres: Postgres, channel: &'static str, ring: watch::Sender<u64>) {
     let mut warned = false;
-    loop {
-        match hear(&postgres, channel, &ring).await {
-            Ok(()) => tracing::debug!(channel, "listening connection closed"),
-            Err(error) if warned => tracing::debug!(channel, %error, "cannot listen"),
-            Err(error) => {
-                tracing::warn!(channel, %error, "cannot listen for wake-ups; polling until it works again");
-                warned = true;
-            }
+    let mut warn = |error: Option<crate::pipeline::failure::Error>| {
+        let reason = error.map_or_else(
+            || "nothing that is sent is heard, as behind a pooler in transaction mode; give database.url the server itself".to_owned(),
+            |error| error.to_string(),
+        );
+        if warned {
+            tracing::debug!(channel, reason, "cannot listen");
+        } else {
+            tracing::warn!(channel, reason, "cannot listen for wake-ups; polling until it works again");
         }
-        tokio::time::sleep(RECONNECT).await;
+        warned = true;
+    };
+    loop {
+        let pause = match hear(&postgres, channel, &ring).await {
+            Ok(Ended::Closed) => {
+                tracing::debug!(channel, "listening connection closed");
+                RECONNECT
+            }
+            Ok(Ended::Deaf) => {
+                warn(None);
+                DEAF
+            }
+            Err(error) => {
+                warn(Some(super::failure("listen", &error)));
+                RECONNECT
+            }
+        };
+        tokio::time::sleep(pause).await;
     }
 }
 
@@ -82,25 +118,71 @@ async fn hear(
     postgres: &Postgres,
     channel: &str,
     ring: &watch::Sender<u64>,
-) -> Result<(), tokio_postgres::Error> {
+) -> Result<Ended, tokio_postgres::Error> {
     let (client, mut connection) = postgres.dedicated().await?;
     let mut messages = stream::poll_fn(move |cx| connection.poll_message(cx));
+    let heard = watch::channel(false).0;
     let listen = async {
         client.batch_execute(&format!("LISTEN {channel}")).await?;
         // Whatever was sent before LISTEN took hold would be missed.
         ring.send_modify(|count| *count += 1);
-        std::future::pending::<Result<(), tokio_postgres::Error>>().await
+        postgres.ring(channel).await;
+        let mut heard = heard.subscribe();
+        let is_heard = tokio::time::timeout(HEARD_WITHIN, heard.wait_for(|heard| *heard)).await.is_ok();
+        if is_heard { std::future::pending().await } else { Ok(Ended::Deaf) }
     };
     let pump = async {
         while let Some(message) = messages.next().await {
             if let AsyncMessage::Notification(_) = message? {
+                heard.send_replace(true);
                 ring.send_modify(|count| *count += 1);
             }
         }
-        Ok(())
+        Ok(Ended::Closed)
     };
     tokio::select! {
         result = listen => result,
         result = pump => result,
+    }
+}
+
+impl Postgres {
+    /// Rings on a channel. Plainly, as any pooler lets it through.
+    async fn ring(&self, channel: &str) {
+        let rung = async {
+            let client = self.client().await?;
+            let sql = format!("NOTIFY {channel}");
+            client.batch_execute(&sql).await.map_err(|error| super::failure("ring", &error))
+        };
+        if let Err(error) = rung.await {
+            tracing::debug!(channel, %error, "cannot ring");
+        }
+    }
+
+    /// Whether a connection of ours is a session of its own: what it sets, locks and listens to is its.
+    pub async fn has_sessions(&self) -> crate::pipeline::failure::Result<bool> {
+        let fail = |error: tokio_postgres::Error| super::failure("look for a pooler", &error);
+        // Of this process alone, so that nobody else's ring is taken for it.
+        let channel = format!("refarch_probe_{}_{:08x}", std::process::id(), rand::random::<u32>());
+        let (client, mut connection) = self.dedicated().await.map_err(fail)?;
+        let mut messages = stream::poll_fn(move |cx| connection.poll_message(cx));
+        let ring = async {
+            client.batch_execute(&format!("LISTEN {channel}")).await.map_err(fail)?;
+            self.ring(&channel).await;
+            tokio::time::sleep(HEARD_WITHIN).await;
+            Ok(false)
+        };
+        let pump = async {
+            while let Some(message) = messages.next().await {
+                if let AsyncMessage::Notification(_) = message.map_err(fail)? {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        };
+        tokio::select! {
+            result = ring => result,
+            result = pump => result,
+        }
     }
 }

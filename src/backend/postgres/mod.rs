@@ -12,12 +12,15 @@ pub mod session;
 pub mod source;
 pub mod status;
 pub mod target;
+pub mod tls;
 
 use std::time::Duration;
 
 use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
-use tokio_postgres::NoTls;
+use tokio_postgres::Socket;
 use tokio_postgres::error::SqlState;
+use tokio_postgres::tls::MakeTlsConnect;
+use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::config::Database;
 use crate::pipeline::failure::{Class, Error, Result};
@@ -30,10 +33,14 @@ const POOL_WAIT: Duration = Duration::from_secs(30);
 /// talk to the database while one is open.
 const IDLE_IN_TRANSACTION_MS: u32 = 60_000;
 
+/// An encrypted stream to the server.
+type TlsStream = <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream;
+
 /// A database's address and its pool of connections.
 #[derive(Clone)]
 pub struct Postgres {
     config: tokio_postgres::Config,
+    tls: MakeRustlsConnect,
     /// Connections for short statements.
     pub pool: Pool,
 }
@@ -41,17 +48,15 @@ pub struct Postgres {
 impl Postgres {
     /// Prepares a pool; nothing is connected yet.
     pub fn new(url: &Secret, settings: &Database) -> Result<Self> {
-        let mut config: tokio_postgres::Config = url
-            .expose()
-            .parse()
-            // The parser's message names the key at fault, never its value.
-            .map_err(|error| Error::fatal("read database.url", describe(&error)))?;
+        let wanted = tls::Wanted::read(url, settings)?;
+        let tls = wanted.connector()?;
+        let mut config = wanted.config;
         config.connect_timeout(Duration::from_secs(settings.connect_timeout_s));
         config.application_name("refarch");
         config.keepalives_idle(Duration::from_secs(30));
         let manager = Manager::from_config(
             config.clone(),
-            NoTls,
+            tls.clone(),
             ManagerConfig { recycling_method: RecyclingMethod::Fast },
         );
         let pool = Pool::builder(manager)
@@ -68,7 +73,7 @@ impl Postgres {
             .create_timeout(Some(Duration::from_secs(settings.connect_timeout_s)))
             .build()
             .map_err(|error| Error::fatal("make a connection pool", error))?;
-        Ok(Self { config, pool })
+        Ok(Self { config, tls, pool })
     }
 
     /// Connects once, so that a wrong address or password is told at the start.
@@ -111,14 +116,9 @@ impl Postgres {
     /// A connection of its own, outside the pool, for LISTEN.
     pub(crate) async fn dedicated(
         &self,
-    ) -> Result<
-        (
-            tokio_postgres::Client,
-            tokio_postgres::Connection<tokio_postgres::Socket, tokio_postgres::tls::NoTlsStream>,
-        ),
-        tokio_postgres::Error,
-    > {
-        self.config.connect(NoTls).await
+    ) -> Result<(tokio_postgres::Client, tokio_postgres::Connection<Socket, TlsStream>), tokio_postgres::Error>
+    {
+        self.config.connect(self.tls.clone()).await
     }
 }
 
@@ -149,6 +149,13 @@ fn describe(error: &dyn std::error::Error) -> String {
 
 /// Classes an error of PostgreSQL by its SQLSTATE.
 pub(crate) fn failure(what: &str, error: &tokio_postgres::Error) -> Error {
+    let message = describe(error);
+    // No other try makes a certificate good.
+    if error.code().is_none()
+        && let Some(hint) = tls::hint(&message)
+    {
+        return Error::fatal(what, format!("{message}; {hint}"));
+    }
     let class = match error.code() {
         // No SQLSTATE: the connection failed, or a value did not fit its parameter.
         None if error.is_closed() => Class::Retryable,
@@ -159,7 +166,7 @@ pub(crate) fn failure(what: &str, error: &tokio_postgres::Error) -> Error {
         }
         Some(code) => class_of(code),
     };
-    Error::new(class, what, describe(error))
+    Error::new(class, what, message)
 }
 
 fn class_of(code: &SqlState) -> Class {

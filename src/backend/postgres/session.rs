@@ -1,15 +1,19 @@
 //! A worker's sign of life: a session that holds an advisory lock under the worker's name.
 //!
 //! The server frees the lock when the session ends, however it ends, and keeps it while the process
-//! is merely frozen. A heartbeat on this session tells the worker that it still has it.
+//! is merely frozen. A heartbeat on this session tells the worker that it still has it: it asks for the
+//! backend's number, since a pooler in transaction mode would answer from any. Behind such a pooler a lock
+//! is nobody's, which is looked for at the start.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use tokio_postgres::SimpleQueryMessage;
+
 use super::{Postgres, failure};
-use crate::pipeline::failure::{Class, Result};
+use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::lease::Lease;
 use crate::pipeline::retry::Backoff;
 
@@ -28,7 +32,17 @@ pub async fn keep(
     stop: &CancellationToken,
 ) -> Result<()> {
     let mut backoff = Backoff::default();
+    let mut looked = false;
     while !stop.is_cancelled() {
+        if !looked {
+            match postgres.has_sessions().await {
+                Ok(true) => looked = true,
+                Ok(false) => return Err(no_session()),
+                Err(error) if error.class == Class::Fatal => return Err(error),
+                // The database is away: the holding tells.
+                Err(_) => {}
+            }
+        }
         let Some(ended) = stop.run_until_cancelled(hold(postgres, worker, lease, &mut backoff)).await else {
             break;
         };
@@ -56,20 +70,39 @@ async fn hold(postgres: &Postgres, worker: &str, lease: &Lease, backoff: &mut Ba
         .execute("SELECT pg_advisory_lock(hashtext($1), hashtext($2))", &[&WORKER_LOCKS, &worker])
         .await
         .map_err(fail)?;
+    let backend = backend(&client).await.map_err(fail)?;
     lease.begin(at);
     backoff.reset();
     let beat: Duration = lease.length() / BEATS_A_LEASE;
     loop {
         tokio::time::sleep(beat).await;
         let at = lease.clock().now();
-        tokio::time::timeout(lease.length(), client.simple_query(""))
+        let answered = tokio::time::timeout(lease.length(), self::backend(&client))
             .await
-            .map_err(|_| {
-                crate::pipeline::failure::Error::retryable("keep the worker's session", "no answer")
-            })?
+            .map_err(|_| Error::retryable("keep the worker's session", "no answer"))?
             .map_err(fail)?;
+        if answered != backend {
+            return Err(no_session());
+        }
         lease.confirm(at);
     }
+}
+
+/// The number of the server process that answers on a connection.
+async fn backend(client: &tokio_postgres::Client) -> Result<Option<String>, tokio_postgres::Error> {
+    let messages = client.simple_query("SELECT pg_backend_pid()").await?;
+    Ok(messages.iter().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+        _ => None,
+    }))
+}
+
+fn no_session() -> Error {
+    Error::fatal(
+        "keep the worker's session",
+        "database.url leads to a pooler in transaction mode, behind which a worker can hold no lock: \
+         give it the server itself, or the pooler's session mode",
+    )
 }
 
 struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
