@@ -193,6 +193,9 @@ async fn connect(url: &str, settings: &Database) -> Result<bool, Error> {
     Ok(client.query_one(sql, &[]).await.unwrap().get(0))
 }
 
+/// Server, mode, certificates, and whether the connection is encrypted or what is wrong.
+type Case<'a> = (&'a Server, &'a str, Option<&'a str>, Result<bool, &'a str>);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_mode_asks_what_libpq_asks() {
     let bench = Bench::shared().await;
@@ -200,10 +203,9 @@ async fn every_mode_asks_what_libpq_asks() {
     let strange = bench.certificates.path("stranger.pem");
     let none: Option<&str> = None;
     let (ours, strange) = (Some(ours.as_str()), Some(strange.as_str()));
-    // Server, mode, certificates, and whether the connection is encrypted or what is wrong.
     let (good, named, expired, plain) = (&bench.good, &bench.named, &bench.expired, &bench.plain);
     let unknown = "set database.sslrootcert";
-    let cases: &[(&Server, &str, Option<&str>, Result<bool, &str>)] = &[
+    let cases: &[Case] = &[
         (good, "disable", ours, Ok(false)),
         (good, "prefer", none, Ok(true)),
         (good, "require", none, Ok(true)),
