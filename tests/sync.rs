@@ -60,7 +60,7 @@ impl Loop {
         let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
         backend::migrate(&postgres, &settings).await.unwrap();
         let backends = Backends::open(&postgres, &settings).await.unwrap();
-        let model = MODEL.get_or_init(async || LoadedModel::load(&settings).unwrap()).await;
+        let model = MODEL.get_or_init(async || LoadedModel::load(&settings).await.unwrap()).await;
         let relay = Relay::new(
             backends.outbox(),
             Arc::clone(&backends.queue),

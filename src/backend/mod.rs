@@ -1,6 +1,7 @@
 //! One file a backend. This module holds the only `match` on a backend's kind.
 
 pub mod embedded;
+pub mod http_embedder;
 pub mod minilm;
 pub mod pgmq;
 pub mod pgvector;
@@ -102,49 +103,61 @@ pub fn model_dir(settings: &Settings) -> PathBuf {
 }
 
 /// What the index must hold under these settings; reads the model's description, not its weights.
-pub fn index_shape(settings: &Settings) -> Result<IndexShape> {
+/// A server is asked, if the settings don't say how long its vectors are.
+pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
     let kind = match settings.index.kind {
         IndexKind::Pgvector => "pgvector",
         IndexKind::Pinecone => "pinecone",
     };
-    let description = match settings.embedder.kind {
-        EmbedderKind::Minilm => minilm::Description::read(&model_dir(settings))?,
-        kind => return Err(unbuilt(kind)),
+    let (model, dimensions) = match settings.embedder.kind {
+        EmbedderKind::Minilm => {
+            let description = minilm::Description::read(&model_dir(settings))?;
+            (description.model, description.dimensions)
+        }
+        EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
+            let server = http_embedder::Server::open(settings).await?;
+            (server.name().to_owned(), server.dimensions())
+        }
     };
-    Ok(IndexShape { kind: kind.into(), model: description.model, dimensions: description.dimensions })
-}
-
-fn unbuilt(kind: impl std::fmt::Debug) -> Error {
-    Error::fatal("choose a backend", format!("{kind:?} is not built in"))
+    Ok(IndexShape { kind: kind.into(), model, dimensions })
 }
 
 /// A loaded model, from which embedders with threads of their own are started.
 pub enum LoadedModel {
     /// A `MiniLM`-class model on this machine's CPU.
     Minilm(Arc<Model>),
+    /// A model on a server.
+    Http(Box<http_embedder::Server>),
 }
 
 impl LoadedModel {
-    /// Loads the model of the settings.
-    pub fn load(settings: &Settings) -> Result<Self> {
-        match settings.embedder.kind {
-            EmbedderKind::Minilm => Ok(Self::Minilm(Arc::new(Model::load(&model_dir(settings))?))),
-            kind => Err(unbuilt(kind)),
-        }
+    /// Loads the model of the settings, or looks at its server.
+    pub async fn load(settings: &Settings) -> Result<Self> {
+        Ok(match settings.embedder.kind {
+            EmbedderKind::Minilm => {
+                let dir = model_dir(settings);
+                let loaded = tokio::task::spawn_blocking(move || Model::load(&dir)).await;
+                Self::Minilm(Arc::new(loaded.map_err(|error| Error::fatal("load the model", error))??))
+            }
+            EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
+                Self::Http(Box::new(http_embedder::Server::open(settings).await?))
+            }
+        })
     }
 
-    /// Starts an embedder with `threads` threads; the weights are shared.
+    /// Starts an embedder with `threads` threads, which share the weights, or so many requests at once.
     #[must_use]
     pub fn start(&self, threads: usize) -> Arc<dyn Embedder> {
         match self {
             Self::Minilm(model) => Arc::new(MiniLm::start(Arc::clone(model), threads)),
+            Self::Http(server) => Arc::new(server.start(threads)),
         }
     }
 }
 
 /// Brings the database up to date with these settings, and makes an index that is missing.
 pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report> {
-    let shape = index_shape(settings)?;
+    let shape = index_shape(settings).await?;
     // The index first: one of the wrong shape must not cost the rows that are indexed so far.
     let made = match named_index(settings, shape.dimensions) {
         Some(options) => pinecone::control::ensure(&options).await?,
@@ -156,7 +169,7 @@ pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report>
 
 /// What [`migrate`] would do; nothing is changed.
 pub async fn plan_migration(postgres: &Postgres, settings: &Settings) -> Result<Report> {
-    let shape = index_shape(settings)?;
+    let shape = index_shape(settings).await?;
     let missing = match named_index(settings, shape.dimensions) {
         Some(options) => !pinecone::control::exists(&options).await?,
         None => false,
@@ -260,7 +273,7 @@ impl Backends {
         settings: &Settings,
         queue: Arc<dyn JobQueue>,
     ) -> Result<Self> {
-        let target = target::find(postgres, &settings.source, &index_shape(settings)?).await?;
+        let target = target::find(postgres, &settings.source, &index_shape(settings).await?).await?;
         let table = Arc::new(target.table.clone());
         let index: Arc<dyn VectorIndex> = match settings.index.kind {
             IndexKind::Pgvector => Arc::new(PgVector::new(

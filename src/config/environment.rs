@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use super::{EmbedderKind, Settings};
+use crate::secret::Secret;
+
 /// Prefix of the environment variables that set a key.
 const PREFIX: &str = "REFARCH_";
 
@@ -67,6 +70,17 @@ pub(super) fn given(env: &BTreeMap<String, String>) -> Vec<(String, String, Stri
         }
     }
     given
+}
+
+/// Gives the embedder the key that is customary for it. Only that of its own provider: a key must not go
+/// to somebody else's server.
+pub(super) fn lend_key(settings: &mut Settings, env: &BTreeMap<String, String>) {
+    if settings.embedder.kind == EmbedderKind::Openai
+        && settings.embedder.api_key.is_empty()
+        && let Some(key) = set(env, "OPENAI_API_KEY")
+    {
+        settings.embedder.api_key = Secret::new(key.clone());
+    }
 }
 
 /// A variable that is set to something.

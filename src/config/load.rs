@@ -138,7 +138,8 @@ impl Settings {
         for flag in flags {
             put(&mut settings, &mut origins, flag.flag, flag.key, Given::Text(&flag.value))?;
         }
-        let settings = typed(&settings, &origins)?;
+        let mut settings = typed(&settings, &origins)?;
+        environment::lend_key(&mut settings, env);
         settings.validate(&origins)?;
         Ok(settings)
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::failure::Result;
+use super::failure::{Error, Result};
 
 /// A unit vector of [`Embedder::dimensions`] values.
 pub type Embedding = Arc<[f32]>;
@@ -21,6 +21,17 @@ pub trait Embedder: Send + Sync {
 
     /// How many tokens the model would read of a text; what slices are sized by.
     fn count_tokens(&self, text: &str) -> usize;
+
+    /// How many texts are best handed over together; none for as many as a slice's time holds.
+    fn texts_at_once(&self) -> Option<usize> {
+        None
+    }
+
+    /// Embeds what somebody searches for, which some models embed otherwise than what is searched.
+    async fn embed_query(&self, text: &Arc<str>) -> Result<Embedding> {
+        let mut vectors = self.embed(std::slice::from_ref(text)).await?;
+        vectors.pop().ok_or_else(|| Error::retryable("embed a query", "no vector came"))
+    }
 
     /// Embeds texts, one vector a text in the same order. A text's vector does not depend on the
     /// others in the call beyond rounding. Text past the model's maximal length is not read.

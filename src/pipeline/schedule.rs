@@ -100,7 +100,11 @@ impl Scheduler {
             Lane::Live => 1,
             Lane::Bulk => MIN_BULK_TEXTS,
         };
-        for part in cut(&order, budget, least) {
+        let parts = match self.embedder.texts_at_once() {
+            Some(together) => order.chunks(together.max(1)).collect(),
+            None => cut(&order, budget, least),
+        };
+        for part in parts {
             let (done, result) = oneshot::channel();
             let slice = Slice {
                 texts: part.iter().map(|(_, at)| texts[*at].clone()).collect(),

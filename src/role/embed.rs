@@ -22,7 +22,7 @@ use crate::shutdown;
 /// Runs the role in a process of its own.
 pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
-    let model = LoadedModel::load(settings)?;
+    let model = LoadedModel::load(settings).await?;
     super::with_database(settings, async |database: &Database| {
         let backends = super::open(database, settings).await?;
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");

@@ -45,10 +45,7 @@ pub async fn run(args: &cli::Up, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     // Both can fail for a plain reason, which should come before a database is started.
     let listener = super::serve::bind(settings).await?;
-    let model = {
-        let settings = settings.clone();
-        tokio::task::spawn_blocking(move || LoadedModel::load(&settings)).await??
-    };
+    let model = LoadedModel::load(settings).await?;
     super::with_database(settings, async |database: &Database| {
         let report = crate::backend::migrate(&database.postgres, settings).await?;
         for warning in report.warnings {

@@ -72,10 +72,8 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
 
 async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) -> anyhow::Result<Verified> {
     let embedder = if args.sample > 0 {
-        let settings = settings.clone();
-        let workers = settings.indexer.worker_count();
-        let model = tokio::task::spawn_blocking(move || LoadedModel::load(&settings)).await??;
-        Some(model.start(workers))
+        let model = LoadedModel::load(settings).await?;
+        Some(model.start(settings.indexer.worker_count()))
     } else {
         None
     };

@@ -209,6 +209,9 @@ fn part_pairs(address: &str) -> Parted {
         left = left.trim_start();
         let Some((key, after)) = left.split_once('=') else {
             // Not a pair: the parser proper says what is wrong.
+            if !parted.rest.is_empty() {
+                parted.rest.push(' ');
+            }
             parted.rest.push_str(left);
             break;
         };
@@ -401,8 +404,8 @@ mod tests {
                 parted("postgres://u:sslmode%3Dx@h/d", Some("require"), None),
             ),
             (
-                "host=h sslmode = 'verify-ca' password='it''s' dbname=d",
-                parted("host=h password='it''s' dbname=d", Some("verify-ca"), None),
+                r"host=h sslmode = 'verify-ca' password='it\'s' dbname=d",
+                parted(r"host=h password='it\'s' dbname=d", Some("verify-ca"), None),
             ),
             (
                 r"password='a sslmode=disable \' b' sslrootcert=/x\ y host=h",

@@ -17,7 +17,7 @@ use crate::backend::postgres::Postgres;
 use crate::backend::sqs::{self, Sqs};
 use crate::backend::{self, model_dir};
 use crate::cli::{ChaosIndex, ChaosQueue};
-use crate::config::{IndexKind, QueueKind, Settings};
+use crate::config::{EmbedderKind, IndexKind, QueueKind, Settings};
 use crate::secret::Secret;
 
 /// Timeouts of the drill's roles: short, so that much happens in a minute.
@@ -61,6 +61,10 @@ impl Lab {
             // processes are told of what is set below only.
             ..Settings::load(None, &BTreeMap::new(), &[])?
         };
+        // The model on this machine: a server should not be tormented.
+        if settings.embedder.kind != EmbedderKind::Minilm {
+            settings.embedder = Settings::load(None, &BTreeMap::new(), &[])?.embedder;
+        }
         settings.embedder.model = std::path::absolute(model_dir(&settings))?.display().to_string();
         settings.runtime.dir = runtime;
         settings.database.url = cluster.url().clone();
@@ -69,7 +73,7 @@ impl Lab {
         settings.indexer.lease_ms = LEASE_MS;
         settings.indexer.settle_ms = SETTLE_MS;
         settings.index.timeout_ms = TIMEOUT_MS;
-        let shape = backend::index_shape(&settings)?;
+        let shape = backend::index_shape(&settings).await?;
         let double = match index {
             ChaosIndex::Pgvector => None,
             ChaosIndex::Pinecone => {

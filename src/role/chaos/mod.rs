@@ -160,7 +160,7 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
     }
     let drained_s = quiet.elapsed().as_secs_f64();
 
-    let model = LoadedModel::load(&lab.settings)?;
+    let model = LoadedModel::load(&lab.settings).await?;
     let auditor = Auditor {
         ledger: &*backends.ledger,
         index: &*backends.index,

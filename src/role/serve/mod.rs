@@ -103,7 +103,7 @@ pub async fn bind(settings: &Settings) -> anyhow::Result<TcpListener> {
 pub async fn run(settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     let listener = bind(settings).await?;
-    let model = LoadedModel::load(settings)?;
+    let model = LoadedModel::load(settings).await?;
     super::with_database(settings, async |database: &Database| {
         let backends = super::open(database, settings).await?;
         let address = listener.local_addr()?;

@@ -117,7 +117,7 @@ async fn rank(app: &App, term: &str) -> Result<Vec<Ranked>, Refusal> {
     let Ok(Ok(_turn)) = turn else { return Err(busy()) };
     let exact = app.products.exact(term);
     let nearest = async {
-        let vector = app.embedder.embed(&[Arc::from(term)]).await?.remove(0);
+        let vector = app.embedder.embed_query(&Arc::from(term)).await?;
         app.index.query(&vector, TOP).await
     };
     let (exact, nearest) = tokio::try_join!(exact, nearest)?;

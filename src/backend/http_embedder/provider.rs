@@ -1,0 +1,165 @@
+//! What each provider is asked, and how it answers.
+
+use reqwest::RequestBuilder;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::config::EmbedderKind;
+
+/// The version of Pinecone's API that is spoken.
+const PINECONE_VERSION: &str = "2026-04";
+
+/// What a text is embedded for: some models make another vector of a question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Passage,
+    Query,
+}
+
+/// The protocols that are spoken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Provider {
+    OpenAi,
+    Tei,
+    Pinecone,
+}
+
+/// What one request may hold, by a provider's own limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Limits {
+    pub(super) texts: usize,
+    pub(super) tokens: usize,
+    /// Of one text.
+    pub(super) text_tokens: usize,
+}
+
+#[derive(Deserialize)]
+struct OpenAiAnswer {
+    data: Vec<OpenAiVector>,
+}
+
+#[derive(Deserialize)]
+struct OpenAiVector {
+    index: usize,
+    embedding: Vec<f32>,
+}
+
+#[derive(Deserialize)]
+struct PineconeAnswer {
+    data: Vec<PineconeVector>,
+}
+
+#[derive(Deserialize)]
+struct PineconeVector {
+    values: Vec<f32>,
+}
+
+/// What a text-embeddings-inference server says of itself.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Info {
+    #[serde(default)]
+    pub(super) model_id: String,
+    pub(super) max_client_batch_size: Option<usize>,
+    pub(super) max_batch_tokens: Option<usize>,
+    pub(super) max_input_length: Option<usize>,
+}
+
+impl Provider {
+    /// None for a model on this machine.
+    pub(super) fn of(kind: EmbedderKind) -> Option<Self> {
+        match kind {
+            EmbedderKind::Minilm => None,
+            EmbedderKind::Openai => Some(Self::OpenAi),
+            EmbedderKind::Tei => Some(Self::Tei),
+            EmbedderKind::Pinecone => Some(Self::Pinecone),
+        }
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::OpenAi => "openai",
+            Self::Tei => "tei",
+            Self::Pinecone => "pinecone",
+        }
+    }
+
+    pub(super) fn path(self) -> &'static str {
+        match self {
+            Self::OpenAi => "/v1/embeddings",
+            Self::Tei | Self::Pinecone => "/embed",
+        }
+    }
+
+    pub(super) fn limits(self) -> Limits {
+        match self {
+            Self::OpenAi => Limits { texts: 2_048, tokens: 300_000, text_tokens: 8_191 },
+            Self::Tei => Limits { texts: 32, tokens: 16_384, text_tokens: 512 },
+            Self::Pinecone => Limits { texts: 96, tokens: usize::MAX, text_tokens: 2_048 },
+        }
+    }
+
+    /// Signs a request.
+    pub(super) fn sign(self, request: RequestBuilder, key: &str) -> RequestBuilder {
+        match self {
+            Self::Pinecone => {
+                let request = request.header("X-Pinecone-Api-Version", PINECONE_VERSION);
+                if key.is_empty() { request } else { request.header("Api-Key", sensitive(key)) }
+            }
+            Self::OpenAi | Self::Tei if key.is_empty() => request,
+            Self::OpenAi | Self::Tei => request.header("Authorization", sensitive(&format!("Bearer {key}"))),
+        }
+    }
+
+    /// The body of a request. With dimensions the provider is asked for vectors of that length.
+    pub(super) fn body(
+        self,
+        model: &str,
+        texts: &[&str],
+        dimensions: Option<usize>,
+        purpose: Purpose,
+    ) -> Value {
+        match self {
+            Self::OpenAi => {
+                let mut body = json!({ "model": model, "input": texts, "encoding_format": "float" });
+                if let Some(dimensions) = dimensions {
+                    body["dimensions"] = dimensions.into();
+                }
+                body
+            }
+            Self::Tei => json!({ "inputs": texts, "normalize": true, "truncate": true }),
+            Self::Pinecone => {
+                let input_type = if purpose == Purpose::Query { "query" } else { "passage" };
+                let mut parameters = json!({ "input_type": input_type, "truncate": "END" });
+                if let Some(dimensions) = dimensions {
+                    parameters["dimension"] = dimensions.into();
+                }
+                let inputs: Vec<Value> = texts.iter().map(|text| json!({ "text": text })).collect();
+                json!({ "model": model, "inputs": inputs, "parameters": parameters })
+            }
+        }
+    }
+
+    /// The vectors of an answer, in the order of the texts.
+    pub(super) fn read(self, body: &[u8]) -> Result<Vec<Vec<f32>>, serde_json::Error> {
+        Ok(match self {
+            Self::OpenAi => {
+                let mut data = serde_json::from_slice::<OpenAiAnswer>(body)?.data;
+                data.sort_by_key(|vector| vector.index);
+                data.into_iter().map(|vector| vector.embedding).collect()
+            }
+            Self::Tei => serde_json::from_slice(body)?,
+            Self::Pinecone => {
+                let data = serde_json::from_slice::<PineconeAnswer>(body)?.data;
+                data.into_iter().map(|vector| vector.values).collect()
+            }
+        })
+    }
+}
+
+/// A header's value that no log shows; one that is no header's value is left to the server to refuse.
+fn sensitive(value: &str) -> reqwest::header::HeaderValue {
+    let mut value = reqwest::header::HeaderValue::from_str(value)
+        .unwrap_or_else(|_| reqwest::header::HeaderValue::from_static(""));
+    value.set_sensitive(true);
+    value
+}
