@@ -324,7 +324,7 @@ impl Embedder for HttpEmbedder {
     }
 
     fn model(&self) -> &str {
-        &self.server.signature
+        self.server.name()
     }
 
     fn count_tokens(&self, text: &str) -> usize {

@@ -1,0 +1,339 @@
+//! How fast changes travel from the outbox through SQS, and how many calls that takes.
+//!
+//! SQS is the double of `refarch chaos`, in this process, with a latency for each call: so the machine's
+//! cores are shared by server, database and what is measured. The database is a private one. Run it by
+//! `scripts/bench queue`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use refarch::backend::embedded::{Cluster, Options as ClusterOptions};
+use refarch::backend::pinecone::{self, Pinecone};
+use refarch::backend::postgres::Postgres;
+use refarch::backend::postgres::ledger::PgLedger;
+use refarch::backend::postgres::migrate;
+use refarch::backend::postgres::outbox::PgOutbox;
+use refarch::backend::postgres::registry::Worker;
+use refarch::backend::postgres::session;
+use refarch::backend::postgres::target::{self, IndexShape};
+use refarch::backend::sqs::{self, Sqs};
+use refarch::config::{QueueKind, Settings};
+use refarch::pipeline::clock::{BootClock, Clock};
+use refarch::pipeline::embedder::{Embedder, Embedding};
+use refarch::pipeline::failure::Result;
+use refarch::pipeline::indexer::{self, Indexer};
+use refarch::pipeline::lease::Lease;
+use refarch::pipeline::meter::Meter;
+use refarch::pipeline::queue::JobQueue;
+use refarch::pipeline::relay::{self, Relay};
+use refarch::pipeline::schedule::Scheduler;
+use refarch::role::chaos::double::Double;
+use refarch::role::chaos::queue_double::{QueueCounts, QueueDouble, QueueFaults};
+use refarch::secret::Secret;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+/// Length of the vectors: what embedding and index take is not measured here.
+const DIMENSIONS: usize = 3;
+
+/// Latencies of a call.
+const LATENCIES_MS: [u64; 3] = [0, 5, 20];
+
+/// How changes came about.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Load {
+    /// By one statement.
+    Bulk,
+    /// By as many statements as rows.
+    Single,
+}
+
+impl Load {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Bulk => "bulk load",
+            Self::Single => "single-row statements",
+        }
+    }
+}
+
+struct Arguments {
+    rows: u64,
+    runs: usize,
+    json: Option<PathBuf>,
+}
+
+fn arguments() -> Arguments {
+    let mut arguments = Arguments { rows: 1_000_000, runs: 5, json: None };
+    let mut given = std::env::args().skip(1);
+    while let Some(name) = given.next() {
+        let mut value = || given.next().unwrap_or_else(|| panic!("{name} needs a value"));
+        match name.as_str() {
+            "--rows" => arguments.rows = value().parse().expect("--rows takes a number"),
+            "--runs" => arguments.runs = value().parse().expect("--runs takes a number"),
+            "--json" => arguments.json = Some(value().into()),
+            // Cargo's own.
+            "--bench" => {}
+            other => panic!("unknown argument {other}: use --rows N, --runs N, --json FILE"),
+        }
+    }
+    arguments
+}
+
+/// Makes the same vector of every text, at once.
+struct Constant;
+
+#[async_trait]
+impl Embedder for Constant {
+    fn dimensions(&self) -> usize {
+        DIMENSIONS
+    }
+
+    fn model(&self) -> &str {
+        "constant"
+    }
+
+    fn count_tokens(&self, _: &str) -> usize {
+        1
+    }
+
+    async fn embed(&self, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
+        Ok(texts.iter().map(|_| Embedding::from([1.0, 0.0, 0.0])).collect())
+    }
+}
+
+struct Bench {
+    settings: Settings,
+    postgres: Postgres,
+    double: QueueDouble,
+    queue: Arc<dyn JobQueue>,
+    rows: u64,
+}
+
+impl Bench {
+    async fn new(cluster: &Cluster, rows: u64) -> Self {
+        let mut settings = Settings::load(None, &BTreeMap::new(), &[]).unwrap();
+        settings.queue.kind = QueueKind::Sqs;
+        let postgres = Postgres::new(cluster.url(), &settings.database).unwrap();
+        migrate::migrate(&postgres, &settings.source, &settings.queue, &shape()).await.unwrap();
+        let double = QueueDouble::start(1).await.unwrap();
+        let [url, bulk, dead] = double.create("bench", 50);
+        let options = sqs::Options {
+            url,
+            bulk_url: Some(bulk),
+            dead_url: Some(dead),
+            visibility: Duration::from_secs(settings.queue.visibility_s),
+            wait: Duration::from_secs(settings.queue.wait_s),
+            shared_bound: settings.queue.shared_bound,
+            max_receives: settings.queue.max_receives,
+            source: settings.source.name.clone(),
+        };
+        let queue = Sqs::open(sqs::connect_to(&double.url()), postgres.clone(), options).await.unwrap();
+        Self { settings, postgres, double, queue: Arc::new(queue), rows }
+    }
+
+    async fn sql(&self, sql: &str) {
+        self.postgres.client().await.unwrap().batch_execute(sql).await.unwrap();
+    }
+
+    /// Puts changes of all rows into an empty outbox, as statements would have.
+    async fn fill(&self, load: Load) {
+        let rows = self.rows;
+        self.sql("TRUNCATE refarch.outbox").await;
+        match load {
+            Load::Bulk => {
+                self.sql(&format!(
+                    "INSERT INTO refarch.outbox (source, op, ids) SELECT 'products', 'u', array_agg(n::text) \
+                     FROM generate_series(1, {rows}) n GROUP BY (n - 1) / 500 ORDER BY min(n)"
+                ))
+                .await;
+            }
+            // Each of a transaction of its own, which lies in the past.
+            Load::Single => {
+                self.sql(&format!(
+                    "INSERT INTO refarch.outbox (source, op, ids, xid) SELECT 'products', 'u', ARRAY[n::text], n::text::xid8 \
+                     FROM generate_series(1, {rows}) n"
+                ))
+                .await;
+            }
+        }
+        self.sql("VACUUM ANALYZE refarch.outbox").await;
+        self.sql("CHECKPOINT").await;
+    }
+
+    /// Moves all to the queue; returns how long that took.
+    async fn relay(&self) -> Duration {
+        let set = &self.settings.relay;
+        let relay = Relay::new(
+            Arc::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.queue))),
+            Arc::clone(&self.queue),
+            Arc::new(BootClock),
+            relay::Options {
+                source: "products".into(),
+                pack: set.pack,
+                bulk_threshold: set.bulk_threshold,
+                live_bound: set.live_bound,
+                poll: Duration::from_millis(set.poll_ms),
+            },
+        );
+        let started = Instant::now();
+        relay.run(&CancellationToken::new(), true).await.unwrap();
+        started.elapsed()
+    }
+
+    async fn purge(&self) {
+        for lane in ["live", "bulk"] {
+            let url = format!("{}/123456789012/bench-{lane}", self.double.url());
+            let client = sqs::connect_to(&self.double.url());
+            client.purge_queue().queue_url(url).send().await.unwrap();
+        }
+    }
+
+    /// Rows a second from outbox to queue.
+    async fn throughput(&self, load: Load, latency_ms: u64, runs: usize) -> Value {
+        let mut speeds = Vec::new();
+        let mut calls = 0;
+        for _ in 0..runs {
+            self.double.set_faults(QueueFaults::default());
+            self.purge().await;
+            self.fill(load).await;
+            let latency = Duration::from_millis(latency_ms);
+            self.double.set_faults(QueueFaults { latency, ..QueueFaults::default() });
+            let before = self.double.counts();
+            let took = self.relay().await;
+            let after = self.double.counts();
+            calls = after.send - before.send;
+            speeds.push((self.rows as f64 / took.as_secs_f64()).round());
+        }
+        speeds.sort_by(f64::total_cmp);
+        let median = speeds[speeds.len() / 2];
+        println!(
+            "{:<22} {latency_ms:>3} ms a call: {median:>9} rows/s (runs {speeds:?}), {calls} sends",
+            load.name()
+        );
+        json!({ "load": load.name(), "latency_ms": latency_ms, "rows_per_s": median, "send_calls": calls, "rows": self.rows })
+    }
+
+    /// Calls of the whole way, from outbox to acknowledged.
+    async fn calls(&self, load: Load) -> Value {
+        self.double.set_faults(QueueFaults::default());
+        self.purge().await;
+        self.sql("UPDATE refarch.ledger SET dirty = true").await;
+        self.fill(load).await;
+        let before = self.double.counts();
+        let relayed = self.relay().await;
+        let embedded = self.index().await;
+        let after = self.double.counts();
+        let QueueCounts { send, receive, delete, extend, other, billed, .. } = after;
+        let counts = [
+            send - before.send,
+            receive - before.receive,
+            delete - before.delete,
+            extend - before.extend,
+            other - before.other,
+        ];
+        let billed = billed - before.billed;
+        let total: u64 = counts.iter().sum();
+        let [send, receive, delete, extend, other] = counts;
+        println!(
+            "{:<22} {total} calls: {send} send, {receive} receive, {delete} delete, {extend} extend, {other} count; {billed} billed requests; \
+             relayed in {:.1} s, indexed in {:.1} s",
+            load.name(),
+            relayed.as_secs_f64(),
+            embedded.as_secs_f64()
+        );
+        json!({ "load": load.name(), "rows": self.rows, "calls": total, "send": send, "receive": receive, "delete": delete,
+                "extend": extend, "count": other, "billed": billed, "indexed_s": embedded.as_secs_f64() })
+    }
+
+    /// Works the queue off, into a double of an index.
+    async fn index(&self) -> Duration {
+        let double = Double::start(DIMENSIONS, 1).await.unwrap();
+        let found = target::find(&self.postgres, &self.settings.source, &shape()).await.unwrap();
+        let index = Pinecone::new(pinecone::Options {
+            host: double.url(),
+            api_key: Secret::new("bench"),
+            namespace: String::new(),
+            timeout: Duration::from_secs(5),
+            dimensions: DIMENSIONS,
+            text: vec!["description".into()],
+        })
+        .unwrap();
+        let table = Arc::new(found.table.clone());
+        let ledger = PgLedger::new(self.postgres.clone(), table, found.id, found.salt.clone());
+        let clock: Arc<dyn Clock> = Arc::new(BootClock);
+        let lease = Arc::new(Lease::new(Arc::clone(&clock), self.settings.indexer.lease()));
+        let meter = Arc::new(Meter::default());
+        let worker = Worker::join(self.postgres.clone(), "embed", 2, Arc::clone(&meter)).await.unwrap();
+        let indexer = Arc::new(Indexer::new(
+            Arc::clone(&self.queue),
+            Arc::new(ledger),
+            Arc::new(index),
+            Scheduler::new(Arc::new(Constant), Duration::from_millis(50), Arc::clone(&clock)),
+            meter,
+            Arc::clone(&lease),
+            indexer::Options {
+                source: "products".into(),
+                worker: worker.id.clone(),
+                workers: 2,
+                hold: Duration::from_millis(self.settings.indexer.hold_ms),
+                poll: Duration::from_millis(self.settings.indexer.poll_ms),
+                max_receives: self.settings.queue.max_receives,
+                settle: self.settings.indexer.settle(),
+                look: Duration::from_secs(1),
+            },
+        ));
+        let (stop, over) = (CancellationToken::new(), CancellationToken::new());
+        let started = Instant::now();
+        let work = async {
+            indexer.run(&stop, &CancellationToken::new(), true).await.unwrap();
+            over.cancel();
+        };
+        let kept = session::keep(&self.postgres, &worker.id, &lease, &over);
+        let beating = worker.run(&over);
+        let ((), kept, ()) = tokio::join!(work, kept, beating);
+        kept.unwrap();
+        started.elapsed()
+    }
+}
+
+fn shape() -> IndexShape {
+    IndexShape { kind: "pinecone".into(), model: "constant".into(), dimensions: DIMENSIONS }
+}
+
+#[tokio::main]
+async fn main() {
+    let Arguments { rows, runs, json } = arguments();
+    let runtime = PathBuf::from(std::env::var("REFARCH_RUNTIME_DIR").unwrap_or_else(|_| ".refarch".into()));
+    let runtime = std::path::absolute(runtime).unwrap();
+    let dir = runtime.join(format!("bench-{}", std::process::id()));
+    let options = ClusterOptions { dir: dir.join("postgres"), ..ClusterOptions::in_runtime_dir(&runtime) };
+    let cluster = Cluster::join(options).await.unwrap();
+    let bench = Bench::new(&cluster, rows).await;
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    println!("{rows} rows, {runs} runs, {cores} cores");
+    let mut relayed = Vec::new();
+    for load in [Load::Bulk, Load::Single] {
+        for latency_ms in LATENCIES_MS {
+            relayed.push(bench.throughput(load, latency_ms, runs).await);
+        }
+    }
+    let insert = format!(
+        "INSERT INTO products_with_increment (id, description) SELECT n, 'thing ' || n FROM generate_series(1, {rows}) n"
+    );
+    bench.sql(&insert).await;
+    let mut counted = Vec::new();
+    for load in [Load::Bulk, Load::Single] {
+        counted.push(bench.calls(load).await);
+    }
+    bench.postgres.pool.close();
+    cluster.destroy().await.unwrap();
+    let _ = std::fs::remove_dir_all(&dir);
+    if let Some(path) = json {
+        let report = json!({ "machine": { "cores": cores }, "benches": { "queue_throughput": relayed, "queue_calls": counted } });
+        std::fs::write(&path, report.to_string() + "\n").unwrap();
+    }
+}
