@@ -92,7 +92,7 @@ impl Embedder for Constant {
         DIMENSIONS
     }
 
-    fn model(&self) -> &str {
+    fn model(&self) -> &'static str {
         "constant"
     }
 
