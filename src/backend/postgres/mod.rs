@@ -65,8 +65,13 @@ impl Postgres {
             .wait_timeout(Some(POOL_WAIT))
             .post_create(deadpool_postgres::Hook::async_fn(|client, _| {
                 Box::pin(async move {
-                    // A process that freezes within a transaction must not lock rows for ever.
-                    let sql = format!("SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_MS}");
+                    // A process that freezes within a transaction must not lock rows for ever. And a plan
+                    // that is kept from when the ledger was empty reads all of it for each id, until
+                    // somebody analyses it: a first load would be quadratic.
+                    let sql = format!(
+                        "SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_MS}; \
+                         SET plan_cache_mode = force_custom_plan"
+                    );
                     client.batch_execute(&sql).await.map_err(deadpool_postgres::HookError::Backend)
                 })
             }))
