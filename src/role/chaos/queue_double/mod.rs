@@ -5,8 +5,10 @@
 //! passes the same contract tests as an independent server.
 
 mod faults;
+mod messages;
 mod operation;
 mod queue;
+mod wire;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,8 +29,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use faults::Fate;
 pub use faults::{QueueCounts, QueueFaults};
-use operation::{Answer, Refused};
 use queue::Queue;
+use wire::{Answer, Refused};
 
 /// What every queue's URL and ARN hold.
 const ACCOUNT: &str = "123456789012";

@@ -1,0 +1,217 @@
+//! What travels: errors, fields, and messages as they are sent and shown.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use md5::{Digest as _, Md5};
+use rand::RngExt as _;
+use serde_json::{Map, Value, json};
+
+use super::queue::{Message, Unusable};
+use super::{ACCOUNT, REGION, State};
+
+/// Limits of SQS.
+pub(super) const MAX_BYTES: usize = 1_048_576;
+pub(super) const MAX_ENTRIES: usize = 10;
+pub(super) const MAX_VISIBILITY: u64 = 43_200;
+const MAX_DELAY: u64 = 900;
+pub(super) const MAX_WAIT: u64 = 20;
+
+/// An error of SQS: its newer name, its older one, and what it says.
+#[derive(Debug)]
+pub(super) struct Refused {
+    pub(super) name: &'static str,
+    pub(super) query_name: &'static str,
+    pub(super) message: String,
+}
+
+impl Refused {
+    pub(super) fn new(name: &'static str, query_name: &'static str, message: impl Into<String>) -> Self {
+        Self { name, query_name, message: message.into() }
+    }
+
+    pub(super) fn missing(field: &str) -> Self {
+        let message = format!("The request must contain the parameter {field}.");
+        Self::new("MissingRequiredParameterException", "MissingParameter", message)
+    }
+
+    pub(super) fn invalid(message: impl Into<String>) -> Self {
+        Self::new("InvalidParameterValue", "InvalidParameterValue", message)
+    }
+
+    pub(super) fn no_queue() -> Self {
+        let message = "The specified queue does not exist.";
+        Self::new("QueueDoesNotExist", "AWS.SimpleQueueService.NonExistentQueue", message)
+    }
+
+    pub(super) fn missing_token() -> Self {
+        let message = "Request is missing Authentication Token";
+        Self::new("MissingAuthenticationToken", "MissingAuthenticationToken", message)
+    }
+
+    pub(super) fn throttled() -> Self {
+        Self::new("RequestThrottled", "RequestThrottled", "Rate exceeded")
+    }
+}
+
+pub(super) type Answer = Result<Value, Refused>;
+
+pub(super) fn text<'a>(body: &'a Value, field: &str) -> Result<&'a str, Refused> {
+    body.get(field).and_then(Value::as_str).ok_or_else(|| Refused::missing(field))
+}
+
+pub(super) fn number(body: &Value, field: &str, max: u64) -> Result<Option<u64>, Refused> {
+    let Some(value) = body.get(field).filter(|value| !value.is_null()) else { return Ok(None) };
+    let number = value.as_u64().filter(|number| *number <= max);
+    let wrong = || {
+        Refused::invalid(format!(
+            "Value {value} for parameter {field} is invalid. Reason: Must be between 0 and {max}."
+        ))
+    };
+    number.map(Some).ok_or_else(wrong)
+}
+
+/// A queue's name from its URL or ARN.
+pub(super) fn name_of(path: &str) -> &str {
+    path.rsplit(['/', ':']).next().unwrap_or_default()
+}
+
+pub(super) fn arn(name: &str) -> String {
+    format!("arn:aws:sqs:{REGION}:{ACCOUNT}:{name}")
+}
+
+fn md5(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    Md5::digest(bytes).iter().fold(String::with_capacity(32), |mut text, byte| {
+        // Writing to a string can't fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// The digest of attributes, as SQS defines it: by name, each with its length before it.
+fn md5_of_attributes(attributes: &Map<String, Value>) -> String {
+    let mut bytes = Vec::new();
+    for (name, value) in attributes {
+        let of = |key| value.get(key).and_then(Value::as_str).unwrap_or_default();
+        for text in [name, of("DataType")] {
+            bytes.extend((text.len() as u32).to_be_bytes());
+            bytes.extend(text.as_bytes());
+        }
+        // Marks a text; there are no binary values here.
+        bytes.push(1);
+        let text = of("StringValue");
+        bytes.extend((text.len() as u32).to_be_bytes());
+        bytes.extend(text.as_bytes());
+    }
+    md5(&bytes)
+}
+
+fn size(body: &str, attributes: &Map<String, Value>) -> usize {
+    let of = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).map_or(0, str::len);
+    let attributes: usize = attributes
+        .iter()
+        .map(|(name, value)| name.len() + of(value, "DataType") + of(value, "StringValue"))
+        .sum();
+    body.len() + attributes
+}
+
+pub(super) fn random_id(state: &mut State) -> String {
+    let n: u128 = state.dice.random();
+    let hex = format!("{n:032x}");
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+/// Checks what is sent, as far as SQS does, and makes a message of it.
+pub(super) fn message(state: &mut State, entry: &Value) -> Result<(Message, Duration), Refused> {
+    let body = text(entry, "MessageBody")?.to_owned();
+    let attributes = entry.get("MessageAttributes").and_then(Value::as_object).cloned().unwrap_or_default();
+    let fits = |c: char| matches!(c, '\t' | '\n' | '\r' | ' '..='\u{fffd}' | '\u{10000}'..);
+    if body.is_empty() {
+        return Err(Refused::missing("MessageBody"));
+    }
+    if !body.chars().all(fits) {
+        let message = "Invalid characters found. Valid unicode characters are #x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF";
+        return Err(Refused::new("InvalidMessageContents", "InvalidMessageContents", message));
+    }
+    for (name, value) in &attributes {
+        let text = value.get("StringValue").and_then(Value::as_str).unwrap_or_default();
+        if text.is_empty() || !text.chars().all(fits) {
+            return Err(Refused::invalid(format!(
+                "Message (user) attribute '{name}' must contain a non-empty value of valid characters."
+            )));
+        }
+    }
+    if attributes.len() > 10 {
+        return Err(Refused::invalid(format!(
+            "Number of message attributes [{}] exceeds the allowed maximum [10].",
+            attributes.len()
+        )));
+    }
+    if size(&body, &attributes) > MAX_BYTES {
+        return Err(Refused::invalid(format!(
+            "One or more parameters are invalid. Reason: Message must be shorter than {MAX_BYTES} bytes."
+        )));
+    }
+    let delay = number(entry, "DelaySeconds", MAX_DELAY)?.unwrap_or_default();
+    let id = random_id(state);
+    let message = Message {
+        id,
+        body,
+        attributes,
+        sent: SystemTime::now(),
+        first_received: None,
+        receive_count: 0,
+        from: None,
+    };
+    Ok((message, Duration::from_secs(delay)))
+}
+
+/// What SQS says of a message that it has taken.
+pub(super) fn taken(message: &Message) -> Map<String, Value> {
+    let mut taken = Map::new();
+    taken.insert("MessageId".into(), message.id.clone().into());
+    taken.insert("MD5OfMessageBody".into(), md5(message.body.as_bytes()).into());
+    if !message.attributes.is_empty() {
+        taken.insert("MD5OfMessageAttributes".into(), md5_of_attributes(&message.attributes).into());
+    }
+    taken
+}
+
+pub(super) fn unusable(why: Unusable, receipt: &str) -> Refused {
+    match why {
+        Unusable::Invalid => {
+            let message = format!("The input receipt handle \"{receipt}\" is not a valid receipt handle.");
+            Refused::new("ReceiptHandleIsInvalid", "ReceiptHandleIsInvalid", message)
+        }
+        Unusable::NotInFlight => Refused::new(
+            "MessageNotInflight",
+            "AWS.SimpleQueueService.MessageNotInflight",
+            "The message referred to is not in flight.",
+        ),
+    }
+}
+
+pub(super) fn millis(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+/// A message as it is handed out.
+pub(super) fn shown(receipt: &str, message: &Message) -> Value {
+    let mut shown = json!({
+        "MessageId": message.id,
+        "ReceiptHandle": receipt,
+        "MD5OfBody": md5(message.body.as_bytes()),
+        "Body": message.body,
+        "Attributes": {
+            "ApproximateReceiveCount": message.receive_count.to_string(),
+            "SentTimestamp": millis(message.sent).to_string(),
+            "ApproximateFirstReceiveTimestamp": message.first_received.map_or(0, millis).to_string(),
+            "SenderId": ACCOUNT,
+        },
+    });
+    if !message.attributes.is_empty() {
+        shown["MessageAttributes"] = Value::Object(message.attributes.clone());
+        shown["MD5OfMessageAttributes"] = md5_of_attributes(&message.attributes).into();
+    }
+    shown
+}
