@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres::products::Products;
 use crate::backend::postgres::registry::Worker;
-use crate::backend::{Backends, Database, LoadedModel};
+use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::config::Settings;
 use crate::pipeline::embedder::Embedder;
 use crate::pipeline::failure::Result;
@@ -103,7 +103,7 @@ pub async fn bind(settings: &Settings) -> anyhow::Result<TcpListener> {
 pub async fn run(settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     let listener = bind(settings).await?;
-    let model = LoadedModel::load(settings).await?;
+    let model = backend::patiently(settings, async || LoadedModel::load(settings).await).await?;
     super::with_database(settings, async |database: &Database| {
         let backends = super::open(database, settings).await?;
         let address = listener.local_addr()?;
