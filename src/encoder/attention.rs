@@ -1,0 +1,193 @@
+//! Attention within one sequence.
+//!
+//! Keys and values of a head are laid out as panels, scores are products with the keys, and the context is
+//! their softmax' product with the values. The softmax is in `f32`; its weights are divided by their sum
+//! only at the end, when they are fewer.
+
+use super::buffer::Buffer;
+use super::kernel::{Float, Right, SLACK, Sums, as_they_are};
+use super::lanes::{Element, Lanes};
+use super::math;
+use super::packed::Tiles;
+
+/// Rows of queries that go together; all of their scores stay in a near cache.
+const QUERIES: usize = 32;
+
+/// What a kernel needs of one sequence: queries, keys and values side by side in each row.
+pub(super) struct Sequence<E> {
+    /// Of the sequence's first row.
+    pub(super) projected: *const E,
+    /// Elements from a row to the next.
+    pub(super) stride: usize,
+    /// Elements from a query to its key, and from a key to its value.
+    pub(super) part: usize,
+    /// Rows.
+    pub(super) length: usize,
+}
+
+/// Memory for one head of one sequence.
+pub(super) struct Workspace<A: Float> {
+    keys: Buffer<A::Element>,
+    values: Buffer<A::Element>,
+    scores: Buffer<f32>,
+    weights: Buffer<A::Element>,
+    context: Buffer<f32>,
+}
+
+/// Keys after filling up: what panels and depths of any kernel divide.
+fn filled_up(length: usize) -> usize {
+    length.next_multiple_of(32)
+}
+
+impl<A: Float> Workspace<A> {
+    /// For sequences of at most `length`, and heads `width` wide.
+    pub(super) fn new(length: usize, width: usize) -> Self {
+        let keys = filled_up(length);
+        Self {
+            keys: Buffer::zeroed(keys * width),
+            values: Buffer::zeroed(keys * width),
+            scores: Buffer::zeroed((QUERIES + SLACK) * keys),
+            weights: Buffer::zeroed((QUERIES + SLACK) * keys),
+            context: Buffer::zeroed((QUERIES + SLACK) * A::NARROW),
+        }
+    }
+
+    /// Writes the context of the head that begins at element `head` of each part and is `width` wide to
+    /// rows of `to`, `to_stride` apart.
+    ///
+    /// # Safety
+    ///
+    /// As [`Lanes`]; the sequence and `to` have the rows and columns, the sequence with slack, and the
+    /// workspace was made for them.
+    #[inline(always)]
+    pub(super) unsafe fn head<E: Element>(
+        &mut self,
+        sequence: &Sequence<A::Element>,
+        head: usize,
+        width: usize,
+        to: *mut E,
+        to_stride: usize,
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let Sequence { projected, stride, part, length } = *sequence;
+            let keys = filled_up(length);
+            let queries = projected.add(head);
+            self.lay_out_keys(queries.add(part), stride, length, width);
+            self.lay_out_values(queries.add(2 * part), stride, length, width);
+            let (scores, weights) = (self.scores.as_mut_ptr(), self.weights.as_mut_ptr());
+            let context = self.context.as_mut_ptr();
+            let mut first = 0;
+            while first < length {
+                let rows = QUERIES.min(length - first);
+                let left = as_they_are::<A>(queries.add(first * stride), stride);
+                for panel in (0..length).step_by(A::NARROW) {
+                    let right = narrow::<A>(self.keys.as_ptr().add(panel * width), width);
+                    for (row, count) in Tiles::new::<A>(rows) {
+                        let sums = Sums { data: scores.add(row * keys + panel), stride: keys, add: false };
+                        A::tile(left.at(row, 0), count, &right, sums);
+                    }
+                }
+                let mut shares = [0.0_f32; QUERIES];
+                for row in 0..rows {
+                    shares[row] =
+                        soften::<A>(scores.add(row * keys), weights.add(row * keys), length, keys);
+                }
+                let left = as_they_are::<A>(weights, keys);
+                let depth = length.next_multiple_of(A::DEPTH);
+                for panel in (0..width).step_by(A::NARROW) {
+                    let right = narrow::<A>(self.values.as_ptr().add(panel * keys), depth);
+                    for (row, count) in Tiles::new::<A>(rows) {
+                        let sums = Sums { data: context.add(row * A::NARROW), stride: A::NARROW, add: false };
+                        A::tile(left.at(row, 0), count, &right, sums);
+                    }
+                    for row in 0..rows {
+                        let to = to.add((first + row) * to_stride + head + panel);
+                        let share = A::Lanes::splat(shares[row]);
+                        for column in (0..A::NARROW).step_by(A::Lanes::LANES) {
+                            let sums = A::Lanes::load(context.add(row * A::NARROW + column));
+                            E::put(sums.mul(share), to.add(column));
+                        }
+                    }
+                }
+                first += rows;
+            }
+        }
+    }
+
+    /// Panels of keys: a key a column. As words of [`Kernel::GROUP`](super::kernel::Kernel::GROUP) elements this is a transposition.
+    #[inline(always)]
+    unsafe fn lay_out_keys(&mut self, keys: *const A::Element, stride: usize, length: usize, width: usize) {
+        let lanes = A::Lanes::LANES;
+        // SAFETY: the caller's. Rows past the last key are slack; what they score is not looked at.
+        unsafe {
+            for panel in (0..filled_up(length)).step_by(A::NARROW) {
+                let to = self.keys.as_mut_ptr().add(panel * width);
+                for key in (0..A::NARROW).step_by(lanes) {
+                    if panel + key >= length {
+                        break;
+                    }
+                    for word in (0..width / A::GROUP).step_by(lanes) {
+                        A::Lanes::transpose(
+                            keys.add((panel + key) * stride + word * A::GROUP).cast(),
+                            stride / A::GROUP,
+                            to.cast::<u32>().add(word * A::NARROW + key),
+                            A::NARROW,
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    /// Panels of values: a dimension a column, and keys in depth. Past the last key there are zeros, so
+    /// that nothing becomes of a weight of 0.
+    #[inline(always)]
+    unsafe fn lay_out_values(&mut self, values: *const A::Element, stride: usize, length: usize, width: usize) {
+        let keys = filled_up(length);
+        // SAFETY: the caller's.
+        unsafe {
+            for panel in (0..width).step_by(A::NARROW) {
+                let to = self.values.as_mut_ptr().add(panel * keys);
+                let from = values.add(panel);
+                for key in (0..keys).step_by(A::GROUP) {
+                    let present = A::GROUP.min(length.saturating_sub(key));
+                    A::Element::weave(from.add(key * stride), stride, present, to.add(key * A::NARROW), A::NARROW);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn narrow<A: Float>(data: *const A::Weight, depth: usize) -> Right<A> {
+    Right { data, depth, columns: A::NARROW, scales: std::ptr::null(), sums: std::ptr::null() }
+}
+
+/// Powers of two of the scores less the largest, as elements, zeros past the last key; gives back one over
+/// their sum.
+#[inline(always)]
+unsafe fn soften<A: Float>(scores: *const f32, weights: *mut A::Element, length: usize, keys: usize) -> f32 {
+    let lanes = A::Lanes::LANES;
+    // SAFETY: the caller's rows have `keys` numbers.
+    unsafe {
+        let none = A::Lanes::splat(f32::NEG_INFINITY);
+        let mut largest = none;
+        for key in (0..length).step_by(lanes) {
+            largest = largest.max(A::Lanes::load(scores.add(key)).first(length - key, none));
+        }
+        let largest = A::Lanes::splat(largest.largest());
+        let mut sum = A::Lanes::splat(0.0);
+        for key in (0..keys).step_by(lanes) {
+            let power = if key < length {
+                let power = math::exp2(A::Lanes::load(scores.add(key)).sub(largest));
+                power.first(length - key, A::Lanes::splat(0.0))
+            } else {
+                A::Lanes::splat(0.0)
+            };
+            sum = sum.add(power);
+            A::Element::put(power, weights.add(key));
+        }
+        1.0 / sum.sum()
+    }
+}

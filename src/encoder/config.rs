@@ -1,0 +1,141 @@
+//! What a model folder says about its model.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::Error;
+
+/// Tokens read of a text when the model folder does not say.
+const DEFAULT_MAX_TOKENS: usize = 256;
+
+/// How the vectors of a text's tokens become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// Their mean.
+    Mean,
+    /// The first token's.
+    Cls,
+}
+
+/// A BERT's shape: `config.json` in the Hugging Face layout.
+#[derive(Clone, Debug, Deserialize)]
+pub struct BertConfig {
+    /// Length of a token's vector, and of a text's.
+    pub hidden_size: usize,
+    /// Layers.
+    pub num_hidden_layers: usize,
+    /// Heads of attention in each layer; they divide the hidden size.
+    pub num_attention_heads: usize,
+    /// Width of the layer between.
+    pub intermediate_size: usize,
+    /// Positions that have an embedding.
+    pub max_position_embeddings: usize,
+    /// Tokens that have an embedding.
+    pub vocab_size: usize,
+    /// Added to a variance before its root is taken.
+    pub layer_norm_eps: f32,
+    #[serde(default)]
+    hidden_act: Option<String>,
+    #[serde(default)]
+    position_embedding_type: Option<String>,
+    #[serde(default)]
+    model_type: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct PoolingConfig {
+    #[serde(default)]
+    pooling_mode_cls_token: bool,
+    #[serde(default)]
+    pooling_mode_mean_tokens: bool,
+}
+
+#[derive(Deserialize)]
+struct SentenceConfig {
+    max_seq_length: usize,
+}
+
+/// All that a model folder says about its model.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// Shape.
+    pub bert: BertConfig,
+    /// How a text's vector is made of its tokens'.
+    pub pooling: Pooling,
+    /// Tokens read of a text.
+    pub max_tokens: usize,
+}
+
+impl Description {
+    /// Reads `config.json` of a folder, and where there are `1_Pooling/config.json` and
+    /// `sentence_bert_config.json`.
+    pub fn read(dir: &Path) -> Result<Self, Error> {
+        let bert: BertConfig = read_json(dir, "config.json")?;
+        bert.check().map_err(|why| Error::Unsupported { file: dir.join("config.json"), why })?;
+        let pooling = match read_optional::<PoolingConfig>(dir, "1_Pooling/config.json")? {
+            None | Some(PoolingConfig { pooling_mode_mean_tokens: true, .. }) => Pooling::Mean,
+            Some(PoolingConfig { pooling_mode_cls_token: true, .. }) => Pooling::Cls,
+            Some(_) => {
+                let why = "only mean and CLS pooling are known".into();
+                return Err(Error::Unsupported { file: dir.join("1_Pooling/config.json"), why });
+            }
+        };
+        let max_tokens = read_optional::<SentenceConfig>(dir, "sentence_bert_config.json")?
+            .map_or(DEFAULT_MAX_TOKENS, |config| config.max_seq_length)
+            .min(bert.max_position_embeddings);
+        Ok(Self { bert, pooling, max_tokens })
+    }
+}
+
+impl BertConfig {
+    fn check(&self) -> Result<(), String> {
+        let is = |value: &Option<String>, wanted: &str| value.as_deref().is_none_or(|value| value == wanted);
+        let named = |value: &Option<String>| value.clone().unwrap_or_default();
+        if !is(&self.model_type, "bert") {
+            return Err(format!("model_type is {:?}, and only bert is known", named(&self.model_type)));
+        }
+        if !is(&self.hidden_act, "gelu") {
+            return Err(format!("hidden_act is {:?}, and only gelu is known", named(&self.hidden_act)));
+        }
+        if !is(&self.position_embedding_type, "absolute") {
+            let named = named(&self.position_embedding_type);
+            return Err(format!("position_embedding_type is {named:?}, and only absolute is known"));
+        }
+        let numbers = [
+            self.hidden_size,
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.intermediate_size,
+            self.max_position_embeddings,
+            self.vocab_size,
+        ];
+        if numbers.contains(&0) {
+            return Err("a size is 0".into());
+        }
+        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
+            return Err(format!(
+                "hidden_size {} is not a multiple of num_attention_heads {}",
+                self.hidden_size, self.num_attention_heads
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// A file of a model folder, checked to be there.
+pub fn file(dir: &Path, name: &str) -> Result<PathBuf, Error> {
+    let path = dir.join(name);
+    if path.is_file() { Ok(path) } else { Err(Error::Missing { file: path }) }
+}
+
+fn read_json<T: for<'de> Deserialize<'de>>(dir: &Path, name: &str) -> Result<T, Error> {
+    let file = file(dir, name)?;
+    let text = fs::read_to_string(&file).map_err(|source| Error::Unreadable { file: file.clone(), source })?;
+    serde_json::from_str(&text).map_err(|error| Error::Malformed { file, why: error.to_string() })
+}
+
+fn read_optional<T: for<'de> Deserialize<'de>>(dir: &Path, name: &str) -> Result<Option<T>, Error> {
+    if dir.join(name).is_file() { read_json(dir, name).map(Some) } else { Ok(None) }
+}

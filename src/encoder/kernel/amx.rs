@@ -1,0 +1,330 @@
+//! AMX: bf16 and bytes, tiles of 32 rows by 32 columns in eight registers of 1 KiB.
+//!
+//! Four registers hold sums, two each a left and a right square. The tile registers have no intrinsics in
+//! stable Rust, so that each tile is one block of assembly; nothing outside of these blocks knows of them.
+
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid_count, _xgetbv};
+use std::sync::OnceLock;
+
+use super::super::lanes::Lanes;
+use super::super::lanes::avx512::Avx512;
+use super::super::lanes::bf16;
+use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, encode_i8, quantize};
+
+/// Rows of a tile register.
+const SIDE: usize = 16;
+
+/// Columns of a panel: two tile registers.
+const COLUMNS: usize = 2 * SIDE;
+
+/// Whether CPU and system have AMX, and this process may use it. Linux wants to be asked first: only
+/// then is there room for a thread's tiles.
+pub(in crate::encoder) fn is_available() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| has_instructions() && has_permission())
+}
+
+fn has_instructions() -> bool {
+    const TILE: u32 = 1 << 24;
+    const BF16: u32 = 1 << 22;
+    const INT8: u32 = 1 << 25;
+    const OSXSAVE: u32 = 1 << 27;
+    const TILE_STATE: u64 = 1 << 17 | 1 << 18;
+    let wanted = TILE | BF16 | INT8;
+    if __cpuid_count(0, 0).eax < 7 || __cpuid_count(1, 0).ecx & OSXSAVE == 0 {
+        return false;
+    }
+    // SAFETY: OSXSAVE says that `xgetbv` is there.
+    let states = unsafe { saved_states() };
+    __cpuid_count(7, 0).edx & wanted == wanted && states & TILE_STATE == TILE_STATE
+}
+
+#[target_feature(enable = "xsave")]
+unsafe fn saved_states() -> u64 {
+    // SAFETY: the caller has seen OSXSAVE; register 0 always is.
+    unsafe { _xgetbv(0) }
+}
+
+#[cfg(target_os = "linux")]
+fn has_permission() -> bool {
+    /// `ARCH_REQ_XCOMP_PERM` of the kernel's x86 `asm/prctl.h`.
+    const REQUEST: nix::libc::c_long = 0x1023;
+    /// The state component of the tiles' data.
+    const TILE_DATA: nix::libc::c_long = 18;
+    // SAFETY: takes two numbers and touches no memory of ours.
+    unsafe { nix::libc::syscall(nix::libc::SYS_arch_prctl, REQUEST, TILE_DATA) == 0 }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn has_permission() -> bool {
+    false
+}
+
+/// What `ldtilecfg` reads: all eight registers 16 rows of 64 bytes.
+#[repr(C, align(64))]
+struct Configuration {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+static CONFIGURATION: Configuration = Configuration {
+    palette: 1,
+    start_row: 0,
+    reserved: [0; 14],
+    bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+/// The tile registers set up; given back when dropped, so that the thread's switches stay cheap.
+struct Tiles;
+
+impl Tiles {
+    /// # Safety
+    ///
+    /// [`is_available`] must be true.
+    unsafe fn set_up() -> Self {
+        // SAFETY: reads 64 bytes.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, readonly)) };
+        Self
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: they were set up, so the instruction exists.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
+
+/// One block of assembly: `$rows` is 1 or 2 squares of rows, `$product` the instruction.
+///
+/// Registers 0 to 3 hold sums (low and high columns of the first rows, then of the second), 4 and 5 the
+/// rows, 6 and 7 the columns.
+macro_rules! multiply {
+    (two, $product:literal, $left:expr, $right:expr, $steps:expr, $sums:expr) => {
+        asm!(
+            "test {add}, {add}",
+            "jz 3f",
+            "tileloadd tmm0, [{sums} + {stride}*1]",
+            "tileloadd tmm1, [{sums} + {stride}*1 + 64]",
+            "tileloadd tmm2, [{below} + {stride}*1]",
+            "tileloadd tmm3, [{below} + {stride}*1 + 64]",
+            "jmp 2f",
+            "3:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "2:",
+            "tileloadd tmm6, [{columns} + {panel}*1]",
+            "tileloadd tmm4, [{words} + {pitch}*1]",
+            concat!($product, " tmm0, tmm4, tmm6"),
+            "tileloadd tmm7, [{columns} + {panel}*1 + 64]",
+            concat!($product, " tmm1, tmm4, tmm7"),
+            "tileloadd tmm5, [{words_below} + {pitch}*1]",
+            concat!($product, " tmm2, tmm5, tmm6"),
+            concat!($product, " tmm3, tmm5, tmm7"),
+            "add {words}, 64",
+            "add {words_below}, 64",
+            "add {columns}, 2048",
+            "dec {steps}",
+            "jnz 2b",
+            "tilestored [{sums} + {stride}*1], tmm0",
+            "tilestored [{sums} + {stride}*1 + 64], tmm1",
+            "tilestored [{below} + {stride}*1], tmm2",
+            "tilestored [{below} + {stride}*1 + 64], tmm3",
+            add = in(reg) u64::from($sums.add),
+            sums = in(reg) $sums.data,
+            below = in(reg) $sums.data.add(SIDE * $sums.stride),
+            stride = in(reg) $sums.stride * 4,
+            words = inout(reg) $left.0 => _,
+            words_below = inout(reg) $left.0.add(SIDE * $left.1) => _,
+            pitch = in(reg) $left.1,
+            columns = inout(reg) $right => _,
+            panel = in(reg) 128_usize,
+            steps = inout(reg) $steps => _,
+            options(nostack),
+        )
+    };
+    (one, $product:literal, $left:expr, $right:expr, $steps:expr, $sums:expr) => {
+        asm!(
+            "test {add}, {add}",
+            "jz 3f",
+            "tileloadd tmm0, [{sums} + {stride}*1]",
+            "tileloadd tmm1, [{sums} + {stride}*1 + 64]",
+            "jmp 2f",
+            "3:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "2:",
+            "tileloadd tmm6, [{columns} + {panel}*1]",
+            "tileloadd tmm4, [{words} + {pitch}*1]",
+            concat!($product, " tmm0, tmm4, tmm6"),
+            "tileloadd tmm7, [{columns} + {panel}*1 + 64]",
+            concat!($product, " tmm1, tmm4, tmm7"),
+            "add {words}, 64",
+            "add {columns}, 2048",
+            "dec {steps}",
+            "jnz 2b",
+            "tilestored [{sums} + {stride}*1], tmm0",
+            "tilestored [{sums} + {stride}*1 + 64], tmm1",
+            add = in(reg) u64::from($sums.add),
+            sums = in(reg) $sums.data,
+            stride = in(reg) $sums.stride * 4,
+            words = inout(reg) $left.0 => _,
+            pitch = in(reg) $left.1,
+            columns = inout(reg) $right => _,
+            panel = in(reg) 128_usize,
+            steps = inout(reg) $steps => _,
+            options(nostack),
+        )
+    };
+}
+
+/// bf16, added up as `f32`.
+pub(in crate::encoder) struct Bf16;
+
+impl Kernel for Bf16 {
+    type Lanes = Avx512<true>;
+    type Element = u16;
+    type Operand = u16;
+    type Weight = u16;
+    const GROUP: usize = 2;
+    const ROWS: usize = 2 * SIDE;
+    const STEP: usize = SIDE;
+    const COLUMNS: usize = COLUMNS;
+    const DEPTH: usize = 32;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
+    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+        // SAFETY: the caller has seen the features.
+        unsafe {
+            let _tiles = Tiles::set_up();
+            op.run()
+        }
+    }
+
+    fn encode(column: &[f32], to: &mut [u16]) -> f32 {
+        for (weight, to) in column.iter().zip(to) {
+            *to = bf16(*weight);
+        }
+        1.0
+    }
+
+    fn units(_: u16) -> f32 {
+        0.0
+    }
+
+    #[inline(always)]
+    fn left(elements: *const u16, width: usize, _: *const u8, _: *const Quantization) -> Left<Self> {
+        as_they_are(elements, width)
+    }
+
+    #[inline(always)]
+    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+        let bytes = (left.data.cast::<u8>(), left.stride * 2);
+        // SAFETY: the caller's; rows up to the next multiple of 16 are slack. Tile registers are the
+        // compiler's in no code, so that nothing of its is overwritten.
+        unsafe {
+            if rows > SIDE {
+                multiply!(two, "tdpbf16ps", bytes, right.data, right.depth / 32, sums);
+            } else {
+                multiply!(one, "tdpbf16ps", bytes, right.data, right.depth / 32, sums);
+            }
+        }
+    }
+}
+
+/// Bytes, added up as whole numbers.
+pub(in crate::encoder) struct Int8;
+
+impl Kernel for Int8 {
+    type Lanes = Avx512<true>;
+    type Element = u16;
+    type Operand = u8;
+    type Weight = i8;
+    const QUANTIZED: bool = true;
+    const GROUP: usize = 4;
+    const ROWS: usize = 2 * SIDE;
+    const STEP: usize = SIDE;
+    const COLUMNS: usize = COLUMNS;
+    const DEPTH: usize = 64;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
+    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+        // SAFETY: the caller has seen the features.
+        unsafe {
+            let _tiles = Tiles::set_up();
+            op.run()
+        }
+    }
+
+    fn encode(column: &[f32], to: &mut [i8]) -> f32 {
+        encode_i8(column, to)
+    }
+
+    fn units(weight: i8) -> f32 {
+        f32::from(weight)
+    }
+
+    #[inline(always)]
+    unsafe fn prepare(
+        elements: *const u16,
+        rows: usize,
+        width: usize,
+        bytes: *mut u8,
+        quantizations: *mut Quantization,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { quantize::<u16, Self::Lanes>(elements, rows, width, bytes, quantizations) }
+    }
+
+    #[inline(always)]
+    fn left(
+        _: *const u16,
+        width: usize,
+        bytes: *const u8,
+        quantizations: *const Quantization,
+    ) -> Left<Self> {
+        Left { data: bytes, stride: width, quantizations }
+    }
+
+    #[inline(always)]
+    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+        /// Sums as whole numbers.
+        #[repr(C, align(64))]
+        struct Products(std::mem::MaybeUninit<[[i32; COLUMNS]; 2 * SIDE]>);
+        let mut products = Products(std::mem::MaybeUninit::uninit());
+        let products = products.0.as_mut_ptr().cast::<i32>();
+        let bytes = (left.data, left.stride);
+        let whole = Sums { data: products.cast(), stride: COLUMNS, add: false };
+        // SAFETY: as for bf16; what is read of the products has been written before.
+        unsafe {
+            if rows > SIDE {
+                multiply!(two, "tdpbusd", bytes, right.data, right.depth / 64, whole);
+            } else {
+                multiply!(one, "tdpbusd", bytes, right.data, right.depth / 64, whole);
+            }
+            for half in [0, SIDE] {
+                let scales = Self::Lanes::load(right.scales.add(half));
+                let units = Self::Lanes::load(right.sums.add(half));
+                for row in 0..rows {
+                    let Quantization { scale, least } = *left.quantizations.add(row);
+                    let least = units.mul(Self::Lanes::splat(least));
+                    let numbers = Self::Lanes::load_i32(products.add(row * COLUMNS + half));
+                    let numbers = numbers.mul_add(Self::Lanes::splat(scale), least);
+                    let to = sums.data.add(row * sums.stride + half);
+                    if sums.add {
+                        numbers.mul_add(scales, Self::Lanes::load(to)).store(to);
+                    } else {
+                        numbers.mul(scales).store(to);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! AVX-512: `f32`, bf16 (AVX512-BF16) and bytes (AVX512-VNNI), tiles of 12 rows by 2 registers.
+//!
+//! 24 of the 32 registers hold sums, 2 the panel's columns and one a word of a row, spread to all lanes.
+
+use std::arch::x86_64::{
+    __m512, __m512i, _mm512_cvtepi32_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps, _mm512_add_ps, _mm512_castsi512_ps,
+};
+
+use super::super::lanes::avx512::Avx512;
+use super::super::lanes::bf16;
+use super::rows::Rows;
+use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, encode_i8, quantize};
+
+/// Columns of a panel: two registers.
+const COLUMNS: usize = 32;
+
+/// Words in depth that are multiplied before pointers move on.
+const UNROLLED: usize = 4;
+
+/// Calls a tile function for a number of rows that is known only now.
+macro_rules! by_rows {
+    ($function:ident, $rows:expr, $left:expr, $right:expr, $sums:expr) => {
+        match $rows {
+            1 => $function::<1>($left, $right, $sums),
+            2 => $function::<2>($left, $right, $sums),
+            3 => $function::<3>($left, $right, $sums),
+            4 => $function::<4>($left, $right, $sums),
+            5 => $function::<5>($left, $right, $sums),
+            6 => $function::<6>($left, $right, $sums),
+            7 => $function::<7>($left, $right, $sums),
+            8 => $function::<8>($left, $right, $sums),
+            9 => $function::<9>($left, $right, $sums),
+            10 => $function::<10>($left, $right, $sums),
+            11 => $function::<11>($left, $right, $sums),
+            _ => $function::<12>($left, $right, $sums),
+        }
+    };
+}
+
+/// `f32`.
+pub(in crate::encoder) struct F32;
+
+impl Kernel for F32 {
+    type Lanes = Avx512<false>;
+    type Element = f32;
+    type Operand = f32;
+    type Weight = f32;
+    const GROUP: usize = 1;
+    const DEPTH: usize = UNROLLED;
+    const ROWS: usize = 12;
+    const CHUNK: usize = 384;
+    const COLUMNS: usize = COLUMNS;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+        // SAFETY: the caller has seen the features.
+        unsafe { op.run() }
+    }
+
+    fn encode(column: &[f32], to: &mut [f32]) -> f32 {
+        to.copy_from_slice(column);
+        1.0
+    }
+
+    fn units(weight: f32) -> f32 {
+        weight
+    }
+
+    #[inline(always)]
+    fn left(elements: *const f32, width: usize, _: *const u8, _: *const Quantization) -> Left<Self> {
+        as_they_are(elements, width)
+    }
+
+    #[inline(always)]
+    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+        // SAFETY: the caller's.
+        unsafe { by_rows!(tile_f32, rows, left, right, sums) }
+    }
+}
+
+/// Sums to begin with: zeros, or what is there.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn begin<const ROWS: usize>(sums: Sums) -> [[__m512; 2]; ROWS] {
+    let mut registers = [[_mm512_setzero_ps(); 2]; ROWS];
+    if sums.add {
+        for (row, registers) in registers.iter_mut().enumerate() {
+            // SAFETY: the caller's sums have this many rows and 32 columns.
+            unsafe {
+                let from = sums.data.add(row * sums.stride);
+                *registers = [_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16))];
+            }
+        }
+    }
+    registers
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn finish<const ROWS: usize>(registers: [[__m512; 2]; ROWS], sums: Sums) {
+    for (row, [low, high]) in registers.into_iter().enumerate() {
+        // SAFETY: the caller's sums have this many rows and 32 columns.
+        unsafe {
+            let to = sums.data.add(row * sums.stride);
+            _mm512_storeu_ps(to, low);
+            _mm512_storeu_ps(to.add(16), high);
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline(never)]
+unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums: Sums) {
+    // SAFETY: the caller's: `ROWS` rows and 32 columns, `depth` deep.
+    unsafe {
+        let mut registers = begin::<ROWS>(sums);
+        let mut rows = Rows::new::<ROWS>(left.data.cast(), left.stride);
+        let mut columns = right.data;
+        for _ in 0..right.depth / UNROLLED {
+            for step in 0..UNROLLED {
+                let at = columns.add(step * COLUMNS);
+                let (low, high) = (_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(16)));
+                for (row, [to_low, to_high]) in registers.iter_mut().enumerate() {
+                    let word = _mm512_castsi512_ps(_mm512_set1_epi32(rows.word(row, step)));
+                    *to_low = _mm512_fmadd_ps(word, low, *to_low);
+                    *to_high = _mm512_fmadd_ps(word, high, *to_high);
+                }
+            }
+            rows.advance();
+            columns = columns.add(UNROLLED * COLUMNS);
+        }
+        finish(registers, sums);
+    }
+}
+
+/// bf16, added up as `f32`.
+pub(in crate::encoder) struct Bf16;
+
+impl Kernel for Bf16 {
+    type Lanes = Avx512<true>;
+    type Element = u16;
+    type Operand = u16;
+    type Weight = u16;
+    const GROUP: usize = 2;
+    const DEPTH: usize = 2 * UNROLLED;
+    const ROWS: usize = 12;
+    const COLUMNS: usize = COLUMNS;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
+    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+        // SAFETY: the caller has seen the features.
+        unsafe { op.run() }
+    }
+
+    fn encode(column: &[f32], to: &mut [u16]) -> f32 {
+        for (weight, to) in column.iter().zip(to) {
+            *to = bf16(*weight);
+        }
+        1.0
+    }
+
+    fn units(_: u16) -> f32 {
+        0.0
+    }
+
+    #[inline(always)]
+    fn left(elements: *const u16, width: usize, _: *const u8, _: *const Quantization) -> Left<Self> {
+        as_they_are(elements, width)
+    }
+
+    #[inline(always)]
+    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+        // SAFETY: the caller's.
+        unsafe { by_rows!(tile_bf16, rows, left, right, sums) }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[inline(never)]
+unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, sums: Sums) {
+    // SAFETY: the caller's: `ROWS` rows and 32 columns, `depth` deep, which is even. A `__m512bh` is 64
+    // bytes like the other registers.
+    unsafe {
+        let mut registers = begin::<ROWS>(sums);
+        let mut rows = Rows::new::<ROWS>(left.data.cast(), left.stride / 2);
+        let mut columns = right.data;
+        for _ in 0..right.depth / (2 * UNROLLED) {
+            for step in 0..UNROLLED {
+                let at = columns.add(step * 2 * COLUMNS);
+                let low = std::mem::transmute::<__m512i, _>(_mm512_loadu_si512(at.cast()));
+                let high = std::mem::transmute::<__m512i, _>(_mm512_loadu_si512(at.add(32).cast()));
+                for (row, [to_low, to_high]) in registers.iter_mut().enumerate() {
+                    let word = _mm512_set1_epi32(rows.word(row, step));
+                    let word = std::mem::transmute::<__m512i, _>(word);
+                    *to_low = _mm512_dpbf16_ps(*to_low, word, low);
+                    *to_high = _mm512_dpbf16_ps(*to_high, word, high);
+                }
+            }
+            rows.advance();
+            columns = columns.add(UNROLLED * 2 * COLUMNS);
+        }
+        finish(registers, sums);
+    }
+}
+
+/// Bytes, added up as whole numbers. The stages between have what the CPU has: attributes take no
+/// parameters, so that a macro writes both.
+macro_rules! int8 {
+    ($(#[$about:meta])* $name:ident, $bf16:literal, $features:literal) => {
+        $(#[$about])*
+        pub(in crate::encoder) struct $name;
+
+impl Kernel for $name {
+    type Lanes = Avx512<$bf16>;
+    type Element = u16;
+    type Operand = u8;
+    type Weight = i8;
+    const QUANTIZED: bool = true;
+    const GROUP: usize = 4;
+    const DEPTH: usize = 4 * UNROLLED;
+    const ROWS: usize = 12;
+    const COLUMNS: usize = COLUMNS;
+
+    #[target_feature(enable = $features)]
+    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+        // SAFETY: the caller has seen the features.
+        unsafe { op.run() }
+    }
+
+    fn encode(column: &[f32], to: &mut [i8]) -> f32 {
+        encode_i8(column, to)
+    }
+
+    fn units(weight: i8) -> f32 {
+        f32::from(weight)
+    }
+
+    #[inline(always)]
+    unsafe fn prepare(
+        elements: *const u16,
+        rows: usize,
+        width: usize,
+        bytes: *mut u8,
+        quantizations: *mut Quantization,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { quantize::<u16, Self::Lanes>(elements, rows, width, bytes, quantizations) }
+    }
+
+    #[inline(always)]
+    fn left(
+        _: *const u16,
+        width: usize,
+        bytes: *const u8,
+        quantizations: *const Quantization,
+    ) -> Left<Self> {
+        Left { data: bytes, stride: width, quantizations }
+    }
+
+    #[inline(always)]
+    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+        let left = Bytes { data: left.data, stride: left.stride, quantizations: left.quantizations };
+        let right = Units { data: right.data, depth: right.depth, scales: right.scales, sums: right.sums };
+        // SAFETY: the caller's.
+        unsafe { by_rows!(tile_i8, rows, left, &right, sums) }
+    }
+}
+    };
+}
+
+int8!(
+    /// Bytes, on a CPU that has no bf16.
+    Int8,
+    false,
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"
+);
+int8!(
+    /// Bytes, on a CPU that converts to bf16 itself.
+    Int8WithBf16,
+    true,
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma"
+);
+
+/// [`Left`], whatever the kernel.
+struct Bytes {
+    data: *const u8,
+    stride: usize,
+    quantizations: *const Quantization,
+}
+
+/// [`Right`], whatever the kernel.
+struct Units {
+    data: *const i8,
+    depth: usize,
+    scales: *const f32,
+    sums: *const f32,
+}
+
+#[target_feature(enable = "avx512f,avx512vnni")]
+#[inline(never)]
+unsafe fn tile_i8<const ROWS: usize>(left: Bytes, right: &Units, sums: Sums) {
+    // SAFETY: the caller's: `ROWS` rows and 32 columns, `depth` deep, a multiple of four.
+    unsafe {
+        let mut registers = [[_mm512_setzero_si512(); 2]; ROWS];
+        let mut rows = Rows::new::<ROWS>(left.data.cast(), left.stride / 4);
+        let mut columns = right.data;
+        for _ in 0..right.depth / (4 * UNROLLED) {
+            for step in 0..UNROLLED {
+                let at = columns.add(step * 4 * COLUMNS);
+                let (low, high) = (_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.add(64).cast()));
+                for (row, [to_low, to_high]) in registers.iter_mut().enumerate() {
+                    let word = _mm512_set1_epi32(rows.word(row, step));
+                    *to_low = _mm512_dpbusd_epi32(*to_low, word, low);
+                    *to_high = _mm512_dpbusd_epi32(*to_high, word, high);
+                }
+            }
+            rows.advance();
+            columns = columns.add(UNROLLED * 4 * COLUMNS);
+        }
+        let before = begin::<ROWS>(sums);
+        let mut after = before;
+        for (row, (after, registers)) in after.iter_mut().zip(registers).enumerate() {
+            let quantization = *left.quantizations.add(row);
+            *after = [
+                dequantize(registers[0], quantization, right, 0, after[0]),
+                dequantize(registers[1], quantization, right, 16, after[1]),
+            ];
+        }
+        finish(after, sums);
+    }
+}
+
+/// `(sum of products * row's scale + sum of units * row's least) * column's scale + before`.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn dequantize(
+    products: __m512i,
+    row: Quantization,
+    right: &Units,
+    column: usize,
+    before: __m512,
+) -> __m512 {
+    // SAFETY: the caller's column lies in the panel.
+    unsafe {
+        let least = _mm512_mul_ps(_mm512_loadu_ps(right.sums.add(column)), _mm512_set1_ps(row.least));
+        let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(row.scale), least);
+        _mm512_add_ps(_mm512_mul_ps(sum, _mm512_loadu_ps(right.scales.add(column))), before)
+    }
+}

@@ -1,0 +1,62 @@
+//! The path for any CPU: `f32` products by the crate matrixmultiply, which brings NEON for aarch64.
+
+use super::super::lanes::portable::Portable as Registers;
+use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are};
+
+/// `f32` on any CPU.
+pub(in crate::encoder) struct Portable;
+
+impl Kernel for Portable {
+    type Lanes = Registers;
+    type Element = f32;
+    type Operand = f32;
+    type Weight = f32;
+    const GROUP: usize = 1;
+    const ROWS: usize = 64;
+    // The crate lays both matrices out anew at each call, which wants few and large ones.
+    const COLUMNS: usize = 128;
+    const NARROW: usize = 32;
+    const CHUNK: usize = usize::MAX;
+
+    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+        // SAFETY: nothing is asked of the CPU.
+        unsafe { op.run() }
+    }
+
+    fn encode(column: &[f32], to: &mut [f32]) -> f32 {
+        to.copy_from_slice(column);
+        1.0
+    }
+
+    fn units(weight: f32) -> f32 {
+        weight
+    }
+
+    #[inline(always)]
+    fn left(elements: *const f32, width: usize, _: *const u8, _: *const Quantization) -> Left<Self> {
+        as_they_are(elements, width)
+    }
+
+    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+        // SAFETY: the caller's matrices are as large as they say. The crate adds up in the same order
+        // whatever the number of rows, so that a row does not depend on its neighbours.
+        unsafe {
+            matrixmultiply::sgemm(
+                rows,
+                right.depth,
+                right.columns,
+                1.0,
+                left.data,
+                left.stride as isize,
+                1,
+                right.data,
+                right.columns as isize,
+                1,
+                if sums.add { 1.0 } else { 0.0 },
+                sums.data,
+                sums.stride as isize,
+                1,
+            );
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! AVX2 and FMA: 8 numbers a register.
+
+use std::arch::x86_64::{
+    __m256, _CMP_GT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_blendv_ps, 
+    _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32,
+    _mm256_cvtps_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_round_ps, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_setr_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps,
+    _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+};
+
+use super::{Lanes, bf16};
+
+/// A `ymm` register.
+#[derive(Clone, Copy)]
+pub(in crate::encoder) struct Avx2(pub(in crate::encoder) __m256);
+
+impl Avx2 {
+    #[inline(always)]
+    unsafe fn to_array(self) -> [f32; 8] {
+        let mut numbers = [0.0; 8];
+        // SAFETY: eight numbers fit.
+        unsafe { _mm256_storeu_ps(numbers.as_mut_ptr(), self.0) };
+        numbers
+    }
+}
+
+// SAFETY of all: whoever calls has seen that the CPU has AVX2 and FMA, and that pointers are valid for 8
+// numbers.
+impl Lanes for Avx2 {
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(number: f32) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { _mm256_set1_ps(number) })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { _mm256_loadu_ps(from) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: see above.
+        unsafe { _mm256_storeu_ps(to, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let halves = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(halves)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        // No kernel of this width computes in bf16, so this need not be fast.
+        // SAFETY: see above.
+        unsafe { to.cast::<[u16; 8]>().write_unaligned(self.to_array().map(bf16)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i32(from: *const i32) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { _mm256_cvtepi32_ps(_mm256_loadu_si256(from.cast())) })
+    }
+
+    #[inline(always)]
+    unsafe fn store_u8(self, to: *mut u8) {
+        // SAFETY: see above.
+        unsafe {
+            let bytes = self.to_array().map(|number| number.round_ties_even() as u8);
+            to.cast::<[u8; 8]>().write_unaligned(bytes);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { _mm256_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { _mm256_sub_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { _mm256_mul_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { _mm256_fmadd_ps(self.0, factor.0, addend.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { _mm256_max_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { _mm256_min_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn scale(self, exponent: Self) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let biased = _mm256_add_epi32(_mm256_cvtps_epi32(exponent.0), _mm256_set1_epi32(127));
+            Self(_mm256_mul_ps(self.0, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn first(self, count: usize, fill: Self) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let lanes = _mm256_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0);
+            let mask = _mm256_cmp_ps::<_CMP_GT_OQ>(_mm256_set1_ps(count as f32), lanes);
+            Self(_mm256_blendv_ps(fill.0, self.0, mask))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        // SAFETY: see above.
+        let [a, b, c, d, e, f, g, h] = unsafe { self.to_array() };
+        ((a + e) + (c + g)) + ((b + f) + (d + h))
+    }
+
+    #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        // SAFETY: see above.
+        unsafe { self.to_array() }.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        // SAFETY: see above, for 8 rows on either side; loads and shuffles leave the bits as they are.
+        unsafe {
+            let rows: [__m256; 8] =
+                std::array::from_fn(|row| _mm256_loadu_ps(from.add(row * from_stride).cast()));
+            let words: [__m256; 8] = std::array::from_fn(|at| {
+                let (a, b) = (rows[at & !1], rows[at | 1]);
+                if at & 1 == 0 { _mm256_unpacklo_ps(a, b) } else { _mm256_unpackhi_ps(a, b) }
+            });
+            let fours: [__m256; 8] = std::array::from_fn(|at| {
+                let (group, column) = (at & !3, at & 3);
+                let (a, b) = (words[group + column / 2], words[group + 2 + column / 2]);
+                if column & 1 == 0 { _mm256_shuffle_ps::<0x44>(a, b) } else { _mm256_shuffle_ps::<0xee>(a, b) }
+            });
+            for column in 0..4 {
+                let (a, b) = (fours[column], fours[column + 4]);
+                _mm256_storeu_ps(to.add(column * to_stride).cast(), _mm256_permute2f128_ps::<0x20>(a, b));
+                let other = _mm256_permute2f128_ps::<0x31>(a, b);
+                _mm256_storeu_ps(to.add((column + 4) * to_stride).cast(), other);
+            }
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! Plain Rust, for CPUs without a kernel of their own; the compiler makes of it what it can.
+
+use super::{Lanes, bf16};
+
+/// Eight numbers.
+#[derive(Clone, Copy)]
+pub(in crate::encoder) struct Portable([f32; 8]);
+
+impl Portable {
+    #[inline(always)]
+    fn map(self, work: impl Fn(f32) -> f32) -> Self {
+        Self(self.0.map(work))
+    }
+
+    #[inline(always)]
+    fn zip(self, other: Self, work: impl Fn(f32, f32) -> f32) -> Self {
+        Self(std::array::from_fn(|lane| work(self.0[lane], other.0[lane])))
+    }
+}
+
+// SAFETY of all: the caller's pointers are valid for eight numbers (for the transposition: for eight
+// rows of eight).
+impl Lanes for Portable {
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(number: f32) -> Self {
+        Self([number; 8])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: see above.
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: see above.
+        let halves = unsafe { from.cast::<[u16; 8]>().read_unaligned() };
+        Self(halves.map(|half| f32::from_bits(u32::from(half) << 16)))
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        // SAFETY: see above.
+        unsafe { to.cast::<[u16; 8]>().write_unaligned(self.0.map(bf16)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i32(from: *const i32) -> Self {
+        // SAFETY: see above.
+        Self(unsafe { from.cast::<[i32; 8]>().read_unaligned() }.map(|number| number as f32))
+    }
+
+    #[inline(always)]
+    unsafe fn store_u8(self, to: *mut u8) {
+        let bytes = self.0.map(|number| number.round_ties_even() as u8);
+        // SAFETY: see above.
+        unsafe { to.cast::<[u8; 8]>().write_unaligned(bytes) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        self.zip(other, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        self.zip(other, |a, b| a - b)
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        self.zip(other, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
+        // `f32::mul_add` would be a call into a library where the CPU has no such instruction.
+        self.zip(factor, |a, b| a * b).zip(addend, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        self.zip(other, |a, b| if a < b { a } else { b })
+    }
+
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        // Adding and taking away 1.5 * 2^23 leaves no bits below one; the numbers here are small.
+        self.map(|number| (number + 12_582_912.0) - 12_582_912.0)
+    }
+
+    #[inline(always)]
+    unsafe fn scale(self, exponent: Self) -> Self {
+        self.zip(exponent, |number, exponent| number * f32::from_bits(((exponent as i32 + 127) << 23) as u32))
+    }
+
+    #[inline(always)]
+    unsafe fn first(self, count: usize, fill: Self) -> Self {
+        Self(std::array::from_fn(|lane| if lane < count { self.0[lane] } else { fill.0[lane] }))
+    }
+
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        let [a, b, c, d, e, f, g, h] = self.0;
+        ((a + e) + (c + g)) + ((b + f) + (d + h))
+    }
+
+    #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        self.0.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        for row in 0..8 {
+            for column in 0..8 {
+                // SAFETY: see above.
+                unsafe {
+                    let word = from.add(row * from_stride + column).read_unaligned();
+                    to.add(column * to_stride + row).write_unaligned(word);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! Weights as a kernel multiplies them, and products with them.
+
+use super::buffer::Buffer;
+use super::kernel::{Kernel, Left, Right, Sums};
+use super::lanes::{Element, Lanes};
+use super::math;
+
+/// A dense layer: weights in panels, and biases.
+pub(super) struct Dense<K: Kernel> {
+    weights: Buffer<K::Weight>,
+    /// Depth of the product, a multiple of [`Kernel::DEPTH`].
+    depth: usize,
+    /// Columns of the product, a multiple of 32.
+    columns: usize,
+    /// One a column.
+    pub(super) bias: Buffer<f32>,
+    /// Of quantized kernels, one a column.
+    scales: Buffer<f32>,
+    /// Of quantized kernels, one a column for each part in depth.
+    sums: Buffer<f32>,
+}
+
+impl<K: Kernel> Dense<K> {
+    /// Lays out a matrix of `columns` by `depth` numbers, column after column.
+    pub(super) fn new(matrix: &[f32], depth: usize, bias: Buffer<f32>) -> Self {
+        let columns = matrix.len() / depth;
+        assert_eq!(bias.len(), columns, "a bias for each column");
+        let parts = depth.div_ceil(K::CHUNK);
+        let notes = |count: usize| Buffer::<f32>::zeroed(if K::QUANTIZED { count } else { 0 });
+        let (mut scales, mut sums) = (notes(columns), notes(parts * columns));
+        let mut weights = Buffer::zeroed(matrix.len());
+        let mut encoded = Buffer::<K::Weight>::zeroed(depth);
+        for (column, numbers) in matrix.chunks_exact(depth).enumerate() {
+            let scale = K::encode(numbers, encoded.as_mut_slice());
+            if K::QUANTIZED {
+                scales.as_mut_slice()[column] = scale;
+                for (part, units) in encoded.as_slice().chunks(K::CHUNK).enumerate() {
+                    let sum = units.iter().map(|unit| K::units(*unit)).sum();
+                    sums.as_mut_slice()[part * columns + column] = sum;
+                }
+            }
+            let first = column / K::COLUMNS * K::COLUMNS;
+            let width = K::COLUMNS.min(columns - first);
+            let panel = &mut weights.as_mut_slice()[first * depth..][..width * depth];
+            for (group, units) in encoded.as_slice().chunks_exact(K::GROUP).enumerate() {
+                panel[(group * width + column - first) * K::GROUP..][..K::GROUP].copy_from_slice(units);
+            }
+        }
+        Self { weights, depth, columns, bias, scales, sums }
+    }
+
+    /// Panels, each of which is a unit of work.
+    #[inline(always)]
+    pub(super) fn panels(&self) -> usize {
+        self.columns.div_ceil(K::COLUMNS)
+    }
+
+    /// First column and width of a panel.
+    #[inline(always)]
+    fn span(&self, panel: usize) -> (usize, usize) {
+        let first = panel * K::COLUMNS;
+        (first, K::COLUMNS.min(self.columns - first))
+    }
+
+    #[inline(always)]
+    fn part(&self, panel: usize, from: usize) -> Right<K> {
+        let (first, width) = self.span(panel);
+        Right {
+            data: self.weights.as_ptr().wrapping_add(first * self.depth + from * width),
+            depth: K::CHUNK.min(self.depth - from),
+            columns: width,
+            scales: self.scales.as_ptr().wrapping_add(first),
+            sums: self.sums.as_ptr().wrapping_add(from / K::CHUNK * self.columns + first),
+        }
+    }
+
+    /// Adds the product with one panel to `totals`, whose rows are `stride` apart. Biases are not added.
+    ///
+    /// # Safety
+    ///
+    /// `left` has `rows` rows as deep as this layer, `totals` as many of its columns, both with slack.
+    #[inline(always)]
+    pub(super) unsafe fn add_to(
+        &self,
+        panel: usize,
+        left: Left<K>,
+        rows: usize,
+        totals: *mut f32,
+        stride: usize,
+    ) {
+        // SAFETY: the caller's; tiles stay within the rows.
+        unsafe {
+            let (first, _) = self.span(panel);
+            for from in (0..self.depth).step_by(K::CHUNK) {
+                let right = self.part(panel, from);
+                for (row, count) in Tiles::new::<K>(rows) {
+                    let data = totals.add(row * stride + first);
+                    K::tile(left.at(row, from), count, &right, Sums { data, stride, add: true });
+                }
+            }
+        }
+    }
+
+    /// Hands the product with one panel, biases added, to `finish` by row and column. `partial` has room
+    /// for the rows, and slack, of one panel.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Dense::add_to`].
+    #[inline(always)]
+    pub(super) unsafe fn finish<F: Finish<K::Lanes>>(
+        &self,
+        panel: usize,
+        left: Left<K>,
+        rows: usize,
+        partial: *mut f32,
+        finish: &F,
+    ) {
+        // SAFETY: the caller's; tiles stay within the rows.
+        unsafe {
+            let (first, width) = self.span(panel);
+            for from in (0..self.depth).step_by(K::CHUNK) {
+                let right = self.part(panel, from);
+                let is_last = from + right.depth == self.depth;
+                for (row, count) in Tiles::new::<K>(rows) {
+                    // One part only: the sums stay in the nearest cache.
+                    let place = if right.depth == self.depth { 0 } else { row };
+                    let data = partial.add(place * width);
+                    K::tile(left.at(row, from), count, &right, Sums { data, stride: width, add: from > 0 });
+                    if is_last {
+                        for column in (0..width).step_by(K::Lanes::LANES) {
+                            let bias = K::Lanes::load(self.bias.as_ptr().add(first + column));
+                            for at in 0..count {
+                                let sum = K::Lanes::load(data.add(at * width + column)).add(bias);
+                                finish.finish(row + at, first + column, sum);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Nearly equal tiles over rows, so that none is filled up: first row and number of rows.
+pub(super) struct Tiles {
+    row: usize,
+    rows: usize,
+    tiles: usize,
+    step: usize,
+}
+
+impl Tiles {
+    #[inline(always)]
+    pub(super) fn new<K: Kernel>(rows: usize) -> Self {
+        Self { row: 0, rows, tiles: rows.div_ceil(K::ROWS), step: K::STEP }
+    }
+}
+
+impl Iterator for Tiles {
+    type Item = (usize, usize);
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<(usize, usize)> {
+        if self.tiles == 0 {
+            return None;
+        }
+        let left = self.rows - self.row;
+        let count = left.div_ceil(self.tiles).next_multiple_of(self.step).min(left);
+        let row = self.row;
+        self.row += count;
+        self.tiles -= 1;
+        Some((row, count))
+    }
+}
+
+/// What becomes of a product's numbers.
+pub(super) trait Finish<V: Lanes> {
+    /// Takes a register's worth of numbers, from `column` on.
+    unsafe fn finish(&self, row: usize, column: usize, numbers: V);
+}
+
+/// Stores them as elements.
+pub(super) struct Store<E> {
+    pub(super) to: *mut E,
+    pub(super) stride: usize,
+}
+
+impl<E: Element, V: Lanes> Finish<V> for Store<E> {
+    #[inline(always)]
+    unsafe fn finish(&self, row: usize, column: usize, numbers: V) {
+        // SAFETY: the caller's matrix has the row and columns.
+        unsafe { E::put(numbers, self.to.add(row * self.stride + column)) }
+    }
+}
+
+/// Stores their [`math::gelu`] as elements.
+pub(super) struct Gelu<E> {
+    pub(super) to: *mut E,
+    pub(super) stride: usize,
+}
+
+impl<E: Element, V: Lanes> Finish<V> for Gelu<E> {
+    #[inline(always)]
+    unsafe fn finish(&self, row: usize, column: usize, numbers: V) {
+        // SAFETY: the caller's matrix has the row and columns.
+        unsafe { E::put(math::gelu::<E, V>(numbers), self.to.add(row * self.stride + column)) }
+    }
+}
