@@ -6,7 +6,7 @@ use std::arch::x86_64::{
     _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32,
     _mm256_cvtps_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
     _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_round_ps, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setr_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps,
+    _mm256_set1_ps, _mm256_setr_ps, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps,
     _mm256_unpackhi_ps, _mm256_unpacklo_ps,
 };
 
@@ -158,17 +158,23 @@ impl Lanes for Avx2 {
     unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
         // SAFETY: see above, for 8 rows on either side; loads and shuffles leave the bits as they are.
         unsafe {
-            let rows: [__m256; 8] =
-                std::array::from_fn(|row| _mm256_loadu_ps(from.add(row * from_stride).cast()));
-            let words: [__m256; 8] = std::array::from_fn(|at| {
-                let (a, b) = (rows[at & !1], rows[at | 1]);
-                if at & 1 == 0 { _mm256_unpacklo_ps(a, b) } else { _mm256_unpackhi_ps(a, b) }
-            });
-            let fours: [__m256; 8] = std::array::from_fn(|at| {
-                let (group, column) = (at & !3, at & 3);
-                let (a, b) = (words[group + column / 2], words[group + 2 + column / 2]);
-                if column & 1 == 0 { _mm256_shuffle_ps::<0x44>(a, b) } else { _mm256_shuffle_ps::<0xee>(a, b) }
-            });
+            // Loops, since closures would be compiled without the instructions.
+            let mut rows = [_mm256_setzero_ps(); 8];
+            for (row, words) in rows.iter_mut().enumerate() {
+                *words = _mm256_loadu_ps(from.add(row * from_stride).cast());
+            }
+            let mut words = rows;
+            for at in (0..8).step_by(2) {
+                words[at] = _mm256_unpacklo_ps(rows[at], rows[at + 1]);
+                words[at + 1] = _mm256_unpackhi_ps(rows[at], rows[at + 1]);
+            }
+            let mut fours = words;
+            for at in (0..8).step_by(4) {
+                fours[at] = _mm256_shuffle_ps::<0x44>(words[at], words[at + 2]);
+                fours[at + 1] = _mm256_shuffle_ps::<0xee>(words[at], words[at + 2]);
+                fours[at + 2] = _mm256_shuffle_ps::<0x44>(words[at + 1], words[at + 3]);
+                fours[at + 3] = _mm256_shuffle_ps::<0xee>(words[at + 1], words[at + 3]);
+            }
             for column in 0..4 {
                 let (a, b) = (fours[column], fours[column + 4]);
                 _mm256_storeu_ps(to.add(column * to_stride).cast(), _mm256_permute2f128_ps::<0x20>(a, b));

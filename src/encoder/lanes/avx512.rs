@@ -1,12 +1,12 @@
 //! AVX-512: 16 numbers a register.
 
 use std::arch::x86_64::{
-    __m256i, __m512, __m512i, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128,
+    __m256i, __m512, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128,
     _mm256_loadu_si256, _mm256_storeu_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512,
     _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh,
     _mm512_cvtps_epi32, _mm512_cvtusepi32_epi8, _mm512_cvtepi32_epi16, _mm512_fmadd_ps, _mm512_loadu_ps,
     _mm512_loadu_si512, _mm512_mask_mov_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_reduce_add_ps,
-    _mm512_reduce_max_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_reduce_max_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
     _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
     _mm512_sub_ps, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
@@ -151,21 +151,27 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
     unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
         // SAFETY: see above, for 16 rows on either side.
         unsafe {
-            let rows: [__m512i; 16] =
-                std::array::from_fn(|row| _mm512_loadu_si512(from.add(row * from_stride).cast()));
-            // Each quarter of a register holds one word of two neighbouring rows, twice.
-            let words: [__m512i; 16] = std::array::from_fn(|at| {
-                let (a, b) = (rows[at & !1], rows[at | 1]);
-                if at & 1 == 0 { _mm512_unpacklo_epi32(a, b) } else { _mm512_unpackhi_epi32(a, b) }
-            });
+            let mut rows = [_mm512_setzero_si512(); 16];
+            for (row, words) in rows.iter_mut().enumerate() {
+                *words = _mm512_loadu_si512(from.add(row * from_stride).cast());
+            }
+            // Each quarter of a register holds one word of two neighbouring rows, twice. (Loops, since
+            // closures would be compiled without the instructions.)
+            let mut words = rows;
+            for at in (0..16).step_by(2) {
+                words[at] = _mm512_unpacklo_epi32(rows[at], rows[at + 1]);
+                words[at + 1] = _mm512_unpackhi_epi32(rows[at], rows[at + 1]);
+            }
             // Each quarter holds one column of four neighbouring rows.
-            let fours: [__m512i; 16] = std::array::from_fn(|at| {
-                let (group, column) = (at & !3, at & 3);
-                let (a, b) = (words[group + column / 2], words[group + 2 + column / 2]);
-                if column & 1 == 0 { _mm512_unpacklo_epi64(a, b) } else { _mm512_unpackhi_epi64(a, b) }
-            });
+            let mut fours = words;
+            for at in (0..16).step_by(4) {
+                fours[at] = _mm512_unpacklo_epi64(words[at], words[at + 2]);
+                fours[at + 1] = _mm512_unpackhi_epi64(words[at], words[at + 2]);
+                fours[at + 2] = _mm512_unpacklo_epi64(words[at + 1], words[at + 3]);
+                fours[at + 3] = _mm512_unpackhi_epi64(words[at + 1], words[at + 3]);
+            }
             for column in 0..4 {
-                let [a, b, c, d] = [0, 4, 8, 12].map(|group| fours[group + column]);
+                let (a, b, c, d) = (fours[column], fours[column + 4], fours[column + 8], fours[column + 12]);
                 let (low, high) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
                 let (low2, high2) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
                 let out = [
