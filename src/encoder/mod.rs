@@ -23,18 +23,23 @@ mod lanes;
 mod math;
 mod network;
 mod packed;
+mod pass;
 mod team;
 mod tensors;
+mod worker;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use config::{BertConfig, Description, Pooling, file};
-use kernel::{Float, Kernel, amx, avx2, avx512, portable};
+#[cfg(target_arch = "x86_64")]
+use kernel::{amx, avx2, avx512};
+use kernel::{Float, Kernel, portable};
 pub use kind::{Instructions, KernelKind, Precision};
-use network::{Network, Own, Pass, Shared};
-use team::Alone;
+use network::Network;
 use tensors::Tensors;
+pub use worker::Worker;
+use worker::Laid;
 
 /// Why there is no encoder.
 #[derive(Debug, thiserror::Error)]
@@ -74,83 +79,6 @@ pub enum Error {
     Cpu(String),
 }
 
-/// Tokens that go through the model together. With fewer, reading the weights takes longer than
-/// multiplying by them; with more, what the stages hand to each other no longer fits the cache.
-const PASS: usize = 320;
-
-/// Sequences packed end to end.
-pub(crate) struct Batch {
-    /// Tokens.
-    ids: Vec<u32>,
-    /// Each token's place in its sequence.
-    positions: Vec<u32>,
-    /// Where sequences begin, and the end of the last.
-    starts: Vec<usize>,
-}
-
-impl Batch {
-    fn new() -> Self {
-        Self { ids: Vec::new(), positions: Vec::new(), starts: vec![0] }
-    }
-
-    fn push(&mut self, sequence: &[u32]) {
-        self.ids.extend_from_slice(sequence);
-        self.positions.extend(0..sequence.len() as u32);
-        self.starts.push(self.ids.len());
-    }
-
-    fn clear(&mut self) {
-        self.ids.clear();
-        self.positions.clear();
-        self.starts.truncate(1);
-    }
-
-    fn sequences(&self) -> usize {
-        self.starts.len() - 1
-    }
-}
-
-/// A model laid out for a kernel.
-trait Laid: Send + Sync {
-    fn worker(self: Arc<Self>, length: usize) -> Box<dyn Run>;
-}
-
-/// A thread's own memory, and the model it goes through.
-trait Run: Send {
-    /// One vector a sequence of the batch.
-    fn run(&mut self, batch: &Batch, vectors: &mut [f32]);
-}
-
-impl<D: Kernel, A: Float> Laid for Network<D, A> {
-    fn worker(self: Arc<Self>, length: usize) -> Box<dyn Run> {
-        let tokens = PASS.max(length);
-        let (shared, own) = (Shared::new(&self, tokens), Own::new(&self, tokens, length));
-        Box::new(Passes { network: self, shared, own })
-    }
-}
-
-struct Passes<D: Kernel, A: Float> {
-    network: Arc<Network<D, A>>,
-    shared: Shared<D, A>,
-    own: Own<A>,
-}
-
-impl<D: Kernel, A: Float> Run for Passes<D, A> {
-    fn run(&mut self, batch: &Batch, vectors: &mut [f32]) {
-        let pass = Pass {
-            network: &*self.network,
-            batch,
-            places: self.shared.places(),
-            own: &mut self.own,
-            team: &Alone,
-            vectors: vectors.as_mut_ptr(),
-        };
-        // SAFETY: the CPU's instructions were looked at when the kernel was chosen; batches are within
-        // `PASS` and the model's longest text, for which there is room, and one vector a sequence.
-        unsafe { D::vectorize(pass) }
-    }
-}
-
 /// A loaded model.
 pub struct Encoder {
     description: Description,
@@ -186,10 +114,20 @@ impl Encoder {
     /// Memory for a thread that embeds.
     #[must_use]
     pub fn worker(&self) -> Worker {
-        let hidden = self.description.bert.hidden_size;
-        let most = self.description.max_tokens;
-        let vocabulary = self.description.bert.vocab_size;
-        Worker { run: Arc::clone(&self.laid).worker(most), batch: Batch::new(), hidden, most, vocabulary }
+        self.start(false)
+    }
+
+    /// Memory for a thread that embeds one short text at a time, and a second thread that helps it: most
+    /// of that time goes into reading the weights, which two cores do sooner. Vectors are the same.
+    #[must_use]
+    pub fn pair(&self) -> Worker {
+        self.start(true)
+    }
+
+    fn start(&self, helped: bool) -> Worker {
+        let Description { bert, max_tokens, .. } = &self.description;
+        let run = Arc::clone(&self.laid).worker(*max_tokens, helped);
+        Worker::new(run, bert.hidden_size, *max_tokens, bert.vocab_size)
     }
 }
 
@@ -221,46 +159,5 @@ fn lay_out(description: &Description, tensors: Tensors, kind: KernelKind) -> Res
         KernelKind::AmxInt8 => network::<amx::Int8, amx::Bf16>(description, tensors),
         #[cfg(not(target_arch = "x86_64"))]
         _ => Err(Error::Cpu(format!("this CPU has no {kind}"))),
-    }
-}
-
-/// One thread's memory for embedding.
-pub struct Worker {
-    run: Box<dyn Run>,
-    batch: Batch,
-    hidden: usize,
-    most: usize,
-    vocabulary: usize,
-}
-
-impl Worker {
-    /// Embeds sequences of token ids: one unit vector each, end to end, in their order. Of longer sequences
-    /// than the model reads, the beginning is embedded; of an empty one comes a zero vector.
-    ///
-    /// # Panics
-    ///
-    /// If a token is not in the model's vocabulary.
-    pub fn embed(&mut self, sequences: &[&[u32]]) -> Vec<f32> {
-        let mut vectors = vec![0.0; sequences.len() * self.hidden];
-        let mut first = 0;
-        while first < sequences.len() {
-            self.batch.clear();
-            let mut end = first;
-            while end < sequences.len() {
-                let sequence = &sequences[end][..sequences[end].len().min(self.most)];
-                let known = sequence.iter().all(|id| (*id as usize) < self.vocabulary);
-                assert!(known, "tokens are in the vocabulary");
-                if end > first && self.batch.ids.len() + sequence.len() > PASS {
-                    break;
-                }
-                self.batch.push(sequence);
-                end += 1;
-            }
-            let vectors = &mut vectors[first * self.hidden..end * self.hidden];
-            debug_assert_eq!(vectors.len(), self.batch.sequences() * self.hidden);
-            self.run.run(&self.batch, vectors);
-            first = end;
-        }
-        vectors
     }
 }
