@@ -63,7 +63,6 @@ impl Cloud {
             ("PINECONE_API_KEY", "test".to_owned()),
             ("REFARCH_INDEX_CONTROLLER", double.url()),
             ("REFARCH_INDEX_FRESHNESS_MS", "200".to_owned()),
-            ("RAYON_NUM_THREADS", "1".to_owned()),
         ];
         env.extend(urls.get(1).map(|url| ("SQS_BULK_QUEUE_URL", url.clone())));
         let env = env.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();

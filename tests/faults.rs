@@ -48,7 +48,6 @@ impl Remote {
             ("REFARCH_INDEX_TIMEOUT_MS", "1000"),
             ("REFARCH_INDEXER_LEASE_MS", "4000"),
             ("REFARCH_INDEXER_SETTLE_MS", "3000"),
-            ("RAYON_NUM_THREADS", "1"),
         ];
         let env = set.iter().chain(extra).map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         Self { database: Database::create().await, double, env }
@@ -241,7 +240,7 @@ async fn everybody_killed_at_once_during_a_load_loses_nothing() {
     std::os::unix::fs::symlink(common::runtime_dir().join("runtime"), runtime.join("runtime")).unwrap();
     let refarch = |args: &[&str]| {
         let mut command = common::refarch();
-        command.current_dir(&runtime).env("REFARCH_RUNTIME_DIR", &runtime).env("RAYON_NUM_THREADS", "1");
+        command.current_dir(&runtime).env("REFARCH_RUNTIME_DIR", &runtime);
         command.args(args);
         command
     };

@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use refarch::backend::minilm::{MiniLm, Model};
+use refarch::backend::minilm::{MiniLm, Model, Options};
 use refarch::pipeline::embedder::{Embedder as _, Embedding};
 use refarch::role::generate::catalogue::{Attributes, Catalogue, Text};
 use refarch::role::generate::vocabulary::Power;
@@ -74,7 +74,7 @@ async fn people_find_what_they_ask_for() {
     let count = std::env::var("REFARCH_TEST_PRODUCTS").map_or(PRODUCTS, |n| n.parse().unwrap());
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(".refarch/runtime/model");
     let threads = std::thread::available_parallelism().unwrap().get();
-    let minilm = Arc::new(MiniLm::start(Arc::new(Model::load(&dir).unwrap()), threads));
+    let minilm = Arc::new(MiniLm::start(Arc::new(Model::load(&dir, Options::default()).unwrap()), threads));
 
     let catalogue = Catalogue::new(1);
     let mut text = Text::default();

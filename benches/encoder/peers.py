@@ -1,9 +1,10 @@
 """One engine from PyPI on the texts that the bench gives, driven line by line over standard input.
 
-Started with the engine's name and the model folder, it answers each line with one line of JSON:
+Started with the engine's name, the model folder, a folder for files and a number of threads, it says what
+it is in a line of JSON, and answers each line with another:
 
     corpus PATH   token ids, a JSON list of lists   ->  {"texts": N}
-    batch N       how many texts go together        ->  {"batch": N}
+    batch N       how many texts go together        ->  {"batches": N}
     run           embeds the corpus, timed          ->  {"seconds": S}
     vectors PATH  those of the last run, as f32     ->  {"dimensions": D}
 
@@ -21,8 +22,6 @@ import numpy
 import onnx
 import safetensors.numpy
 from onnx import TensorProto, helper, numpy_helper
-
-THREADS = 2
 
 
 class Graph:
@@ -131,7 +130,9 @@ def quantized(model, folder):
 class OnnxRuntime:
     """One session of one thread for each thread here: two threads in one batch wait for each other."""
 
-    def __init__(self, model):
+    precision = "f32"
+
+    def __init__(self, model, threads):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -142,7 +143,7 @@ class OnnxRuntime:
         self.version = onnxruntime.__version__
         self.sessions = [
             onnxruntime.InferenceSession(source, options, providers=providers)
-            for _ in range(THREADS)
+            for _ in range(threads)
         ]
 
     def run(self, batches, vectors):
@@ -153,14 +154,14 @@ class OnnxRuntime:
             for texts, ids, mask in queue:
                 vectors[texts] = session.run(None, {"ids": ids, "mask": mask})[0]
 
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        with concurrent.futures.ThreadPoolExecutor(len(self.sessions)) as pool:
             list(pool.map(work, self.sessions))
 
 
 class OpenVino:
     """As many streams as threads, in the precision that is asked for."""
 
-    def __init__(self, model, precision):
+    def __init__(self, model, precision, threads):
         import openvino
 
         self.version = openvino.__version__.split("-")[0]
@@ -170,12 +171,15 @@ class OpenVino:
             "CPU",
             {
                 "PERFORMANCE_HINT": "THROUGHPUT",
-                "NUM_STREAMS": THREADS,
-                "INFERENCE_NUM_THREADS": THREADS,
+                "NUM_STREAMS": threads,
+                "INFERENCE_NUM_THREADS": threads,
                 "INFERENCE_PRECISION_HINT": precision,
             },
         )
-        self.queue = openvino.AsyncInferQueue(compiled, THREADS)
+        # It says what it computes in, which without bf16 instructions is f32.
+        in_use = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self.precision = {"f32": "f32", "bf16": "bf16"}.get(in_use, in_use)
+        self.queue = openvino.AsyncInferQueue(compiled, threads)
 
     def run(self, batches, vectors):
         def done(request, texts):
@@ -187,14 +191,16 @@ class OpenVino:
         self.queue.wait_all()
 
 
-def open_engine(name, model, scratch):
+def open_engine(name, model, scratch, threads):
     match name:
         case "onnxruntime-f32":
-            return OnnxRuntime(model)
+            return OnnxRuntime(model, threads)
         case "onnxruntime-int8":
-            return OnnxRuntime(quantized(model, scratch))
+            engine = OnnxRuntime(quantized(model, scratch), threads)
+            engine.precision = "int8"
+            return engine
         case "openvino-f32" | "openvino-bf16":
-            return OpenVino(model, name.removeprefix("openvino-"))
+            return OpenVino(model, name.removeprefix("openvino-"), threads)
     raise SystemExit(f"no engine is named {name}")
 
 
@@ -220,10 +226,10 @@ def main():
         onnx.save(build(folder), scratch / "encoder.onnx")
         onnx.save(quantized(build(folder), scratch), scratch / "encoder-int8.onnx")
         return
-    engine = open_engine(name, build(folder), scratch)
+    engine = open_engine(name, build(folder), scratch, int(sys.argv[4]))
     width = json.loads((folder / "config.json").read_text())["hidden_size"]
-    corpus, size, vectors = [], 16, None
-    print(json.dumps({"version": engine.version}), flush=True)
+    corpus, batches, vectors = [], [], None
+    print(json.dumps({"version": engine.version, "precision": engine.precision}), flush=True)
     for line in sys.stdin:
         verb, _, argument = line.strip().partition(" ")
         match verb:
@@ -232,11 +238,11 @@ def main():
                 vectors = numpy.zeros((len(corpus), width), numpy.float32)
                 answer = {"texts": len(corpus)}
             case "batch":
-                size = int(argument)
-                answer = {"batch": size}
+                batches = padded(corpus, int(argument))
+                answer = {"batches": len(batches)}
             case "run":
                 started = time.perf_counter()
-                engine.run(padded(corpus, size), vectors)
+                engine.run(batches, vectors)
                 answer = {"seconds": time.perf_counter() - started}
             case "vectors":
                 vectors.tofile(argument)

@@ -1,34 +1,26 @@
-//! all-MiniLM-L6-v2, and any BERT of its shape, on this machine's CPU by candle.
+//! all-MiniLM-L6-v2, and any BERT of its shape, on this machine's CPU by [`crate::encoder`].
 //!
 //! The weights are loaded once and shared; each embedding thread computes alone, since two threads
-//! on one batch of short texts wait for each other more than they work.
+//! on one batch of short texts wait for each other more than they work. Only what somebody searches for
+//! has two threads, since somebody waits for it.
 
 use std::fs;
 use std::io::{Read as _, Seek as _, SeekFrom};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use async_trait::async_trait;
-use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
-use candle_transformers::models::bert::{BertModel, Config};
-use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::encoder::{self, Encoder, Instructions, KernelKind, Precision, Worker};
 use crate::pipeline::embedder::{Embedder, Embedding};
 use crate::pipeline::failure::{Error, Result};
-
-/// Texts that go through the model together. Padding makes larger batches of mixed lengths slower.
-const BATCH: usize = 8;
 
 /// A text's tokens past this many bytes are not looked for: the model reads 256 tokens, and tokens of
 /// English are some four bytes long.
 const MAX_TEXT_BYTES: usize = 64 * 1024;
-
-/// Tokens read of a text when the model folder does not say.
-const DEFAULT_MAX_TOKENS: usize = 256;
 
 /// Weights that are known by name, by their [`fingerprint`].
 const KNOWN: &[(&str, &str)] = &[("528c6c412808", "all-MiniLM-L6-v2")];
@@ -48,74 +40,73 @@ pub struct Description {
     pub dimensions: usize,
 }
 
-/// How the vectors of a text's tokens become one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pooling {
-    Mean,
-    Cls,
-}
-
-#[derive(Deserialize)]
-struct PoolingConfig {
-    #[serde(default)]
-    pooling_mode_cls_token: bool,
-    #[serde(default)]
-    pooling_mode_mean_tokens: bool,
-}
-
-#[derive(Deserialize)]
-struct SentenceConfig {
-    max_seq_length: usize,
-}
-
 impl Description {
     /// Reads a model folder in the Hugging Face layout.
-    pub fn read(dir: &Path) -> Result<Self> {
-        let config: Config = read_json(dir, "config.json")?;
-        let weights = file(dir, "model.safetensors")?;
-        Ok(Self { model: format!("{}/f32", weights_name(&weights)?), dimensions: config.hidden_size })
+    pub fn read(dir: &Path, precision: Precision) -> Result<Self> {
+        let described = encoder::Description::read(dir).map_err(explain)?;
+        let weights = encoder::file(dir, "model.safetensors").map_err(explain)?;
+        Ok(Self {
+            model: format!("{}/{}", weights_name(&weights)?, precision.class()),
+            dimensions: described.bert.hidden_size,
+        })
     }
+}
+
+/// How the model is to be computed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// How exactly.
+    pub precision: Precision,
+    /// By which instructions, at most.
+    pub instructions: Instructions,
 }
 
 /// A loaded model.
 pub struct Model {
     description: Description,
-    bert: BertModel,
+    encoder: Encoder,
     tokenizer: Tokenizer,
-    pooling: Pooling,
-    max_tokens: usize,
 }
 
 impl Model {
     /// Loads a model folder in the Hugging Face layout: `config.json`, `tokenizer.json`,
     /// `model.safetensors`, and where there are `1_Pooling/config.json` and
     /// `sentence_bert_config.json`.
-    pub fn load(dir: &Path) -> Result<Self> {
-        let fail = |what: &str, error: &dyn std::fmt::Display| {
-            Error::fatal(format!("load the model in {}", dir.display()), format!("{what}: {error}"))
+    pub fn load(dir: &Path, options: Options) -> Result<Self> {
+        let description = Description::read(dir, options.precision)?;
+        let kind = KernelKind::choose(options.precision, options.instructions).map_err(explain)?;
+        let unfit = |error: tokenizers::Error| {
+            Error::fatal(format!("load the model in {}", dir.display()), format!("tokenizer.json: {error}"))
         };
-        let description = Description::read(dir)?;
-        let config: Config = read_json(dir, "config.json")?;
-        let pooling = match read_optional::<PoolingConfig>(dir, "1_Pooling/config.json")? {
-            Some(PoolingConfig { pooling_mode_mean_tokens: true, .. }) | None => Pooling::Mean,
-            Some(PoolingConfig { pooling_mode_cls_token: true, .. }) => Pooling::Cls,
-            Some(_) => return Err(fail("1_Pooling/config.json", &"only mean and CLS pooling are known")),
-        };
-        let max_tokens = read_optional::<SentenceConfig>(dir, "sentence_bert_config.json")?
-            .map_or(DEFAULT_MAX_TOKENS, |config| config.max_seq_length)
-            .min(config.max_position_embeddings);
-        let mut tokenizer = Tokenizer::from_file(file(dir, "tokenizer.json")?)
-            .map_err(|error| fail("tokenizer.json", &error))?;
+        let file = encoder::file(dir, "tokenizer.json").map_err(explain)?;
+        let mut tokenizer = Tokenizer::from_file(file).map_err(unfit)?;
+        let encoder = Encoder::load(dir, kind).map_err(explain)?;
         // The file's own padding to 128 tokens would make every text as slow as the longest.
         tokenizer.with_padding(None);
-        let truncation = tokenizers::TruncationParams { max_length: max_tokens, ..Default::default() };
-        tokenizer.with_truncation(Some(truncation)).map_err(|error| fail("tokenizer.json", &error))?;
-        let weights =
-            fs::read(file(dir, "model.safetensors")?).map_err(|error| fail("model.safetensors", &error))?;
-        let variables = VarBuilder::from_buffered_safetensors(weights, DType::F32, &Device::Cpu)
-            .map_err(|error| fail("model.safetensors", &error))?;
-        let bert = BertModel::load(variables, &config).map_err(|error| fail("model.safetensors", &error))?;
-        Ok(Self { description, bert, tokenizer, pooling, max_tokens })
+        let max_length = encoder.description().max_tokens;
+        let truncation = tokenizers::TruncationParams { max_length, ..Default::default() };
+        tokenizer.with_truncation(Some(truncation)).map_err(unfit)?;
+        let vocabulary = encoder.description().bert.vocab_size;
+        if tokenizer.get_vocab_size(true) > vocabulary {
+            return Err(unfit(
+                format!("it has {} tokens, and the model only {vocabulary}", tokenizer.get_vocab_size(true))
+                    .into(),
+            ));
+        }
+        tracing::info!(model = description.model, kernel = %kind, "model loaded");
+        Ok(Self { description, encoder, tokenizer })
+    }
+
+    /// Memory for a thread that embeds by this model.
+    #[must_use]
+    pub fn worker(&self) -> Worker {
+        self.encoder.worker()
+    }
+
+    /// The kernel in use.
+    #[must_use]
+    pub fn kind(&self) -> KernelKind {
+        self.encoder.kind()
     }
 
     fn tokens(&self, text: &str) -> Result<Vec<u32>> {
@@ -128,45 +119,26 @@ impl Model {
     }
 
     /// Embeds texts on the calling thread, in their order.
-    fn embed(&self, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
+    pub fn embed(&self, worker: &mut Worker, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
         let tokens = texts.iter().map(|text| self.tokens(text)).collect::<Result<Vec<_>>>()?;
-        let mut order: Vec<usize> = (0..texts.len()).collect();
-        order.sort_by_key(|at| tokens[*at].len());
-        let mut embeddings: Vec<Option<Embedding>> = vec![None; texts.len()];
-        for batch in order.chunks(BATCH) {
-            let inputs: Vec<&[u32]> = batch.iter().map(|at| tokens[*at].as_slice()).collect();
-            let vectors = self.forward(&inputs).map_err(|error| Error::permanent("embed texts", error))?;
-            for (at, vector) in batch.iter().zip(vectors) {
-                embeddings[*at] = Some(vector.into());
-            }
-        }
-        Ok(embeddings.into_iter().flatten().collect())
+        let sequences: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
+        let vectors = worker.embed(&sequences);
+        Ok(vectors.chunks_exact(self.description.dimensions).map(Embedding::from).collect())
     }
+}
 
-    /// One batch through the model, padded to its longest.
-    fn forward(&self, inputs: &[&[u32]]) -> candle_core::Result<Vec<Vec<f32>>> {
-        let longest = inputs.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
-        let shape = (inputs.len(), longest);
-        let padded = |tokens: &&[u32]| {
-            tokens.iter().copied().chain(std::iter::repeat_n(0, longest - tokens.len())).collect::<Vec<_>>()
-        };
-        let ids: Vec<u32> = inputs.iter().flat_map(padded).collect();
-        let mask: Vec<f32> = inputs
-            .iter()
-            .flat_map(|tokens| (0..longest).map(|at| if at < tokens.len() { 1.0 } else { 0.0 }))
-            .collect();
-        let ids = Tensor::from_vec(ids, shape, &Device::Cpu)?;
-        let mask = Tensor::from_vec(mask, shape, &Device::Cpu)?;
-        let states = self.bert.forward(&ids, &ids.zeros_like()?, Some(&mask))?;
-        let pooled = match self.pooling {
-            Pooling::Cls => states.narrow(1, 0, 1)?.squeeze(1)?,
-            Pooling::Mean => {
-                let weights = mask.unsqueeze(2)?;
-                states.broadcast_mul(&weights)?.sum(1)?.broadcast_div(&weights.sum(1)?)?
-            }
-        };
-        let norms = pooled.sqr()?.sum_keepdim(1)?.sqrt()?;
-        pooled.broadcast_div(&norms)?.to_vec2()
+/// A loading error, with what to do about it.
+fn explain(error: encoder::Error) -> Error {
+    match error {
+        encoder::Error::Missing { .. } => Error::fatal(
+            "find the model",
+            format!(
+                "{error}: run scripts/setup, or name a model folder with config.json, tokenizer.json and \
+                 model.safetensors in embedder.model"
+            ),
+        ),
+        encoder::Error::Cpu(_) => Error::fatal("choose how to embed", error),
+        _ => Error::fatal("load the model", error),
     }
 }
 
@@ -179,6 +151,8 @@ struct Request {
 pub struct MiniLm {
     model: Arc<Model>,
     requests: mpsc::Sender<Request>,
+    /// Two threads for one query at a time, once somebody has searched.
+    queries: OnceLock<mpsc::Sender<Request>>,
 }
 
 impl MiniLm {
@@ -188,33 +162,49 @@ impl MiniLm {
         let (requests, receiver) = mpsc::channel::<Request>(threads.max(1));
         let receiver = Arc::new(Mutex::new(receiver));
         for number in 0..threads.max(1) {
-            let (model, receiver) = (Arc::clone(&model), Arc::clone(&receiver));
-            let name = format!("embed-{number}");
-            let spawned = std::thread::Builder::new().name(name).spawn(move || serve(&model, &receiver));
-            if let Err(error) = spawned {
-                tracing::error!(%error, number, "cannot start an embedding thread");
-            }
+            spawn(format!("embed-{number}"), &model, model.worker(), &receiver);
         }
-        Self { model, requests }
+        Self { model, requests, queries: OnceLock::new() }
+    }
+
+    fn queries(&self) -> &mpsc::Sender<Request> {
+        self.queries.get_or_init(|| {
+            let (queries, receiver) = mpsc::channel(1);
+            spawn(
+                "embed-query".into(),
+                &self.model,
+                self.model.encoder.pair(),
+                &Arc::new(Mutex::new(receiver)),
+            );
+            queries
+        })
     }
 }
 
-fn serve(model: &Model, receiver: &Mutex<mpsc::Receiver<Request>>) {
-    // candle spreads its work over the current rayon pool: one of its own, of one thread, keeps the
-    // work here.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
-    let pool = match pool {
-        Ok(pool) => pool,
-        Err(error) => return tracing::error!(%error, "cannot start an embedding thread"),
-    };
+fn spawn(name: String, model: &Arc<Model>, worker: Worker, receiver: &Arc<Mutex<mpsc::Receiver<Request>>>) {
+    let (model, receiver) = (Arc::clone(model), Arc::clone(receiver));
+    let work = move || serve(&model, worker, &receiver);
+    if let Err(error) = std::thread::Builder::new().name(name.clone()).spawn(work) {
+        tracing::error!(%error, name, "cannot start an embedding thread");
+    }
+}
+
+fn serve(model: &Model, mut worker: Worker, receiver: &Mutex<mpsc::Receiver<Request>>) {
     loop {
         let request = receiver.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
         let Some(Request { texts, answer }) = request else { return };
         if !answer.is_closed() {
             // Whoever asked may have gone meanwhile.
-            let _ = answer.send(pool.install(|| model.embed(&texts)));
+            let _ = answer.send(model.embed(&mut worker, &texts));
         }
     }
+}
+
+async fn ask(threads: &mpsc::Sender<Request>, texts: Vec<Arc<str>>) -> Result<Vec<Embedding>> {
+    let gone = || Error::fatal("embed texts", "the embedding threads have ended");
+    let (answer, answered) = oneshot::channel();
+    threads.send(Request { texts, answer }).await.map_err(|_| gone())?;
+    answered.await.map_err(|_| gone())?
 }
 
 #[async_trait]
@@ -228,17 +218,19 @@ impl Embedder for MiniLm {
     }
 
     fn count_tokens(&self, text: &str) -> usize {
-        self.model.tokens(text).map_or(self.model.max_tokens, |tokens| tokens.len())
+        self.model.tokens(text).map_or(self.model.encoder.description().max_tokens, |tokens| tokens.len())
+    }
+
+    async fn embed_query(&self, text: &Arc<str>) -> Result<Embedding> {
+        let mut vectors = ask(self.queries(), vec![Arc::clone(text)]).await?;
+        vectors.pop().ok_or_else(|| Error::fatal("embed a query", "no vector came"))
     }
 
     async fn embed(&self, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
         if texts.is_empty() {
             return Ok(Vec::new());
         }
-        let gone = || Error::fatal("embed texts", "the embedding threads have ended");
-        let (answer, answered) = oneshot::channel();
-        self.requests.send(Request { texts: texts.to_vec(), answer }).await.map_err(|_| gone())?;
-        answered.await.map_err(|_| gone())?
+        ask(&self.requests, texts.to_vec()).await
     }
 }
 
@@ -279,38 +271,11 @@ fn fingerprint(path: &Path) -> std::io::Result<String> {
     Ok(format!("{:012x}", u64::from_be_bytes(start)))
 }
 
-/// A file of a model folder, checked to be there.
-fn file(dir: &Path, name: &str) -> Result<PathBuf> {
-    let path = dir.join(name);
-    if path.is_file() {
-        return Ok(path);
-    }
-    Err(Error::fatal(
-        "find the model",
-        format!(
-            "there is no {}: run scripts/setup, or name a model folder with config.json, tokenizer.json and \
-             model.safetensors in embedder.model",
-            path.display()
-        ),
-    ))
-}
-
-fn read_json<T: for<'de> Deserialize<'de>>(dir: &Path, name: &str) -> Result<T> {
-    let path = file(dir, name)?;
-    let fail = |error: &dyn std::fmt::Display| Error::fatal(format!("read {}", path.display()), error);
-    let text = fs::read_to_string(&path).map_err(|error| fail(&error))?;
-    serde_json::from_str(&text).map_err(|error| fail(&error))
-}
-
-fn read_optional<T: for<'de> Deserialize<'de>>(dir: &Path, name: &str) -> Result<Option<T>> {
-    if dir.join(name).is_file() { read_json(dir, name).map(Some) } else { Ok(None) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn model_dir() -> PathBuf {
+    fn model_dir() -> std::path::PathBuf {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(".refarch/runtime/model");
         assert!(dir.is_dir(), "run scripts/setup first, or scripts/test");
         dir
@@ -322,7 +287,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_real_model_tells_meanings_apart_and_a_batch_changes_nothing() {
-        let model = Arc::new(Model::load(&model_dir()).unwrap());
+        let model = Arc::new(Model::load(&model_dir(), Options::default()).unwrap());
         let minilm = MiniLm::start(model, 2);
         assert_eq!((minilm.model(), minilm.dimensions()), ("all-MiniLM-L6-v2/f32", 384));
         let long = "a sentence about gardens and rain, ".repeat(200);
@@ -339,8 +304,8 @@ mod tests {
         let together = minilm.embed(&texts).await.unwrap();
         for (text, vector) in texts.iter().zip(&together) {
             assert!((cosine(vector, vector) - 1.0).abs() < 1e-5);
-            let alone = minilm.embed(std::slice::from_ref(text)).await.unwrap();
-            assert!(cosine(&alone[0], vector) > 0.99999, "{text}");
+            assert!(*vector == minilm.embed(std::slice::from_ref(text)).await.unwrap()[0], "{text}");
+            assert!(*vector == minilm.embed_query(text).await.unwrap(), "{text}");
         }
         assert!(cosine(&together[0], &together[1]) > 0.6);
         assert!(cosine(&together[0], &together[2]) < 0.2);
@@ -351,15 +316,15 @@ mod tests {
     #[test]
     fn a_missing_model_says_which_file_and_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
-        let error = Description::read(dir.path()).unwrap_err().to_string();
+        let error = Description::read(dir.path(), Precision::Auto).unwrap_err().to_string();
         assert!(error.contains("config.json") && error.contains("scripts/setup"), "{error}");
         fs::copy(model_dir().join("config.json"), dir.path().join("config.json")).unwrap();
-        let error = Description::read(dir.path()).unwrap_err().to_string();
+        let error = Description::read(dir.path(), Precision::Auto).unwrap_err().to_string();
         assert!(error.contains("model.safetensors"), "{error}");
         fs::write(dir.path().join("model.safetensors"), "no weights").unwrap();
-        let described = Description::read(dir.path()).unwrap();
+        let described = Description::read(dir.path(), Precision::Auto).unwrap();
         assert!(!described.model.starts_with("all-MiniLM-L6-v2/"), "{described:?}");
-        let error = Model::load(dir.path()).err().unwrap().to_string();
+        let error = Model::load(dir.path(), Options::default()).err().unwrap().to_string();
         assert!(error.contains("tokenizer.json"), "{error}");
     }
 }

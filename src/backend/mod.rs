@@ -111,7 +111,7 @@ pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
     };
     let (model, dimensions) = match settings.embedder.kind {
         EmbedderKind::Minilm => {
-            let description = minilm::Description::read(&model_dir(settings))?;
+            let description = minilm::Description::read(&model_dir(settings), settings.embedder.precision)?;
             (description.model, description.dimensions)
         }
         EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
@@ -136,7 +136,11 @@ impl LoadedModel {
         Ok(match settings.embedder.kind {
             EmbedderKind::Minilm => {
                 let dir = model_dir(settings);
-                let loaded = tokio::task::spawn_blocking(move || Model::load(&dir)).await;
+                let options = minilm::Options {
+                    precision: settings.embedder.precision,
+                    instructions: settings.embedder.instructions,
+                };
+                let loaded = tokio::task::spawn_blocking(move || Model::load(&dir, options)).await;
                 Self::Minilm(Arc::new(loaded.map_err(|error| Error::fatal("load the model", error))??))
             }
             EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {

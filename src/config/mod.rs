@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::encoder::{Instructions, Precision};
 use crate::secret::Secret;
 
 pub use load::{ConfigError, DEFAULT_FILE, DEFAULTS, File, Override};
@@ -122,6 +123,8 @@ pub enum IndexKind {
 pub struct Embedder {
     pub kind: EmbedderKind,
     pub model: String,
+    pub precision: Precision,
+    pub instructions: Instructions,
     pub url: String,
     pub api_key: Secret,
     pub dimensions: usize,

@@ -90,8 +90,7 @@ impl<A: Float> Workspace<A> {
                 }
                 let mut shares = [0.0_f32; QUERIES];
                 for row in 0..rows {
-                    shares[row] =
-                        soften::<A>(scores.add(row * keys), weights.add(row * keys), length, keys);
+                    shares[row] = soften::<A>(scores.add(row * keys), weights.add(row * keys), length, keys);
                 }
                 let left = as_they_are::<A>(weights, keys);
                 let depth = length.next_multiple_of(A::DEPTH);
@@ -143,7 +142,13 @@ impl<A: Float> Workspace<A> {
     /// Panels of values: a dimension a column, and keys in depth. Past the last key there are zeros, so
     /// that nothing becomes of a weight of 0.
     #[inline(always)]
-    unsafe fn lay_out_values(&mut self, values: *const A::Element, stride: usize, length: usize, width: usize) {
+    unsafe fn lay_out_values(
+        &mut self,
+        values: *const A::Element,
+        stride: usize,
+        length: usize,
+        width: usize,
+    ) {
         let keys = filled_up(length);
         // SAFETY: the caller's.
         unsafe {
@@ -152,7 +157,13 @@ impl<A: Float> Workspace<A> {
                 let from = values.add(panel);
                 for key in (0..keys).step_by(A::GROUP) {
                     let present = A::GROUP.min(length.saturating_sub(key));
-                    A::Element::weave(from.add(key * stride), stride, present, to.add(key * A::NARROW), A::NARROW);
+                    A::Element::weave(
+                        from.add(key * stride),
+                        stride,
+                        present,
+                        to.add(key * A::NARROW),
+                        A::NARROW,
+                    );
                 }
             }
         }

@@ -22,6 +22,8 @@ unsafe impl Plain for u16 {}
 unsafe impl Plain for u8 {}
 // SAFETY: primitive numbers.
 unsafe impl Plain for i8 {}
+// SAFETY: primitive numbers.
+unsafe impl Plain for i16 {}
 
 /// A fixed number of zeros to begin with, aligned to 64 bytes.
 pub(super) struct Buffer<T: Plain> {

@@ -132,7 +132,8 @@ pub fn file(dir: &Path, name: &str) -> Result<PathBuf, Error> {
 
 fn read_json<T: for<'de> Deserialize<'de>>(dir: &Path, name: &str) -> Result<T, Error> {
     let file = file(dir, name)?;
-    let text = fs::read_to_string(&file).map_err(|source| Error::Unreadable { file: file.clone(), source })?;
+    let text =
+        fs::read_to_string(&file).map_err(|source| Error::Unreadable { file: file.clone(), source })?;
     serde_json::from_str(&text).map_err(|error| Error::Malformed { file, why: error.to_string() })
 }
 

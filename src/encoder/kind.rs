@@ -57,6 +57,8 @@ pub enum KernelKind {
     Portable,
     /// `f32` by AVX2 and FMA.
     Avx2,
+    /// Bytes by AVX2, which multiplies them as words; attention in `f32`.
+    Avx2Int8,
     /// `f32` by AVX-512.
     Avx512,
     /// bf16 by AVX-512.
@@ -71,9 +73,10 @@ pub enum KernelKind {
 
 impl KernelKind {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Portable,
         Self::Avx2,
+        Self::Avx2Int8,
         Self::Avx512,
         Self::Avx512Bf16,
         Self::Avx512Int8,
@@ -87,6 +90,7 @@ impl KernelKind {
         match self {
             Self::Portable => "portable-f32",
             Self::Avx2 => "avx2-f32",
+            Self::Avx2Int8 => "avx2-int8",
             Self::Avx512 => "avx512-f32",
             Self::Avx512Bf16 => "avx512-bf16",
             Self::Avx512Int8 => "avx512-int8",
@@ -101,7 +105,7 @@ impl KernelKind {
         match self {
             Self::Portable | Self::Avx2 | Self::Avx512 => Precision::F32,
             Self::Avx512Bf16 | Self::AmxBf16 => Precision::Bf16,
-            Self::Avx512Int8 | Self::AmxInt8 => Precision::Int8,
+            Self::Avx2Int8 | Self::Avx512Int8 | Self::AmxInt8 => Precision::Int8,
         }
     }
 
@@ -110,7 +114,7 @@ impl KernelKind {
     pub fn instructions(self) -> Instructions {
         match self {
             Self::Portable => Instructions::Portable,
-            Self::Avx2 => Instructions::Avx2,
+            Self::Avx2 | Self::Avx2Int8 => Instructions::Avx2,
             Self::Avx512 | Self::Avx512Bf16 | Self::Avx512Int8 => Instructions::Avx512,
             Self::AmxBf16 | Self::AmxInt8 => Instructions::Auto,
         }
@@ -130,7 +134,9 @@ impl KernelKind {
         let bf16 = || avx512() && is_x86_feature_detected!("avx512bf16");
         match self {
             Self::Portable => true,
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Avx2 | Self::Avx2Int8 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+            }
             Self::Avx512 => avx512(),
             Self::Avx512Bf16 => bf16(),
             Self::Avx512Int8 => avx512() && is_x86_feature_detected!("avx512vnni"),
@@ -148,16 +154,14 @@ impl KernelKind {
     /// The fastest kernel of this precision that this machine has, with no more than these instructions.
     pub fn choose(precision: Precision, most: Instructions) -> Result<Self, Error> {
         let wanted: &[Self] = match precision {
-            Precision::Auto => {
-                &[Self::AmxBf16, Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Portable]
-            }
+            Precision::Auto => &[Self::AmxBf16, Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Portable],
             Precision::F32 => &[Self::Avx512, Self::Avx2, Self::Portable],
             Precision::Bf16 => &[Self::AmxBf16, Self::Avx512Bf16],
-            Precision::Int8 => &[Self::AmxInt8, Self::Avx512Int8],
+            Precision::Int8 => &[Self::AmxInt8, Self::Avx512Int8, Self::Avx2Int8],
         };
         let usable = |kind: &&Self| kind.instructions() <= most && kind.is_supported();
         wanted.iter().find(usable).copied().ok_or_else(|| {
-            let needs = if precision == Precision::Int8 { "VNNI or AMX" } else { "AVX512-BF16 or AMX" };
+            let needs = if precision == Precision::Int8 { "AVX2, VNNI or AMX" } else { "AVX512-BF16 or AMX" };
             Error::Cpu(format!(
                 "{precision:?} needs {needs}, which this CPU has not or embedder.instructions rules out: use \
                  embedder.precision = \"auto\""

@@ -7,7 +7,8 @@ use super::lanes::{Element, Lanes};
 #[inline(always)]
 pub(super) unsafe fn exp2<V: Lanes>(x: V) -> V {
     // Least squares on [-0.5, 0.5], reweighted until the largest relative error is as small as it gets.
-    const TERMS: [f32; 6] = [1.000_000_1, 0.693_146_94, 0.240_221_2, 0.055_507_13, 0.009_675_542, 0.001_327_647_2];
+    const TERMS: [f32; 6] =
+        [1.000_000_1, 0.693_146_94, 0.240_221_2, 0.055_507_13, 0.009_675_542, 0.001_327_647_2];
     // SAFETY: the caller's CPU has the lanes' instructions.
     unsafe {
         let x = x.max(V::splat(-126.0));

@@ -32,14 +32,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use config::{BertConfig, Description, Pooling, file};
+use kernel::{Float, Kernel, portable};
 #[cfg(target_arch = "x86_64")]
 use kernel::{amx, avx2, avx512};
-use kernel::{Float, Kernel, portable};
 pub use kind::{Instructions, KernelKind, Precision};
 use network::Network;
 use tensors::Tensors;
-pub use worker::Worker;
 use worker::Laid;
+pub use worker::Worker;
 
 /// Why there is no encoder.
 #[derive(Debug, thiserror::Error)]
@@ -143,6 +143,8 @@ fn lay_out(description: &Description, tensors: Tensors, kind: KernelKind) -> Res
         KernelKind::Portable => network::<portable::Portable, portable::Portable>(description, tensors),
         #[cfg(target_arch = "x86_64")]
         KernelKind::Avx2 => network::<avx2::F32, avx2::F32>(description, tensors),
+        #[cfg(target_arch = "x86_64")]
+        KernelKind::Avx2Int8 => network::<avx2::Int8, avx2::F32>(description, tensors),
         #[cfg(target_arch = "x86_64")]
         KernelKind::Avx512 => network::<avx512::F32, avx512::F32>(description, tensors),
         #[cfg(target_arch = "x86_64")]

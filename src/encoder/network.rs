@@ -119,7 +119,11 @@ impl Reader<'_> {
             };
             for (column, weights) in weight.chunks_exact(hidden).enumerate() {
                 let to = part * context + of_heads(column);
-                project.set(to, weights.iter().map(|weight| weight * factor).enumerate(), bias[column] * factor);
+                project.set(
+                    to,
+                    weights.iter().map(|weight| weight * factor).enumerate(),
+                    bias[column] * factor,
+                );
             }
         }
         let dense = |name: &str, rows: usize, depth: usize| -> Result<(Vec<f32>, Vec<f32>), Error> {

@@ -1,6 +1,5 @@
 //! One pass of packed sequences through the model.
 
-use super::worker::Batch;
 use super::attention::{self, Sequence};
 use super::buffer::Buffer;
 use super::config::Pooling;
@@ -9,6 +8,7 @@ use super::lanes::{Element, Lanes};
 use super::network::{Layer, Network, Norm, Widths};
 use super::packed::{Gelu, Store};
 use super::team::Team;
+use super::worker::Batch;
 
 /// Rows that stages between the products take at a time.
 const ROWS: usize = 16;
@@ -29,7 +29,7 @@ pub(super) struct Shared<D: Kernel, A: Float> {
     projected: Buffer<A::Element>,
     context: Buffer<D::Element>,
     inner: Buffer<D::Element>,
-    bytes: Buffer<u8>,
+    operands: Buffer<D::Operand>,
     quantizations: Vec<Quantization>,
 }
 
@@ -38,14 +38,14 @@ impl<D: Kernel, A: Float> Shared<D, A> {
     pub(super) fn new(network: &Network<D, A>, tokens: usize) -> Self {
         let Widths { filled, context, inner, .. } = network.widths;
         let rows = tokens + SLACK;
-        let bytes = if D::QUANTIZED { rows * inner.max(filled).max(context) } else { 0 };
+        let operands = if D::QUANTIZED { rows * inner.max(filled).max(context) } else { 0 };
         Self {
             residual: Buffer::zeroed(rows * filled),
             normal: Buffer::zeroed(rows * filled),
             projected: Buffer::zeroed(rows * 3 * context),
             context: Buffer::zeroed(rows * context),
             inner: Buffer::zeroed(rows * inner),
-            bytes: Buffer::zeroed(bytes),
+            operands: Buffer::zeroed(operands),
             quantizations: vec![Quantization::default(); if D::QUANTIZED { rows } else { 0 }],
         }
     }
@@ -58,7 +58,7 @@ impl<D: Kernel, A: Float> Shared<D, A> {
             projected: self.projected.as_mut_ptr(),
             context: self.context.as_mut_ptr(),
             inner: self.inner.as_mut_ptr(),
-            bytes: self.bytes.as_mut_ptr(),
+            operands: self.operands.as_mut_ptr(),
             quantizations: self.quantizations.as_mut_ptr(),
         }
     }
@@ -71,7 +71,7 @@ pub(super) struct Places<D: Kernel, A: Float> {
     projected: *mut A::Element,
     context: *mut D::Element,
     inner: *mut D::Element,
-    bytes: *mut u8,
+    operands: *mut D::Operand,
     quantizations: *mut Quantization,
 }
 
@@ -144,7 +144,8 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
             for row in rows.clone() {
                 let position = self.batch.positions[row] as usize * filled;
                 // SAFETY: the row is this unit's alone, and there is room for it.
-                let to = unsafe { std::slice::from_raw_parts_mut(self.places.residual.add(row * filled), filled) };
+                let to =
+                    unsafe { std::slice::from_raw_parts_mut(self.places.residual.add(row * filled), filled) };
                 to.copy_from_slice(&self.network.positions.as_slice()[position..][..filled]);
                 let id = self.batch.ids[row] as usize;
                 self.network.tensors.add_row(&self.network.words, id, &mut to[..hidden]);
@@ -169,7 +170,7 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
         let partial = self.own.partial.as_mut_ptr();
         // SAFETY: the places have room for the rows; units write to panels, heads or rows of their own.
         unsafe {
-            let left = D::left(places.normal, filled, places.bytes, places.quantizations);
+            let left = D::left(places.normal, filled, places.operands, places.quantizations);
             let store = Store { to: places.projected, stride: 3 * context };
             for panel in self.team.units(*stage, layer.project.panels()) {
                 layer.project.finish(panel, left, rows, partial, &store);
@@ -191,14 +192,14 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
             self.finish_stage(stage, units);
 
             self.prepare(places.context, context, stage);
-            let left = D::left(places.context, context, places.bytes, places.quantizations);
+            let left = D::left(places.context, context, places.operands, places.quantizations);
             for panel in self.team.units(*stage, layer.output.panels()) {
                 layer.output.add_to(panel, left, rows, places.residual, filled);
             }
             self.finish_stage(stage, layer.output.panels());
             self.normalise_all(&layer.attended, stage);
 
-            let left = D::left(places.normal, filled, places.bytes, places.quantizations);
+            let left = D::left(places.normal, filled, places.operands, places.quantizations);
             let gelu = Gelu { to: places.inner, stride: inner };
             for panel in self.team.units(*stage, layer.widen.panels()) {
                 layer.widen.finish(panel, left, rows, partial, &gelu);
@@ -206,7 +207,7 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
             self.finish_stage(stage, layer.widen.panels());
 
             self.prepare(places.inner, inner, stage);
-            let left = D::left(places.inner, inner, places.bytes, places.quantizations);
+            let left = D::left(places.inner, inner, places.operands, places.quantizations);
             for panel in self.team.units(*stage, layer.narrow.panels()) {
                 layer.narrow.add_to(panel, left, rows, places.residual, filled);
             }
@@ -227,9 +228,9 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
             let (first, rows) = (block * ROWS, ROWS.min(tokens - block * ROWS));
             // SAFETY: the caller's; the rows are this unit's alone.
             unsafe {
-                let bytes = self.places.bytes.add(first * width);
+                let operands = self.places.operands.add(first * width);
                 let quantizations = self.places.quantizations.add(first);
-                D::prepare(elements.add(first * width), rows, width, bytes, quantizations);
+                D::prepare(elements.add(first * width), rows, width, operands, quantizations);
             }
         }
         self.finish_stage(stage, blocks);
@@ -280,9 +281,9 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
                     number.add(D::Lanes::load(norm.next.as_ptr().add(at))).store(numbers.add(at));
                 }
             }
-            let bytes = self.places.bytes.wrapping_add(first * filled);
+            let operands = self.places.operands.wrapping_add(first * filled);
             let quantizations = self.places.quantizations.wrapping_add(first);
-            D::prepare(self.places.normal.add(first * filled), rows, filled, bytes, quantizations);
+            D::prepare(self.places.normal.add(first * filled), rows, filled, operands, quantizations);
         }
     }
 
@@ -315,5 +316,4 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
         }
         self.finish_stage(stage, sequences);
     }
-
 }

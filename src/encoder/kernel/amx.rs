@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use super::super::lanes::Lanes;
 use super::super::lanes::avx512::Avx512;
 use super::super::lanes::bf16;
-use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, encode_i8, quantize};
+use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, encode_whole, quantize};
 
 /// Rows of a tile register.
 const SIDE: usize = 16;
@@ -220,7 +220,7 @@ impl Kernel for Bf16 {
     }
 
     #[inline(always)]
-    fn left(elements: *const u16, width: usize, _: *const u8, _: *const Quantization) -> Left<Self> {
+    fn left(elements: *const u16, width: usize, _: *const u16, _: *const Quantization) -> Left<Self> {
         as_they_are(elements, width)
     }
 
@@ -264,7 +264,7 @@ impl Kernel for Int8 {
     }
 
     fn encode(column: &[f32], to: &mut [i8]) -> f32 {
-        encode_i8(column, to)
+        encode_whole(column, to)
     }
 
     fn units(weight: i8) -> f32 {
@@ -276,21 +276,16 @@ impl Kernel for Int8 {
         elements: *const u16,
         rows: usize,
         width: usize,
-        bytes: *mut u8,
+        operands: *mut u8,
         quantizations: *mut Quantization,
     ) {
         // SAFETY: the caller's.
-        unsafe { quantize::<u16, Self::Lanes>(elements, rows, width, bytes, quantizations) }
+        unsafe { quantize::<u16, u8, Self::Lanes>(elements, rows, width, operands, quantizations) }
     }
 
     #[inline(always)]
-    fn left(
-        _: *const u16,
-        width: usize,
-        bytes: *const u8,
-        quantizations: *const Quantization,
-    ) -> Left<Self> {
-        Left { data: bytes, stride: width, quantizations }
+    fn left(_: *const u16, width: usize, data: *const u8, quantizations: *const Quantization) -> Left<Self> {
+        Left { data, stride: width, quantizations }
     }
 
     #[inline(always)]

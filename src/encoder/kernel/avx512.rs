@@ -3,15 +3,15 @@
 //! 24 of the 32 registers hold sums, 2 the panel's columns and one a word of a row, spread to all lanes.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_cvtepi32_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps, _mm512_add_ps, _mm512_castsi512_ps,
+    __m512, __m512i, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_dpbf16_ps,
+    _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps,
 };
 
 use super::super::lanes::avx512::Avx512;
 use super::super::lanes::bf16;
 use super::rows::Rows;
-use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, encode_i8, quantize};
+use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, encode_whole, quantize};
 
 /// Columns of a panel: two registers.
 const COLUMNS: usize = 32;
@@ -69,7 +69,7 @@ impl Kernel for F32 {
     }
 
     #[inline(always)]
-    fn left(elements: *const f32, width: usize, _: *const u8, _: *const Quantization) -> Left<Self> {
+    fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> Left<Self> {
         as_they_are(elements, width)
     }
 
@@ -166,7 +166,7 @@ impl Kernel for Bf16 {
     }
 
     #[inline(always)]
-    fn left(elements: *const u16, width: usize, _: *const u8, _: *const Quantization) -> Left<Self> {
+    fn left(elements: *const u16, width: usize, _: *const u16, _: *const Quantization) -> Left<Self> {
         as_they_are(elements, width)
     }
 
@@ -230,7 +230,7 @@ impl Kernel for $name {
     }
 
     fn encode(column: &[f32], to: &mut [i8]) -> f32 {
-        encode_i8(column, to)
+        encode_whole(column, to)
     }
 
     fn units(weight: i8) -> f32 {
@@ -242,21 +242,21 @@ impl Kernel for $name {
         elements: *const u16,
         rows: usize,
         width: usize,
-        bytes: *mut u8,
+        operands: *mut u8,
         quantizations: *mut Quantization,
     ) {
         // SAFETY: the caller's.
-        unsafe { quantize::<u16, Self::Lanes>(elements, rows, width, bytes, quantizations) }
+        unsafe { quantize::<u16, u8, Self::Lanes>(elements, rows, width, operands, quantizations) }
     }
 
     #[inline(always)]
     fn left(
         _: *const u16,
         width: usize,
-        bytes: *const u8,
+        data: *const u8,
         quantizations: *const Quantization,
     ) -> Left<Self> {
-        Left { data: bytes, stride: width, quantizations }
+        Left { data, stride: width, quantizations }
     }
 
     #[inline(always)]

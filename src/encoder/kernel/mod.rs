@@ -16,7 +16,7 @@ pub(super) mod portable;
 mod rows;
 
 use super::buffer::Plain;
-use super::lanes::{Element, Lanes};
+use super::lanes::{Element, Lanes, Whole};
 
 /// Work that is compiled with a kernel's instructions: `run` must be inlined into its caller.
 pub(super) trait Op {
@@ -29,7 +29,7 @@ pub(super) trait Op {
     unsafe fn run(self) -> Self::Output;
 }
 
-/// How a row of bytes stands for numbers: `byte * scale + least`.
+/// How a row of whole numbers from 0 to 255 stands for others: `whole * scale + least`.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Quantization {
     pub(super) scale: f32,
@@ -104,7 +104,7 @@ pub(super) trait Kernel: Sized + Send + Sync + 'static {
     type Lanes: Lanes;
     /// What the stages hand to each other.
     type Element: Element;
-    /// What is multiplied, on the left; the element itself, or a byte.
+    /// What is multiplied, on the left; the element itself, or a whole number.
     type Operand: Plain;
     /// What is multiplied, on the right.
     type Weight: Plain;
@@ -148,17 +148,17 @@ pub(super) trait Kernel: Sized + Send + Sync + 'static {
         elements: *const Self::Element,
         rows: usize,
         width: usize,
-        bytes: *mut u8,
+        operands: *mut Self::Operand,
         quantizations: *mut Quantization,
     ) {
-        let _ = (elements, rows, width, bytes, quantizations);
+        let _ = (elements, rows, width, operands, quantizations);
     }
 
     /// The matrix of what [`Kernel::prepare`] has seen.
     fn left(
         elements: *const Self::Element,
         width: usize,
-        bytes: *const u8,
+        operands: *const Self::Operand,
         quantizations: *const Quantization,
     ) -> Left<Self>;
 
@@ -171,42 +171,42 @@ pub(super) trait Kernel: Sized + Send + Sync + 'static {
 }
 
 /// A kernel that multiplies elements.
-pub(super) trait Float: Kernel<Operand = <Self as Kernel>::Element, Weight = <Self as Kernel>::Element> {}
+pub(super) trait Float:
+    Kernel<Operand = <Self as Kernel>::Element, Weight = <Self as Kernel>::Element>
+{
+}
 
 impl<K: Kernel<Operand = <K as Kernel>::Element, Weight = <K as Kernel>::Element>> Float for K {}
 
 /// Elements as they are, for kernels that multiply them.
 #[inline(always)]
-pub(super) fn as_they_are<K: Float>(
-    elements: *const K::Element,
-    width: usize,
-) -> Left<K> {
+pub(super) fn as_they_are<K: Float>(elements: *const K::Element, width: usize) -> Left<K> {
     Left { data: elements, stride: width, quantizations: std::ptr::null() }
 }
 
-/// Whole bytes for the weights of a column, -127 to 127.
-pub(super) fn encode_i8(column: &[f32], to: &mut [i8]) -> f32 {
+/// Whole numbers for the weights of a column, -127 to 127, and what one stands for.
+pub(super) fn encode_whole<W: From<i8>>(column: &[f32], to: &mut [W]) -> f32 {
     let largest = column.iter().fold(0.0_f32, |largest, weight| largest.max(weight.abs()));
     let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
     for (weight, to) in column.iter().zip(to) {
-        *to = (weight / scale).round_ties_even() as i8;
+        *to = W::from((weight / scale).round_ties_even() as i8);
     }
     scale
 }
 
-/// Bytes for each row of elements, from the row's least to its largest.
+/// 0 to 255 for each row of elements, from the row's least to its largest.
 #[inline(always)]
-pub(super) unsafe fn quantize<E: Element, V: Lanes>(
+pub(super) unsafe fn quantize<E: Element, W: Whole, V: Lanes>(
     elements: *const E,
     rows: usize,
     width: usize,
-    bytes: *mut u8,
+    operands: *mut W,
     quantizations: *mut Quantization,
 ) {
     // SAFETY: the caller's, and widths are multiples of any register's lanes.
     unsafe {
         for row in 0..rows {
-            let (from, to) = (elements.add(row * width), bytes.add(row * width));
+            let (from, to) = (elements.add(row * width), operands.add(row * width));
             let first = E::get::<V>(from);
             let (mut most, mut least) = (first, first);
             for at in (V::LANES..width).step_by(V::LANES) {
@@ -220,7 +220,7 @@ pub(super) unsafe fn quantize<E: Element, V: Lanes>(
             let (shift, factor) = (V::splat(-least / scale), V::splat(1.0 / scale));
             for at in (0..width).step_by(V::LANES) {
                 let numbers = E::get::<V>(from.add(at)).mul_add(factor, shift);
-                numbers.max(V::splat(0.0)).min(V::splat(255.0)).store_u8(to.add(at));
+                W::put(numbers.max(V::splat(0.0)).min(V::splat(255.0)), to.add(at));
             }
             quantizations.add(row).write(Quantization { scale, least });
         }

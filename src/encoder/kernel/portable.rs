@@ -33,7 +33,7 @@ impl Kernel for Portable {
     }
 
     #[inline(always)]
-    fn left(elements: *const f32, width: usize, _: *const u8, _: *const Quantization) -> Left<Self> {
+    fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> Left<Self> {
         as_they_are(elements, width)
     }
 

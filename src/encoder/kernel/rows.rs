@@ -19,7 +19,9 @@ impl Rows {
         for (third, pointer) in thirds.iter_mut().enumerate() {
             *pointer = words.wrapping_add(if third * 3 < ROWS { third * 3 * pitch } else { 0 });
             // SAFETY: no instruction at all; the compiler no longer knows that pointers belong together.
-            unsafe { asm!("/* {0} */", inout(reg) *pointer, options(pure, nomem, nostack, preserves_flags)) };
+            unsafe {
+                asm!("/* {0} */", inout(reg) * pointer, options(pure, nomem, nostack, preserves_flags))
+            };
         }
         Self { thirds, pitch }
     }

@@ -1,12 +1,12 @@
 //! AVX2 and FMA: 8 numbers a register.
 
 use std::arch::x86_64::{
-    __m256, _CMP_GT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128,
-    _mm256_add_epi32, _mm256_add_ps, _mm256_blendv_ps, 
-    _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32,
-    _mm256_cvtps_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_round_ps, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setr_ps, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps,
+    __m256, _CMP_GT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_blendv_ps, _mm256_castsi256_ps, _mm256_castsi256_si128,
+    _mm256_cmp_ps, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtps_epi32, _mm256_fmadd_ps,
+    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_packs_epi32,
+    _mm256_permute2f128_ps, _mm256_permute4x64_epi64, _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setr_ps, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps,
     _mm256_unpackhi_ps, _mm256_unpacklo_ps,
 };
 
@@ -73,10 +73,21 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn store_u8(self, to: *mut u8) {
+        // No kernel of this width multiplies bytes.
         // SAFETY: see above.
         unsafe {
             let bytes = self.to_array().map(|number| number.round_ties_even() as u8);
             to.cast::<[u8; 8]>().write_unaligned(bytes);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i16(self, to: *mut i16) {
+        // SAFETY: see above. Each half of the register becomes a quarter, twice.
+        unsafe {
+            let words = _mm256_cvtps_epi32(self.0);
+            let halves = _mm256_permute4x64_epi64::<0b1000>(_mm256_packs_epi32(words, words));
+            _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(halves));
         }
     }
 

@@ -32,6 +32,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn load_i32(from: *const i32) -> Self;
     /// Rounded to the nearest, of numbers that lie in 0 to 255.
     unsafe fn store_u8(self, to: *mut u8);
+    /// The same, in words of 16 bits.
+    unsafe fn store_i16(self, to: *mut i16);
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn sub(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
@@ -155,6 +157,27 @@ impl Element for u16 {
                 }
             }
         }
+    }
+}
+
+/// Whole numbers from 0 to 255 that products are made of.
+pub(super) trait Whole: Plain {
+    unsafe fn put<V: Lanes>(numbers: V, to: *mut Self);
+}
+
+impl Whole for u8 {
+    #[inline(always)]
+    unsafe fn put<V: Lanes>(numbers: V, to: *mut Self) {
+        // SAFETY: the caller's.
+        unsafe { numbers.store_u8(to) }
+    }
+}
+
+impl Whole for i16 {
+    #[inline(always)]
+    unsafe fn put<V: Lanes>(numbers: V, to: *mut Self) {
+        // SAFETY: the caller's.
+        unsafe { numbers.store_i16(to) }
     }
 }
 

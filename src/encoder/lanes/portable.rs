@@ -67,6 +67,13 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn store_i16(self, to: *mut i16) {
+        let words = self.0.map(|number| number.round_ties_even() as i16);
+        // SAFETY: see above.
+        unsafe { to.cast::<[i16; 8]>().write_unaligned(words) }
+    }
+
+    #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
         self.zip(other, |a, b| a + b)
     }

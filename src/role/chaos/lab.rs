@@ -116,8 +116,6 @@ impl Lab {
             ("REFARCH_INDEXER_SETTLE_MS".to_owned(), SETTLE_MS.to_string()),
             ("REFARCH_INDEX_TIMEOUT_MS".to_owned(), TIMEOUT_MS.to_string()),
             ("REFARCH_LOG_LEVEL".to_owned(), set.log.level.clone()),
-            // A process a core: threads of one model would wait for each other.
-            ("RAYON_NUM_THREADS".to_owned(), "1".to_owned()),
         ];
         if let Some(double) = &self.double {
             env.push(("REFARCH_INDEX_KIND".to_owned(), "pinecone".to_owned()));

@@ -1,0 +1,57 @@
+//! How near an engine's vectors are to the reference's.
+
+/// Texts whose neighbours are looked at.
+const QUERIES: usize = 1_000;
+
+/// Neighbours that are looked at.
+const TOP: usize = 10;
+
+pub struct Fit {
+    pub cosine_min: f64,
+    pub cosine_mean: f64,
+    /// Share of the reference's ten nearest neighbours of a text that are among this engine's, on average.
+    pub overlap_at_10: f64,
+}
+
+/// Compares `count` vectors of each, end to end.
+pub fn compare(reference: &[f32], vectors: &[f32], count: usize) -> Fit {
+    assert_eq!(reference.len(), vectors.len(), "as many vectors of the same length");
+    let width = vectors.len() / count;
+    let cosines: Vec<f64> = reference
+        .chunks_exact(width)
+        .zip(vectors.chunks_exact(width))
+        .map(|(a, b)| dot(a, b) / (dot(a, a) * dot(b, b)).sqrt())
+        .collect();
+    let (theirs, ours) = (neighbours(reference, width), neighbours(vectors, width));
+    let shared: usize =
+        theirs.iter().zip(&ours).map(|(a, b)| a.iter().filter(|text| b.contains(text)).count()).sum();
+    let all: usize = theirs.iter().map(Vec::len).sum();
+    Fit {
+        cosine_min: cosines.iter().copied().fold(f64::INFINITY, f64::min),
+        cosine_mean: cosines.iter().sum::<f64>() / count as f64,
+        overlap_at_10: shared as f64 / all as f64,
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}
+
+/// The nearest other vectors of each of the first.
+fn neighbours(vectors: &[f32], width: usize) -> Vec<Vec<usize>> {
+    let count = vectors.len() / width;
+    vectors
+        .chunks_exact(width)
+        .take(QUERIES)
+        .enumerate()
+        .map(|(query, numbers)| {
+            let score = |other: &[f32]| numbers.iter().zip(other).map(|(a, b)| a * b).sum::<f32>();
+            let mut ranked: Vec<(f32, usize)> =
+                vectors.chunks_exact(width).map(score).zip(0..count).collect();
+            ranked.swap_remove(query);
+            let top = TOP.min(ranked.len());
+            ranked.select_nth_unstable_by(top - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            ranked[..top].iter().map(|(_, text)| *text).collect()
+        })
+        .collect()
+}

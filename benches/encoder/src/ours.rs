@@ -1,0 +1,120 @@
+//! refarch's own encoder, each kernel that this CPU has.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::time::Instant;
+
+use anyhow::Result;
+use refarch::backend::minilm::{Model, Options};
+use refarch::encoder::{KernelKind, Worker};
+
+use crate::corpus::{Corpus, Folder};
+use crate::engine::{Engine, Label};
+use crate::padded::share;
+
+/// Tokens that a thread takes at a time, about.
+const PART_TOKENS: usize = 1_280;
+
+pub struct Ours {
+    kind: KernelKind,
+    model: Arc<Model>,
+    workers: Vec<Worker>,
+    texts: Arc<[Arc<str>]>,
+    ids: Arc<[Vec<u32>]>,
+    /// First and last but one text of each part.
+    parts: Vec<(usize, usize)>,
+    vectors: Vec<f32>,
+}
+
+/// How each kernel is asked for.
+pub fn kernels() -> impl Iterator<Item = (KernelKind, Options)> {
+    KernelKind::ALL
+        .into_iter()
+        .filter(|kind| kind.is_supported())
+        .map(|kind| (kind, Options { precision: kind.precision(), instructions: kind.instructions() }))
+}
+
+/// Precision by the name that figures have.
+pub fn precision(kind: KernelKind) -> &'static str {
+    match kind.precision() {
+        refarch::encoder::Precision::Bf16 => "bf16",
+        refarch::encoder::Precision::Int8 => "int8",
+        _ => "f32",
+    }
+}
+
+pub fn label(kind: KernelKind) -> Label {
+    let version = env!("CARGO_PKG_VERSION").into();
+    Label { engine: "refarch", version, precision: precision(kind).into(), kernel: kind.name() }
+}
+
+pub fn all(folder: &Folder, threads: usize) -> Result<Vec<Ours>> {
+    kernels()
+        .map(|(kind, options)| {
+            let model = Arc::new(Model::load(&folder.path, options)?);
+            assert_eq!(model.kind(), kind, "the kernel that was asked for");
+            let workers = (0..threads).map(|_| model.worker()).collect();
+            let (texts, ids) = (Arc::from([]), Arc::from([]));
+            Ok(Ours { kind, model, workers, texts, ids, parts: Vec::new(), vectors: Vec::new() })
+        })
+        .collect()
+}
+
+impl Ours {
+    /// Embeds all parts by `embed`, on all workers.
+    fn go(&mut self, embed: impl Fn(&mut Worker, usize, usize) -> Result<Vec<f32>> + Sync) -> Result<f64> {
+        let started = Instant::now();
+        let parts = &self.parts;
+        let done: Vec<Mutex<Vec<f32>>> = parts.iter().map(|_| Mutex::default()).collect();
+        share(&mut self.workers, parts.len(), |worker, part| {
+            let (first, end) = parts[part];
+            *done[part].lock().unwrap() = embed(worker, first, end)?;
+            Ok(())
+        })?;
+        let seconds = started.elapsed().as_secs_f64();
+        self.vectors = done.into_iter().flat_map(|part| part.into_inner().unwrap()).collect();
+        Ok(seconds)
+    }
+}
+
+impl Engine for Ours {
+    fn label(&self) -> Label {
+        label(self.kind)
+    }
+
+    fn settle(&mut self, corpus: &Corpus) -> Result<Option<usize>> {
+        (self.texts, self.ids) = (Arc::clone(&corpus.texts), Arc::clone(&corpus.ids));
+        self.parts.clear();
+        let (mut first, mut tokens) = (0, 0);
+        for (text, ids) in self.ids.iter().enumerate() {
+            if tokens > 0 && tokens + ids.len() > PART_TOKENS {
+                self.parts.push((first, text));
+                (first, tokens) = (text, 0);
+            }
+            tokens += ids.len();
+        }
+        self.parts.push((first, self.ids.len()));
+        self.run()?;
+        Ok(None)
+    }
+
+    fn run(&mut self) -> Result<f64> {
+        let ids = Arc::clone(&self.ids);
+        self.go(|worker, first, end| {
+            let sequences: Vec<&[u32]> = ids[first..end].iter().map(Vec::as_slice).collect();
+            Ok(worker.embed(&sequences))
+        })
+    }
+
+    fn run_from_texts(&mut self) -> Result<f64> {
+        let texts = Arc::clone(&self.texts);
+        let model = Arc::clone(&self.model);
+        self.go(|worker, first, end| {
+            Ok(model.embed(worker, &texts[first..end])?.iter().flat_map(|vector| vector.to_vec()).collect())
+        })
+    }
+
+    fn vectors(&mut self) -> Result<Vec<f32>> {
+        Ok(self.vectors.clone())
+    }
+}

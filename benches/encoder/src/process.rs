@@ -1,0 +1,79 @@
+//! What a process with two workers takes: the time to load, and memory at its peak.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::resource::{UsageWho, getrusage};
+use refarch::backend::minilm::{MiniLm, Model};
+use refarch::pipeline::embedder::Embedder as _;
+use refarch::role::generate::catalogue::{Catalogue, Text};
+use serde_json::{Value, json};
+
+use crate::engine::Label;
+use crate::{median, ours};
+
+/// Workers of the process.
+const WORKERS: usize = 2;
+
+/// Texts that each embeds.
+const TEXTS: u64 = 500;
+
+/// Each kernel in processes of its own.
+pub fn measure(model: &Path, runs: usize, wanted: &dyn Fn(&Label) -> bool) -> Result<Vec<Value>> {
+    let mut rows = Vec::new();
+    for (kind, _) in ours::kernels().filter(|(kind, _)| wanted(&ours::label(*kind))) {
+        let (mut load_ms, mut peak_mib) = (Vec::new(), Vec::new());
+        for _ in 0..runs {
+            let output = Command::new(std::env::current_exe()?)
+                .args(["--process", kind.name(), "--model"])
+                .arg(model)
+                .output()?;
+            ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            let figures: Value = serde_json::from_slice(&output.stdout)?;
+            load_ms.push(figures["load_ms"].as_f64().context("no load_ms")?);
+            peak_mib.push(figures["peak_mib"].as_f64().context("no peak_mib")?);
+        }
+        let (load, peak) = (median(&load_ms), median(&peak_mib));
+        println!(
+            "a process with {WORKERS} workers by {:<14} loads in {load:.0} ms, {peak:.0} MiB at its peak",
+            kind.name()
+        );
+        rows.push(json!({ "engine": "refarch", "precision": ours::precision(kind), "kernel": kind.name(),
+            "workers": WORKERS, "load_ms": load, "peak_mib": peak }));
+    }
+    Ok(rows)
+}
+
+/// Such a process: loads, embeds, and prints its figures.
+pub fn be_one(model: &Path, kernel: &str) -> Result<()> {
+    let (_, options) =
+        ours::kernels().find(|(kind, _)| kind.name() == kernel).context("no such kernel on this CPU")?;
+    let started = Instant::now();
+    let loaded = Arc::new(Model::load(model, options)?);
+    let load_ms = started.elapsed().as_secs_f64() * 1e3;
+    let minilm = MiniLm::start(loaded, WORKERS);
+    let catalogue = Catalogue::new(1);
+    let mut text = Text::default();
+    let mut texts = |first: u64| -> Vec<Arc<str>> {
+        (first..first + TEXTS)
+            .map(|number| {
+                catalogue.product(number, &mut text);
+                text.description.as_str().into()
+            })
+            .collect()
+    };
+    let (one, other) = (texts(0), texts(TEXTS));
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    runtime.block_on(async {
+        let (one, other) = tokio::join!(minilm.embed(&one), minilm.embed(&other));
+        one.and(other)
+    })?;
+    // Linux counts in KiB, macOS in bytes.
+    let unit = if cfg!(target_os = "macos") { 1024.0 * 1024.0 } else { 1024.0 };
+    let peak_mib = getrusage(UsageWho::RUSAGE_SELF)?.max_rss() as f64 / unit;
+    println!("{}", json!({ "load_ms": load_ms, "peak_mib": peak_mib }));
+    Ok(())
+}
