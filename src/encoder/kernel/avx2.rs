@@ -1,7 +1,8 @@
-//! AVX2 and FMA: `f32`, and bytes as words of 16 bits, tiles of 6 rows by 2 registers.
+//! AVX2 and FMA: `f32`, tiles of 6 rows by 2 registers; and bytes as words of 16 bits, 5 rows.
 //!
 //! 12 of the 16 registers hold sums, 2 the panel's columns and one a word of a row, spread to all lanes.
 
+use std::arch::asm;
 use std::arch::x86_64::{
     __m256, __m256i, _mm256_add_epi32, _mm256_add_ps, _mm256_castsi256_ps, _mm256_cvtepi32_ps,
     _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_mul_ps,
@@ -10,27 +11,13 @@ use std::arch::x86_64::{
 
 use super::super::lanes::avx2::Avx2;
 use super::rows::Rows;
-use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, encode_whole, quantize};
+use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, by_rows, encode_whole, quantize};
 
 /// Columns of a panel: two registers.
 const COLUMNS: usize = 16;
 
 /// Words in depth that are multiplied before pointers move on.
 const UNROLLED: usize = 4;
-
-/// Calls a tile function for a number of rows that is known only now.
-macro_rules! by_rows {
-    ($function:ident, $rows:expr, $left:expr, $right:expr, $sums:expr) => {
-        match $rows {
-            1 => $function::<1>($left, $right, $sums),
-            2 => $function::<2>($left, $right, $sums),
-            3 => $function::<3>($left, $right, $sums),
-            4 => $function::<4>($left, $right, $sums),
-            5 => $function::<5>($left, $right, $sums),
-            _ => $function::<6>($left, $right, $sums),
-        }
-    };
-}
 
 /// `f32`.
 pub(in crate::encoder) struct F32;
@@ -70,7 +57,7 @@ impl Kernel for F32 {
     #[inline(always)]
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
         // SAFETY: the caller's.
-        unsafe { by_rows!(tile_f32, rows, left, right, sums) }
+        unsafe { TILE_F32S[rows - 1](left, right, sums) }
     }
 }
 
@@ -104,8 +91,9 @@ unsafe fn finish<const ROWS: usize>(registers: [[__m256; 2]; ROWS], sums: Sums) 
     }
 }
 
+static TILE_F32S: [unsafe fn(Left<F32>, &Right<F32>, Sums); 6] = by_rows!(tile_f32; 1 2 3 4 5 6);
+
 #[target_feature(enable = "avx2,fma")]
-#[inline(never)]
 unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums: Sums) {
     // SAFETY: the caller's: `ROWS` rows and 16 columns, `depth` deep.
     unsafe {
@@ -141,7 +129,8 @@ impl Kernel for Int8 {
     const QUANTIZED: bool = true;
     const GROUP: usize = 2;
     const DEPTH: usize = 2 * UNROLLED;
-    const ROWS: usize = 6;
+    // With six, a sum finds no register: products need one of their own before they are added.
+    const ROWS: usize = 5;
     const COLUMNS: usize = COLUMNS;
 
     #[target_feature(enable = "avx2,fma")]
@@ -178,12 +167,13 @@ impl Kernel for Int8 {
     #[inline(always)]
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
         // SAFETY: the caller's.
-        unsafe { by_rows!(tile_i16, rows, left, right, sums) }
+        unsafe { TILE_I16S[rows - 1](left, right, sums) }
     }
 }
 
+static TILE_I16S: [unsafe fn(Left<Int8>, &Right<Int8>, Sums); 5] = by_rows!(tile_i16; 1 2 3 4 5);
+
 #[target_feature(enable = "avx2,fma")]
-#[inline(never)]
 unsafe fn tile_i16<const ROWS: usize>(left: Left<Int8>, right: &Right<Int8>, sums: Sums) {
     // SAFETY: the caller's: `ROWS` rows and 16 columns, `depth` deep, which is even.
     unsafe {
@@ -196,23 +186,32 @@ unsafe fn tile_i16<const ROWS: usize>(left: Left<Int8>, right: &Right<Int8>, sum
                 let (low, high) = (_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(16).cast()));
                 for (row, [to_low, to_high]) in registers.iter_mut().enumerate() {
                     let word = _mm256_set1_epi32(rows.word(row, step));
-                    *to_low = _mm256_add_epi32(*to_low, _mm256_madd_epi16(word, low));
-                    *to_high = _mm256_add_epi32(*to_high, _mm256_madd_epi16(word, high));
+                    *to_low = held(_mm256_add_epi32(*to_low, _mm256_madd_epi16(word, low)));
+                    *to_high = held(_mm256_add_epi32(*to_high, _mm256_madd_epi16(word, high)));
                 }
             }
             rows.advance();
             columns = columns.add(UNROLLED * 2 * COLUMNS);
         }
-        let mut after = begin::<ROWS>(sums);
-        for (row, (after, registers)) in after.iter_mut().zip(registers).enumerate() {
+        for (row, [low, high]) in registers.into_iter().enumerate() {
+            let sums = Sums { data: sums.data.add(row * sums.stride), ..sums };
+            let [[before_low, before_high]] = begin::<1>(sums);
             let quantization = *left.quantizations.add(row);
-            *after = [
-                dequantize(registers[0], quantization, right, 0, after[0]),
-                dequantize(registers[1], quantization, right, 8, after[1]),
-            ];
+            let low = dequantize(low, quantization, right, 0, before_low);
+            let high = dequantize(high, quantization, right, 8, before_high);
+            finish([[low, high]], sums);
         }
-        finish(after, sums);
     }
+}
+
+/// The same sum, of which the compiler does not know how it came about: it would add up products of several
+/// steps first, which takes more registers than there are.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn held(mut sum: __m256i) -> __m256i {
+    // SAFETY: no instruction at all.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags)) };
+    sum
 }
 
 /// `(sum of products * row's scale + sum of units * row's least) * column's scale + before`.

@@ -11,33 +11,13 @@ use std::arch::x86_64::{
 use super::super::lanes::avx512::Avx512;
 use super::super::lanes::bf16;
 use super::rows::Rows;
-use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, encode_whole, quantize};
+use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, by_rows, encode_whole, quantize};
 
 /// Columns of a panel: two registers.
 const COLUMNS: usize = 32;
 
 /// Words in depth that are multiplied before pointers move on.
 const UNROLLED: usize = 4;
-
-/// Calls a tile function for a number of rows that is known only now.
-macro_rules! by_rows {
-    ($function:ident, $rows:expr, $left:expr, $right:expr, $sums:expr) => {
-        match $rows {
-            1 => $function::<1>($left, $right, $sums),
-            2 => $function::<2>($left, $right, $sums),
-            3 => $function::<3>($left, $right, $sums),
-            4 => $function::<4>($left, $right, $sums),
-            5 => $function::<5>($left, $right, $sums),
-            6 => $function::<6>($left, $right, $sums),
-            7 => $function::<7>($left, $right, $sums),
-            8 => $function::<8>($left, $right, $sums),
-            9 => $function::<9>($left, $right, $sums),
-            10 => $function::<10>($left, $right, $sums),
-            11 => $function::<11>($left, $right, $sums),
-            _ => $function::<12>($left, $right, $sums),
-        }
-    };
-}
 
 /// `f32`.
 pub(in crate::encoder) struct F32;
@@ -76,7 +56,7 @@ impl Kernel for F32 {
     #[inline(always)]
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
         // SAFETY: the caller's.
-        unsafe { by_rows!(tile_f32, rows, left, right, sums) }
+        unsafe { TILE_F32S[rows - 1](left, right, sums) }
     }
 }
 
@@ -110,8 +90,10 @@ unsafe fn finish<const ROWS: usize>(registers: [[__m512; 2]; ROWS], sums: Sums) 
     }
 }
 
+static TILE_F32S: [unsafe fn(Left<F32>, &Right<F32>, Sums); 12] =
+    by_rows!(tile_f32; 1 2 3 4 5 6 7 8 9 10 11 12);
+
 #[target_feature(enable = "avx512f")]
-#[inline(never)]
 unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums: Sums) {
     // SAFETY: the caller's: `ROWS` rows and 32 columns, `depth` deep.
     unsafe {
@@ -173,12 +155,14 @@ impl Kernel for Bf16 {
     #[inline(always)]
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
         // SAFETY: the caller's.
-        unsafe { by_rows!(tile_bf16, rows, left, right, sums) }
+        unsafe { TILE_BF16S[rows - 1](left, right, sums) }
     }
 }
 
+static TILE_BF16S: [unsafe fn(Left<Bf16>, &Right<Bf16>, Sums); 12] =
+    by_rows!(tile_bf16; 1 2 3 4 5 6 7 8 9 10 11 12);
+
 #[target_feature(enable = "avx512f,avx512bf16")]
-#[inline(never)]
 unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, sums: Sums) {
     // SAFETY: the caller's: `ROWS` rows and 32 columns, `depth` deep, which is even. A `__m512bh` is 64
     // bytes like the other registers.
@@ -264,7 +248,7 @@ impl Kernel for $name {
         let left = Bytes { data: left.data, stride: left.stride, quantizations: left.quantizations };
         let right = Units { data: right.data, depth: right.depth, scales: right.scales, sums: right.sums };
         // SAFETY: the caller's.
-        unsafe { by_rows!(tile_i8, rows, left, &right, sums) }
+        unsafe { TILE_I8S[rows - 1](left, &right, sums) }
     }
 }
     };
@@ -298,8 +282,9 @@ struct Units {
     sums: *const f32,
 }
 
+static TILE_I8S: [unsafe fn(Bytes, &Units, Sums); 12] = by_rows!(tile_i8; 1 2 3 4 5 6 7 8 9 10 11 12);
+
 #[target_feature(enable = "avx512f,avx512vnni")]
-#[inline(never)]
 unsafe fn tile_i8<const ROWS: usize>(left: Bytes, right: &Units, sums: Sums) {
     // SAFETY: the caller's: `ROWS` rows and 32 columns, `depth` deep, a multiple of four.
     unsafe {
@@ -319,16 +304,14 @@ unsafe fn tile_i8<const ROWS: usize>(left: Bytes, right: &Units, sums: Sums) {
             rows.advance();
             columns = columns.add(UNROLLED * 4 * COLUMNS);
         }
-        let before = begin::<ROWS>(sums);
-        let mut after = before;
-        for (row, (after, registers)) in after.iter_mut().zip(registers).enumerate() {
+        for (row, [low, high]) in registers.into_iter().enumerate() {
+            let sums = Sums { data: sums.data.add(row * sums.stride), ..sums };
+            let [[before_low, before_high]] = begin::<1>(sums);
             let quantization = *left.quantizations.add(row);
-            *after = [
-                dequantize(registers[0], quantization, right, 0, after[0]),
-                dequantize(registers[1], quantization, right, 16, after[1]),
-            ];
+            let low = dequantize(low, quantization, right, 0, before_low);
+            let high = dequantize(high, quantization, right, 16, before_high);
+            finish([[low, high]], sums);
         }
-        finish(after, sums);
     }
 }
 

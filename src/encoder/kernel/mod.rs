@@ -29,6 +29,18 @@ pub(super) trait Op {
     unsafe fn run(self) -> Self::Output;
 }
 
+/// The functions that multiply so many rows, from one on, for a number of rows that is known only when they
+/// run. They are called by pointer because nothing else keeps them apart: the compiler takes no notice of
+/// `inline(never)` on functions with target features, and inlined into the stages their sums are no longer
+/// held in registers.
+#[cfg(target_arch = "x86_64")]
+macro_rules! by_rows {
+    ($function:ident; $($rows:literal)+) => { [$($function::<$rows>),+] };
+}
+
+#[cfg(target_arch = "x86_64")]
+use by_rows;
+
 /// How a row of whole numbers from 0 to 255 stands for others: `whole * scale + least`.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Quantization {

@@ -6,16 +6,17 @@ use super::{Lanes, bf16};
 #[derive(Clone, Copy)]
 pub(in crate::encoder) struct Portable([f32; 8]);
 
-impl Portable {
-    #[inline(always)]
-    fn map(self, work: impl Fn(f32) -> f32) -> Self {
-        Self(self.0.map(work))
-    }
-
-    #[inline(always)]
-    fn zip(self, other: Self, work: impl Fn(f32, f32) -> f32) -> Self {
-        Self(std::array::from_fn(|lane| work(self.0[lane], other.0[lane])))
-    }
+/// Lane by lane. (A loop that is written out, since closures are not inlined this deep.)
+macro_rules! each {
+    ($lane:ident: $number:expr) => {{
+        let mut numbers = [0.0_f32; 8];
+        let mut $lane = 0;
+        while $lane < 8 {
+            numbers[$lane] = $number;
+            $lane += 1;
+        }
+        Self(numbers)
+    }};
 }
 
 // SAFETY of all: the caller's pointers are valid for eight numbers (for the transposition: for eight
@@ -44,7 +45,7 @@ impl Lanes for Portable {
     unsafe fn load_bf16(from: *const u16) -> Self {
         // SAFETY: see above.
         let halves = unsafe { from.cast::<[u16; 8]>().read_unaligned() };
-        Self(halves.map(|half| f32::from_bits(u32::from(half) << 16)))
+        each!(lane: f32::from_bits(u32::from(halves[lane]) << 16))
     }
 
     #[inline(always)]
@@ -56,7 +57,8 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn load_i32(from: *const i32) -> Self {
         // SAFETY: see above.
-        Self(unsafe { from.cast::<[i32; 8]>().read_unaligned() }.map(|number| number as f32))
+        let whole = unsafe { from.cast::<[i32; 8]>().read_unaligned() };
+        each!(lane: whole[lane] as f32)
     }
 
     #[inline(always)]
@@ -75,49 +77,49 @@ impl Lanes for Portable {
 
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
-        self.zip(other, |a, b| a + b)
+        each!(lane: self.0[lane] + other.0[lane])
     }
 
     #[inline(always)]
     unsafe fn sub(self, other: Self) -> Self {
-        self.zip(other, |a, b| a - b)
+        each!(lane: self.0[lane] - other.0[lane])
     }
 
     #[inline(always)]
     unsafe fn mul(self, other: Self) -> Self {
-        self.zip(other, |a, b| a * b)
+        each!(lane: self.0[lane] * other.0[lane])
     }
 
     #[inline(always)]
     unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
         // `f32::mul_add` would be a call into a library where the CPU has no such instruction.
-        self.zip(factor, |a, b| a * b).zip(addend, |a, b| a + b)
+        each!(lane: self.0[lane] * factor.0[lane] + addend.0[lane])
     }
 
     #[inline(always)]
     unsafe fn max(self, other: Self) -> Self {
-        self.zip(other, |a, b| if a > b { a } else { b })
+        each!(lane: if self.0[lane] > other.0[lane] { self.0[lane] } else { other.0[lane] })
     }
 
     #[inline(always)]
     unsafe fn min(self, other: Self) -> Self {
-        self.zip(other, |a, b| if a < b { a } else { b })
+        each!(lane: if self.0[lane] < other.0[lane] { self.0[lane] } else { other.0[lane] })
     }
 
     #[inline(always)]
     unsafe fn round(self) -> Self {
         // Adding and taking away 1.5 * 2^23 leaves no bits below one; the numbers here are small.
-        self.map(|number| (number + 12_582_912.0) - 12_582_912.0)
+        each!(lane: (self.0[lane] + 12_582_912.0) - 12_582_912.0)
     }
 
     #[inline(always)]
     unsafe fn scale(self, exponent: Self) -> Self {
-        self.zip(exponent, |number, exponent| number * f32::from_bits(((exponent as i32 + 127) << 23) as u32))
+        each!(lane: self.0[lane] * f32::from_bits(((exponent.0[lane] as i32 + 127) << 23) as u32))
     }
 
     #[inline(always)]
     unsafe fn first(self, count: usize, fill: Self) -> Self {
-        Self(std::array::from_fn(|lane| if lane < count { self.0[lane] } else { fill.0[lane] }))
+        each!(lane: if lane < count { self.0[lane] } else { fill.0[lane] })
     }
 
     #[inline(always)]

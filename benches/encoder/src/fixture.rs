@@ -1,0 +1,53 @@
+//! Real texts with the vectors that candle gives them, for the encoder's tests.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use serde_json::json;
+
+use crate::corpus::{Corpus, Folder};
+use crate::engine::Engine as _;
+use crate::through_candle;
+
+/// Short ones, odd ones and long ones.
+const TEXTS: [&str; 10] = [
+    "",
+    "lamp",
+    "a kettle that boils water for tea",
+    "LED-Leuchte, dimmbar, 12 W, für Küche und Flur: 49,90 €",
+    "智能手表 ⌚ with GPS & heart-rate monitor!!!",
+    "1234567890 1/2\" x 3/4\" (M6×20) ISO-4762",
+    "The stove burns gas or wood pellets, folds flat, and weighs less than a bottle of water when it is packed.",
+    "noise cancelling headphones for a noisy open-plan office, with a microphone that can be folded away",
+    "A chair with lumbar support, adjustable armrests and a headrest, made of recycled nylon and aluminium, for \
+     people who sit all day and would rather not feel it in the evening; delivered in one piece, without tools, \
+     and taken back after ten years to be made into another chair. Colours: moss, sand, slate and brick.",
+    "once more ",
+];
+
+/// Times that the last text is repeated, so that it is longer than the model reads.
+const REPEATED: usize = 200;
+
+pub fn write(folder: &Folder, file: &Path, limit: usize) -> Result<()> {
+    let mut texts: Vec<Arc<str>> = TEXTS.map(Arc::from).to_vec();
+    if let Some(last) = texts.last_mut() {
+        *last = last.repeat(REPEATED).into();
+    }
+    let mut corpus = Corpus::new(folder, "fixture", texts)?;
+    corpus.cut(limit);
+    let mut candle = through_candle::load(folder, 1)?;
+    candle.settle(&corpus)?;
+    candle.run()?;
+    let vectors = candle.vectors()?;
+    let round = |number: &f32| (f64::from(*number) * 1e8).round() / 1e8;
+    let rows: Vec<_> = corpus
+        .ids
+        .iter()
+        .zip(vectors.chunks_exact(folder.width))
+        .map(|(ids, vector)| json!({ "ids": ids, "vector": vector.iter().map(round).collect::<Vec<_>>() }))
+        .collect();
+    let lines: Vec<String> = rows.iter().map(ToString::to_string).collect();
+    let text = format!("{{\"texts\":[\n{}\n]}}\n", lines.join(",\n"));
+    std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
+}
