@@ -89,8 +89,8 @@ impl<A: Float> Workspace<A> {
                     }
                 }
                 let mut shares = [0.0_f32; QUERIES];
-                for row in 0..rows {
-                    shares[row] = soften::<A>(scores.add(row * keys), weights.add(row * keys), length, keys);
+                for (row, share) in shares[..rows].iter_mut().enumerate() {
+                    *share = soften::<A>(scores.add(row * keys), weights.add(row * keys), length, keys);
                 }
                 let left = as_they_are::<A>(weights, keys);
                 let depth = length.next_multiple_of(A::DEPTH);
@@ -100,9 +100,9 @@ impl<A: Float> Workspace<A> {
                         let sums = Sums { data: context.add(row * A::NARROW), stride: A::NARROW, add: false };
                         A::tile(left.at(row, 0), count, &right, sums);
                     }
-                    for row in 0..rows {
+                    for (row, share) in shares[..rows].iter().enumerate() {
                         let to = to.add((first + row) * to_stride + head + panel);
-                        let share = A::Lanes::splat(shares[row]);
+                        let share = A::Lanes::splat(*share);
                         for column in (0..A::NARROW).step_by(A::Lanes::LANES) {
                             let sums = A::Lanes::load(context.add(row * A::NARROW + column));
                             E::put(sums.mul(share), to.add(column));

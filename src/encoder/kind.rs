@@ -161,10 +161,13 @@ impl KernelKind {
         };
         let usable = |kind: &&Self| kind.instructions() <= most && kind.is_supported();
         wanted.iter().find(usable).copied().ok_or_else(|| {
-            let needs = if precision == Precision::Int8 { "AVX2, VNNI or AMX" } else { "AVX512-BF16 or AMX" };
+            let (name, needs) = match precision {
+                Precision::Int8 => ("int8", "AVX2, AVX512-VNNI or AMX"),
+                _ => ("bf16", "AVX512-BF16 or AMX"),
+            };
             Error::Cpu(format!(
-                "{precision:?} needs {needs}, which this CPU has not or embedder.instructions rules out: use \
-                 embedder.precision = \"auto\""
+                "embedder.precision = \"{name}\" needs {needs}, which this CPU has not or \
+                 embedder.instructions rules out: use \"auto\""
             ))
         })
     }

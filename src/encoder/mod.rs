@@ -12,6 +12,7 @@
 //! This is the only module with `unsafe` code: the instructions are reached by intrinsics and assembly, and
 //! matrices by pointers.
 #![allow(unsafe_code, reason = "instructions and matrices are reached by intrinsics and pointers")]
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "some of it is for x86's kernels only"))]
 #![allow(clippy::inline_always, reason = "what is not inlined is compiled without the kernel's instructions")]
 
 mod attention;

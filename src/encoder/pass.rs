@@ -311,7 +311,9 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
                 // A vector's length takes care of the mean's divisor.
                 let length = vector.iter().map(|number| number * number).sum::<f32>().sqrt();
                 let factor = if length > 0.0 { 1.0 / length } else { 0.0 };
-                vector.iter_mut().for_each(|number| *number *= factor);
+                for number in vector {
+                    *number *= factor;
+                }
             }
         }
         self.finish_stage(stage, sequences);

@@ -8,8 +8,11 @@ use refarch::role::generate::catalogue::{Catalogue, Text};
 use serde_json::{Value, json};
 use tokenizers::{Tokenizer, TruncationParams};
 
-/// Long texts, by the tokens that they have at least.
-const LONG: [(&str, usize, usize); 2] = [("long-100", 100, 1_000), ("long-512", 512, 200)];
+/// Long texts: their tokens, at least, and how many short ones there are for each.
+const LONG: [(&str, usize, usize); 2] = [("long-100", 100, 20), ("long-512", 512, 100)];
+
+/// Of long texts there are at least as many, for neighbours to be told apart.
+const LEAST_LONG: usize = 20;
 
 /// A model folder that reads texts of as many tokens as the model has positions, as its own settings may
 /// not.
@@ -118,10 +121,11 @@ pub fn from_csv(folder: &Folder, file: &Path, count: usize) -> Result<Vec<Corpus
 fn all(folder: &Folder, short: Vec<Arc<str>>) -> Result<Vec<Corpus>> {
     let short = Corpus::new(folder, "short", short)?;
     let mut corpora = Vec::new();
-    for (name, least, count) in LONG {
+    for (name, least, share) in LONG {
         // Another text to begin with each time, so that no two are alike.
+        let count = (short.len() / share).max(LEAST_LONG).min(short.len());
         let mut texts = Vec::new();
-        for first in 0..count.min(short.len()) {
+        for first in 0..count {
             let (mut text, mut tokens) = (String::new(), 0);
             let mut next = first;
             while tokens < least.min(folder.positions) {

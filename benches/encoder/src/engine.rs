@@ -25,7 +25,7 @@ pub trait Engine {
     /// Embeds the corpus from its tokens; returns the seconds that it took.
     fn run(&mut self) -> Result<f64>;
 
-    /// Embeds the corpus from its texts; returns the seconds that it took.
+    /// The seconds from texts to vectors. (Who tokenizes all before embedding any need not embed again.)
     fn run_from_texts(&mut self) -> Result<f64>;
 
     /// The last run's vectors in the order of the texts, end to end, each of length 1.

@@ -39,6 +39,8 @@ pub struct Peer {
     tokenizer: Tokenizer,
     threads: usize,
     texts: Arc<[Arc<str>]>,
+    /// Of the last run.
+    seconds: f64,
 }
 
 impl Peer {
@@ -65,7 +67,7 @@ impl Peer {
         let output = BufReader::new(child.stdout.take().context("the peer has no output")?);
         let label = Label { engine, version: String::new(), precision: precision.into(), kernel: "-" };
         let (tokenizer, texts) = (folder.tokenizer.clone(), Arc::from([]));
-        let mut peer = Self { label, child, input, output, scratch, tokenizer, threads, texts };
+        let mut peer = Self { label, child, input, output, scratch, tokenizer, threads, texts, seconds: 0.0 };
         let hello = peer.answer()?;
         peer.label.version = text(&hello, "version")?;
         peer.label.precision = text(&hello, "precision")?;
@@ -114,11 +116,12 @@ impl Engine for Peer {
 
     fn run(&mut self) -> Result<f64> {
         let answer = self.ask("run")?;
-        answer["seconds"].as_f64().with_context(|| format!("{answer} has no seconds"))
+        self.seconds = answer["seconds"].as_f64().with_context(|| format!("{answer} has no seconds"))?;
+        Ok(self.seconds)
     }
 
     fn run_from_texts(&mut self) -> Result<f64> {
-        Ok(tokenize(&self.tokenizer, &self.texts, self.threads)? + self.run()?)
+        Ok(tokenize(&self.tokenizer, &self.texts, self.threads)? + self.seconds)
     }
 
     fn vectors(&mut self) -> Result<Vec<f32>> {

@@ -11,7 +11,9 @@ use std::arch::x86_64::{
 
 use super::super::lanes::avx2::Avx2;
 use super::rows::Rows;
-use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, by_rows, encode_whole, quantize};
+use super::{
+    Kernel, Left, Op, Quantization, Right, Sums, Tile, as_they_are, by_rows, encode_whole, quantize,
+};
 
 /// Columns of a panel: two registers.
 const COLUMNS: usize = 16;
@@ -91,7 +93,7 @@ unsafe fn finish<const ROWS: usize>(registers: [[__m256; 2]; ROWS], sums: Sums) 
     }
 }
 
-static TILE_F32S: [unsafe fn(Left<F32>, &Right<F32>, Sums); 6] = by_rows!(tile_f32; 1 2 3 4 5 6);
+static TILE_F32S: [Tile<Left<F32>, Right<F32>>; 6] = by_rows!(tile_f32; 1 2 3 4 5 6);
 
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums: Sums) {
@@ -171,7 +173,7 @@ impl Kernel for Int8 {
     }
 }
 
-static TILE_I16S: [unsafe fn(Left<Int8>, &Right<Int8>, Sums); 5] = by_rows!(tile_i16; 1 2 3 4 5);
+static TILE_I16S: [Tile<Left<Int8>, Right<Int8>>; 5] = by_rows!(tile_i16; 1 2 3 4 5);
 
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile_i16<const ROWS: usize>(left: Left<Int8>, right: &Right<Int8>, sums: Sums) {

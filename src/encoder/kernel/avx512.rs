@@ -3,7 +3,7 @@
 //! 24 of the 32 registers hold sums, 2 the panel's columns and one a word of a row, spread to all lanes.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_dpbf16_ps,
+    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_dpbf16_ps,
     _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps,
     _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps,
 };
@@ -11,7 +11,9 @@ use std::arch::x86_64::{
 use super::super::lanes::avx512::Avx512;
 use super::super::lanes::bf16;
 use super::rows::Rows;
-use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, by_rows, encode_whole, quantize};
+use super::{
+    Kernel, Left, Op, Quantization, Right, Sums, Tile, as_they_are, by_rows, encode_whole, quantize,
+};
 
 /// Columns of a panel: two registers.
 const COLUMNS: usize = 32;
@@ -90,8 +92,7 @@ unsafe fn finish<const ROWS: usize>(registers: [[__m512; 2]; ROWS], sums: Sums) 
     }
 }
 
-static TILE_F32S: [unsafe fn(Left<F32>, &Right<F32>, Sums); 12] =
-    by_rows!(tile_f32; 1 2 3 4 5 6 7 8 9 10 11 12);
+static TILE_F32S: [Tile<Left<F32>, Right<F32>>; 12] = by_rows!(tile_f32; 1 2 3 4 5 6 7 8 9 10 11 12);
 
 #[target_feature(enable = "avx512f")]
 unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums: Sums) {
@@ -159,8 +160,7 @@ impl Kernel for Bf16 {
     }
 }
 
-static TILE_BF16S: [unsafe fn(Left<Bf16>, &Right<Bf16>, Sums); 12] =
-    by_rows!(tile_bf16; 1 2 3 4 5 6 7 8 9 10 11 12);
+static TILE_BF16S: [Tile<Left<Bf16>, Right<Bf16>>; 12] = by_rows!(tile_bf16; 1 2 3 4 5 6 7 8 9 10 11 12);
 
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, sums: Sums) {
@@ -173,11 +173,11 @@ unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, su
         for _ in 0..right.depth / (2 * UNROLLED) {
             for step in 0..UNROLLED {
                 let at = columns.add(step * 2 * COLUMNS);
-                let low = std::mem::transmute::<__m512i, _>(_mm512_loadu_si512(at.cast()));
-                let high = std::mem::transmute::<__m512i, _>(_mm512_loadu_si512(at.add(32).cast()));
+                let low = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(at.cast()));
+                let high = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(at.add(32).cast()));
                 for (row, [to_low, to_high]) in registers.iter_mut().enumerate() {
                     let word = _mm512_set1_epi32(rows.word(row, step));
-                    let word = std::mem::transmute::<__m512i, _>(word);
+                    let word = std::mem::transmute::<__m512i, __m512bh>(word);
                     *to_low = _mm512_dpbf16_ps(*to_low, word, low);
                     *to_high = _mm512_dpbf16_ps(*to_high, word, high);
                 }
@@ -268,6 +268,7 @@ int8!(
 );
 
 /// [`Left`], whatever the kernel.
+#[derive(Clone, Copy)]
 struct Bytes {
     data: *const u8,
     stride: usize,
@@ -282,7 +283,7 @@ struct Units {
     sums: *const f32,
 }
 
-static TILE_I8S: [unsafe fn(Bytes, &Units, Sums); 12] = by_rows!(tile_i8; 1 2 3 4 5 6 7 8 9 10 11 12);
+static TILE_I8S: [Tile<Bytes, Units>; 12] = by_rows!(tile_i8; 1 2 3 4 5 6 7 8 9 10 11 12);
 
 #[target_feature(enable = "avx512f,avx512vnni")]
 unsafe fn tile_i8<const ROWS: usize>(left: Bytes, right: &Units, sums: Sums) {

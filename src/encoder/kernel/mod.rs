@@ -34,6 +34,9 @@ pub(super) trait Op {
 /// `inline(never)` on functions with target features, and inlined into the stages their sums are no longer
 /// held in registers.
 #[cfg(target_arch = "x86_64")]
+type Tile<L, R> = unsafe fn(L, &R, Sums);
+
+#[cfg(target_arch = "x86_64")]
 macro_rules! by_rows {
     ($function:ident; $($rows:literal)+) => { [$($function::<$rows>),+] };
 }
@@ -50,7 +53,7 @@ pub(super) struct Quantization {
 
 /// The left matrix of a product, from some row on. Rows past the last one that matters can be read, up to
 /// [`SLACK`].
-pub(super) struct Left<K: Kernel + ?Sized> {
+pub(super) struct Left<K: Kernel> {
     pub(super) data: *const K::Operand,
     /// Operands from a row to the next.
     pub(super) stride: usize,
@@ -58,15 +61,15 @@ pub(super) struct Left<K: Kernel + ?Sized> {
     pub(super) quantizations: *const Quantization,
 }
 
-impl<K: Kernel + ?Sized> Clone for Left<K> {
+impl<K: Kernel> Clone for Left<K> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<K: Kernel + ?Sized> Copy for Left<K> {}
+impl<K: Kernel> Copy for Left<K> {}
 
-impl<K: Kernel + ?Sized> Left<K> {
+impl<K: Kernel> Left<K> {
     /// From `row` and `depth` on.
     #[inline(always)]
     pub(super) unsafe fn at(self, row: usize, depth: usize) -> Self {
@@ -82,7 +85,7 @@ impl<K: Kernel + ?Sized> Left<K> {
 }
 
 /// A part of a panel of the right matrix.
-pub(super) struct Right<K: Kernel + ?Sized> {
+pub(super) struct Right<K: Kernel> {
     pub(super) data: *const K::Weight,
     /// Its length in depth, a multiple of [`Kernel::DEPTH`].
     pub(super) depth: usize,

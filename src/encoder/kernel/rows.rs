@@ -16,11 +16,15 @@ impl Rows {
     #[inline(always)]
     pub(super) fn new<const ROWS: usize>(words: *const i32, pitch: usize) -> Self {
         let mut thirds = [words; 4];
+        #[allow(
+            clippy::pointers_in_nomem_asm_block,
+            reason = "no instruction, so nothing is read through it"
+        )]
         for (third, pointer) in thirds.iter_mut().enumerate() {
             *pointer = words.wrapping_add(if third * 3 < ROWS { third * 3 * pitch } else { 0 });
             // SAFETY: no instruction at all; the compiler no longer knows that pointers belong together.
             unsafe {
-                asm!("/* {0} */", inout(reg) * pointer, options(pure, nomem, nostack, preserves_flags))
+                asm!("/* {0} */", inout(reg) * pointer, options(pure, nomem, nostack, preserves_flags));
             };
         }
         Self { thirds, pitch }

@@ -155,8 +155,8 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
         // SAFETY: see above.
-        let [a, b, c, d, e, f, g, h] = unsafe { self.to_array() };
-        ((a + e) + (c + g)) + ((b + f) + (d + h))
+        let numbers = unsafe { self.to_array() };
+        super::sum_of_eight(numbers)
     }
 
     #[inline(always)]

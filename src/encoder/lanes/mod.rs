@@ -138,6 +138,7 @@ impl Element for u16 {
     #[inline(always)]
     unsafe fn weave(from: *const Self, stride: usize, present: usize, to: *mut Self, columns: usize) {
         // The lower half of each word, and the upper one. Loops that the compiler turns into registers.
+        #[allow(clippy::cast_ptr_alignment, reason = "written unaligned")]
         let to = to.cast::<u32>();
         // SAFETY: the caller's.
         unsafe {
@@ -158,6 +159,13 @@ impl Element for u16 {
             }
         }
     }
+}
+
+/// In pairs, as halves of a register would be added.
+#[inline(always)]
+fn sum_of_eight(numbers: [f32; 8]) -> f32 {
+    let at = |lane: usize| numbers[lane] + numbers[lane + 4];
+    (at(0) + at(2)) + (at(1) + at(3))
 }
 
 /// Whole numbers from 0 to 255 that products are made of.

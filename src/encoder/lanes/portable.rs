@@ -124,8 +124,7 @@ impl Lanes for Portable {
 
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
-        let [a, b, c, d, e, f, g, h] = self.0;
-        ((a + e) + (c + g)) + ((b + f) + (d + h))
+        super::sum_of_eight(self.0)
     }
 
     #[inline(always)]
