@@ -20,7 +20,7 @@ const COLUMNS: usize = 2 * SIDE;
 
 /// Whether CPU and system have AMX, and this process may use it. Linux wants to be asked first: only
 /// then is there room for a thread's tiles.
-pub(in crate::encoder) fn is_available() -> bool {
+pub(crate) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| has_instructions() && has_permission())
 }
@@ -186,7 +186,7 @@ macro_rules! multiply {
 }
 
 /// bf16, added up as `f32`.
-pub(in crate::encoder) struct Bf16;
+pub(crate) struct Bf16;
 
 impl Kernel for Bf16 {
     type Lanes = Avx512<true>;
@@ -240,7 +240,7 @@ impl Kernel for Bf16 {
 }
 
 /// Bytes, added up as whole numbers.
-pub(in crate::encoder) struct Int8;
+pub(crate) struct Int8;
 
 impl Kernel for Int8 {
     type Lanes = Avx512<true>;

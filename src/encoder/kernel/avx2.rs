@@ -22,7 +22,7 @@ const COLUMNS: usize = 16;
 const UNROLLED: usize = 4;
 
 /// `f32`.
-pub(in crate::encoder) struct F32;
+pub(crate) struct F32;
 
 impl Kernel for F32 {
     type Lanes = Avx2;
@@ -121,7 +121,7 @@ unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums:
 
 /// Bytes, held and multiplied as words of 16 bits, since the instruction for bytes adds up their products in
 /// 16 bits, in which they have no room. It multiplies half as many, and needs no third instruction.
-pub(in crate::encoder) struct Int8;
+pub(crate) struct Int8;
 
 impl Kernel for Int8 {
     type Lanes = Avx2;

@@ -22,7 +22,7 @@ const COLUMNS: usize = 32;
 const UNROLLED: usize = 4;
 
 /// `f32`.
-pub(in crate::encoder) struct F32;
+pub(crate) struct F32;
 
 impl Kernel for F32 {
     type Lanes = Avx512<false>;
@@ -119,7 +119,7 @@ unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums:
 }
 
 /// bf16, added up as `f32`.
-pub(in crate::encoder) struct Bf16;
+pub(crate) struct Bf16;
 
 impl Kernel for Bf16 {
     type Lanes = Avx512<true>;
@@ -194,7 +194,7 @@ unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, su
 macro_rules! int8 {
     ($(#[$about:meta])* $name:ident, $bf16:literal, $features:literal) => {
         $(#[$about])*
-        pub(in crate::encoder) struct $name;
+        pub(crate) struct $name;
 
 impl Kernel for $name {
     type Lanes = Avx512<$bf16>;

@@ -4,7 +4,7 @@ use super::super::lanes::portable::Portable as Registers;
 use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are};
 
 /// `f32` on any CPU.
-pub(in crate::encoder) struct Portable;
+pub(crate) struct Portable;
 
 impl Kernel for Portable {
     type Lanes = Registers;

@@ -14,7 +14,7 @@ use super::{Lanes, bf16};
 
 /// A `ymm` register.
 #[derive(Clone, Copy)]
-pub(in crate::encoder) struct Avx2(pub(in crate::encoder) __m256);
+pub(crate) struct Avx2(pub(crate) __m256);
 
 impl Avx2 {
     #[inline(always)]

@@ -16,7 +16,7 @@ use super::Lanes;
 
 /// A `zmm` register; `BF16` if the CPU converts to bf16 itself (AVX512-BF16).
 #[derive(Clone, Copy)]
-pub(in crate::encoder) struct Avx512<const BF16: bool>(pub(in crate::encoder) __m512);
+pub(crate) struct Avx512<const BF16: bool>(pub(crate) __m512);
 
 // SAFETY of all: whoever calls has seen that the CPU has AVX-512 F, BW, DQ and VL (and BF16, if that is
 // set), and that pointers are valid for 16 numbers.

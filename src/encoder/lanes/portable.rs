@@ -4,7 +4,7 @@ use super::{Lanes, bf16};
 
 /// Eight numbers.
 #[derive(Clone, Copy)]
-pub(in crate::encoder) struct Portable([f32; 8]);
+pub(crate) struct Portable([f32; 8]);
 
 /// Lane by lane. (A loop that is written out, since closures are not inlined this deep.)
 macro_rules! each {

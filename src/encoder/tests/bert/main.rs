@@ -2,20 +2,23 @@
 
 mod reference;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use refarch::encoder::{Encoder, Error, Instructions, KernelKind, Precision};
+use refarch_encoder::{Encoder, Error, Instructions, KernelKind, Precision};
 use reference::{Reference, Shape};
 use safetensors::tensor::Dtype;
 use serde::Deserialize;
 
-/// Where `scripts/setup` puts the model, from where tests run.
-const MODEL: &str = ".refarch/runtime/model";
-
 /// Real texts' tokens and vectors, by candle in `f32`; written by `scripts/bench encoder --fixture FILE`.
-const REAL: &str = "tests/fixtures/minilm.json";
+const REAL: &str = include_str!("minilm.json");
+
+/// Where `scripts/setup` puts the model.
+fn real_model() -> PathBuf {
+    let default = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.refarch");
+    std::env::var_os("REFARCH_RUNTIME_DIR").map_or_else(default, PathBuf::from).join("runtime/model")
+}
 
 const TINY: Shape = Shape {
     hidden: 64,
@@ -153,11 +156,11 @@ struct RealText {
 
 #[test]
 fn the_real_model_gives_the_vectors_that_candle_gives() {
-    let real: Real = serde_json::from_str(&std::fs::read_to_string(REAL).unwrap()).unwrap();
+    let real: Real = serde_json::from_str(REAL).unwrap();
     let sequences: Vec<&[u32]> = real.texts.iter().map(|text| text.ids.as_slice()).collect();
     let mut of_int8: Vec<(KernelKind, Vec<f32>)> = Vec::new();
     for kind in kernels() {
-        let encoder = Encoder::load(Path::new(MODEL), kind).unwrap();
+        let encoder = Encoder::load(&real_model(), kind).expect("run scripts/setup first, or scripts/test");
         let vectors = encoder.worker().embed(&sequences);
         let width = encoder.description().bert.hidden_size;
         let cosines: Vec<f64> = real

@@ -9,9 +9,8 @@
 //! by what the CPU has (see [`KernelKind`]). Any number of [`Worker`]s share them, each on a thread of its
 //! own: that wastes no time on waiting for each other.
 //!
-//! This is the only module with `unsafe` code: the instructions are reached by intrinsics and assembly, and
+//! This is the only crate here with `unsafe` code: the instructions are reached by intrinsics and assembly, and
 //! matrices by pointers.
-#![allow(unsafe_code, reason = "instructions and matrices are reached by intrinsics and pointers")]
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "some of it is for x86's kernels only"))]
 #![allow(clippy::inline_always, reason = "what is not inlined is compiled without the kernel's instructions")]
 
