@@ -162,7 +162,7 @@ impl MiniLm {
         let (requests, receiver) = mpsc::channel::<Request>(threads.max(1));
         let receiver = Arc::new(Mutex::new(receiver));
         for number in 0..threads.max(1) {
-            spawn(format!("embed-{number}"), &model, model.worker(), &receiver);
+            spawn(&format!("embed-{number}"), &model, model.worker(), &receiver);
         }
         Self { model, requests, queries: OnceLock::new() }
     }
@@ -170,21 +170,16 @@ impl MiniLm {
     fn queries(&self) -> &mpsc::Sender<Request> {
         self.queries.get_or_init(|| {
             let (queries, receiver) = mpsc::channel(1);
-            spawn(
-                "embed-query".into(),
-                &self.model,
-                self.model.encoder.pair(),
-                &Arc::new(Mutex::new(receiver)),
-            );
+            spawn("embed-query", &self.model, self.model.encoder.pair(), &Arc::new(Mutex::new(receiver)));
             queries
         })
     }
 }
 
-fn spawn(name: String, model: &Arc<Model>, worker: Worker, receiver: &Arc<Mutex<mpsc::Receiver<Request>>>) {
+fn spawn(name: &str, model: &Arc<Model>, worker: Worker, receiver: &Arc<Mutex<mpsc::Receiver<Request>>>) {
     let (model, receiver) = (Arc::clone(model), Arc::clone(receiver));
     let work = move || serve(&model, worker, &receiver);
-    if let Err(error) = std::thread::Builder::new().name(name.clone()).spawn(work) {
+    if let Err(error) = std::thread::Builder::new().name(name.to_owned()).spawn(work) {
         tracing::error!(%error, name, "cannot start an embedding thread");
     }
 }
