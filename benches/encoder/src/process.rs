@@ -71,9 +71,18 @@ pub fn be_one(model: &Path, kernel: &str) -> Result<()> {
         let (one, other) = tokio::join!(minilm.embed(&one), minilm.embed(&other));
         one.and(other)
     })?;
-    // Linux counts in KiB, macOS in bytes.
-    let unit = if cfg!(target_os = "macos") { 1024.0 * 1024.0 } else { 1024.0 };
-    let peak_mib = getrusage(UsageWho::RUSAGE_SELF)?.max_rss() as f64 / unit;
+    let peak_mib = peak_mib()?;
     println!("{}", json!({ "load_ms": load_ms, "peak_mib": peak_mib }));
     Ok(())
+}
+
+/// This process' memory at its peak. What `getrusage` says begins, on Linux, with the parent's peak.
+fn peak_mib() -> Result<f64> {
+    if let Ok(status) = std::fs::read_to_string("/proc/self/status") {
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+        let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
+        return Ok(kib / 1024.0);
+    }
+    // macOS counts in bytes.
+    Ok(getrusage(UsageWho::RUSAGE_SELF)?.max_rss() as f64 / (1024.0 * 1024.0))
 }
