@@ -34,7 +34,8 @@ pub enum Precision {
     F32,
     /// 16 bits in products, 32 in sums.
     Bf16,
-    /// 8 bits in the products of dense layers: faster, and other vectors.
+    /// 8 bits in the products of dense layers: faster, and other vectors, which on CPUs of different kinds
+    /// agree no better than with `f32`'s.
     Int8,
 }
 

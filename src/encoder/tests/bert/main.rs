@@ -189,8 +189,10 @@ fn the_real_model_gives_the_vectors_that_candle_gives() {
                     .map(|(a, b)| cosine(&a.iter().copied().map(f64::from).collect::<Vec<_>>(), b))
                     .collect();
                 let worst = cosines.iter().copied().fold(1.0, f64::min);
-                println!("{kind}: cosine to {other} at least {worst:.6}");
-                assert!(worst >= 0.999, "{kind} and {other}: {cosines:?}");
+                let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
+                println!("{kind}: cosine to {other} {mean:.6} on average, at least {worst:.6}");
+                // They round at different places; as near to each other as to what they stand for.
+                assert!(worst >= least && mean >= 0.997, "{kind} and {other}: {cosines:?}");
             }
             of_int8.push((kind, vectors));
         }
