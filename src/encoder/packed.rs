@@ -146,14 +146,14 @@ impl<K: Kernel> Dense<K> {
 pub(super) struct Tiles {
     row: usize,
     rows: usize,
-    left: usize,
+    remaining: usize,
     step: usize,
 }
 
 impl Tiles {
     #[inline(always)]
     pub(super) fn new<K: Kernel>(rows: usize) -> Self {
-        Self { row: 0, rows, left: rows.div_ceil(K::ROWS), step: K::STEP }
+        Self { row: 0, rows, remaining: rows.div_ceil(K::ROWS), step: K::STEP }
     }
 }
 
@@ -162,14 +162,14 @@ impl Iterator for Tiles {
 
     #[inline(always)]
     fn next(&mut self) -> Option<(usize, usize)> {
-        if self.left == 0 {
+        if self.remaining == 0 {
             return None;
         }
         let rows = self.rows - self.row;
-        let count = rows.div_ceil(self.left).next_multiple_of(self.step).min(rows);
+        let count = rows.div_ceil(self.remaining).next_multiple_of(self.step).min(rows);
         let row = self.row;
         self.row += count;
-        self.left -= 1;
+        self.remaining -= 1;
         Some((row, count))
     }
 }

@@ -29,13 +29,13 @@ pub(super) trait Op {
     unsafe fn run(self) -> Self::Output;
 }
 
-/// The functions that multiply so many rows, from one on, for a number of rows that is known only when they
-/// run. They are called by pointer because nothing else keeps them apart: the compiler takes no notice of
-/// `inline(never)` on functions with target features, and inlined into the stages their sums are no longer
-/// held in registers.
+/// Multiplies a number of rows that is known when it is compiled.
 #[cfg(target_arch = "x86_64")]
 type Tile<L, R> = unsafe fn(L, &R, Sums);
 
+/// A table of such functions, from one row on, for a number that is known only when they run. They are called
+/// by pointer because nothing else keeps them apart: the compiler (1.95) takes no notice of `inline(never)` on
+/// functions with target features, and inlined into the stages their sums are no longer held in registers.
 #[cfg(target_arch = "x86_64")]
 macro_rules! by_rows {
     ($function:ident; $($rows:literal)+) => { [$($function::<$rows>),+] };
