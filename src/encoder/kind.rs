@@ -27,12 +27,13 @@ pub enum Instructions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// bf16 where the CPU has it, `f32` elsewhere: their vectors agree to a cosine of 0.9999.
+    /// bf16 where it is at least as fast, `f32` elsewhere: their vectors agree to a cosine of 0.9999.
     #[default]
     Auto,
     /// 32 bits.
     F32,
-    /// 16 bits in products, 32 in sums.
+    /// 16 bits for weights and, where the CPU multiplies such numbers, for what they are multiplied with; 32 in
+    /// sums.
     Bf16,
     /// 8 bits in the products of dense layers: faster, and other vectors, which on CPUs of different kinds
     /// agree no better than with `f32`'s.
@@ -58,6 +59,8 @@ pub enum KernelKind {
     Portable,
     /// `f32` by AVX2 and FMA.
     Avx2,
+    /// `f32` by AVX2 and FMA, with weights held as bf16.
+    Avx2Bf16,
     /// Bytes by AVX2, which multiplies them as words; attention in `f32`.
     Avx2Int8,
     /// `f32` by AVX-512.
@@ -74,9 +77,10 @@ pub enum KernelKind {
 
 impl KernelKind {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Portable,
         Self::Avx2,
+        Self::Avx2Bf16,
         Self::Avx2Int8,
         Self::Avx512,
         Self::Avx512Bf16,
@@ -91,6 +95,7 @@ impl KernelKind {
         match self {
             Self::Portable => "portable-f32",
             Self::Avx2 => "avx2-f32",
+            Self::Avx2Bf16 => "avx2-bf16",
             Self::Avx2Int8 => "avx2-int8",
             Self::Avx512 => "avx512-f32",
             Self::Avx512Bf16 => "avx512-bf16",
@@ -105,7 +110,7 @@ impl KernelKind {
     pub fn precision(self) -> Precision {
         match self {
             Self::Portable | Self::Avx2 | Self::Avx512 => Precision::F32,
-            Self::Avx512Bf16 | Self::AmxBf16 => Precision::Bf16,
+            Self::Avx2Bf16 | Self::Avx512Bf16 | Self::AmxBf16 => Precision::Bf16,
             Self::Avx2Int8 | Self::Avx512Int8 | Self::AmxInt8 => Precision::Int8,
         }
     }
@@ -115,7 +120,7 @@ impl KernelKind {
     pub fn instructions(self) -> Instructions {
         match self {
             Self::Portable => Instructions::Portable,
-            Self::Avx2 | Self::Avx2Int8 => Instructions::Avx2,
+            Self::Avx2 | Self::Avx2Bf16 | Self::Avx2Int8 => Instructions::Avx2,
             Self::Avx512 | Self::Avx512Bf16 | Self::Avx512Int8 => Instructions::Avx512,
             Self::AmxBf16 | Self::AmxInt8 => Instructions::Auto,
         }
@@ -135,7 +140,7 @@ impl KernelKind {
         let bf16 = || avx512() && is_x86_feature_detected!("avx512bf16");
         match self {
             Self::Portable => true,
-            Self::Avx2 | Self::Avx2Int8 => {
+            Self::Avx2 | Self::Avx2Bf16 | Self::Avx2Int8 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
             }
             Self::Avx512 => avx512(),
@@ -155,16 +160,19 @@ impl KernelKind {
     /// The fastest kernel of this precision that this machine has, with no more than these instructions.
     pub fn choose(precision: Precision, most: Instructions) -> Result<Self, Error> {
         let wanted: &[Self] = match precision {
-            Precision::Auto => &[Self::AmxBf16, Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Portable],
+            // By AVX2, bf16 multiplies no faster than `f32`, but a single text need not wait for so much memory.
+            Precision::Auto => {
+                &[Self::AmxBf16, Self::Avx512Bf16, Self::Avx512, Self::Avx2Bf16, Self::Portable]
+            }
             Precision::F32 => &[Self::Avx512, Self::Avx2, Self::Portable],
-            Precision::Bf16 => &[Self::AmxBf16, Self::Avx512Bf16],
+            Precision::Bf16 => &[Self::AmxBf16, Self::Avx512Bf16, Self::Avx2Bf16],
             Precision::Int8 => &[Self::AmxInt8, Self::Avx512Int8, Self::Avx2Int8],
         };
         let usable = |kind: &&Self| kind.instructions() <= most && kind.is_supported();
         wanted.iter().find(usable).copied().ok_or_else(|| {
             let (name, needs) = match precision {
                 Precision::Int8 => ("int8", "AVX2, AVX512-VNNI or AMX"),
-                _ => ("bf16", "AVX512-BF16 or AMX"),
+                _ => ("bf16", "AVX2, AVX512-BF16 or AMX"),
             };
             Error::Cpu(format!(
                 "embedder.precision = \"{name}\" needs {needs}, which this CPU has not or \

@@ -144,6 +144,8 @@ fn lay_out(description: &Description, tensors: Tensors, kind: KernelKind) -> Res
         #[cfg(target_arch = "x86_64")]
         KernelKind::Avx2 => network::<avx2::F32, avx2::F32>(description, tensors),
         #[cfg(target_arch = "x86_64")]
+        KernelKind::Avx2Bf16 => network::<avx2::Bf16, avx2::F32>(description, tensors),
+        #[cfg(target_arch = "x86_64")]
         KernelKind::Avx2Int8 => network::<avx2::Int8, avx2::F32>(description, tensors),
         #[cfg(target_arch = "x86_64")]
         KernelKind::Avx512 => network::<avx512::F32, avx512::F32>(description, tensors),

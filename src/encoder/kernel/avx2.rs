@@ -1,15 +1,18 @@
-//! AVX2 and FMA: `f32`, tiles of 6 rows by 2 registers; and bytes as words of 16 bits, 5 rows.
+//! AVX2 and FMA: `f32`, tiles of 6 rows by 2 registers, by weights of their own kind or of bf16; and bytes as words of
+//! 16 bits, 5 rows.
 //!
 //! 12 of the 16 registers hold sums, 2 the panel's columns and one a word of a row, spread to all lanes.
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m256, __m256i, _mm256_add_epi32, _mm256_add_ps, _mm256_castsi256_ps, _mm256_cvtepi32_ps,
-    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_mul_ps,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_storeu_ps,
+    __m256, __m256i, _MM_HINT_T0, _mm_prefetch, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
+    _mm256_castsi256_ps, _mm256_cvtepi32_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_madd_epi16, _mm256_mul_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
+    _mm256_setzero_si256, _mm256_slli_epi32, _mm256_storeu_ps,
 };
 
 use super::super::lanes::avx2::Avx2;
+use super::super::lanes::bf16;
 use super::rows::Rows;
 use super::{
     Kernel, Left, Op, Quantization, Right, Sums, Tile, as_they_are, by_rows, encode_whole, quantize,
@@ -20,6 +23,10 @@ const COLUMNS: usize = 16;
 
 /// Words in depth that are multiplied before pointers move on.
 const UNROLLED: usize = 4;
+
+/// Bytes of weights from those that are multiplied to those that are fetched: a single short text waits for
+/// memory, and a CPU does not look further ahead than a page by itself.
+const AHEAD: usize = 4096;
 
 /// `f32`.
 pub(crate) struct F32;
@@ -93,6 +100,46 @@ unsafe fn finish<const ROWS: usize>(registers: [[__m256; 2]; ROWS], sums: Sums) 
     }
 }
 
+/// Fetches a line of weights that follows `weights`. It may lie past the end: nothing is read that the program
+/// sees, and an address without memory does no harm.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn fetch<W>(weights: *const W) {
+    _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_byte_add(AHEAD).cast());
+}
+
+/// The same sum, at its place in the program: the compiler would begin later steps early, for which there are not
+/// registers enough.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn held_f32(mut sum: __m256) -> __m256 {
+    // SAFETY: no instruction at all.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags)) };
+    sum
+}
+
+/// The same sum, of which the compiler does not know how it came about: it would add up products of several
+/// steps first, which takes more registers than there are.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn held_i32(mut sum: __m256i) -> __m256i {
+    // SAFETY: no instruction at all.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags)) };
+    sum
+}
+
+/// The same pointer, of which the compiler does not know that: it would hold on to what was read through the
+/// other, for which there are no registers.
+#[inline(always)]
+fn opaque<T>(mut pointer: *const T) -> *const T {
+    #[allow(clippy::pointers_in_nomem_asm_block, reason = "no instruction, so nothing is read through it")]
+    // SAFETY: no instruction at all.
+    unsafe {
+        asm!("/* {0} */", inout(reg) pointer, options(pure, nomem, nostack, preserves_flags));
+    }
+    pointer
+}
+
 static TILE_F32S: [Tile<Left<F32>, Right<F32>>; 6] = by_rows!(tile_f32; 1 2 3 4 5 6);
 
 #[target_feature(enable = "avx2,fma")]
@@ -105,15 +152,99 @@ unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums:
         for _ in 0..right.depth / UNROLLED {
             for step in 0..UNROLLED {
                 let at = columns.add(step * COLUMNS);
+                fetch(at);
                 let (low, high) = (_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8)));
                 for (row, [to_low, to_high]) in registers.iter_mut().enumerate() {
                     let word = _mm256_castsi256_ps(_mm256_set1_epi32(rows.word(row, step)));
-                    *to_low = _mm256_fmadd_ps(word, low, *to_low);
-                    *to_high = _mm256_fmadd_ps(word, high, *to_high);
+                    *to_low = held_f32(_mm256_fmadd_ps(word, low, *to_low));
+                    *to_high = held_f32(_mm256_fmadd_ps(word, high, *to_high));
                 }
             }
             rows.advance();
             columns = columns.add(UNROLLED * COLUMNS);
+        }
+        finish(registers, sums);
+    }
+}
+
+/// `f32` by weights that are held as bf16: half as much to read, which is what a short text waits for. A word
+/// holds two neighbours in depth; each is an `f32` once the other is out of the way.
+pub(crate) struct Bf16;
+
+impl Kernel for Bf16 {
+    type Lanes = Avx2;
+    type Element = f32;
+    type Operand = f32;
+    type Weight = u16;
+    const GROUP: usize = 2;
+    const DEPTH: usize = UNROLLED;
+    const ROWS: usize = 6;
+    const COLUMNS: usize = COLUMNS;
+    const CHUNK: usize = 384;
+
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+        // SAFETY: the caller has seen the features.
+        unsafe { op.run() }
+    }
+
+    fn encode(column: &[f32], to: &mut [u16]) -> f32 {
+        for (weight, to) in column.iter().zip(to) {
+            *to = bf16(*weight);
+        }
+        1.0
+    }
+
+    fn units(weight: u16) -> f32 {
+        f32::from_bits(u32::from(weight) << 16)
+    }
+
+    #[inline(always)]
+    fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> Left<Self> {
+        Left { data: elements, stride: width, quantizations: std::ptr::null() }
+    }
+
+    #[inline(always)]
+    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+        // SAFETY: the caller's.
+        unsafe { TILE_BF16S[rows - 1](left, right, sums) }
+    }
+}
+
+static TILE_BF16S: [Tile<Left<Bf16>, Right<Bf16>>; 6] = by_rows!(tile_bf16; 1 2 3 4 5 6);
+
+#[target_feature(enable = "avx2,fma")]
+unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, sums: Sums) {
+    // SAFETY: the caller's: `ROWS` rows and 16 columns, `depth` deep, which is a multiple of four.
+    unsafe {
+        let mut registers = begin::<ROWS>(sums);
+        let mut rows = Rows::new::<ROWS>(left.data.cast(), left.stride);
+        let mut pairs = right.data;
+        let mut again = opaque(pairs);
+        let upper = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+        for _ in 0..right.depth / UNROLLED {
+            for step in 0..UNROLLED {
+                let at = step / 2 * 2 * COLUMNS;
+                let (low, high) = if step % 2 == 0 {
+                    let at = pairs.add(at);
+                    fetch(at);
+                    let (low, high) = (_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(16).cast()));
+                    (_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high))
+                } else {
+                    let at = again.add(at);
+                    let (low, high) = (_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(16).cast()));
+                    (_mm256_and_si256(low, upper), _mm256_and_si256(high, upper))
+                };
+                let (low, high) = (_mm256_castsi256_ps(low), _mm256_castsi256_ps(high));
+                for (row, [to_low, to_high]) in registers.iter_mut().enumerate() {
+                    let word = _mm256_castsi256_ps(_mm256_set1_epi32(rows.word(row, step)));
+                    *to_low = held_f32(_mm256_fmadd_ps(word, low, *to_low));
+                    *to_high = held_f32(_mm256_fmadd_ps(word, high, *to_high));
+                }
+            }
+            rows.advance();
+            pairs = pairs.add(UNROLLED * COLUMNS);
+            again = again.add(UNROLLED * COLUMNS);
         }
         finish(registers, sums);
     }
@@ -185,11 +316,12 @@ unsafe fn tile_i16<const ROWS: usize>(left: Left<Int8>, right: &Right<Int8>, sum
         for _ in 0..right.depth / (2 * UNROLLED) {
             for step in 0..UNROLLED {
                 let at = columns.add(step * 2 * COLUMNS);
+                fetch(at);
                 let (low, high) = (_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(16).cast()));
                 for (row, [to_low, to_high]) in registers.iter_mut().enumerate() {
                     let word = _mm256_set1_epi32(rows.word(row, step));
-                    *to_low = held(_mm256_add_epi32(*to_low, _mm256_madd_epi16(word, low)));
-                    *to_high = held(_mm256_add_epi32(*to_high, _mm256_madd_epi16(word, high)));
+                    *to_low = held_i32(_mm256_add_epi32(*to_low, _mm256_madd_epi16(word, low)));
+                    *to_high = held_i32(_mm256_add_epi32(*to_high, _mm256_madd_epi16(word, high)));
                 }
             }
             rows.advance();
@@ -204,16 +336,6 @@ unsafe fn tile_i16<const ROWS: usize>(left: Left<Int8>, right: &Right<Int8>, sum
             finish([[low, high]], sums);
         }
     }
-}
-
-/// The same sum, of which the compiler does not know how it came about: it would add up products of several
-/// steps first, which takes more registers than there are.
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn held(mut sum: __m256i) -> __m256i {
-    // SAFETY: no instruction at all.
-    unsafe { asm!("/* {0} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags)) };
-    sum
 }
 
 /// `(sum of products * row's scale + sum of units * row's least) * column's scale + before`.

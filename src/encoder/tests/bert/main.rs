@@ -250,7 +250,9 @@ fn a_kernel_is_chosen_by_cpu_precision_and_instructions() {
     let best = KernelKind::choose(Precision::Auto, Auto).unwrap();
     assert!(best.is_supported() && best.precision() != Precision::Int8, "{best}");
     if KernelKind::Avx2.is_supported() {
-        assert_eq!(KernelKind::choose(Precision::Auto, Avx2).unwrap(), KernelKind::Avx2);
+        assert_eq!(KernelKind::choose(Precision::F32, Avx2).unwrap(), KernelKind::Avx2);
+        assert_eq!(KernelKind::choose(Precision::Auto, Avx2).unwrap(), KernelKind::Avx2Bf16);
+        assert_eq!(KernelKind::choose(Precision::Bf16, Avx2).unwrap(), KernelKind::Avx2Bf16);
         assert_eq!(KernelKind::choose(Precision::Int8, Avx2).unwrap(), KernelKind::Avx2Int8);
         assert_ne!(best, KernelKind::Portable);
     }
