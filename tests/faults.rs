@@ -241,6 +241,8 @@ async fn everybody_killed_at_once_during_a_load_loses_nothing() {
     let refarch = |args: &[&str]| {
         let mut command = common::refarch();
         command.current_dir(&runtime).env("REFARCH_RUNTIME_DIR", &runtime);
+        // What the dead held is handed out again after this long.
+        command.env("REFARCH_QUEUE_VISIBILITY_S", "10");
         command.args(args);
         command
     };
