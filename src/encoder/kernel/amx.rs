@@ -9,8 +9,7 @@ use std::sync::OnceLock;
 
 use super::super::lanes::Lanes;
 use super::super::lanes::avx512::Avx512;
-use super::super::lanes::bf16;
-use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, encode_whole, quantize};
+use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, encode_bf16, encode_whole, quantize};
 
 /// Rows of a tile register.
 const SIDE: usize = 16;
@@ -209,14 +208,7 @@ impl Kernel for Bf16 {
     }
 
     fn encode(column: &[f32], to: &mut [u16]) -> f32 {
-        for (weight, to) in column.iter().zip(to) {
-            *to = bf16(*weight);
-        }
-        1.0
-    }
-
-    fn units(_: u16) -> f32 {
-        0.0
+        encode_bf16(column, to)
     }
 
     #[inline(always)]

@@ -1,5 +1,5 @@
-//! AVX2 and FMA: `f32`, tiles of 6 rows by 2 registers, by weights of their own kind or of bf16; and bytes as words of
-//! 16 bits, 5 rows.
+//! AVX2 and FMA: `f32`, tiles of 6 rows by 2 registers, with weights in `f32` or bf16; and bytes as words of 16
+//! bits, 5 rows.
 //!
 //! 12 of the 16 registers hold sums, 2 the panel's columns and one a word of a row, spread to all lanes.
 
@@ -12,10 +12,10 @@ use std::arch::x86_64::{
 };
 
 use super::super::lanes::avx2::Avx2;
-use super::super::lanes::bf16;
-use super::rows::Rows;
+use super::rows::{Rows, opaque};
 use super::{
-    Kernel, Left, Op, Quantization, Right, Sums, Tile, as_they_are, by_rows, encode_whole, quantize,
+    Kernel, Left, Op, Quantization, Right, Sums, Tile, as_they_are, by_rows, encode_bf16, encode_whole,
+    quantize,
 };
 
 /// Columns of a panel: two registers.
@@ -52,10 +52,6 @@ impl Kernel for F32 {
     fn encode(column: &[f32], to: &mut [f32]) -> f32 {
         to.copy_from_slice(column);
         1.0
-    }
-
-    fn units(weight: f32) -> f32 {
-        weight
     }
 
     #[inline(always)]
@@ -128,18 +124,6 @@ fn held_i32(mut sum: __m256i) -> __m256i {
     sum
 }
 
-/// The same pointer, of which the compiler does not know that: it would hold on to what was read through the
-/// other, for which there are no registers.
-#[inline(always)]
-fn opaque<T>(mut pointer: *const T) -> *const T {
-    #[allow(clippy::pointers_in_nomem_asm_block, reason = "no instruction, so nothing is read through it")]
-    // SAFETY: no instruction at all.
-    unsafe {
-        asm!("/* {0} */", inout(reg) pointer, options(pure, nomem, nostack, preserves_flags));
-    }
-    pointer
-}
-
 static TILE_F32S: [Tile<Left<F32>, Right<F32>>; 6] = by_rows!(tile_f32; 1 2 3 4 5 6);
 
 #[target_feature(enable = "avx2,fma")]
@@ -189,19 +173,12 @@ impl Kernel for Bf16 {
     }
 
     fn encode(column: &[f32], to: &mut [u16]) -> f32 {
-        for (weight, to) in column.iter().zip(to) {
-            *to = bf16(*weight);
-        }
-        1.0
-    }
-
-    fn units(weight: u16) -> f32 {
-        f32::from_bits(u32::from(weight) << 16)
+        encode_bf16(column, to)
     }
 
     #[inline(always)]
     fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> Left<Self> {
-        Left { data: elements, stride: width, quantizations: std::ptr::null() }
+        as_they_are(elements, width)
     }
 
     #[inline(always)]
@@ -220,6 +197,7 @@ unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, su
         let mut registers = begin::<ROWS>(sums);
         let mut rows = Rows::new::<ROWS>(left.data.cast(), left.stride);
         let mut pairs = right.data;
+        // Read twice: there are no registers to hold on to a pair.
         let mut again = opaque(pairs);
         let upper = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
         for _ in 0..right.depth / UNROLLED {

@@ -9,10 +9,10 @@ use std::arch::x86_64::{
 };
 
 use super::super::lanes::avx512::Avx512;
-use super::super::lanes::bf16;
 use super::rows::Rows;
 use super::{
-    Kernel, Left, Op, Quantization, Right, Sums, Tile, as_they_are, by_rows, encode_whole, quantize,
+    Kernel, Left, Op, Quantization, Right, Sums, Tile, as_they_are, by_rows, encode_bf16, encode_whole,
+    quantize,
 };
 
 /// Columns of a panel: two registers.
@@ -44,10 +44,6 @@ impl Kernel for F32 {
     fn encode(column: &[f32], to: &mut [f32]) -> f32 {
         to.copy_from_slice(column);
         1.0
-    }
-
-    fn units(weight: f32) -> f32 {
-        weight
     }
 
     #[inline(always)]
@@ -138,14 +134,7 @@ impl Kernel for Bf16 {
     }
 
     fn encode(column: &[f32], to: &mut [u16]) -> f32 {
-        for (weight, to) in column.iter().zip(to) {
-            *to = bf16(*weight);
-        }
-        1.0
-    }
-
-    fn units(_: u16) -> f32 {
-        0.0
+        encode_bf16(column, to)
     }
 
     #[inline(always)]

@@ -1,8 +1,8 @@
 //! Kernels: how one instruction set multiplies matrices.
 //!
 //! All share one geometry, in bytes. The left matrix lies row by row as the stages wrote it; the right one
-//! lies in panels of [`Kernel::COLUMNS`] columns, in which [`Kernel::GROUP`] neighbours in depth, which one
-//! instruction multiplies and adds up, make a 32-bit word. A panel's part of [`Kernel::CHUNK`] in depth
+//! lies in panels of [`Kernel::COLUMNS`] columns, in which [`Kernel::GROUP`] neighbours in depth, which most
+//! often one instruction multiplies and adds up, make a 32-bit word. A panel's part of [`Kernel::CHUNK`] in depth
 //! stays in the nearest cache while all rows stream past it.
 
 #[cfg(target_arch = "x86_64")]
@@ -16,6 +16,8 @@ pub(super) mod portable;
 mod rows;
 
 use super::buffer::Plain;
+#[cfg(target_arch = "x86_64")]
+use super::lanes::bf16;
 use super::lanes::{Element, Lanes, Whole};
 
 /// Work that is compiled with a kernel's instructions: `run` must be inlined into its caller.
@@ -123,7 +125,7 @@ pub(super) trait Kernel: Sized + Send + Sync + 'static {
     type Operand: Plain;
     /// What is multiplied, on the right.
     type Weight: Plain;
-    /// Operands in a 32-bit word.
+    /// Neighbours in depth that lie side by side in a panel: what of the weights one 32-bit word holds.
     const GROUP: usize;
     /// Rows of a tile.
     const ROWS: usize;
@@ -150,8 +152,11 @@ pub(super) trait Kernel: Sized + Send + Sync + 'static {
     /// A column of weights as this kernel multiplies it, and what one unit stands for.
     fn encode(column: &[f32], to: &mut [Self::Weight]) -> f32;
 
-    /// What a weight counts, for the sums of quantized columns.
-    fn units(weight: Self::Weight) -> f32;
+    /// What a weight counts, for the sums of quantized columns; others have none.
+    fn units(weight: Self::Weight) -> f32 {
+        let _ = weight;
+        0.0
+    }
 
     /// Makes operands of elements, where they are not the same: `rows` rows, `width` wide.
     ///
@@ -195,8 +200,20 @@ impl<K: Kernel<Operand = <K as Kernel>::Element, Weight = <K as Kernel>::Element
 
 /// Elements as they are, for kernels that multiply them.
 #[inline(always)]
-pub(super) fn as_they_are<K: Float>(elements: *const K::Element, width: usize) -> Left<K> {
+pub(super) fn as_they_are<K: Kernel<Operand = <K as Kernel>::Element>>(
+    elements: *const K::Element,
+    width: usize,
+) -> Left<K> {
     Left { data: elements, stride: width, quantizations: std::ptr::null() }
+}
+
+/// The weights of a column as bf16; one unit stands for itself.
+#[cfg(target_arch = "x86_64")]
+fn encode_bf16(column: &[f32], to: &mut [u16]) -> f32 {
+    for (weight, to) in column.iter().zip(to) {
+        *to = bf16(*weight);
+    }
+    1.0
 }
 
 /// Whole numbers for the weights of a column, -127 to 127, and what one stands for.

@@ -28,10 +28,6 @@ impl Kernel for Portable {
         1.0
     }
 
-    fn units(weight: f32) -> f32 {
-        weight
-    }
-
     #[inline(always)]
     fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> Left<Self> {
         as_they_are(elements, width)

@@ -16,16 +16,8 @@ impl Rows {
     #[inline(always)]
     pub(super) fn new<const ROWS: usize>(words: *const i32, pitch: usize) -> Self {
         let mut thirds = [words; 4];
-        #[allow(
-            clippy::pointers_in_nomem_asm_block,
-            reason = "no instruction, so nothing is read through it"
-        )]
         for (third, pointer) in thirds.iter_mut().enumerate() {
-            *pointer = words.wrapping_add(if third * 3 < ROWS { third * 3 * pitch } else { 0 });
-            // SAFETY: no instruction at all; the compiler no longer knows that pointers belong together.
-            unsafe {
-                asm!("/* {0} */", inout(reg) * pointer, options(pure, nomem, nostack, preserves_flags));
-            };
+            *pointer = opaque(words.wrapping_add(if third * 3 < ROWS { third * 3 * pitch } else { 0 }));
         }
         Self { thirds, pitch }
     }
@@ -48,4 +40,16 @@ impl Rows {
             *pointer = pointer.wrapping_add(4);
         }
     }
+}
+
+/// The same pointer, of which the compiler does not know that: it neither makes it of others that point near, nor
+/// holds on to what was read through them.
+#[inline(always)]
+pub(super) fn opaque<T>(mut pointer: *const T) -> *const T {
+    #[allow(clippy::pointers_in_nomem_asm_block, reason = "no instruction, so nothing is read through it")]
+    // SAFETY: no instruction at all.
+    unsafe {
+        asm!("/* {0} */", inout(reg) pointer, options(pure, nomem, nostack, preserves_flags));
+    }
+    pointer
 }
