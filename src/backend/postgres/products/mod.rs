@@ -1,9 +1,10 @@
 //! The reference architecture's table, as the page and the API read and edit it.
 
+mod legacy;
+
 use std::collections::{HashMap, HashSet};
 
 use deadpool_postgres::Pool;
-use serde_json::Value;
 use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
@@ -11,6 +12,8 @@ use tokio_postgres::types::ToSql;
 use super::failure;
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::product::Product;
+pub use legacy::EditedBySku;
+use legacy::LEGACY;
 
 /// What one statement may take, so that a page never holds a connection for long.
 const STATEMENT_TIMEOUT: &str = "5s";
@@ -29,12 +32,6 @@ const COUNT_UP_TO: f32 = 200_000.0;
 /// What a reader is shown of a row. `xmin` changes with every write to it.
 const COLUMNS: &str = "p.id::bigint, p.name::text, p.sku::text, p.description, p.price::text, \
                        p.last_updated::text, p.xmin::text";
-
-/// The columns of the reference architecture's own answers.
-/// Its driver makes instants of dates, and so do its clients.
-const LEGACY: &str = "jsonb_build_object('id', p.id, 'name', p.name, 'sku', p.sku, 'description', p.description, \
-                      'created_at', to_char(p.created_at, 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), 'price', p.price, \
-                      'last_updated', to_char(p.last_updated, 'YYYY-MM-DD\"T00:00:00.000Z\"'), 'uuid', p.uuid)";
 
 /// A page of the table.
 #[derive(Debug)]
@@ -79,17 +76,6 @@ pub enum Edited<T> {
     Stale(Product),
     /// There is no such row.
     Gone,
-}
-
-/// What became of an edit by SKU.
-#[derive(Debug)]
-pub enum EditedBySku {
-    /// The row as it is now.
-    Done(Value),
-    /// No row bears the SKU.
-    Unknown,
-    /// This many rows bear it, and none was changed.
-    Ambiguous(usize),
 }
 
 /// The table of products.
@@ -269,52 +255,6 @@ impl Products {
     /// Why a conditional write met no row.
     async fn refused<T>(&self, id: i64) -> Result<Edited<T>> {
         Ok(self.get(id).await?.map_or(Edited::Gone, Edited::Stale))
-    }
-
-    /// Rows with all columns, in the order of their ids.
-    pub async fn legacy_by_ids(&self, ids: &[i64]) -> Result<Vec<Value>> {
-        let sql =
-            format!("SELECT p.id::bigint, {LEGACY} FROM {} p WHERE p.id = ANY ($1::bigint[])", self.relation);
-        let rows = self.query(&sql, &[&ids]).await?;
-        let mut by_id: HashMap<i64, Value> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-        Ok(ids.iter().filter_map(|id| by_id.remove(id)).collect())
-    }
-
-    /// A page of the table with all columns, by id.
-    pub async fn legacy_page(&self, page: u64, per_page: u64) -> Result<Vec<Value>> {
-        let offset = (page - 1).saturating_mul(per_page);
-        let rows = self.window(LEGACY, offset, per_page).await?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
-    }
-
-    /// Changes the description of the one row that bears the SKU.
-    pub async fn describe_by_sku(&self, sku: &str, description: &str) -> Result<EditedBySku> {
-        check_text("sku", sku, Some(255))?;
-        check_text("description", description, None)?;
-        let fail = |error: tokio_postgres::Error| failed(&error);
-        let mut client = super::client(&self.pool).await?;
-        let transaction = client.transaction().await.map_err(fail)?;
-        transaction
-            .batch_execute(&format!("SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}'"))
-            .await
-            .map_err(fail)?;
-        let sql = format!("SELECT id::bigint FROM {} WHERE sku = $1 FOR UPDATE", self.relation);
-        let rows = transaction.query(&sql, &[&sku]).await.map_err(fail)?;
-        let [row] = rows.as_slice() else {
-            return Ok(if rows.is_empty() {
-                EditedBySku::Unknown
-            } else {
-                EditedBySku::Ambiguous(rows.len())
-            });
-        };
-        let id: i64 = row.get(0);
-        let sql = format!(
-            "UPDATE {} p SET description = $2, last_updated = current_date WHERE p.id = $1::bigint RETURNING {LEGACY}",
-            self.relation
-        );
-        let row = transaction.query_one(&sql, &[&id, &description]).await.map_err(fail)?;
-        transaction.commit().await.map_err(fail)?;
-        Ok(EditedBySku::Done(row.get(0)))
     }
 
     async fn query(&self, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {

@@ -13,18 +13,21 @@
 //!
 //! What is not sure in time is undecided.
 
+mod sample;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use sample::Sample;
 use serde::Serialize;
 
 use super::catalog::Hash;
 use super::clock::Clock;
-use super::embedder::{Embedder, Embedding};
-use super::failure::{Error, Result};
+use super::embedder::Embedder;
+use super::failure::Result;
 use super::index::{Stored, VectorIndex, Writes};
 use super::ledger::{Ledger, Peeked};
 use super::queue::JobQueue;
@@ -41,10 +44,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// An index outside of the database may show a write a little later than it accepts it: a difference
 /// to a clean entry must last this long.
 const VISIBLE_AFTER: Duration = Duration::from_secs(5);
-
-/// Vectors of one text that are less alike than this are not of the same model. A stored vector's
-/// rounding costs a ten-thousandth at most.
-const SAME_VECTOR: f32 = 0.999;
 
 /// Differences that are named in the report.
 const MAX_EXAMPLES: usize = 20;
@@ -169,13 +168,6 @@ fn state(peeked: &Peeked, kind: Kind) -> State {
     (peeked.entry.as_ref().map(|entry| entry.epoch), hashes, kind)
 }
 
-/// A row that the sample may embed anew.
-struct Sample {
-    text: Arc<str>,
-    id: String,
-    embedding: Embedding,
-}
-
 /// How a record differs from its row, if it does.
 fn difference(peeked: &Peeked, stored: Option<&Stored>) -> Option<Kind> {
     match (peeked.row.as_ref().filter(|row| row.has_text()), stored) {
@@ -252,21 +244,6 @@ impl Auditor<'_> {
             confirmed: None,
         }));
         Ok(())
-    }
-
-    /// Keeps each row with the same chance (Vitter's algorithm R).
-    fn choose(&self, sample: &mut Vec<Sample>, seen: u64, peeked: &Peeked, record: Stored) {
-        let wanted = if self.embedder.is_some() { self.options.sample } else { 0 };
-        let Some(row) = peeked.row.as_ref().filter(|_| wanted > 0) else { return };
-        let one = Sample { text: row.text.clone(), id: record.id, embedding: record.embedding };
-        if sample.len() < wanted {
-            sample.push(one);
-            return;
-        }
-        let place = (self.clock.chance() * seen as f64) as usize;
-        if let Some(old) = sample.get_mut(place) {
-            *old = one;
-        }
     }
 
     async fn walk_index(
@@ -389,33 +366,6 @@ impl Auditor<'_> {
         Ok(())
     }
 
-    async fn compare_vectors(&self, sample: Vec<Sample>, report: &mut Report) -> Result<()> {
-        let Some(embedder) = &self.embedder else { return Ok(()) };
-        let mut differ = Vec::new();
-        for part in sample.chunks(32) {
-            let texts: Vec<Arc<str>> = part.iter().map(|one| one.text.clone()).collect();
-            let vectors = embedder.embed(&texts).await?;
-            if vectors.len() != part.len() {
-                return Err(Error::retryable("embed a sample", "another number of vectors came back"));
-            }
-            for (one, vector) in part.iter().zip(vectors) {
-                report.sampled += 1;
-                if cosine(&one.embedding, &vector) < SAME_VECTOR {
-                    differ.push(one.id.clone());
-                }
-            }
-        }
-        report.vector_mismatch += differ.len() as u64;
-        let room = MAX_EXAMPLES.saturating_sub(report.examples.len());
-        let named = differ.iter().take(room).map(|id| Difference { id: id.clone(), kind: Kind::Stale });
-        report.examples.extend(named);
-        if self.options.repair && !differ.is_empty() {
-            self.ledger.requeue(&differ).await?;
-            report.repaired += differ.len() as u64;
-        }
-        Ok(())
-    }
-
     async fn fetch(&self, ids: &[String]) -> Result<HashMap<String, Stored>> {
         let stored = self.index.fetch(ids).await?;
         Ok(stored.into_iter().map(|stored| (stored.id.clone(), stored)).collect())
@@ -431,13 +381,4 @@ fn chunks(mut list: Vec<Suspect>, size: usize) -> impl Iterator<Item = Vec<Suspe
         let rest = list.split_off(list.len().min(size));
         Some(std::mem::replace(&mut list, rest))
     })
-}
-
-fn cosine(a: &[f32], b: &[f32]) -> f32 {
-    if a.len() != b.len() {
-        return 0.0;
-    }
-    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f32>();
-    let length = (dot(a, a) * dot(b, b)).sqrt();
-    if length > 0.0 { dot(a, b) / length } else { 0.0 }
 }

@@ -1,0 +1,73 @@
+//! The reference architecture's own answers and its one edit, for its clients.
+
+use std::collections::HashMap;
+
+use serde_json::Value;
+
+use super::{Products, STATEMENT_TIMEOUT, check_text, failed};
+use crate::pipeline::failure::Result;
+
+/// The columns of the reference architecture's own answers.
+/// Its driver makes instants of dates, and so do its clients.
+pub(super) const LEGACY: &str = "jsonb_build_object('id', p.id, 'name', p.name, 'sku', p.sku, 'description', p.description, \
+                      'created_at', to_char(p.created_at, 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), 'price', p.price, \
+                      'last_updated', to_char(p.last_updated, 'YYYY-MM-DD\"T00:00:00.000Z\"'), 'uuid', p.uuid)";
+
+/// What became of an edit by SKU.
+#[derive(Debug)]
+pub enum EditedBySku {
+    /// The row as it is now.
+    Done(Value),
+    /// No row bears the SKU.
+    Unknown,
+    /// This many rows bear it, and none was changed.
+    Ambiguous(usize),
+}
+
+impl Products {
+    /// Rows with all columns, in the order of their ids.
+    pub async fn legacy_by_ids(&self, ids: &[i64]) -> Result<Vec<Value>> {
+        let sql =
+            format!("SELECT p.id::bigint, {LEGACY} FROM {} p WHERE p.id = ANY ($1::bigint[])", self.relation);
+        let rows = self.query(&sql, &[&ids]).await?;
+        let mut by_id: HashMap<i64, Value> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        Ok(ids.iter().filter_map(|id| by_id.remove(id)).collect())
+    }
+
+    /// A page of the table with all columns, by id.
+    pub async fn legacy_page(&self, page: u64, per_page: u64) -> Result<Vec<Value>> {
+        let offset = (page - 1).saturating_mul(per_page);
+        let rows = self.window(LEGACY, offset, per_page).await?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// Changes the description of the one row that bears the SKU.
+    pub async fn describe_by_sku(&self, sku: &str, description: &str) -> Result<EditedBySku> {
+        check_text("sku", sku, Some(255))?;
+        check_text("description", description, None)?;
+        let fail = |error: tokio_postgres::Error| failed(&error);
+        let mut client = super::super::client(&self.pool).await?;
+        let transaction = client.transaction().await.map_err(fail)?;
+        transaction
+            .batch_execute(&format!("SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}'"))
+            .await
+            .map_err(fail)?;
+        let sql = format!("SELECT id::bigint FROM {} WHERE sku = $1 FOR UPDATE", self.relation);
+        let rows = transaction.query(&sql, &[&sku]).await.map_err(fail)?;
+        let [row] = rows.as_slice() else {
+            return Ok(if rows.is_empty() {
+                EditedBySku::Unknown
+            } else {
+                EditedBySku::Ambiguous(rows.len())
+            });
+        };
+        let id: i64 = row.get(0);
+        let sql = format!(
+            "UPDATE {} p SET description = $2, last_updated = current_date WHERE p.id = $1::bigint RETURNING {LEGACY}",
+            self.relation
+        );
+        let row = transaction.query_one(&sql, &[&id, &description]).await.map_err(fail)?;
+        transaction.commit().await.map_err(fail)?;
+        Ok(EditedBySku::Done(row.get(0)))
+    }
+}
