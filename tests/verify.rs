@@ -443,7 +443,7 @@ async fn a_partition_that_is_not_captured_is_named_and_armed() {
     .await;
     let verified = shop.verify(&["--sample", "0"]).await;
     verified.assert(1, &[("missing", 2)]);
-    assert_eq!(verified.report["unarmed"], json!(["note_new"]));
+    assert_eq!(verified.report["unarmed"], json!(["refarch.note_new"]));
     let repaired = shop.verify(&["--sample", "0", "--repair", "--wait", "1"]).await;
     repaired.assert(1, &[("undecided", 2)]);
     assert!(repaired.err.contains("change capture is armed on note_new"), "{repaired:?}");

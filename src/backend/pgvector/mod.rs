@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use pgvector::HalfVector;
+use tokio::sync::OnceCell;
 
 use super::postgres::ledger::source_row;
 use super::postgres::source::SourceTable;
@@ -46,6 +47,8 @@ pub struct PgVector {
     target: i32,
     table: String,
     options: Options,
+    /// The schema that pgvector is installed in, quoted; looked up once.
+    schema: OnceCell<String>,
 }
 
 /// The table that holds a target's vectors.
@@ -64,7 +67,26 @@ impl PgVector {
         target: i32,
         options: Options,
     ) -> Self {
-        Self { postgres, source, salt, target, table: table_name(target), options }
+        let table = table_name(target);
+        Self { postgres, source, salt, target, table, options, schema: OnceCell::new() }
+    }
+
+    /// The schema of pgvector's types and operators, quoted.
+    async fn schema(&self) -> Result<&str> {
+        let found = self.schema.get_or_try_init(|| async {
+            let client = self.postgres.client().await?;
+            let sql = "SELECT quote_ident(n.nspname) FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace \
+                       WHERE e.extname = 'vector'";
+            let row = client
+                .query_opt(sql, &[])
+                .await
+                .map_err(|error| failure("look for pgvector", &error))?
+                .ok_or_else(|| {
+                    Error::fatal("look for pgvector", "the database has no extension vector: run refarch migrate")
+                })?;
+            Ok(row.get(0))
+        });
+        found.await.map(String::as_str)
     }
 }
 
@@ -74,11 +96,9 @@ impl VectorIndex for PgVector {
         let fail = |error: tokio_postgres::Error| failure("search", &error);
         let top = top.clamp(1, MAX_TOP);
         let candidates = (self.options.ef_search as usize).max(top).to_string();
+        let distance = format!("embedding OPERATOR({}.<=>) $1", self.schema().await?);
+        let sql = format!("SELECT id, 1 - ({distance}) FROM {} ORDER BY {distance} LIMIT $2", self.table);
         let mut client = self.postgres.client().await?;
-        let sql = format!(
-            "SELECT id, 1 - (embedding <=> $1) FROM {} ORDER BY embedding <=> $1 LIMIT $2",
-            self.table
-        );
         let statement = client.prepare_cached(&sql).await.map_err(fail)?;
         let transaction = client.transaction().await.map_err(fail)?;
         transaction
@@ -290,9 +310,10 @@ impl PgVector {
                 .map_err(|error| failure("delete vectors", &error))?;
         }
         if !write.upsert_ids.is_empty() {
+            let schema = self.schema().await?;
             let sql = format!(
                 "INSERT INTO {table} (id, embedding, content_hash) \
-                 SELECT * FROM unnest($1::text[], $2::halfvec[], $3::bytea[]) \
+                 SELECT * FROM unnest($1::text[], $2::{schema}.halfvec[], $3::bytea[]) \
                  ON CONFLICT (id) DO UPDATE SET embedding = excluded.embedding, content_hash = excluded.content_hash"
             );
             transaction

@@ -2,6 +2,7 @@
 
 pub mod bell;
 pub mod capture;
+pub mod connection;
 pub mod ledger;
 pub mod lineage;
 pub mod migrate;
@@ -14,6 +15,7 @@ pub mod status;
 pub mod target;
 pub mod tls;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
@@ -22,16 +24,14 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
+use connection::Connection;
+
 use crate::config::Database;
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::secret::Secret;
 
 /// How long to wait for a connection of the pool: longer means that the pool is too small.
 const POOL_WAIT: Duration = Duration::from_secs(30);
-
-/// How long a transaction may wait for its process, in milliseconds: none of ours does anything but
-/// talk to the database while one is open.
-const IDLE_IN_TRANSACTION_MS: u32 = 60_000;
 
 /// An encrypted stream to the server.
 type TlsStream = <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream;
@@ -43,6 +43,8 @@ pub struct Postgres {
     tls: MakeRustlsConnect,
     /// Connections for short statements.
     pub pool: Pool,
+    /// What each transaction of ours begins with.
+    settings: Arc<str>,
 }
 
 impl Postgres {
@@ -63,22 +65,10 @@ impl Postgres {
             .max_size(settings.pool_size)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(POOL_WAIT))
-            .post_create(deadpool_postgres::Hook::async_fn(|client, _| {
-                Box::pin(async move {
-                    // A process that freezes within a transaction must not lock rows for ever. And a plan
-                    // that is kept from when the ledger was empty reads all of it for each id, until
-                    // somebody analyses it: a first load would be quadratic.
-                    let sql = format!(
-                        "SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_MS}; \
-                         SET plan_cache_mode = force_custom_plan"
-                    );
-                    client.batch_execute(&sql).await.map_err(deadpool_postgres::HookError::Backend)
-                })
-            }))
             .create_timeout(Some(Duration::from_secs(settings.connect_timeout_s)))
             .build()
             .map_err(|error| Error::fatal("make a connection pool", error))?;
-        Ok(Self { config, tls, pool })
+        Ok(Self { config, tls, pool, settings: connection::settings(0) })
     }
 
     /// Connects once, so that a wrong address or password is told at the start.
@@ -99,11 +89,11 @@ impl Postgres {
     }
 
     /// A connection of the pool.
-    pub async fn client(&self) -> Result<deadpool_postgres::Object> {
-        client(&self.pool).await.map_err(|mut error| {
-            error.what = format!("connect to {}", self.address());
-            error
-        })
+    pub async fn client(&self) -> Result<Connection> {
+        match client(&self.pool).await {
+            Ok(client) => Ok(Connection::new(client, Arc::clone(&self.settings))),
+            Err(error) => Err(Error { what: format!("connect to {}", self.address()), ..error }),
+        }
     }
 
     /// Host, port and database, for messages; no user, no password.

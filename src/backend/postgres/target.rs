@@ -87,7 +87,8 @@ pub(super) async fn create(
 /// The active target of a source. Fails when the schema is missing or the settings no longer fit it.
 pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexShape) -> Result<Target> {
     let fix = "run refarch migrate";
-    let client = postgres.client().await?;
+    let mut client = postgres.client().await?;
+    let client = client.transaction().await.map_err(|error| failure("look for the schema", &error))?;
     let there: bool = client
         .query_one("SELECT to_regclass('refarch.target') IS NOT NULL", &[])
         .await
@@ -99,7 +100,7 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
             format!("there is no schema refarch in {}: {fix}", postgres.address()),
         ));
     }
-    let table = SourceTable::find(&**client, source).await?;
+    let table = SourceTable::find(&*client, source).await?;
     let salt = table.salt(&shape.model);
     let row = client
         .query_opt(
