@@ -360,7 +360,7 @@ async fn a_disabled_trigger_is_named_and_armed(shop: Shop) {
     shop.sql(&format!("ALTER TABLE {table} DISABLE TRIGGER refarch_products_update")).await;
     let verified = shop.verify(&["--sample", "0"]).await;
     verified.assert(1, &[]);
-    assert_eq!(verified.report["unarmed"], json!([table]));
+    assert_eq!(verified.report["unarmed"], json!([format!("public.{table}")]));
 
     shop.sql(&format!("UPDATE {table} SET description = 'Unseen' WHERE id = 4")).await;
     let verified = shop.verify(&["--sample", "0"]).await;
