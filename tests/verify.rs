@@ -369,7 +369,7 @@ async fn a_disabled_trigger_is_named_and_armed(shop: Shop) {
 
     // Arming queues every row, and so what was not seen is under way.
     let repaired = shop.verify(&["--sample", "0", "--repair", "--wait", "1"]).await;
-    assert!(repaired.err.contains(&format!("change capture is armed on {table}")), "{repaired:?}");
+    assert!(repaired.err.contains(&format!("change capture is armed on public.{table}")), "{repaired:?}");
     repaired.assert(1, &[("undecided", 1)]);
     assert_eq!(repaired.report["unarmed"], json!([table]), "what was found, as for rows");
     shop.apply().await;
@@ -446,7 +446,7 @@ async fn a_partition_that_is_not_captured_is_named_and_armed() {
     assert_eq!(verified.report["unarmed"], json!(["refarch.note_new"]));
     let repaired = shop.verify(&["--sample", "0", "--repair", "--wait", "1"]).await;
     repaired.assert(1, &[("undecided", 2)]);
-    assert!(repaired.err.contains("change capture is armed on note_new"), "{repaired:?}");
+    assert!(repaired.err.contains("change capture is armed on refarch.note_new"), "{repaired:?}");
     shop.apply().await;
     let verified = shop.verify(&[]).await;
     verified.assert(0, &[]);
