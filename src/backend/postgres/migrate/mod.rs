@@ -238,16 +238,21 @@ async fn create_extension(transaction: &Transaction<'_>, report: &mut Report) ->
         row = transaction.query_opt(version, &[]).await.map_err(fail)?;
     }
     let version: String = row.map(|row| row.get(0)).unwrap_or_default();
-    let mut parts = version.split('.').map(|part| part.parse::<u32>().unwrap_or_default());
-    let mut next = || parts.next().unwrap_or_default();
-    let found = (next(), next(), next());
+    let found = pgvector::parse_version(&version);
     let (major, minor, patch) = pgvector::MIN_VERSION;
     if found < pgvector::MIN_VERSION {
         return Err(Error::fatal(
             "check pgvector",
             format!(
-                "version {version} has known corruption; {major}.{minor}.{patch} or later is needed: ALTER EXTENSION vector UPDATE"
+                "version {version} has no halfvec; {major}.{minor}.{patch} or later is needed: ALTER EXTENSION vector UPDATE"
             ),
+        ));
+    }
+    let (major, minor, patch) = pgvector::MIN_GRAPH_VERSION;
+    if found < pgvector::MIN_GRAPH_VERSION {
+        report.warnings.push(format!(
+            "pgvector {version} has known corruption in graphs, so none is built and searches read all vectors: \
+             from {major}.{minor}.{patch} on there are graphs (ALTER EXTENSION vector UPDATE)"
         ));
     }
     Ok(())
