@@ -24,6 +24,7 @@ use refarch::pipeline::ledger::{Ledger as _, Outcome};
 use refarch::pipeline::meter::Meter;
 use refarch::pipeline::relay::{self, Relay};
 use refarch::pipeline::schedule::Scheduler;
+use refarch::role::chaos::double::Double;
 use refarch::secret::Secret;
 use tokio::sync::OnceCell;
 use tokio_postgres::Client;
@@ -360,30 +361,25 @@ async fn of_two_spellings_of_a_key_the_rows_own_is_the_row() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_collation_that_folds_does_not_fold_ids() {
-    let setup = "CREATE COLLATION public.folds (provider = icu, locale = 'und-u-ks-level2', deterministic = false); \
-                 CREATE TABLE item (id text COLLATE public.folds PRIMARY KEY, body text); \
-                 INSERT INTO item SELECT chr(64 + g) || g, 'text' FROM generate_series(1, 26) g";
-    let it = Loop::new(setup, &ITEM).await;
-    assert_eq!(it.rows().await.len(), 26);
-    let peeked = it.backends.ledger.peek(&strings(&["a1", "A1"])).await.unwrap();
-    assert_eq!(peeked.iter().map(|one| one.row.is_some()).collect::<Vec<_>>(), [false, true]);
-    it.settle().await;
-    assert_eq!(it.indexed().await.len(), 26);
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_key_without_an_order_is_refused() {
     let database = Database::create().await;
     let client = database.client().await;
-    client.batch_execute("CREATE TABLE item (id xid NOT NULL, body text)").await.unwrap();
+    // Its order is none that PostgreSQL takes by itself.
+    let kind = folded()
+        .replace("CREATE CAST (ext.folded AS text) WITHOUT FUNCTION AS IMPLICIT;", "")
+        .replace("DEFAULT FOR TYPE", "FOR TYPE");
+    client.batch_execute(&kind).await.unwrap();
+    client
+        .batch_execute("CREATE TABLE item (id ext.folded NOT NULL, body text); CREATE UNIQUE INDEX ON item (id ext.folded_ops)")
+        .await
+        .unwrap();
     client.batch_execute("CREATE TABLE arrays (id int[] PRIMARY KEY, body text)").await.unwrap();
-    for (table, reason) in [("item", "xid"), ("arrays", "array")] {
+    for (table, reason) in [("item", "no default order"), ("arrays", "array")] {
         let set = settings(&[ITEM[1], ITEM[2], ("REFARCH_SOURCE_TABLE", table)]);
         let postgres = Postgres::new(&Secret::new(database.url()), &set.database).unwrap();
         let error = backend::migrate(&postgres, &set).await.unwrap_err();
         assert_eq!(error.class, Class::Fatal);
-        assert!(error.message.contains("source.id") && error.message.contains(reason), "{error}");
+        assert!(error.message.contains("source.id") && error.message.contains(reason), "{table}: {error}");
     }
 }
 
@@ -510,13 +506,13 @@ async fn another_table_under_the_name_is_not_believed() {
     let it = Loop::new(setup, &ITEM).await;
     it.settle().await;
     it.run(
-        "BEGIN; ALTER TABLE item RENAME TO item_old; CREATE TABLE item (id integer PRIMARY KEY, body text); COMMIT",
+        "BEGIN; ALTER TABLE item RENAME TO item_old; CREATE TABLE public.item (id integer PRIMARY KEY, body text); COMMIT",
     )
     .await;
     let error = held(&it, &["1"]).await;
     assert!(error.contains("another table"), "{error}");
     // Once capture is on it, what it holds is the truth.
-    it.run("UPDATE refarch.source SET relation = 'item'::regclass").await;
+    it.run("UPDATE refarch.source SET relation = 'public.item'::regclass").await;
     assert!(it.backends.ledger.peek(&strings(&["1"])).await.unwrap()[0].row.is_none());
 }
 
@@ -616,14 +612,25 @@ async fn a_role_with_settings_of_its_own_reads_and_writes_as_any() {
     stop.cancel();
     session.await.unwrap().unwrap();
     assert!(odd.postgres.has_sessions().await.unwrap());
+    // And the graph, once its table is the role's.
+    let (role, target) = (odd.role.as_ref().unwrap(), &odd.backends.target);
+    odd.run(&format!(
+        "ALTER TABLE refarch.vector_{} OWNER TO {role}; GRANT CREATE ON SCHEMA refarch TO {role}",
+        target.id
+    ))
+    .await;
+    let options = pgvector::Options { graph_min_rows: 10, graph_max_backlog: 10, ef_search: 100 };
+    let table = Arc::new(target.table.clone());
+    let index = PgVector::new(odd.postgres.clone(), table, target.salt.clone(), target.id, options);
+    index.maintain(0).await.unwrap();
+    assert!(has_graph(&odd).await);
     odd.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_that_is_set_outlives_its_transaction() {
     let it = Loop::by_role("CREATE TABLE item (id integer PRIMARY KEY, body text)", &ITEM, ODD).await;
-    let settings =
-        "SELECT name || '=' || setting FROM pg_catalog.pg_settings WHERE source <> 'client' ORDER BY name";
+    let settings = "SELECT name || '=' || setting FROM pg_catalog.pg_settings WHERE name <> 'application_name' ORDER BY name";
     let read = async |client: &Client| -> Vec<String> {
         client.query(settings, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
     };
@@ -714,6 +721,44 @@ async fn metadata_is_known_by_names_and_values_and_not_by_order() {
     assert_eq!(with("id,name,sku").await, 10, "of one the new column is null");
     assert_eq!(with("id,sku").await, 11);
     assert_eq!(it.meter.totals(), (applied, embedded));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_metadata_column_that_is_added_is_sent_and_nothing_is_embedded_again() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text, name text, sku text); \
+                 INSERT INTO item SELECT g, 'text ' || g, 'name', 'sku ' || g FROM generate_series(1, 10) g";
+    client.batch_execute(setup).await.unwrap();
+    let double = Double::start(384, 1).await.unwrap();
+    let run = async |metadata: &str, roles: &[&[&str]]| {
+        for args in roles {
+            let mut command = database.refarch();
+            command.args(*args).envs([ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", metadata)]);
+            command.envs([("PINECONE_INDEX_HOST", double.url()), ("PINECONE_API_KEY", "none".to_owned())]);
+            let output = command.output().await.unwrap();
+            assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    };
+    let sync: [&[&str]; 2] = [&["listen", "--until-idle"], &["embed", "--until-idle"]];
+    let embedded = async || {
+        let sql = "SELECT coalesce(sum(applied), 0)::bigint, coalesce(sum(embedded), 0)::bigint FROM refarch.sample";
+        let row = client.query_one(sql, &[]).await.unwrap();
+        (row.get::<_, i64>(0), row.get::<_, i64>(1))
+    };
+    run("id,name", &[&["migrate"]]).await;
+    run("id,name", &sync).await;
+    assert_eq!(embedded().await, (10, 10));
+    run("id,name,sku", &[&["migrate"]]).await;
+    // As if every row had just been written.
+    let backfill = "SELECT refarch.backfill('products', 'public.item'::regclass, 'id')";
+    client.execute(backfill, &[]).await.unwrap();
+    run("id,name,sku", &sync).await;
+    assert_eq!(embedded().await, (20, 10), "sent again, and not embedded again");
+    run("sku,name,id", &[&["migrate"]]).await;
+    client.execute(backfill, &[]).await.unwrap();
+    run("sku,name,id", &sync).await;
+    assert_eq!(embedded().await, (20, 10), "in another order they are the same");
 }
 
 /// A clock that goes on when it is told.
