@@ -13,6 +13,8 @@ use common::{Database, eventually};
 use refarch::backend::pgvector::{self, PgVector};
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
+use refarch::backend::postgres::migrate;
+use refarch::backend::postgres::target::{self, IndexShape};
 use refarch::backend::{self, Backends, LoadedModel};
 use refarch::config::Settings;
 use refarch::pipeline::clock::{BootClock, Clock};
@@ -340,6 +342,119 @@ async fn six_hundred_keys_of_fixed_length_are_indexed_and_verified() {
     it.settle().await;
     let (agrees, text) = it.verify().await;
     assert!(agrees && text.contains("indexed          599"), "{text}");
+}
+
+/// A server of Debian's, which has the extensions that the private build has not; without pgvector.
+struct Debian {
+    child: std::process::Child,
+    dir: tempfile::TempDir,
+    port: u16,
+}
+
+impl Debian {
+    fn lower(program: &str) -> std::process::Command {
+        use std::os::unix::process::CommandExt as _;
+        let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+        let found = versions
+            .map(|version| version.path().join("bin").join(program))
+            .filter(|path| path.is_file())
+            .max();
+        let found = found.unwrap_or_else(|| {
+            panic!("{program} is missing: run scripts/test, or install Debian's postgresql")
+        });
+        let mut command = std::process::Command::new(found);
+        if nix::unistd::Uid::effective().is_root() {
+            let user = nix::unistd::User::from_name("postgres").unwrap().expect("the package makes the user");
+            command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
+        }
+        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        command
+    }
+
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        if nix::unistd::Uid::effective().is_root() {
+            let user = nix::unistd::User::from_name("postgres").unwrap().unwrap();
+            std::os::unix::fs::chown(dir.path(), Some(user.uid.as_raw()), Some(user.gid.as_raw())).unwrap();
+        }
+        let data = dir.path().join("data");
+        let made = Self::lower("initdb")
+            .arg("-D")
+            .arg(&data)
+            .args(["-U", "refarch", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C"])
+            .status();
+        assert!(made.unwrap().success());
+        let port = common::free_port();
+        let mut command = Self::lower("postgres");
+        command.arg("-D").arg(&data).args([
+            "-p",
+            &port.to_string(),
+            "-h",
+            "127.0.0.1",
+            "-c",
+            "fsync=off",
+            "-c",
+        ]);
+        let child = command.arg(format!("unix_socket_directories={}", dir.path().display())).spawn().unwrap();
+        let server = Self { child, dir, port };
+        let url = server.url();
+        eventually("the server to answer", PATIENCE, async || {
+            tokio_postgres::connect(&url, tokio_postgres::NoTls).await.is_ok()
+        })
+        .await;
+        server
+    }
+
+    fn url(&self) -> String {
+        format!("postgres://refarch@127.0.0.1:{}/postgres", self.port)
+    }
+}
+
+impl Drop for Debian {
+    fn drop(&mut self) {
+        let data = self.dir.path().join("data");
+        let _ = Self::lower("pg_ctl").arg("-D").arg(data).args(["-m", "immediate", "stop"]).status();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_of_extensions_types_are_read() {
+    let server = Debian::start().await;
+    let client = common::connect(&server.url()).await;
+    let setup = "CREATE SCHEMA ext; CREATE EXTENSION citext SCHEMA ext; CREATE EXTENSION ltree SCHEMA ext; CREATE EXTENSION isn SCHEMA ext; \
+                 CREATE COLLATION public.folds (provider = icu, locale = 'und-u-ks-level2', deterministic = false)";
+    client.batch_execute(setup).await.unwrap();
+    let shape = IndexShape { kind: "test".into(), model: "test".into(), dimensions: 3 };
+    for (name, kind, value) in [
+        ("a", "ext.citext", "('Name' || g)::ext.citext"),
+        ("b", "ext.ltree", "('Top.Path.n' || g)::ext.ltree"),
+        ("c", "ext.isbn", "(ARRAY['0-306-40615-2', '1-4028-9462-7', '0-395-19395-8'])[g]::ext.isbn"),
+        ("d", "text COLLATE public.folds", "'Name' || g"),
+    ] {
+        client
+            .batch_execute(&format!(
+                "CREATE TABLE public.{name} (id {kind} PRIMARY KEY, body text); INSERT INTO public.{name} SELECT {value}, 'text' FROM generate_series(1, 3) g"
+            ))
+            .await
+            .unwrap();
+        let table = format!("public.{name}");
+        let set =
+            settings(&[("REFARCH_SOURCE_TABLE", &*table), ITEM[1], ITEM[2], ("REFARCH_SOURCE_NAME", name)]);
+        let postgres = Postgres::new(&Secret::new(server.url()), &set.database).unwrap();
+        migrate::migrate(&postgres, &set.source, &set.queue, &shape).await.unwrap();
+        let target = target::find(&postgres, &set.source, &shape).await.unwrap();
+        let ledger = PgLedger::new(postgres, Arc::new(target.table), target.id, target.salt);
+        let mut ids = Vec::new();
+        while let Some(peeked) = ledger.rows_after(ids.last().map(String::as_str), 1).await.unwrap().pop() {
+            ids.push(peeked.id);
+        }
+        assert_eq!(ids.len(), 3, "{kind}: {ids:?}");
+        let small = ids[0].to_lowercase();
+        let peeked = ledger.peek(&[&ids[..], &[small.clone(), "no id".into()]].concat()).await.unwrap();
+        let there: Vec<bool> = peeked.iter().map(|one| one.row.is_some()).collect();
+        assert_eq!(there, [true, true, true, small == ids[0], false], "{kind}: {ids:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -133,7 +133,8 @@ impl PgVector {
         let what = "build the graph";
         let fail = |error: tokio_postgres::Error| failure(what, &error);
         let graph = self.graph();
-        let extension = self.extension().await?;
+        // Not as it was at the start: it may have been updated since.
+        let extension = self.installed().await?;
         let statement = match action {
             Action::Drop => format!("DROP INDEX IF EXISTS refarch.{graph}"),
             Action::Build if extension.version < MIN_GRAPH_VERSION => {

@@ -68,7 +68,6 @@ pub struct PgVector {
     target: i32,
     table: String,
     options: Options,
-    /// Looked up once.
     extension: OnceCell<Extension>,
     clock: Arc<dyn Clock>,
     builds: Mutex<Builds>,
@@ -119,21 +118,23 @@ impl PgVector {
         Self { clock, ..self }
     }
 
+    /// pgvector as it is installed, looked up once.
     async fn extension(&self) -> Result<&Extension> {
-        let found = self.extension.get_or_try_init(|| async {
-            let client = self.postgres.client().await?;
-            let sql = "SELECT quote_ident(n.nspname), e.extversion FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace \
-                       WHERE e.extname = 'vector'";
-            let row = client
-                .query_opt(sql, &[])
-                .await
-                .map_err(|error| failure("look for pgvector", &error))?
-                .ok_or_else(|| {
-                    Error::fatal("look for pgvector", "the database has no extension vector: run refarch migrate")
-                })?;
-            Ok(Extension { schema: row.get(0), version: parse_version(row.get(1)) })
-        });
-        found.await
+        self.extension.get_or_try_init(|| self.installed()).await
+    }
+
+    async fn installed(&self) -> Result<Extension> {
+        let client = self.postgres.client().await?;
+        let sql = "SELECT quote_ident(n.nspname), e.extversion FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace \
+                   WHERE e.extname = 'vector'";
+        let row = client
+            .query_opt(sql, &[])
+            .await
+            .map_err(|error| failure("look for pgvector", &error))?
+            .ok_or_else(|| {
+                Error::fatal("look for pgvector", "the database has no extension vector: run refarch migrate")
+            })?;
+        Ok(Extension { schema: row.get(0), version: parse_version(row.get(1)) })
     }
 }
 
@@ -312,16 +313,13 @@ impl PgVector {
         // After the locks, in a snapshot of its own: the newest committed state of each row.
         let read = Source::read(&*transaction, table, &select, &[&possible], &check).await;
         let rows = match read {
-            // On the way out the transaction is rolled back, and its connection is free for the look.
-            Err(_) => {
-                transaction.rollback().await.map_err(fail(again))?;
+            Ok((rows, seen)) if table.is_as_seen(seen.as_ref()) => rows,
+            read => {
+                // Nothing is locked and no connection held while the table is looked at.
+                let _ = transaction.rollback().await;
                 drop(client);
                 return Ok(self.source.judge(again, table, read).await?.without_rows());
             }
-            read => match self.source.judge(again, table, read).await? {
-                Judged::Read(rows) => rows,
-                other => return Ok(other.without_rows()),
-            },
         };
         let rows: HashMap<String, SourceRow> = rows
             .iter()

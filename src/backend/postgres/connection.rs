@@ -41,7 +41,7 @@ pub(super) fn settings(statement_timeout_ms: u128) -> Arc<str> {
 }
 
 /// What begins a transaction of ours.
-pub(super) fn begin(settings: &str) -> String {
+pub(super) fn begun_by(settings: &str) -> String {
     format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {settings}")
 }
 
@@ -204,7 +204,7 @@ impl Connection {
     /// Sends the transaction's begin, the work and the commit at once: each is put on the wire when it is
     /// first polled, in this order. After an error the commit rolls back.
     async fn alone<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        let begin = begin(&self.settings);
+        let begin = begun_by(&self.settings);
         let (begun, done, ended) =
             join3(self.client.batch_execute(&begin), work, self.client.batch_execute("COMMIT")).await;
         begun?;

@@ -117,7 +117,7 @@ impl Postgres {
     /// What begins a transaction of ours on a session that is not of the pool: it sets what the transaction
     /// relies on, and nothing that outlives it.
     pub(crate) fn begin(&self) -> String {
-        connection::begin(&self.settings)
+        connection::begun_by(&self.settings)
     }
 
     /// A connection of its own, outside the pool, for LISTEN and for locks that outlive a transaction. It has

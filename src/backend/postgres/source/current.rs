@@ -87,10 +87,8 @@ impl Source {
         read: Result<(Vec<Row>, Option<Row>), PgError>,
     ) -> Result<Judged<Vec<Row>>> {
         let error = match read {
-            Ok((rows, Some(check))) if check.get::<_, &str>(0) == table.print => {
-                if check.get::<_, Option<bool>>(1) == Some(true) {
-                    return Ok(Judged::Read(rows));
-                }
+            Ok((rows, seen)) if table.is_as_seen(seen.as_ref()) => return Ok(Judged::Read(rows)),
+            Ok((_, Some(seen))) if seen.get::<_, &str>(0) == table.print => {
                 return Err(hold(
                     what,
                     table,
@@ -115,7 +113,7 @@ impl Source {
         let role = self.postgres.user();
         let cure = if hides_rows(&error) {
             format!(
-                "role {role} may not see every row: ALTER ROLE {role} BYPASSRLS, or run refarch as the table's owner without FORCE ROW LEVEL SECURITY"
+                "role {role} may not see every row: ALTER ROLE {role} BYPASSRLS; or, unless the table has FORCE ROW LEVEL SECURITY, GRANT its owner TO {role}"
             )
         } else if *code == SqlState::INSUFFICIENT_PRIVILEGE {
             format!("GRANT SELECT ON {} TO {role}", table.relation)
@@ -181,6 +179,15 @@ impl Source {
             }
         }
         Ok(refused)
+    }
+}
+
+impl SourceTable {
+    /// Whether the table is as described, and the one whose changes are captured, by what [`Source::check`] saw.
+    pub(crate) fn is_as_seen(&self, seen: Option<&Row>) -> bool {
+        seen.is_some_and(|row| {
+            row.get::<_, &str>(0) == self.print && row.get::<_, Option<bool>>(1) == Some(true)
+        })
     }
 }
 
