@@ -226,6 +226,8 @@ impl Articles {
     async fn new() -> Self {
         let database = Database::create().await;
         let client = database.client().await;
+        // By default new tables would go into our own schema, which has the user's name.
+        client.batch_execute("SET search_path = public").await.unwrap();
         client.batch_execute(ARTICLES).await.unwrap();
         let env =
             [("TABLE", "public.articles"), ("TEXT", "title,body"), ("METADATA", "id")].map(|(key, value)| {

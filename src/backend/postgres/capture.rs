@@ -45,7 +45,7 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
     let noted = transaction
         .query_opt(
             "SELECT s.relation::oid, s.relation::text, \
-               (s.id_column, s.text_columns) IS DISTINCT FROM ($2, $3::text[]) \
+               (s.id_column, s.text_columns) IS DISTINCT FROM ($2::text, $3::text[]) \
                  OR NOT (s.metadata_columns @> $4::text[] AND s.metadata_columns <@ $4::text[]), b.held \
              FROM refarch.source s LEFT JOIN refarch.backfill b ON b.source = s.name WHERE s.name = $1",
             &[&source.name, &source.id, &source.text, &source.metadata],

@@ -78,9 +78,17 @@ pub(super) async fn create(
         return Ok(());
     }
     let name = pgvector::table_name(id);
+    let schema: String = transaction
+        .query_one(
+            "SELECT quote_ident(n.nspname) FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'",
+            &[],
+        )
+        .await
+        .map_err(fail)?
+        .get(0);
     // EXTERNAL would move vectors out of line; MAIN keeps 776 bytes in the row, where a scan reads them.
     let sql = format!(
-        "CREATE TABLE {name} (id text PRIMARY KEY, embedding halfvec({dimensions}) NOT NULL, content_hash bytea NOT NULL); \
+        "CREATE TABLE {name} (id text PRIMARY KEY, embedding {schema}.halfvec({dimensions}) NOT NULL, content_hash bytea NOT NULL); \
          ALTER TABLE {name} ALTER embedding SET STORAGE MAIN"
     );
     transaction.batch_execute(&sql).await.map_err(fail)?;

@@ -34,7 +34,7 @@ impl Known {
                    s.id_column, s.text_columns, s.metadata_columns, \
                    (SELECT array_agg(c.number ORDER BY k.place) FROM unnest(s.id_column || s.text_columns) WITH ORDINALITY AS k(name, place) \
                     LEFT JOIN refarch.source_column c ON c.source = s.name AND c.name = k.name), \
-                   (SELECT array_agg(a.attnum ORDER BY k.place) FROM unnest($3 || $4::text[]) WITH ORDINALITY AS k(name, place) \
+                   (SELECT array_agg(a.attnum ORDER BY k.place) FROM unnest($3::text || $4::text[]) WITH ORDINALITY AS k(name, place) \
                     LEFT JOIN pg_attribute a ON a.attrelid = $2::text::regclass AND a.attname = k.name AND NOT a.attisdropped) \
                  FROM refarch.source s WHERE s.name = $1",
                 &[&table.name, &table.relation, &source.id, &source.text],
