@@ -619,8 +619,14 @@ async fn ids_of_an_extensions_type_are_told_apart_byte_by_byte() {
     let queued = "SELECT count(DISTINCT id) FROM refarch.outbox, unnest(ids) AS id";
     assert_eq!(live.number(queued).await, 1200, "each page begins after the last");
     assert_eq!(live.capture("INSERT INTO articles VALUES ('a', 'x')").await, ["u a"]);
-    assert_eq!(live.capture("UPDATE articles SET title = 'y' WHERE id OPERATOR(ext.=) 'A'::ext.folded").await, ["u a"]);
-    assert_eq!(live.capture("UPDATE articles SET id = 'A' WHERE id OPERATOR(ext.=) 'a'::ext.folded").await, ["d a", "u A"]);
+    assert_eq!(
+        live.capture("UPDATE articles SET title = 'y' WHERE id OPERATOR(ext.=) 'A'::ext.folded").await,
+        ["u a"]
+    );
+    assert_eq!(
+        live.capture("UPDATE articles SET id = 'A' WHERE id OPERATOR(ext.=) 'a'::ext.folded").await,
+        ["d a", "u A"]
+    );
     assert_eq!(live.capture("DELETE FROM articles WHERE id OPERATOR(ext.=) 'a'::ext.folded").await, ["d A"]);
 }
 

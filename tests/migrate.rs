@@ -421,7 +421,6 @@ async fn roles_work_with_the_rights_that_migrate_gives_them_and_no_more() {
     let said = articles.refused(&["migrate", "--roles", "embed=nobody_of_this_name"]).await;
     assert!(said.contains("CREATE ROLE nobody_of_this_name"), "{said}");
     articles.done(&["migrate", "--roles", &wanted.join(",")]).await;
-    articles.set("REFARCH_INDEX_GRAPH_MIN_ROWS", "10");
     // Each of the roles by a login of its own; what fails is collected, so that the logins go in any case.
     for (part, args) in [
         ("listen", &["listen", "--until-idle"][..]),
@@ -437,6 +436,8 @@ async fn roles_work_with_the_rights_that_migrate_gives_them_and_no_more() {
         }
         articles.run(&format!("ALTER DATABASE {name} RESET role")).await;
     }
+    let graph = format!("SET ROLE {}; SELECT refarch.build_graph(1, 16, 64); RESET ROLE", role("embed"));
+    articles.run(&graph).await;
     for (part, sql) in [
         ("listen", "UPDATE public.articles SET title = 'x'"),
         ("embed", "DELETE FROM public.articles"),

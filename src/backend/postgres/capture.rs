@@ -70,23 +70,22 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
         Ok(table) => {
             let row = transaction
                 .query_one(
-                    "SELECT $1::text::regclass::oid, row_security_active($1::text::regclass), current_user::text",
+                    "SELECT $1::text::regclass::oid, row_security_active($1::text::regclass), current_user::text, $1::text::regclass::text",
                     &[&table.relation],
                 )
                 .await
                 .map_err(fail)?;
+            let name: String = row.get(3);
             if row.get::<_, u32>(0) != captured {
                 columns.clear();
                 faults.push(format!(
-                    "{} is another table than the one that is captured, which is now {captured_name}: \
-                     refarch verify --repair captures it and reads it anew",
-                    table.relation
+                    "{name} is another table than the one that is captured, which is now {captured_name}: \
+                     refarch verify --repair captures it and reads it anew"
                 ));
             }
             if row.get(1) {
                 faults.push(format!(
-                    "row security on {} hides rows from the role {}: ALTER ROLE ... BYPASSRLS, or make a policy for it",
-                    table.relation,
+                    "row security on {name} hides rows from the role {0}: ALTER ROLE {0} BYPASSRLS, or make a policy for it",
                     row.get::<_, String>(2)
                 ));
             }

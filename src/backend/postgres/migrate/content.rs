@@ -31,7 +31,7 @@ impl Known {
         let row = transaction
             .query_opt(
                 "SELECT s.relation::oid, coalesce(s.table_name, s.relation::text), s.relation = $2::text::regclass, \
-                   s.id_column, s.text_columns, s.metadata_columns, \
+                   coalesce(to_regclass(s.table_name) = $2::text::regclass, false), $2::text::regclass::text, s.id_column, s.text_columns, s.metadata_columns, \
                    (SELECT array_agg(c.number ORDER BY k.place) FROM unnest(s.id_column || s.text_columns) WITH ORDINALITY AS k(name, place) \
                     LEFT JOIN refarch.source_column c ON c.source = s.name AND c.name = k.name), \
                    (SELECT array_agg(a.attnum ORDER BY k.place) FROM unnest($3::text || $4::text[]) WITH ORDINALITY AS k(name, place) \
@@ -43,16 +43,17 @@ impl Known {
             .map_err(|error| failure("read the source", &error))?;
         let Some(row) = row else { return Ok(None) };
         let (oid, name, same): (u32, String, bool) = (row.get(0), row.get(1), row.get(2));
-        let (id, text, metadata): (String, Vec<String>, Vec<String>) = (row.get(3), row.get(4), row.get(5));
-        let was: Vec<Option<i16>> = row.get::<_, Option<Vec<_>>>(6).unwrap_or_default();
-        let is: Vec<Option<i16>> = row.get::<_, Option<Vec<_>>>(7).unwrap_or_default();
+        let (same_name, wanted): (bool, String) = (row.get(3), row.get(4));
+        let (id, text, metadata): (String, Vec<String>, Vec<String>) = (row.get(5), row.get(6), row.get(7));
+        let was: Vec<Option<i16>> = row.get::<_, Option<Vec<_>>>(8).unwrap_or_default();
+        let is: Vec<Option<i16>> = row.get::<_, Option<Vec<_>>>(9).unwrap_or_default();
         let mut differences = Vec::new();
         let mut differ = |what: &str, was: &str, is: &str| {
             differences.push(format!("{what} was {was} and is {is}"));
         };
         // Another table under the same name, as after a rebuild beside the old one, holds the same rows.
-        if !same && name != table.relation {
-            differ("source.table", &name, &table.relation);
+        if !same && !same_name {
+            differ("source.table", &name, &wanted);
         }
         let renamed = |was: Option<&Option<i16>>, is: Option<&Option<i16>>| {
             same && matches!((was, is), (Some(Some(was)), Some(Some(is))) if was == is)

@@ -199,7 +199,7 @@ async fn write_source(
     transaction
         .execute(
             "INSERT INTO refarch.source AS s (name, relation, table_name, id_column, text_columns, metadata_columns, watched) \
-             VALUES ($1, $2::text::regclass, $2, $3, $4, $5, $6) \
+             VALUES ($1, $2::text::regclass, $2::text::regclass::text, $3, $4, $5, $6) \
              ON CONFLICT (name) DO UPDATE SET relation = excluded.relation, table_name = excluded.table_name, \
                id_column = excluded.id_column, text_columns = excluded.text_columns, \
                metadata_columns = excluded.metadata_columns, watched = excluded.watched \
