@@ -135,7 +135,20 @@ impl PgVector {
         let graph = self.graph();
         // Not as it was at the start: it may have been updated since.
         let extension = self.installed().await?;
+        // Only its owner can index a table; another role asks the database to.
+        let is_owned: bool = self
+            .postgres
+            .client()
+            .await?
+            .query_one(
+                "SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class c WHERE c.oid = to_regclass($1)",
+                &[&self.table],
+            )
+            .await
+            .map_err(fail)?
+            .get(0);
         let statement = match action {
+            Action::Drop if !is_owned => format!("SELECT refarch.drop_graph({})", self.target),
             Action::Drop => format!("DROP INDEX IF EXISTS refarch.{graph}"),
             Action::Build if extension.version < MIN_GRAPH_VERSION => {
                 let (major, minor, patch) = extension.version;
@@ -145,6 +158,9 @@ impl PgVector {
                         "pgvector {major}.{minor}.{patch} has known corruption in graphs: install a newer one, then ALTER EXTENSION vector UPDATE"
                     ),
                 ));
+            }
+            Action::Build if !is_owned => {
+                format!("SELECT refarch.build_graph({}, {GRAPH_DEGREE}, {GRAPH_CANDIDATES})", self.target)
             }
             Action::Build => format!(
                 "CREATE INDEX CONCURRENTLY IF NOT EXISTS {graph} ON {} USING hnsw (embedding {}.halfvec_cosine_ops) \
