@@ -426,7 +426,8 @@ impl PgLedger {
             by_id.insert(id.clone(), Peeked { id, row: None, entry });
         }
         let nothing = |id: &String| Peeked { id: id.clone(), row: None, entry: None };
-        Ok(ids.iter().map(|id| by_id.remove(id).unwrap_or_else(|| nothing(id))).collect())
+        // An id may be asked for twice.
+        Ok(ids.iter().map(|id| by_id.get(id).cloned().unwrap_or_else(|| nothing(id))).collect())
     }
 
     /// Attempts that have been abandoned for the settling time, by the database's clock and by this process's

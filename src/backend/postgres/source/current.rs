@@ -107,7 +107,7 @@ impl Source {
         if self.look_again(what, table).await? {
             return Ok(Judged::Again);
         }
-        if code.code().starts_with("22") {
+        if is_about_value(code) {
             return Ok(Judged::Value(failure(what, &error)));
         }
         let role = self.postgres.user();
@@ -165,7 +165,7 @@ impl Source {
         let mut parts = vec![ids];
         while let Some(part) = parts.pop() {
             let Err(error) = client.query_one(&sql, &[&part]).await else { continue };
-            if !error.code().is_some_and(|code| code.code().starts_with("22")) {
+            if !error.code().is_some_and(is_about_value) {
                 return Err(failure("look at ids", &error));
             }
             match part {
@@ -195,6 +195,11 @@ impl SourceTable {
 /// rights (class 42), features (0A), values (22).
 fn is_about_table(code: &SqlState) -> bool {
     matches!(&code.code()[..2], "42" | "0A" | "22")
+}
+
+/// Whether an error is about a value. Types of extensions raise syntax errors too, and our own SQL has none.
+fn is_about_value(code: &SqlState) -> bool {
+    code.code().starts_with("22") || *code == SqlState::SYNTAX_ERROR
 }
 
 fn hold(what: &str, table: &SourceTable, message: &str) -> Error {
