@@ -177,9 +177,9 @@ async fn prepare(
         )
         .await
         .map_err(fail)?;
-    let (other, metadata_changed) =
-        known.map_or((None, false), |known| (known.other, known.metadata_changed));
-    let asked = !stands || left_behind || metadata_changed || other.is_some();
+    let (other, changed) =
+        known.map_or((None, false), |known| (known.other, known.metadata_changed || known.columns_changed));
+    let asked = !stands || left_behind || changed || other.is_some();
     if asked {
         transaction
             .execute("SELECT refarch.request_backfill($1, true, $2)", &[&table.name, &stands])
