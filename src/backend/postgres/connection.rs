@@ -220,9 +220,9 @@ impl Connection {
     /// Sends the transaction's begin, the work and the commit at once: each is put on the wire when it is
     /// first polled, in this order. After an error the commit rolls back.
     async fn alone<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        let begin = begun_by(&self.settings);
+        let opening = begun_by(&self.settings);
         let (begun, done, ended) =
-            join3(self.client.batch_execute(&begin), work, self.client.batch_execute("COMMIT")).await;
+            join3(self.client.batch_execute(&opening), work, self.client.batch_execute("COMMIT")).await;
         begun?;
         let done = done?;
         ended?;

@@ -16,6 +16,8 @@ pub(super) struct Known {
     pub(super) other: Option<(u32, String)>,
     /// Whether the metadata columns are others than before; their order does not matter.
     pub(super) metadata_changed: bool,
+    /// Whether columns have another number or type than when they were noted: their values may have changed unseen.
+    pub(super) columns_changed: bool,
     /// What of the content differs, with old and new value.
     differences: Vec<String>,
 }
@@ -35,7 +37,8 @@ impl Known {
                    (SELECT array_agg(c.number ORDER BY k.place) FROM unnest(s.id_column || s.text_columns) WITH ORDINALITY AS k(name, place) \
                     LEFT JOIN refarch.source_column c ON c.source = s.name AND c.name = k.name), \
                    (SELECT array_agg(a.attnum ORDER BY k.place) FROM unnest($3::text || $4::text[]) WITH ORDINALITY AS k(name, place) \
-                    LEFT JOIN pg_attribute a ON a.attrelid = $2::text::regclass AND a.attname = k.name AND NOT a.attisdropped) \
+                    LEFT JOIN pg_attribute a ON a.attrelid = $2::text::regclass AND a.attname = k.name AND NOT a.attisdropped), \
+                   EXISTS (SELECT FROM refarch.column_faults($1, $2::text::regclass)) \
                  FROM refarch.source s WHERE s.name = $1",
                 &[&table.name, &table.relation, &source.id, &source.text],
             )
@@ -70,6 +73,7 @@ impl Known {
         Ok(Some(Self {
             other: (!same).then_some((oid, name)),
             metadata_changed: set(&metadata) != set(&source.metadata),
+            columns_changed: row.get(10),
             differences,
         }))
     }

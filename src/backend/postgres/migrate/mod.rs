@@ -177,12 +177,15 @@ async fn prepare(
         )
         .await
         .map_err(fail)?;
-    let (other, metadata_changed) =
-        known.map_or((None, false), |known| (known.other, known.metadata_changed));
-    let asked = !stands || left_behind || metadata_changed || other.is_some();
+    let (other, columns_changed, metadata_changed) = known
+        .map_or((None, false, false), |known| (known.other, known.columns_changed, known.metadata_changed));
+    // Rows may have gone unseen. Metadata columns alone take no row away, and ids that are queued twice could
+    // be worked on twice at once, and then their texts are embedded anew.
+    let unseen = left_behind || columns_changed || other.is_some();
+    let asked = !stands || unseen || metadata_changed;
     if asked {
         transaction
-            .execute("SELECT refarch.request_backfill($1, true, $2)", &[&table.name, &stands])
+            .execute("SELECT refarch.request_backfill($1, true, $2)", &[&table.name, &(stands && unseen)])
             .await
             .map_err(fail)?;
     }
