@@ -112,6 +112,29 @@ impl Ledger for PgLedger {
         rows.iter().map(|row| self.read(row)).collect()
     }
 
+    async fn ids_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<String>> {
+        // What is not asked for is not computed, so that a row that cannot be read does no harm.
+        let rows = self.table.select_after();
+        let sql = format!("SELECT s.id FROM ({rows}) s ORDER BY s.id::{}", self.table.id_type);
+        let client = self.postgres.client().await?;
+        let rows =
+            client.query(&sql, &[&id, &(limit as i64)]).await.map_err(fail("read a page of ids"))?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    async fn entries_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<String>> {
+        let client = self.postgres.client().await?;
+        let rows = client
+            .query(
+                "SELECT l.id FROM refarch.ledger l WHERE l.target = $1 AND ($2::text IS NULL OR l.id > $2) \
+                 ORDER BY l.id LIMIT $3",
+                &[&self.target, &id, &(limit as i64)],
+            )
+            .await
+            .map_err(fail("read a page of entries"))?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
     async fn open(&self, attempt: &str, worker: &str, ids: &[String]) -> Result<Vec<Opened>> {
         let fail = fail("open an attempt");
         let mut client = self.postgres.client().await?;

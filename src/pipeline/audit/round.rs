@@ -1,0 +1,561 @@
+//! The continuous proof: an audit that never ends, made of small steps.
+//!
+//! A round walks the index's ids, the rows of the source and the entries of the ledger, page by page with
+//! pauses, so that it takes its period and a small share of the load. What differs becomes a suspect, and
+//! is queued again by the audit's rules; beyond them
+//!
+//! - an entry that nobody has settled is a suspect too, for its message may be lost;
+//! - a difference that lasts much longer than a change takes is queued again even if the queue never
+//!   drains: doing an id again is harmless;
+//! - what stands in the dead letters is left there; an entry that says so without a letter is queued.
+//!
+//! Where the round is stands in its [`Rounds`], so that another process goes on with it.
+//!
+//! An index that is paid by the call is compared by its ids, which are listed, and by a sample of its
+//! records, unless all are asked for.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::Kind;
+use super::read;
+use super::suspect::{Letters, Look, Proving, Suspect, is_unsettled};
+use crate::pipeline::change::Lane;
+use crate::pipeline::clock::Clock;
+use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::index::{VectorIndex, Writes};
+use crate::pipeline::ledger::{Ledger, Peeked};
+use crate::pipeline::queue::JobQueue;
+
+/// How long the right to prove lasts without a word: longer than a step takes.
+const LEASE: Duration = Duration::from_secs(45);
+
+/// The longest pause between steps; well within the lease.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// How often suspects are looked at again.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// A step's pause is at least this many times as long as its work.
+const REST: u32 = 9;
+
+/// The longest pause between two pages: a small table is done sooner than its period.
+const MAX_PAUSE: Duration = Duration::from_mins(1);
+
+/// The share of a period that the walk takes; the rest is for suspects and for tables that grow.
+const WALK_SHARE: f64 = 0.8;
+
+/// Suspects at a time. While there are more, the walk waits.
+const MAX_SUSPECTS: usize = 2_000;
+
+/// While more changes than this are under way, the walk waits: they would all be suspects.
+const QUIET: u64 = 1_000;
+
+/// Records of a page that are fetched for a sample.
+const SAMPLE: usize = 5;
+
+/// Letters that are read to learn whose they are.
+const MAX_LETTERS: usize = 10_000;
+
+/// An id that no row has, noted beside the listed ones: if it is gone, so are they.
+const MARKER: &str = "\u{1}";
+
+/// What the proof needs of the settings.
+#[derive(Clone, Debug)]
+pub struct ProofOptions {
+    /// How long a round takes; none for no rounds.
+    pub period: Option<Duration>,
+    /// Whether every record is compared, of an index outside of the database too.
+    pub full: bool,
+    /// How long a difference must last until it is taken for a lost message.
+    pub patience: Duration,
+    /// Whether dead letters can be read without keeping them from others.
+    pub read_letters: bool,
+    /// Rows of a page.
+    pub page: usize,
+}
+
+/// What is walked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Walk {
+    /// The index's ids.
+    Records,
+    /// The source's rows.
+    Rows,
+    /// The ledger's entries.
+    Entries,
+    /// Nothing any more: suspects are waited for.
+    Done,
+}
+
+/// How far a round has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Round {
+    /// When it began, by the database's clock.
+    pub began_at: Timestamp,
+    /// Whether every record is compared.
+    pub full: bool,
+    /// What is walked.
+    pub walk: Walk,
+    /// Where the walk is; none at its beginning.
+    pub cursor: Option<String>,
+    /// Rows seen.
+    pub rows: u64,
+    /// Records seen.
+    pub records: u64,
+    /// Entries seen.
+    pub entries: u64,
+    /// Ids that surely differed.
+    pub differences: u64,
+    /// Ids that were queued to be done again.
+    pub mended: u64,
+    /// Rows that could not be read.
+    pub unreadable: u64,
+    /// Ids that differ and are not settled yet.
+    pub suspects: Vec<String>,
+}
+
+/// What is kept of the proof, as its holder finds it.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    /// The database's clock.
+    pub now: Timestamp,
+    /// The round under way.
+    pub round: Option<Round>,
+    /// When the last round that ended began, and how many rows, records and entries it saw.
+    pub last: Option<(Timestamp, u64)>,
+}
+
+/// Where rounds are kept, and who may prove.
+#[async_trait]
+pub trait Rounds: Send + Sync {
+    /// Takes the right to prove, or keeps it, for `lease`. None while another worker has it.
+    async fn take(&self, lease: Duration) -> Result<Option<Kept>>;
+
+    /// Gives the right back.
+    async fn release(&self) -> Result<()>;
+
+    /// Keeps how far a round is. False if the right was lost, and then nothing is kept.
+    async fn save(&self, round: &Round) -> Result<bool>;
+
+    /// Keeps a round that has ended. False if the right was lost, and then nothing is kept.
+    async fn end(&self, round: &Round) -> Result<bool>;
+
+    /// Notes ids that the index listed in this round.
+    async fn note_listed(&self, ids: &[String]) -> Result<()>;
+
+    /// Those of the ids that the index listed in this round.
+    async fn listed(&self, ids: &[String]) -> Result<HashSet<String>>;
+
+    /// Forgets what was listed.
+    async fn forget_listed(&self) -> Result<()>;
+}
+
+/// The round that this process works on.
+struct Running {
+    round: Round,
+    suspects: Vec<Suspect>,
+    /// The pause between pages that spreads them over the period.
+    pause: Duration,
+    next_page: Duration,
+    next_look: Duration,
+}
+
+/// Proves, step by step.
+pub struct Prover {
+    ledger: Arc<dyn Ledger>,
+    index: Arc<dyn VectorIndex>,
+    queue: Arc<dyn JobQueue>,
+    clock: Arc<dyn Clock>,
+    store: Arc<dyn Rounds>,
+    options: ProofOptions,
+    running: Option<Running>,
+    is_ours: bool,
+}
+
+impl Prover {
+    /// A prover that has done nothing yet.
+    #[must_use]
+    pub fn new(
+        ledger: Arc<dyn Ledger>,
+        index: Arc<dyn VectorIndex>,
+        queue: Arc<dyn JobQueue>,
+        clock: Arc<dyn Clock>,
+        store: Arc<dyn Rounds>,
+        options: ProofOptions,
+    ) -> Self {
+        Self { ledger, index, queue, clock, store, options, running: None, is_ours: false }
+    }
+
+    /// Whether this worker had the right to prove at the last step.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.is_ours
+    }
+
+    /// Gives the right to prove back.
+    pub async fn release(&self) -> Result<()> {
+        if self.is_ours { self.store.release().await } else { Ok(()) }
+    }
+
+    /// Whether each row's record is fetched, so that listed ids need not be remembered.
+    fn fetches_all(&self) -> bool {
+        self.options.full || matches!(self.index.writes(), Writes::Fenced(_))
+    }
+
+    /// Does a little, and returns how long to wait until the next step.
+    pub async fn step(&mut self) -> Result<Duration> {
+        let Some(kept) = self.store.take(LEASE).await? else {
+            (self.is_ours, self.running) = (false, None);
+            return Ok(IDLE);
+        };
+        self.is_ours = true;
+        let Some(period) = self.options.period else { return Ok(IDLE) };
+        let mut running = match self.running.take() {
+            // Unless another worker had it meanwhile.
+            Some(running) if kept.round.as_ref() == Some(&running.round) => running,
+            _ => match self.open(&kept, period).await? {
+                Ok(running) => running,
+                Err(wait) => return Ok(wait),
+            },
+        };
+        let wait = self.advance(&mut running).await?;
+        let is_over = running.round.walk == Walk::Done && running.suspects.is_empty();
+        if is_over {
+            if self.store.end(&running.round).await? {
+                self.store.forget_listed().await?;
+                tell_end(&running.round);
+            }
+            return Ok(LOOK_EVERY.min(period));
+        }
+        if kept.round.as_ref() == Some(&running.round) || self.store.save(&running.round).await? {
+            self.running = Some(running);
+        }
+        Ok(wait)
+    }
+
+    /// The round under way, or a new one if it is time; else how long that is off.
+    async fn open(&self, kept: &Kept, period: Duration) -> Result<Result<Running, Duration>> {
+        let resumed = match &kept.round {
+            Some(round) if round.full == self.fetches_all() && self.remembers(round).await? => {
+                Some(round.clone())
+            }
+            _ => None,
+        };
+        let round = if let Some(round) = resumed {
+            round
+        } else {
+            let since = kept.last.map(|(began, _)| elapsed(began, kept.now));
+            if let Some(left) = since.and_then(|since| period.checked_sub(since)).filter(|left| !left.is_zero()) {
+                return Ok(Err(left.min(IDLE)));
+            }
+            self.check_reads().await?;
+            self.begin(kept.now).await?
+        };
+        let pause = match kept.last {
+            // The first round is not spread: nothing is proved until it ends.
+            None => Duration::ZERO,
+            Some((_, seen)) => {
+                let expected = seen.max(3 * self.index.count().await?);
+                let pages = expected.div_ceil(self.options.page as u64).max(3);
+                period.mul_f64(WALK_SHARE / pages as f64).min(MAX_PAUSE)
+            }
+        };
+        let mut running =
+            Running { round, suspects: Vec::new(), pause, next_page: Duration::ZERO, next_look: Duration::ZERO };
+        self.recall(&mut running).await?;
+        Ok(Ok(running))
+    }
+
+    async fn begin(&self, now: Timestamp) -> Result<Round> {
+        let full = self.fetches_all();
+        if !full {
+            self.store.forget_listed().await?;
+            self.store.note_listed(&[MARKER.to_owned()]).await?;
+        }
+        Ok(Round {
+            began_at: now,
+            full,
+            walk: Walk::Records,
+            cursor: None,
+            rows: 0,
+            records: 0,
+            entries: 0,
+            differences: 0,
+            mended: 0,
+            unreadable: 0,
+            suspects: Vec::new(),
+        })
+    }
+
+    /// Whether what the round rests on is still known: a crash of the database may have taken it.
+    async fn remembers(&self, round: &Round) -> Result<bool> {
+        Ok(round.full || !self.store.listed(&[MARKER.to_owned()]).await?.is_empty())
+    }
+
+    /// The reads by id must see the rows that a page shows. A proof on reads that lie would take every
+    /// record for one without a row.
+    async fn check_reads(&self) -> Result<()> {
+        const SHOWN: usize = 10;
+        for _ in 0..3 {
+            let shown = read::rows_after(&*self.ledger, None, SHOWN).await?.rows;
+            let ids: Vec<String> = shown.into_iter().map(|row| row.id).collect();
+            let (peeked, _) = read::peek(&*self.ledger, &ids).await?;
+            // All of them gone at once is no accident, unless the table is emptied just now.
+            if peeked.is_empty() || peeked.iter().any(|one| one.row.is_some()) {
+                return Ok(());
+            }
+            self.clock.sleep(LOOK_EVERY).await;
+        }
+        Err(Error::retryable(
+            "prove the index",
+            "rows that a page of the table shows are not found by their ids: nothing is compared",
+        ))
+    }
+
+    /// Makes suspects of the ids that an earlier process left.
+    async fn recall(&self, running: &mut Running) -> Result<()> {
+        if running.round.suspects.is_empty() {
+            return Ok(());
+        }
+        let look = self.look(Letters::None, true);
+        for ids in running.round.suspects.chunks(self.options.page.max(1)) {
+            let peeked = read::peek(&*self.ledger, ids).await?.0;
+            // However they differ is seen at the next look.
+            let differing = peeked.iter().map(|one| (one, Kind::Unsettled)).collect();
+            running.suspects.extend(look.suspect(differing, None).await?);
+        }
+        Ok(())
+    }
+
+    fn look(&self, letters: Letters, quiet: bool) -> Look<'_> {
+        Look {
+            ledger: &*self.ledger,
+            index: &*self.index,
+            queue: &*self.queue,
+            clock: &*self.clock,
+            proving: Some(Proving { patience: self.options.patience, quiet, letters }),
+        }
+    }
+
+    /// A page, a look at suspects, or neither.
+    async fn advance(&self, running: &mut Running) -> Result<Duration> {
+        let started = self.clock.now();
+        let is_page_due = running.round.walk != Walk::Done
+            && started >= running.next_page
+            && running.suspects.len() < MAX_SUSPECTS;
+        let is_look_due = !running.suspects.is_empty() && started >= running.next_look;
+        if is_page_due || is_look_due {
+            let quiet = self.backlog().await? <= QUIET;
+            let look = self.look(self.letters().await?, quiet);
+            if is_page_due && quiet {
+                self.page(&look, running).await?;
+            }
+            if is_look_due {
+                self.settle(&look, running).await?;
+            }
+            let worked = self.clock.now().saturating_sub(started);
+            let rest = self.clock.now() + worked * REST;
+            if is_page_due {
+                running.next_page = rest.max(self.clock.now() + running.pause);
+            }
+            running.next_look = rest.max(self.clock.now() + LOOK_EVERY);
+            running.round.suspects = running.suspects.iter().map(|suspect| suspect.id.clone()).collect();
+        }
+        let mut wait = IDLE;
+        if running.round.walk != Walk::Done && running.suspects.len() < MAX_SUSPECTS {
+            wait = wait.min(running.next_page.saturating_sub(self.clock.now()));
+        }
+        if !running.suspects.is_empty() {
+            wait = wait.min(running.next_look.saturating_sub(self.clock.now()));
+        }
+        Ok(wait)
+    }
+
+    /// Changes in the queue.
+    async fn backlog(&self) -> Result<u64> {
+        let mut sum = 0;
+        for lane in Lane::ALL {
+            let backlog = self.queue.backlog(lane).await?;
+            sum += backlog.visible + backlog.in_flight;
+        }
+        Ok(sum)
+    }
+
+    async fn letters(&self) -> Result<Letters> {
+        let count = self.queue.dead_letters().await?;
+        if count == 0 {
+            return Ok(Letters::None);
+        }
+        if !self.options.read_letters || count > MAX_LETTERS as u64 {
+            return Ok(Letters::Some);
+        }
+        let mut ids = HashSet::new();
+        let mut after: Option<String> = None;
+        loop {
+            let letters = self.queue.read_dead_letters(after.as_deref(), 1_000).await?;
+            let Some(last) = letters.last() else { return Ok(Letters::Of(ids)) };
+            after = Some(last.id.clone());
+            ids.extend(letters.into_iter().flat_map(|letter| letter.ids));
+            if ids.len() > MAX_LETTERS {
+                return Ok(Letters::Some);
+            }
+        }
+    }
+
+    /// Walks one page.
+    async fn page(&self, look: &Look<'_>, running: &mut Running) -> Result<()> {
+        let suspects = match running.round.walk {
+            Walk::Records => self.page_of_records(look, &mut running.round).await?,
+            Walk::Rows => self.page_of_rows(look, &mut running.round).await?,
+            Walk::Entries => self.page_of_entries(look, &mut running.round).await?,
+            Walk::Done => Vec::new(),
+        };
+        let known: HashSet<String> = running.suspects.iter().map(|suspect| suspect.id.clone()).collect();
+        running.suspects.extend(suspects.into_iter().filter(|suspect| !known.contains(&suspect.id)));
+        Ok(())
+    }
+
+    async fn page_of_records(&self, look: &Look<'_>, round: &mut Round) -> Result<Vec<Suspect>> {
+        let page = match self.index.list(round.cursor.as_deref(), self.options.page).await {
+            Ok(page) => page,
+            // A place in a listing may be good for a while only.
+            Err(error) if error.class == Class::Permanent && round.cursor.is_some() => {
+                tracing::debug!(%error, "the listing of the index begins anew");
+                (round.cursor, round.records) = (None, 0);
+                return Ok(Vec::new());
+            }
+            Err(error) => return Err(error),
+        };
+        let (peeked, unreadable) = read::peek(&*self.ledger, &page.ids).await?;
+        if !self.fetches_all() && !page.ids.is_empty() {
+            self.store.note_listed(&page.ids).await?;
+        }
+        // Counted with the rows.
+        let _ = unreadable;
+        round.records += page.ids.len() as u64;
+        round.cursor = page.next;
+        if round.cursor.is_none() {
+            round.walk = Walk::Rows;
+        }
+        let without_text = |one: &&Peeked| one.row.as_ref().is_none_or(|row| !row.has_text());
+        let orphans = peeked.iter().filter(without_text).map(|one| (one, Kind::Orphaned)).collect();
+        look.suspect(orphans, None).await
+    }
+
+    async fn page_of_rows(&self, look: &Look<'_>, round: &mut Round) -> Result<Vec<Suspect>> {
+        let after = round.cursor.clone();
+        let page = read::rows_after(&*self.ledger, after.as_deref(), self.options.page).await?;
+        let fetched: HashSet<String> = if self.fetches_all() {
+            page.rows.iter().map(|row| row.id.clone()).collect()
+        } else {
+            self.chosen(&page.rows).await?
+        };
+        let ids: Vec<String> =
+            page.rows.iter().map(|row| row.id.clone()).filter(|id| fetched.contains(id)).collect();
+        let stored = look.fetch(&ids).await?;
+        let differing = page
+            .rows
+            .iter()
+            .filter_map(|row| {
+                let kind = if fetched.contains(&row.id) {
+                    look.judge(row, stored.get(&row.id))
+                } else {
+                    is_unsettled(row).then_some(Kind::Unsettled)
+                };
+                Some((row, kind?))
+            })
+            .collect();
+        let suspects = look.suspect(differing, Some(&after)).await?;
+        round.rows += (page.rows.len() + page.unreadable.len()) as u64;
+        round.unreadable += page.unreadable.len() as u64;
+        if page.last.is_some() {
+            round.cursor = page.last;
+        }
+        if !page.is_full {
+            (round.walk, round.cursor) = (Walk::Entries, None);
+        }
+        Ok(suspects)
+    }
+
+    /// Rows whose records are fetched though not all are: those that the index did not list, and a few.
+    async fn chosen(&self, rows: &[Peeked]) -> Result<HashSet<String>> {
+        let with_text: Vec<String> = rows
+            .iter()
+            .filter(|one| one.row.as_ref().is_some_and(|row| row.has_text()))
+            .map(|one| one.id.clone())
+            .collect();
+        let listed = self.store.listed(&with_text).await?;
+        let mut chosen: HashSet<String> =
+            with_text.iter().filter(|id| !listed.contains(*id)).cloned().collect();
+        for _ in 0..SAMPLE.min(with_text.len()) {
+            let place = (self.clock.chance() * with_text.len() as f64) as usize;
+            chosen.extend(with_text.get(place).cloned());
+        }
+        Ok(chosen)
+    }
+
+    /// Entries of rows that are gone: those of rows were seen with them.
+    async fn page_of_entries(&self, look: &Look<'_>, round: &mut Round) -> Result<Vec<Suspect>> {
+        let ids = self.ledger.entries_after(round.cursor.as_deref(), self.options.page).await?;
+        let (peeked, _) = read::peek(&*self.ledger, &ids).await?;
+        round.entries += ids.len() as u64;
+        let is_full = ids.len() == self.options.page;
+        round.cursor = ids.into_iter().next_back();
+        if !is_full {
+            (round.walk, round.cursor) = (Walk::Done, None);
+        }
+        let differing = peeked
+            .iter()
+            .filter(|one| one.row.is_none() && is_unsettled(one))
+            .map(|one| (one, Kind::Unsettled))
+            .collect();
+        look.suspect(differing, None).await
+    }
+
+    /// Looks at the suspects, and queues those that surely differ.
+    async fn settle(&self, look: &Look<'_>, running: &mut Running) -> Result<()> {
+        let looked = look.all(std::mem::take(&mut running.suspects)).await?;
+        let ids: Vec<String> = looked.sure.iter().map(|difference| difference.id.clone()).collect();
+        for ids in ids.chunks(self.options.page.max(1)) {
+            self.ledger.requeue(ids).await?;
+        }
+        if !ids.is_empty() {
+            tracing::warn!(
+                rows = ids.len(),
+                examples = ?looked.sure.iter().take(5).collect::<Vec<_>>(),
+                "the index differed from the table: these rows are queued again"
+            );
+        }
+        running.round.differences += ids.len() as u64;
+        running.round.mended += ids.len() as u64;
+        // A row that changes all the time is worked on all the time.
+        let give_up = self.clock.now().saturating_sub(self.options.patience * 3);
+        let moves = |suspect: &Suspect| {
+            suspect.first < give_up && suspect.confirmed.is_none_or(|since| since > give_up)
+        };
+        running.suspects = looked.unsure.into_iter().filter(|suspect| !moves(suspect)).collect();
+        Ok(())
+    }
+}
+
+fn elapsed(from: Timestamp, to: Timestamp) -> Duration {
+    Duration::try_from(to.duration_since(from)).unwrap_or_default()
+}
+
+fn tell_end(round: &Round) {
+    tracing::info!(
+        rows = round.rows,
+        records = round.records,
+        differences = round.differences,
+        mended = round.mended,
+        unreadable = round.unreadable,
+        "the index was compared with the table"
+    );
+}
