@@ -13,8 +13,9 @@ use refarch::backend::Backends;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
 use refarch::config::Settings;
-use refarch::pipeline::audit::{Auditor, Options};
-use refarch::pipeline::clock::BootClock;
+use refarch::backend::postgres::proof::PgRounds;
+use refarch::pipeline::audit::{Auditor, Options, ProofOptions, Prover, Rounds as _, Walk};
+use refarch::pipeline::clock::{BootClock, Clock};
 use refarch::pipeline::failure::Result;
 use refarch::pipeline::ledger::{Closed, Ledger, Opened, Outcome, Peeked, Pending, Swept};
 use refarch::role::chaos::double::Double;
@@ -200,6 +201,54 @@ impl Shop {
         let postgres = Postgres::new(&Secret::new(self.database.url()), &settings.database).unwrap();
         Backends::open(&postgres, &settings).await.unwrap()
     }
+}
+
+/// A clock on which every pause is over at once; in milliseconds.
+struct Hasty(std::sync::atomic::AtomicU64);
+
+#[async_trait]
+impl Clock for Hasty {
+    fn now(&self) -> Duration {
+        Duration::from_millis(self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
+    }
+
+    fn chance(&self) -> f64 {
+        0.5
+    }
+
+    async fn sleep(&self, pause: Duration) {
+        self.0.fetch_add(pause.as_millis() as u64, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+/// A prover, and the clock that it goes by.
+struct Timed(Prover, Arc<Hasty>);
+
+impl Timed {
+    async fn step(&mut self) {
+        let wait = self.0.step().await.unwrap();
+        self.1.sleep(wait).await;
+    }
+}
+
+/// A prover of a worker of that name, with pages of five rows.
+fn prover(backends: &Backends, worker: &str) -> Timed {
+    let clock = Arc::new(Hasty(100.into()));
+    let prover = Prover::new(
+        Arc::clone(&backends.ledger) as _,
+        Arc::clone(&backends.index),
+        Arc::clone(&backends.queue),
+        Arc::clone(&clock) as _,
+        Arc::new(PgRounds::new(backends.postgres.clone(), backends.target.id, worker)),
+        ProofOptions {
+            period: Some(Duration::from_hours(1)),
+            full: false,
+            patience: Duration::from_secs(60),
+            read_letters: true,
+            page: 5,
+        },
+    );
+    Timed(prover, clock)
 }
 
 async fn send(double: &Double, what: &str, body: Value) {
@@ -444,6 +493,85 @@ async fn what_was_never_proved_is_told_so_and_no_proof_can_be_chosen() {
     assert_eq!(shop.status().await["proof"]["ended_at"], json!(null));
     shop.env.push(("REFARCH_AUDIT_PERIOD_H", "0".to_owned()));
     assert_eq!(shop.line("in sync").await, "in sync        30, all of them by the ledger; the proof is off");
+}
+
+/// Steps until the round is over, and returns how many that took.
+async fn finish(shop: &Shop, prover: &mut Timed) -> u32 {
+    for steps in 1..200 {
+        prover.step().await;
+        if shop.rounds().await.0 > 0 {
+            return steps;
+        }
+    }
+    panic!("the round never ends");
+}
+
+/// Another process goes on with the round where the last one stopped, suspects included; until that one
+/// has given the right back or is silent for long, nobody else works on it.
+async fn goes_on(shop: Shop) {
+    shop.remove("1").await;
+    let backends = shop.backends().await;
+    let mut first = prover(&backends, "first");
+    let mut steps = 0;
+    let store = PgRounds::new(backends.postgres.clone(), backends.target.id, "first");
+    loop {
+        first.step().await;
+        steps += 1;
+        let round = store.take(Duration::from_secs(45)).await.unwrap().unwrap().round.unwrap();
+        if round.walk == Walk::Rows && round.rows >= 10 {
+            break;
+        }
+    }
+    let mut second = prover(&backends, "second");
+    second.step().await;
+    assert!(first.0.is_ours() && !second.0.is_ours());
+    first.0.release().await.unwrap();
+    drop(first);
+    steps += finish(&shop, &mut second).await;
+    let row = shop.client.query_one("SELECT rows, records, mended FROM refarch.proof_round", &[]).await.unwrap();
+    let counts: (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));
+    assert_eq!(counts, (ROWS as i64, ROWS as i64 - 2, 1), "each was seen once");
+    assert!(steps < 40, "{steps} steps for some twenty pages");
+
+    // A round that has ended is not begun again before its period is over, by nobody.
+    second.step().await;
+    assert!(second.0.is_ours());
+    assert_eq!(shop.number("SELECT count(*) FROM refarch.proof WHERE round IS NOT NULL").await, 0);
+    // Who died without a word is followed when its time is over.
+    let mut third = prover(&backends, "third");
+    third.step().await;
+    assert!(!third.0.is_ours());
+    shop.sql("UPDATE refarch.proof SET held_until = now()").await;
+    third.step().await;
+    assert!(third.0.is_ours());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_goes_on_where_another_process_stopped() {
+    goes_on(on_pgvector().await.filled().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_over_an_index_outside_goes_on_too() {
+    goes_on(on_pinecone().await.filled().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_letter_stays_where_it_is_and_is_no_difference() {
+    let shop = on_pgvector().await.filled().await;
+    shop.sql(
+        "UPDATE refarch.ledger SET parked = true, dirty = true, content_hash = NULL WHERE id IN ('8', '9'); \
+         SELECT pgmq.send('refarch_dead', jsonb_build_object('v', 1, 'lane', 'live', 'source', 'products', \
+           'oldest', '2026-01-01T00:00:00Z', 'groups', jsonb_build_array(jsonb_build_object('version', 1, 'op', 'upsert', 'ids', jsonb_build_array('9')))), '{\"changes\": 1}'::jsonb)",
+    )
+    .await;
+    let letters = shop.backends().await.queue.read_dead_letters(None, 10).await.unwrap();
+    assert_eq!((letters.len(), &letters[0].ids[..]), (1, &["9".to_owned()][..]));
+    let backends = shop.backends().await;
+    finish(&shop, &mut prover(&backends, "first")).await;
+    // That of 8 is gone.
+    assert_eq!(shop.rounds().await, (1, 1, 1));
+    assert_eq!(shop.number("SELECT count(*) FROM refarch.ledger WHERE parked AND id = '9'").await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

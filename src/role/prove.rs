@@ -17,6 +17,9 @@ use crate::pipeline::retry::Backoff;
 /// Rows of a page.
 const PAGE: usize = 500;
 
+/// Of how many looks after capture one also prunes the ledger, which has to be read for it: one an hour.
+const LOOKS_A_PRUNE: u32 = 60;
+
 /// The least time that a difference must last until it is taken for a lost message.
 const MIN_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -51,7 +54,7 @@ async fn prove(prover: &mut Prover, backends: &Backends, worker: &str, look_ever
     let clock = BootClock;
     let mut backoff = Backoff::default();
     let mut next_look = clock.now();
-    let mut guard = Guard { backends, worker, told: Vec::new() };
+    let mut guard = Guard { backends, worker, told: Vec::new(), looks: 0 };
     loop {
         let mut wait = match prover.step().await {
             Ok(wait) => {
@@ -73,8 +76,8 @@ async fn prove(prover: &mut Prover, backends: &Backends, worker: &str, look_ever
                 if let Err(error) = guard.look().await {
                     tracing::warn!(%error, "cannot look after change capture");
                 }
-                if let Err(error) = proof::prune(&backends.postgres, backends.target.id).await {
-                    tracing::debug!(%error, "cannot forget what is old");
+                if let Err(error) = guard.prune().await {
+                    tracing::debug!(%error, "cannot delete what is old");
                 }
             }
             if prover.is_ours() {
@@ -91,9 +94,23 @@ struct Guard<'a> {
     worker: &'a str,
     /// Faults that were told.
     told: Vec<String>,
+    /// Looks until the ledger is pruned again.
+    looks: u32,
 }
 
 impl Guard<'_> {
+    async fn prune(&mut self) -> Result<()> {
+        let Backends { postgres, target, .. } = self.backends;
+        proof::prune_books(postgres).await?;
+        if self.looks == 0 {
+            let may_be_more = proof::prune_ledger(postgres, target.id).await?;
+            self.looks = if may_be_more { 0 } else { LOOKS_A_PRUNE };
+        } else {
+            self.looks -= 1;
+        }
+        Ok(())
+    }
+
     async fn look(&mut self) -> Result<()> {
         let Backends { postgres, target, .. } = self.backends;
         let faults = proof::capture_faults(postgres, &target.table).await?;

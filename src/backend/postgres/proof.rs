@@ -329,15 +329,8 @@ pub async fn rearm(postgres: &Postgres, table: &SourceTable, worker: &str, fault
     Ok(true)
 }
 
-/// Forgets what is old, some at a time: samples, events, and entries of rows that are gone.
-///
-/// An entry that is forgotten reads like one of a row that was never there, and the index holds nothing
-/// for either. A worker that saw the entry before it was forgotten conflicts with one made after it, whose
-/// epoch begins again at 0; the row is read again under the new entry's lock, and a write that rests on
-/// another row does not happen. Writes to an index outside may be about only while an attempt is open on
-/// the entry, and then it stays. A day is far longer than any worker keeps what it saw.
-pub async fn prune(postgres: &Postgres, target: i32) -> Result<()> {
-    let fail = fail("forget what is old");
+/// Deletes samples and events that are old, some at a time.
+pub async fn prune_books(postgres: &Postgres) -> Result<()> {
     let client = postgres.client().await?;
     client
         .execute(
@@ -350,9 +343,22 @@ pub async fn prune(postgres: &Postgres, target: i32) -> Result<()> {
             &[&PRUNED_AT_ONCE],
         )
         .await
-        .map_err(&fail)?;
+        .map(drop)
+        .map_err(fail("delete old samples and events"))
+}
+
+/// Forgets entries of rows that are gone, some at a time; true if there may be more. It reads the whole
+/// ledger.
+///
+/// An entry that is forgotten reads like one of a row that was never there, and the index holds nothing
+/// for either. A worker that saw the entry before it was forgotten conflicts with one made after it, whose
+/// epoch begins again at 0; the row is read again under the new entry's lock, and a write that rests on
+/// another row does not happen. Writes to an index outside may be about only while an attempt is open on
+/// the entry, and then it stays. A day is far longer than any worker keeps what it saw.
+pub async fn prune_ledger(postgres: &Postgres, target: i32) -> Result<bool> {
+    let client = postgres.client().await?;
     // SKIP LOCKED: an entry that somebody works on is none to forget.
-    client
+    let deleted = client
         .execute(
             &format!(
                 "DELETE FROM refarch.ledger l WHERE l.target = $1 AND l.id = ANY (ARRAY( \
@@ -364,6 +370,6 @@ pub async fn prune(postgres: &Postgres, target: i32) -> Result<()> {
             &[&target, &PRUNED_AT_ONCE],
         )
         .await
-        .map_err(&fail)?;
-    Ok(())
+        .map_err(fail("forget entries of rows that are gone"))?;
+    Ok(deleted == PRUNED_AT_ONCE.cast_unsigned())
 }

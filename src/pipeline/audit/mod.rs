@@ -75,6 +75,12 @@ pub enum Kind {
     Unreadable,
 }
 
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.id, format!("{:?}", self.kind).to_lowercase())
+    }
+}
+
 /// A difference.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Difference {

@@ -7,6 +7,9 @@
 use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::ledger::{Ledger, Peeked};
 
+/// Rows in a row that cannot be read: more have a cause of their own, which is not the rows'.
+const MAX_UNREADABLE: usize = 100;
+
 /// Rows of a page, and ids of those that cannot be read.
 pub(super) struct Page {
     pub(super) rows: Vec<Peeked>,
@@ -49,6 +52,9 @@ pub(super) async fn peek(ledger: &dyn Ledger, ids: &[String]) -> Result<(Vec<Pee
         match ledger.peek(part).await {
             Ok(peeked) => rows.extend(peeked),
             Err(error) if error.class == Class::Permanent && part.len() == 1 => {
+                if rows.is_empty() && unreadable.len() == MAX_UNREADABLE {
+                    return Err(error);
+                }
                 tracing::debug!(row.id = part[0], %error, "a row cannot be read");
                 unreadable.push(part[0].clone());
             }

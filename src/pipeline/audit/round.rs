@@ -433,12 +433,11 @@ impl Prover {
             }
             Err(error) => return Err(error),
         };
-        let (peeked, unreadable) = read::peek(&*self.ledger, &page.ids).await?;
+        // Rows that cannot be read are counted with the rows.
+        let (peeked, _) = read::peek(&*self.ledger, &page.ids).await?;
         if !self.fetches_all() && !page.ids.is_empty() {
             self.store.note_listed(&page.ids).await?;
         }
-        // Counted with the rows.
-        let _ = unreadable;
         round.records += page.ids.len() as u64;
         round.cursor = page.next;
         if round.cursor.is_none() {
@@ -527,9 +526,10 @@ impl Prover {
             self.ledger.requeue(ids).await?;
         }
         if !ids.is_empty() {
+            let examples: Vec<String> = looked.sure.iter().take(5).map(ToString::to_string).collect();
             tracing::warn!(
                 rows = ids.len(),
-                examples = ?looked.sure.iter().take(5).collect::<Vec<_>>(),
+                examples = examples.join(", "),
                 "the index differed from the table: these rows are queued again"
             );
         }
