@@ -371,7 +371,7 @@ async fn a_disabled_trigger_is_named_and_armed(shop: Shop) {
     let repaired = shop.verify(&["--sample", "0", "--repair", "--wait", "1"]).await;
     assert!(repaired.err.contains(&format!("change capture is armed on public.{table}")), "{repaired:?}");
     repaired.assert(1, &[("undecided", 1)]);
-    assert_eq!(repaired.report["unarmed"], json!([table]), "what was found, as for rows");
+    assert_eq!(repaired.report["unarmed"], json!([format!("public.{table}")]), "what was found, as for rows");
     shop.apply().await;
     let verified = shop.verify(&[]).await;
     verified.assert(0, &[]);
