@@ -12,8 +12,8 @@ use common::{Database, eventually};
 use refarch::backend::Backends;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
-use refarch::config::Settings;
 use refarch::backend::postgres::proof::PgRounds;
+use refarch::config::Settings;
 use refarch::pipeline::audit::{Auditor, Options, ProofOptions, Prover, Rounds as _, Walk};
 use refarch::pipeline::clock::{BootClock, Clock};
 use refarch::pipeline::failure::Result;
@@ -130,7 +130,10 @@ impl Shop {
     /// The line of the status that begins like that.
     async fn line(&self, begin: &str) -> String {
         let text = self.role(&["status"]).await;
-        text.lines().find(|line| line.starts_with(begin)).unwrap_or_else(|| panic!("{begin}: {text}")).to_owned()
+        text.lines()
+            .find(|line| line.starts_with(begin))
+            .unwrap_or_else(|| panic!("{begin}: {text}"))
+            .to_owned()
     }
 
     async fn sql(&self, sql: &str) {
@@ -263,7 +266,8 @@ async fn an_overestimate_of_rows_does_not_keep_up_from_ending() {
     shop.sql(&format!("UPDATE pg_class SET reltuples = 3000000 WHERE relname = '{TABLE}'")).await;
     let address = format!("127.0.0.1:{}", common::free_port());
     let up = shop.command(&["up", "--until-synced", "--workers", "1", "--bind", &address]).output();
-    let output = tokio::time::timeout(Duration::from_secs(40), up).await.expect("up --until-synced never ends");
+    let output =
+        tokio::time::timeout(Duration::from_secs(40), up).await.expect("up --until-synced never ends");
     assert!(output.unwrap().status.success());
     let status = shop.status().await;
     assert_eq!((&status["source_rows"], &status["in_sync"]), (&json!(ROWS), &json!(ROWS)));
@@ -372,7 +376,11 @@ async fn a_row_that_cannot_be_read_is_named_and_the_rest_compared() {
     // What differs among the others is found all the same.
     shop.remove("8").await;
     let (code, report) = shop.verify(&["--wait", "1"]).await;
-    assert_eq!((code, &report["unreadable"], &report["missing"]), (Some(1), &json!(2), &json!(1)), "{report}");
+    assert_eq!(
+        (code, &report["unreadable"], &report["missing"]),
+        (Some(1), &json!(2), &json!(1)),
+        "{report}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -424,7 +432,10 @@ async fn mends_whatever_differs(shop: Shop) {
     assert_eq!((differences, mended), (9, 9));
     assert_eq!(shop.verify(&[]).await.0, Some(0));
     let line = shop.line("in sync").await;
-    assert!(line.contains("29, all of them by the ledger; proved") && line.contains(": 0 differences"), "{line}");
+    assert!(
+        line.contains("29, all of them by the ledger; proved") && line.contains(": 0 differences"),
+        "{line}"
+    );
     let proof = shop.status().await["proof"].clone();
     assert_eq!((&proof["differences"], &proof["rows"]), (&json!(0), &json!(29)), "{proof}");
 }
@@ -453,8 +464,12 @@ async fn missing_and_orphaned_records_are_found_by_their_ids_alone() {
     })
     .await;
     eventually("the round to be told", PATIENCE, async || shop.rounds().await.0 > 0).await;
-    let kind: String =
-        shop.client.query_one("SELECT index_check FROM refarch.proof_round LIMIT 1", &[]).await.unwrap().get(0);
+    let kind: String = shop
+        .client
+        .query_one("SELECT index_check FROM refarch.proof_round LIMIT 1", &[])
+        .await
+        .unwrap()
+        .get(0);
     assert_eq!((kind.as_str(), shop.rounds().await.2), ("sample", 2));
 }
 
@@ -528,7 +543,8 @@ async fn goes_on(shop: Shop) {
     first.0.release().await.unwrap();
     drop(first);
     steps += finish(&shop, &mut second).await;
-    let row = shop.client.query_one("SELECT rows, records, mended FROM refarch.proof_round", &[]).await.unwrap();
+    let row =
+        shop.client.query_one("SELECT rows, records, mended FROM refarch.proof_round", &[]).await.unwrap();
     let counts: (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));
     assert_eq!(counts, (ROWS as i64, ROWS as i64 - 2, 1), "each was seen once");
     assert!(steps < 40, "{steps} steps for some twenty pages");
@@ -600,14 +616,16 @@ async fn a_disabled_trigger_is_told_and_armed_again() {
     )
     .await;
     let _roles = shop.start_roles();
-    let enabled = "SELECT count(*) FROM pg_trigger WHERE tgname = 'refarch_products_update' AND tgenabled <> 'D'";
+    let enabled =
+        "SELECT count(*) FROM pg_trigger WHERE tgname = 'refarch_products_update' AND tgenabled <> 'D'";
     for _ in 0..2 {
         eventually("the trigger to be armed again", PATIENCE, async || shop.number(enabled).await == 1).await;
         shop.sql(&trigger).await;
     }
     eventually("the trigger to be armed again", PATIENCE, async || shop.number(enabled).await == 1).await;
     assert!(shop.number("SELECT count(*) FROM refarch.event WHERE kind = 'rearmed'").await >= 1);
-    eventually("readiness", PATIENCE, async || reqwest::get(&ready).await.is_ok_and(|a| a.status() == 200)).await;
+    eventually("readiness", PATIENCE, async || reqwest::get(&ready).await.is_ok_and(|a| a.status() == 200))
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

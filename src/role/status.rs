@@ -33,7 +33,9 @@ pub async fn run(args: &cli::Status, settings: &Settings) -> anyhow::Result<()> 
 fn by_the_ledger(status: &Status) -> String {
     if status.lacking() > 0 {
         let (indexed, expected) = (status.indexed.unwrap_or_default(), status.expected);
-        return format!(" by the ledger, but the index counts {indexed} records for {expected} rows with a text");
+        return format!(
+            " by the ledger, but the index counts {indexed} records for {expected} rows with a text"
+        );
     }
     if status.is_synced() { ", all of them by the ledger".into() } else { String::new() }
 }

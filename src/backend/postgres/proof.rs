@@ -9,16 +9,16 @@ use jiff::Timestamp;
 use serde::Serialize;
 use tokio_postgres::types::Json;
 
+use super::registry::KEEP;
 use super::source::SourceTable;
 use super::{Postgres, capture, failure};
 use crate::pipeline::audit::{Kept, Round, Rounds};
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Error, Result};
 
 /// Rounds that are kept.
 const MAX_ROUNDS: i64 = 1_000;
 
-/// How long samples and events are kept, and entries of rows that are gone.
-const KEEP: &str = "1 hour";
+/// How long entries of rows that are gone are kept.
 const KEEP_DELETED: &str = "1 day";
 
 /// What is deleted at a time.
@@ -237,8 +237,6 @@ impl Proof {
         let row = match row.map_err(fail("read how the proof stands")) {
             Ok(Some(row)) => row,
             Ok(None) => return Ok(Self::default()),
-            // The schema is of before there was one.
-            Err(error) if error.class == Class::Fatal => return Ok(Self { off: true, ..Self::default() }),
             Err(error) => return Err(error),
         };
         let now: Timestamp = row.get(0);
@@ -304,7 +302,12 @@ pub async fn capture_faults(postgres: &Postgres, table: &SourceTable) -> Result<
 
 /// Arms capture again and queues what may have changed unseen. False if the schema is of a build that
 /// cannot do it.
-pub async fn rearm(postgres: &Postgres, table: &SourceTable, worker: &str, faults: &[String]) -> Result<bool> {
+pub async fn rearm(
+    postgres: &Postgres,
+    table: &SourceTable,
+    worker: &str,
+    faults: &[String],
+) -> Result<bool> {
     let fail = fail("arm change capture again");
     let mut client = postgres.client().await?;
     let transaction = client.transaction().await.map_err(&fail)?;
@@ -372,4 +375,24 @@ pub async fn prune_ledger(postgres: &Postgres, target: i32) -> Result<bool> {
         .await
         .map_err(fail("forget entries of rows that are gone"))?;
     Ok(deleted == PRUNED_AT_ONCE.cast_unsigned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proof_is_told_in_a_few_words() {
+        assert_eq!(Proof::default().describe(), "not proved yet");
+        assert_eq!(Proof { off: true, ..Proof::default() }.describe(), "the proof is off");
+        let proved = |age_s| Proof { age_s: Some(age_s), ..Proof::default() };
+        assert_eq!(proved(3 * 3_600 + 5).describe(), "proved 3 h ago: 0 differences");
+        assert_eq!(proved(119).describe(), "proved 119 s ago: 0 differences");
+        assert_eq!(proved(5 * 86_400).describe(), "proved 5 days ago: 0 differences");
+        let bad = Proof { differences: 1, mended: 1, unreadable: 2, overdue: true, ..proved(600) };
+        assert_eq!(
+            bad.describe(),
+            "proved 10 min ago: 1 difference, 1 queued again, 2 not readable, overdue"
+        );
+    }
 }

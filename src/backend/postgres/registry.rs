@@ -17,7 +17,7 @@ const BEAT: Duration = Duration::from_secs(1);
 pub const WORKER_GONE_S: i32 = 15;
 
 /// How long samples and events are kept.
-const KEEP: &str = "1 hour";
+pub(super) const KEEP: &str = "1 hour";
 
 /// A process's entry in the books.
 pub struct Worker {

@@ -334,7 +334,8 @@ async fn freshness(postgres: &Postgres) -> Result<LaneFreshness> {
            SELECT true, * FROM unnest(s.bulk_buckets, s.bulk_counts)) AS b(is_bulk, bucket, count) \
          WHERE s.at > now() - interval '{FRESHNESS_WINDOW}' GROUP BY 1, 2"
     );
-    let rows = client.query(&sql, &[]).await.map_err(|error| failure("read how fresh changes are", &error))?;
+    let rows =
+        client.query(&sql, &[]).await.map_err(|error| failure("read how fresh changes are", &error))?;
     let mut lanes = [Histogram::default(), Histogram::default()];
     for row in rows {
         let lane = usize::from(row.get::<_, bool>(0));

@@ -192,10 +192,13 @@ impl Auditor<'_> {
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<()> {
         let mut after: Option<String> = None;
+        let mut size = read::Size::default();
         loop {
-            let page = read::rows_after(self.ledger, after.as_deref(), PAGE).await?;
+            let limit = size.of(PAGE);
+            let page = read::rows_after(self.ledger, after.as_deref(), limit).await?;
             let Some(last) = page.last else { return Ok(()) };
-            let began_after = after.replace(last);
+            size.saw(&page.rows);
+            let began = (after.replace(last), limit);
             let ids: Vec<String> = page.rows.iter().map(|peeked| peeked.id.clone()).collect();
             let mut stored = self.look().fetch(&ids).await?;
             let mut differing = Vec::new();
@@ -210,7 +213,7 @@ impl Auditor<'_> {
                     (None, None) => {}
                 }
             }
-            suspects.extend(self.look().suspect(differing, Some(&began_after)).await?);
+            suspects.extend(self.look().suspect(differing, Some(&began)).await?);
             progress(report.rows);
             if suspects.len() >= MAX_SUSPECTS {
                 self.settle(std::mem::take(suspects), report).await?;

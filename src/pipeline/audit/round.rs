@@ -121,6 +121,12 @@ pub struct Round {
     pub suspects: Vec<String>,
 }
 
+impl Round {
+    fn seen(&self) -> u64 {
+        self.rows + self.records + self.entries
+    }
+}
+
 /// What is kept of the proof, as its holder finds it.
 #[derive(Clone, Debug)]
 pub struct Kept {
@@ -161,7 +167,9 @@ pub trait Rounds: Send + Sync {
 struct Running {
     round: Round,
     suspects: Vec<Suspect>,
-    /// The pause between pages that spreads them over the period.
+    /// How many rows to read at a time.
+    size: read::Size,
+    /// The pause for each row, record and entry that spreads the walk over the period.
     pause: Duration,
     next_page: Duration,
     next_look: Duration,
@@ -252,7 +260,9 @@ impl Prover {
             round
         } else {
             let since = kept.last.map(|(began, _)| elapsed(began, kept.now));
-            if let Some(left) = since.and_then(|since| period.checked_sub(since)).filter(|left| !left.is_zero()) {
+            if let Some(left) =
+                since.and_then(|since| period.checked_sub(since)).filter(|left| !left.is_zero())
+            {
                 return Ok(Err(left.min(IDLE)));
             }
             self.check_reads().await?;
@@ -262,13 +272,18 @@ impl Prover {
             // The first round is not spread: nothing is proved until it ends.
             None => Duration::ZERO,
             Some((_, seen)) => {
-                let expected = seen.max(3 * self.index.count().await?);
-                let pages = expected.div_ceil(self.options.page as u64).max(3);
-                period.mul_f64(WALK_SHARE / pages as f64).min(MAX_PAUSE)
+                let expected = seen.max(3 * self.index.count().await?).max(1);
+                period.mul_f64(WALK_SHARE / expected as f64)
             }
         };
-        let mut running =
-            Running { round, suspects: Vec::new(), pause, next_page: Duration::ZERO, next_look: Duration::ZERO };
+        let mut running = Running {
+            round,
+            suspects: Vec::new(),
+            size: read::Size::default(),
+            pause,
+            next_page: Duration::ZERO,
+            next_look: Duration::ZERO,
+        };
         self.recall(&mut running).await?;
         Ok(Ok(running))
     }
@@ -354,16 +369,19 @@ impl Prover {
         if is_page_due || is_look_due {
             let quiet = self.backlog().await? <= QUIET;
             let look = self.look(self.letters().await?, quiet);
+            let before = running.round.seen();
             if is_page_due && quiet {
                 self.page(&look, running).await?;
             }
+            let seen = running.round.seen().saturating_sub(before).max(1);
             if is_look_due {
                 self.settle(&look, running).await?;
             }
             let worked = self.clock.now().saturating_sub(started);
             let rest = self.clock.now() + worked * REST;
             if is_page_due {
-                running.next_page = rest.max(self.clock.now() + running.pause);
+                let pause = running.pause.saturating_mul(u32::try_from(seen).unwrap_or(u32::MAX));
+                running.next_page = rest.max(self.clock.now() + pause.min(MAX_PAUSE));
             }
             running.next_look = rest.max(self.clock.now() + LOOK_EVERY);
             running.round.suspects = running.suspects.iter().map(|suspect| suspect.id.clone()).collect();
@@ -413,7 +431,7 @@ impl Prover {
     async fn page(&self, look: &Look<'_>, running: &mut Running) -> Result<()> {
         let suspects = match running.round.walk {
             Walk::Records => self.page_of_records(look, &mut running.round).await?,
-            Walk::Rows => self.page_of_rows(look, &mut running.round).await?,
+            Walk::Rows => self.page_of_rows(look, running).await?,
             Walk::Entries => self.page_of_entries(look, &mut running.round).await?,
             Walk::Done => Vec::new(),
         };
@@ -448,9 +466,11 @@ impl Prover {
         look.suspect(orphans, None).await
     }
 
-    async fn page_of_rows(&self, look: &Look<'_>, round: &mut Round) -> Result<Vec<Suspect>> {
-        let after = round.cursor.clone();
-        let page = read::rows_after(&*self.ledger, after.as_deref(), self.options.page).await?;
+    async fn page_of_rows(&self, look: &Look<'_>, running: &mut Running) -> Result<Vec<Suspect>> {
+        let Running { round, size, .. } = running;
+        let began = (round.cursor.clone(), size.of(self.options.page));
+        let page = read::rows_after(&*self.ledger, began.0.as_deref(), began.1).await?;
+        size.saw(&page.rows);
         let fetched: HashSet<String> = if self.fetches_all() {
             page.rows.iter().map(|row| row.id.clone()).collect()
         } else {
@@ -471,7 +491,7 @@ impl Prover {
                 Some((row, kind?))
             })
             .collect();
-        let suspects = look.suspect(differing, Some(&after)).await?;
+        let suspects = look.suspect(differing, Some(&began)).await?;
         round.rows += (page.rows.len() + page.unreadable.len()) as u64;
         round.unreadable += page.unreadable.len() as u64;
         if page.last.is_some() {

@@ -42,8 +42,8 @@ pub(super) struct Suspect {
     /// When it was first seen, by our clock.
     pub(super) first: Duration,
     /// The page of rows that showed a row with a text: the id before the page, which is none for the
-    /// first page.
-    pub(super) page: Option<Option<String>>,
+    /// first page, and how many rows it had.
+    pub(super) page: Option<(Option<String>, usize)>,
 }
 
 /// How a record differs from its row, if it does.
@@ -141,7 +141,7 @@ impl Look<'_> {
     pub(super) async fn suspect(
         &self,
         differing: Vec<(&Peeked, Kind)>,
-        page: Option<&Option<String>>,
+        page: Option<&(Option<String>, usize)>,
     ) -> Result<Vec<Suspect>> {
         if differing.is_empty() {
             return Ok(Vec::new());
@@ -174,7 +174,12 @@ impl Look<'_> {
         Ok(looked)
     }
 
-    async fn some(&self, suspects: Vec<Suspect>, oldest: Option<Timestamp>, looked: &mut Looked) -> Result<()> {
+    async fn some(
+        &self,
+        suspects: Vec<Suspect>,
+        oldest: Option<Timestamp>,
+        looked: &mut Looked,
+    ) -> Result<()> {
         let ids: Vec<String> = suspects.iter().map(|suspect| suspect.id.clone()).collect();
         let before = by_id(read::peek(self.ledger, &ids).await?.0);
         let stored = self.fetch(&ids).await?;
@@ -228,14 +233,14 @@ impl Look<'_> {
     /// A row that a page showed and that a read by its id does not find is gone only if the page does not
     /// show it any more. Else reads by id lie, and every row would pass for one that is gone.
     async fn confirm_gone(&self, vanished: Vec<Suspect>, looked: &mut Looked) -> Result<()> {
-        let mut by_page: BTreeMap<Option<String>, Vec<Suspect>> = BTreeMap::new();
+        let mut by_page: BTreeMap<(Option<String>, usize), Vec<Suspect>> = BTreeMap::new();
         for suspect in vanished {
             if let Some(page) = suspect.page.clone() {
                 by_page.entry(page).or_default().push(suspect);
             }
         }
-        for (page, suspects) in by_page {
-            let rows = read::rows_after(self.ledger, page.as_deref(), PAGE).await?.rows;
+        for ((after, limit), suspects) in by_page {
+            let rows = read::rows_after(self.ledger, after.as_deref(), limit).await?.rows;
             let shown: HashSet<&str> = rows.iter().map(|row| row.id.as_str()).collect();
             for suspect in suspects.into_iter().filter(|suspect| shown.contains(suspect.id.as_str())) {
                 let at = self.clock.now();

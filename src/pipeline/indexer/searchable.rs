@@ -114,7 +114,12 @@ mod tests {
     use super::*;
 
     fn awaited(mark: u64, at_s: u64, changes: usize) -> Awaited {
-        Awaited { mark, lane: Lane::Live, closed: (0, Duration::from_secs(at_s)), stated_us: vec![0; changes] }
+        Awaited {
+            mark,
+            lane: Lane::Live,
+            closed: (0, Duration::from_secs(at_s)),
+            stated_us: vec![0; changes],
+        }
     }
 
     #[test]

@@ -117,8 +117,7 @@ impl Ledger for PgLedger {
         let rows = self.table.select_after();
         let sql = format!("SELECT s.id FROM ({rows}) s ORDER BY s.id::{}", self.table.id_type);
         let client = self.postgres.client().await?;
-        let rows =
-            client.query(&sql, &[&id, &(limit as i64)]).await.map_err(fail("read a page of ids"))?;
+        let rows = client.query(&sql, &[&id, &(limit as i64)]).await.map_err(fail("read a page of ids"))?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
