@@ -246,7 +246,7 @@ fn prover(backends: &Backends, worker: &str) -> Timed {
         ProofOptions {
             period: Some(Duration::from_hours(1)),
             full: false,
-            patience: Duration::from_secs(60),
+            patience: Duration::from_mins(1),
             read_letters: true,
             page: 5,
         },

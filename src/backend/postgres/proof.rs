@@ -2,6 +2,7 @@
 //! after beside it, by the same worker: capture, and what may be forgotten.
 
 use std::collections::HashSet;
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -273,10 +274,11 @@ impl Proof {
             }
         };
         if self.differences > 0 {
-            text += &format!(", {} queued again", self.mended);
+            // Writing to a string can't fail.
+            let _ = write!(text, ", {} queued again", self.mended);
         }
         if self.unreadable > 0 {
-            text += &format!(", {} not readable", self.unreadable);
+            let _ = write!(text, ", {} not readable", self.unreadable);
         }
         if self.overdue {
             text += ", overdue";

@@ -13,10 +13,12 @@
 //!
 //! What is not sure in time is undecided.
 
+mod prover;
 mod read;
 mod round;
 mod sample;
 mod suspect;
+mod walk;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -34,7 +36,8 @@ use super::index::{Stored, VectorIndex};
 use super::ledger::{Ledger, Peeked};
 use super::queue::JobQueue;
 
-pub use round::{Kept, ProofOptions, Prover, Round, Rounds, Walk};
+pub use prover::Prover;
+pub use round::{Kept, ProofOptions, Round, Rounds, Walk};
 
 /// Rows of one page.
 const PAGE: usize = 500;

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use super::read;
 use super::{Difference, Kind, LOOK_AGAIN, PAGE};
-use crate::pipeline::catalog::Hash;
+use crate::pipeline::catalog::{Hash, SourceRow};
 use crate::pipeline::clock::Clock;
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::{Stored, VectorIndex, Writes};
@@ -148,7 +148,7 @@ impl Look<'_> {
         }
         let since = self.ledger.pending().await?.now;
         let first = self.clock.now();
-        let has_text = |peeked: &Peeked| peeked.row.as_ref().is_some_and(|row| row.has_text());
+        let has_text = |peeked: &Peeked| peeked.row.as_ref().is_some_and(SourceRow::has_text);
         let suspects = differing.into_iter().map(|(peeked, kind)| Suspect {
             id: peeked.id.clone(),
             state: state(peeked, kind),
