@@ -22,7 +22,7 @@ use refarch::backend::postgres::outbox::PgOutbox;
 use refarch::backend::postgres::session;
 use refarch::backend::postgres::target::{self, IndexShape};
 use refarch::config::Settings;
-use refarch::pipeline::clock::BootClock;
+use refarch::pipeline::clock::{BootClock, Clock};
 use refarch::pipeline::failure::Class;
 use refarch::pipeline::lease::Lease;
 use refarch::pipeline::ledger::{Ledger, Opened, Outcome};
@@ -45,6 +45,24 @@ struct Real {
     client: Client,
     sessions: Mutex<BTreeMap<String, (CancellationToken, JoinHandle<()>)>>,
     database: Database,
+    passed: Arc<Passed>,
+}
+
+/// This process's clock: it goes on by [`Bench::pass`] alone.
+#[derive(Default)]
+struct Passed(Mutex<Duration>);
+
+#[async_trait]
+impl Clock for Passed {
+    fn now(&self) -> Duration {
+        *self.0.lock().unwrap()
+    }
+
+    fn chance(&self) -> f64 {
+        0.5
+    }
+
+    async fn sleep(&self, _: Duration) {}
 }
 
 impl Real {
@@ -70,9 +88,11 @@ impl Real {
         let shape = IndexShape { kind: "test".into(), model: "test".into(), dimensions: 3 };
         migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
         let target = target::find(&postgres, &settings.source, &shape).await.unwrap();
-        let ledger =
-            Arc::new(PgLedger::new(postgres.clone(), Arc::new(target.table), target.id, target.salt));
-        Self { postgres, ledger, target: target.id, client, sessions: Mutex::default(), database }
+        let passed: Arc<Passed> = Arc::default();
+        let ledger = PgLedger::new(postgres.clone(), Arc::new(target.table), target.id, target.salt)
+            .with_clock(Arc::clone(&passed) as _);
+        let ledger = Arc::new(ledger);
+        Self { postgres, ledger, target: target.id, client, sessions: Mutex::default(), database, passed }
     }
 
     async fn run(&self, sql: &str) {
@@ -149,7 +169,8 @@ impl Bench for Real {
     }
 
     async fn pass(&self, time: Duration) {
-        // It passes for what is abandoned already, and nothing else is measured by it.
+        *self.passed.0.lock().unwrap() += time;
+        // By the database's clock it passes for what is abandoned already, and nothing else is measured by it.
         let sql = "UPDATE refarch.attempt SET abandoned_at = abandoned_at - make_interval(secs => $1)";
         self.client.execute(sql, &[&time.as_secs_f64()]).await.unwrap();
     }

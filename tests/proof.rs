@@ -606,15 +606,6 @@ async fn a_disabled_trigger_is_told_and_armed_again() {
         answer.status() == 503 && answer.text().await.unwrap().contains("not captured")
     })
     .await;
-    shop.sql(
-        "DO $do$ BEGIN IF to_regprocedure('refarch.rearm(text)') IS NULL THEN \
-           CREATE FUNCTION refarch.rearm(source text) RETURNS void LANGUAGE sql AS $$ \
-             SELECT refarch.arm(s.name, s.relation, s.id_column, s.text_columns || s.metadata_columns) \
-             FROM refarch.source s WHERE s.name = source; \
-             SELECT refarch.backfill(s.name, s.relation, s.id_column) FROM refarch.source s WHERE s.name = source; $$; \
-         END IF; END $do$",
-    )
-    .await;
     let _roles = shop.start_roles();
     let enabled =
         "SELECT count(*) FROM pg_trigger WHERE tgname = 'refarch_products_update' AND tgenabled <> 'D'";
@@ -626,6 +617,30 @@ async fn a_disabled_trigger_is_told_and_armed_again() {
     assert!(shop.number("SELECT count(*) FROM refarch.event WHERE kind = 'rearmed'").await >= 1);
     eventually("readiness", PATIENCE, async || reqwest::get(&ready).await.is_ok_and(|a| a.status() == 200))
         .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_swapped_by_rename_is_captured_and_read_anew() {
+    let shop = on_pgvector().await.filled().await.proving(&[("REFARCH_AUDIT_ARMED_S", "1")]);
+    let _roles = shop.start_roles();
+    eventually("a first round", PATIENCE, async || shop.rounds().await.0 > 0).await;
+    shop.sql(&format!(
+        "BEGIN; CREATE TABLE made_anew (LIKE {TABLE} INCLUDING ALL); \
+         INSERT INTO made_anew (id, description) SELECT i, 'Made anew ' || i FROM generate_series(20, 60) i; \
+         ALTER TABLE {TABLE} RENAME TO made_before; ALTER TABLE made_anew RENAME TO {TABLE}; COMMIT"
+    ))
+    .await;
+    eventually("the table of that name to be in step", PATIENCE, async || {
+        shop.number("SELECT count(*) FROM refarch.event WHERE kind = 'rearmed'").await > 0
+            && shop.status().await["synced"] == json!(true)
+    })
+    .await;
+    shop.sql(&format!("UPDATE {TABLE} SET description = 'Edited afterwards' WHERE id = 21")).await;
+    eventually("nothing to differ", PATIENCE, async || {
+        let (code, report) = shop.verify(&["--wait", "5"]).await;
+        code == Some(0) && report["rows"] == json!(41) && report["indexed"] == json!(41)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

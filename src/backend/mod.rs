@@ -161,24 +161,41 @@ impl LoadedModel {
 
 /// Brings the database up to date with these settings, and makes an index that is missing.
 pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report> {
+    migrate_with(postgres, settings, &migrate::Options::default()).await
+}
+
+/// The same, with what it may do besides.
+pub async fn migrate_with(
+    postgres: &Postgres,
+    settings: &Settings,
+    options: &migrate::Options,
+) -> Result<Report> {
     let shape = index_shape(settings).await?;
-    // The index first: one of the wrong shape must not cost the rows that are indexed so far.
+    // The index first: one of the wrong shape must not cost the rows that are indexed so far. And before it, what
+    // is refused.
     let made = match named_index(settings, shape.dimensions) {
-        Some(options) => pinecone::control::ensure(&options).await?,
+        Some(named) => {
+            migrate::plan(postgres, &settings.source, &settings.queue, &shape, options).await?;
+            pinecone::control::ensure(&named).await?
+        }
         None => false,
     };
-    let report = migrate::migrate(postgres, &settings.source, &settings.queue, &shape).await?;
+    let report = migrate::migrate_with(postgres, &settings.source, &settings.queue, &shape, options).await?;
     Ok(with_index(report, settings, made))
 }
 
-/// What [`migrate`] would do; nothing is changed.
-pub async fn plan_migration(postgres: &Postgres, settings: &Settings) -> Result<Report> {
+/// What [`migrate_with`] would do; nothing is changed.
+pub async fn plan_migration(
+    postgres: &Postgres,
+    settings: &Settings,
+    options: &migrate::Options,
+) -> Result<Report> {
     let shape = index_shape(settings).await?;
     let missing = match named_index(settings, shape.dimensions) {
         Some(options) => !pinecone::control::exists(&options).await?,
         None => false,
     };
-    let report = migrate::plan(postgres, &settings.source, &settings.queue, &shape).await?;
+    let report = migrate::plan(postgres, &settings.source, &settings.queue, &shape, options).await?;
     Ok(with_index(report, settings, missing))
 }
 
@@ -262,6 +279,8 @@ pub struct Backends {
     pub index: Arc<dyn VectorIndex>,
     /// Prefix of pgmq's queues, if that is the queue.
     pgmq: Option<String>,
+    /// The source as the settings have it.
+    pub source: Arc<crate::config::Source>,
     /// The rows of a large table, for the status.
     counted: Arc<postgres::status::Counted>,
     /// How long a round of the proof takes.
@@ -318,6 +337,7 @@ impl Backends {
             queue,
             index,
             pgmq: (settings.queue.kind == QueueKind::Pgmq).then(|| settings.queue.name.clone()),
+            source: Arc::new(settings.source.clone()),
             counted: Arc::default(),
             proof_period: settings.audit.period(),
         })
@@ -341,8 +361,8 @@ impl Backends {
 
     /// Counts, backlog, freshness and workers.
     pub async fn status(&self) -> Result<postgres::status::Status> {
-        let Self { postgres, target, queue, index, counted, proof_period, .. } = self;
-        postgres::status::read(postgres, target, &**queue, &**index, counted, *proof_period).await
+        let Self { postgres, source, target, queue, index, counted, proof_period, .. } = self;
+        postgres::status::read(postgres, source, target, &**queue, &**index, counted, *proof_period).await
     }
 
     /// How the proof stands.

@@ -112,11 +112,11 @@ impl Guard<'_> {
     }
 
     async fn look(&mut self) -> Result<()> {
-        let Backends { postgres, target, .. } = self.backends;
-        let faults = proof::capture_faults(postgres, &target.table).await?;
+        let Backends { postgres, source, .. } = self.backends;
+        let faults = proof::capture_faults(postgres, source).await?;
         if faults.is_empty() {
             if !std::mem::take(&mut self.told).is_empty() {
-                tracing::info!(table = target.table.relation, "changes are captured again");
+                tracing::info!(table = source.table, "changes are captured again");
             }
             return Ok(());
         }
@@ -125,17 +125,12 @@ impl Guard<'_> {
             tracing::warn!(?faults, "changes of the table are not captured");
             self.told.clone_from(&faults);
         }
-        match proof::rearm(postgres, &target.table, self.worker, &faults).await {
+        match proof::rearm(postgres, source, self.worker, &faults).await {
             Ok(true) => {
-                tracing::warn!(table = target.table.relation, "capture was armed again; every row is queued");
+                tracing::warn!(table = source.table, "capture was armed again; every row is queued");
                 Ok(())
             }
-            Ok(false) => {
-                if is_new {
-                    tracing::warn!("run refarch migrate: it arms capture again and queues every row");
-                }
-                Ok(())
-            }
+            Ok(false) => Ok(()),
             Err(error) if is_new => Err(error),
             Err(error) => {
                 tracing::debug!(%error, "cannot arm change capture yet");

@@ -1,9 +1,12 @@
 //! When the HNSW graph over the vectors is built, and when it is dropped: loading into a graph is some four times
 //! slower than loading and then building it.
 
-use super::PgVector;
+use std::sync::{MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::{MIN_GRAPH_VERSION, PgVector};
 use crate::backend::postgres::failure;
-use crate::pipeline::failure::Result;
+use crate::pipeline::failure::{Error, Result};
 
 /// A graph is dropped only for a reload of more changes than this, besides being larger than the
 /// table: below, building it anew would cost more than it saves.
@@ -16,20 +19,92 @@ const MIN_RELOAD: u64 = 10_000;
 const GRAPH_DEGREE: u32 = 32;
 const GRAPH_CANDIDATES: u32 = 128;
 
+/// Pause after a build that failed; it doubles with each.
+const FIRST_PAUSE: Duration = Duration::from_secs(10);
+const LONGEST_PAUSE: Duration = Duration::from_hours(1);
+
+/// What a session that builds sets: nothing of this can be set for the statement alone, which runs in no
+/// transaction.
+const SESSION: &str = "SET search_path = pg_catalog, pg_temp; SET statement_timeout = 0; SET lock_timeout = 0; \
+    SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
+    SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) IS NOT NULL";
+
+/// How builds went.
+#[derive(Debug, Default)]
+pub(super) struct Builds {
+    failures: u32,
+    /// No build before this.
+    not_before: Duration,
+    /// The reason that was told last.
+    told: Option<String>,
+}
+
+impl Builds {
+    /// A build failed: how long to wait, and whether the reason is news.
+    fn failed(&mut self, reason: &str, now: Duration) -> (Duration, bool) {
+        let pause = FIRST_PAUSE.saturating_mul(1 << self.failures.min(16)).min(LONGEST_PAUSE);
+        self.failures += 1;
+        self.not_before = now + pause;
+        let is_news = self.told.as_deref() != Some(reason);
+        self.told = Some(reason.to_owned());
+        (pause, is_news)
+    }
+}
+
+/// What is to be done about the graph.
+enum Action {
+    Build,
+    Drop,
+}
+
 impl PgVector {
     fn graph(&self) -> String {
         format!("vector_{}_graph", self.target)
     }
 
-    /// Drops it before a large load, and builds it once the load has drained.
+    fn builds(&self) -> MutexGuard<'_, Builds> {
+        self.builds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Drops it before a large load, and builds it once the load has drained. A graph that cannot be built is
+    /// told once with the reason, and tried ever more seldom: searches read all vectors meanwhile.
     pub(super) async fn look_after_graph(&self, backlog: u64) -> Result<()> {
+        if self.clock.now() < self.builds().not_before {
+            return Ok(());
+        }
+        let Some(action) = self.wanted(backlog).await? else { return Ok(()) };
+        match self.act(&action).await {
+            Ok(is_built) => {
+                if is_built {
+                    *self.builds() = Builds::default();
+                }
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                let (pause, is_news) = self.builds().failed(&reason, self.clock.now());
+                let retry_in_s = pause.as_secs();
+                if is_news {
+                    tracing::warn!(
+                        table = self.table,
+                        reason,
+                        retry_in_s,
+                        "cannot build the graph: searches read all vectors until it can be"
+                    );
+                } else {
+                    tracing::debug!(table = self.table, reason, retry_in_s, "cannot build the graph");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn wanted(&self, backlog: u64) -> Result<Option<Action>> {
         let fail = |error: tokio_postgres::Error| failure("look after the graph", &error);
         let client = self.postgres.client().await?;
-        let graph = self.graph();
         let state = client
             .query_opt(
                 "SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass('refarch.' || $1::text)",
-                &[&graph],
+                &[&self.graph()],
             )
             .await
             .map_err(fail)?
@@ -39,28 +114,71 @@ impl PgVector {
             let row = client.query_one(&sql, &[&(rows as i64)]).await.map_err(fail)?;
             Ok(row.get::<_, i64>(0) as u64 >= rows)
         };
-        let action = match state {
-            Some(true) if backlog > MIN_RELOAD && !at_least(backlog).await? => {
-                format!("DROP INDEX IF EXISTS refarch.{graph}")
-            }
-            Some(true) => return Ok(()),
+        Ok(match state {
+            Some(true) if backlog > MIN_RELOAD && !at_least(backlog).await? => Some(Action::Drop),
+            Some(true) => None,
             _ if backlog > self.options.graph_max_backlog
                 || !at_least(self.options.graph_min_rows).await? =>
             {
-                return Ok(());
+                None
             }
             // Left over by a build that was cut off.
-            Some(false) => format!("DROP INDEX IF EXISTS refarch.{graph}"),
-            None => format!(
-                "CREATE INDEX CONCURRENTLY IF NOT EXISTS {graph} ON {} USING hnsw (embedding halfvec_cosine_ops) \
+            Some(false) => Some(Action::Drop),
+            None => Some(Action::Build),
+        })
+    }
+
+    /// Builds or drops, unless somebody else is at it; whether it was built.
+    async fn act(&self, action: &Action) -> Result<bool> {
+        let what = "build the graph";
+        let fail = |error: tokio_postgres::Error| failure(what, &error);
+        let graph = self.graph();
+        // Not as it was at the start: it may have been updated since.
+        let extension = self.installed().await?;
+        // Only its owner can index a table; another role asks the database to.
+        let is_owned: bool = self
+            .postgres
+            .client()
+            .await?
+            .query_one(
+                "SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class c WHERE c.oid = to_regclass($1)",
+                &[&self.table],
+            )
+            .await
+            .map_err(fail)?
+            .get(0);
+        let statement = match action {
+            Action::Drop if !is_owned => format!("SELECT refarch.drop_graph({})", self.target),
+            Action::Drop => format!("DROP INDEX IF EXISTS refarch.{graph}"),
+            Action::Build if extension.version < MIN_GRAPH_VERSION => {
+                let (major, minor, patch) = extension.version;
+                return Err(Error::permanent(
+                    what,
+                    format!(
+                        "pgvector {major}.{minor}.{patch} has known corruption in graphs: install a newer one, then ALTER EXTENSION vector UPDATE"
+                    ),
+                ));
+            }
+            Action::Build if !is_owned => {
+                format!("SELECT refarch.build_graph({}, {GRAPH_DEGREE}, {GRAPH_CANDIDATES})", self.target)
+            }
+            Action::Build => format!(
+                "CREATE INDEX CONCURRENTLY IF NOT EXISTS {graph} ON {} USING hnsw (embedding {}.halfvec_cosine_ops) \
                  WITH (m = {GRAPH_DEGREE}, ef_construction = {GRAPH_CANDIDATES})",
-                self.table
+                self.table, extension.schema
             ),
         };
-        drop(client);
+        // What a session sets through a pooler in transaction mode would be somebody else's.
+        if !self.postgres.has_sessions().await? {
+            return Err(Error::permanent(
+                what,
+                "database.url leads to a pooler in transaction mode: give it the server itself",
+            ));
+        }
         // A session of its own: the advisory lock goes with it, however this ends.
         let (session, connection) = self.postgres.dedicated().await.map_err(fail)?;
         let connection = tokio::spawn(connection);
+        session.batch_execute(SESSION).await.map_err(fail)?;
         let locked = session
             .query_one("SELECT pg_try_advisory_lock(hashtext('refarch.graph'), $1)", &[&self.target])
             .await
@@ -68,15 +186,32 @@ impl PgVector {
             .get::<_, bool>(0);
         if locked {
             let started = std::time::Instant::now();
-            session.batch_execute(&action).await.map_err(fail)?;
+            session.batch_execute(&statement).await.map_err(fail)?;
             tracing::info!(
-                statement = action,
+                statement,
                 duration_ms = started.elapsed().as_millis() as u64,
                 "looked after the graph"
             );
         }
         drop(session);
         let _ = connection.await;
-        Ok(())
+        Ok(locked && matches!(action, Action::Build))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_and_a_reason_is_news_once() {
+        let mut builds = Builds::default();
+        let seconds: Vec<(u64, bool)> = (0..4)
+            .map(|_| builds.failed("timeout", Duration::ZERO))
+            .map(|(pause, is_news)| (pause.as_secs(), is_news))
+            .collect();
+        assert_eq!(seconds, [(10, true), (20, false), (40, false), (80, false)]);
+        (0..40).for_each(|_| assert!(builds.failed("other", Duration::ZERO).0 <= LONGEST_PAUSE));
+        assert_eq!(builds.not_before, LONGEST_PAUSE);
     }
 }

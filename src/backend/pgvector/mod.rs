@@ -6,24 +6,37 @@
 mod graph;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use pgvector::HalfVector;
 use tokio::sync::OnceCell;
 
+use graph::Builds;
+
 use super::postgres::ledger::source_row;
-use super::postgres::source::SourceTable;
+use super::postgres::source::{Judged, MAX_LOOKS, Source, SourceTable, restless};
 use super::postgres::{Postgres, failure};
 use crate::pipeline::catalog::{ContentSalt, Hash, SourceRow};
+use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::index::{
     Applied, Desired, FencedWrite, Listing, Match, Notes, Planned, Stored, VectorIndex, Writes,
 };
 
-/// The oldest pgvector without known corruption (its changelog, 0.8.2 to 0.8.4).
-pub const MIN_VERSION: (u32, u32, u32) = (0, 8, 4);
+/// A version of pgvector.
+pub type Version = (u32, u32, u32);
+
+/// The oldest pgvector that has `halfvec`.
+pub const MIN_VERSION: Version = (0, 7, 0);
+
+/// The oldest pgvector whose graphs are known to be sound (its changelog, 0.8.2 to 0.8.4): under an older one
+/// no graph is built, and searches read all vectors.
+pub const MIN_GRAPH_VERSION: Version = (0, 8, 4);
+
+/// The oldest pgvector that goes on with a search whose first candidates were too few.
+const MIN_ITERATIVE_VERSION: Version = (0, 8, 0);
 
 /// pgvector's own bound on `hnsw.ef_search`, and so on what a search returns.
 const MAX_TOP: usize = 1_000;
@@ -39,16 +52,33 @@ pub struct Options {
     pub ef_search: u32,
 }
 
+/// pgvector as it is installed.
+#[derive(Clone, Debug)]
+struct Extension {
+    /// The schema of its types and operators, quoted.
+    schema: String,
+    version: Version,
+}
+
 /// Vectors of one target.
 pub struct PgVector {
     postgres: Postgres,
-    source: Arc<SourceTable>,
+    source: Source,
     salt: ContentSalt,
     target: i32,
     table: String,
     options: Options,
-    /// The schema that pgvector is installed in, quoted; looked up once.
-    schema: OnceCell<String>,
+    extension: OnceCell<Extension>,
+    clock: Arc<dyn Clock>,
+    builds: Mutex<Builds>,
+}
+
+/// Reads a version such as `0.8.4`.
+#[must_use]
+pub fn parse_version(text: &str) -> Version {
+    let mut parts = text.split('.').map(|part| part.parse::<u32>().unwrap_or_default());
+    let mut next = || parts.next().unwrap_or_default();
+    (next(), next(), next())
 }
 
 /// The table that holds a target's vectors.
@@ -68,25 +98,43 @@ impl PgVector {
         options: Options,
     ) -> Self {
         let table = table_name(target);
-        Self { postgres, source, salt, target, table, options, schema: OnceCell::new() }
+        let source = Source::new(postgres.clone(), source);
+        Self {
+            postgres,
+            source,
+            salt,
+            target,
+            table,
+            options,
+            extension: OnceCell::new(),
+            clock: Arc::new(BootClock),
+            builds: Mutex::default(),
+        }
     }
 
-    /// The schema of pgvector's types and operators, quoted.
-    async fn schema(&self) -> Result<&str> {
-        let found = self.schema.get_or_try_init(|| async {
-            let client = self.postgres.client().await?;
-            let sql = "SELECT quote_ident(n.nspname) FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace \
-                       WHERE e.extname = 'vector'";
-            let row = client
-                .query_opt(sql, &[])
-                .await
-                .map_err(|error| failure("look for pgvector", &error))?
-                .ok_or_else(|| {
-                    Error::fatal("look for pgvector", "the database has no extension vector: run refarch migrate")
-                })?;
-            Ok(row.get(0))
-        });
-        found.await.map(String::as_str)
+    /// Takes the pauses between builds of the graph by this clock.
+    #[must_use]
+    pub fn with_clock(self, clock: Arc<dyn Clock>) -> Self {
+        Self { clock, ..self }
+    }
+
+    /// pgvector as it is installed, looked up once.
+    async fn extension(&self) -> Result<&Extension> {
+        self.extension.get_or_try_init(|| self.installed()).await
+    }
+
+    async fn installed(&self) -> Result<Extension> {
+        let client = self.postgres.client().await?;
+        let sql = "SELECT quote_ident(n.nspname), e.extversion FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace \
+                   WHERE e.extname = 'vector'";
+        let row = client
+            .query_opt(sql, &[])
+            .await
+            .map_err(|error| failure("look for pgvector", &error))?
+            .ok_or_else(|| {
+                Error::fatal("look for pgvector", "the database has no extension vector: run refarch migrate")
+            })?;
+        Ok(Extension { schema: row.get(0), version: parse_version(row.get(1)) })
     }
 }
 
@@ -96,15 +144,17 @@ impl VectorIndex for PgVector {
         let fail = |error: tokio_postgres::Error| failure("search", &error);
         let top = top.clamp(1, MAX_TOP);
         let candidates = (self.options.ef_search as usize).max(top).to_string();
-        let distance = format!("embedding OPERATOR({}.<=>) $1", self.schema().await?);
+        let Extension { schema, version } = self.extension().await?;
+        let distance = format!("embedding OPERATOR({schema}.<=>) $1");
         let sql = format!("SELECT id, 1 - ({distance}) FROM {} ORDER BY {distance} LIMIT $2", self.table);
         let mut client = self.postgres.client().await?;
         let statement = client.prepare_cached(&sql).await.map_err(fail)?;
         let transaction = client.transaction().await.map_err(fail)?;
         transaction
             .execute(
-                "SELECT set_config('hnsw.ef_search', $1, true), set_config('hnsw.iterative_scan', 'strict_order', true)",
-                &[&candidates],
+                "SELECT set_config('hnsw.ef_search', $1, true), \
+                        CASE WHEN $2 THEN set_config('hnsw.iterative_scan', 'strict_order', true) END",
+                &[&candidates, &(*version >= MIN_ITERATIVE_VERSION)],
             )
             .await
             .map_err(fail)?;
@@ -181,10 +231,52 @@ impl VectorIndex for PgVector {
 #[async_trait]
 impl FencedWrite for PgVector {
     async fn apply(&self, planned: &[Planned]) -> Result<Applied> {
+        let mut impossible: HashSet<String> = HashSet::new();
+        for _ in 0..MAX_LOOKS {
+            let table = self.source.table();
+            match self.apply_by(&table, planned, &impossible).await? {
+                Judged::Read(applied) => return Ok(applied),
+                Judged::Again => impossible.clear(),
+                Judged::Value(error) => {
+                    let ids: Vec<&str> = planned
+                        .iter()
+                        .map(|plan| plan.id.as_str())
+                        .filter(|id| table.can_hold(id) && !impossible.contains(*id))
+                        .collect();
+                    let more = self.source.impossible(&table, &ids).await?;
+                    if more.is_empty() {
+                        return Err(error);
+                    }
+                    impossible.extend(more);
+                }
+            }
+        }
+        Err(restless("read rows again", &self.source.table()))
+    }
+}
+
+impl PgVector {
+    /// One try by one description of the source. Nothing is written unless it is true of the table.
+    async fn apply_by(
+        &self,
+        table: &SourceTable,
+        planned: &[Planned],
+        impossible: &HashSet<String>,
+    ) -> Result<Judged<Applied>> {
         let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, &error);
+        let again = "read rows again";
         let mut client = self.postgres.client().await?;
-        let select =
-            client.prepare_cached(&self.source.select_by_ids()).await.map_err(fail("read rows again"))?;
+        let prepared = async {
+            let select = client.prepare_cached(&table.select_by_ids()).await?;
+            Ok((select, client.prepare_cached(&Source::check()).await?))
+        };
+        let (select, check) = match prepared.await {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                drop(client);
+                return Ok(self.source.judge(again, table, Err(error)).await?.without_rows());
+            }
+        };
         let transaction = client.transaction().await.map_err(fail("begin a write"))?;
         // Not waiting for the disk is safe: what a crash takes away is the end of the log, and the
         // acknowledgement comes after this commit in it.
@@ -216,12 +308,20 @@ impl FencedWrite for PgVector {
             .iter()
             .map(|row| (row.get(0), row.get(1)))
             .collect();
-        let possible: Vec<&str> = ids.iter().copied().filter(|id| self.source.can_hold(id)).collect();
+        let possible: Vec<&str> =
+            ids.iter().copied().filter(|id| table.can_hold(id) && !impossible.contains(*id)).collect();
         // After the locks, in a snapshot of its own: the newest committed state of each row.
-        let rows: HashMap<String, SourceRow> = transaction
-            .query(&select, &[&possible])
-            .await
-            .map_err(fail("read rows again"))?
+        let read = Source::read(&*transaction, table, &select, &[&possible], &check).await;
+        let rows = match read {
+            Ok((rows, seen)) if table.is_as_seen(seen.as_ref()) => rows,
+            read => {
+                // Nothing is locked and no connection held while the table is looked at.
+                let _ = transaction.rollback().await;
+                drop(client);
+                return Ok(self.source.judge(again, table, read).await?.without_rows());
+            }
+        };
+        let rows: HashMap<String, SourceRow> = rows
             .iter()
             .map(|row| {
                 let id: String = row.get(0);
@@ -250,7 +350,7 @@ impl FencedWrite for PgVector {
             .await
             .map_err(fail("read the clock"))?;
         transaction.commit().await.map_err(fail("commit a write"))?;
-        Ok(Applied { conflicted, clock_us: clock.get(0) })
+        Ok(Judged::Read(Applied { conflicted, clock_us: clock.get(0) }))
     }
 }
 
@@ -310,7 +410,7 @@ impl PgVector {
                 .map_err(|error| failure("delete vectors", &error))?;
         }
         if !write.upsert_ids.is_empty() {
-            let schema = self.schema().await?;
+            let schema = &self.extension().await?.schema;
             let sql = format!(
                 "INSERT INTO {table} (id, embedding, content_hash) \
                  SELECT * FROM unnest($1::text[], $2::{schema}.halfvec[], $3::bytea[]) \

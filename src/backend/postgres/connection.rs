@@ -17,12 +17,15 @@ use futures::future::join3;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error, IsolationLevel, Row, Statement};
 
+use super::source::{Source, SourceTable};
+
 /// How long a transaction may wait for its process, in milliseconds: none of ours does anything but
 /// talk to the database while one is open, and a process that freezes must not lock rows for ever.
 const IDLE_IN_TRANSACTION_MS: u32 = 60_000;
 
 /// What a transaction of ours sets. Values have one spelling, whatever the role's settings; a row-level
-/// policy that would hide rows raises an error; and plans are made for the parameters at hand, because one
+/// policy that would hide rows raises an error; no timeout of the role's cuts it off (`transaction_timeout`
+/// is known from PostgreSQL 17 on); and plans are made for the parameters at hand, because one
 /// kept from when the ledger was empty reads all of it for each id.
 pub(super) fn settings(statement_timeout_ms: u128) -> Arc<str> {
     format!(
@@ -31,9 +34,31 @@ pub(super) fn settings(statement_timeout_ms: u128) -> Arc<str> {
          SET LOCAL idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_MS}; \
          SET LOCAL timezone = 'UTC'; SET LOCAL datestyle = 'ISO, YMD'; SET LOCAL intervalstyle = 'postgres'; \
          SET LOCAL bytea_output = 'hex'; SET LOCAL extra_float_digits = 1; SET LOCAL lc_monetary = 'C'; \
-         SET LOCAL plan_cache_mode = force_custom_plan"
+         SET LOCAL plan_cache_mode = force_custom_plan; \
+         SELECT set_config('transaction_timeout', '0', true) WHERE current_setting('transaction_timeout', true) IS NOT NULL"
     )
     .into()
+}
+
+/// What begins a transaction of ours.
+pub(super) fn begun_by(settings: &str) -> String {
+    format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {settings}")
+}
+
+/// Begins a transaction on a session outside of the pool, with the settings of one in it. It waits for a lock
+/// for a second: what stands in line for a lock on a table makes all who come later wait, too.
+pub(super) async fn begin(
+    client: &mut tokio_postgres::Client,
+) -> Result<tokio_postgres::Transaction<'_>, Error> {
+    let transaction = client
+        .build_transaction()
+        .isolation_level(IsolationLevel::ReadCommitted)
+        .read_only(false)
+        .start()
+        .await?;
+    let settings = settings(0);
+    transaction.batch_execute(&format!("{settings}; SET LOCAL lock_timeout = '1s'")).await?;
+    Ok(transaction)
 }
 
 /// SQL as text, or prepared.
@@ -41,12 +66,20 @@ pub(super) fn settings(statement_timeout_ms: u128) -> Arc<str> {
 pub trait Sql: Sync {
     /// The statement on this connection; text is prepared once a connection.
     async fn prepared(&self, client: &ClientWrapper) -> Result<Statement, Error>;
+
+    /// Takes it out of what is prepared on this connection; whether it can be prepared again.
+    fn forget(&self, client: &ClientWrapper) -> bool;
 }
 
 #[async_trait]
 impl Sql for str {
     async fn prepared(&self, client: &ClientWrapper) -> Result<Statement, Error> {
         client.prepare_cached(self).await
+    }
+
+    fn forget(&self, client: &ClientWrapper) -> bool {
+        client.statement_cache.remove(self, &[]);
+        true
     }
 }
 
@@ -55,12 +88,21 @@ impl Sql for String {
     async fn prepared(&self, client: &ClientWrapper) -> Result<Statement, Error> {
         client.prepare_cached(self).await
     }
+
+    fn forget(&self, client: &ClientWrapper) -> bool {
+        client.statement_cache.remove(self, &[]);
+        true
+    }
 }
 
 #[async_trait]
 impl Sql for Statement {
     async fn prepared(&self, _: &ClientWrapper) -> Result<Statement, Error> {
         Ok(self.clone())
+    }
+
+    fn forget(&self, _: &ClientWrapper) -> bool {
+        false
     }
 }
 
@@ -81,8 +123,13 @@ impl Connection {
         sql: &(impl Sql + ?Sized),
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Error> {
-        let statement = sql.prepared(&self.client).await?;
-        self.alone(self.client.query(&statement, parameters)).await
+        loop {
+            let statement = sql.prepared(&self.client).await?;
+            let result = self.alone(self.client.query(&statement, parameters)).await;
+            if !self.is_outdated(sql, &result) {
+                return result;
+            }
+        }
     }
 
     /// Runs one statement that gives exactly one row.
@@ -91,8 +138,13 @@ impl Connection {
         sql: &(impl Sql + ?Sized),
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Row, Error> {
-        let statement = sql.prepared(&self.client).await?;
-        self.alone(self.client.query_one(&statement, parameters)).await
+        loop {
+            let statement = sql.prepared(&self.client).await?;
+            let result = self.alone(self.client.query_one(&statement, parameters)).await;
+            if !self.is_outdated(sql, &result) {
+                return result;
+            }
+        }
     }
 
     /// Runs one statement that gives one row or none.
@@ -101,8 +153,13 @@ impl Connection {
         sql: &(impl Sql + ?Sized),
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Option<Row>, Error> {
-        let statement = sql.prepared(&self.client).await?;
-        self.alone(self.client.query_opt(&statement, parameters)).await
+        loop {
+            let statement = sql.prepared(&self.client).await?;
+            let result = self.alone(self.client.query_opt(&statement, parameters)).await;
+            if !self.is_outdated(sql, &result) {
+                return result;
+            }
+        }
     }
 
     /// Runs one statement and returns how many rows it touched.
@@ -111,13 +168,35 @@ impl Connection {
         sql: &(impl Sql + ?Sized),
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<u64, Error> {
-        let statement = sql.prepared(&self.client).await?;
-        self.alone(self.client.execute(&statement, parameters)).await
+        loop {
+            let statement = sql.prepared(&self.client).await?;
+            let result = self.alone(self.client.execute(&statement, parameters)).await;
+            if !self.is_outdated(sql, &result) {
+                return result;
+            }
+        }
     }
 
     /// Runs statements without parameters, in one transaction.
     pub async fn batch_execute(&self, sql: &str) -> Result<(), Error> {
         self.alone(self.client.batch_execute(sql)).await
+    }
+
+    /// Reads the source's table by a description, with the look at the catalog that tells whether it is true.
+    pub(crate) async fn read_source(
+        &self,
+        table: &SourceTable,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<(Vec<Row>, Option<Row>), Error> {
+        loop {
+            let statement = sql.prepared(&self.client).await?;
+            let check = Source::check().prepared(&self.client).await?;
+            let read = self.alone(Source::read(&**self.client, table, &statement, parameters, &check)).await;
+            if !self.is_outdated(sql, &read) {
+                return read;
+            }
+        }
     }
 
     /// Begins a transaction.
@@ -133,10 +212,15 @@ impl Connection {
         Ok(transaction)
     }
 
+    /// Whether a statement failed because a table was altered since it was prepared, and is to be prepared anew.
+    fn is_outdated<T>(&self, sql: &(impl Sql + ?Sized), result: &Result<T, Error>) -> bool {
+        result.as_ref().is_err_and(super::is_outdated) && sql.forget(&self.client)
+    }
+
     /// Sends the transaction's begin, the work and the commit at once: each is put on the wire when it is
     /// first polled, in this order. After an error the commit rolls back.
     async fn alone<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        let begin = format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {}", self.settings);
+        let begin = begun_by(&self.settings);
         let (begun, done, ended) =
             join3(self.client.batch_execute(&begin), work, self.client.batch_execute("COMMIT")).await;
         begun?;

@@ -109,7 +109,20 @@ impl Postgres {
         format!("{host}:{port}/{}", self.config.get_dbname().unwrap_or("?"))
     }
 
-    /// A connection of its own, outside the pool, for LISTEN.
+    /// The role of the database that this logs in as, for messages.
+    #[must_use]
+    pub fn user(&self) -> &str {
+        self.config.get_user().unwrap_or("of this login")
+    }
+
+    /// What begins a transaction of ours on a session that is not of the pool: it sets what the transaction
+    /// relies on, and nothing that outlives it.
+    pub(crate) fn begin(&self) -> String {
+        connection::begun_by(&self.settings)
+    }
+
+    /// A connection of its own, outside the pool, for LISTEN and for locks that outlive a transaction. It has
+    /// the role's own settings: work in it begins with [`Self::begin`].
     pub(crate) async fn dedicated(
         &self,
     ) -> Result<(tokio_postgres::Client, tokio_postgres::Connection<Socket, TlsStream>), tokio_postgres::Error>
@@ -143,6 +156,21 @@ fn describe(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// Whether an error says that a row-level policy would have hidden rows from a read: the name of the
+/// function that raises it is the same in every language.
+pub(crate) fn hides_rows(error: &tokio_postgres::Error) -> bool {
+    error.as_db_error().is_some_and(|said| {
+        said.code() == &SqlState::INSUFFICIENT_PRIVILEGE && said.routine() == Some("check_enable_rls")
+    })
+}
+
+/// Whether an error says that the plan of a prepared statement does not fit its tables any more.
+pub(crate) fn is_outdated(error: &tokio_postgres::Error) -> bool {
+    error.as_db_error().is_some_and(|said| {
+        said.code() == &SqlState::FEATURE_NOT_SUPPORTED && said.routine() == Some("RevalidateCachedQuery")
+    })
+}
+
 /// Classes an error of PostgreSQL by its SQLSTATE.
 pub(crate) fn failure(what: &str, error: &tokio_postgres::Error) -> Error {
     let message = describe(error);
@@ -152,7 +180,13 @@ pub(crate) fn failure(what: &str, error: &tokio_postgres::Error) -> Error {
     {
         return Error::fatal(what, format!("{message}; {hint}"));
     }
+    if hides_rows(error) {
+        // Somebody may grant it at any time, and no change is at fault.
+        return Error::retryable(what, format!("{message}; refarch's role needs BYPASSRLS"));
+    }
     let class = match error.code() {
+        // Prepared anew, the statement does.
+        _ if is_outdated(error) => Class::Retryable,
         // No SQLSTATE: the connection failed, or a value did not fit its parameter.
         None if error.is_closed() => Class::Retryable,
         None => {

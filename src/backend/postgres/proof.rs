@@ -11,8 +11,8 @@ use serde::Serialize;
 use tokio_postgres::types::Json;
 
 use super::registry::KEEP;
-use super::source::SourceTable;
 use super::{Postgres, capture, failure};
+use crate::config;
 use crate::pipeline::audit::{Kept, Round, Rounds};
 use crate::pipeline::failure::{Error, Result};
 
@@ -24,9 +24,6 @@ const KEEP_DELETED: &str = "1 day";
 
 /// What is deleted at a time.
 const PRUNED_AT_ONCE: i64 = 5_000;
-
-/// How long arming may wait for the application's table, whose writers would wait behind it.
-const ARM_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '1s'";
 
 /// The books of one target, as one worker writes them.
 pub struct PgRounds {
@@ -297,41 +294,35 @@ fn span(seconds: i64) -> String {
     }
 }
 
-/// What stands between the table's changes and the outbox: tables whose changes are not captured.
-pub async fn capture_faults(postgres: &Postgres, table: &SourceTable) -> Result<Vec<String>> {
-    capture::unarmed(postgres, table).await
+/// Why changes of the source's table are not captured as the settings want them.
+pub async fn capture_faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<String>> {
+    capture::faults(postgres, source).await
 }
 
-/// Arms capture again and queues what may have changed unseen. False if the schema is of a build that
-/// cannot do it.
+/// Arms capture again and queues what may have changed unseen. False if there was nothing that this mends.
 pub async fn rearm(
     postgres: &Postgres,
-    table: &SourceTable,
+    source: &config::Source,
     worker: &str,
     faults: &[String],
 ) -> Result<bool> {
     let fail = fail("arm change capture again");
     let mut client = postgres.client().await?;
     let transaction = client.transaction().await.map_err(&fail)?;
-    let can: bool = transaction
-        .query_one("SELECT to_regprocedure('refarch.rearm(text)') IS NOT NULL", &[])
-        .await
-        .map_err(&fail)?
-        .get(0);
-    if !can {
-        return Ok(false);
+    let changed: bool =
+        transaction.query_one("SELECT refarch.rearm($1)", &[&source.name]).await.map_err(&fail)?.get(0);
+    if changed {
+        transaction
+            .execute(
+                "INSERT INTO refarch.event (worker_id, kind, detail) \
+                 VALUES ($1, 'rearmed', jsonb_build_object('faults', $2::text[]))",
+                &[&worker, &faults],
+            )
+            .await
+            .map_err(&fail)?;
     }
-    transaction.batch_execute(ARM_LOCK_TIMEOUT).await.map_err(&fail)?;
-    transaction.query("SELECT refarch.rearm($1)", &[&table.name]).await.map_err(&fail)?;
-    transaction
-        .execute(
-            "INSERT INTO refarch.event (worker_id, kind, detail) VALUES ($1, 'rearmed', jsonb_build_object('faults', $2::text[]))",
-            &[&worker, &faults],
-        )
-        .await
-        .map_err(&fail)?;
     transaction.commit().await.map_err(&fail)?;
-    Ok(true)
+    Ok(changed)
 }
 
 /// Deletes samples and events that are old, some at a time.

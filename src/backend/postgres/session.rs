@@ -65,11 +65,12 @@ async fn hold(postgres: &Postgres, worker: &str, lease: &Lease, backoff: &mut Ba
     // However this ends, nothing must keep the session.
     let _ended = AbortOnDrop(connection);
     let at = lease.clock().now();
-    // Waits while an earlier session of ours is not known to be gone.
-    client
-        .execute("SELECT pg_advisory_lock(hashtext($1), hashtext($2))", &[&WORKER_LOCKS, &worker])
-        .await
-        .map_err(fail)?;
+    let lock = client.prepare("SELECT pg_advisory_lock(hashtext($1), hashtext($2))").await.map_err(fail)?;
+    // Waits while an earlier session of ours is not known to be gone: the role's timeouts must not end that.
+    // The lock stays after the transaction.
+    client.batch_execute(&postgres.begin()).await.map_err(fail)?;
+    client.execute(&lock, &[&WORKER_LOCKS, &worker]).await.map_err(fail)?;
+    client.batch_execute("COMMIT").await.map_err(fail)?;
     let backend = backend(&client).await.map_err(fail)?;
     lease.begin(at);
     backoff.reset();

@@ -10,6 +10,7 @@ use super::registry::WORKER_GONE_S;
 use super::source::SourceTable;
 use super::target::Target;
 use super::{Postgres, failure, outbox};
+use crate::config;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::freshness::Histogram;
@@ -223,6 +224,7 @@ async fn is_backfilling(postgres: &Postgres, source: &str) -> Result<bool> {
 /// Reads the status of one target, whose proof's rounds take `period`.
 pub async fn read(
     postgres: &Postgres,
+    source: &config::Source,
     target: &Target,
     queue: &dyn JobQueue,
     index: &dyn VectorIndex,
@@ -296,7 +298,7 @@ pub async fn read(
         unsettled: settled.not,
         synced: false,
         proof: Proof::read(postgres, target.id, period).await?,
-        capture_faults: proof::capture_faults(postgres, table).await?,
+        capture_faults: proof::capture_faults(postgres, source).await?,
         in_sync: 0,
         in_sync_estimated: false,
         freshness_ms: freshness,

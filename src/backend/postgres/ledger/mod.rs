@@ -2,22 +2,27 @@
 //!
 //! Locks are taken in one order everywhere: an attempt, then its ledger entries by id, byte by byte.
 
+mod abandoned;
 mod entry;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use sha2::{Digest, Sha256};
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Row, Transaction};
 
+use abandoned::Abandoned;
 use entry::{ENTRY, hash, read_entry};
 
+use super::connection::Connection;
 use super::session::WORKER_LOCKS;
-use super::source::SourceTable;
+use super::source::{Judged, MAX_LOOKS, Source, SourceTable, restless};
 use super::{Postgres, failure};
 use crate::pipeline::catalog::{ContentSalt, Hash, SourceRow};
+use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peeked, Pending, Swept};
 
@@ -25,40 +30,66 @@ use crate::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peek
 /// vanished without a word keeps its connection for as long as the kernel does.
 const SILENT_FOR: &str = "10 minutes";
 
+/// Abandoned attempts that a process keeps watch of. More are swept later, as those before them go.
+const MAX_WATCHED: i64 = 10_000;
+
 /// Source and ledger of one target.
 #[derive(Clone)]
 pub struct PgLedger {
     postgres: Postgres,
-    table: Arc<SourceTable>,
+    source: Arc<Source>,
+    /// The source's name.
+    name: String,
     target: i32,
     salt: ContentSalt,
-    peek: Arc<str>,
-    page: Arc<str>,
+    clock: Arc<dyn Clock>,
+    abandoned: Arc<Mutex<Abandoned>>,
 }
 
 impl PgLedger {
     /// The ledger of a target over its source's table.
     #[must_use]
     pub fn new(postgres: Postgres, table: Arc<SourceTable>, target: i32, salt: ContentSalt) -> Self {
-        let peek = format!(
-            "SELECT k.id, s.id IS NOT NULL, s.text, s.metadata, l.id IS NOT NULL, {ENTRY} \
-             FROM unnest($1::text[]) WITH ORDINALITY AS k(id, place) \
-             LEFT JOIN ({rows}) s ON s.id = k.id \
-             LEFT JOIN refarch.ledger l ON l.target = $2 AND l.id = k.id \
-             ORDER BY k.place",
-            rows = table.select_by_ids(),
-        );
-        // A join need not keep the order of the rows, and the last one tells where the next page begins.
-        let page = format!(
-            "SELECT s.id, true, s.text, s.metadata, l.id IS NOT NULL, {ENTRY} \
-             FROM ({rows}) s LEFT JOIN refarch.ledger l ON l.target = $3 AND l.id = s.id \
-             ORDER BY s.id::{id_type}",
-            rows = table.select_after(),
-            id_type = table.id_type,
-        );
-        Self { postgres, table, target, salt, peek: peek.into(), page: page.into() }
+        let name = table.name.clone();
+        let source = Arc::new(Source::new(postgres.clone(), table));
+        Self { postgres, source, name, target, salt, clock: Arc::new(BootClock), abandoned: Arc::default() }
+    }
+
+    /// Takes the settling time by this clock too.
+    #[must_use]
+    pub fn with_clock(self, clock: Arc<dyn Clock>) -> Self {
+        Self { clock, ..self }
+    }
+
+    fn abandoned(&self) -> MutexGuard<'_, Abandoned> {
+        self.abandoned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// Rows and entries of the ids in `$1`; the ledger's target is `$2`.
+fn peek_sql(table: &SourceTable) -> String {
+    format!(
+        "SELECT k.id, s.id IS NOT NULL, s.text, s.metadata, l.id IS NOT NULL, {ENTRY} \
+         FROM unnest($1::text[]) WITH ORDINALITY AS k(id, place) \
+         LEFT JOIN ({rows}) s ON s.id = k.id \
+         LEFT JOIN refarch.ledger l ON l.target = $2 AND l.id = k.id \
+         ORDER BY k.place",
+        rows = table.select_by_ids(),
+    )
+}
+
+/// The next rows with their entries; the ledger's target is `$3`. A join need not keep the order of the rows, and
+/// the last one tells where the next page begins.
+fn page_sql(table: &SourceTable) -> String {
+    format!(
+        "SELECT s.id, true, s.text, s.metadata, l.id IS NOT NULL, {ENTRY} \
+         FROM ({rows}) s LEFT JOIN refarch.ledger l ON l.target = $3 AND l.id = s.id ORDER BY s.key",
+        rows = table.select_after(),
+    )
+}
+
+/// When an attempt was abandoned, in microseconds.
+const SINCE: &str = "(extract(epoch FROM abandoned_at) * 1000000)::bigint";
 
 /// A row of the source from its text and metadata as selected by [`SourceTable::select_by_ids`].
 pub(crate) fn source_row(salt: &ContentSalt, id: String, text: &str, metadata: &str) -> SourceRow {
@@ -78,47 +109,74 @@ fn fail(what: &'static str) -> impl Fn(tokio_postgres::Error) -> Error {
 #[async_trait]
 impl Ledger for PgLedger {
     async fn peek(&self, ids: &[String]) -> Result<Vec<Peeked>> {
-        let fail = fail("read rows and ledger");
-        let (possible, impossible): (Vec<&String>, Vec<&String>) =
-            ids.iter().partition(|id| self.table.can_hold(id));
-        let client = self.postgres.client().await?;
-        let statement = client.prepare_cached(&self.peek).await.map_err(&fail)?;
-        let rows = client.query(&statement, &[&possible, &self.target]).await.map_err(&fail)?;
-        let peeked = rows.iter().map(|row| self.read(row)).collect::<Result<Vec<_>>>()?;
-        if impossible.is_empty() {
-            return Ok(peeked);
+        let what = "read rows and ledger";
+        // Ids that no row can have. The index may hold such a record all the same: somebody else put it there.
+        let mut impossible: HashSet<String> = HashSet::new();
+        for _ in 0..MAX_LOOKS {
+            let table = self.source.table();
+            let possible: Vec<&str> = ids
+                .iter()
+                .map(String::as_str)
+                .filter(|id| table.can_hold(id) && !impossible.contains(*id))
+                .collect();
+            let client = self.postgres.client().await?;
+            let read = client.read_source(&table, &peek_sql(&table), &[&possible, &self.target]).await;
+            drop(client);
+            match self.source.judge(what, &table, read).await? {
+                Judged::Read(rows) => {
+                    let peeked = rows.iter().map(|row| self.read(row)).collect::<Result<Vec<_>>>()?;
+                    return if possible.len() == ids.len() {
+                        Ok(peeked)
+                    } else {
+                        self.with_impossible(ids, peeked).await
+                    };
+                }
+                Judged::Again => impossible.clear(),
+                Judged::Value(error) => {
+                    let more = self.source.impossible(&table, &possible).await?;
+                    if more.is_empty() {
+                        return Err(error);
+                    }
+                    impossible.extend(more);
+                }
+            }
         }
-        // No row can have such an id, but the index may: somebody else put it there.
-        let sql =
-            format!("SELECT l.id, {ENTRY} FROM refarch.ledger l WHERE l.target = $1 AND l.id = ANY ($2)");
-        // No text of the database can hold a NUL.
-        let held: Vec<&String> = impossible.iter().copied().filter(|id| !id.contains('\0')).collect();
-        let entries = client.query(&sql, &[&self.target, &held]).await.map_err(&fail)?;
-        let mut by_id: HashMap<String, Peeked> = peeked.into_iter().map(|p| (p.id.clone(), p)).collect();
-        for row in &entries {
-            let id: String = row.get(0);
-            let entry = Some(read_entry(row, 1, &id)?);
-            by_id.insert(id.clone(), Peeked { id, row: None, entry });
-        }
-        let nothing = |id: &String| Peeked { id: id.clone(), row: None, entry: None };
-        Ok(ids.iter().map(|id| by_id.remove(id).unwrap_or_else(|| nothing(id))).collect())
+        Err(restless(what, &self.source.table()))
     }
 
     async fn rows_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<Peeked>> {
-        let fail = fail("read a page of rows");
-        let client = self.postgres.client().await?;
-        let statement = client.prepare_cached(&self.page).await.map_err(&fail)?;
-        let rows = client.query(&statement, &[&id, &(limit as i64), &self.target]).await.map_err(&fail)?;
-        rows.iter().map(|row| self.read(row)).collect()
+        let what = "read a page of rows";
+        for _ in 0..MAX_LOOKS {
+            let table = self.source.table();
+            let client = self.postgres.client().await?;
+            let parameters: [&(dyn ToSql + Sync); 3] = [&id, &(limit as i64), &self.target];
+            let read = client.read_source(&table, &page_sql(&table), &parameters).await;
+            drop(client);
+            match self.source.judge(what, &table, read).await? {
+                Judged::Read(rows) => return rows.iter().map(|row| self.read(row)).collect(),
+                Judged::Again => {}
+                Judged::Value(error) => return Err(error),
+            }
+        }
+        Err(restless(what, &self.source.table()))
     }
 
     async fn ids_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<String>> {
-        // What is not asked for is not computed, so that a row that cannot be read does no harm.
-        let rows = self.table.select_after();
-        let sql = format!("SELECT s.id FROM ({rows}) s ORDER BY s.id::{}", self.table.id_type);
-        let client = self.postgres.client().await?;
-        let rows = client.query(&sql, &[&id, &(limit as i64)]).await.map_err(fail("read a page of ids"))?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
+        let what = "read a page of ids";
+        for _ in 0..MAX_LOOKS {
+            let table = self.source.table();
+            // What is not asked for is not computed, so that a row that cannot be read does no harm.
+            let sql = format!("SELECT s.id FROM ({rows}) s ORDER BY s.key", rows = table.select_after());
+            let client = self.postgres.client().await?;
+            let read = client.read_source(&table, &sql, &[&id, &(limit as i64)]).await;
+            drop(client);
+            match self.source.judge(what, &table, read).await? {
+                Judged::Read(rows) => return Ok(rows.iter().map(|row| row.get(0)).collect()),
+                Judged::Again => {}
+                Judged::Value(error) => return Err(error),
+            }
+        }
+        Err(restless(what, &self.source.table()))
     }
 
     async fn entries_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<String>> {
@@ -249,19 +307,26 @@ impl Ledger for PgLedger {
             .map_err(&fail)?;
         closed.clock_us = clock.get(0);
         transaction.commit().await.map_err(&fail)?;
+        if closed.abandoned > 0 {
+            self.abandoned().note(attempt, self.clock.now());
+        }
         Ok(closed)
     }
 
     async fn disown(&self, worker: &str, in_hand: &[String]) -> Result<u64> {
         let client = self.postgres.client().await?;
-        client
-            .execute(
+        let disowned = client
+            .query(
                 "UPDATE refarch.attempt SET abandoned_at = clock_timestamp() \
-                 WHERE target = $1 AND worker_id = $2 AND abandoned_at IS NULL AND attempt_id <> ALL ($3)",
+                 WHERE target = $1 AND worker_id = $2 AND abandoned_at IS NULL AND attempt_id <> ALL ($3) RETURNING attempt_id",
                 &[&self.target, &worker, &in_hand],
             )
             .await
-            .map_err(fail("disown attempts"))
+            .map_err(fail("disown attempts"))?;
+        let now = self.clock.now();
+        let mut abandoned = self.abandoned();
+        disowned.iter().for_each(|row| abandoned.note(row.get(0), now));
+        Ok(disowned.len() as u64)
     }
 
     async fn sweep(&self, settle: Duration, limit: usize) -> Result<Swept> {
@@ -279,20 +344,20 @@ impl Ledger for PgLedger {
         );
         let abandoned = client.execute(&sql, &[&self.target, &WORKER_LOCKS]).await.map_err(&fail)?;
         let mut swept = Swept { abandoned, ..Swept::default() };
+        let due = self.due(&client, settle).await?;
         // An attempt a transaction, so that entries are locked in order.
-        for _ in 0..limit {
+        for (attempt, since) in due.into_iter().take(limit) {
             let transaction = client.transaction().await.map_err(&fail)?;
             let due = transaction
                 .query_opt(
-                    "SELECT attempt_id, ids FROM refarch.attempt \
-                     WHERE target = $1 AND abandoned_at < clock_timestamp() - make_interval(secs => $2) \
-                     ORDER BY abandoned_at LIMIT 1 FOR UPDATE SKIP LOCKED",
-                    &[&self.target, &settle.as_secs_f64()],
+                    &format!("SELECT ids FROM refarch.attempt WHERE attempt_id = $1 AND {SINCE} = $2 FOR UPDATE SKIP LOCKED"),
+                    &[&attempt, &since],
                 )
                 .await
                 .map_err(&fail)?;
-            let Some(due) = due else { break };
-            let (attempt, ids): (&str, Vec<&str>) = (due.get(0), due.get(1));
+            // Others swept it, or are at it, or it was put back.
+            let Some(due) = due else { continue };
+            let ids: Vec<&str> = due.get(0);
             let mut entries = self.lock(&transaction, &ids).await?;
             let requeue: Vec<String> = entries
                 .iter_mut()
@@ -340,7 +405,7 @@ impl Ledger for PgLedger {
             .query_one(
                 "SELECT clock_timestamp(), least((SELECT min(changed_at) FROM refarch.outbox WHERE source = $1), \
                    (SELECT min(oldest) FROM refarch.shipment WHERE source = $1))",
-                &[&self.table.name],
+                &[&self.name],
             )
             .await
             .map_err(fail("look for the oldest change"))?;
@@ -375,13 +440,57 @@ impl Ledger for PgLedger {
 }
 
 impl PgLedger {
+    /// Adds the entries of ids that no row can have, in the order asked.
+    async fn with_impossible(&self, ids: &[String], peeked: Vec<Peeked>) -> Result<Vec<Peeked>> {
+        let mut by_id: HashMap<String, Peeked> = peeked.into_iter().map(|p| (p.id.clone(), p)).collect();
+        // No text of the database can hold a NUL.
+        let held: Vec<&String> =
+            ids.iter().filter(|id| !by_id.contains_key(*id) && !id.contains('\0')).collect();
+        let sql =
+            format!("SELECT l.id, {ENTRY} FROM refarch.ledger l WHERE l.target = $1 AND l.id = ANY ($2)");
+        let client = self.postgres.client().await?;
+        let entries =
+            client.query(&sql, &[&self.target, &held]).await.map_err(fail("read rows and ledger"))?;
+        for row in &entries {
+            let id: String = row.get(0);
+            let entry = Some(read_entry(row, 1, &id)?);
+            by_id.insert(id.clone(), Peeked { id, row: None, entry });
+        }
+        let nothing = |id: &String| Peeked { id: id.clone(), row: None, entry: None };
+        Ok(ids.iter().map(|id| by_id.remove(id).unwrap_or_else(|| nothing(id))).collect())
+    }
+
+    /// Attempts that have been abandoned for the settling time, by the database's clock and by this process's
+    /// own: that of the database's host may jump.
+    async fn due(&self, client: &Connection, settle: Duration) -> Result<Vec<(String, i64)>> {
+        let rows = client
+            .query(
+                &format!(
+                    "SELECT attempt_id, {SINCE}, abandoned_at < clock_timestamp() - make_interval(secs => $2) FROM refarch.attempt \
+                     WHERE target = $1 AND abandoned_at IS NOT NULL ORDER BY abandoned_at LIMIT {MAX_WATCHED}"
+                ),
+                &[&self.target, &settle.as_secs_f64()],
+            )
+            .await
+            .map_err(fail("look for abandoned attempts"))?;
+        let (now, mut watched) = (self.clock.now(), self.abandoned());
+        let there: HashMap<String, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        watched.keep(&there, now);
+        Ok(rows
+            .iter()
+            .map(|row| (row.get::<_, String>(0), row.get(1), row.get(2)))
+            .filter(|(attempt, _, due)| *due && watched.seen_for(attempt, now) >= settle)
+            .map(|(attempt, since, _)| (attempt, since))
+            .collect())
+    }
+
     /// Puts ids into the outbox; the relay finds them at its next poll, if nobody rings.
     async fn queue(&self, transaction: &Transaction<'_>, ids: &[String]) -> Result<()> {
         for ids in ids.chunks(crate::pipeline::change::MAX_CHANGES_PER_JOB) {
             transaction
                 .execute(
                     "INSERT INTO refarch.outbox (source, op, ids) VALUES ($1, 'u', $2)",
-                    &[&self.table.name, &ids],
+                    &[&self.name, &ids],
                 )
                 .await
                 .map_err(fail("put ids into the outbox"))?;

@@ -1,0 +1,56 @@
+//! For how long this process has seen attempts abandoned, by its own clock.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+/// Attempts by name: when they were abandoned by the database's clock, once that is known, and since when this
+/// process knows it by its own.
+#[derive(Debug, Default)]
+pub(super) struct Abandoned(HashMap<String, (Option<i64>, Duration)>);
+
+impl Abandoned {
+    /// An attempt was abandoned just now, by this process.
+    pub(super) fn note(&mut self, attempt: &str, now: Duration) {
+        self.0.insert(attempt.to_owned(), (None, now));
+    }
+
+    /// Forgets all but these. One that is new, or was abandoned again, is seen from now on.
+    pub(super) fn keep(&mut self, there: &HashMap<String, i64>, now: Duration) {
+        self.0.retain(|attempt, _| there.contains_key(attempt));
+        for (attempt, at) in there {
+            let (known, seen) = self.0.entry(attempt.clone()).or_insert((Some(*at), now));
+            if known.is_some_and(|known| known < *at) {
+                *seen = now;
+            }
+            *known = Some(*at);
+        }
+    }
+
+    /// For how long an attempt has been seen abandoned.
+    pub(super) fn seen_for(&self, attempt: &str, now: Duration) -> Duration {
+        self.0.get(attempt).map_or(Duration::ZERO, |(_, seen)| now.saturating_sub(*seen))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn at(second: u64) -> Duration {
+        Duration::from_secs(second)
+    }
+
+    #[test]
+    fn time_is_counted_from_the_first_sight_and_anew_when_it_is_abandoned_again() {
+        let mut all = Abandoned::default();
+        let there = |pairs: &[(&str, i64)]| pairs.iter().map(|(id, at)| ((*id).to_owned(), *at)).collect();
+        all.note("own", at(1));
+        all.keep(&there(&[("own", 10), ("other", 7)]), at(5));
+        assert_eq!((all.seen_for("own", at(8)), all.seen_for("other", at(8))), (at(7), at(3)));
+        // The database's clock goes back: not abandoned again.
+        all.keep(&there(&[("own", 9), ("other", 70)]), at(10));
+        assert_eq!((all.seen_for("own", at(12)), all.seen_for("other", at(12))), (at(11), at(2)));
+        all.keep(&there(&[("other", 70)]), at(20));
+        assert_eq!((all.seen_for("own", at(30)), all.seen_for("other", at(30))), (at(0), at(20)));
+    }
+}

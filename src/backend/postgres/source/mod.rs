@@ -1,0 +1,194 @@
+//! The table that is kept in step, and the SQL that reads it.
+
+mod current;
+mod expression;
+mod key;
+mod name;
+
+use tokio_postgres::{GenericClient, Row};
+
+use super::failure;
+use crate::config;
+use crate::pipeline::catalog::ContentSalt;
+use crate::pipeline::failure::{Error, Result};
+pub(crate) use current::{Judged, MAX_LOOKS, Source, restless};
+use key::Key;
+
+/// What a description depends on, of the table that has schema `$1` and name `$2` now: the relation, and numbers,
+/// types and collations of the columns named in `$3`.
+const PRINT: &str = "SELECT c.oid, c.oid::text || coalesce((SELECT string_agg(' ' || a.attnum || '/' || a.atttypid \
+      || '/' || a.attcollation || '/' || a.attname, '' ORDER BY a.attnum) FROM pg_catalog.pg_attribute a \
+      WHERE a.attrelid = c.oid AND a.attname = ANY ($3) AND NOT a.attisdropped), '') AS print \
+    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+    WHERE n.nspname = $1 AND c.relname = $2";
+
+/// Quotes an identifier for SQL.
+#[must_use]
+pub fn quote_ident(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// A source's table as the database knows it, with its columns checked and quoted.
+#[derive(Clone, Debug)]
+pub struct SourceTable {
+    /// The source's name in settings and messages.
+    pub name: String,
+    /// The table, schema-qualified and quoted.
+    pub relation: String,
+    /// The id column, quoted.
+    pub id: String,
+    /// The type that ids are compared as, schema-qualified and quoted, such as `"pg_catalog"."int8"`: the id
+    /// column's, without domains and without a length, so that a cast to it cuts nothing.
+    pub id_type: String,
+    /// Expression over `s` that gives the text to embed.
+    pub text: String,
+    /// Expression over `s` that gives the metadata as jsonb.
+    pub metadata: String,
+    /// What of the settings decides a text, for the content salt.
+    pub template: String,
+    /// Columns whose change matters, not quoted.
+    pub watched: Vec<String>,
+    /// The settings that this was found by, to look the table up again.
+    settings: config::Source,
+    /// Schema and name, not quoted.
+    place: (String, String),
+    key: Key,
+    /// What [`PRINT`] gave when this was found.
+    print: String,
+}
+
+impl SourceTable {
+    /// Looks the table of the settings up and checks that it can be kept in step.
+    pub async fn find(client: &impl GenericClient, source: &config::Source) -> Result<Self> {
+        let fail = |error: tokio_postgres::Error| failure("look the source table up", &error);
+        let wrong = |message: String| Error::fatal(format!("check source.table = {}", source.table), message);
+        let found = name::find(client, &source.table).await?;
+        if !matches!(found.kind.as_str(), "r" | "p") {
+            return Err(wrong(
+                "it is a view or foreign table, whose changes triggers don't see; name the table under it"
+                    .into(),
+            ));
+        }
+        let names = columns(source);
+        // Before the columns: what changes in between shows as another print at the first reading.
+        let print: Option<Row> =
+            client.query_opt(PRINT, &[&found.schema, &found.table, &names]).await.map_err(fail)?;
+        let (oid, print): (u32, String) = print
+            .map(|row| (row.get(0), row.get(1)))
+            .ok_or_else(|| wrong("it was renamed or dropped just now".into()))?;
+        let columns = client
+            .query(
+                "SELECT attname, atttypid, attnotnull, \
+                        EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid \
+                                AND i.indpred IS NULL AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum) \
+                 FROM pg_catalog.pg_attribute a WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped",
+                &[&oid],
+            )
+            .await
+            .map_err(fail)?;
+        let column = |name: &str| columns.iter().find(|row| row.get::<_, String>(0) == name);
+        let id = column(&source.id)
+            .ok_or_else(|| wrong(format!("it has no column {:?} (source.id)", source.id)))?;
+        if !id.get::<_, bool>(2) || !id.get::<_, bool>(3) {
+            return Err(wrong(format!(
+                "its column {:?} (source.id) must be unique by itself and never null: add a primary key or name another column",
+                source.id
+            )));
+        }
+        for (setting, names) in [("source.text", &source.text), ("source.metadata", &source.metadata)] {
+            for name in names {
+                if column(name).is_none() {
+                    return Err(wrong(format!("it has no column {name:?} ({setting})")));
+                }
+            }
+        }
+        let key = Key::find(client, id.get(1))
+            .await?
+            .map_err(|reason| wrong(format!("its column {:?} (source.id) {reason}", source.id)))?;
+        let mut watched = source.text.clone();
+        watched.extend(source.metadata.iter().filter(|name| !source.text.contains(name)).cloned());
+        Ok(Self {
+            name: source.name.clone(),
+            relation: format!("{}.{}", quote_ident(&found.schema), quote_ident(&found.table)),
+            id: quote_ident(&source.id),
+            id_type: key.sql_type(),
+            text: expression::text(&source.text),
+            metadata: expression::metadata(&source.metadata),
+            template: source.text.join("\u{1f}"),
+            watched,
+            settings: source.clone(),
+            place: (found.schema, found.table),
+            key,
+            print,
+        })
+    }
+
+    /// The salt of this table's texts under a model.
+    #[must_use]
+    pub fn salt(&self, model: &str) -> ContentSalt {
+        ContentSalt::new(model, &self.template)
+    }
+
+    /// Id, text and metadata (as text) over `s`. An id is compared byte by byte once it is text, whatever the
+    /// collation of its column.
+    fn columns(&self) -> String {
+        format!(
+            "s.{id}::text COLLATE \"default\" AS id, {text} AS text, ({metadata})::text AS metadata",
+            id = self.id,
+            text = self.text,
+            metadata = self.metadata
+        )
+    }
+
+    /// A query of id, text and metadata (as text) of the rows whose ids, as text, are in `$1`. It may give
+    /// rows whose ids are equal to one of these for the id's type, and have another spelling.
+    #[must_use]
+    pub fn select_by_ids(&self) -> String {
+        format!(
+            "SELECT {columns} FROM {relation} s WHERE s.{id} {equal} ANY ($1::text[]::{id_type}[])",
+            columns = self.columns(),
+            relation = self.relation,
+            id = self.id,
+            equal = self.key.equal,
+            id_type = self.id_type,
+        )
+    }
+
+    /// The same of the next rows by id, after `$1` (or from the start when it is null), `$2` of them, with
+    /// the id as it is stored in `key`, to order by.
+    #[must_use]
+    pub fn select_after(&self) -> String {
+        format!(
+            "SELECT {columns}, s.{id} AS key FROM {relation} s \
+             WHERE $1::text IS NULL OR s.{id} {greater} $1::text::{id_type} ORDER BY s.{id} LIMIT $2",
+            columns = self.columns(),
+            relation = self.relation,
+            id = self.id,
+            greater = self.key.greater,
+            id_type = self.id_type,
+        )
+    }
+
+    /// Whether the id column's type may be able to hold this text; what it can't hold can't be a row's id.
+    #[must_use]
+    pub fn can_hold(&self, id: &str) -> bool {
+        self.key.can_hold(id)
+    }
+}
+
+/// Columns that a description depends on.
+fn columns(source: &config::Source) -> Vec<&str> {
+    let mut names: Vec<&str> = vec![&source.id];
+    names.extend(source.text.iter().chain(&source.metadata).map(String::as_str));
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identifiers_are_quoted() {
+        assert_eq!(quote_ident("a\"b; drop"), "\"a\"\"b; drop\"");
+    }
+}
