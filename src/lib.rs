@@ -5,7 +5,8 @@
 //! Every committed insert, update and delete reaches the vector index at least once; applying it is
 //! idempotent; when writing stops, the index **converges** to the table, whatever was duplicated,
 //! reordered, delayed, crashed or restarted in between, but for what stands in the dead-letter list.
-//! Freshness, from statement to searchable, is measured and shown, not assumed.
+//! `refarch verify` proves it row by row; a slow, continuous proof ([`pipeline::audit`]) runs by itself and
+//! says when it last went round. Freshness, from statement to searchable, is measured and shown, not assumed.
 //!
 //! # Map
 //!

@@ -359,15 +359,20 @@ async fn status_has_the_documented_keys() {
     let status: BTreeMap<String, Value> = serde_json::from_slice(&output.stdout).unwrap();
     let keys: Vec<&str> = status.keys().map(String::as_str).collect();
     let documented = [
+        "capture_faults",
         "dead_letters",
+        "expected",
         "freshness_ms",
         "in_sync",
         "in_sync_estimated",
         "indexed",
         "pending",
+        "proof",
         "queue",
         "source_rows",
         "source_rows_estimated",
+        "synced",
+        "unsettled",
         "workers",
     ];
     assert_eq!(keys, documented);

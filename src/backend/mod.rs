@@ -279,6 +279,12 @@ pub struct Backends {
     pub index: Arc<dyn VectorIndex>,
     /// Prefix of pgmq's queues, if that is the queue.
     pgmq: Option<String>,
+    /// The source as the settings have it.
+    pub source: Arc<crate::config::Source>,
+    /// The rows of a large table, for the status.
+    counted: Arc<postgres::status::Counted>,
+    /// How long a round of the proof takes.
+    proof_period: Option<Duration>,
 }
 
 impl Backends {
@@ -331,6 +337,9 @@ impl Backends {
             queue,
             index,
             pgmq: (settings.queue.kind == QueueKind::Pgmq).then(|| settings.queue.name.clone()),
+            source: Arc::new(settings.source.clone()),
+            counted: Arc::default(),
+            proof_period: settings.audit.period(),
         })
     }
 
@@ -352,7 +361,18 @@ impl Backends {
 
     /// Counts, backlog, freshness and workers.
     pub async fn status(&self) -> Result<postgres::status::Status> {
-        let Target { id, table, .. } = &*self.target;
-        postgres::status::read(&self.postgres, table, *id, &*self.queue, &*self.index).await
+        let Self { postgres, source, target, queue, index, counted, proof_period, .. } = self;
+        postgres::status::read(postgres, source, target, &**queue, &**index, counted, *proof_period).await
+    }
+
+    /// How the proof stands.
+    pub async fn proof(&self) -> Result<postgres::proof::Proof> {
+        postgres::proof::Proof::read(&self.postgres, self.target.id, self.proof_period).await
+    }
+
+    /// Whether dead letters can be read without keeping them from others for a while.
+    #[must_use]
+    pub fn dead_letters_are_open(&self) -> bool {
+        self.pgmq.is_some()
     }
 }

@@ -181,6 +181,7 @@ fn put(
 fn parse_as(default: &Value, text: &str) -> Result<Value, String> {
     match default {
         Value::Integer(_) => text.trim().parse().map(Value::Integer).map_err(|_| "use a whole number".into()),
+        Value::Float(_) => text.trim().parse().map(Value::Float).map_err(|_| "use a number".into()),
         Value::Boolean(_) => text.trim().parse().map(Value::Boolean).map_err(|_| "use true or false".into()),
         Value::Array(_) => Ok(Value::Array(
             text.split(',').map(str::trim).filter(|t| !t.is_empty()).map(Value::from).collect(),

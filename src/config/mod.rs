@@ -30,6 +30,7 @@ pub struct Settings {
     pub embedder: Embedder,
     pub relay: Relay,
     pub indexer: Indexer,
+    pub audit: Audit,
     pub serve: Serve,
     pub up: Up,
     pub runtime: Runtime,
@@ -174,6 +175,26 @@ pub struct Indexer {
     pub settle_ms: u64,
 }
 
+/// `[audit]`
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct Audit {
+    pub period_h: f64,
+    pub index: IndexCheck,
+    pub armed_s: u64,
+}
+
+/// How much of an index outside of the database the proof compares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum IndexCheck {
+    /// The ids of all records, and some records.
+    Sample,
+    /// Every record.
+    Full,
+}
+
 /// `[serve]`
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -215,6 +236,14 @@ impl Runtime {
     #[must_use]
     pub fn grace(&self) -> Duration {
         Duration::from_secs(self.grace_s)
+    }
+}
+
+impl Audit {
+    /// How long a round of the proof takes; none for no proof.
+    #[must_use]
+    pub fn period(&self) -> Option<Duration> {
+        (self.period_h > 0.0).then(|| Duration::from_secs_f64(self.period_h * 3_600.0))
     }
 }
 

@@ -75,6 +75,12 @@ impl Settings {
         check(self.indexer.hold_ms >= 1, "indexer.hold_ms", &self.indexer.hold_ms, "use at least 1")?;
         check(self.indexer.poll_ms >= 1, "indexer.poll_ms", &self.indexer.poll_ms, "use at least 1")?;
         check(
+            (0.0..=8_760.0).contains(&self.audit.period_h),
+            "audit.period_h",
+            &self.audit.period_h,
+            "use up to 8760 hours; 0 for no proof",
+        )?;
+        check(
             (1..=100).contains(&self.serve.page_size),
             "serve.page_size",
             &self.serve.page_size,

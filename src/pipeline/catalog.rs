@@ -29,7 +29,7 @@ impl fmt::Debug for Hash {
 /// Everything besides the text that decides a row's vector: model, precision and text template.
 ///
 /// The hash is plain SHA-256 over `salt || 0x00 || text`, so that SQL can compute it too:
-/// `sha256(convert_to($salt, 'UTF8') || '\x00' || convert_to(text, 'UTF8'))`.
+/// `sha256(convert_to($salt, 'UTF8') || '\x00' || convert_to(text, 'UTF8'))`, a blank text as an empty one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ContentSalt(String);
 
@@ -52,14 +52,16 @@ impl ContentSalt {
         &self.0
     }
 
-    /// The content hash of a text. A row without text hashes like one with an empty text: neither
-    /// has a vector.
+    /// The content hash of a text. A row whose text is null or blank hashes like one with an empty text:
+    /// neither has a vector, and the hash alone tells so.
     #[must_use]
     pub fn hash(&self, text: &str) -> Hash {
         let mut digest = Sha256::new();
         digest.update(self.0.as_bytes());
         digest.update([0]);
-        digest.update(text.as_bytes());
+        if !text.trim().is_empty() {
+            digest.update(text.as_bytes());
+        }
         Hash(digest.finalize().into())
     }
 }

@@ -262,6 +262,18 @@ pub trait Ledger: Send + Sync {
     /// is left when fewer than `limit`.
     async fn rows_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<Peeked>>;
 
+    /// The ids of the rows that [`Self::rows_after`] gives, without reading them: it fails when one of them
+    /// cannot be read.
+    async fn ids_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<String>> {
+        Ok(self.rows_after(id, limit).await?.into_iter().map(|row| row.id).collect())
+    }
+
+    /// Ids of the next entries by some order that stays, after one of them; all that is left when fewer
+    /// than `limit`. A ledger that says nothing of its entries has none to show.
+    async fn entries_after(&self, _id: Option<&str>, _limit: usize) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     /// Opens an attempt: one transaction that calls [`Entry::open`] on each id, in id order, and
     /// records the attempt under the name that the worker chose. Ids must be distinct; the answer
     /// has them in the order asked. After an error the attempt may stand all the same:

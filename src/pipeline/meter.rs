@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::change::Lane;
 use super::freshness::Histogram;
 
 /// Counters of one process, shared by its tasks.
@@ -10,7 +11,8 @@ use super::freshness::Histogram;
 pub struct Meter {
     applied: AtomicU64,
     embedded: AtomicU64,
-    freshness: Mutex<Freshness>,
+    /// A lane each: a load must not hide how fresh edits are.
+    freshness: Mutex<[Freshness; Lane::ALL.len()]>,
 }
 
 #[derive(Debug, Default)]
@@ -32,8 +34,9 @@ impl Meter {
     }
 
     /// Counts the time from statement to searchable of one change each, in milliseconds.
-    pub fn fresh(&self, ms: impl IntoIterator<Item = u64>) {
-        let mut freshness = self.freshness.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    pub fn fresh(&self, lane: Lane, ms: impl IntoIterator<Item = u64>) {
+        let mut lanes = self.freshness.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let freshness = &mut lanes[lane as usize];
         for ms in ms {
             freshness.all.record(ms);
             freshness.recent.record(ms);
@@ -46,16 +49,21 @@ impl Meter {
         (self.applied.load(Ordering::Relaxed), self.embedded.load(Ordering::Relaxed))
     }
 
-    /// Freshness since the start.
+    /// Freshness since the start, of both lanes.
     #[must_use]
     pub fn freshness(&self) -> Histogram {
-        self.freshness.lock().unwrap_or_else(std::sync::PoisonError::into_inner).all.clone()
+        let lanes = self.freshness.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut all = Histogram::default();
+        for (bucket, count) in lanes.iter().flat_map(|lane| lane.all.buckets()) {
+            all.add(bucket, count);
+        }
+        all
     }
 
-    /// Freshness since the last call.
+    /// Freshness of a lane since the last call.
     #[must_use]
-    pub fn take_recent(&self) -> Histogram {
-        let mut freshness = self.freshness.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        std::mem::take(&mut freshness.recent)
+    pub fn take_recent(&self, lane: Lane) -> Histogram {
+        let mut lanes = self.freshness.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        std::mem::take(&mut lanes[lane as usize].recent)
     }
 }

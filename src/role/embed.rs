@@ -82,10 +82,16 @@ pub async fn work(
         over.cancel();
         result
     };
+    let proof = async {
+        // Work that ends by itself is no service.
+        if !until_idle {
+            super::prove::keep(backends, settings, &worker.id, &over).await;
+        }
+    };
     let marks = lineage::keep(&backends.postgres, backends.target.id, &*backends.index, &over);
     // On the heap: the roles' futures lie within each other.
     let both = Box::pin(async {
-        let (done, alive, ()) = tokio::join!(work, session, marks);
+        let (done, alive, (), ()) = tokio::join!(work, session, marks, Box::pin(proof));
         Ok(done.and(alive)?)
     });
     let result = super::while_beating(&worker, both).await;

@@ -6,6 +6,7 @@ pub mod generate;
 pub mod listen;
 pub mod migrate;
 pub mod progress;
+pub mod prove;
 pub mod psql;
 pub mod redrive;
 pub mod serve;

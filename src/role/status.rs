@@ -29,6 +29,17 @@ pub async fn run(args: &cli::Status, settings: &Settings) -> anyhow::Result<()> 
     .await
 }
 
+/// What the ledger's count is worth.
+fn by_the_ledger(status: &Status) -> String {
+    if status.lacking() > 0 {
+        let (indexed, expected) = (status.indexed.unwrap_or_default(), status.expected);
+        return format!(
+            " by the ledger, but the index counts {indexed} records for {expected} rows with a text"
+        );
+    }
+    if status.is_synced() { ", all of them by the ledger".into() } else { String::new() }
+}
+
 /// The status for people.
 #[must_use]
 pub fn text(status: &Status) -> String {
@@ -37,18 +48,20 @@ pub fn text(status: &Status) -> String {
     let queue = status.queue;
     let mut text = format!(
         "source rows    {}{}\n\
-         in sync        {}{}{}\n\
+         in sync        {}{}{}; {}\n\
          indexed        {}\n\
          pending        {} in the outbox\n\
          queue, live    {} visible, {} in flight\n\
          queue, bulk    {} visible, {} in flight\n\
          dead letters   {}\n\
-         freshness      p50 {}, p99 {} (last 5 minutes)\n",
+         freshness      p50 {}, p99 {} (last 5 minutes)\n\
+         of loads       p50 {}, p99 {}\n",
         about(status.source_rows_estimated),
         status.source_rows,
         about(status.in_sync_estimated),
         status.in_sync,
-        if status.is_synced() { ", all of them" } else { "" },
+        by_the_ledger(status),
+        status.proof.describe(),
         status.indexed.map_or_else(|| "not known".into(), |count| format!("{count} vectors")),
         status.pending,
         queue.live.visible,
@@ -56,9 +69,14 @@ pub fn text(status: &Status) -> String {
         queue.bulk.visible,
         queue.bulk.in_flight,
         status.dead_letters,
-        ms(status.freshness_ms.p50),
-        ms(status.freshness_ms.p99),
+        ms(status.freshness_ms.live.p50),
+        ms(status.freshness_ms.live.p99),
+        ms(status.freshness_ms.bulk.p50),
+        ms(status.freshness_ms.bulk.p99),
     );
+    for fault in &status.capture_faults {
+        let _ = writeln!(text, "not captured   {fault}");
+    }
     for worker in &status.workers {
         // Writing to a string can't fail.
         let _ = writeln!(

@@ -177,10 +177,7 @@ async fn summarize(args: &cli::Up, backends: &Backends, meter: &Meter, took: Dur
         seconds: took.as_secs_f64(),
         embedded,
         docs_per_s: embedded as f64 / took.as_secs_f64(),
-        freshness_ms: crate::backend::postgres::status::Freshness {
-            p50: freshness.quantile(0.5),
-            p99: freshness.quantile(0.99),
-        },
+        freshness_ms: (&freshness).into(),
         peak_memory_mib: peak_memory_mib()?,
     };
     anyhow::ensure!(

@@ -40,7 +40,7 @@ impl Verified {
     fn code(&self) -> u8 {
         if self.report.differences() > 0 || !self.unarmed.is_empty() || self.foreign {
             DIFFERENT
-        } else if self.report.undecided > 0 {
+        } else if self.report.undecided > 0 || self.report.unreadable > 0 {
             UNDECIDED
         } else {
             0
@@ -128,6 +128,9 @@ fn text(verified: &Verified) -> String {
             "index and table differed: what did is queued; verify again once it is applied"
         }
         DIFFERENT => "index and table differ: --repair queues what differs",
+        _ if report.undecided == 0 => {
+            "could not tell: rows cannot be read (they are named above); the others agree"
+        }
         _ => {
             "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)"
         }

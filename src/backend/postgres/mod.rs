@@ -8,6 +8,7 @@ pub mod lineage;
 pub mod migrate;
 pub mod outbox;
 pub mod products;
+pub mod proof;
 pub mod registry;
 pub mod session;
 pub mod source;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::{Postgres, failure};
+use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
 use crate::pipeline::meter::Meter;
 
@@ -16,7 +17,7 @@ const BEAT: Duration = Duration::from_secs(1);
 pub const WORKER_GONE_S: i32 = 15;
 
 /// How long samples and events are kept.
-const KEEP: &str = "1 hour";
+pub(super) const KEEP: &str = "1 hour";
 
 /// A process's entry in the books.
 pub struct Worker {
@@ -73,14 +74,25 @@ impl Worker {
             .await
             .map_err(fail)?;
         if (applied, embedded) != *last {
-            let recent = self.meter.take_recent();
-            let (buckets, counts): (Vec<i16>, Vec<i64>) =
-                recent.buckets().map(|(bucket, count)| (bucket as i16, count as i64)).unzip();
+            let recent = |lane| -> (Vec<i16>, Vec<i64>) {
+                let recent = self.meter.take_recent(lane);
+                recent.buckets().map(|(bucket, count)| (bucket as i16, count as i64)).unzip()
+            };
+            let (live, bulk) = (recent(Lane::Live), recent(Lane::Bulk));
             client
                 .execute(
-                    "INSERT INTO refarch.sample (worker_id, at, applied, embedded, freshness_buckets, freshness_counts) \
-                     VALUES ($1, clock_timestamp(), $2, $3, $4, $5)",
-                    &[&self.id, &((applied - last.0) as i64), &((embedded - last.1) as i64), &buckets, &counts],
+                    "INSERT INTO refarch.sample \
+                       (worker_id, at, applied, embedded, freshness_buckets, freshness_counts, bulk_buckets, bulk_counts) \
+                     VALUES ($1, clock_timestamp(), $2, $3, $4, $5, $6, $7)",
+                    &[
+                        &self.id,
+                        &((applied - last.0) as i64),
+                        &((embedded - last.1) as i64),
+                        &live.0,
+                        &live.1,
+                        &bulk.0,
+                        &bulk.1,
+                    ],
                 )
                 .await
                 .map_err(fail)?;

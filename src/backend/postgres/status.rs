@@ -1,18 +1,33 @@
 //! Counts, backlog, freshness and workers, as `refarch status` shows them.
 
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
 use serde::Serialize;
 
+use super::proof::{self, Proof};
 use super::registry::WORKER_GONE_S;
 use super::source::SourceTable;
+use super::target::Target;
 use super::{Postgres, failure, outbox};
+use crate::config;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::freshness::Histogram;
-use crate::pipeline::index::VectorIndex;
+use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::queue::{Backlog, JobQueue};
 
-/// Tables with more rows than this, by the planner's estimate, are not counted one by one.
-const COUNT_UP_TO: f32 = 2_000_000.0;
+/// Tables with more rows than this by the planner's estimate, and of more than these bytes, are not
+/// counted each time. The estimate alone may be anything; the size is what counting costs.
+const COUNT_UP_TO: f64 = 2_000_000.0;
+const COUNT_UP_TO_BYTES: i64 = 256 << 20;
+
+/// How long the count of a large table is good for.
+const COUNTED_FOR: Duration = Duration::from_mins(1);
+
+/// By how much the planner's estimate of a large table is off at times: if the ledger is further from it,
+/// the table is counted.
+const ESTIMATE_IS_OFF: f64 = 0.1;
 
 /// Over how long freshness is taken.
 const FRESHNESS_WINDOW: &str = "5 minutes";
@@ -22,7 +37,7 @@ const FRESHNESS_WINDOW: &str = "5 minutes";
 pub struct Status {
     /// Rows of the source's table.
     pub source_rows: u64,
-    /// Whether that is the planner's estimate.
+    /// Whether that is the planner's estimate, or the ledger's count.
     pub source_rows_estimated: bool,
     /// Changes in the outbox.
     pub pending: u64,
@@ -32,12 +47,22 @@ pub struct Status {
     pub dead_letters: u64,
     /// Vectors in the index; none while it can't be asked.
     pub indexed: Option<u64>,
-    /// Rows whose current state the index holds.
+    /// Records that the index must hold by the ledger: of settled rows with a text.
+    pub expected: u64,
+    /// Entries of the ledger that are not settled: their changes are under way, or lost.
+    pub unsettled: u64,
+    /// Whether every row is searchable as it is, by the ledger and by all counts.
+    pub synced: bool,
+    /// What the proof found, which is what the ledger's word rests on.
+    pub proof: Proof,
+    /// Why changes of the table are not captured.
+    pub capture_faults: Vec<String>,
+    /// Rows whose current state the index holds, by the ledger.
     pub in_sync: u64,
     /// Whether that is a bound, because changes are under way.
     pub in_sync_estimated: bool,
     /// From statement to searchable, over the last five minutes.
-    pub freshness_ms: Freshness,
+    pub freshness_ms: LaneFreshness,
     /// Processes that live.
     pub workers: Vec<WorkerStatus>,
 }
@@ -56,6 +81,22 @@ pub struct Lanes {
 pub struct Freshness {
     pub p50: Option<u64>,
     pub p99: Option<u64>,
+}
+
+impl From<&Histogram> for Freshness {
+    fn from(histogram: &Histogram) -> Self {
+        Self { p50: histogram.quantile(0.5), p99: histogram.quantile(0.99) }
+    }
+}
+
+/// Freshness of each lane. At the top stands that of live changes, which somebody waits for.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[allow(missing_docs)]
+pub struct LaneFreshness {
+    #[serde(flatten)]
+    pub top: Freshness,
+    pub live: Freshness,
+    pub bulk: Freshness,
 }
 
 /// One process.
@@ -81,64 +122,138 @@ impl Status {
         self.pending + lanes.iter().map(|lane| lane.visible + lane.in_flight).sum::<u64>()
     }
 
-    /// Whether every row is searchable as it is.
+    /// Whether every row is searchable as it is, by the ledger and by all counts.
     #[must_use]
     pub fn is_synced(&self) -> bool {
-        self.outstanding() == 0 && self.dead_letters == 0 && self.in_sync == self.source_rows
+        self.synced
+    }
+
+    /// Records that the index lacks by its own count.
+    #[must_use]
+    pub fn lacking(&self) -> u64 {
+        self.indexed.map_or(0, |indexed| self.expected.saturating_sub(indexed))
     }
 }
 
-/// Reads the status of one target.
-pub async fn read(
+/// What the ledger counts of a target.
+struct Settled {
+    /// Rows that are settled.
+    rows: u64,
+    /// Those of them with a text.
+    with_text: u64,
+    /// Entries that are not settled.
+    not: u64,
+}
+
+/// How many rows a large table had when it was counted last.
+#[derive(Debug, Default)]
+pub struct Counted(Mutex<Option<(Instant, u64)>>);
+
+impl Counted {
+    fn get(&self) -> Option<u64> {
+        let counted = *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        counted.filter(|(at, _)| at.elapsed() < COUNTED_FOR).map(|(_, rows)| rows)
+    }
+
+    fn set(&self, rows: u64) {
+        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some((Instant::now(), rows));
+    }
+}
+
+/// Rows of the source, and whether that is not an exact count of just now.
+async fn source_rows(
     postgres: &Postgres,
     table: &SourceTable,
-    target: i32,
+    settled: &Settled,
+    counted: &Counted,
+) -> Result<(u64, bool)> {
+    let fail = |error: tokio_postgres::Error| failure("count the rows", &error);
+    let client = postgres.client().await?;
+    let size = client
+        .query_one(
+            "WITH RECURSIVE tree(oid) AS ( \
+               SELECT $1::text::regclass::oid UNION SELECT i.inhrelid FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid) \
+             SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::float8, coalesce(sum(pg_relation_size(c.oid)), 0)::bigint \
+             FROM tree JOIN pg_class c USING (oid) WHERE c.relkind IN ('r', 'm')",
+            &[&table.relation],
+        )
+        .await
+        .map_err(fail)?;
+    let (estimate, bytes): (f64, i64) = (size.get(0), size.get(1));
+    let is_large = estimate > COUNT_UP_TO && bytes > COUNT_UP_TO_BYTES;
+    if is_large {
+        if let Some(rows) = counted.get() {
+            return Ok((rows, true));
+        }
+        if settled.not > 0 {
+            return Ok((estimate as u64, true));
+        }
+        // Nothing is under way: then the ledger knows better than the planner, unless they are far apart.
+        if (settled.rows as f64 - estimate).abs() <= estimate * ESTIMATE_IS_OFF {
+            return Ok((settled.rows, true));
+        }
+    }
+    let sql = format!("SELECT count(*) FROM {}", table.relation);
+    let rows: i64 = client.query_one(&sql, &[]).await.map_err(fail)?.get(0);
+    let rows = rows.try_into().unwrap_or_default();
+    if is_large {
+        counted.set(rows);
+    }
+    Ok((rows, is_large))
+}
+
+/// Whether rows that were there before capture, or that changed unseen, are still to be queued.
+async fn is_backfilling(postgres: &Postgres, source: &str) -> Result<bool> {
+    let fail = |error: tokio_postgres::Error| failure("look for rows that are to be queued", &error);
+    let client = postgres.client().await?;
+    let there: bool = client
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_class WHERE oid = to_regclass('refarch.backfill') AND relkind IN ('r', 'p'))",
+            &[],
+        )
+        .await
+        .map_err(fail)?
+        .get(0);
+    if !there {
+        return Ok(false);
+    }
+    let sql = "SELECT EXISTS (SELECT FROM refarch.backfill b WHERE b.source = $1)";
+    Ok(client.query_one(sql, &[&source]).await.map_err(fail)?.get(0))
+}
+
+/// Reads the status of one target, whose proof's rounds take `period`.
+pub async fn read(
+    postgres: &Postgres,
+    source: &config::Source,
+    target: &Target,
     queue: &dyn JobQueue,
     index: &dyn VectorIndex,
+    counted: &Counted,
+    period: Option<Duration>,
 ) -> Result<Status> {
     let fail = |error: tokio_postgres::Error| failure("read the status", &error);
+    let table = &target.table;
     // What leaves one place for the next while we count must be seen twice rather than missed, so
     // that nothing outstanding passes for synced: places are read in the order that changes travel.
+    let backfilling = is_backfilling(postgres, &table.name).await?;
     let pending = outbox::pending(postgres, &table.name).await?;
     let lanes = Lanes { live: queue.backlog(Lane::Live).await?, bulk: queue.backlog(Lane::Bulk).await? };
     let dead_letters = queue.dead_letters().await?;
     let client = postgres.client().await?;
-    let estimate: f32 = client
-        .query_one("SELECT reltuples FROM pg_class WHERE oid = $1::text::regclass", &[&table.relation])
-        .await
-        .map_err(fail)?
-        .get(0);
-    let source_rows_estimated = estimate > COUNT_UP_TO;
-    let source_rows = if source_rows_estimated {
-        estimate as u64
-    } else {
-        let sql = format!("SELECT count(*) FROM {}", table.relation);
-        client.query_one(&sql, &[]).await.map_err(fail)?.get::<_, i64>(0).try_into().unwrap_or_default()
-    };
-    let settled: i64 = client
+    let without_text = target.salt.hash("").0.to_vec();
+    let row = client
         .query_one(
-            "SELECT count(*) FROM refarch.ledger WHERE target = $1 AND open = 0 AND NOT dirty AND NOT deleted",
-            &[&target],
-        )
-        .await
-        .map_err(fail)?
-        .get(0);
-    let settled = u64::try_from(settled).unwrap_or_default();
-    let buckets = client
-        .query(
-            &format!(
-                "SELECT b.bucket, sum(b.count)::bigint FROM refarch.sample s, \
-                 unnest(s.freshness_buckets, s.freshness_counts) AS b(bucket, count) \
-                 WHERE s.at > now() - interval '{FRESHNESS_WINDOW}' GROUP BY 1"
-            ),
-            &[],
+            "SELECT count(*) FILTER (WHERE settled AND NOT deleted), \
+                    count(*) FILTER (WHERE settled AND NOT deleted AND content_hash IS DISTINCT FROM $2), \
+                    count(*) FILTER (WHERE NOT settled) \
+             FROM (SELECT open = 0 AND NOT dirty AS settled, deleted, content_hash FROM refarch.ledger WHERE target = $1) l",
+            &[&target.id, &without_text],
         )
         .await
         .map_err(fail)?;
-    let mut histogram = Histogram::default();
-    for row in buckets {
-        histogram.add(row.get::<_, i16>(0) as usize, row.get::<_, i64>(1) as u64);
-    }
+    let number = |at| u64::try_from(row.get::<_, i64>(at)).unwrap_or_default();
+    let settled = Settled { rows: number(0), with_text: number(1), not: number(2) };
+    let freshness = freshness(postgres).await?;
     let workers = client
         .query(
             "SELECT worker_id, role, host, pid, threads, extract(epoch FROM now() - started_at)::bigint, \
@@ -162,6 +277,7 @@ pub async fn read(
         })
         .collect();
     drop(client);
+    let (source_rows, source_rows_estimated) = source_rows(postgres, table, &settled, counted).await?;
     // During an outage of the index the rest is what one wants to see.
     let indexed = match index.count().await {
         Ok(count) => Some(count),
@@ -178,15 +294,55 @@ pub async fn read(
         queue: lanes,
         dead_letters,
         indexed,
+        expected: settled.with_text,
+        unsettled: settled.not,
+        synced: false,
+        proof: Proof::read(postgres, target.id, period).await?,
+        capture_faults: proof::capture_faults(postgres, source).await?,
         in_sync: 0,
         in_sync_estimated: false,
-        freshness_ms: Freshness { p50: histogram.quantile(0.5), p99: histogram.quantile(0.99) },
+        freshness_ms: freshness,
         workers,
     };
     // With nothing under way, a settled entry equals its row. Else no more rows can be in sync than
     // are settled, nor than have no change outstanding.
     let outstanding = status.outstanding();
-    status.in_sync = settled.min(source_rows.saturating_sub(outstanding));
-    status.in_sync_estimated = outstanding > 0 || source_rows_estimated;
+    status.in_sync = settled.rows.min(source_rows.saturating_sub(outstanding));
+    status.in_sync_estimated = outstanding > 0 || (source_rows_estimated && settled.not > 0);
+    // The count of an index outside of the database is late; but what is empty is not in step with rows.
+    let is_late = !matches!(index.writes(), Writes::Fenced(_));
+    let counts_agree = match indexed {
+        Some(indexed) if is_late => indexed > 0 || settled.with_text == 0,
+        Some(indexed) => indexed >= settled.with_text,
+        None => false,
+    };
+    status.synced = outstanding == 0
+        && !backfilling
+        && dead_letters == 0
+        && settled.not == 0
+        && status.capture_faults.is_empty()
+        && counts_agree
+        // Whatever the planner thinks of a large table: what is not settled was counted.
+        && (source_rows_estimated || status.in_sync == source_rows);
     Ok(status)
+}
+
+/// Freshness of each lane over the last minutes.
+async fn freshness(postgres: &Postgres) -> Result<LaneFreshness> {
+    let client = postgres.client().await?;
+    let sql = format!(
+        "SELECT b.is_bulk, b.bucket, sum(b.count)::bigint FROM refarch.sample s, LATERAL ( \
+           SELECT false, * FROM unnest(s.freshness_buckets, s.freshness_counts) UNION ALL \
+           SELECT true, * FROM unnest(s.bulk_buckets, s.bulk_counts)) AS b(is_bulk, bucket, count) \
+         WHERE s.at > now() - interval '{FRESHNESS_WINDOW}' GROUP BY 1, 2"
+    );
+    let rows =
+        client.query(&sql, &[]).await.map_err(|error| failure("read how fresh changes are", &error))?;
+    let mut lanes = [Histogram::default(), Histogram::default()];
+    for row in rows {
+        let lane = usize::from(row.get::<_, bool>(0));
+        lanes[lane].add(row.get::<_, i16>(1) as usize, row.get::<_, i64>(2) as u64);
+    }
+    let [live, bulk] = lanes.each_ref().map(Freshness::from);
+    Ok(LaneFreshness { top: live, live, bulk })
 }

@@ -13,24 +13,31 @@
 //!
 //! What is not sure in time is undecided.
 
+mod prover;
+mod read;
+mod round;
 mod sample;
+mod suspect;
+mod walk;
 
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
 use sample::Sample;
 use serde::Serialize;
+use suspect::{Look, Suspect, difference};
 
-use super::catalog::Hash;
 use super::clock::Clock;
 use super::embedder::Embedder;
 use super::failure::Result;
-use super::index::{Stored, VectorIndex, Writes};
+use super::index::{Stored, VectorIndex};
 use super::ledger::{Ledger, Peeked};
 use super::queue::JobQueue;
+
+pub use prover::Prover;
+pub use round::{Kept, ProofOptions, Round, Rounds, Walk};
 
 /// Rows of one page.
 const PAGE: usize = 500;
@@ -40,10 +47,6 @@ const MAX_SUSPECTS: usize = 10_000;
 
 /// How often suspects are looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
-
-/// An index outside of the database may show a write a little later than it accepts it: a difference
-/// to a clean entry must last this long.
-const VISIBLE_AFTER: Duration = Duration::from_secs(5);
 
 /// Differences that are named in the report.
 const MAX_EXAMPLES: usize = 20;
@@ -69,6 +72,16 @@ pub enum Kind {
     Stale,
     /// There is a record, and no row with a text.
     Orphaned,
+    /// The index is as it should be, and the ledger does not say so.
+    Unsettled,
+    /// The row cannot be read, so that nobody can tell.
+    Unreadable,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.id, format!("{:?}", self.kind).to_lowercase())
+    }
 }
 
 /// A difference.
@@ -95,6 +108,8 @@ pub struct Report {
     pub orphaned: u64,
     /// Ids that differ and could not be settled in time.
     pub undecided: u64,
+    /// Rows that cannot be read, so that nobody can tell.
+    pub unreadable: u64,
     /// Rows whose text was embedded anew.
     pub sampled: u64,
     /// Those whose vector the index has otherwise.
@@ -111,6 +126,14 @@ impl Report {
     pub fn differences(&self) -> u64 {
         self.missing + self.stale + self.orphaned + self.vector_mismatch
     }
+
+    /// Counts rows that cannot be read, once each, and names some.
+    fn name_unreadable(&mut self, ids: Vec<String>) {
+        self.unreadable += ids.len() as u64;
+        let room = MAX_EXAMPLES.saturating_sub(self.examples.len());
+        let named = ids.into_iter().take(room).map(|id| Difference { id, kind: Kind::Unreadable });
+        self.examples.extend(named);
+    }
 }
 
 impl fmt::Display for Report {
@@ -123,6 +146,7 @@ impl fmt::Display for Report {
             ("stale", self.stale),
             ("orphaned", self.orphaned),
             ("undecided", self.undecided),
+            ("unreadable", self.unreadable),
             ("repaired", self.repaired),
         ];
         for (name, count) in counts {
@@ -149,39 +173,6 @@ pub struct Auditor<'a> {
     pub options: Options,
 }
 
-/// An id that differed when it was last seen.
-struct Suspect {
-    id: String,
-    /// Epoch of the entry and hashes of the row, as last seen.
-    state: State,
-    /// Since when it has looked like this at the latest, by the database's clock: read after the
-    /// state, so that whatever led to the state was captured before.
-    since: Timestamp,
-    /// Since when it has looked like this, by ours; none before it was looked at again.
-    confirmed: Option<Duration>,
-}
-
-type State = (Option<i64>, Option<(Hash, Hash)>, Kind);
-
-fn state(peeked: &Peeked, kind: Kind) -> State {
-    let hashes = peeked.row.as_ref().map(|row| (row.content_hash, row.metadata_hash));
-    (peeked.entry.as_ref().map(|entry| entry.epoch), hashes, kind)
-}
-
-/// How a record differs from its row, if it does.
-fn difference(peeked: &Peeked, stored: Option<&Stored>) -> Option<Kind> {
-    match (peeked.row.as_ref().filter(|row| row.has_text()), stored) {
-        (None, None) => None,
-        (None, Some(_)) => Some(Kind::Orphaned),
-        (Some(_), None) => Some(Kind::Missing),
-        (Some(row), Some(stored)) => {
-            let same = stored.content_hash == Some(row.content_hash)
-                && stored.metadata_hash.is_none_or(|hash| hash == row.metadata_hash);
-            (!same).then_some(Kind::Stale)
-        }
-    }
-}
-
 impl Auditor<'_> {
     /// Walks source and index, settles what differs, and compares a sample of vectors. `progress` is
     /// told the rows and records seen so far.
@@ -204,14 +195,19 @@ impl Auditor<'_> {
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<()> {
         let mut after: Option<String> = None;
+        let mut size = read::Size::default();
         loop {
-            let page = self.ledger.rows_after(after.as_deref(), PAGE).await?;
-            let Some(last) = page.last() else { return Ok(()) };
-            after = Some(last.id.clone());
-            let ids: Vec<String> = page.iter().map(|peeked| peeked.id.clone()).collect();
-            let mut stored = self.fetch(&ids).await?;
+            let limit = size.of(PAGE);
+            let page = read::rows_after(self.ledger, after.as_deref(), limit).await?;
+            let Some(last) = page.last else { return Ok(()) };
+            size.saw(&page.rows);
+            let began = (after.replace(last), limit);
+            let ids: Vec<String> = page.rows.iter().map(|peeked| peeked.id.clone()).collect();
+            let mut stored = self.look().fetch(&ids).await?;
             let mut differing = Vec::new();
-            for peeked in &page {
+            report.rows += page.unreadable.len() as u64;
+            report.name_unreadable(page.unreadable);
+            for peeked in &page.rows {
                 report.rows += 1;
                 let record = stored.remove(&peeked.id);
                 match (difference(peeked, record.as_ref()), record) {
@@ -220,30 +216,20 @@ impl Auditor<'_> {
                     (None, None) => {}
                 }
             }
-            self.suspect(differing, suspects).await?;
+            suspects.extend(self.look().suspect(differing, Some(&began)).await?);
             progress(report.rows);
             if suspects.len() >= MAX_SUSPECTS {
                 self.settle(std::mem::take(suspects), report).await?;
             }
-            if page.len() < PAGE {
+            if !page.is_full {
                 return Ok(());
             }
         }
     }
 
-    /// Puts what differs among the suspects. The clock is read after they were seen.
-    async fn suspect(&self, differing: Vec<(&Peeked, Kind)>, suspects: &mut Vec<Suspect>) -> Result<()> {
-        if differing.is_empty() {
-            return Ok(());
-        }
-        let since = self.ledger.pending().await?.now;
-        suspects.extend(differing.into_iter().map(|(peeked, kind)| Suspect {
-            id: peeked.id.clone(),
-            state: state(peeked, kind),
-            since,
-            confirmed: None,
-        }));
-        Ok(())
+    fn look(&self) -> Look<'_> {
+        let Self { ledger, index, queue, clock, .. } = *self;
+        Look { ledger, index, queue, clock, proving: None }
     }
 
     async fn walk_index(
@@ -255,11 +241,12 @@ impl Auditor<'_> {
         let mut cursor: Option<String> = None;
         loop {
             let page = self.index.list(cursor.as_deref(), PAGE).await?;
-            let peeked = self.ledger.peek(&page.ids).await?;
-            report.indexed += peeked.len() as u64;
+            // Rows that cannot be read were named with the rows.
+            let (peeked, _) = read::peek(self.ledger, &page.ids).await?;
+            report.indexed += page.ids.len() as u64;
             let without_text = |one: &&Peeked| one.row.as_ref().is_none_or(|row| !row.has_text());
             let orphans = peeked.iter().filter(without_text).map(|one| (one, Kind::Orphaned)).collect();
-            self.suspect(orphans, suspects).await?;
+            suspects.extend(self.look().suspect(orphans, None).await?);
             progress(report.rows + report.indexed);
             if suspects.len() >= MAX_SUSPECTS {
                 self.settle(std::mem::take(suspects), report).await?;
@@ -282,17 +269,10 @@ impl Auditor<'_> {
         let started = self.clock.now();
         while !suspects.is_empty() {
             let over = self.clock.now().saturating_sub(started) >= self.options.wait;
-            let mut sure = Vec::new();
-            let mut unsure = Vec::new();
-            // The outbox before the queue: what moves in between is seen twice, and not missed.
-            let pending = self.ledger.pending().await?;
-            let queued = self.queue.oldest().await?;
-            let oldest = [pending.oldest, queued].into_iter().flatten().min();
-            for chunk in chunks(suspects, PAGE) {
-                self.look(chunk, oldest, &mut sure, &mut unsure).await?;
-            }
-            self.count(sure, report).await?;
-            suspects = unsure;
+            let looked = self.look().all(suspects).await?;
+            report.name_unreadable(looked.unreadable);
+            self.count(looked.sure, report).await?;
+            suspects = looked.unsure;
             if over {
                 report.undecided += suspects.len() as u64;
                 return Ok(());
@@ -304,54 +284,13 @@ impl Auditor<'_> {
         Ok(())
     }
 
-    async fn look(
-        &self,
-        suspects: Vec<Suspect>,
-        oldest: Option<Timestamp>,
-        sure: &mut Vec<Difference>,
-        unsure: &mut Vec<Suspect>,
-    ) -> Result<()> {
-        let ids: Vec<String> = suspects.iter().map(|suspect| suspect.id.clone()).collect();
-        let before = self.ledger.peek(&ids).await?;
-        let stored = self.fetch(&ids).await?;
-        let after = self.ledger.peek(&ids).await?;
-        let now = self.ledger.pending().await?.now;
-        let visible_after =
-            if matches!(self.index.writes(), Writes::Fenced(_)) { Duration::ZERO } else { VISIBLE_AFTER };
-        for ((mut suspect, before), after) in suspects.into_iter().zip(before).zip(after) {
-            let Some(kind) = difference(&after, stored.get(&suspect.id)) else {
-                // A row that moves on while we look will be looked at again.
-                if state(&before, Kind::Stale) != state(&after, Kind::Stale) {
-                    unsure.push(suspect);
-                }
-                continue;
-            };
-            let seen = state(&after, kind);
-            let is_open = after.entry.as_ref().is_some_and(|entry| entry.open > 0);
-            if is_open || suspect.state != seen || state(&before, kind) != seen {
-                suspect = Suspect { state: seen, since: now, confirmed: None, id: suspect.id };
-                unsure.push(suspect);
-                continue;
-            }
-            let confirmed = *suspect.confirmed.get_or_insert_with(|| self.clock.now());
-            let lasting = self.clock.now().saturating_sub(confirmed) >= visible_after;
-            let is_clean = after.entry.as_ref().is_some_and(|entry| entry.matches(after.row.as_ref()));
-            let drained = oldest.is_none_or(|oldest| oldest > suspect.since);
-            if lasting && (is_clean || drained) {
-                sure.push(Difference { id: suspect.id, kind });
-            } else {
-                unsure.push(suspect);
-            }
-        }
-        Ok(())
-    }
-
     async fn count(&self, sure: Vec<Difference>, report: &mut Report) -> Result<()> {
         for difference in &sure {
             match difference.kind {
                 Kind::Missing => report.missing += 1,
                 Kind::Stale => report.stale += 1,
                 Kind::Orphaned => report.orphaned += 1,
+                Kind::Unsettled | Kind::Unreadable => {}
             }
         }
         if self.options.repair {
@@ -365,20 +304,4 @@ impl Auditor<'_> {
         report.examples.extend(sure.into_iter().take(room));
         Ok(())
     }
-
-    async fn fetch(&self, ids: &[String]) -> Result<HashMap<String, Stored>> {
-        let stored = self.index.fetch(ids).await?;
-        Ok(stored.into_iter().map(|stored| (stored.id.clone(), stored)).collect())
-    }
-}
-
-/// Parts of a list, by value.
-fn chunks(mut list: Vec<Suspect>, size: usize) -> impl Iterator<Item = Vec<Suspect>> {
-    std::iter::from_fn(move || {
-        if list.is_empty() {
-            return None;
-        }
-        let rest = list.split_off(list.len().min(size));
-        Some(std::mem::replace(&mut list, rest))
-    })
 }

@@ -138,6 +138,7 @@ impl Indexer {
         let refused = written?;
         let closed = closed?;
         self.written(
+            lane,
             closed.settled.iter().map(String::as_str),
             &batch.hints,
             (closed.clock_us, self.clock().now()),

@@ -44,7 +44,7 @@ impl Indexer {
         let committed = (applied.clock_us, self.clock().now());
         let conflicted: HashSet<&str> = applied.conflicted.iter().map(String::as_str).collect();
         let written = planned.iter().map(|write| write.id.as_str()).filter(|id| !conflicted.contains(id));
-        self.fresh(written, &batch.hints, committed);
+        self.fresh(lane, written, &batch.hints, committed);
         let settled = (planned.len() - applied.conflicted.len()) as u64;
         Ok(Round { again: applied.conflicted, refused: None, applied: settled, settled })
     }

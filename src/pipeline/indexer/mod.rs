@@ -195,6 +195,7 @@ impl Indexer {
     /// Tells the meter of ids that are searchable now.
     fn fresh<'a>(
         &self,
+        lane: Lane,
         ids: impl Iterator<Item = &'a str>,
         hints: &BTreeMap<String, Hint>,
         committed: (i64, Duration),
@@ -203,6 +204,7 @@ impl Indexer {
         // Both times are the database's, so that no clock has to agree with another.
         let after_commit_us = self.clock().now().saturating_sub(at).as_micros() as i64;
         self.meter.fresh(
+            lane,
             ids.filter_map(|id| hints.get(id))
                 .map(|hint| ((clock_us + after_commit_us - hint.stated_us) / 1000).max(0) as u64),
         );

@@ -8,6 +8,7 @@ use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::{Hint, Indexer};
+use crate::pipeline::change::Lane;
 use crate::pipeline::index::Visibility;
 
 /// Changes whose freshness is awaited at most: more are not counted.
@@ -20,6 +21,7 @@ const GIVEN_UP: Duration = Duration::from_mins(10);
 pub(super) struct Awaited {
     /// A query that has seen this far finds them.
     mark: u64,
+    lane: Lane,
     /// The database's clock, and ours, when they were closed.
     closed: (i64, Duration),
     /// When their statements ran, by the database's clock.
@@ -62,17 +64,18 @@ impl Indexer {
     /// Counts the freshness of ids that were written: now, or once queries find them.
     pub(super) fn written<'a>(
         &self,
+        lane: Lane,
         ids: impl Iterator<Item = &'a str>,
         hints: &BTreeMap<String, Hint>,
         closed: (i64, Duration),
     ) {
         let mark = self.index.visibility().map_or(0, Visibility::written);
         if mark == 0 {
-            self.fresh(ids, hints, closed);
+            self.fresh(lane, ids, hints, closed);
             return;
         }
         let stated_us = ids.filter_map(|id| hints.get(id)).map(|hint| hint.stated_us).collect();
-        self.awaited().push(Awaited { mark, closed, stated_us });
+        self.awaited().push(Awaited { mark, lane, closed, stated_us });
     }
 
     /// Asks the index how far its queries are while anything is awaited.
@@ -101,7 +104,7 @@ impl Indexer {
             let since_us = now.saturating_sub(at).as_micros() as i64;
             let ages =
                 awaited.stated_us.iter().map(|stated| ((clock_us + since_us - stated) / 1000).max(0) as u64);
-            self.meter.fresh(ages);
+            self.meter.fresh(awaited.lane, ages);
         }
     }
 }
@@ -111,7 +114,12 @@ mod tests {
     use super::*;
 
     fn awaited(mark: u64, at_s: u64, changes: usize) -> Awaited {
-        Awaited { mark, closed: (0, Duration::from_secs(at_s)), stated_us: vec![0; changes] }
+        Awaited {
+            mark,
+            lane: Lane::Live,
+            closed: (0, Duration::from_secs(at_s)),
+            stated_us: vec![0; changes],
+        }
     }
 
     #[test]

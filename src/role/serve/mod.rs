@@ -16,6 +16,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::backend::postgres;
 use crate::backend::postgres::products::Products;
 use crate::backend::postgres::registry::Worker;
 use crate::backend::{self, Backends, Database, LoadedModel};
@@ -39,6 +40,10 @@ pub trait Probe: Send + Sync {
     async fn status(&self) -> Result<Value>;
     /// Whether the index holds what the row says now.
     async fn is_searchable(&self, id: &str) -> Result<bool>;
+    /// Faults that make results wrong for good, and how the proof stands.
+    async fn health(&self) -> Result<(Vec<String>, String)> {
+        Ok((Vec::new(), String::new()))
+    }
 }
 
 #[async_trait]
@@ -51,6 +56,12 @@ impl Probe for Backends {
     async fn is_searchable(&self, id: &str) -> Result<bool> {
         let peeked = self.ledger.peek(&[id.to_owned()]).await?;
         Ok(peeked.iter().any(|p| p.entry.as_ref().is_some_and(|entry| entry.matches(p.row.as_ref()))))
+    }
+
+    async fn health(&self) -> Result<(Vec<String>, String)> {
+        let faults = postgres::proof::capture_faults(&self.postgres, &self.source).await?;
+        let faults = faults.into_iter().map(|fault| format!("not captured: {fault}")).collect();
+        Ok((faults, self.proof().await?.describe()))
     }
 }
 

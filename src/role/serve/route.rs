@@ -265,7 +265,7 @@ async fn status(State(app): Shared) -> Answer<Json<Value>> {
     Ok(Json(app.status.get(&*app.probe).await?))
 }
 
-async fn ready(State(app): Shared) -> Answer<&'static str> {
+async fn ready(State(app): Shared) -> Answer<String> {
     let reasons = [
         (
             "database",
@@ -280,10 +280,16 @@ async fn ready(State(app): Shared) -> Answer<&'static str> {
         ),
     ];
     let failing: Vec<&str> = reasons.iter().filter(|(_, answers)| !answers).map(|(name, _)| *name).collect();
-    if failing.is_empty() {
-        return Ok("ready\n");
-    }
-    let message = format!("no answer from: {}", failing.join(", "));
+    // Without an answer the database is among those that fail.
+    let health = tokio::time::timeout(READY_TIMEOUT, app.probe.health()).await;
+    let (faults, proof) = health.ok().and_then(Result::ok).unwrap_or_default();
+    let message = if !failing.is_empty() {
+        format!("no answer from: {}", failing.join(", "))
+    } else if !faults.is_empty() {
+        faults.join("; ")
+    } else {
+        return Ok(format!("ready\n{proof}").trim_end().to_owned() + "\n");
+    };
     Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message))
 }
 

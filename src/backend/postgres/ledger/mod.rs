@@ -161,6 +161,37 @@ impl Ledger for PgLedger {
         Err(restless(what, &self.source.table()))
     }
 
+    async fn ids_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<String>> {
+        let what = "read a page of ids";
+        for _ in 0..MAX_LOOKS {
+            let table = self.source.table();
+            // What is not asked for is not computed, so that a row that cannot be read does no harm.
+            let sql = format!("SELECT s.id FROM ({rows}) s ORDER BY s.key", rows = table.select_after());
+            let client = self.postgres.client().await?;
+            let read = client.read_source(&table, &sql, &[&id, &(limit as i64)]).await;
+            drop(client);
+            match self.source.judge(what, &table, read).await? {
+                Judged::Read(rows) => return Ok(rows.iter().map(|row| row.get(0)).collect()),
+                Judged::Again => {}
+                Judged::Value(error) => return Err(error),
+            }
+        }
+        Err(restless(what, &self.source.table()))
+    }
+
+    async fn entries_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<String>> {
+        let client = self.postgres.client().await?;
+        let rows = client
+            .query(
+                "SELECT l.id FROM refarch.ledger l WHERE l.target = $1 AND ($2::text IS NULL OR l.id > $2) \
+                 ORDER BY l.id LIMIT $3",
+                &[&self.target, &id, &(limit as i64)],
+            )
+            .await
+            .map_err(fail("read a page of entries"))?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
     async fn open(&self, attempt: &str, worker: &str, ids: &[String]) -> Result<Vec<Opened>> {
         let fail = fail("open an attempt");
         let mut client = self.postgres.client().await?;

@@ -448,7 +448,7 @@ async function poll() {
 function showStatus(status) {
   const number = (value, about) => `${about ? "~" : ""}${value.toLocaleString("en")}`;
   const waiting = status.pending + ["live", "bulk"].reduce((sum, lane) => sum + status.queue[lane].visible + status.queue[lane].in_flight, 0);
-  const synced = waiting === 0 && status.in_sync === status.source_rows;
+  const { synced, proof } = status;
   $("s-rows").textContent = number(status.source_rows, status.source_rows_estimated);
   $("s-sync").textContent = synced ? "all" : number(status.in_sync, status.in_sync_estimated);
   $("s-pending").textContent = number(waiting);
@@ -456,6 +456,11 @@ function showStatus(status) {
   const time = (ms) => (ms < 1000 ? `${ms} ms` : ms < 120000 ? `${(ms / 1000).toFixed(1)} s` : `${Math.round(ms / 60000)} min`);
   $("s-fresh").textContent = p50 === null ? "\u2013" : `p50 ${time(p50)}, p99 ${time(p99)}`;
   $("s-workers").textContent = number(status.workers.length);
+  const ago = (s) => (s < 120 ? `${s} s` : s < 7200 ? `${Math.floor(s / 60)} min` : s < 172800 ? `${Math.floor(s / 3600)} h` : `${Math.floor(s / 86400)} days`);
+  $("s-proof").textContent = proof.ended_at ? `proved ${ago(proof.age_s)} ago: ${number(proof.differences)} difference${proof.differences === 1 ? "" : "s"}` : proof.off ? "" : "not proved yet";
+  $("s-proof").classList.toggle("bad", proof.overdue);
+  $("s-capture").hidden = status.capture_faults.length === 0;
+  $("s-capture").textContent = `not captured: ${status.capture_faults.join(", ")}`;
   $("s-dead").hidden = status.dead_letters === 0;
   $("s-dead").textContent = `${number(status.dead_letters)} dead letters`;
   $("s-bar").value = status.source_rows ? status.in_sync / status.source_rows : 1;

@@ -1,0 +1,391 @@
+//! The continuous proof's books: who proves, how far the round is, which rounds ended; and what is looked
+//! after beside it, by the same worker: capture, and what may be forgotten.
+
+use std::collections::HashSet;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use serde::Serialize;
+use tokio_postgres::types::Json;
+
+use super::registry::KEEP;
+use super::{Postgres, capture, failure};
+use crate::config;
+use crate::pipeline::audit::{Kept, Round, Rounds};
+use crate::pipeline::failure::{Error, Result};
+
+/// Rounds that are kept.
+const MAX_ROUNDS: i64 = 1_000;
+
+/// How long entries of rows that are gone are kept.
+const KEEP_DELETED: &str = "1 day";
+
+/// What is deleted at a time.
+const PRUNED_AT_ONCE: i64 = 5_000;
+
+/// The books of one target, as one worker writes them.
+pub struct PgRounds {
+    postgres: Postgres,
+    target: i32,
+    worker: String,
+}
+
+impl PgRounds {
+    /// The books of a target, for a worker of that name.
+    #[must_use]
+    pub fn new(postgres: Postgres, target: i32, worker: &str) -> Self {
+        Self { postgres, target, worker: worker.into() }
+    }
+}
+
+fn fail(what: &'static str) -> impl Fn(tokio_postgres::Error) -> Error {
+    move |error| failure(what, &error)
+}
+
+fn count(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+#[async_trait]
+impl Rounds for PgRounds {
+    async fn take(&self, lease: Duration) -> Result<Option<Kept>> {
+        let fail = fail("take the right to prove");
+        let client = self.postgres.client().await?;
+        let row = client
+            .query_opt(
+                "INSERT INTO refarch.proof AS p (target, worker_id, held_until) \
+                 VALUES ($1, $2, clock_timestamp() + make_interval(secs => $3)) \
+                 ON CONFLICT (target) DO UPDATE SET worker_id = excluded.worker_id, held_until = excluded.held_until \
+                 WHERE p.worker_id IS NULL OR p.worker_id = excluded.worker_id OR p.held_until < clock_timestamp() \
+                 RETURNING clock_timestamp(), round",
+                &[&self.target, &self.worker, &lease.as_secs_f64()],
+            )
+            .await
+            .map_err(&fail)?;
+        let Some(row) = row else { return Ok(None) };
+        // A round that another build wrote in another form begins anew.
+        let round = row.get::<_, Option<Json<serde_json::Value>>>(1).map(|round| round.0);
+        let round = round.and_then(|round| serde_json::from_value(round).ok());
+        let last = client
+            .query_opt(
+                "SELECT began_at, rows + records + entries FROM refarch.proof_round \
+                 WHERE target = $1 ORDER BY round_id DESC LIMIT 1",
+                &[&self.target],
+            )
+            .await
+            .map_err(&fail)?;
+        let last = last.map(|row| (row.get(0), row.get::<_, i64>(1).max(0).cast_unsigned()));
+        Ok(Some(Kept { now: row.get(0), round, last }))
+    }
+
+    async fn release(&self) -> Result<()> {
+        let client = self.postgres.client().await?;
+        client
+            .execute(
+                "UPDATE refarch.proof SET worker_id = NULL WHERE target = $1 AND worker_id = $2",
+                &[&self.target, &self.worker],
+            )
+            .await
+            .map(drop)
+            .map_err(fail("give the right to prove back"))
+    }
+
+    async fn save(&self, round: &Round) -> Result<bool> {
+        let client = self.postgres.client().await?;
+        let saved = client
+            .execute(
+                "UPDATE refarch.proof SET round = $3 WHERE target = $1 AND worker_id = $2",
+                &[&self.target, &self.worker, &Json(round)],
+            )
+            .await
+            .map_err(fail("save how far the proof is"))?;
+        Ok(saved == 1)
+    }
+
+    async fn end(&self, round: &Round) -> Result<bool> {
+        let fail = fail("record a round of the proof");
+        let client = self.postgres.client().await?;
+        let kind = if round.full { "full" } else { "sample" };
+        let counts = [round.rows, round.records, round.entries, round.differences, round.mended];
+        let [rows, records, entries, differences, mended] = counts.map(count);
+        let ended = client
+            .execute(
+                "WITH ended AS (UPDATE refarch.proof SET round = NULL WHERE target = $1 AND worker_id = $2 RETURNING target) \
+                 INSERT INTO refarch.proof_round \
+                   (target, index_check, began_at, rows, records, entries, differences, mended, unreadable) \
+                 SELECT target, $3, $4, $5, $6, $7, $8, $9, $10 FROM ended",
+                &[
+                    &self.target,
+                    &self.worker,
+                    &kind,
+                    &round.began_at,
+                    &rows,
+                    &records,
+                    &entries,
+                    &differences,
+                    &mended,
+                    &count(round.unreadable),
+                ],
+            )
+            .await
+            .map_err(&fail)?;
+        client
+            .execute(
+                "DELETE FROM refarch.proof_round WHERE target = $1 AND round_id <= ( \
+                   SELECT round_id FROM refarch.proof_round WHERE target = $1 ORDER BY round_id DESC OFFSET $2 LIMIT 1)",
+                &[&self.target, &MAX_ROUNDS],
+            )
+            .await
+            .map_err(&fail)?;
+        Ok(ended == 1)
+    }
+
+    async fn note_listed(&self, ids: &[String]) -> Result<()> {
+        let client = self.postgres.client().await?;
+        client
+            .execute(
+                "INSERT INTO refarch.listed (target, id_hash) \
+                 SELECT DISTINCT $1::integer, hashtextextended(k, 0) FROM unnest($2::text[]) k ON CONFLICT DO NOTHING",
+                &[&self.target, &storable(ids)],
+            )
+            .await
+            .map(drop)
+            .map_err(fail("note what the index listed"))
+    }
+
+    async fn listed(&self, ids: &[String]) -> Result<HashSet<String>> {
+        let client = self.postgres.client().await?;
+        let rows = client
+            .query(
+                "SELECT k FROM unnest($2::text[]) k JOIN refarch.listed l ON l.target = $1 AND l.id_hash = hashtextextended(k, 0)",
+                &[&self.target, &storable(ids)],
+            )
+            .await
+            .map_err(fail("look for what the index listed"))?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    async fn forget_listed(&self) -> Result<()> {
+        let client = self.postgres.client().await?;
+        client
+            .execute("DELETE FROM refarch.listed WHERE target = $1", &[&self.target])
+            .await
+            .map(drop)
+            .map_err(fail("forget what the index listed"))
+    }
+}
+
+/// No text of the database can hold a NUL, and so no row has such an id.
+fn storable(ids: &[String]) -> Vec<&String> {
+    ids.iter().filter(|id| !id.contains('\0')).collect()
+}
+
+/// What is known of the proof.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Proof {
+    /// Whether there is any: `audit.period_h = 0` turns it off.
+    pub off: bool,
+    /// When the last round ended; the counts are of that round.
+    pub ended_at: Option<Timestamp>,
+    /// How long that is ago.
+    pub age_s: Option<i64>,
+    /// How the index was compared: `full` or `sample`.
+    pub index_check: Option<String>,
+    /// Rows that were compared.
+    pub rows: i64,
+    /// Records that the index held.
+    pub records: i64,
+    /// Ids that differed.
+    pub differences: i64,
+    /// Ids that were queued to be done again.
+    pub mended: i64,
+    /// Rows that could not be read.
+    pub unreadable: i64,
+    /// Whether no round has ended for two periods.
+    pub overdue: bool,
+    /// The round under way.
+    pub running: Option<RunningProof>,
+}
+
+/// A round under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RunningProof {
+    /// When it began.
+    pub began_at: Timestamp,
+    /// Rows that were compared so far.
+    pub rows: u64,
+}
+
+impl Proof {
+    /// Reads what is known of a target's proof, whose rounds take `period`; none for no rounds.
+    pub async fn read(postgres: &Postgres, target: i32, period: Option<Duration>) -> Result<Self> {
+        let client = postgres.client().await?;
+        let row = client
+            .query_opt(
+                "SELECT clock_timestamp(), t.created_at, p.round, r.ended_at, r.index_check, r.rows, r.records, \
+                        r.differences, r.mended, r.unreadable \
+                 FROM refarch.target t LEFT JOIN refarch.proof p ON p.target = t.id LEFT JOIN LATERAL ( \
+                   SELECT * FROM refarch.proof_round r WHERE r.target = t.id ORDER BY r.round_id DESC LIMIT 1) r ON true \
+                 WHERE t.id = $1",
+                &[&target],
+            )
+            .await;
+        let row = match row.map_err(fail("read how the proof stands")) {
+            Ok(Some(row)) => row,
+            Ok(None) => return Ok(Self::default()),
+            Err(error) => return Err(error),
+        };
+        let now: Timestamp = row.get(0);
+        let ended_at: Option<Timestamp> = row.get(3);
+        let since = now.duration_since(ended_at.unwrap_or_else(|| row.get(1)));
+        let overdue = period.is_some_and(|period| since.as_secs_f64() > 2.0 * period.as_secs_f64());
+        let round = row.get::<_, Option<Json<serde_json::Value>>>(2).map(|round| round.0);
+        let round: Option<Round> = round.and_then(|round| serde_json::from_value(round).ok());
+        let number = |at| row.get::<_, Option<i64>>(at).unwrap_or_default();
+        Ok(Self {
+            off: period.is_none(),
+            ended_at,
+            age_s: ended_at.map(|_| since.as_secs().max(0)),
+            index_check: row.get(4),
+            rows: number(5),
+            records: number(6),
+            differences: number(7),
+            mended: number(8),
+            unreadable: number(9),
+            overdue,
+            running: round.map(|round| RunningProof { began_at: round.began_at, rows: round.rows }),
+        })
+    }
+
+    /// The proof in a few words.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let mut text = match self.age_s {
+            None if self.off => return "the proof is off".into(),
+            None => "not proved yet".into(),
+            Some(age) => {
+                let plural = if self.differences == 1 { "" } else { "s" };
+                format!("proved {} ago: {} difference{plural}", span(age), self.differences)
+            }
+        };
+        if self.differences > 0 {
+            // Writing to a string can't fail.
+            let _ = write!(text, ", {} queued again", self.mended);
+        }
+        if self.unreadable > 0 {
+            let _ = write!(text, ", {} not readable", self.unreadable);
+        }
+        if self.overdue {
+            text += ", overdue";
+        }
+        text
+    }
+}
+
+/// A time in its largest unit.
+fn span(seconds: i64) -> String {
+    match seconds {
+        ..120 => format!("{seconds} s"),
+        120..7_200 => format!("{} min", seconds / 60),
+        7_200..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}
+
+/// Why changes of the source's table are not captured as the settings want them.
+pub async fn capture_faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<String>> {
+    capture::faults(postgres, source).await
+}
+
+/// Arms capture again and queues what may have changed unseen. False if there was nothing that this mends.
+pub async fn rearm(
+    postgres: &Postgres,
+    source: &config::Source,
+    worker: &str,
+    faults: &[String],
+) -> Result<bool> {
+    let fail = fail("arm change capture again");
+    let mut client = postgres.client().await?;
+    let transaction = client.transaction().await.map_err(&fail)?;
+    let changed: bool =
+        transaction.query_one("SELECT refarch.rearm($1)", &[&source.name]).await.map_err(&fail)?.get(0);
+    if changed {
+        transaction
+            .execute(
+                "INSERT INTO refarch.event (worker_id, kind, detail) \
+                 VALUES ($1, 'rearmed', jsonb_build_object('faults', $2::text[]))",
+                &[&worker, &faults],
+            )
+            .await
+            .map_err(&fail)?;
+    }
+    transaction.commit().await.map_err(&fail)?;
+    Ok(changed)
+}
+
+/// Deletes samples and events that are old, some at a time.
+pub async fn prune_books(postgres: &Postgres) -> Result<()> {
+    let client = postgres.client().await?;
+    client
+        .execute(
+            &format!(
+                "WITH samples AS (DELETE FROM refarch.sample WHERE ctid = ANY (ARRAY( \
+                   SELECT ctid FROM refarch.sample WHERE at < now() - interval '{KEEP}' LIMIT $1))) \
+                 DELETE FROM refarch.event WHERE ctid = ANY (ARRAY( \
+                   SELECT ctid FROM refarch.event WHERE at < now() - interval '{KEEP}' AND kind <> 'dead_letter' LIMIT $1))"
+            ),
+            &[&PRUNED_AT_ONCE],
+        )
+        .await
+        .map(drop)
+        .map_err(fail("delete old samples and events"))
+}
+
+/// Forgets entries of rows that are gone, some at a time; true if there may be more. It reads the whole
+/// ledger.
+///
+/// An entry that is forgotten reads like one of a row that was never there, and the index holds nothing
+/// for either. A worker that saw the entry before it was forgotten conflicts with one made after it, whose
+/// epoch begins again at 0; the row is read again under the new entry's lock, and a write that rests on
+/// another row does not happen. Writes to an index outside may be about only while an attempt is open on
+/// the entry, and then it stays. A day is far longer than any worker keeps what it saw.
+pub async fn prune_ledger(postgres: &Postgres, target: i32) -> Result<bool> {
+    let client = postgres.client().await?;
+    // SKIP LOCKED: an entry that somebody works on is none to forget.
+    let deleted = client
+        .execute(
+            &format!(
+                "DELETE FROM refarch.ledger l WHERE l.target = $1 AND l.id = ANY (ARRAY( \
+                   SELECT k.id FROM refarch.ledger k WHERE k.target = $1 AND k.deleted AND k.open = 0 AND NOT k.dirty \
+                     AND NOT k.parked AND k.synced_at < now() - interval '{KEEP_DELETED}' \
+                   ORDER BY k.id COLLATE \"C\" LIMIT $2 FOR UPDATE SKIP LOCKED)) \
+                 AND l.deleted AND l.open = 0 AND NOT l.dirty"
+            ),
+            &[&target, &PRUNED_AT_ONCE],
+        )
+        .await
+        .map_err(fail("forget entries of rows that are gone"))?;
+    Ok(deleted == PRUNED_AT_ONCE.cast_unsigned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proof_is_told_in_a_few_words() {
+        assert_eq!(Proof::default().describe(), "not proved yet");
+        assert_eq!(Proof { off: true, ..Proof::default() }.describe(), "the proof is off");
+        let proved = |age_s| Proof { age_s: Some(age_s), ..Proof::default() };
+        assert_eq!(proved(3 * 3_600 + 5).describe(), "proved 3 h ago: 0 differences");
+        assert_eq!(proved(119).describe(), "proved 119 s ago: 0 differences");
+        assert_eq!(proved(5 * 86_400).describe(), "proved 5 days ago: 0 differences");
+        let bad = Proof { differences: 1, mended: 1, unreadable: 2, overdue: true, ..proved(600) };
+        assert_eq!(
+            bad.describe(),
+            "proved 10 min ago: 1 difference, 1 queued again, 2 not readable, overdue"
+        );
+    }
+}

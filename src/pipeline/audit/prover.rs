@@ -1,0 +1,369 @@
+//! The continuous proof: an audit that never ends, made of small steps.
+//!
+//! A round walks the index's ids, the rows of the source and the entries of the ledger, page by page with
+//! pauses, so that it takes its period and a small share of the load. What differs becomes a suspect, and
+//! is queued again by the audit's rules; beyond them
+//!
+//! - an entry that nobody has settled is a suspect too, for its message may be lost;
+//! - a difference that lasts much longer than a change takes is queued again even if the queue never
+//!   drains: doing an id again is harmless;
+//! - what stands in the dead letters is left there; an entry that says so without a letter is queued.
+//!
+//! Where the round is stands in its [`Rounds`], so that another process goes on with it.
+//!
+//! An index that is paid by the call is compared by its ids, which are listed, and by a sample of its
+//! records, unless all are asked for.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use super::Kind;
+use super::read;
+use super::round::{Kept, ProofOptions, Round, Rounds, Walk};
+use super::suspect::{Letters, Look, Proving, Suspect};
+use crate::pipeline::change::Lane;
+use crate::pipeline::clock::Clock;
+use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::index::{VectorIndex, Writes};
+use crate::pipeline::ledger::Ledger;
+use crate::pipeline::queue::JobQueue;
+
+/// How long the right to prove lasts without a word: longer than a step takes.
+const LEASE: Duration = Duration::from_secs(45);
+
+/// The longest pause between steps; well within the lease.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// How often suspects are looked at again.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// A step's pause is at least this many times as long as its work.
+const REST: u32 = 9;
+
+/// The longest pause between two pages: a small table is done sooner than its period.
+const MAX_PAUSE: Duration = Duration::from_mins(1);
+
+/// The share of a period that the walk takes; the rest is for suspects and for tables that grow.
+const WALK_SHARE: f64 = 0.8;
+
+/// Suspects at a time. While there are more, the walk waits.
+const MAX_SUSPECTS: usize = 2_000;
+
+/// While more changes than this are under way, the walk waits: they would all be suspects.
+const QUIET: u64 = 1_000;
+
+/// Letters that are read to learn whose they are.
+const MAX_LETTERS: usize = 10_000;
+
+/// An id that no row has, noted beside the listed ones: if it is gone, so are they.
+const MARKER: &str = "\u{1}";
+
+/// The round that this process works on.
+pub(super) struct Running {
+    pub(super) round: Round,
+    suspects: Vec<Suspect>,
+    /// How many rows to read at a time.
+    pub(super) size: read::Size,
+    /// The pause for each row, record and entry that spreads the walk over the period.
+    pause: Duration,
+    next_page: Duration,
+    next_look: Duration,
+}
+
+/// Proves, step by step.
+pub struct Prover {
+    pub(super) ledger: Arc<dyn Ledger>,
+    pub(super) index: Arc<dyn VectorIndex>,
+    queue: Arc<dyn JobQueue>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) store: Arc<dyn Rounds>,
+    pub(super) options: ProofOptions,
+    running: Option<Running>,
+    is_ours: bool,
+}
+
+impl Prover {
+    /// A prover that has done nothing yet.
+    #[must_use]
+    pub fn new(
+        ledger: Arc<dyn Ledger>,
+        index: Arc<dyn VectorIndex>,
+        queue: Arc<dyn JobQueue>,
+        clock: Arc<dyn Clock>,
+        store: Arc<dyn Rounds>,
+        options: ProofOptions,
+    ) -> Self {
+        Self { ledger, index, queue, clock, store, options, running: None, is_ours: false }
+    }
+
+    /// Whether this worker had the right to prove at the last step.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.is_ours
+    }
+
+    /// Gives the right to prove back.
+    pub async fn release(&self) -> Result<()> {
+        if self.is_ours { self.store.release().await } else { Ok(()) }
+    }
+
+    /// Whether each row's record is fetched, so that listed ids need not be remembered.
+    pub(super) fn fetches_all(&self) -> bool {
+        self.options.full || matches!(self.index.writes(), Writes::Fenced(_))
+    }
+
+    /// Does a little, and returns how long to wait until the next step.
+    pub async fn step(&mut self) -> Result<Duration> {
+        let Some(kept) = self.store.take(LEASE).await? else {
+            (self.is_ours, self.running) = (false, None);
+            return Ok(IDLE);
+        };
+        self.is_ours = true;
+        let Some(period) = self.options.period else { return Ok(IDLE) };
+        let mut running = match self.running.take() {
+            // Unless another worker had it meanwhile.
+            Some(running) if kept.round.as_ref() == Some(&running.round) => running,
+            _ => match self.open(&kept, period).await? {
+                Ok(running) => running,
+                Err(wait) => return Ok(wait),
+            },
+        };
+        let wait = self.advance(&mut running).await?;
+        let is_over = running.round.walk == Walk::Done && running.suspects.is_empty();
+        if is_over {
+            if self.store.end(&running.round).await? {
+                self.store.forget_listed().await?;
+                tell_end(&running.round);
+            }
+            return Ok(LOOK_EVERY.min(period));
+        }
+        if kept.round.as_ref() == Some(&running.round) || self.store.save(&running.round).await? {
+            self.running = Some(running);
+        }
+        Ok(wait)
+    }
+
+    /// The round under way, or a new one if it is time; else how long that is off.
+    async fn open(&self, kept: &Kept, period: Duration) -> Result<Result<Running, Duration>> {
+        let resumed = match &kept.round {
+            Some(round) if round.full == self.fetches_all() && self.remembers(round).await? => {
+                Some(round.clone())
+            }
+            _ => None,
+        };
+        let round = if let Some(round) = resumed {
+            round
+        } else {
+            let since = kept.last.map(|(began, _)| elapsed(began, kept.now));
+            if let Some(left) =
+                since.and_then(|since| period.checked_sub(since)).filter(|left| !left.is_zero())
+            {
+                return Ok(Err(left.min(IDLE)));
+            }
+            self.check_reads().await?;
+            self.begin(kept.now).await?
+        };
+        let pause = match kept.last {
+            // The first round is not spread: nothing is proved until it ends.
+            None => Duration::ZERO,
+            Some((_, seen)) => {
+                let expected = seen.max(3 * self.index.count().await?).max(1);
+                period.mul_f64(WALK_SHARE / expected as f64)
+            }
+        };
+        let mut running = Running {
+            round,
+            suspects: Vec::new(),
+            size: read::Size::default(),
+            pause,
+            next_page: Duration::ZERO,
+            next_look: Duration::ZERO,
+        };
+        self.recall(&mut running).await?;
+        Ok(Ok(running))
+    }
+
+    async fn begin(&self, now: Timestamp) -> Result<Round> {
+        let full = self.fetches_all();
+        if !full {
+            self.store.forget_listed().await?;
+            self.store.note_listed(&[MARKER.to_owned()]).await?;
+        }
+        Ok(Round::new(now, full))
+    }
+
+    /// Whether what the round rests on is still known: a crash of the database may have taken it.
+    async fn remembers(&self, round: &Round) -> Result<bool> {
+        Ok(round.full || !self.store.listed(&[MARKER.to_owned()]).await?.is_empty())
+    }
+
+    /// The reads by id must see the rows that a page shows. A proof on reads that lie would take every
+    /// record for one without a row.
+    async fn check_reads(&self) -> Result<()> {
+        const SHOWN: usize = 10;
+        for _ in 0..3 {
+            let shown = read::rows_after(&*self.ledger, None, SHOWN).await?.rows;
+            let ids: Vec<String> = shown.into_iter().map(|row| row.id).collect();
+            let (peeked, _) = read::peek(&*self.ledger, &ids).await?;
+            // All of them gone at once is no accident, unless the table is emptied just now.
+            if peeked.is_empty() || peeked.iter().any(|one| one.row.is_some()) {
+                return Ok(());
+            }
+            self.clock.sleep(LOOK_EVERY).await;
+        }
+        Err(Error::retryable(
+            "prove the index",
+            "rows that a page of the table shows are not found by their ids: nothing is compared",
+        ))
+    }
+
+    /// Makes suspects of the ids that an earlier process left.
+    async fn recall(&self, running: &mut Running) -> Result<()> {
+        if running.round.suspects.is_empty() {
+            return Ok(());
+        }
+        let look = self.look(Letters::None, true);
+        for ids in running.round.suspects.chunks(self.options.page.max(1)) {
+            let peeked = read::peek(&*self.ledger, ids).await?.0;
+            // However they differ is seen at the next look.
+            let differing = peeked.iter().map(|one| (one, Kind::Unsettled)).collect();
+            running.suspects.extend(look.suspect(differing, None).await?);
+        }
+        Ok(())
+    }
+
+    fn look(&self, letters: Letters, quiet: bool) -> Look<'_> {
+        Look {
+            ledger: &*self.ledger,
+            index: &*self.index,
+            queue: &*self.queue,
+            clock: &*self.clock,
+            proving: Some(Proving { patience: self.options.patience, quiet, letters }),
+        }
+    }
+
+    /// A page, a look at suspects, or neither.
+    async fn advance(&self, running: &mut Running) -> Result<Duration> {
+        let started = self.clock.now();
+        let is_page_due = running.round.walk != Walk::Done
+            && started >= running.next_page
+            && running.suspects.len() < MAX_SUSPECTS;
+        let is_look_due = !running.suspects.is_empty() && started >= running.next_look;
+        if is_page_due || is_look_due {
+            let quiet = self.backlog().await? <= QUIET;
+            let look = self.look(self.letters().await?, quiet);
+            let before = running.round.seen();
+            if is_page_due && quiet {
+                self.page(&look, running).await?;
+            }
+            let seen = running.round.seen().saturating_sub(before).max(1);
+            if is_look_due {
+                self.settle(&look, running).await?;
+            }
+            let worked = self.clock.now().saturating_sub(started);
+            let rest = self.clock.now() + worked * REST;
+            if is_page_due {
+                let pause = running.pause.saturating_mul(u32::try_from(seen).unwrap_or(u32::MAX));
+                running.next_page = rest.max(self.clock.now() + pause.min(MAX_PAUSE));
+            }
+            running.next_look = rest.max(self.clock.now() + LOOK_EVERY);
+            running.round.suspects = running.suspects.iter().map(|suspect| suspect.id.clone()).collect();
+        }
+        let mut wait = IDLE;
+        if running.round.walk != Walk::Done && running.suspects.len() < MAX_SUSPECTS {
+            wait = wait.min(running.next_page.saturating_sub(self.clock.now()));
+        }
+        if !running.suspects.is_empty() {
+            wait = wait.min(running.next_look.saturating_sub(self.clock.now()));
+        }
+        Ok(wait)
+    }
+
+    /// Changes in the queue.
+    async fn backlog(&self) -> Result<u64> {
+        let mut sum = 0;
+        for lane in Lane::ALL {
+            let backlog = self.queue.backlog(lane).await?;
+            sum += backlog.visible + backlog.in_flight;
+        }
+        Ok(sum)
+    }
+
+    async fn letters(&self) -> Result<Letters> {
+        let count = self.queue.dead_letters().await?;
+        if count == 0 {
+            return Ok(Letters::None);
+        }
+        if !self.options.read_letters || count > MAX_LETTERS as u64 {
+            return Ok(Letters::Some);
+        }
+        let mut ids = HashSet::new();
+        let mut after: Option<String> = None;
+        loop {
+            let letters = self.queue.read_dead_letters(after.as_deref(), 1_000).await?;
+            let Some(last) = letters.last() else { return Ok(Letters::Of(ids)) };
+            after = Some(last.id.clone());
+            ids.extend(letters.into_iter().flat_map(|letter| letter.ids));
+            if ids.len() > MAX_LETTERS {
+                return Ok(Letters::Some);
+            }
+        }
+    }
+
+    /// Walks one page.
+    async fn page(&self, look: &Look<'_>, running: &mut Running) -> Result<()> {
+        let suspects = match running.round.walk {
+            Walk::Records => self.page_of_records(look, &mut running.round).await?,
+            Walk::Rows => self.page_of_rows(look, running).await?,
+            Walk::Entries => self.page_of_entries(look, &mut running.round).await?,
+            Walk::Done => Vec::new(),
+        };
+        let known: HashSet<String> = running.suspects.iter().map(|suspect| suspect.id.clone()).collect();
+        running.suspects.extend(suspects.into_iter().filter(|suspect| !known.contains(&suspect.id)));
+        Ok(())
+    }
+
+    /// Looks at the suspects, and queues those that surely differ.
+    async fn settle(&self, look: &Look<'_>, running: &mut Running) -> Result<()> {
+        let looked = look.all(std::mem::take(&mut running.suspects)).await?;
+        let ids: Vec<String> = looked.sure.iter().map(|difference| difference.id.clone()).collect();
+        for ids in ids.chunks(self.options.page.max(1)) {
+            self.ledger.requeue(ids).await?;
+        }
+        if !ids.is_empty() {
+            let examples: Vec<String> = looked.sure.iter().take(5).map(ToString::to_string).collect();
+            tracing::warn!(
+                rows = ids.len(),
+                examples = examples.join(", "),
+                "the index differed from the table: these rows are queued again"
+            );
+        }
+        running.round.differences += ids.len() as u64;
+        running.round.mended += ids.len() as u64;
+        // A row that changes all the time is worked on all the time.
+        let give_up = self.clock.now().saturating_sub(self.options.patience * 3);
+        let moves = |suspect: &Suspect| {
+            suspect.first < give_up && suspect.confirmed.is_none_or(|since| since > give_up)
+        };
+        running.suspects = looked.unsure.into_iter().filter(|suspect| !moves(suspect)).collect();
+        Ok(())
+    }
+}
+
+fn elapsed(from: Timestamp, to: Timestamp) -> Duration {
+    Duration::try_from(to.duration_since(from)).unwrap_or_default()
+}
+
+fn tell_end(round: &Round) {
+    tracing::info!(
+        rows = round.rows,
+        records = round.records,
+        differences = round.differences,
+        mended = round.mended,
+        unreadable = round.unreadable,
+        "the index was compared with the table"
+    );
+}

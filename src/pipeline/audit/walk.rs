@@ -1,0 +1,117 @@
+//! The three walks of a round, page by page.
+
+use std::collections::HashSet;
+
+use super::Kind;
+use super::prover::{Prover, Running};
+use super::read;
+use super::round::{Round, Walk};
+use super::suspect::{Look, Suspect, is_unsettled};
+use crate::pipeline::catalog::SourceRow;
+use crate::pipeline::failure::{Class, Result};
+use crate::pipeline::ledger::Peeked;
+
+/// Records of a page that are fetched for a sample.
+const SAMPLE: usize = 5;
+
+impl Prover {
+    /// Ids of the index: records without a row.
+    pub(super) async fn page_of_records(&self, look: &Look<'_>, round: &mut Round) -> Result<Vec<Suspect>> {
+        let page = match self.index.list(round.cursor.as_deref(), self.options.page).await {
+            Ok(page) => page,
+            // A place in a listing may be good for a while only.
+            Err(error) if error.class == Class::Permanent && round.cursor.is_some() => {
+                tracing::debug!(%error, "the listing of the index begins anew");
+                (round.cursor, round.records) = (None, 0);
+                return Ok(Vec::new());
+            }
+            Err(error) => return Err(error),
+        };
+        // Rows that cannot be read are counted with the rows.
+        let (peeked, _) = read::peek(&*self.ledger, &page.ids).await?;
+        if !self.fetches_all() && !page.ids.is_empty() {
+            self.store.note_listed(&page.ids).await?;
+        }
+        round.records += page.ids.len() as u64;
+        round.cursor = page.next;
+        if round.cursor.is_none() {
+            round.walk = Walk::Rows;
+        }
+        let without_text = |one: &&Peeked| one.row.as_ref().is_none_or(|row| !row.has_text());
+        let orphans = peeked.iter().filter(without_text).map(|one| (one, Kind::Orphaned)).collect();
+        look.suspect(orphans, None).await
+    }
+
+    /// Rows: records that are missing or of another text, and entries that nobody has settled.
+    pub(super) async fn page_of_rows(&self, look: &Look<'_>, running: &mut Running) -> Result<Vec<Suspect>> {
+        let Running { round, size, .. } = running;
+        let began = (round.cursor.clone(), size.of(self.options.page));
+        let page = read::rows_after(&*self.ledger, began.0.as_deref(), began.1).await?;
+        size.saw(&page.rows);
+        let fetched: HashSet<String> = if self.fetches_all() {
+            page.rows.iter().map(|row| row.id.clone()).collect()
+        } else {
+            self.chosen(&page.rows).await?
+        };
+        let ids: Vec<String> =
+            page.rows.iter().map(|row| row.id.clone()).filter(|id| fetched.contains(id)).collect();
+        let stored = look.fetch(&ids).await?;
+        let differing = page
+            .rows
+            .iter()
+            .filter_map(|row| {
+                let kind = if fetched.contains(&row.id) {
+                    look.judge(row, stored.get(&row.id))
+                } else {
+                    is_unsettled(row).then_some(Kind::Unsettled)
+                };
+                Some((row, kind?))
+            })
+            .collect();
+        let suspects = look.suspect(differing, Some(&began)).await?;
+        round.rows += (page.rows.len() + page.unreadable.len()) as u64;
+        round.unreadable += page.unreadable.len() as u64;
+        if page.last.is_some() {
+            round.cursor = page.last;
+        }
+        if !page.is_full {
+            (round.walk, round.cursor) = (Walk::Entries, None);
+        }
+        Ok(suspects)
+    }
+
+    /// Rows whose records are fetched though not all are: those that the index did not list, and a few.
+    async fn chosen(&self, rows: &[Peeked]) -> Result<HashSet<String>> {
+        let with_text: Vec<String> = rows
+            .iter()
+            .filter(|one| one.row.as_ref().is_some_and(SourceRow::has_text))
+            .map(|one| one.id.clone())
+            .collect();
+        let listed = self.store.listed(&with_text).await?;
+        let mut chosen: HashSet<String> =
+            with_text.iter().filter(|id| !listed.contains(*id)).cloned().collect();
+        for _ in 0..SAMPLE.min(with_text.len()) {
+            let place = (self.clock.chance() * with_text.len() as f64) as usize;
+            chosen.extend(with_text.get(place).cloned());
+        }
+        Ok(chosen)
+    }
+
+    /// Entries of rows that are gone: those of rows were seen with them.
+    pub(super) async fn page_of_entries(&self, look: &Look<'_>, round: &mut Round) -> Result<Vec<Suspect>> {
+        let ids = self.ledger.entries_after(round.cursor.as_deref(), self.options.page).await?;
+        let (peeked, _) = read::peek(&*self.ledger, &ids).await?;
+        round.entries += ids.len() as u64;
+        let is_full = ids.len() == self.options.page;
+        round.cursor = ids.into_iter().next_back();
+        if !is_full {
+            (round.walk, round.cursor) = (Walk::Done, None);
+        }
+        let differing = peeked
+            .iter()
+            .filter(|one| one.row.is_none() && is_unsettled(one))
+            .map(|one| (one, Kind::Unsettled))
+            .collect();
+        look.suspect(differing, None).await
+    }
+}
