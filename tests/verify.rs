@@ -206,7 +206,7 @@ impl Shop {
             }
             Index::Pinecone(double) => {
                 rewrite(double, id, id, |record| {
-                    record.metadata["content_hash"] = json!("a7".repeat(32));
+                    record.metadata["_refarch_content_hash"] = json!("a7".repeat(32));
                 })
                 .await;
             }
@@ -320,7 +320,10 @@ async fn whatever_differs_is_told_apart_and_repaired(shop: Shop) {
     .into();
     if let Index::Pinecone(double) = &shop.index {
         // pgvector keeps no metadata: it is in the table beside it.
-        rewrite(double, "5", "5", |record| record.metadata["metadata_hash"] = json!("00".repeat(32))).await;
+        rewrite(double, "5", "5", |record| {
+            record.metadata["_refarch_metadata_hash"] = json!("00".repeat(32))
+        })
+        .await;
         stale += 1;
         examples.insert(("5", "stale"));
     }
@@ -534,6 +537,8 @@ async fn what_cannot_be_reached_cannot_be_told() {
     let shop = on_pinecone().await;
     shop.role(&["migrate"]).await;
     let nowhere = format!("127.0.0.1:{}", common::free_port());
+    // An index at another place than it was made at is refused before it is asked anything.
+    shop.sql("UPDATE refarch.target SET host = NULL").await;
     for (setting, value, says) in [
         ("DATABASE_URL", format!("postgres://me:hunter2@{nowhere}/shop"), nowhere.clone()),
         ("REFARCH_INDEX_HOST", format!("http://{nowhere}"), "Connection refused".to_owned()),

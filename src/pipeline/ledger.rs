@@ -9,7 +9,9 @@
 //!
 //! - `open` is the number of attempts that name the id;
 //! - `open == 0 && !dirty`: the index equals the hashes;
-//! - `open == 0 && dirty`: an outbox row, an unacknowledged job or a dead letter for the id exists.
+//! - `open == 0 && dirty`: an outbox row, an unacknowledged job or a dead letter for the id exists;
+//! - a dirty entry has a content hash only after the database went back: the index may be ahead of it, but a
+//!   record in it that carries this hash carries its vector.
 
 use std::time::Duration;
 

@@ -82,11 +82,15 @@ pub async fn work(
         over.cancel();
         result
     };
-    let marks = lineage::keep(&backends.postgres, backends.target.id, &*backends.index, &over);
+    let marks = async {
+        let kept = lineage::keep(&backends.postgres, backends.target.id, &*backends.index, &over).await;
+        stop.cancel();
+        kept
+    };
     // On the heap: the roles' futures lie within each other.
     let both = Box::pin(async {
-        let (done, alive, ()) = tokio::join!(work, session, marks);
-        Ok(done.and(alive)?)
+        let (done, alive, ours) = tokio::join!(work, session, marks);
+        Ok(done.and(alive).and(ours)?)
     });
     let result = super::while_beating(&worker, both).await;
     abort.cancel();

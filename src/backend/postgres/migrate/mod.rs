@@ -20,6 +20,7 @@ const MIGRATIONS: &[(i32, &str, &str)] = &[
     (2, "attempts", include_str!("../schema/0002_attempts.sql")),
     (3, "shipments", include_str!("../schema/0003_shipments.sql")),
     (4, "made", include_str!("../schema/0004_made.sql")),
+    (8, "ownership", include_str!("../schema/0008_ownership.sql")),
 ];
 
 /// pgmq, as its authors publish it.
@@ -114,6 +115,17 @@ async fn run(
     drop(client);
     let _ = connection.await;
     Ok(report)
+}
+
+/// Refuses another place for an index that stands otherwise, before one is made there.
+pub async fn check_place(postgres: &Postgres, source: &config::Source, shape: &IndexShape) -> Result<()> {
+    let place = &shape.place;
+    match target::recorded_place(postgres, &source.name).await? {
+        Some(recorded) if shape.kind != target::PGVECTOR && !recorded.is(place) && !place.is_known => {
+            Err(target::refused_place(&target::differs(&recorded, place)))
+        }
+        _ => Ok(()),
+    }
 }
 
 async fn apply_migrations(transaction: &Transaction<'_>, report: &mut Report) -> Result<()> {
@@ -292,6 +304,12 @@ async fn arm(
         .map_err(fail)?;
     let stands =
         active.as_ref().filter(|row| same_source && row.get::<_, bool>(1)).map(|row| row.get::<_, i32>(0));
+    // Before anything is taken away. Other differences make the index anew in any case.
+    if let Some(target) = stands
+        && let Some(differs) = target::settle_place(transaction, target, shape).await?
+    {
+        return Err(target::refused_place(&differs));
+    }
     if stands.is_none() {
         if let Some(old) = active {
             target::retire(transaction, old.get(0), report).await?;

@@ -1,0 +1,86 @@
+-- Which place a target is, and which server the database was on when the last mark was made.
+
+-- Where the records of a target are, for an index outside of this database: name (empty if the index is given by
+-- its host), host and namespace. host is null until a migration has recorded the place.
+ALTER TABLE refarch.target ADD COLUMN host text;
+
+-- incarnation: see refarch.incarnation. foreign_note: the newest note of another name that was dealt with, at
+-- changed_at; a worker or a slow index may show it again. taken_at: when an index of another database was taken over.
+ALTER TABLE refarch.lineage
+    ADD COLUMN incarnation  text,
+    ADD COLUMN foreign_note text,
+    ADD COLUMN changed_at   timestamptz,
+    ADD COLUMN taken_at     timestamptz;
+
+-- The server and its timeline, as 'system identifier/timeline'. Another server has another identifier (a dump that
+-- was restored, an upgrade); a replica that was promoted and a restore to a point in time have another timeline. A
+-- part that this role or this service does not let us read is empty.
+CREATE FUNCTION refarch.incarnation() RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    system text := '';
+    timeline text := '';
+BEGIN
+    BEGIN
+        SELECT c.system_identifier::text INTO system FROM pg_catalog.pg_control_system() c;
+    EXCEPTION WHEN OTHERS THEN
+        system := '';
+    END;
+    BEGIN
+        -- Not from pg_control_checkpoint, which tells of the last checkpoint.
+        timeline := left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8);
+    EXCEPTION WHEN OTHERS THEN
+        timeline := '';
+    END;
+    RETURN coalesce(system, '') || '/' || coalesce(timeline, '');
+END $$;
+
+-- Puts every row of the source, and every id that the ledger knows, into the outbox. Entries stay as they are, so
+-- that what agrees costs a look and no write.
+CREATE FUNCTION refarch.queue_all(wanted integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    src refarch.source;
+BEGIN
+    SELECT s.* INTO STRICT src FROM refarch.source s JOIN refarch.target t ON t.source = s.name WHERE t.id = wanted;
+    INSERT INTO refarch.outbox (source, op, ids) VALUES (src.name, 't', '{}');
+    IF pg_catalog.to_regclass('refarch.backfill') IS NOT NULL THEN
+        EXECUTE 'INSERT INTO refarch.backfill (source) VALUES ($1) ON CONFLICT (source) DO UPDATE SET '
+                'requested_at = pg_catalog.clock_timestamp(), begun = false, cursor = NULL, queued = 0'
+            USING src.name;
+    ELSE
+        EXECUTE 'SELECT refarch.backfill($1, $2, $3)' USING src.name, src.relation, src.id_column;
+    END IF;
+END $$;
+
+-- Marks every entry of a target as not to be trusted and queues everything; returns the number of entries. With
+-- keep_hashes an entry keeps the content hash that it had: a record that carries the same hash carries its vector,
+-- which is then sent again without being made again.
+CREATE FUNCTION refarch.distrust(wanted integer, keep_hashes boolean) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    entries bigint;
+BEGIN
+    -- In id order, as every other writer of the ledger locks it.
+    PERFORM 1 FROM refarch.ledger l WHERE l.target = wanted ORDER BY l.id COLLATE "C" FOR UPDATE;
+    UPDATE refarch.ledger l SET epoch = l.epoch + 1, dirty = true, metadata_hash = NULL,
+           content_hash = CASE WHEN keep_hashes AND NOT l.deleted THEN l.content_hash END,
+           deleted = false, parked = false WHERE l.target = wanted;
+    GET DIAGNOSTICS entries = ROW_COUNT;
+    PERFORM refarch.queue_all(wanted);
+    RETURN entries;
+END $$;
+
+-- Keys of ours in Pinecone's metadata had the names of these columns, and overwrote them.
+DO $$
+DECLARE
+    broken integer;
+BEGIN
+    FOR broken IN
+        SELECT t.id FROM refarch.target t JOIN refarch.source s ON s.name = t.source
+        WHERE t.kind = 'pinecone' AND s.metadata_columns && ARRAY['version', 'content_hash', 'metadata_hash']
+        ORDER BY t.id
+    LOOP
+        PERFORM refarch.distrust(broken, true);
+    END LOOP;
+END $$;
