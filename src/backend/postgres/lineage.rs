@@ -36,7 +36,7 @@ use crate::pipeline::index::{Notes, VectorIndex};
 /// How often a mark is made, and the note compared.
 const MARK_EVERY: Duration = Duration::from_mins(1);
 
-/// How long a note that was dealt with may still be shown, or be written by a worker that knew of nothing.
+/// After this database changed its name, how long one of its workers may still write a note with the old one.
 const SHOWN_AGAIN_FOR: &str = "2 minutes";
 
 /// An index is not taken over twice within this time: whoever had it before is alive.
@@ -80,7 +80,7 @@ struct State {
     /// Whether the index was ever written to as far as the ledger knows.
     written: bool,
     foreign_note: Option<String>,
-    /// Whether that note was dealt with just now.
+    /// Whether this database changed its name just now.
     changed_now: bool,
     /// Whether an index of another database was taken over lately.
     taken_lately: bool,
@@ -284,7 +284,8 @@ async fn distrust(
     transaction
         .execute(
             "UPDATE refarch.lineage SET name = CASE WHEN $2 THEN gen_random_uuid()::text ELSE name END, \
-               mark = greatest(mark, $3) + 1, foreign_note = $4, changed_at = clock_timestamp(), \
+               mark = greatest(mark, $3) + 1, foreign_note = $4, \
+               changed_at = CASE WHEN $2 THEN clock_timestamp() ELSE changed_at END, \
                taken_at = CASE WHEN $5 THEN clock_timestamp() ELSE taken_at END, incarnation = refarch.incarnation() \
              WHERE target = $1",
             &[&target, &has_moved, &seen, &note, &(found == Found::Another)],

@@ -4,8 +4,9 @@
 -- its host), host and namespace. host is null until a migration has recorded the place.
 ALTER TABLE refarch.target ADD COLUMN host text;
 
--- incarnation: see refarch.incarnation. foreign_note: the newest note of another name that was dealt with, at
--- changed_at; a worker or a slow index may show it again. taken_at: when an index of another database was taken over.
+-- incarnation: see refarch.incarnation. foreign_note: the newest note of another name that was dealt with, which a
+-- slow index may show again. changed_at: when the name was changed. taken_at: when an index of another database was
+-- taken over.
 ALTER TABLE refarch.lineage
     ADD COLUMN incarnation  text,
     ADD COLUMN foreign_note text,
