@@ -116,8 +116,14 @@ impl Shop {
     /// Rows and entries that are to be done again.
     async fn distrusted(&self) -> (i64, i64) {
         let queued = "SELECT coalesce(sum(cardinality(ids)), 0)::bigint FROM refarch.outbox WHERE op = 'u'";
-        let dirty = "SELECT count(*) FROM refarch.ledger WHERE dirty";
-        (self.number(queued).await, self.number(dirty).await)
+        let mut queued = self.number(queued).await;
+        // Or the rows are asked for, and the relay queues them.
+        let requests = "SELECT count(*) FROM pg_class WHERE oid = to_regclass('refarch.backfill')";
+        if queued == 0 && self.number(requests).await == 1 {
+            queued =
+                self.number("SELECT count(*) FROM item WHERE EXISTS (SELECT FROM refarch.backfill)").await;
+        }
+        (queued, self.number("SELECT count(*) FROM refarch.ledger WHERE dirty").await)
     }
 
     fn with(mut self, key: &str, value: &str) -> Self {
@@ -401,8 +407,18 @@ async fn another_timeline_sends_every_row_again_and_embeds_nothing() {
     let (postgres, target) = shop.postgres().await;
     let index = index_of(&double, "");
     let mut worker = Known::new(&postgres, target).await.unwrap();
+    shop.sql(&format!(
+        "CREATE TABLE IF NOT EXISTS refarch.proof (target integer, worker_id text, held_until timestamptz, round jsonb); \
+         CREATE TABLE IF NOT EXISTS refarch.proof_round (target integer, index_check text, began_at timestamptz, \
+           rows bigint, records bigint, entries bigint, differences bigint, mended bigint, unreadable bigint); \
+         INSERT INTO refarch.proof_round (target, index_check, began_at, rows, records, entries, differences, mended, unreadable) \
+         VALUES ({target}, 'full', now(), 3, 3, 3, 0, 0, 0)"
+    ))
+    .await;
     assert!(matches!(worker.renew(&postgres, target, &index).await.unwrap(), Renewed::Ours));
     assert_eq!(shop.distrusted().await, (3, 3));
+    let proved = "SELECT count(*) FROM refarch.proof_round";
+    assert_eq!(shop.number(proved).await, 0, "what was proved of another state is to be proved again");
     assert_ne!(name().await, before, "the server that was left may go on under the old name");
     let said = shop.sync_once().await;
     assert!(said.contains("applied=3 embedded=0") && !said.contains("written anew"), "{said}");
@@ -464,4 +480,27 @@ async fn vectors_in_a_database_that_went_back_are_looked_at_and_not_made_again()
         worker.renew(&postgres, target, &*backends.index).await.unwrap();
         assert_eq!(shop.distrusted().await, (0, 0), "{went_back}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_index_by_name_is_refused_before_it_is_made() {
+    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let mut shop = Shop::new(&double, "", "id,name").await;
+    let host = shop.env.remove("REFARCH_INDEX_HOST").unwrap();
+    let shop = shop
+        .with("REFARCH_INDEX_NAME", "shop")
+        .with("REFARCH_INDEX_CONTROLLER", &double.url())
+        .filled()
+        .await;
+    let shop = shop.with("REFARCH_INDEX_NAME", "other");
+    let (code, said) = shop.run(&["migrate"]).await;
+    assert!(code == Some(1) && said.contains("index shop") && said.contains("index other"), "{said}");
+    let error = control::host(&control_options(&double.url(), "other", DIMENSIONS)).await.unwrap_err();
+    assert!(error.message.contains("there is no index"), "{error}");
+    // By its host it is the same index.
+    let shop = shop.with("REFARCH_INDEX_HOST", &host);
+    shop.sync().await;
+    shop.agrees().await;
+    shop.ok(&["migrate"]).await;
+    shop.agrees().await;
 }

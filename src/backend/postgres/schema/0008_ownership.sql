@@ -37,7 +37,8 @@ BEGIN
 END $$;
 
 -- Puts every row of the source, and every id that the ledger knows, into the outbox. Entries stay as they are, so
--- that what agrees costs a look and no write.
+-- that what agrees costs a look and no write. What was proved was proved of another state: a round begins at once,
+-- which also finds records in the index that this database never knew.
 CREATE FUNCTION refarch.queue_all(wanted integer) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -51,6 +52,10 @@ BEGIN
             USING src.name;
     ELSE
         EXECUTE 'SELECT refarch.backfill($1, $2, $3)' USING src.name, src.relation, src.id_column;
+    END IF;
+    IF pg_catalog.to_regclass('refarch.proof_round') IS NOT NULL THEN
+        EXECUTE 'UPDATE refarch.proof SET round = NULL WHERE target = $1' USING wanted;
+        EXECUTE 'DELETE FROM refarch.proof_round WHERE target = $1' USING wanted;
     END IF;
 END $$;
 
