@@ -1,6 +1,10 @@
 //! The vector index's contract, which every backend must keep, and how Pinecone's failures are classed.
 
 mod common;
+#[path = "index/fenced.rs"]
+mod fenced;
+#[path = "contract/fenced.rs"]
+mod fenced_contract;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
