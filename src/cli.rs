@@ -164,12 +164,18 @@ pub struct Generate {
 }
 
 const MIGRATE_HELP: &str = "\
-Safe to run again and again: what is as it should be is left alone. All is done in one transaction.
+Safe to run again and again, and on a table in use: what is as it should be is left alone, no writer waits
+longer than a second or two, and rows that are there already are queued at the end, in many short steps.
 A database of Pinecone's reference architecture is taken over: its triggers come off the table in
 the transaction that puts refarch's on, and every row is queued once.
 
   refarch migrate --dry-run            what would be done
   refarch migrate                      do it
+  refarch migrate --rebuild            also when the settings ask for another index than the one there:
+                                       that one is taken away, and filled anew
+  refarch migrate --roles listen=a,embed=b,serve=c,verify=d
+                                       give roles of the database the rights that they need, and no more;
+                                       edit=c as well if the page may change rows
   refarch migrate --uninstall          what would be taken away again
   refarch migrate --uninstall --yes    take it away; the table and its rows stay
 
@@ -183,6 +189,12 @@ pub struct Migrate {
     /// Print what would be done, and change nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// Take the index away if the settings ask for another one: other model, text columns, table
+    #[arg(long, conflicts_with = "uninstall")]
+    pub rebuild: bool,
+    /// Give these roles of the database the rights of listen, embed, serve, verify or edit
+    #[arg(long, value_name = "ROLE=NAME", value_delimiter = ',', value_parser = grant, conflicts_with = "uninstall")]
+    pub roles: Vec<(String, String)>,
     /// Take everything of refarch out of the database again, but for the table and its rows
     #[arg(long)]
     pub uninstall: bool,
@@ -305,6 +317,14 @@ pub struct Psql {
     /// Arguments for psql
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
     pub args: Vec<std::ffi::OsString>,
+}
+
+fn grant(text: &str) -> Result<(String, String), String> {
+    let parts = crate::backend::postgres::migrate::PARTS;
+    match text.split_once('=') {
+        Some((part, name)) if parts.contains(&part) && !name.is_empty() => Ok((part.into(), name.into())),
+        _ => Err(format!("use ROLE=NAME, with one of {} as the role", parts.join(", "))),
+    }
 }
 
 fn minutes(text: &str) -> Result<f64, String> {

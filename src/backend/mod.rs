@@ -210,31 +210,45 @@ impl LoadedModel {
 
 /// Brings the database up to date with these settings, and makes an index that is missing.
 pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report> {
+    migrate_with(postgres, settings, &migrate::Options::default()).await
+}
+
+/// The same, with what it may do besides.
+pub async fn migrate_with(
+    postgres: &Postgres,
+    settings: &Settings,
+    options: &migrate::Options,
+) -> Result<Report> {
     let mut shape = index_shape(settings).await?;
     shape.place = compared_place(postgres, settings, &shape).await?;
-    migrate::check_place(postgres, &settings.source, &shape).await?;
-    // The index first: one of the wrong shape must not cost the rows that are indexed so far.
+    // The index first: one of the wrong shape must not cost the rows that are indexed so far. And before it, what
+    // is refused.
     let made = match named_index(settings, shape.dimensions) {
-        Some(options) => {
-            let made = pinecone::control::ensure(&options).await?;
-            shape.place.host = pinecone::place::host(&pinecone::control::host(&options).await?);
+        Some(named) => {
+            migrate::plan(postgres, &settings.source, &settings.queue, &shape, options).await?;
+            let made = pinecone::control::ensure(&named).await?;
+            shape.place.host = pinecone::place::host(&pinecone::control::host(&named).await?);
             made
         }
         None => false,
     };
-    let report = migrate::migrate(postgres, &settings.source, &settings.queue, &shape).await?;
+    let report = migrate::migrate_with(postgres, &settings.source, &settings.queue, &shape, options).await?;
     Ok(with_index(report, settings, made))
 }
 
-/// What [`migrate`] would do; nothing is changed.
-pub async fn plan_migration(postgres: &Postgres, settings: &Settings) -> Result<Report> {
+/// What [`migrate_with`] would do; nothing is changed.
+pub async fn plan_migration(
+    postgres: &Postgres,
+    settings: &Settings,
+    options: &migrate::Options,
+) -> Result<Report> {
     let mut shape = index_shape(settings).await?;
     shape.place = compared_place(postgres, settings, &shape).await?;
     let missing = match named_index(settings, shape.dimensions) {
         Some(options) => !pinecone::control::exists(&options).await?,
         None => false,
     };
-    let report = migrate::plan(postgres, &settings.source, &settings.queue, &shape).await?;
+    let report = migrate::plan(postgres, &settings.source, &settings.queue, &shape, options).await?;
     Ok(with_index(report, settings, missing))
 }
 

@@ -40,6 +40,12 @@ impl ContentSalt {
         Self(format!("{model}\u{1}{template}"))
     }
 
+    /// A salt that was stored.
+    #[must_use]
+    pub fn stored(salt: String) -> Self {
+        Self(salt)
+    }
+
     /// The salt as text, for hashing in SQL.
     #[must_use]
     pub fn as_str(&self) -> &str {

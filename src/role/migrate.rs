@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
-use crate::backend::postgres::migrate::Report;
 use crate::backend::postgres::migrate::uninstall::{How, Uninstalled};
+use crate::backend::postgres::migrate::{Options, Report};
 use crate::backend::{self, Database};
 use crate::cli;
 use crate::config::Settings;
@@ -25,10 +25,11 @@ pub async fn run(args: &cli::Migrate, settings: &Settings) -> anyhow::Result<Exi
 }
 
 async fn migrate(args: &cli::Migrate, settings: &Settings, database: &Database) -> anyhow::Result<ExitCode> {
+    let options = Options { rebuild: args.rebuild, roles: args.roles.clone() };
     let report = if args.dry_run {
-        backend::plan_migration(&database.postgres, settings).await?
+        backend::plan_migration(&database.postgres, settings, &options).await?
     } else {
-        backend::migrate(&database.postgres, settings).await?
+        backend::migrate_with(&database.postgres, settings, &options).await?
     };
     for warning in &report.warnings {
         eprintln!("warning: {warning}");

@@ -81,7 +81,7 @@ impl Shop {
     /// Applies what is pending, and returns what `embed` logged. Changes of one row in both lanes may overlap, and
     /// then are queued again.
     async fn sync(&self) -> String {
-        let left = "SELECT count(*) FROM (SELECT seq FROM refarch.outbox UNION ALL \
+        let left = "SELECT count(*) FROM (SELECT seq FROM refarch.outbox UNION ALL SELECT 1 FROM refarch.backfill UNION ALL \
                     SELECT 1 FROM refarch.ledger WHERE open > 0 OR dirty) l";
         let mut said = String::new();
         eventually("all changes to be applied", PATIENCE, async || {
@@ -96,7 +96,7 @@ impl Shop {
     /// The same for what was distrusted, with each row once: a row's second copy, which is for those that are
     /// gone, would be embedded if both were worked on at once.
     async fn sync_once(&self) -> String {
-        self.sql("DELETE FROM refarch.outbox WHERE op = 't'").await;
+        self.sql("UPDATE refarch.backfill SET expand = false").await;
         self.sync().await
     }
 
@@ -116,13 +116,9 @@ impl Shop {
     /// Rows and entries that are to be done again.
     async fn distrusted(&self) -> (i64, i64) {
         let queued = "SELECT coalesce(sum(cardinality(ids)), 0)::bigint FROM refarch.outbox WHERE op = 'u'";
-        let mut queued = self.number(queued).await;
-        // Or the rows are asked for, and the relay queues them.
-        let requests = "SELECT count(*) FROM pg_class WHERE oid = to_regclass('refarch.backfill')";
-        if queued == 0 && self.number(requests).await == 1 {
-            queued =
-                self.number("SELECT count(*) FROM item WHERE EXISTS (SELECT FROM refarch.backfill)").await;
-        }
+        // What is asked for the relay queues.
+        let asked = "SELECT count(*) FROM item WHERE EXISTS (SELECT FROM refarch.backfill)";
+        let queued = self.number(queued).await + self.number(asked).await;
         (queued, self.number("SELECT count(*) FROM refarch.ledger WHERE dirty").await)
     }
 

@@ -39,10 +39,22 @@ impl PgVector {
             let row = client.query_one(&sql, &[&(rows as i64)]).await.map_err(fail)?;
             Ok(row.get::<_, i64>(0) as u64 >= rows)
         };
+        // Only its owner can index a table; another role asks the database to.
+        let owned: bool = client
+            .query_one(
+                "SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class c WHERE c.oid = to_regclass($1)",
+                &[&self.table],
+            )
+            .await
+            .map_err(fail)?
+            .get(0);
+        let drop_graph = if owned {
+            format!("DROP INDEX IF EXISTS refarch.{graph}")
+        } else {
+            format!("SELECT refarch.drop_graph({})", self.target)
+        };
         let action = match state {
-            Some(true) if backlog > MIN_RELOAD && !at_least(backlog).await? => {
-                format!("DROP INDEX IF EXISTS refarch.{graph}")
-            }
+            Some(true) if backlog > MIN_RELOAD && !at_least(backlog).await? => drop_graph,
             Some(true) => return Ok(()),
             _ if backlog > self.options.graph_max_backlog
                 || !at_least(self.options.graph_min_rows).await? =>
@@ -50,7 +62,10 @@ impl PgVector {
                 return Ok(());
             }
             // Left over by a build that was cut off.
-            Some(false) => format!("DROP INDEX IF EXISTS refarch.{graph}"),
+            Some(false) => drop_graph,
+            None if !owned => {
+                format!("SELECT refarch.build_graph({}, {GRAPH_DEGREE}, {GRAPH_CANDIDATES})", self.target)
+            }
             None => format!(
                 "CREATE INDEX CONCURRENTLY IF NOT EXISTS {graph} ON {} USING hnsw (embedding halfvec_cosine_ops) \
                  WITH (m = {GRAPH_DEGREE}, ef_construction = {GRAPH_CANDIDATES})",

@@ -4,21 +4,27 @@ use tokio_postgres::GenericClient;
 
 use super::source::SourceTable;
 use super::{Postgres, failure};
-use crate::pipeline::failure::Result;
+use crate::config;
+use crate::pipeline::failure::{Class, Result};
 
 /// Tables of a source, down to every leaf, whose changes are not captured: a trigger is missing, is
 /// disabled, or calls something else.
 pub async fn unarmed(postgres: &Postgres, table: &SourceTable) -> Result<Vec<String>> {
-    let client = postgres.client().await?;
+    let mut client = postgres.client().await?;
+    let transaction =
+        client.transaction().await.map_err(|error| failure("look at the capture triggers", &error))?;
+    unarmed_in(&*transaction, table).await
+}
+
+/// The same, as a transaction sees it.
+pub(super) async fn unarmed_in(client: &impl GenericClient, table: &SourceTable) -> Result<Vec<String>> {
     let rows = client
         .query(
-            "WITH RECURSIVE tree(oid) AS ( \
-               SELECT $1::text::regclass::oid UNION SELECT i.inhrelid FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid) \
-             SELECT c.oid::regclass::text FROM tree JOIN pg_class c USING (oid) \
-             WHERE c.relkind IN ('r', 'p') AND EXISTS ( \
+            "SELECT c.relation::text FROM refarch.tree($1::text::regclass) c \
+             WHERE c.kind IN ('r', 'p') AND EXISTS ( \
                SELECT FROM unnest(ARRAY['insert', 'update', 'delete', 'truncate']) AS kind WHERE NOT EXISTS ( \
                  SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid \
-                 WHERE t.tgrelid = c.oid AND t.tgname = 'refarch_' || $2 || '_' || kind \
+                 WHERE t.tgrelid = c.relation AND t.tgname = 'refarch_' || $2 || '_' || kind \
                    AND p.proname = 'capture_' || $2 || '_' || kind \
                    AND p.pronamespace = 'refarch'::regnamespace AND t.tgenabled IN ('O', 'A'))) \
              ORDER BY 1",
@@ -27,6 +33,81 @@ pub async fn unarmed(postgres: &Postgres, table: &SourceTable) -> Result<Vec<Str
         .await
         .map_err(|error| failure("look at the capture triggers", &error))?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// What is armed against what should be: each difference as a sentence, with its cure. Cheap enough to be asked for
+/// every few seconds.
+pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<String>> {
+    let fail = |error: tokio_postgres::Error| failure("compare capture with the table", &error);
+    let mut client = postgres.client().await?;
+    let transaction = client.transaction().await.map_err(fail)?;
+    let mut faults = Vec::new();
+    let noted = transaction
+        .query_opt(
+            "SELECT s.relation::oid, s.relation::text, \
+               (s.id_column, s.text_columns) IS DISTINCT FROM ($2::text, $3::text[]) \
+                 OR NOT (s.metadata_columns @> $4::text[] AND s.metadata_columns <@ $4::text[]), b.held \
+             FROM refarch.source s LEFT JOIN refarch.backfill b ON b.source = s.name WHERE s.name = $1",
+            &[&source.name, &source.id, &source.text, &source.metadata],
+        )
+        .await
+        .map_err(fail)?;
+    let Some(noted) = noted else {
+        return Ok(vec![format!("{} is not kept in step yet: run refarch migrate", source.table)]);
+    };
+    let (captured, captured_name): (u32, String) = (noted.get(0), noted.get(1));
+    if noted.get::<_, bool>(2) {
+        faults
+            .push("the settings name other columns than those that are captured: run refarch migrate".into());
+    }
+    let columns = transaction
+        .query("SELECT f FROM refarch.column_faults($1, $2::oid::regclass) f", &[&source.name, &captured])
+        .await
+        .map_err(fail)?;
+    let mut columns: Vec<String> = columns.iter().map(|row| row.get(0)).collect();
+    let mut cure = "refarch verify --repair reads the table anew";
+    match super::target::find_table(&transaction, source).await {
+        Ok(table) => {
+            let row = transaction
+                .query_one(
+                    "SELECT $1::text::regclass::oid, row_security_active($1::text::regclass), current_user::text, $1::text::regclass::text",
+                    &[&table.relation],
+                )
+                .await
+                .map_err(fail)?;
+            let name: String = row.get(3);
+            if row.get::<_, u32>(0) != captured {
+                columns.clear();
+                faults.push(format!(
+                    "{name} is another table than the one that is captured, which is now {captured_name}: \
+                     refarch verify --repair captures it and reads it anew"
+                ));
+            }
+            if row.get(1) {
+                faults.push(format!(
+                    "row security on {name} hides rows from the role {0}: ALTER ROLE {0} BYPASSRLS, or make a policy for it",
+                    row.get::<_, String>(2)
+                ));
+            }
+            for table in unarmed_in(&*transaction, &table).await? {
+                faults.push(format!(
+                    "changes of {table} are not captured, since a trigger is missing or disabled: refarch verify --repair arms it"
+                ));
+            }
+        }
+        Err(error) if error.class == Class::Retryable => return Err(error),
+        Err(error) => {
+            faults.push(format!(
+                "{error}; changes are marked until the settings are mended and refarch migrate has run"
+            ));
+            cure = "put the right name into the settings and run refarch migrate";
+        }
+    }
+    faults.extend(columns.into_iter().map(|fault| format!("{captured_name}: {fault}: {cure}")));
+    if let Some(held) = noted.get::<_, Option<String>>(3) {
+        faults.push(format!("{captured_name} is to be read anew, and can't be: {held}"));
+    }
+    Ok(faults)
 }
 
 /// What of the table capture can't see, and what to do about it.

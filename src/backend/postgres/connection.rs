@@ -36,6 +36,22 @@ pub(super) fn settings(statement_timeout_ms: u128) -> Arc<str> {
     .into()
 }
 
+/// Begins a transaction on a session outside of the pool, with the settings of one in it. It waits for a lock
+/// for a second: what stands in line for a lock on a table makes all who come later wait, too.
+pub(super) async fn begin(
+    client: &mut tokio_postgres::Client,
+) -> Result<tokio_postgres::Transaction<'_>, Error> {
+    let transaction = client
+        .build_transaction()
+        .isolation_level(IsolationLevel::ReadCommitted)
+        .read_only(false)
+        .start()
+        .await?;
+    let settings = settings(0);
+    transaction.batch_execute(&format!("{settings}; SET LOCAL lock_timeout = '1s'")).await?;
+    Ok(transaction)
+}
+
 /// SQL as text, or prepared.
 #[async_trait]
 pub trait Sql: Sync {

@@ -88,13 +88,13 @@ fn place_of(row: &tokio_postgres::Row, at: usize) -> Option<Place> {
     host.map(|host| Place { name: row.get(at), host, namespace: row.get(at + 2), is_known: false })
 }
 
-/// Compares the place of the active target, if it stands otherwise, with the settings' and records the latter if it is
-/// the same or if none was recorded. Returns what differs otherwise: then the index must be made anew there.
+/// Compares the place of an active target with the settings', and records the latter if it is the same or if none
+/// was recorded. Returns the recorded one otherwise: then the index must be made anew.
 pub(super) async fn settle_place(
     transaction: &Transaction<'_>,
     target: i32,
     shape: &IndexShape,
-) -> Result<Option<String>> {
+) -> Result<Option<Place>> {
     if shape.kind == PGVECTOR {
         return Ok(None);
     }
@@ -103,7 +103,7 @@ pub(super) async fn settle_place(
     let row = transaction.query_one(sql, &[&target]).await.map_err(fail)?;
     let place = &shape.place;
     if let Some(recorded) = place_of(&row, 0).filter(|recorded| !recorded.is(place) && !place.is_known) {
-        return Ok(Some(differs(&recorded, place)));
+        return Ok(Some(recorded));
     }
     transaction
         .execute(
@@ -114,18 +114,6 @@ pub(super) async fn settle_place(
         .await
         .map_err(fail)?;
     Ok(None)
-}
-
-pub(super) fn differs(recorded: &Place, place: &Place) -> String {
-    format!("the index is {recorded}, and the settings name {place}")
-}
-
-/// The refusal to leave a place with what it holds.
-pub(super) fn refused_place(differs: &str) -> Error {
-    let message = format!(
-        "{differs}: nothing was changed. Name the old place again, or run refarch migrate --rebuild, which makes the index anew at the new one"
-    );
-    Error::fatal("compare the index's place", message)
 }
 
 /// The source and the target that feed and make the index, as the schema knows them.
@@ -143,15 +131,19 @@ pub struct Target {
 
 /// A model or text template that changed needs all vectors anew; the old ones are no use meanwhile,
 /// since a query's vector is of the new model.
-pub(super) async fn retire(transaction: &Transaction<'_>, target: i32, report: &mut Report) -> Result<()> {
+pub(super) async fn retire(
+    transaction: &Transaction<'_>,
+    target: i32,
+    differences: &str,
+    report: &mut Report,
+) -> Result<()> {
     let sql = format!("DROP TABLE IF EXISTS {}", pgvector::table_name(target));
     let fail = |error: tokio_postgres::Error| failure("retire the old index", &error);
     transaction.batch_execute(&sql).await.map_err(fail)?;
     transaction.execute("DELETE FROM refarch.target WHERE id = $1", &[&target]).await.map_err(fail)?;
-    report.warnings.push(
-        "model, text columns or table changed: every row is embedded anew, and found again when it has been"
-            .into(),
-    );
+    report
+        .warnings
+        .push(format!("{differences}: every row is embedded anew, and found again when it has been"));
     Ok(())
 }
 
@@ -189,9 +181,17 @@ pub(super) async fn create(
         return Ok(());
     }
     let name = pgvector::table_name(id);
+    let schema: String = transaction
+        .query_one(
+            "SELECT quote_ident(n.nspname) FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'",
+            &[],
+        )
+        .await
+        .map_err(fail)?
+        .get(0);
     // EXTERNAL would move vectors out of line; MAIN keeps 776 bytes in the row, where a scan reads them.
     let sql = format!(
-        "CREATE TABLE {name} (id text PRIMARY KEY, embedding halfvec({dimensions}) NOT NULL, content_hash bytea NOT NULL); \
+        "CREATE TABLE {name} (id text PRIMARY KEY, embedding {schema}.halfvec({dimensions}) NOT NULL, content_hash bytea NOT NULL); \
          ALTER TABLE {name} ALTER embedding SET STORAGE MAIN"
     );
     transaction.batch_execute(&sql).await.map_err(fail)?;
@@ -215,34 +215,62 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
             format!("there is no schema refarch in {}: {fix}", postgres.address()),
         ));
     }
-    let table = SourceTable::find(&*client, source).await?;
-    let salt = table.salt(&shape.model);
+    let version: i32 = client
+        .query_one("SELECT coalesce(max(version), 0) FROM refarch.migration", &[])
+        .await
+        .map_err(|error| failure("look for the schema", &error))?
+        .get(0);
+    let needed = super::migrate::newest_version();
+    if version < needed {
+        return Err(Error::fatal(
+            "look for the schema",
+            format!("the schema refarch is of version {version} and this build needs {needed}: {fix}"),
+        ));
+    }
+    let table = find_table(&client, source).await?;
+    // A column that was renamed keeps its content: the salt is the one that the target was made with.
     let row = client
         .query_opt(
-            "SELECT t.id, t.model, t.salt = $2 AND t.kind = $3, t.dimensions, t.name, t.host, t.namespace FROM refarch.target t JOIN refarch.source s ON s.name = t.source \
+            "SELECT t.id, t.model, t.dimensions, t.salt, t.kind, s.id_column = $2 AND s.text_columns = $3, t.name, t.host, t.namespace \
+             FROM refarch.target t JOIN refarch.source s ON s.name = t.source \
              WHERE t.source = $1 AND t.state = 'active' AND s.relation = $4::text::regclass",
-            &[&table.name, &salt.as_str(), &shape.kind, &table.relation],
+            &[&table.name, &source.id, &source.text, &table.relation],
         )
         .await
         .map_err(|error| failure("look for the index", &error))?
         .ok_or_else(|| Error::fatal("look for the index", format!("{} is not kept in step yet: {fix}", table.relation)))?;
-    if !row.get::<_, bool>(2) {
+    let (model, kind, same_columns): (String, String, bool) = (row.get(1), row.get(4), row.get(5));
+    if model != shape.model || kind != shape.kind || !same_columns {
         return Err(Error::fatal(
             "check the index",
             format!(
-                "it was made with model {} and other text columns or another model are set now: {fix}",
-                row.get::<_, String>(1)
+                "it was made with model {model} and other text columns or another model are set now: {fix}"
             ),
         ));
     }
-    if let Some(recorded) = place_of(&row, 4).filter(|recorded| !recorded.is(&shape.place)) {
-        let message = format!("{}: name the old place again, or {fix}", differs(&recorded, &shape.place));
+    if let Some(recorded) = place_of(&row, 6).filter(|recorded| !recorded.is(&shape.place)) {
+        let message = format!(
+            "the index is {recorded}, and the settings name {}: name the old place again, or {fix}",
+            shape.place
+        );
         return Err(Error::fatal("check the index", message));
     }
     Ok(Target {
         id: row.get(0),
         table,
-        salt,
-        dimensions: usize::try_from(row.get::<_, i32>(3)).unwrap_or_default(),
+        salt: ContentSalt::stored(row.get(3)),
+        dimensions: usize::try_from(row.get::<_, i32>(2)).unwrap_or_default(),
     })
+}
+
+/// Looks the table up. A name without a schema means what it means to the role by default.
+pub(super) async fn find_table(
+    transaction: &Transaction<'_>,
+    source: &config::Source,
+) -> Result<SourceTable> {
+    let fail = |error: tokio_postgres::Error| failure("look the source table up", &error);
+    transaction.batch_execute("SET LOCAL search_path TO DEFAULT").await.map_err(fail)?;
+    let table = SourceTable::find(transaction, source).await?;
+    transaction.batch_execute("SET LOCAL search_path = pg_catalog, pg_temp").await.map_err(fail)?;
+    Ok(table)
 }

@@ -9,7 +9,7 @@ use tokio_postgres::Transaction;
 
 use super::Report;
 use crate::backend::postgres::failure;
-use crate::backend::postgres::source::SourceTable;
+use crate::backend::postgres::source::{SourceTable, quote_ident};
 use crate::pipeline::failure::Result;
 
 /// The channel that the reference architecture's function notifies.
@@ -18,19 +18,31 @@ const CHANNEL: &str = "table_change";
 /// Its tables beside that of the products.
 const TABLES: [&str; 3] = ["bootstrapping_state", "last_record_processed", "locks"];
 
-/// Takes its triggers off the table, known by the function that they call.
-pub(super) async fn take_over(
-    transaction: &Transaction<'_>,
-    table: &SourceTable,
-    report: &mut Report,
-) -> Result<()> {
+/// A trigger of its.
+pub(super) struct Trigger {
+    name: String,
+    /// The table, qualified and quoted.
+    pub(super) relation: String,
+}
+
+/// What there is of it.
+#[derive(Default)]
+pub(super) struct Found {
+    pub(super) triggers: Vec<Trigger>,
+    function: Option<String>,
+    tables: Vec<String>,
+    listening: i64,
+}
+
+/// Looks for its triggers on the table, known by the function that they call.
+pub(super) async fn find(transaction: &Transaction<'_>, table: &SourceTable) -> Result<Found> {
     let fail =
         |error: tokio_postgres::Error| failure("look for the reference architecture's triggers", &error);
     let triggers = transaction
         .query(
             "WITH RECURSIVE tree(oid) AS ( \
                SELECT $1::text::regclass::oid UNION SELECT i.inhrelid FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid) \
-             SELECT t.tgname::text, c.oid::regclass::text, format('%I', t.tgname), p.oid::regprocedure::text \
+             SELECT t.tgname::text, c.oid::regclass::text, p.oid::regprocedure::text \
              FROM tree JOIN pg_class c USING (oid) JOIN pg_trigger t ON t.tgrelid = c.oid JOIN pg_proc p ON p.oid = t.tgfoid \
              WHERE NOT t.tgisinternal AND t.tgparentid = 0 AND p.proname = 'notify_change' \
                AND p.prosrc LIKE '%pg_notify%' AND p.prosrc LIKE '%''' || $2 || '''%' ORDER BY 2, 1",
@@ -38,33 +50,17 @@ pub(super) async fn take_over(
         )
         .await
         .map_err(fail)?;
-    let mut function = None;
-    for row in &triggers {
-        let (name, relation, quoted): (String, String, String) = (row.get(0), row.get(1), row.get(2));
-        // Both come from the catalog, quoted.
-        transaction
-            .batch_execute(&format!("DROP TRIGGER {quoted} ON {relation}"))
-            .await
-            .map_err(|error| failure("take the reference architecture's triggers off", &error))?;
-        report.removed.push(format!("trigger {name} on {relation}"));
-        function = Some(row.get::<_, String>(3));
-    }
-    let Some(function) = function else { return Ok(()) };
+    let Some(last) = triggers.last() else { return Ok(Found::default()) };
+    let function = Some(last.get(2));
     let left = transaction
         .query(
-            "SELECT c.oid::regclass::text FROM pg_class c WHERE c.oid IN ( \
-               SELECT to_regclass(name) FROM unnest($1::text[]) AS name) AND c.relkind = 'r' ORDER BY 1",
-            &[&TABLES.as_slice()],
+            "SELECT c.oid::regclass::text FROM pg_class c WHERE c.relname = ANY ($1) AND c.relkind = 'r' \
+               AND c.relnamespace IN (SELECT relnamespace FROM pg_class WHERE oid = $2::text::regclass) ORDER BY 1",
+            &[&TABLES.as_slice(), &table.relation],
         )
         .await
         .map_err(fail)?;
-    let tables: Vec<String> = left.iter().map(|row| row.get(0)).collect();
-    let mut drop = format!("DROP FUNCTION {function};");
-    if !tables.is_empty() {
-        drop = format!("{drop} DROP TABLE {};", tables.join(", "));
-    }
-    report.notes.push(format!("left of the reference architecture, and not used any more: {drop}"));
-    let listening: i64 = transaction
+    let listening = transaction
         .query_one(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() \
              AND query ILIKE 'listen%' || $1 || '%'",
@@ -73,10 +69,44 @@ pub(super) async fn take_over(
         .await
         .map_err(fail)?
         .get(0);
-    if listening > 0 {
-        report.warnings.push(format!(
-            "{listening} session(s) still LISTEN to {CHANNEL}, which is silent from now on: stop the reference architecture's listener"
-        ));
+    Ok(Found {
+        triggers: triggers.iter().map(|row| Trigger { name: row.get(0), relation: row.get(1) }).collect(),
+        function,
+        tables: left.iter().map(|row| row.get(0)).collect(),
+        listening,
+    })
+}
+
+/// Takes its triggers off one table. The strongest lock that is needed is taken first: one that grows can meet
+/// another that grows.
+pub(super) async fn take_over(transaction: &Transaction<'_>, found: &Found, relation: &str) -> Result<()> {
+    let on_it = found.triggers.iter().filter(|trigger| trigger.relation == relation);
+    for Trigger { name, relation } in on_it {
+        // The relation comes from the catalog, quoted.
+        let sql = format!("DROP TRIGGER IF EXISTS {} ON {relation}", quote_ident(name));
+        transaction
+            .batch_execute(&sql)
+            .await
+            .map_err(|error| failure("take the reference architecture's triggers off", &error))?;
     }
     Ok(())
+}
+
+/// Tells what was taken off, or would be, and what is left.
+pub(super) fn report(found: &Found, report: &mut Report) {
+    let Some(function) = &found.function else { return };
+    for Trigger { name, relation } in &found.triggers {
+        report.removed.push(format!("trigger {name} on {relation}"));
+    }
+    let mut drop = format!("DROP FUNCTION {function};");
+    if !found.tables.is_empty() {
+        drop = format!("{drop} DROP TABLE {};", found.tables.join(", "));
+    }
+    report.notes.push(format!("left of the reference architecture, and not used any more: {drop}"));
+    if found.listening > 0 {
+        report.warnings.push(format!(
+            "{} session(s) still LISTEN to {CHANNEL}, which is silent from now on: stop the reference architecture's listener",
+            found.listening
+        ));
+    }
 }

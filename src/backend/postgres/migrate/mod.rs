@@ -1,6 +1,10 @@
 //! The schema: versioned, idempotent, one migration at a time whoever starts.
 
 mod adopt;
+mod arming;
+mod content;
+mod patience;
+mod queues;
 pub mod uninstall;
 
 use serde::Serialize;
@@ -9,10 +13,11 @@ use tokio_postgres::Transaction;
 use super::source::SourceTable;
 use super::target::{self, IndexShape};
 use super::{Postgres, capture, failure};
-use crate::backend::pgmq::Names;
 use crate::backend::pgvector;
 use crate::config;
 use crate::pipeline::failure::{Error, Result};
+use content::Known;
+use patience::Session;
 
 /// The migrations of schema `refarch`, in order. One that has been released is never edited.
 const MIGRATIONS: &[(i32, &str, &str)] = &[
@@ -20,11 +25,9 @@ const MIGRATIONS: &[(i32, &str, &str)] = &[
     (2, "attempts", include_str!("../schema/0002_attempts.sql")),
     (3, "shipments", include_str!("../schema/0003_shipments.sql")),
     (4, "made", include_str!("../schema/0004_made.sql")),
+    (5, "capture", include_str!("../schema/0005_capture.sql")),
     (8, "ownership", include_str!("../schema/0008_ownership.sql")),
 ];
-
-/// pgmq, as its authors publish it.
-const PGMQ: &str = include_str!("../schema/pgmq.sql");
 
 /// The reference architecture's table.
 const PRODUCTS: &str = include_str!("../schema/products.sql");
@@ -32,9 +35,18 @@ const PRODUCTS: &str = include_str!("../schema/products.sql");
 /// The table that [`PRODUCTS`] makes; any other table must be there.
 const PRODUCTS_TABLE: &str = "public.products_with_increment";
 
-/// How long a migration waits for the locks that it needs, and a plan, which makes others wait meanwhile.
-const PATIENCE_S: u32 = 60;
-const PLAN_PATIENCE_S: u32 = 3;
+/// What [`Options::roles`] can name. `edit` is the right to change the table's rows, for a `serve` that lets
+/// products be edited.
+pub const PARTS: [&str; 5] = ["listen", "embed", "serve", "verify", "edit"];
+
+/// What a migration may do besides bringing the database up to date.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Take an index away whose content is not what the settings ask for.
+    pub rebuild: bool,
+    /// Roles of the database that get the rights of a part, one of [`PARTS`].
+    pub roles: Vec<(String, String)>,
+}
 
 /// What a migration did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -62,70 +74,175 @@ pub async fn migrate(
     queue: &config::Queue,
     shape: &IndexShape,
 ) -> Result<Report> {
-    run(postgres, source, queue, shape, false).await
+    migrate_with(postgres, source, queue, shape, &Options::default()).await
 }
 
-/// What [`migrate`] would do. Does it, short of queueing rows, and takes it back.
+/// The same, with what it may do besides.
+///
+/// One short transaction does all but what needs a lock on the user's table: that is done table by table after it,
+/// and the rows that are there are queued at the end, in many short transactions. What was not done when it is cut
+/// off is done by the next migration.
+pub async fn migrate_with(
+    postgres: &Postgres,
+    source: &config::Source,
+    queue: &config::Queue,
+    shape: &IndexShape,
+    options: &Options,
+) -> Result<Report> {
+    postgres.check().await?;
+    let mut session = Session::open(postgres).await?;
+    let done = session
+        .attempt(None, false, async |transaction| prepare(transaction, source, queue, shape, options).await)
+        .await?;
+    let Prepared { table, mut report, stands, other, .. } = done;
+    arming::arm(&mut session, &table, stands, &mut report).await?;
+    if let Some(other) = &other {
+        arming::disarm(&mut session, &table, other, &mut report).await?;
+    }
+    session.close().await;
+    arming::backfill(postgres, &table, &mut report).await?;
+    Ok(report)
+}
+
+/// What [`migrate_with`] would do. Does the first part of it, and takes it back; the table is not locked.
 pub async fn plan(
     postgres: &Postgres,
     source: &config::Source,
     queue: &config::Queue,
     shape: &IndexShape,
+    options: &Options,
 ) -> Result<Report> {
-    run(postgres, source, queue, shape, true).await
-}
-
-/// A session of its own, in which one transaction does all: with it go the lock and, when it fails or is
-/// only a plan, everything that was done.
-async fn run(
-    postgres: &Postgres,
-    source: &config::Source,
-    queue: &config::Queue,
-    shape: &IndexShape,
-    is_plan: bool,
-) -> Result<Report> {
-    let fail = |error: tokio_postgres::Error| failure("wait for other migrations", &error);
     postgres.check().await?;
-    let (mut client, connection) =
-        postgres.dedicated().await.map_err(|error| failure("connect to the database", &error))?;
-    let connection = tokio::spawn(connection);
-    let transaction = client.transaction().await.map_err(fail)?;
-    let patience_s = if is_plan { PLAN_PATIENCE_S } else { PATIENCE_S };
-    // Of the transaction, not the session: a pooler may give the session to others.
-    transaction
-        .batch_execute(&format!(
-            "SET LOCAL lock_timeout = '{patience_s}s'; SELECT pg_advisory_xact_lock(hashtext('refarch.migrate'))"
-        ))
-        .await
-        .map_err(fail)?;
-    let mut report = Report::default();
-    apply_migrations(&transaction, &mut report).await?;
-    create_products(&transaction, source, &mut report).await?;
-    if queue.kind == config::QueueKind::Pgmq {
-        create_queues(&transaction, queue, &mut report).await?;
-    }
-    if shape.kind == target::PGVECTOR {
-        create_extension(&transaction, &mut report).await?;
-    }
-    let table = SourceTable::find(&transaction, source).await?;
-    adopt::take_over(&transaction, &table, &mut report).await?;
-    arm(&transaction, source, &table, shape, is_plan, &mut report).await?;
-    let ended = if is_plan { transaction.rollback().await } else { transaction.commit().await };
-    ended.map_err(|error| failure("commit a migration", &error))?;
-    drop(client);
-    let _ = connection.await;
+    let mut session = Session::open(postgres).await?;
+    let report = session
+        .attempt(None, true, async |transaction| {
+            let Prepared { table, mut report, other, asked, .. } =
+                prepare(transaction, source, queue, shape, options).await?;
+            report.armed = capture::unarmed_in(transaction, &table).await?;
+            adopt::report(&adopt::find(transaction, &table).await?, &mut report);
+            if let Some((_, name)) = other {
+                report.removed.push(format!("capture triggers on {name}"));
+            }
+            if asked || !report.armed.is_empty() {
+                let sql = format!("SELECT count(*) FROM {}", table.relation);
+                let fail = |error: tokio_postgres::Error| failure("count the rows that are there", &error);
+                let rows: i64 = transaction.query_one(&sql, &[]).await.map_err(fail)?.get(0);
+                report.queued = rows.try_into().unwrap_or_default();
+            }
+            Ok(report)
+        })
+        .await?;
+    session.close().await;
     Ok(report)
 }
 
-/// Refuses another place for an index that stands otherwise, before one is made there.
-pub async fn check_place(postgres: &Postgres, source: &config::Source, shape: &IndexShape) -> Result<()> {
-    let place = &shape.place;
-    match target::recorded_place(postgres, &source.name).await? {
-        Some(recorded) if shape.kind != target::PGVECTOR && !recorded.is(place) && !place.is_known => {
-            Err(target::refused_place(&target::differs(&recorded, place)))
-        }
-        _ => Ok(()),
+/// What is done before the table is touched.
+struct Prepared {
+    table: SourceTable,
+    report: Report,
+    /// Whether the target was there.
+    stands: bool,
+    /// The table that was kept in step before, if it is another one.
+    other: Option<(u32, String)>,
+    /// Whether the rows that are there are asked for whatever is armed.
+    asked: bool,
+}
+
+async fn prepare(
+    transaction: &Transaction<'_>,
+    source: &config::Source,
+    queue: &config::Queue,
+    shape: &IndexShape,
+    options: &Options,
+) -> Result<Prepared> {
+    let fail = |error: tokio_postgres::Error| failure("prepare change capture", &error);
+    let mut report = Report::default();
+    apply_migrations(transaction, &mut report).await?;
+    create_products(transaction, source, &mut report).await?;
+    let left_behind = queues::switch(transaction, queue, &mut report).await?;
+    if queue.kind == config::QueueKind::Pgmq {
+        queues::create(transaction, queue, &mut report).await?;
     }
+    if shape.kind == target::PGVECTOR {
+        create_extension(transaction, &mut report).await?;
+    }
+    let table = target::find_table(transaction, source).await?;
+    let known = Known::read(transaction, source, &table).await?;
+    write_source(transaction, source, &table).await?;
+    let stands =
+        content::settle_target(transaction, &table, shape, known.as_ref(), options, &mut report).await?;
+    transaction
+        .execute(
+            "SELECT refarch.make_capture($1, $2::text::regclass, $3, $4), refarch.note_columns($1, $2::text::regclass, $3, $4)",
+            &[&table.name, &table.relation, &source.id, &table.watched],
+        )
+        .await
+        .map_err(fail)?;
+    let (other, changed) =
+        known.map_or((None, false), |known| (known.other, known.metadata_changed || known.columns_changed));
+    let asked = !stands || left_behind || changed || other.is_some();
+    if asked {
+        transaction
+            .execute("SELECT refarch.request_backfill($1, true, $2)", &[&table.name, &stands])
+            .await
+            .map_err(fail)?;
+    }
+    give_rights(transaction, options).await?;
+    report.warnings.extend(capture::warnings(transaction, &table).await?);
+    Ok(Prepared { table, report, stands, other, asked })
+}
+
+async fn write_source(
+    transaction: &Transaction<'_>,
+    source: &config::Source,
+    table: &SourceTable,
+) -> Result<()> {
+    transaction
+        .execute(
+            "INSERT INTO refarch.source AS s (name, relation, table_name, id_column, text_columns, metadata_columns, watched) \
+             VALUES ($1, $2::text::regclass, $2::text::regclass::text, $3, $4, $5, $6) \
+             ON CONFLICT (name) DO UPDATE SET relation = excluded.relation, table_name = excluded.table_name, \
+               id_column = excluded.id_column, text_columns = excluded.text_columns, \
+               metadata_columns = excluded.metadata_columns, watched = excluded.watched \
+             WHERE (s.relation, s.table_name, s.id_column, s.text_columns, s.metadata_columns, s.watched) IS DISTINCT FROM \
+               (excluded.relation, excluded.table_name, excluded.id_column, excluded.text_columns, excluded.metadata_columns, excluded.watched)",
+            &[&table.name, &table.relation, &source.id, &source.text, &source.metadata, &table.watched],
+        )
+        .await
+        .map(drop)
+        .map_err(|error| failure("write the source down", &error))
+}
+
+/// Gives roles of the database the rights that their parts need, and takes the right to call our functions from
+/// everybody else.
+async fn give_rights(transaction: &Transaction<'_>, options: &Options) -> Result<()> {
+    let fail = |error: tokio_postgres::Error| failure("give roles their rights", &error);
+    for (part, name) in &options.roles {
+        let there: bool = transaction
+            .query_one("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", &[name])
+            .await
+            .map_err(fail)?
+            .get(0);
+        if !there {
+            return Err(Error::fatal(
+                "give roles their rights",
+                format!("there is no role {name} in the database: CREATE ROLE {name} LOGIN"),
+            ));
+        }
+        transaction
+            .execute(
+                "INSERT INTO refarch.granted (part, name) VALUES ($1, $2) ON CONFLICT DO NOTHING",
+                &[part, name],
+            )
+            .await
+            .map_err(fail)?;
+    }
+    transaction.execute("SELECT refarch.give_rights()", &[]).await.map(drop).map_err(fail)
+}
+
+/// The version of the schema that this build works with.
+pub(super) fn newest_version() -> i32 {
+    MIGRATIONS.last().map_or(0, |(version, _, _)| *version)
 }
 
 async fn apply_migrations(transaction: &Transaction<'_>, report: &mut Report) -> Result<()> {
@@ -150,7 +267,7 @@ async fn apply_migrations(transaction: &Transaction<'_>, report: &mut Report) ->
         .await
         .map_err(fail)?
         .get(0);
-    let known = MIGRATIONS.last().map_or(0, |(version, _, _)| *version);
+    let known = newest_version();
     if newest > known {
         return Err(Error::fatal(
             "migrate the schema",
@@ -201,40 +318,6 @@ async fn create_products(
     Ok(())
 }
 
-async fn create_queues(
-    transaction: &Transaction<'_>,
-    queue: &config::Queue,
-    report: &mut Report,
-) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("install pgmq", &error);
-    let there: bool = transaction
-        .query_one("SELECT to_regprocedure('pgmq.send_batch(text, jsonb[], jsonb[])') IS NOT NULL", &[])
-        .await
-        .map_err(fail)?
-        .get(0);
-    if !there {
-        transaction.batch_execute(PGMQ).await.map_err(fail)?;
-        remember(transaction, uninstall::PGMQ, "pgmq").await?;
-        report.created.push("pgmq".into());
-    }
-    for name in Names::new(&queue.name).all() {
-        let there: bool = transaction
-            .query_one("SELECT EXISTS (SELECT FROM pgmq.meta WHERE queue_name = $1)", &[&name])
-            .await
-            .map_err(fail)?
-            .get(0);
-        if !there {
-            transaction
-                .execute("SELECT pgmq.create($1)", &[&name])
-                .await
-                .map_err(|error| failure("create a queue", &error))?;
-            remember(transaction, uninstall::QUEUE, name).await?;
-            report.created.push(name.into());
-        }
-    }
-    Ok(())
-}
-
 async fn create_extension(transaction: &Transaction<'_>, report: &mut Report) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("create the extension vector", &error);
     let version = "SELECT extversion FROM pg_extension WHERE extname = 'vector'";
@@ -261,96 +344,6 @@ async fn create_extension(transaction: &Transaction<'_>, report: &mut Report) ->
                 "version {version} has known corruption; {major}.{minor}.{patch} or later is needed: ALTER EXTENSION vector UPDATE"
             ),
         ));
-    }
-    Ok(())
-}
-
-async fn arm(
-    transaction: &Transaction<'_>,
-    source: &config::Source,
-    table: &SourceTable,
-    shape: &IndexShape,
-    is_plan: bool,
-    report: &mut Report,
-) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("arm change capture", &error);
-    let salt = table.salt(&shape.model);
-    let same_source: bool = transaction
-        .query_one(
-            "SELECT EXISTS (SELECT FROM refarch.source WHERE name = $1 AND relation = $2::text::regclass AND id_column = $3)",
-            &[&table.name, &table.relation, &source.id],
-        )
-        .await
-        .map_err(fail)?
-        .get(0);
-    transaction
-        .execute(
-            "INSERT INTO refarch.source AS s (name, relation, id_column, text_columns, metadata_columns) \
-             VALUES ($1, $2::text::regclass, $3, $4, $5) \
-             ON CONFLICT (name) DO UPDATE SET relation = excluded.relation, id_column = excluded.id_column, \
-               text_columns = excluded.text_columns, metadata_columns = excluded.metadata_columns \
-             WHERE (s.relation, s.id_column, s.text_columns, s.metadata_columns) IS DISTINCT FROM \
-               (excluded.relation, excluded.id_column, excluded.text_columns, excluded.metadata_columns)",
-            &[&table.name, &table.relation, &source.id, &source.text, &source.metadata],
-        )
-        .await
-        .map_err(fail)?;
-    let active = transaction
-        .query_opt(
-            "SELECT id, kind = $2 AND salt = $3 AND dimensions = $4 FROM refarch.target WHERE source = $1 AND state = 'active'",
-            &[&table.name, &shape.kind, &salt.as_str(), &(shape.dimensions as i32)],
-        )
-        .await
-        .map_err(fail)?;
-    let stands =
-        active.as_ref().filter(|row| same_source && row.get::<_, bool>(1)).map(|row| row.get::<_, i32>(0));
-    // Before anything is taken away. Other differences make the index anew in any case.
-    if let Some(target) = stands
-        && let Some(differs) = target::settle_place(transaction, target, shape).await?
-    {
-        return Err(target::refused_place(&differs));
-    }
-    if stands.is_none() {
-        if let Some(old) = active {
-            target::retire(transaction, old.get(0), report).await?;
-        }
-        target::create(transaction, table, shape, &salt, report).await?;
-    }
-
-    let armed = transaction
-        .query(
-            "SELECT a::text FROM refarch.arm($1, $2::text::regclass, $3, $4) AS a",
-            &[&table.name, &table.relation, &source.id, &table.watched],
-        )
-        .await
-        .map_err(fail)?;
-    report.armed = armed.iter().map(|row| row.get(0)).collect();
-    report.warnings.extend(capture::warnings(transaction, table).await?);
-
-    // Rows may have come, changed or gone unseen.
-    if is_plan && (stands.is_none() || !armed.is_empty()) {
-        let sql = format!("SELECT count(*) FROM {}", table.relation);
-        let rows: i64 = transaction.query_one(&sql, &[]).await.map_err(fail)?.get(0);
-        report.queued = rows.try_into().unwrap_or_default();
-    } else if stands.is_none() || !armed.is_empty() {
-        let queued: i64 = transaction
-            .query_one(
-                "SELECT refarch.backfill($1, $2::text::regclass, $3)",
-                &[&table.name, &table.relation, &source.id],
-            )
-            .await
-            .map_err(|error| failure("queue the rows that are there", &error))?
-            .get(0);
-        report.queued = queued.try_into().unwrap_or_default();
-        if stands.is_some() {
-            transaction
-                .execute(
-                    "INSERT INTO refarch.outbox (source, op, ids) VALUES ($1, 't', '{}')",
-                    &[&table.name],
-                )
-                .await
-                .map_err(|error| failure("queue the rows that may be gone", &error))?;
-        }
     }
     Ok(())
 }

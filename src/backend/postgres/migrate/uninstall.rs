@@ -3,6 +3,7 @@
 use serde::Serialize;
 use tokio_postgres::Transaction;
 
+use super::patience::Session;
 use crate::backend::pgmq::Names;
 use crate::backend::postgres::registry::WORKER_GONE_S;
 use crate::backend::postgres::source::quote_ident;
@@ -33,39 +34,85 @@ pub struct How {
     pub force: bool,
 }
 
-/// Takes our triggers, schema and queues away, and what was made for them. In one transaction.
+/// Takes our triggers, schema and queues away, and what was made for them. The triggers go first, table by table,
+/// so that no writer waits while another table is waited for; then all else, in one transaction.
 pub async fn uninstall(postgres: &Postgres, queue: &config::Queue, how: How) -> Result<Uninstalled> {
-    let fail = |error: tokio_postgres::Error| failure("uninstall", &error);
     postgres.check().await?;
-    let mut client = postgres.client().await?;
-    let transaction = client.transaction().await.map_err(fail)?;
-    transaction
-        .batch_execute(
-            "SET LOCAL lock_timeout = '60s'; SELECT pg_advisory_xact_lock(hashtext('refarch.migrate'))",
-        )
-        .await
-        .map_err(fail)?;
+    let mut session = Session::open(postgres).await?;
+    let found = session
+        .attempt(None, true, async |transaction| {
+            if !exists(transaction, "refarch").await? {
+                return Ok(None);
+            }
+            if !how.force {
+                refuse_while_running(transaction, "uninstall", "stop them first, or add --force").await?;
+            }
+            triggers(transaction).await.map(Some)
+        })
+        .await?;
+    let Some(found) = found else { return Ok(Uninstalled::default()) };
     let mut done = Uninstalled::default();
-    if !exists(&transaction, "refarch").await? {
-        return Ok(done);
+    for (name, relation) in &found {
+        if !how.is_plan {
+            let sql = format!("DROP TRIGGER IF EXISTS {} ON {relation}", quote_ident(name));
+            let fail = |error: tokio_postgres::Error| failure("take the capture triggers off", &error);
+            session
+                .attempt(Some(relation), false, async |transaction| {
+                    transaction.batch_execute(&sql).await.map_err(fail)
+                })
+                .await?;
+        }
+        done.removed.push(format!("trigger {name} on {relation}"));
     }
-    if !how.force {
-        refuse_while_running(&transaction).await?;
+    let rest = session
+        .attempt(None, how.is_plan, async |transaction| take_away(transaction, queue, how).await)
+        .await?;
+    session.close().await;
+    done.removed.extend(rest.removed);
+    done.notes.extend(rest.notes);
+    Ok(done)
+}
+
+/// All but the triggers. A plan leaves the schema alone: with it, the triggers would have to go.
+async fn take_away(transaction: &Transaction<'_>, queue: &config::Queue, how: How) -> Result<Uninstalled> {
+    let fail = |error: tokio_postgres::Error| failure("uninstall", &error);
+    let mut done = Uninstalled::default();
+    let made = made(transaction).await?;
+    let granted = granted(transaction).await?;
+    drop_queues(transaction, queue, made.as_deref(), &mut done).await?;
+    save_extension(transaction).await?;
+    if !how.is_plan {
+        transaction.batch_execute("DROP SCHEMA refarch CASCADE").await.map_err(fail)?;
     }
-    let made = made(&transaction).await?;
-    drop_triggers(&transaction, &mut done).await?;
-    drop_queues(&transaction, queue, made.as_deref(), &mut done).await?;
-    save_extension(&transaction).await?;
-    transaction.batch_execute("DROP SCHEMA refarch CASCADE").await.map_err(fail)?;
     done.removed.push("schema refarch".into());
-    drop_extension(&transaction, made.as_deref(), &mut done).await?;
+    drop_extension(transaction, made.as_deref(), how.is_plan, &mut done).await?;
     done.notes.push("the table and its rows stay as they are".into());
+    if !granted.is_empty() {
+        done.notes.push(format!(
+            "{} keep their rights on the table: REVOKE what they need no more",
+            granted.join(", ")
+        ));
+    }
     if queue.kind == config::QueueKind::Sqs {
         done.notes.push("messages in SQS stay: purge the queues if nobody else uses them".into());
     }
-    let ended = if how.is_plan { transaction.rollback().await } else { transaction.commit().await };
-    ended.map_err(fail)?;
     Ok(done)
+}
+
+/// Roles of the database that were given rights.
+async fn granted(transaction: &Transaction<'_>) -> Result<Vec<String>> {
+    let fail = |error: tokio_postgres::Error| failure("look for the rights that were given", &error);
+    let there: bool = transaction
+        .query_one("SELECT to_regclass('refarch.granted') IS NOT NULL", &[])
+        .await
+        .map_err(fail)?
+        .get(0);
+    if !there {
+        return Ok(Vec::new());
+    }
+    let rows =
+        transaction.query("SELECT DISTINCT name FROM refarch.granted ORDER BY 1", &[]).await.map_err(fail)?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 async fn exists(transaction: &Transaction<'_>, schema: &str) -> Result<bool> {
@@ -76,7 +123,12 @@ async fn exists(transaction: &Transaction<'_>, schema: &str) -> Result<bool> {
         .map_err(|error| failure("look for a schema", &error))
 }
 
-async fn refuse_while_running(transaction: &Transaction<'_>) -> Result<()> {
+/// Refuses what takes something away from under roles that run.
+pub(super) async fn refuse_while_running(
+    transaction: &Transaction<'_>,
+    what: &'static str,
+    cure: &str,
+) -> Result<()> {
     let there = transaction
         .query(
             "SELECT format('%s on %s (%s)', role, host, pid) FROM refarch.worker \
@@ -89,10 +141,7 @@ async fn refuse_while_running(transaction: &Transaction<'_>) -> Result<()> {
         return Ok(());
     }
     let roles: Vec<String> = there.iter().map(|row| row.get(0)).collect();
-    Err(Error::fatal(
-        "uninstall",
-        format!("these roles are running: {}; stop them first, or add --force", roles.join(", ")),
-    ))
+    Err(Error::fatal(what, format!("these roles are running: {}; {cure}", roles.join(", "))))
 }
 
 /// Kinds and names of what we made; none where that was not remembered yet.
@@ -110,9 +159,8 @@ async fn made(transaction: &Transaction<'_>) -> Result<Option<Vec<(String, Strin
     Ok(Some(rows.iter().map(|row| (row.get(0), row.get(1))).collect()))
 }
 
-/// Triggers that call our functions, on whatever table they came to be.
-async fn drop_triggers(transaction: &Transaction<'_>, done: &mut Uninstalled) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("take the capture triggers off", &error);
+/// Triggers that call our functions, on whatever table they came to be: names and tables.
+async fn triggers(transaction: &Transaction<'_>) -> Result<Vec<(String, String)>> {
     let triggers = transaction
         .query(
             "SELECT t.tgname::text, t.tgrelid::regclass::text FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid \
@@ -120,15 +168,8 @@ async fn drop_triggers(transaction: &Transaction<'_>, done: &mut Uninstalled) ->
             &[],
         )
         .await
-        .map_err(fail)?;
-    for row in triggers {
-        let (name, relation): (String, String) = (row.get(0), row.get(1));
-        // The relation comes from the catalog, quoted.
-        let sql = format!("DROP TRIGGER {} ON {relation}", quote_ident(&name));
-        transaction.batch_execute(&sql).await.map_err(fail)?;
-        done.removed.push(format!("trigger {name} on {relation}"));
-    }
-    Ok(())
+        .map_err(|error| failure("look for the capture triggers", &error))?;
+    Ok(triggers.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
 fn is_made(made: Option<&[(String, String)]>, what: &str, name: &str) -> bool {
@@ -196,6 +237,7 @@ async fn save_extension(transaction: &Transaction<'_>) -> Result<()> {
 async fn drop_extension(
     transaction: &Transaction<'_>,
     made: Option<&[(String, String)]>,
+    is_plan: bool,
     done: &mut Uninstalled,
 ) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("drop the extension vector", &error);
@@ -205,7 +247,8 @@ async fn drop_extension(
     let used: bool = transaction
         .query_one(
             "SELECT EXISTS (SELECT FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_class c ON c.oid = a.attrelid \
-               WHERE t.typname IN ('vector', 'halfvec', 'sparsevec') AND c.relkind IN ('r', 'p', 'm', 'f') AND NOT a.attisdropped)",
+               WHERE t.typname IN ('vector', 'halfvec', 'sparsevec') AND c.relkind IN ('r', 'p', 'm', 'f') AND NOT a.attisdropped \
+               AND c.relnamespace IS DISTINCT FROM to_regnamespace('refarch'))",
             &[],
         )
         .await
@@ -215,7 +258,9 @@ async fn drop_extension(
         done.notes.push("the extension vector stays: other tables use it".into());
         return Ok(());
     }
-    transaction.batch_execute("DROP EXTENSION vector").await.map_err(fail)?;
+    if !is_plan {
+        transaction.batch_execute("DROP EXTENSION vector").await.map_err(fail)?;
+    }
     done.removed.push("extension vector".into());
     Ok(())
 }

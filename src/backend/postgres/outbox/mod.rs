@@ -8,7 +8,7 @@ mod shipping;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::sync::Mutex;
@@ -33,6 +33,14 @@ const LARGE_TRANSACTION: i64 = 100;
 
 /// Ids of a truncated table that are read from the ledger and sent at a time.
 const TRUNCATE_PAGE: i64 = 5_000;
+
+/// Pages of 500 rows of a table that is read anew, in one transaction, and the rows of the outbox at which it waits
+/// for them to go.
+const BACKFILL_PAGES: i32 = 20;
+const BACKFILL_BOUND: i64 = 400;
+
+/// How long a table that can't be read anew now is left alone.
+const BACKFILL_PAUSE: Duration = Duration::from_secs(1);
 
 /// Claims small rows of transactions not known to be large, then rows of large statements and
 /// transactions, and deletes them. `xid_changes` is counted up to a bound: it is only compared.
@@ -91,6 +99,8 @@ pub struct PgOutbox {
     known_large: Mutex<Vec<u64>>,
     /// Whether writers were told that nobody sleeps.
     awake: AtomicBool,
+    /// Until when a table that could not be read anew is left alone.
+    held_until: Mutex<Option<Instant>>,
 }
 
 impl PgOutbox {
@@ -119,7 +129,36 @@ impl PgOutbox {
             known_large: Mutex::default(),
             // Whoever ran before may have died awake.
             awake: AtomicBool::new(true),
+            held_until: Mutex::default(),
         }
+    }
+
+    /// Queues some rows of the table, if it is to be read anew and few changes wait.
+    async fn backfill(&self) -> Result<()> {
+        let fail = |error: tokio_postgres::Error| failure("read the table anew", &error);
+        let mut held_until = self.held_until.lock().await;
+        if held_until.is_some_and(|until| Instant::now() < until) {
+            return Ok(());
+        }
+        let client = self.postgres.client().await?;
+        let due: bool = client
+            .query_one(
+                "SELECT (EXISTS (SELECT FROM refarch.backfill WHERE source = $1) OR EXISTS (SELECT FROM refarch.mark WHERE source = $1)) \
+                   AND (SELECT count(*) FROM (SELECT FROM refarch.outbox WHERE source = $1 LIMIT $2) o) < $2",
+                &[&self.source, &BACKFILL_BOUND],
+            )
+            .await
+            .map_err(fail)?
+            .get(0);
+        if due {
+            let queued: i64 = client
+                .query_one("SELECT refarch.backfill_step($1, $2)", &[&self.source, &BACKFILL_PAGES])
+                .await
+                .map_err(fail)?
+                .get(0);
+            *held_until = (queued == 0).then(|| Instant::now() + BACKFILL_PAUSE);
+        }
+        Ok(())
     }
 
     async fn tell_writers(&self, asleep: bool) -> Result<()> {
@@ -136,13 +175,15 @@ impl PgOutbox {
     }
 }
 
-/// Changes in the outbox or on their way to the queue; a truncation counts as one.
+/// Changes in the outbox or on their way to the queue; a truncation counts as one, and so does a table that is to be
+/// read anew.
 pub async fn pending(postgres: &Postgres, source: &str) -> Result<u64> {
     let client = postgres.client().await?;
     let row = client
         .query_one(
             "SELECT (SELECT coalesce(sum(greatest(cardinality(ids), 1)), 0) FROM refarch.outbox WHERE source = $1)::bigint \
-               + (SELECT coalesce(sum(changes), 0) FROM refarch.shipment WHERE source = $1)::bigint",
+               + (SELECT coalesce(sum(changes), 0) FROM refarch.shipment WHERE source = $1)::bigint \
+               + (EXISTS (SELECT FROM refarch.backfill WHERE source = $1) OR EXISTS (SELECT FROM refarch.mark WHERE source = $1))::int",
             &[&source],
         )
         .await
@@ -180,6 +221,7 @@ impl Outbox for PgOutbox {
     async fn transfer(&self, request: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
         self.waiter.lock().await.arm();
         let mut done = Transferred::default();
+        self.backfill().await?;
         if let Delivery::Shipped(shipping) = &self.delivery {
             shipping.make_room().await?;
             shipping.take_left(&mut done).await?;

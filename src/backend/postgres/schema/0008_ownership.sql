@@ -36,23 +36,16 @@ BEGIN
     RETURN coalesce(system, '') || '/' || coalesce(timeline, '');
 END $$;
 
--- Puts every row of the source, and every id that the ledger knows, into the outbox. Entries stay as they are, so
+-- Asks for every row of the source, and every id that the ledger knows: the relay puts them into the outbox. Entries stay as they are, so
 -- that what agrees costs a look and no write. What was proved was proved of another state: a round begins at once,
 -- which also finds records in the index that this database never knew.
 CREATE FUNCTION refarch.queue_all(wanted integer) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    src refarch.source;
+    named text;
 BEGIN
-    SELECT s.* INTO STRICT src FROM refarch.source s JOIN refarch.target t ON t.source = s.name WHERE t.id = wanted;
-    INSERT INTO refarch.outbox (source, op, ids) VALUES (src.name, 't', '{}');
-    IF pg_catalog.to_regclass('refarch.backfill') IS NOT NULL THEN
-        EXECUTE 'INSERT INTO refarch.backfill (source) VALUES ($1) ON CONFLICT (source) DO UPDATE SET '
-                'requested_at = pg_catalog.clock_timestamp(), begun = false, cursor = NULL, queued = 0'
-            USING src.name;
-    ELSE
-        EXECUTE 'SELECT refarch.backfill($1, $2, $3)' USING src.name, src.relation, src.id_column;
-    END IF;
+    SELECT t.source INTO STRICT named FROM refarch.target t WHERE t.id = wanted;
+    PERFORM refarch.request_backfill(named, false, true);
     IF pg_catalog.to_regclass('refarch.proof_round') IS NOT NULL THEN
         EXECUTE 'UPDATE refarch.proof SET round = NULL WHERE target = $1' USING wanted;
         EXECUTE 'DELETE FROM refarch.proof_round WHERE target = $1' USING wanted;
@@ -63,7 +56,7 @@ END $$;
 -- keep_hashes an entry keeps the content hash that it had: a record that carries the same hash carries its vector,
 -- which is then sent again without being made again.
 CREATE FUNCTION refarch.distrust(wanted integer, keep_hashes boolean) RETURNS bigint
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     entries bigint;
 BEGIN

@@ -1,0 +1,125 @@
+//! Triggers put on and taken off, a table a transaction, and the rows queued that were there before.
+
+use std::time::{Duration, Instant};
+
+use super::patience::Session;
+use super::{Report, adopt};
+use crate::backend::postgres::source::SourceTable;
+use crate::backend::postgres::{Postgres, capture, failure};
+use crate::pipeline::failure::Result;
+
+/// Pages of 500 rows that one transaction queues: some 50 ms.
+const PAGES: i32 = 20;
+
+/// How long rows that can't be queued yet are waited for. The relay queues them later.
+const HELD_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often it is told how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(5);
+
+/// Arms what is not armed. One table a transaction: none is locked while another is waited for. `expand`: the index
+/// may hold rows that went unseen.
+pub(super) async fn arm(
+    session: &mut Session,
+    table: &SourceTable,
+    expand: bool,
+    report: &mut Report,
+) -> Result<()> {
+    let fail = |error: tokio_postgres::Error| failure("arm change capture", &error);
+    let (unarmed, taken_over) = session
+        .attempt(None, true, async |transaction| {
+            let found = adopt::find(transaction, table).await?;
+            Ok((capture::unarmed_in(transaction, table).await?, found))
+        })
+        .await?;
+    let mut tables = unarmed;
+    tables.extend(taken_over.triggers.iter().map(|trigger| trigger.relation.clone()));
+    tables.sort();
+    tables.dedup();
+    for leaf in tables {
+        let made = session
+            .attempt(Some(&leaf), false, async |transaction| {
+                adopt::take_over(transaction, &taken_over, &leaf).await?;
+                let made: bool = transaction
+                    .query_one("SELECT refarch.put_triggers($1, $2::text::regclass)", &[&table.name, &leaf])
+                    .await
+                    .map_err(fail)?
+                    .get(0);
+                if made {
+                    transaction
+                        .execute("SELECT refarch.request_backfill($1, true, $2)", &[&table.name, &expand])
+                        .await
+                        .map_err(fail)?;
+                }
+                Ok(made)
+            })
+            .await?;
+        if made {
+            report.armed.push(leaf);
+        }
+    }
+    adopt::report(&taken_over, report);
+    Ok(())
+}
+
+/// Takes the triggers off a table that is not kept in step any more.
+pub(super) async fn disarm(
+    session: &mut Session,
+    table: &SourceTable,
+    other: &(u32, String),
+    report: &mut Report,
+) -> Result<()> {
+    let fail = |error: tokio_postgres::Error| failure("take the capture triggers off", &error);
+    let removed = session
+        .attempt(Some(&other.1), false, async |transaction| {
+            let rows = transaction
+                .query(
+                    "SELECT DISTINCT d::text FROM refarch.disarm($1, $2::oid::regclass, $3::text::regclass) d ORDER BY 1",
+                    &[&table.name, &other.0, &table.relation],
+                )
+                .await
+                .map_err(fail)?;
+            Ok(rows.iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>())
+        })
+        .await?;
+    report.removed.extend(removed.into_iter().map(|name| format!("capture triggers on {name}")));
+    Ok(())
+}
+
+/// Queues the rows that a request asks for, in short transactions, until there is no request.
+pub(super) async fn backfill(postgres: &Postgres, table: &SourceTable, report: &mut Report) -> Result<()> {
+    let fail = |error: tokio_postgres::Error| failure("queue the rows that are there", &error);
+    let mut moved = Instant::now();
+    let mut told = Instant::now();
+    loop {
+        let client = postgres.client().await?;
+        let step: i64 = client
+            .query_one("SELECT refarch.backfill_step($1, $2)", &[&table.name, &PAGES])
+            .await
+            .map_err(fail)?
+            .get(0);
+        report.queued += u64::try_from(step).unwrap_or_default();
+        let left = client
+            .query_opt("SELECT held FROM refarch.backfill WHERE source = $1", &[&table.name])
+            .await
+            .map_err(fail)?;
+        drop(client);
+        let Some(left) = left else { return Ok(()) };
+        if step > 0 {
+            moved = Instant::now();
+        } else if moved.elapsed() > HELD_PATIENCE {
+            let why =
+                left.get::<_, Option<String>>(0).unwrap_or_else(|| "another process queues them".into());
+            report.warnings.push(format!(
+                "rows that were there are not all queued yet: {why}; refarch listen queues them as soon as it can"
+            ));
+            return Ok(());
+        } else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        if told.elapsed() > TELL_EVERY {
+            told = Instant::now();
+            tracing::info!(rows = report.queued, "queueing the rows that were there");
+        }
+    }
+}

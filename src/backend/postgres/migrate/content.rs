@@ -1,0 +1,147 @@
+//! Whether the settings ask for the content that the index has, or for another.
+
+use tokio_postgres::Transaction;
+
+use super::uninstall::refuse_while_running;
+use super::{Options, Report};
+use crate::backend::postgres::failure;
+use crate::backend::postgres::source::SourceTable;
+use crate::backend::postgres::target::{self, IndexShape};
+use crate::config;
+use crate::pipeline::failure::{Error, Result};
+
+/// The source as it was written down, beside the one that is wanted.
+pub(super) struct Known {
+    /// The table that was kept in step, by number and name, if it is another one.
+    pub(super) other: Option<(u32, String)>,
+    /// Whether the metadata columns are others than before; their order does not matter.
+    pub(super) metadata_changed: bool,
+    /// Whether columns have another number or type than when they were noted: their values may have changed unseen.
+    pub(super) columns_changed: bool,
+    /// What of the content differs, with old and new value.
+    differences: Vec<String>,
+}
+
+impl Known {
+    /// Reads what is written down of a source; none when it is new.
+    pub(super) async fn read(
+        transaction: &Transaction<'_>,
+        source: &config::Source,
+        table: &SourceTable,
+    ) -> Result<Option<Self>> {
+        // A column that was only renamed holds what it held: it is known by its number.
+        let row = transaction
+            .query_opt(
+                "SELECT s.relation::oid, coalesce(s.table_name, s.relation::text), s.relation = $2::text::regclass, \
+                   coalesce(to_regclass(s.table_name) = $2::text::regclass, false), $2::text::regclass::text, s.id_column, s.text_columns, s.metadata_columns, \
+                   (SELECT array_agg(c.number ORDER BY k.place) FROM unnest(s.id_column || s.text_columns) WITH ORDINALITY AS k(name, place) \
+                    LEFT JOIN refarch.source_column c ON c.source = s.name AND c.name = k.name), \
+                   (SELECT array_agg(a.attnum ORDER BY k.place) FROM unnest($3::text || $4::text[]) WITH ORDINALITY AS k(name, place) \
+                    LEFT JOIN pg_attribute a ON a.attrelid = $2::text::regclass AND a.attname = k.name AND NOT a.attisdropped), \
+                   EXISTS (SELECT FROM refarch.column_faults($1, $2::text::regclass)) \
+                 FROM refarch.source s WHERE s.name = $1",
+                &[&table.name, &table.relation, &source.id, &source.text],
+            )
+            .await
+            .map_err(|error| failure("read the source", &error))?;
+        let Some(row) = row else { return Ok(None) };
+        let (oid, name, same): (u32, String, bool) = (row.get(0), row.get(1), row.get(2));
+        let (same_name, wanted): (bool, String) = (row.get(3), row.get(4));
+        let (id, text, metadata): (String, Vec<String>, Vec<String>) = (row.get(5), row.get(6), row.get(7));
+        let was: Vec<Option<i16>> = row.get::<_, Option<Vec<_>>>(8).unwrap_or_default();
+        let is: Vec<Option<i16>> = row.get::<_, Option<Vec<_>>>(9).unwrap_or_default();
+        let mut differences = Vec::new();
+        let mut differ = |what: &str, was: &str, is: &str| {
+            differences.push(format!("{what} was {was} and is {is}"));
+        };
+        // Another table under the same name, as after a rebuild beside the old one, holds the same rows.
+        if !same && !same_name {
+            differ("source.table", &name, &wanted);
+        }
+        let renamed = |was: Option<&Option<i16>>, is: Option<&Option<i16>>| {
+            same && matches!((was, is), (Some(Some(was)), Some(Some(is))) if was == is)
+        };
+        if id != source.id && !renamed(was.first(), is.first()) {
+            differ("source.id", &id, &source.id);
+        }
+        let all_renamed =
+            text.len() == source.text.len() && (1..=text.len()).all(|at| renamed(was.get(at), is.get(at)));
+        if text != source.text && !all_renamed {
+            differ("source.text", &text.join(", "), &source.text.join(", "));
+        }
+        let set = |names: &[String]| names.iter().cloned().collect::<std::collections::BTreeSet<_>>();
+        Ok(Some(Self {
+            other: (!same).then_some((oid, name)),
+            metadata_changed: set(&metadata) != set(&source.metadata),
+            columns_changed: row.get(10),
+            differences,
+        }))
+    }
+}
+
+/// Sees to it that there is an active target for these settings; returns whether it was there. One with other
+/// content is retired, if nothing is lost by it or that is wanted.
+pub(super) async fn settle_target(
+    transaction: &Transaction<'_>,
+    table: &SourceTable,
+    shape: &IndexShape,
+    known: Option<&Known>,
+    options: &Options,
+    report: &mut Report,
+) -> Result<bool> {
+    let fail = |error: tokio_postgres::Error| failure("look for the index", &error);
+    let active = transaction
+        .query_opt(
+            "SELECT id, kind, model, dimensions FROM refarch.target WHERE source = $1 AND state = 'active'",
+            &[&table.name],
+        )
+        .await
+        .map_err(fail)?;
+    if let Some(active) = active {
+        let id: i32 = active.get(0);
+        let mut differences = known.map(|known| known.differences.clone()).unwrap_or_default();
+        let (kind, model): (&str, &str) = (active.get(1), active.get(2));
+        let (was, is) = (active.get::<_, i32>(3).to_string(), shape.dimensions.to_string());
+        for (what, was, is) in [
+            ("index.kind", kind, shape.kind.as_str()),
+            ("the model", model, shape.model.as_str()),
+            ("the length of a vector", &was, &is),
+        ] {
+            if was != is {
+                differences.push(format!("{what} was {was} and is {is}"));
+            }
+        }
+        // Of another kind it is elsewhere anyway.
+        let moved =
+            if kind == shape.kind { target::settle_place(transaction, id, shape).await? } else { None };
+        if let Some(was) = &moved {
+            differences.push(format!("the index was {was} and is {}", shape.place));
+        }
+        if differences.is_empty() {
+            return Ok(true);
+        }
+        let rows: i64 = transaction
+            .query_one("SELECT count(*) FROM refarch.ledger WHERE target = $1 AND NOT deleted", &[&id])
+            .await
+            .map_err(fail)?
+            .get(0);
+        let differences = differences.join("; ");
+        if rows > 0 && !options.rebuild {
+            return Err(Error::fatal(
+                "migrate",
+                format!(
+                    "the settings ask for another index than the one that is there: {differences}. \
+                     That index, with {rows} rows, would be taken away, and a search would find nothing until every row is \
+                     embedded anew. Put the settings back, or run refarch migrate --rebuild"
+                ),
+            ));
+        }
+        refuse_while_running(transaction, "migrate", "stop them first").await?;
+        target::retire(transaction, id, &differences, report).await?;
+        if let Some(was) = moved {
+            report.notes.push(format!("records stay in {was}: delete them there"));
+        }
+    }
+    target::create(transaction, table, shape, &table.salt(&shape.model), report).await?;
+    Ok(false)
+}

@@ -1,0 +1,106 @@
+//! Transactions that are tried again when a lock is not to be had, so that nobody waits long behind them.
+
+use std::time::{Duration, Instant};
+
+use tokio_postgres::{Client, Transaction};
+
+use crate::backend::postgres::{connection, failure};
+use crate::pipeline::failure::{Class, Error, Result};
+
+/// How long a migration tries to get the locks that it needs.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// Pauses between two tries, in which those who waited behind the first one go on.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// A session in which short transactions are tried until they have their locks.
+pub(super) struct Session {
+    client: Client,
+    connection: tokio::task::JoinHandle<Result<(), tokio_postgres::Error>>,
+}
+
+impl Session {
+    pub(super) async fn open(postgres: &crate::backend::postgres::Postgres) -> Result<Self> {
+        let (client, connection) =
+            postgres.dedicated().await.map_err(|error| failure("connect to the database", &error))?;
+        Ok(Self { client, connection: tokio::spawn(connection) })
+    }
+
+    pub(super) async fn close(self) {
+        drop(self.client);
+        let _ = self.connection.await;
+    }
+
+    /// Does the work in one transaction, one migration at a time whoever starts, and again from the start when
+    /// the database gives up on a lock. `table` is the one whose users are told of.
+    pub(super) async fn attempt<T>(
+        &mut self,
+        table: Option<&str>,
+        is_plan: bool,
+        work: impl AsyncFn(&Transaction<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let started = Instant::now();
+        let mut pause = FIRST_PAUSE;
+        let mut told = false;
+        loop {
+            let error = match self.once(is_plan, &work).await {
+                Ok(done) => return Ok(done),
+                Err(error) => error,
+            };
+            let again = error.class == Class::Retryable && !self.client.is_closed();
+            if !again || started.elapsed() > PATIENCE {
+                return Err(match table {
+                    Some(table) if again => {
+                        Error::retryable("migrate", format!("{error}; {}", self.users(table).await))
+                    }
+                    _ => error,
+                });
+            }
+            if !told {
+                told = true;
+                let users = match table {
+                    Some(table) => self.users(table).await,
+                    None => String::new(),
+                };
+                tracing::warn!(%error, users, "waiting for a lock, a second at a time");
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    async fn once<T>(
+        &mut self,
+        is_plan: bool,
+        work: &impl AsyncFn(&Transaction<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let fail = |error: tokio_postgres::Error| failure("wait for other migrations", &error);
+        let transaction = connection::begin(&mut self.client).await.map_err(fail)?;
+        // Of the transaction, not the session: a pooler may give the session to others.
+        transaction
+            .batch_execute("SELECT pg_advisory_xact_lock(hashtext('refarch.migrate'))")
+            .await
+            .map_err(fail)?;
+        let done = work(&transaction).await?;
+        let ended = if is_plan { transaction.rollback().await } else { transaction.commit().await };
+        ended.map_err(|error| failure("commit a migration", &error))?;
+        Ok(done)
+    }
+
+    /// Who holds locks on a table: process numbers and the start of their statements.
+    async fn users(&self, table: &str) -> String {
+        let rows = self
+            .client
+            .query(
+                "SELECT DISTINCT format('%s (%s)', a.pid, left(a.query, 60)) FROM pg_catalog.pg_locks l \
+                 JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
+                 WHERE l.relation = pg_catalog.to_regclass($1) AND l.granted AND l.pid <> pg_catalog.pg_backend_pid() LIMIT 5",
+                &[&table],
+            )
+            .await
+            .unwrap_or_default();
+        let users: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+        format!("{table} is in use by {}", users.join(", "))
+    }
+}

@@ -1,0 +1,130 @@
+//! The queues: made where they are pgmq's, and not left behind with something in them.
+
+use tokio_postgres::Transaction;
+
+use super::{Report, remember, uninstall};
+use crate::backend::pgmq::Names;
+use crate::backend::postgres::failure;
+use crate::backend::postgres::source::quote_ident;
+use crate::config;
+use crate::pipeline::failure::{Error, Result};
+
+/// pgmq, as its authors publish it.
+const PGMQ: &str = include_str!("../schema/pgmq.sql");
+
+/// Makes pgmq's queues, if changes are to travel on them.
+pub(super) async fn create(
+    transaction: &Transaction<'_>,
+    queue: &config::Queue,
+    report: &mut Report,
+) -> Result<()> {
+    let fail = |error: tokio_postgres::Error| failure("install pgmq", &error);
+    let there: bool = transaction
+        .query_one("SELECT to_regprocedure('pgmq.send_batch(text, jsonb[], jsonb[])') IS NOT NULL", &[])
+        .await
+        .map_err(fail)?
+        .get(0);
+    if !there {
+        transaction.batch_execute(PGMQ).await.map_err(fail)?;
+        remember(transaction, uninstall::PGMQ, "pgmq").await?;
+        report.created.push("pgmq".into());
+    }
+    for name in Names::new(&queue.name).all() {
+        let there: bool = transaction
+            .query_one("SELECT EXISTS (SELECT FROM pgmq.meta WHERE queue_name = $1)", &[&name])
+            .await
+            .map_err(fail)?
+            .get(0);
+        if !there {
+            transaction
+                .execute("SELECT pgmq.create($1)", &[&name])
+                .await
+                .map_err(|error| failure("create a queue", &error))?;
+            remember(transaction, uninstall::QUEUE, name).await?;
+            report.created.push(name.into());
+        }
+    }
+    Ok(())
+}
+
+/// Notes which queue is used, and refuses another one while the old one holds something. What is in a queue outside
+/// of the database can't be seen from here; returns whether the table must be read anew because of that.
+pub(super) async fn switch(
+    transaction: &Transaction<'_>,
+    queue: &config::Queue,
+    report: &mut Report,
+) -> Result<bool> {
+    let fail = |error: tokio_postgres::Error| failure("look at the queue that was used", &error);
+    let (kind, name) = match queue.kind {
+        config::QueueKind::Pgmq => ("pgmq", queue.name.as_str()),
+        config::QueueKind::Sqs => ("sqs", queue.url.as_str()),
+    };
+    let before = transaction
+        .query_opt("SELECT kind, name FROM refarch.queue", &[])
+        .await
+        .map_err(fail)?
+        .map(|row| (row.get::<_, String>(0), row.get::<_, String>(1)));
+    if before.as_ref().is_some_and(|(was, named)| was == kind && named == name) {
+        return Ok(false);
+    }
+    refuse_while_it_holds(transaction, queue).await?;
+    let is_outside = before.as_ref().is_some_and(|(was, _)| was == "sqs");
+    if let Some((was, named)) = &before {
+        uninstall::refuse_while_running(transaction, "use another queue", "stop them first").await?;
+        if is_outside {
+            transaction.execute("DELETE FROM refarch.shipment", &[]).await.map_err(fail)?;
+            report.warnings.push(format!(
+                "changes travelled on {was} {named} before: what is left there is not read any more, so every row is queued again"
+            ));
+        }
+    }
+    transaction
+        .execute(
+            "INSERT INTO refarch.queue (kind, name) VALUES ($1, $2) \
+             ON CONFLICT (single) DO UPDATE SET kind = excluded.kind, name = excluded.name, noted_at = now()",
+            &[&kind, &name],
+        )
+        .await
+        .map_err(fail)?;
+    Ok(is_outside)
+}
+
+/// Queues of pgmq that we made, and that the settings name no more, must be empty.
+async fn refuse_while_it_holds(transaction: &Transaction<'_>, queue: &config::Queue) -> Result<()> {
+    let fail = |error: tokio_postgres::Error| failure("look into the queue that was used", &error);
+    let there: bool =
+        transaction.query_one("SELECT to_regclass('pgmq.meta') IS NOT NULL", &[]).await.map_err(fail)?.get(0);
+    if !there {
+        return Ok(());
+    }
+    let names = Names::new(&queue.name);
+    let used: Vec<&str> = match queue.kind {
+        config::QueueKind::Pgmq => names.all().into(),
+        config::QueueKind::Sqs => Vec::new(),
+    };
+    let left = transaction
+        .query(
+            "SELECT m.name, c.relname::text FROM refarch.made m JOIN pgmq.meta q ON q.queue_name = m.name \
+             JOIN pg_class c ON c.relname = 'q_' || lower(m.name) AND c.relnamespace = 'pgmq'::regnamespace \
+             WHERE m.what = $1 AND m.name <> ALL ($2) ORDER BY 1",
+            &[&uninstall::QUEUE, &used],
+        )
+        .await
+        .map_err(fail)?;
+    for row in left {
+        let (name, relation): (String, String) = (row.get(0), row.get(1));
+        let sql = format!("SELECT count(*) FROM pgmq.{}", quote_ident(&relation));
+        let messages: i64 = transaction.query_one(&sql, &[]).await.map_err(fail)?.get(0);
+        if messages > 0 {
+            return Err(Error::fatal(
+                "use another queue",
+                format!(
+                    "{messages} message(s) are left in the queue {name}: put queue.kind and queue.name back and let \
+                     refarch embed --until-idle work them off (refarch redrive brings dead letters back), or throw them \
+                     away with SELECT pgmq.purge_queue('{name}')"
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
