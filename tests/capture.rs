@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use common::Database;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::migrate::{self, Report};
-use refarch::backend::postgres::target::IndexShape;
+use refarch::backend::postgres::target::{IndexShape, Place};
 use refarch::config::Settings;
 use refarch::pipeline::failure::Error;
 use refarch::secret::Secret;
@@ -71,7 +71,8 @@ impl Captured {
 
 async fn migrate_with(database: &Database, settings: &Settings) -> Result<Report, Error> {
     let postgres = Postgres::new(&Secret::new(database.url()), &settings.database)?;
-    let shape = IndexShape { kind: "pgvector".into(), model: "test".into(), dimensions: 3 };
+    let shape =
+        IndexShape { kind: "pgvector".into(), model: "test".into(), dimensions: 3, place: Place::default() };
     migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await
 }
 

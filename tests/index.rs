@@ -1,6 +1,10 @@
 //! The vector index's contract, which every backend must keep, and how Pinecone's failures are classed.
 
 mod common;
+#[path = "index/fenced.rs"]
+mod fenced;
+#[path = "contract/fenced.rs"]
+mod fenced_contract;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -14,7 +18,7 @@ use refarch::backend::pgvector::{self, PgVector};
 use refarch::backend::pinecone::{self, Pinecone};
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::migrate;
-use refarch::backend::postgres::target::{self, IndexShape};
+use refarch::backend::postgres::target::{self, IndexShape, Place};
 use refarch::config::Settings;
 use refarch::pipeline::catalog::{Hash, SourceRow};
 use refarch::pipeline::failure::{Class, Error};
@@ -40,7 +44,8 @@ async fn on_pgvector() -> Bench {
     let database = Database::create().await;
     let settings = Settings::load(None, &BTreeMap::new(), &[]).unwrap();
     let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-    let shape = IndexShape { kind: "pgvector".into(), model: "test".into(), dimensions: 3 };
+    let shape =
+        IndexShape { kind: "pgvector".into(), model: "test".into(), dimensions: 3, place: Place::default() };
     migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
     let target = target::find(&postgres, &settings.source, &shape).await.unwrap();
     let options = pgvector::Options { graph_min_rows: 1_000, graph_max_backlog: 1_000, ef_search: 100 };
@@ -64,6 +69,7 @@ fn options(url: &str) -> pinecone::Options {
         timeout: PATIENCE,
         dimensions: 3,
         text: vec!["description".into()],
+        metadata: Vec::new(),
     }
 }
 

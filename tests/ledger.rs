@@ -20,7 +20,7 @@ use refarch::backend::postgres::ledger::PgLedger;
 use refarch::backend::postgres::migrate;
 use refarch::backend::postgres::outbox::PgOutbox;
 use refarch::backend::postgres::session;
-use refarch::backend::postgres::target::{self, IndexShape};
+use refarch::backend::postgres::target::{self, IndexShape, Place};
 use refarch::config::Settings;
 use refarch::pipeline::clock::{BootClock, Clock};
 use refarch::pipeline::failure::Class;
@@ -85,7 +85,8 @@ impl Real {
         let env = env.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
         let settings = Settings::load(None, &env, &[]).unwrap();
         let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-        let shape = IndexShape { kind: "test".into(), model: "test".into(), dimensions: 3 };
+        let shape =
+            IndexShape { kind: "test".into(), model: "test".into(), dimensions: 3, place: Place::default() };
         migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
         let target = target::find(&postgres, &settings.source, &shape).await.unwrap();
         let passed: Arc<Passed> = Arc::default();

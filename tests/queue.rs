@@ -18,7 +18,7 @@ use contract::{Bench, VISIBILITY, job, receive_one};
 use refarch::backend::pgmq::Pgmq;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::migrate;
-use refarch::backend::postgres::target::IndexShape;
+use refarch::backend::postgres::target::{IndexShape, Place};
 use refarch::backend::sqs::{self, Sqs};
 use refarch::config::Settings;
 use refarch::pipeline::change::{Job, Lane};
@@ -32,7 +32,8 @@ async fn database() -> (Database, Postgres) {
     let database = Database::create().await;
     let settings = Settings::load(None, &std::collections::BTreeMap::new(), &[]).unwrap();
     let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-    let shape = IndexShape { kind: "pgvector".into(), model: "test".into(), dimensions: 3 };
+    let shape =
+        IndexShape { kind: "pgvector".into(), model: "test".into(), dimensions: 3, place: Place::default() };
     migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
     (database, postgres)
 }

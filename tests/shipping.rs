@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::migrate;
 use refarch::backend::postgres::outbox::{PgOutbox, pending};
-use refarch::backend::postgres::target::IndexShape;
+use refarch::backend::postgres::target::{IndexShape, Place};
 use refarch::config::{QueueKind, Settings};
 use refarch::pipeline::change::{Job, Lane};
 use refarch::pipeline::clock::BootClock;
@@ -121,7 +121,12 @@ impl Bench {
         let mut settings = Settings::load(None, &std::collections::BTreeMap::new(), &[]).unwrap();
         settings.queue.kind = QueueKind::Sqs;
         let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-        let shape = IndexShape { kind: "pinecone".into(), model: "test".into(), dimensions: 3 };
+        let shape = IndexShape {
+            kind: "pinecone".into(),
+            model: "test".into(),
+            dimensions: 3,
+            place: Place::default(),
+        };
         let report = migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
         assert!(!report.created.iter().any(|name| name.contains("pgmq")), "{report:?}");
         Self { postgres, sink: Arc::default(), database }

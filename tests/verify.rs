@@ -206,7 +206,7 @@ impl Shop {
             }
             Index::Pinecone(double) => {
                 rewrite(double, id, id, |record| {
-                    record.metadata["content_hash"] = json!("a7".repeat(32));
+                    record.metadata["_refarch_content_hash"] = json!("a7".repeat(32));
                 })
                 .await;
             }
@@ -320,7 +320,10 @@ async fn whatever_differs_is_told_apart_and_repaired(shop: Shop) {
     .into();
     if let Index::Pinecone(double) = &shop.index {
         // pgvector keeps no metadata: it is in the table beside it.
-        rewrite(double, "5", "5", |record| record.metadata["metadata_hash"] = json!("00".repeat(32))).await;
+        rewrite(double, "5", "5", |record| {
+            record.metadata["_refarch_metadata_hash"] = json!("00".repeat(32))
+        })
+        .await;
         stale += 1;
         examples.insert(("5", "stale"));
     }
@@ -484,9 +487,10 @@ async fn an_index_of_a_later_state_is_foreign_until_every_row_is_written_anew() 
 
     let logged = shop.role(&["embed", "--until-idle", "--workers", "1"]).await;
     assert!(logged.contains("WARN") && logged.contains("every row is written anew"), "{logged}");
-    let queued = "SELECT coalesce(sum(cardinality(ids)), 0) FROM refarch.outbox WHERE op = 'u'";
-    let queued: i64 = shop.client.query_one(queued, &[]).await.unwrap().get(0);
-    assert_eq!(queued, ROWS as i64);
+    let asked =
+        "SELECT (SELECT count(*) FROM refarch.backfill), (SELECT count(*) FROM refarch.ledger WHERE dirty)";
+    let asked = shop.client.query_one(asked, &[]).await.unwrap();
+    assert_eq!((asked.get::<_, i64>(0), asked.get::<_, i64>(1)), (1, ROWS as i64));
     shop.apply().await;
     // Nobody here ever knew the record 55.
     let repaired = shop.verify(&["--repair"]).await;
@@ -534,6 +538,8 @@ async fn what_cannot_be_reached_cannot_be_told() {
     let shop = on_pinecone().await;
     shop.role(&["migrate"]).await;
     let nowhere = format!("127.0.0.1:{}", common::free_port());
+    // An index at another place than it was made at is refused before it is asked anything.
+    shop.sql("UPDATE refarch.target SET host = NULL").await;
     for (setting, value, says) in [
         ("DATABASE_URL", format!("postgres://me:hunter2@{nowhere}/shop"), nowhere.clone()),
         ("REFARCH_INDEX_HOST", format!("http://{nowhere}"), "Connection refused".to_owned()),

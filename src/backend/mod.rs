@@ -28,10 +28,11 @@ use pgvector::PgVector;
 use pinecone::Pinecone;
 use postgres::Postgres;
 use postgres::ledger::PgLedger;
+use postgres::lineage;
 use postgres::migrate::uninstall::{self, How, Uninstalled};
 use postgres::migrate::{self, Report};
 use postgres::outbox::PgOutbox;
-use postgres::target::{self, IndexShape, Target};
+use postgres::target::{self, IndexShape, Place, Target};
 use sqs::Sqs;
 
 /// The database in use, and the private cluster when it is ours.
@@ -119,7 +120,55 @@ pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
             (server.name().to_owned(), server.dimensions())
         }
     };
-    Ok(IndexShape { kind: kind.into(), model, dimensions })
+    Ok(IndexShape { kind: kind.into(), model, dimensions, place: Place::default() })
+}
+
+/// Where the settings have the index; `host` is where it was found by its name, if it is there.
+fn place(settings: &Settings, host: Option<String>) -> Place {
+    let index = &settings.index;
+    if index.kind != IndexKind::Pinecone {
+        return Place::default();
+    }
+    let (name, host) = match index.host.trim() {
+        "" => (index.name.clone(), host.unwrap_or_default()),
+        given => (String::new(), given.to_owned()),
+    };
+    let namespace = pinecone::place::spelled(&index.namespace).to_owned();
+    Place { name, host: pinecone::place::host(&host), namespace, is_known: false }
+}
+
+/// The place in the settings, and whether the index there is the one that was written to, by its note, if its
+/// address is another.
+async fn compared_place(postgres: &Postgres, settings: &Settings, shape: &IndexShape) -> Result<Place> {
+    let host = match named_index(settings, shape.dimensions) {
+        Some(options) if pinecone::control::exists(&options).await? => {
+            Some(pinecone::control::host(&options).await?)
+        }
+        _ => None,
+    };
+    let mut place = place(settings, host.clone());
+    let source = &settings.source.name;
+    if let Some(recorded) = target::recorded_place(postgres, source).await?
+        && !recorded.is(&place)
+        && !place.host.is_empty()
+    {
+        let host = host.unwrap_or_else(|| settings.index.host.trim().to_owned());
+        let index = pinecone_at(settings, host, shape.dimensions)?;
+        place.is_known = lineage::is_known(postgres, source, &index).await?;
+    }
+    Ok(place)
+}
+
+fn pinecone_at(settings: &Settings, host: String, dimensions: usize) -> Result<Pinecone> {
+    Pinecone::new(pinecone::Options {
+        host,
+        api_key: settings.index.api_key.clone(),
+        namespace: settings.index.namespace.clone(),
+        timeout: Duration::from_millis(settings.index.timeout_ms),
+        dimensions,
+        text: settings.source.text.clone(),
+        metadata: settings.source.metadata.clone(),
+    })
 }
 
 /// A loaded model, from which embedders with threads of their own are started.
@@ -170,13 +219,16 @@ pub async fn migrate_with(
     settings: &Settings,
     options: &migrate::Options,
 ) -> Result<Report> {
-    let shape = index_shape(settings).await?;
+    let mut shape = index_shape(settings).await?;
+    shape.place = compared_place(postgres, settings, &shape).await?;
     // The index first: one of the wrong shape must not cost the rows that are indexed so far. And before it, what
     // is refused.
     let made = match named_index(settings, shape.dimensions) {
         Some(named) => {
             migrate::plan(postgres, &settings.source, &settings.queue, &shape, options).await?;
-            pinecone::control::ensure(&named).await?
+            let made = pinecone::control::ensure(&named).await?;
+            shape.place.host = pinecone::place::host(&pinecone::control::host(&named).await?);
+            made
         }
         None => false,
     };
@@ -190,7 +242,8 @@ pub async fn plan_migration(
     settings: &Settings,
     options: &migrate::Options,
 ) -> Result<Report> {
-    let shape = index_shape(settings).await?;
+    let mut shape = index_shape(settings).await?;
+    shape.place = compared_place(postgres, settings, &shape).await?;
     let missing = match named_index(settings, shape.dimensions) {
         Some(options) => !pinecone::control::exists(&options).await?,
         None => false,
@@ -300,7 +353,13 @@ impl Backends {
         settings: &Settings,
         queue: Arc<dyn JobQueue>,
     ) -> Result<Self> {
-        let target = target::find(postgres, &settings.source, &index_shape(settings).await?).await?;
+        let mut shape = index_shape(settings).await?;
+        let host = match named_index(settings, shape.dimensions) {
+            Some(options) => pinecone::control::host(&options).await?,
+            None => settings.index.host.trim().to_owned(),
+        };
+        shape.place = place(settings, Some(host.clone()));
+        let target = target::find(postgres, &settings.source, &shape).await?;
         let table = Arc::new(target.table.clone());
         let index: Arc<dyn VectorIndex> = match settings.index.kind {
             IndexKind::Pgvector => Arc::new(PgVector::new(
@@ -314,20 +373,7 @@ impl Backends {
                     ef_search: settings.index.ef_search,
                 },
             )),
-            IndexKind::Pinecone => {
-                let host = match settings.index.host.trim() {
-                    "" => pinecone::control::host(&control_options(settings, target.dimensions)).await?,
-                    named => named.to_owned(),
-                };
-                Arc::new(Pinecone::new(pinecone::Options {
-                    host,
-                    api_key: settings.index.api_key.clone(),
-                    namespace: settings.index.namespace.clone(),
-                    timeout: Duration::from_millis(settings.index.timeout_ms),
-                    dimensions: target.dimensions,
-                    text: settings.source.text.clone(),
-                })?)
-            }
+            IndexKind::Pinecone => Arc::new(pinecone_at(settings, host, target.dimensions)?),
         };
         let ledger = Arc::new(PgLedger::new(postgres.clone(), table, target.id, target.salt.clone()));
         Ok(Self {

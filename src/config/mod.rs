@@ -87,6 +87,12 @@ pub enum QueueKind {
     Sqs,
 }
 
+/// What keys of ours in a record's metadata begin with, so that no column's key meets them.
+pub const OWN_KEYS: &str = "_refarch_";
+
+/// The namespace of an index in which the notes stand that tell whose the others are.
+pub const NOTES_NAMESPACE: &str = "refarch-notes";
+
 /// `[index]`
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

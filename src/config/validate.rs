@@ -149,6 +149,17 @@ impl Settings {
                 &self.index.freshness_ms,
                 "use at least 10",
             )?;
+            check(
+                self.index.namespace != super::NOTES_NAMESPACE,
+                "index.namespace",
+                &self.index.namespace,
+                "use another: the notes that tell whose an index is stand there",
+            )?;
+            let taken = |column: &&String| column.starts_with(super::OWN_KEYS) || column.starts_with('$');
+            if let Some(column) = self.source.metadata.iter().find(taken) {
+                let rule = "name other columns: keys that begin with _refarch_ are ours in Pinecone's metadata, and those with $ Pinecone's";
+                check(false, "source.metadata", column, rule)?;
+            }
             check(is_url(&self.index.controller), "index.controller", &self.index.controller, "use a URL")?;
         }
         if matches!(self.embedder.kind, EmbedderKind::Openai | EmbedderKind::Tei) {

@@ -37,6 +37,17 @@ pub enum Desired {
     Absent,
 }
 
+impl Desired {
+    /// The row that it follows from, unless the row is gone.
+    #[must_use]
+    pub fn row(&self) -> Option<&SourceRow> {
+        match self {
+            Self::Present { row, .. } | Self::Textless { row } => Some(row),
+            Self::Absent => None,
+        }
+    }
+}
+
 /// One id's write, with what it rests on.
 #[derive(Clone, Debug)]
 pub struct Planned {
@@ -81,8 +92,9 @@ pub struct Applied {
 /// An index that shares a database with source and ledger, and so can write only if nothing changed.
 #[async_trait]
 pub trait FencedWrite: Send + Sync {
-    /// In one transaction: lock the ids' ledger entries in id order, read their rows again, and
-    /// where epoch and row are as planned write index and ledger. Ids must be distinct.
+    /// In one transaction: lock the ids' ledger entries in id order, making those that are not there, read
+    /// their rows again, and where [`Entry::settle_fenced`](super::ledger::Entry::settle_fenced) settles
+    /// the entry write it and the index. Ids must be distinct.
     async fn apply(&self, planned: &[Planned]) -> Result<Applied>;
 }
 

@@ -9,7 +9,9 @@
 //!
 //! - `open` is the number of attempts that name the id;
 //! - `open == 0 && !dirty`: the index equals the hashes;
-//! - `open == 0 && dirty`: an outbox row, an unacknowledged job or a dead letter for the id exists.
+//! - `open == 0 && dirty`: an outbox row, an unacknowledged job or a dead letter for the id exists;
+//! - a dirty entry has a content hash only after the database went back: the index may be ahead of it, but a
+//!   record in it that carries this hash carries its vector.
 
 use std::time::Duration;
 
@@ -18,6 +20,7 @@ use jiff::Timestamp;
 
 use super::catalog::{Hash, SourceRow};
 use super::failure::Result;
+use super::index::Planned;
 
 /// What the ledger says of an id.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -168,6 +171,23 @@ impl Entry {
             // still holds a message with the id is no comfort, for a copy may have been acknowledged.
             Outcome::Unwritten => self.sweep(),
         }
+    }
+
+    /// Settles the entry for a fenced write, if that still rests on what is there: the entry, which the
+    /// write's transaction has locked, and the row, which it has read after that. Returns whether it does; if
+    /// not, the entry is as it was, and nothing may be written.
+    pub fn settle_fenced(&mut self, plan: &Planned, row: Option<&SourceRow>) -> bool {
+        if !plan.stands(Some(self.epoch), row) {
+            return false;
+        }
+        let row = plan.desired.row();
+        self.epoch += 1;
+        self.dirty = false;
+        self.content_hash = row.map(|row| row.content_hash);
+        self.metadata_hash = row.map(|row| row.metadata_hash);
+        self.deleted = row.is_none();
+        self.parked = false;
+        true
     }
 
     /// Takes an attempt off the entry of which nothing is known, overlapped or swept.

@@ -88,11 +88,15 @@ pub async fn work(
             super::prove::keep(backends, settings, &worker.id, &over).await;
         }
     };
-    let marks = lineage::keep(&backends.postgres, backends.target.id, &*backends.index, &over);
+    let marks = async {
+        let kept = lineage::keep(&backends.postgres, backends.target.id, &*backends.index, &over).await;
+        stop.cancel();
+        kept
+    };
     // On the heap: the roles' futures lie within each other.
     let both = Box::pin(async {
-        let (done, alive, (), ()) = tokio::join!(work, session, marks, Box::pin(proof));
-        Ok(done.and(alive)?)
+        let (done, alive, ours, ()) = tokio::join!(work, session, marks, Box::pin(proof));
+        Ok(done.and(alive).and(ours)?)
     });
     let result = super::while_beating(&worker, both).await;
     abort.cancel();

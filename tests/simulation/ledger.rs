@@ -49,15 +49,15 @@ impl Bench for View {
 }
 
 /// A world in which nothing goes wrong.
-fn quiet() -> View {
+pub fn quiet(kind: IndexKind) -> View {
     let clock = Arc::new(SimClock::new(0));
-    let mut world = World::new(SmallRng::seed_from_u64(0), clock, IndexKind::Plain, None);
+    let mut world = World::new(SmallRng::seed_from_u64(0), clock, kind, None);
     world.faults = false;
     View { world: Arc::new(Mutex::new(world)), worker: "w".into() }
 }
 
 /// Polls until it is done: nothing here waits for anything but its turn.
-fn block_on(future: impl Future<Output = ()>) {
+pub fn block_on(future: impl Future<Output = ()>) {
     let mut future = std::pin::pin!(future);
     while future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {}
 }
@@ -66,7 +66,7 @@ macro_rules! on_the_simulations_ledger {
     ($($clause:ident),* $(,)?) => {$(
         #[test]
         fn $clause() {
-            let view = quiet();
+            let view = quiet(IndexKind::Plain);
             block_on(contract::$clause(&view, &view));
         }
     )*};

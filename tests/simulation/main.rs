@@ -11,6 +11,9 @@
 #[path = "../contract/ledger.rs"]
 mod contract;
 mod executor;
+mod fenced;
+#[path = "../contract/fenced.rs"]
+mod fenced_contract;
 mod ledger;
 mod split;
 mod world;

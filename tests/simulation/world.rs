@@ -937,14 +937,10 @@ impl FencedWrite for View {
                         continue;
                     }
                     let row = world.source_row(&plan.id);
-                    let entry = world.ledger.entry(plan.id.clone()).or_default();
-                    let stands = plan.stands(Some(entry.0.epoch), row.as_ref());
-                    if !stands {
+                    if !world.settle(plan, row.as_ref()) {
                         applied.conflicted.push(plan.id.clone());
                         world.count("fenced write conflicted");
-                        continue;
                     }
-                    world.settle(plan);
                 }
                 applied
             };
@@ -953,41 +949,34 @@ impl FencedWrite for View {
 }
 
 impl World {
-    fn settle(&mut self, plan: &Planned) {
-        let row = match &plan.desired {
-            Desired::Present { row, embedding } => {
-                if let Some(embedding) = embedding {
-                    let record =
-                        Record { embedding: embedding.clone(), row: row.clone(), version: plan.version };
-                    self.apply(Late::Upsert(record));
-                } else if let Some(content) = self.index.get_mut(&plan.id) {
+    /// Writes index and ledger if the write still rests on what is there.
+    fn settle(&mut self, plan: &Planned, row: Option<&SourceRow>) -> bool {
+        let (entry, tries) = self.ledger.entry(plan.id.clone()).or_default();
+        if !entry.settle_fenced(plan, row) {
+            return false;
+        }
+        *tries = 0;
+        match &plan.desired {
+            Desired::Present { row, embedding: Some(embedding) } => {
+                let record = Record { embedding: embedding.clone(), row: row.clone(), version: plan.version };
+                self.apply(Late::Upsert(record));
+            }
+            Desired::Present { row, embedding: None } => {
+                if let Some(content) = self.index.get_mut(&plan.id) {
                     content.metadata = row.metadata_hash;
                 }
-                Some(row)
             }
-            Desired::Textless { row } => {
-                self.index.remove(&plan.id);
-                Some(row)
-            }
-            Desired::Absent => {
-                self.index.remove(&plan.id);
-                None
-            }
-        };
-        let (entry, tries) = self.ledger.entry(plan.id.clone()).or_default();
-        *tries = 0;
-        entry.epoch += 1;
-        entry.dirty = false;
-        entry.content_hash = row.map(|row| row.content_hash);
-        entry.metadata_hash = row.map(|row| row.metadata_hash);
-        entry.deleted = row.is_none();
+            Desired::Textless { .. } | Desired::Absent => drop(self.index.remove(&plan.id)),
+        }
+        true
     }
 
     /// What a peer does: the newer version wins, and a delete leaves nothing to compare with.
     fn apply_by_version(&mut self, plan: &Planned) {
         let newer = self.index.get(&plan.id).is_none_or(|held| held.version <= plan.version);
         if newer || !matches!(plan.desired, Desired::Present { .. }) {
-            self.settle(plan);
+            let epoch = Some(self.entry(&plan.id).epoch);
+            self.settle(&Planned { epoch, ..plan.clone() }, plan.desired.row());
         }
     }
 }

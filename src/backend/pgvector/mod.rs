@@ -204,6 +204,7 @@ impl VectorIndex for PgVector {
     }
 
     fn notes(&self) -> Option<&dyn Notes> {
+        // The vectors are restored with rows and ledger, and can't be ahead of them; see `lineage` for what can.
         None
     }
 

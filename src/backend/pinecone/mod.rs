@@ -6,7 +6,10 @@
 mod answer;
 pub mod control;
 mod http;
+mod keys;
+mod note;
 mod pace;
+pub mod place;
 mod wire;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,8 +17,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use reqwest::{Method, StatusCode};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
+use crate::config::NOTES_NAMESPACE;
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::index::{
@@ -24,10 +28,8 @@ use crate::pipeline::index::{
 use crate::secret::Secret;
 use answer::with_query;
 use http::Http;
-use wire::{
-    CONTENT_HASH, Fetched, Listed, METADATA_HASH, Matches, Sent, Stats, Upsert, Vector, fetched_at_once,
-    sent, unhex, weight,
-};
+use keys::OldKeys;
+use wire::{Fetched, Listed, Matches, Sent, Stats, Upsert, Vector, fetched_at_once, sent, weight};
 
 /// Records in an upsert at most, by Pinecone's limits.
 const MAX_RECORDS: usize = 1_000;
@@ -40,10 +42,6 @@ const MAX_DELETES: usize = 1_000;
 
 /// Ids on a page of a listing at most, by Pinecone's limits.
 const MAX_LISTED: usize = 100;
-
-/// Namespace and id of the note: beside the records, never among them.
-const NOTES: &str = "refarch-notes";
-const NOTE_ID: &str = "note";
 
 /// An id that no row has: a row's id never holds a control character here.
 const PROBE_ID: &str = "refarch\u{1}probe";
@@ -67,6 +65,8 @@ pub struct Options {
     pub dimensions: usize,
     /// Columns that were embedded: the first to be cut where metadata is too long.
     pub text: Vec<String>,
+    /// Columns that travel beside the vector.
+    pub metadata: Vec<String>,
 }
 
 /// Records of one namespace of an index.
@@ -75,6 +75,7 @@ pub struct Pinecone {
     namespace: String,
     dimensions: usize,
     text: Vec<String>,
+    old_keys: OldKeys,
     /// Whether the index was seen to hold vectors of this length.
     checked: AtomicBool,
     /// Places in the log of the namespace: of the newest write, and what queries have seen; 0 if the
@@ -96,6 +97,7 @@ impl Pinecone {
             namespace: options.namespace,
             dimensions: options.dimensions,
             text: options.text,
+            old_keys: OldKeys::beside(&options.metadata),
             checked: AtomicBool::new(false),
             written: AtomicU64::new(0),
             seen: AtomicU64::new(0),
@@ -217,9 +219,12 @@ impl VectorIndex for Pinecone {
 
     async fn count(&self) -> Result<u64> {
         let stats = self.stats().await?;
-        let default = if self.namespace.is_empty() { "__default__" } else { &self.namespace };
         let of = |name: &str| stats.namespaces.get(name).map(|namespace| namespace.vector_count);
-        Ok(of(&self.namespace).or_else(|| of(default)).unwrap_or_default())
+        Ok(match place::spelled(&self.namespace) {
+            "" => of("").or_else(|| of(place::DEFAULT)),
+            named => of(named),
+        }
+        .unwrap_or_default())
     }
 
     async fn list(&self, cursor: Option<&str>, limit: usize) -> Result<Listing> {
@@ -241,9 +246,10 @@ impl VectorIndex for Pinecone {
             let (ids, rest) = left.split_at(fetched_at_once(left));
             left = rest;
             for vector in self.fetch_from(&self.namespace, ids).await? {
+                let (content_hash, metadata_hash) = self.old_keys.hashes(&vector.metadata);
                 stored.push(Stored {
-                    content_hash: unhex(vector.metadata.get(CONTENT_HASH)),
-                    metadata_hash: unhex(vector.metadata.get(METADATA_HASH)),
+                    content_hash,
+                    metadata_hash,
                     embedding: Embedding::from(vector.values),
                     id: vector.id,
                 });
@@ -264,7 +270,7 @@ impl VectorIndex for Pinecone {
         // Among the records a delete of what can't be there, and an upsert beside them.
         self.delete(&[PROBE_ID.to_owned()]).await?;
         let vector = Sent { id: PROBE_ID, values: &self.first_axis(), metadata: Map::new() };
-        self.upsert_into(NOTES, &[vector]).await.map(drop)
+        self.upsert_into(NOTES_NAMESPACE, &[vector]).await.map(drop)
     }
 
     fn visibility(&self) -> Option<&dyn Visibility> {
@@ -273,22 +279,6 @@ impl VectorIndex for Pinecone {
 
     fn notes(&self) -> Option<&dyn Notes> {
         Some(self)
-    }
-}
-
-#[async_trait]
-impl Notes for Pinecone {
-    async fn note(&self) -> Result<Option<String>> {
-        let found = self.fetch_from(NOTES, &[NOTE_ID.to_owned()]).await?;
-        let text = found.first().and_then(|vector| vector.metadata.get("text"));
-        Ok(text.and_then(Value::as_str).map(str::to_owned))
-    }
-
-    async fn set_note(&self, note: &str) -> Result<()> {
-        // The first that is ever written, when a worker starts.
-        self.check().await?;
-        let metadata = [("text".to_owned(), note.into())].into_iter().collect();
-        self.upsert_into(NOTES, &[Sent { id: NOTE_ID, values: &self.first_axis(), metadata }]).await.map(drop)
     }
 }
 

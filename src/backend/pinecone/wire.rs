@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::pipeline::catalog::Hash;
+use super::keys;
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::index::Record;
 
@@ -16,11 +16,6 @@ const MAX_ID: usize = 512;
 /// Ids in one fetch, and bytes that they may take there: they travel in the URL.
 const FETCH_IDS: usize = 50;
 const FETCH_BYTES: usize = 8_000;
-
-/// Keys of our own beside the row's columns.
-pub(super) const CONTENT_HASH: &str = "content_hash";
-pub(super) const METADATA_HASH: &str = "metadata_hash";
-pub(super) const VERSION: &str = "version";
 
 /// A record as it is sent. Not by way of a [`Value`], whose floats are wider: each would take twice
 /// the digits.
@@ -106,22 +101,6 @@ pub(super) fn fetched_at_once(ids: &[String]) -> usize {
     ids.iter().take(FETCH_IDS).take_while(fits).count().max(1)
 }
 
-pub(super) fn hex(hash: &Hash) -> String {
-    use std::fmt::Write as _;
-    hash.0.iter().fold(String::with_capacity(64), |mut text, byte| {
-        // Writing to a string can't fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-pub(super) fn unhex(value: Option<&Value>) -> Option<Hash> {
-    let text = value?.as_str().filter(|text| text.len() == 64 && text.is_ascii())?;
-    let bytes: Option<Vec<u8>> =
-        (0..32).map(|at| u8::from_str_radix(&text[2 * at..2 * at + 2], 16).ok()).collect();
-    Hash::from_bytes(&bytes?)
-}
-
 /// A record as it travels. What Pinecone would refuse for good is refused here, by the id's name.
 /// Metadata that can't be read is refused: a number may be too large for JSON's reader here, and a record
 /// without its metadata would pass for complete. Metadata that is too long is cut, the columns that were
@@ -139,9 +118,7 @@ pub(super) fn sent<'a>(record: &'a Record, text: &[String]) -> Result<Sent<'a>> 
     }
     let mut metadata: Map<String, Value> = serde_json::from_str(&record.row.metadata)
         .map_err(|error| wrong(format!("metadata of {id:?}: {error}")))?;
-    metadata.insert(CONTENT_HASH.into(), hex(&record.row.content_hash).into());
-    metadata.insert(METADATA_HASH.into(), hex(&record.row.metadata_hash).into());
-    metadata.insert(VERSION.into(), record.version.into());
+    keys::add(&mut metadata, record);
     if let Some(over) = shorten(&mut metadata, text) {
         let message = format!(
             "metadata of {id:?} is {over} bytes beyond Pinecone's {MAX_METADATA} with every text cut: name fewer columns in source.metadata"
@@ -158,16 +135,15 @@ fn shorten(metadata: &mut Map<String, Value>, text: &[String]) -> Option<usize> 
     if over == 0 {
         return None;
     }
-    let ours = [CONTENT_HASH, METADATA_HASH, VERSION];
-    let mut keys: Vec<(bool, usize, String)> = metadata
+    let mut texts: Vec<(bool, usize, String)> = metadata
         .iter()
-        .filter(|(key, _)| !ours.contains(&key.as_str()))
+        .filter(|(key, _)| !keys::is_ours(key))
         .filter_map(|(key, value)| {
             Some((!text.contains(key), usize::MAX - value.as_str()?.len(), key.clone()))
         })
         .collect();
-    keys.sort();
-    for (_, _, key) in keys {
+    texts.sort();
+    for (_, _, key) in texts {
         if let Some(Value::String(value)) = metadata.get_mut(&key) {
             cut(value, over);
         }
@@ -226,15 +202,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-
-    #[test]
-    fn hashes_survive_their_journey() {
-        let hash = Hash([0xa7; 32]);
-        assert_eq!(unhex(Some(&hex(&hash).into())), Some(hash));
-        for wrong in ["", "a7", &"zz".repeat(32), &"é".repeat(32)] {
-            assert_eq!(unhex(Some(&wrong.into())), None);
-        }
-    }
 
     #[test]
     fn long_metadata_is_cut_the_text_first() {

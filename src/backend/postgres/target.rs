@@ -22,6 +22,98 @@ pub struct IndexShape {
     pub model: String,
     /// Length of a vector.
     pub dimensions: usize,
+    /// Where its records are.
+    pub place: Place,
+}
+
+/// Where the records of an index outside of the database are; empty for one inside.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// The index's name, unless it is given by its host.
+    pub name: String,
+    /// The index's host; empty for one that is not there yet.
+    pub host: String,
+    /// The namespace; empty for the default one.
+    pub namespace: String,
+    /// Whether the index there is known to be the one that was written to, whatever its address.
+    pub is_known: bool,
+}
+
+impl Place {
+    /// Whether both are one index and namespace, by name or by host.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        let same = |a: &str, b: &str| !a.is_empty() && a == b;
+        self.namespace == other.namespace && (same(&self.name, &other.name) || same(&self.host, &other.host))
+    }
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.namespace.as_str() {
+            "" => write!(f, "the default namespace")?,
+            named => write!(f, "namespace {named:?}")?,
+        }
+        match self.name.as_str() {
+            "" => write!(f, " of the index at {}", self.host),
+            named => write!(f, " of index {named}"),
+        }
+    }
+}
+
+/// The place of a source's active target; none if there is no target, it has no place outside of the database, or
+/// the place was never recorded.
+pub async fn recorded_place(postgres: &Postgres, source: &str) -> Result<Option<Place>> {
+    let fail = |error: tokio_postgres::Error| failure("look for the index", &error);
+    let client = postgres.client().await?;
+    // Before the first migration there is no schema, before an upgrade no such column.
+    let there = client
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('refarch.target') AND attname = 'host')",
+            &[],
+        )
+        .await
+        .map_err(fail)?;
+    if !there.get::<_, bool>(0) {
+        return Ok(None);
+    }
+    let sql = "SELECT name, host, namespace FROM refarch.target WHERE source = $1 AND state = 'active'";
+    let row = client.query_opt(sql, &[&source]).await.map_err(fail)?;
+    Ok(row.and_then(|row| place_of(&row, 0)))
+}
+
+/// Reads name, host and namespace from the column at `at` on.
+fn place_of(row: &tokio_postgres::Row, at: usize) -> Option<Place> {
+    let host: Option<String> = row.get(at + 1);
+    host.map(|host| Place { name: row.get(at), host, namespace: row.get(at + 2), is_known: false })
+}
+
+/// Compares the place of an active target with the settings', and records the latter if it is the same or if none
+/// was recorded. Returns the recorded one otherwise: then the index must be made anew.
+pub(super) async fn settle_place(
+    transaction: &Transaction<'_>,
+    target: i32,
+    shape: &IndexShape,
+) -> Result<Option<Place>> {
+    if shape.kind == PGVECTOR {
+        return Ok(None);
+    }
+    let fail = |error: tokio_postgres::Error| failure("compare the index's place", &error);
+    let sql = "SELECT name, host, namespace FROM refarch.target WHERE id = $1";
+    let row = transaction.query_one(sql, &[&target]).await.map_err(fail)?;
+    let place = &shape.place;
+    if let Some(recorded) = place_of(&row, 0).filter(|recorded| !recorded.is(place) && !place.is_known) {
+        return Ok(Some(recorded));
+    }
+    transaction
+        .execute(
+            "UPDATE refarch.target SET name = $2, host = $3, namespace = $4 \
+             WHERE id = $1 AND (name, host, namespace) IS DISTINCT FROM ($2, $3, $4)",
+            &[&target, &place.name, &place.host, &place.namespace],
+        )
+        .await
+        .map_err(fail)?;
+    Ok(None)
 }
 
 /// The source and the target that feed and make the index, as the schema knows them.
@@ -65,11 +157,22 @@ pub(super) async fn create(
 ) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("create the index", &error);
     let dimensions = shape.dimensions as i32;
+    let place = &shape.place;
+    let is_outside = shape.kind != PGVECTOR;
     let id: i32 = transaction
         .query_one(
-            "INSERT INTO refarch.target (source, kind, name, model, dimensions, salt) VALUES ($1, $2, 'vector', $3, $4, $5) \
-             RETURNING id",
-            &[&table.name, &shape.kind, &shape.model, &dimensions, &salt.as_str()],
+            "INSERT INTO refarch.target (source, kind, name, host, namespace, model, dimensions, salt) \
+             VALUES ($1, $2, $6, $7, $8, $3, $4, $5) RETURNING id",
+            &[
+                &table.name,
+                &shape.kind,
+                &shape.model,
+                &dimensions,
+                &salt.as_str(),
+                &if is_outside { place.name.as_str() } else { "vector" },
+                &is_outside.then_some(place.host.as_str()),
+                &place.namespace,
+            ],
         )
         .await
         .map_err(fail)?
@@ -128,8 +231,8 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
     // A column that was renamed keeps its content: the salt is the one that the target was made with.
     let row = client
         .query_opt(
-            "SELECT t.id, t.model, t.dimensions, t.salt, t.kind, s.id_column = $2 AND s.text_columns = $3 FROM refarch.target t \
-             JOIN refarch.source s ON s.name = t.source \
+            "SELECT t.id, t.model, t.dimensions, t.salt, t.kind, s.id_column = $2 AND s.text_columns = $3, t.name, t.host, t.namespace \
+             FROM refarch.target t JOIN refarch.source s ON s.name = t.source \
              WHERE t.source = $1 AND t.state = 'active' AND s.relation = $4::text::regclass",
             &[&table.name, &source.id, &source.text, &table.relation],
         )
@@ -144,6 +247,13 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
                 "it was made with model {model} and other text columns or another model are set now: {fix}"
             ),
         ));
+    }
+    if let Some(recorded) = place_of(&row, 6).filter(|recorded| !recorded.is(&shape.place)) {
+        let message = format!(
+            "the index is {recorded}, and the settings name {}: name the old place again, or {fix}",
+            shape.place
+        );
+        return Err(Error::fatal("check the index", message));
     }
     Ok(Target {
         id: row.get(0),

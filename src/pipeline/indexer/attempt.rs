@@ -278,11 +278,13 @@ impl Indexer {
     }
 
     /// Vectors that the index holds and that still stand: the content hash was known, by an entry
-    /// that nobody else had open, and the index's own copy carries it too.
+    /// that nobody else had open, and the index's own copy carries it too. A dirty entry that has a hash is
+    /// one of a database that went back: whatever else the index holds, a record is written whole, so that one with
+    /// this hash has this text's vector.
     async fn reusable(&self, parts: &[Part]) -> Result<HashMap<String, Embedding>> {
         let wanted: HashMap<&str, Hash> = parts
             .iter()
-            .filter(|part| !part.opened.shared && !part.opened.dirty)
+            .filter(|part| !part.opened.shared)
             .filter_map(|part| {
                 let row = part.row.as_ref().filter(|row| row.has_text())?;
                 (part.opened.content_hash == Some(row.content_hash))

@@ -111,6 +111,12 @@ pub(super) async fn settle_target(
                 differences.push(format!("{what} was {was} and is {is}"));
             }
         }
+        // Of another kind it is elsewhere anyway.
+        let moved =
+            if kind == shape.kind { target::settle_place(transaction, id, shape).await? } else { None };
+        if let Some(was) = &moved {
+            differences.push(format!("the index was {was} and is {}", shape.place));
+        }
         if differences.is_empty() {
             return Ok(true);
         }
@@ -132,6 +138,9 @@ pub(super) async fn settle_target(
         }
         refuse_while_running(transaction, "migrate", "stop them first").await?;
         target::retire(transaction, id, &differences, report).await?;
+        if let Some(was) = moved {
+            report.notes.push(format!("records stay in {was}: delete them there"));
+        }
     }
     target::create(transaction, table, shape, &table.salt(&shape.model), report).await?;
     Ok(false)

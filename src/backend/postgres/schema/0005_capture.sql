@@ -585,7 +585,7 @@ BEGIN
         WHERE p.pronamespace = 'refarch'::regnamespace AND (
             p.proname IN ('tree', 'column_faults')
             OR p.proname IN ('ring', 'backfill_step') AND one.part IN ('listen', 'embed', 'verify')
-            OR p.proname IN ('distrust', 'rearm') AND one.part IN ('embed', 'verify')
+            OR p.proname IN ('distrust', 'queue_all', 'incarnation', 'rearm') AND one.part IN ('embed', 'verify')
             OR p.proname IN ('build_graph', 'drop_graph') AND one.part = 'embed');
         EXECUTE pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', functions, one.name);
         IF pg_catalog.to_regclass('pgmq.meta') IS NOT NULL THEN

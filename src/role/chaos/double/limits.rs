@@ -239,6 +239,9 @@ fn check_values(values: &[f32], dimensions: usize) -> Refused<()> {
 
 fn check_metadata(metadata: &Map<String, Value>) -> Refused<()> {
     for (key, value) in metadata {
+        if key.starts_with('$') {
+            return Err(format!("Metadata key '{key}' must not start with $"));
+        }
         let is_flat = match value {
             Value::String(_) | Value::Number(_) | Value::Bool(_) => true,
             Value::Array(items) => items.iter().all(Value::is_string),
@@ -300,6 +303,7 @@ mod tests {
             assert!(refusal(&wrong).is_some(), "{wrong}");
         }
         for wrong in [
+            json!({ "$k": 1 }),
             json!({ "k": null }),
             json!({ "k": {} }),
             json!({ "k": [1] }),

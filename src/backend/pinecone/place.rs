@@ -1,0 +1,33 @@
+//! Where records are: spellings of hosts and namespaces that mean the same.
+
+/// How the default namespace is called where it has a name.
+pub(super) const DEFAULT: &str = "__default__";
+
+/// A namespace's one spelling; the default one is empty.
+#[must_use]
+pub fn spelled(namespace: &str) -> &str {
+    if namespace == DEFAULT { "" } else { namespace }
+}
+
+/// A host's one spelling: without scheme, path and capitals.
+#[must_use]
+pub fn host(given: &str) -> String {
+    let given = given.trim();
+    let rest = given.split_once("://").map_or(given, |(_, rest)| rest);
+    rest.split('/').next().unwrap_or_default().to_ascii_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spellings_of_one_place_are_one() {
+        for given in
+            ["shop-x.svc.pinecone.io", " https://Shop-x.svc.pinecone.io/ ", "http://shop-x.svc.pinecone.io"]
+        {
+            assert_eq!(host(given), "shop-x.svc.pinecone.io", "{given}");
+        }
+        assert_eq!((spelled("__default__"), spelled(""), spelled("n1")), ("", "", "n1"));
+    }
+}
