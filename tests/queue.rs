@@ -419,7 +419,7 @@ async fn small_queues_carry_everything(endpoint: &str) {
         queue.send(&sent).await.unwrap();
         let came = drain(&queue, lane, 1_000).await;
         assert_eq!(ids(&came), ids(&sent), "{}", lane.name());
-        assert!(came.len() > 3, "{} messages for {}", came.len(), lane.name());
+        assert!(lane == Lane::Bulk || came.len() > 3, "{} messages", came.len());
     }
     // A message that the lane takes and the dead-letter queue does not becomes several letters.
     let whole = job(Lane::Bulk, 0..400);

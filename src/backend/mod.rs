@@ -168,7 +168,7 @@ pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report>
         None => false,
     };
     let report = migrate::migrate(postgres, &settings.source, &settings.queue, &shape).await?;
-    Ok(with_index(report, settings, made))
+    Ok(with_queues(with_index(report, settings, made), settings).await)
 }
 
 /// What [`migrate`] would do; nothing is changed.
@@ -179,12 +179,28 @@ pub async fn plan_migration(postgres: &Postgres, settings: &Settings) -> Result<
         None => false,
     };
     let report = migrate::plan(postgres, &settings.source, &settings.queue, &shape).await?;
-    Ok(with_index(report, settings, missing))
+    Ok(with_queues(with_index(report, settings, missing), settings).await)
 }
 
 fn with_index(mut report: Report, settings: &Settings, made: bool) -> Report {
     if made {
         report.created.push(format!("index {}", settings.index.name));
+    }
+    report
+}
+
+/// Adds what the queues' own settings may lose. Who migrates need not be allowed to see the queues.
+async fn with_queues(mut report: Report, settings: &Settings) -> Report {
+    if settings.queue.kind == QueueKind::Sqs {
+        let options = sqs_options(settings);
+        let remarks = async { sqs::remarks(&sqs::connect(&options).await?, &options).await };
+        match remarks.await {
+            Ok((warnings, notes)) => {
+                report.warnings.extend(warnings);
+                report.notes.extend(notes);
+            }
+            Err(error) => report.warnings.push(format!("cannot look at the queues: {error}")),
+        }
     }
     report
 }
@@ -277,6 +293,9 @@ impl Backends {
         settings: &Settings,
         queue: Arc<dyn JobQueue>,
     ) -> Result<Self> {
+        // A message of another service stays deleted when the database forgets what it did for it.
+        let waiting = (settings.queue.kind != QueueKind::Pgmq).then(|| postgres.waiting_for_the_disk());
+        let postgres = waiting.as_ref().unwrap_or(postgres);
         let target = target::find(postgres, &settings.source, &index_shape(settings).await?).await?;
         let table = Arc::new(target.table.clone());
         let index: Arc<dyn VectorIndex> = match settings.index.kind {
@@ -289,6 +308,7 @@ impl Backends {
                     graph_min_rows: settings.index.graph_min_rows,
                     graph_max_backlog: settings.index.graph_max_backlog,
                     ef_search: settings.index.ef_search,
+                    acknowledged_in_same_log: settings.queue.kind == QueueKind::Pgmq,
                 },
             )),
             IndexKind::Pinecone => {

@@ -36,6 +36,11 @@ pub(super) fn settings(statement_timeout_ms: u128) -> Arc<str> {
     .into()
 }
 
+/// Makes a transaction wait for the disk where the role's own setting would not. A setting that waits for
+/// standbys too, or for none of them, stays.
+pub(super) const WAIT_FOR_THE_DISK: &str = "SELECT set_config('synchronous_commit', 'on', true) \
+    WHERE current_setting('synchronous_commit') = 'off'";
+
 /// SQL as text, or prepared.
 #[async_trait]
 pub trait Sql: Sync {

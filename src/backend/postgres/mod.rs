@@ -71,6 +71,15 @@ impl Postgres {
         Ok(Self { config, tls, pool, settings: connection::settings(0) })
     }
 
+    /// The same connections, for work that is acknowledged outside of the database: each transaction waits
+    /// until it is on the disk, whatever the role's own `synchronous_commit`. A crash would otherwise take
+    /// away what somebody else was told is done.
+    #[must_use]
+    pub fn waiting_for_the_disk(&self) -> Self {
+        let settings = format!("{}; {}", self.settings, connection::WAIT_FOR_THE_DISK).into();
+        Self { settings, ..self.clone() }
+    }
+
     /// Connects once, so that a wrong address or password is told at the start.
     pub async fn check(&self) -> Result<()> {
         let client = self.client().await?;
