@@ -129,6 +129,125 @@ async fn config_prints_what_is_in_force_and_no_secret() {
     assert_eq!(key("serve", "edit_token"), "[redacted]".into());
 }
 
+/// Stands in every secret of the tests below.
+const MARK: &str = "Mark7hidden";
+
+/// Runs with this file and environment; nothing of a secret may be printed.
+async fn shows_no_secret(args: &[&str], text: &str, env: &[(&str, &str)]) -> Run {
+    let (_dir, path) = file(&text.replace("MARK", MARK));
+    let env: Vec<(&str, String)> =
+        env.iter().map(|(name, value)| (*name, value.replace("MARK", MARK))).collect();
+    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let run = run(&[&["--config", &path], args].concat(), &env).await;
+    let said = format!("{}{}", run.out, run.err);
+    assert!(!said.contains(MARK) && !said.contains("739517"), "{text:?} {env:?} printed a secret: {said}");
+    run
+}
+
+#[tokio::test]
+async fn a_syntax_error_names_its_place_and_prints_nothing_of_the_file() {
+    for (text, key) in [
+        ("[database]\nurl = \"postgres://u:MARK@h/d\n", Some("database.url")),
+        ("[database]\nurl = postgres://u:MARK@h/d", Some("database.url")),
+        ("[database]\nurl = \"a\" MARK", Some("database.url")),
+        ("[index]\n  api_key = \"a\\qMARK\"", Some("index.api_key")),
+        ("[index]\napi_key \"MARK\"", None),
+        ("[index]\napi_key = 'MARK'\napi_key = 'MARK'", Some("index.api_key")),
+        ("[index]\nMARK", None),
+        ("[serve]\nedit_token = MARK", Some("serve.edit_token")),
+        ("[serve]\nedit_token = '''MARK\nMARK", None),
+        ("[index.api_key.MARK]\n\n[index.api_key.MARK]", None),
+    ] {
+        let run = shows_no_secret(&["config"], text, &[]).await;
+        assert_eq!(run.code, Some(1), "{text}: {run:?}");
+        assert!(run.err.contains("is not valid TOML") && run.err.contains("line "), "{text}: {}", run.err);
+        assert_eq!(run.err.lines().count(), 1, "{}", run.err);
+        if let Some(key) = key {
+            assert!(run.err.contains(key), "{text}: {}", run.err);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_value_of_a_secret_or_of_an_address_is_not_printed() {
+    for key in ["database.url", "index.api_key", "embedder.api_key", "serve.edit_token"] {
+        let (section, name) = key.split_once('.').unwrap();
+        for value in ["['MARK']", "{ a = 'MARK' }", "739517", "739517.5"] {
+            let run = shows_no_secret(&["config"], &format!("[{section}]\n{name} = {value}"), &[]).await;
+            assert!(run.code == Some(1) && run.err.contains(key), "{key} = {value}: {run:?}");
+        }
+    }
+    let addresses = [
+        ("queue", "url", "kind = 'sqs'"),
+        ("queue", "bulk_url", "kind = 'sqs'\nurl = 'https://h/q'"),
+        ("queue", "dead_url", "kind = 'sqs'\nurl = 'https://h/q'"),
+        ("index", "controller", "kind = 'pinecone'\nname = 'x'\napi_key = 'x'"),
+        ("embedder", "url", "kind = 'tei'"),
+    ];
+    for (section, name, rest) in addresses {
+        for value in ["'ftp://u:MARK@h/q'", "['https://u:MARK@h/q']", "'ftp://h/q?api_key=MARK'"] {
+            let text = format!("[{section}]\n{name} = {value}\n{rest}");
+            let run = shows_no_secret(&["config"], &text, &[]).await;
+            assert!(run.code == Some(1), "{section}.{name} = {value}: {run:?}");
+            assert!(run.err.contains(&format!("{section}.{name}")), "{}", run.err);
+        }
+    }
+    // An address in the place of something else.
+    let url = "postgres://u:MARK@h/d";
+    for variable in ["REFARCH_DATABASE_POOL_SIZE", "REFARCH_SERVE_BIND", "REFARCH_QUEUE_KIND", "PGSSLMODE"] {
+        let run = shows_no_secret(&["config"], "", &[(variable, url)]).await;
+        assert!(run.code == Some(1) && run.err.contains("@h/d"), "{variable}: {run:?}");
+    }
+    // A queue's credentials are not in its address.
+    let run = shows_no_secret(&["config"], "", &[("SQS_QUEUE_URL", "https://u:MARK@h/1/q")]).await;
+    assert!(run.code == Some(1) && run.err.contains("AWS_"), "{run:?}");
+    for url in
+        ["postgres://u:MARK@h:port/d", "postgres://u:MARK", "host=h password=MARK oops", "MARK=x host=h"]
+    {
+        let run = shows_no_secret(&["status"], "", &[("DATABASE_URL", url)]).await;
+        assert!(run.code == Some(1) && run.err.contains("database.url"), "{url}: {run:?}");
+    }
+}
+
+#[tokio::test]
+async fn addresses_are_shown_without_what_is_secret_in_them() {
+    let keys =
+        ["queue.url", "queue.bulk_url", "queue.dead_url", "index.host", "index.controller", "embedder.url"];
+    for key in keys {
+        let (section, name) = key.split_once('.').unwrap();
+        for (url, rest) in [
+            ("https://me:MARK@h.example/p?api_key=MARK&x=1&Access-Token=MARK", "h.example/p?"),
+            ("https://me:MA/RK@h.example", "h.example"),
+            ("https://MARK@h.example", "h.example"),
+            ("me:MARK@h.example", "h.example"),
+        ] {
+            let text = format!("[{section}]\n{name} = '{url}'");
+            let shown = shows_no_secret(&["config"], &text, &[]).await;
+            assert_eq!(shown.code, Some(0), "{shown:?}");
+            assert!(!shown.out.contains("MA/RK"), "{}", shown.out);
+            let table: toml::Table = shown.out.parse().unwrap();
+            let said = table[section][name].as_str().unwrap();
+            assert!(said.contains(rest), "{key}: {said}");
+        }
+    }
+    // Nobody is at these addresses, which the errors name.
+    let port = common::free_port();
+    let database = Database::create().await;
+    let env = [("DATABASE_URL", database.url())];
+    let env = env.each_ref().map(|(name, value)| (*name, value.as_str()));
+    let base = format!("http://me:MARK@127.0.0.1:{port}/?token=MARK");
+    let text = format!("[embedder]\nkind = 'tei'\nurl = '{base}'");
+    let tei = shows_no_secret(&["migrate"], &text, &env).await;
+    assert!(tei.code == Some(1) && tei.err.contains(&port.to_string()), "{tei:?}");
+    let text = format!("[index]\nname = 'x'\nkind = 'pinecone'\napi_key = 'MARK'\ncontroller = '{base}'");
+    let pinecone = shows_no_secret(&["migrate"], &text, &env).await;
+    assert_eq!(pinecone.code, Some(1), "{pinecone:?}");
+    assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
+    let text = "[index]\nkind = 'pinecone'\nname = 'x'\napi_key = 'x'\nhost = 'ftp://u:MARK@h'";
+    let host = shows_no_secret(&["status"], text, &env).await;
+    assert_eq!(host.code, Some(1), "{host:?}");
+}
+
 #[tokio::test]
 async fn help_names_what_one_needs() {
     let first = run(&["--help"], &[]).await;

@@ -67,8 +67,11 @@ pub struct Source {
 pub struct Queue {
     pub kind: QueueKind,
     pub name: String,
+    #[serde(serialize_with = "crate::secret::serialize_address")]
     pub url: String,
+    #[serde(serialize_with = "crate::secret::serialize_address")]
     pub bulk_url: String,
+    #[serde(serialize_with = "crate::secret::serialize_address")]
     pub dead_url: String,
     pub wait_s: u64,
     pub shared_bound: u64,
@@ -92,12 +95,14 @@ pub enum QueueKind {
 #[allow(missing_docs)]
 pub struct Index {
     pub kind: IndexKind,
+    #[serde(serialize_with = "crate::secret::serialize_address")]
     pub host: String,
     pub name: String,
     pub api_key: Secret,
     pub namespace: String,
     pub cloud: String,
     pub region: String,
+    #[serde(serialize_with = "crate::secret::serialize_address")]
     pub controller: String,
     pub freshness_ms: u64,
     pub timeout_ms: u64,
@@ -125,6 +130,7 @@ pub struct Embedder {
     pub model: String,
     pub precision: Precision,
     pub instructions: Instructions,
+    #[serde(serialize_with = "crate::secret::serialize_address")]
     pub url: String,
     pub api_key: Secret,
     pub dimensions: usize,
