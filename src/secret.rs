@@ -155,8 +155,14 @@ mod tests {
     fn addresses_keep_all_but_their_secrets() {
         for (text, shown) in [
             ("plain, me@example.com", "plain, me@example.com"),
-            ("see https://h:80/p?x=1 and https://h/@scope/p", "see https://h:80/p?x=1 and https://h/@scope/p"),
-            ("at https://u:p@h/q, \"http://t@[::1]:1\"", "at https://[redacted]@h/q, \"http://[redacted]@[::1]:1\""),
+            (
+                "see https://h:80/p?x=1 and https://h/@scope/p",
+                "see https://h:80/p?x=1 and https://h/@scope/p",
+            ),
+            (
+                "at https://u:p@h/q, \"http://t@[::1]:1\"",
+                "at https://[redacted]@h/q, \"http://[redacted]@[::1]:1\"",
+            ),
             ("postgres://u:a/b@h/d?sslmode=require", "postgres://[redacted]@h/d?sslmode=require"),
             ("postgres://u:a@b@h/d", "postgres://[redacted]@h/d"),
             ("http://h/p?api_key=1&b=2&Token=3)", "http://h/p?api_key=[redacted]&b=2&Token=[redacted]"),

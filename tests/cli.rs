@@ -248,6 +248,108 @@ async fn addresses_are_shown_without_what_is_secret_in_them() {
     assert_eq!(host.code, Some(1), "{host:?}");
 }
 
+/// The test's database as a URL with this scheme and these options.
+fn url_of(database: &Database, scheme: &str, options: &str) -> String {
+    let config: tokio_postgres::Config = database.url().parse().unwrap();
+    let [tokio_postgres::config::Host::Unix(dir)] = config.get_hosts() else { panic!("no socket") };
+    let (user, port, name) =
+        (config.get_user().unwrap(), config.get_ports()[0], config.get_dbname().unwrap());
+    let password = String::from_utf8_lossy(config.get_password().unwrap()).into_owned();
+    let dir = dir.to_str().unwrap().replace('/', "%2F");
+    format!("{scheme}://{user}:{password}@/{name}?host={dir}&port={port}{options}")
+}
+
+#[tokio::test]
+async fn an_address_made_for_another_tool_works_with_one_warning_that_names_its_options() {
+    let database = Database::create().await;
+    assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
+    let cases = [
+        ("postgresql", "&schema=public", &[][..]),
+        (
+            "postgres",
+            "&pgbouncer=true&connection_limit=1&pool_timeout=0",
+            &["pgbouncer", "connection_limit", "pool_timeout"],
+        ),
+        (
+            "postgresql",
+            "&schema=shop&statement_cache_size=100",
+            &["schema", "source.table", "statement_cache_size"],
+        ),
+        (
+            "postgresql+asyncpg",
+            "&prepared_statement_cache_size=0&command_timeout=60",
+            &["prepared_statement_cache_size"],
+        ),
+        ("postgres+psycopg2", "&connect_timeout=5&application_name=shop&gssencmode=disable", &[]),
+        ("jdbc:postgresql", "&prepareThreshold=0&currentSchema=shop", &["prepareThreshold", "currentSchema"]),
+        (
+            "postgres",
+            "&prepared_statements=false&pool=5&reaping_frequency=10",
+            &["prepared_statements", "pool"],
+        ),
+        (
+            "postgres",
+            "&options=-c%20statement_timeout%3D0&target_session_attrs=primary&channel_binding=prefer",
+            &[],
+        ),
+        ("postgres", "&ssl=false&uselibpqcompat=true&sslmode=", &[]),
+        (
+            "postgis",
+            "&krbsrvname=pg&sslnegotiation=direct&pool_max_conns=4",
+            &["krbsrvname", "sslnegotiation"],
+        ),
+    ];
+    for (scheme, options, names) in cases {
+        let url = url_of(&database, scheme, options);
+        let run = run(&["status"], &[("DATABASE_URL", &url)]).await;
+        assert_eq!(run.code, Some(0), "{scheme} {options}: {run:?}");
+        assert_eq!(run.err.lines().count(), usize::from(!names.is_empty()), "{options}: {}", run.err);
+        for name in names {
+            assert!(run.err.contains(name), "{options}: {}", run.err);
+        }
+    }
+    // As pairs of key and value, and as a tool's own quotes left it.
+    let pairs = format!("{} connection_limit=1 schema = 'my shop'", database.url());
+    let said = run(&["status"], &[("DATABASE_URL", &pairs)]).await;
+    assert!(said.code == Some(0) && said.err.contains("connection_limit"), "{said:?}");
+    let quoted = format!("\"{}\"\n", url_of(&database, "postgres", ""));
+    assert_eq!(run(&["status"], &[("DATABASE_URL", &quoted)]).await.code, Some(0));
+}
+
+#[tokio::test]
+async fn an_option_that_cannot_be_honoured_is_refused_by_name_with_what_to_do() {
+    for (options, says) in [
+        ("sslmode=no-verify", "sslmode=require"),
+        ("sslmode=allow", "use disable, prefer, require, verify-ca or verify-full"),
+        ("ssl=no-verify", "sslmode=require"),
+        ("sslaccept=accept_invalid_certs", "sslmode=require"),
+        ("sslcert=%2Fc.pem&sslkey=%2Fk.pem", "sslcert"),
+        ("sslkey=%2Fk.pem", "sslkey"),
+        ("sslcrl=%2Fc.crl", "sslcrl"),
+        ("requirepeer=postgres", "requirepeer"),
+        ("require_auth=scram-sha-256", "require_auth"),
+        ("gssencmode=require", "gssencmode"),
+        ("ssl_min_protocol_version=TLSv1.3", "ssl_min_protocol_version"),
+        ("target_session_attrs=standby", "read-write"),
+        ("targetServerType=secondary", "targetServerType"),
+        ("service=shop", "service"),
+        ("passfile=%2Fp", "password"),
+        ("replication=database", "replication"),
+        ("sslmod=require", "did you mean sslmode?"),
+        ("conect_timeout=3", "did you mean connect_timeout?"),
+    ] {
+        let url = format!("postgres://me:hunter2@127.0.0.1:9/shop?{options}");
+        let run = run(&["status"], &[("DATABASE_URL", &url)]).await;
+        assert_eq!(run.code, Some(1), "{options}: {run:?}");
+        assert!(run.err.contains("read database.url") && run.err.contains(says), "{options}: {}", run.err);
+        assert!(!run.err.contains("hunter2") && !run.err.contains("k.pem"), "{}", run.err);
+    }
+    let run =
+        run(&["status"], &[("DATABASE_URL", "prisma+postgres://accelerate.example/?api_key=hunter2")]).await;
+    assert!(run.code == Some(1) && run.err.contains("database itself"), "{run:?}");
+    assert!(!run.err.contains("hunter2"), "{}", run.err);
+}
+
 #[tokio::test]
 async fn help_names_what_one_needs() {
     let first = run(&["--help"], &[]).await;

@@ -555,7 +555,8 @@ async fn a_write_waits_for_the_disk_unless_its_acknowledgement_is_in_the_same_lo
     let waits = async |with_sqs: bool, of_role: &str| -> Vec<(String, String)> {
         let database = Database::create().await;
         let refarch = |args: &[&str]| {
-            let mut command = if with_sqs { on_double(&database, &double, &urls) } else { database.refarch() };
+            let mut command =
+                if with_sqs { on_double(&database, &double, &urls) } else { database.refarch() };
             command.args(args);
             command
         };

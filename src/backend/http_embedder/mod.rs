@@ -72,8 +72,8 @@ impl Server {
             (Provider::Pinecone, "") => &settings.index.controller,
             (_, address) => address,
         };
-        let base =
-            Url::parse(address).map_err(|error| wrong(without_secrets(&format!("embedder.url = {address:?}: {error}"))))?;
+        let base = Url::parse(address)
+            .map_err(|error| wrong(without_secrets(&format!("embedder.url = {address:?}: {error}"))))?;
         let url = base.join(provider.path()).map_err(|error| wrong(error.to_string()))?;
         let client = reqwest::Client::builder()
             .timeout(Duration::from_millis(set.timeout_ms))

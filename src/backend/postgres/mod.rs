@@ -53,8 +53,12 @@ impl Postgres {
         let wanted = tls::Wanted::read(url, settings)?;
         let tls = wanted.connector()?;
         let mut config = wanted.config;
-        config.connect_timeout(Duration::from_secs(settings.connect_timeout_s));
-        config.application_name("refarch");
+        if config.get_connect_timeout().is_none() {
+            config.connect_timeout(Duration::from_secs(settings.connect_timeout_s));
+        }
+        if config.get_application_name().is_none() {
+            config.application_name("refarch");
+        }
         config.keepalives_idle(Duration::from_secs(30));
         let manager = Manager::from_config(
             config.clone(),

@@ -11,8 +11,8 @@ use aws_sdk_sqs::types::{
 };
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 
-use super::failure::failure;
 use super::Sqs;
+use super::failure::failure;
 use crate::pipeline::change::{Group, Job, Lane};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::{Error, Result};
@@ -87,8 +87,7 @@ fn calls(bodies: Vec<String>, max: usize) -> Vec<Vec<String>> {
     let mut calls: Vec<Vec<String>> = Vec::new();
     let mut bytes = 0;
     for body in bodies {
-        let fits =
-            calls.last().is_some_and(|call| call.len() < MAX_ENTRIES && bytes + body.len() <= max);
+        let fits = calls.last().is_some_and(|call| call.len() < MAX_ENTRIES && bytes + body.len() <= max);
         if !fits {
             calls.push(Vec::new());
             bytes = 0;
@@ -289,7 +288,10 @@ mod tests {
     #[test]
     fn calls_keep_to_ten_entries_and_to_the_bytes() {
         let sizes = |bodies: Vec<usize>| -> Vec<usize> {
-            calls(bodies.into_iter().map(|n| "x".repeat(n)).collect(), MAX_BYTES).iter().map(Vec::len).collect()
+            calls(bodies.into_iter().map(|n| "x".repeat(n)).collect(), MAX_BYTES)
+                .iter()
+                .map(Vec::len)
+                .collect()
         };
         assert_eq!(sizes(vec![1; 25]), [10, 10, 5]);
         assert_eq!(sizes(vec![MAX_BYTES, 1, MAX_BYTES - 1, 1]), [1, 2, 1]);

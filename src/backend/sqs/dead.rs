@@ -160,10 +160,7 @@ impl Sqs {
                 .message_attributes(CHANGES, attribute(changes)?)
                 .message_attributes(MESSAGE_ID, attribute(&message.id)?);
         }
-        call.send()
-            .await
-            .map(drop)
-            .map_err(|error| failure("write a dead letter to", &self.dead_url, &error))
+        call.send().await.map(drop).map_err(|error| failure("write a dead letter to", &self.dead_url, &error))
     }
 
     async fn note(&self, message: &Message, why: &Why) -> Result<()> {
@@ -240,7 +237,8 @@ impl Sqs {
             return true;
         }
         let mut parts = Vec::new();
-        let cut = serde_json::from_str(body).is_ok_and(|job: Job| batch::bodies(&job, max, &mut parts).is_ok());
+        let cut =
+            serde_json::from_str(body).is_ok_and(|job: Job| batch::bodies(&job, max, &mut parts).is_ok());
         if cut {
             to.append(&mut parts);
         } else {

@@ -123,11 +123,7 @@ pub(super) fn random_id(state: &mut State) -> String {
 }
 
 /// Checks what is sent, as far as SQS does, and makes a message of it.
-pub(super) fn message(
-    state: &mut State,
-    queue: &str,
-    entry: &Value,
-) -> Result<(Message, Duration), Refused> {
+pub(super) fn message(state: &mut State, queue: &str, entry: &Value) -> Result<(Message, Duration), Refused> {
     let body = text(entry, "MessageBody")?.to_owned();
     let attributes = entry.get("MessageAttributes").and_then(Value::as_object).cloned().unwrap_or_default();
     let fits = |c: char| matches!(c, '\t' | '\n' | '\r' | ' '..='\u{fffd}' | '\u{10000}'..);
