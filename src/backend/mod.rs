@@ -34,6 +34,9 @@ use postgres::outbox::PgOutbox;
 use postgres::target::{self, IndexShape, Target};
 use sqs::Sqs;
 
+/// How long a migration waits for a look at the queues, which it can do without.
+const LOOK_AT_QUEUES: Duration = Duration::from_secs(15);
+
 /// The database in use, and the private cluster when it is ours.
 pub struct Database {
     /// Its connections.
@@ -194,12 +197,13 @@ async fn with_queues(mut report: Report, settings: &Settings) -> Report {
     if settings.queue.kind == QueueKind::Sqs {
         let options = sqs_options(settings);
         let remarks = async { sqs::remarks(&sqs::connect(&options).await?, &options).await };
-        match remarks.await {
-            Ok((warnings, notes)) => {
+        match tokio::time::timeout(LOOK_AT_QUEUES, remarks).await {
+            Ok(Ok((warnings, notes))) => {
                 report.warnings.extend(warnings);
                 report.notes.extend(notes);
             }
-            Err(error) => report.warnings.push(format!("cannot look at the queues: {error}")),
+            Ok(Err(error)) => report.warnings.push(format!("cannot look at the queues: {error}")),
+            Err(_) => report.warnings.push("cannot look at the queues: no answer in time".into()),
         }
     }
     report
