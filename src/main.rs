@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use refarch::cli::Cli;
 use refarch::config::{File, Settings};
+use refarch::secret::without_secrets;
 use refarch::{role, telemetry};
 
 fn main() -> ExitCode {
@@ -15,7 +16,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if role::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("refarch: {error:#}");
+            eprintln!("refarch: {}", without_secrets(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }

@@ -1,6 +1,6 @@
-//! A string that shows nothing of itself.
+//! A string that shows nothing of itself, and texts without what is secret in their addresses.
 
-use std::fmt;
+use std::{fmt, io};
 
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -49,9 +49,133 @@ impl Serialize for Secret {
     }
 }
 
+/// Parts of the names of parameters whose values are secret, in lower case.
+const SECRET_PARAMETERS: &[&str] = &["key", "token", "secret", "pass", "pwd", "sig", "auth", "cred"];
+
+/// What ends an address in a text.
+fn ends_address(c: char) -> bool {
+    c.is_whitespace() || matches!(c, '"' | '\'' | '<' | '>' | '`' | '\\')
+}
+
+/// A text with the user, the password and the secret parameters of every address in it hidden.
+#[must_use]
+pub fn without_secrets(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    let mut left = text;
+    while let Some(at) = left.find("://") {
+        let (before, after) = left.split_at(at + "://".len());
+        let (address, rest) = after.split_at(after.find(ends_address).unwrap_or(after.len()));
+        shown.push_str(before);
+        push_address(address, &mut shown);
+        left = rest;
+    }
+    shown.push_str(left);
+    shown
+}
+
+/// The same for a text that is an address itself, with or without a scheme.
+#[must_use]
+pub fn address_without_secrets(address: &str) -> String {
+    if address.contains("://") {
+        return without_secrets(address);
+    }
+    let mut shown = String::with_capacity(address.len());
+    push_address(address, &mut shown);
+    shown
+}
+
+/// Serializes an address without what is secret in it.
+pub fn serialize_address<S: Serializer>(address: &str, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&address_without_secrets(address))
+}
+
+/// An address from its host on.
+fn push_address(address: &str, to: &mut String) {
+    let authority = address.find(['/', '?', '#']).unwrap_or(address.len());
+    let has_port = |host: &str| {
+        host.rsplit_once(':').is_none_or(|(_, port)| port.chars().all(|c| c.is_ascii_digit() || c == ']'))
+    };
+    // A password may hold a slash that nobody encoded.
+    let user = match address[..authority].rfind('@') {
+        None if !has_port(&address[..authority]) => address.rfind('@'),
+        user => user,
+    };
+    let left = match user {
+        Some(at) => {
+            to.push_str(REDACTED);
+            &address[at..]
+        }
+        None => address,
+    };
+    let Some((path, query)) = left.split_once('?') else {
+        to.push_str(left);
+        return;
+    };
+    to.push_str(path);
+    for (at, pair) in query.split('&').enumerate() {
+        to.push(if at == 0 { '?' } else { '&' });
+        match pair.split_once('=') {
+            Some((name, _)) if is_secret(name) => {
+                to.push_str(name);
+                to.push('=');
+                to.push_str(REDACTED);
+            }
+            _ => to.push_str(pair),
+        }
+    }
+}
+
+fn is_secret(name: &str) -> bool {
+    let name = name.to_lowercase();
+    SECRET_PARAMETERS.iter().any(|part| name.contains(part))
+}
+
+/// A writer that hides what is secret in the addresses of each text that is written to it at once.
+pub struct Redacting<W>(pub W);
+
+impl<W: io::Write> io::Write for Redacting<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match std::str::from_utf8(bytes) {
+            Ok(text) if text.contains("://") => self.0.write_all(without_secrets(text).as_bytes())?,
+            _ => self.0.write_all(bytes)?,
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_keep_all_but_their_secrets() {
+        for (text, shown) in [
+            ("plain, me@example.com", "plain, me@example.com"),
+            (
+                "see https://h:80/p?x=1 and https://h/@scope/p",
+                "see https://h:80/p?x=1 and https://h/@scope/p",
+            ),
+            (
+                "at https://u:p@h/q, \"http://t@[::1]:1\"",
+                "at https://[redacted]@h/q, \"http://[redacted]@[::1]:1\"",
+            ),
+            ("postgres://u:a/b@h/d?sslmode=require", "postgres://[redacted]@h/d?sslmode=require"),
+            ("postgres://u:a@b@h/d", "postgres://[redacted]@h/d"),
+            ("http://h/p?api_key=1&b=2&Token=3)", "http://h/p?api_key=[redacted]&b=2&Token=[redacted]"),
+            ("://", "://"),
+        ] {
+            assert_eq!(without_secrets(text), shown, "{text}");
+        }
+        assert_eq!(address_without_secrets("u:p@h:5/x"), "[redacted]@h:5/x");
+        assert_eq!(address_without_secrets("h.example"), "h.example");
+        let mut written = Vec::new();
+        io::Write::write_all(&mut Redacting(&mut written), b"at http://u:p@h\n").unwrap();
+        assert_eq!(written, b"at http://[redacted]@h\n");
+    }
 
     #[test]
     fn nothing_of_a_secret_is_shown() {

@@ -6,6 +6,7 @@ use anyhow::Context;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::Log;
+use crate::secret::Redacting;
 
 /// Installs the process's log subscriber. `quiet` raises the default level to warnings, for commands
 /// whose output is their result.
@@ -14,7 +15,8 @@ pub fn init(log: &Log, quiet: bool) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(level).with_context(|| {
         format!("log.level = {level:?} is not a filter such as info or refarch=debug,warn")
     })?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Redacting(std::io::stderr()));
     if log.format == "json" {
         builder.json().flatten_event(true).with_target(false).init();
     } else {

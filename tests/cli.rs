@@ -129,6 +129,227 @@ async fn config_prints_what_is_in_force_and_no_secret() {
     assert_eq!(key("serve", "edit_token"), "[redacted]".into());
 }
 
+/// Stands in every secret of the tests below.
+const MARK: &str = "Mark7hidden";
+
+/// Runs with this file and environment; nothing of a secret may be printed.
+async fn shows_no_secret(args: &[&str], text: &str, env: &[(&str, &str)]) -> Run {
+    let (_dir, path) = file(&text.replace("MARK", MARK));
+    let env: Vec<(&str, String)> =
+        env.iter().map(|(name, value)| (*name, value.replace("MARK", MARK))).collect();
+    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let run = run(&[&["--config", &path], args].concat(), &env).await;
+    let said = format!("{}{}", run.out, run.err);
+    assert!(!said.contains(MARK) && !said.contains("739517"), "{text:?} {env:?} printed a secret: {said}");
+    run
+}
+
+#[tokio::test]
+async fn a_syntax_error_names_its_place_and_prints_nothing_of_the_file() {
+    for (text, key) in [
+        ("[database]\nurl = \"postgres://u:MARK@h/d\n", Some("database.url")),
+        ("[database]\nurl = postgres://u:MARK@h/d", Some("database.url")),
+        ("[database]\nurl = \"a\" MARK", Some("database.url")),
+        ("[index]\n  api_key = \"a\\qMARK\"", Some("index.api_key")),
+        ("[index]\napi_key \"MARK\"", None),
+        ("[index]\napi_key = 'MARK'\napi_key = 'MARK'", Some("index.api_key")),
+        ("[index]\nMARK", None),
+        ("[serve]\nedit_token = MARK", Some("serve.edit_token")),
+        ("[serve]\nedit_token = '''MARK\nMARK", None),
+        ("[index.api_key.MARK]\n\n[index.api_key.MARK]", None),
+    ] {
+        let run = shows_no_secret(&["config"], text, &[]).await;
+        assert_eq!(run.code, Some(1), "{text}: {run:?}");
+        assert!(run.err.contains("is not valid TOML") && run.err.contains("line "), "{text}: {}", run.err);
+        assert_eq!(run.err.lines().count(), 1, "{}", run.err);
+        if let Some(key) = key {
+            assert!(run.err.contains(key), "{text}: {}", run.err);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_value_of_a_secret_or_of_an_address_is_not_printed() {
+    for key in ["database.url", "index.api_key", "embedder.api_key", "serve.edit_token"] {
+        let (section, name) = key.split_once('.').unwrap();
+        for value in ["['MARK']", "{ a = 'MARK' }", "739517", "739517.5"] {
+            let run = shows_no_secret(&["config"], &format!("[{section}]\n{name} = {value}"), &[]).await;
+            assert!(run.code == Some(1) && run.err.contains(key), "{key} = {value}: {run:?}");
+        }
+    }
+    let addresses = [
+        ("queue", "url", "kind = 'sqs'"),
+        ("queue", "bulk_url", "kind = 'sqs'\nurl = 'https://h/q'"),
+        ("queue", "dead_url", "kind = 'sqs'\nurl = 'https://h/q'"),
+        ("index", "controller", "kind = 'pinecone'\nname = 'x'\napi_key = 'x'"),
+        ("embedder", "url", "kind = 'tei'"),
+    ];
+    for (section, name, rest) in addresses {
+        for value in ["'ftp://u:MARK@h/q'", "['https://u:MARK@h/q']", "'ftp://h/q?api_key=MARK'"] {
+            let text = format!("[{section}]\n{name} = {value}\n{rest}");
+            let run = shows_no_secret(&["config"], &text, &[]).await;
+            assert!(run.code == Some(1), "{section}.{name} = {value}: {run:?}");
+            assert!(run.err.contains(&format!("{section}.{name}")), "{}", run.err);
+        }
+    }
+    // An address in the place of something else.
+    let url = "postgres://u:MARK@h/d";
+    for variable in ["REFARCH_DATABASE_POOL_SIZE", "REFARCH_SERVE_BIND", "REFARCH_QUEUE_KIND", "PGSSLMODE"] {
+        let run = shows_no_secret(&["config"], "", &[(variable, url)]).await;
+        assert!(run.code == Some(1) && run.err.contains("@h/d"), "{variable}: {run:?}");
+    }
+    // A queue's credentials are not in its address.
+    let run = shows_no_secret(&["config"], "", &[("SQS_QUEUE_URL", "https://u:MARK@h/1/q")]).await;
+    assert!(run.code == Some(1) && run.err.contains("AWS_"), "{run:?}");
+    for url in
+        ["postgres://u:MARK@h:port/d", "postgres://u:MARK", "host=h password=MARK oops", "MARK=x host=h"]
+    {
+        let run = shows_no_secret(&["status"], "", &[("DATABASE_URL", url)]).await;
+        assert!(run.code == Some(1) && run.err.contains("database.url"), "{url}: {run:?}");
+    }
+}
+
+#[tokio::test]
+async fn addresses_are_shown_without_what_is_secret_in_them() {
+    let keys =
+        ["queue.url", "queue.bulk_url", "queue.dead_url", "index.host", "index.controller", "embedder.url"];
+    for key in keys {
+        let (section, name) = key.split_once('.').unwrap();
+        for (url, rest) in [
+            ("https://me:MARK@h.example/p?api_key=MARK&x=1&Access-Token=MARK", "h.example/p?"),
+            ("https://me:MA/RK@h.example", "h.example"),
+            ("https://MARK@h.example", "h.example"),
+            ("me:MARK@h.example", "h.example"),
+        ] {
+            let text = format!("[{section}]\n{name} = '{url}'");
+            let shown = shows_no_secret(&["config"], &text, &[]).await;
+            assert_eq!(shown.code, Some(0), "{shown:?}");
+            assert!(!shown.out.contains("MA/RK"), "{}", shown.out);
+            let table: toml::Table = shown.out.parse().unwrap();
+            let said = table[section][name].as_str().unwrap();
+            assert!(said.contains(rest), "{key}: {said}");
+        }
+    }
+    // Nobody is at these addresses, which the errors name.
+    let port = common::free_port();
+    let database = Database::create().await;
+    let env = [("DATABASE_URL", database.url())];
+    let env = env.each_ref().map(|(name, value)| (*name, value.as_str()));
+    let base = format!("http://me:MARK@127.0.0.1:{port}/?token=MARK");
+    let text = format!("[embedder]\nkind = 'tei'\nurl = '{base}'");
+    let tei = shows_no_secret(&["migrate"], &text, &env).await;
+    assert!(tei.code == Some(1) && tei.err.contains(&port.to_string()), "{tei:?}");
+    let text = format!("[index]\nname = 'x'\nkind = 'pinecone'\napi_key = 'MARK'\ncontroller = '{base}'");
+    let pinecone = shows_no_secret(&["migrate"], &text, &env).await;
+    assert_eq!(pinecone.code, Some(1), "{pinecone:?}");
+    assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
+    let text = "[index]\nkind = 'pinecone'\nname = 'x'\napi_key = 'x'\nhost = 'ftp://u:MARK@h'";
+    let host = shows_no_secret(&["status"], text, &env).await;
+    assert_eq!(host.code, Some(1), "{host:?}");
+}
+
+/// The test's database as a URL with this scheme and these options.
+fn url_of(database: &Database, scheme: &str, options: &str) -> String {
+    let config: tokio_postgres::Config = database.url().parse().unwrap();
+    let [tokio_postgres::config::Host::Unix(dir)] = config.get_hosts() else { panic!("no socket") };
+    let (user, port, name) =
+        (config.get_user().unwrap(), config.get_ports()[0], config.get_dbname().unwrap());
+    let password = String::from_utf8_lossy(config.get_password().unwrap()).into_owned();
+    let dir = dir.to_str().unwrap().replace('/', "%2F");
+    format!("{scheme}://{user}:{password}@/{name}?host={dir}&port={port}{options}")
+}
+
+#[tokio::test]
+async fn an_address_made_for_another_tool_works_with_one_warning_that_names_its_options() {
+    let database = Database::create().await;
+    assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
+    let cases = [
+        ("postgresql", "&schema=public", &[][..]),
+        (
+            "postgres",
+            "&pgbouncer=true&connection_limit=1&pool_timeout=0",
+            &["pgbouncer", "connection_limit", "pool_timeout"],
+        ),
+        (
+            "postgresql",
+            "&schema=shop&statement_cache_size=100",
+            &["schema", "source.table", "statement_cache_size"],
+        ),
+        (
+            "postgresql+asyncpg",
+            "&prepared_statement_cache_size=0&command_timeout=60",
+            &["prepared_statement_cache_size"],
+        ),
+        ("postgres+psycopg2", "&connect_timeout=5&application_name=shop&gssencmode=disable", &[]),
+        ("jdbc:postgresql", "&prepareThreshold=0&currentSchema=shop", &["prepareThreshold", "currentSchema"]),
+        (
+            "postgres",
+            "&prepared_statements=false&pool=5&reaping_frequency=10",
+            &["prepared_statements", "pool"],
+        ),
+        (
+            "postgres",
+            "&options=-c%20statement_timeout%3D0&target_session_attrs=primary&channel_binding=prefer",
+            &[],
+        ),
+        ("postgres", "&ssl=false&uselibpqcompat=true&sslmode=", &[]),
+        (
+            "postgis",
+            "&krbsrvname=pg&sslnegotiation=direct&pool_max_conns=4",
+            &["krbsrvname", "sslnegotiation"],
+        ),
+    ];
+    for (scheme, options, names) in cases {
+        let url = url_of(&database, scheme, options);
+        let run = run(&["status"], &[("DATABASE_URL", &url)]).await;
+        assert_eq!(run.code, Some(0), "{scheme} {options}: {run:?}");
+        assert_eq!(run.err.lines().count(), usize::from(!names.is_empty()), "{options}: {}", run.err);
+        for name in names {
+            assert!(run.err.contains(name), "{options}: {}", run.err);
+        }
+    }
+    // As pairs of key and value, and as a tool's own quotes left it.
+    let pairs = format!("{} connection_limit=1 schema = 'my shop'", database.url());
+    let said = run(&["status"], &[("DATABASE_URL", &pairs)]).await;
+    assert!(said.code == Some(0) && said.err.contains("connection_limit"), "{said:?}");
+    let quoted = format!("\"{}\"\n", url_of(&database, "postgres", ""));
+    assert_eq!(run(&["status"], &[("DATABASE_URL", &quoted)]).await.code, Some(0));
+}
+
+#[tokio::test]
+async fn an_option_that_cannot_be_honoured_is_refused_by_name_with_what_to_do() {
+    for (options, says) in [
+        ("sslmode=no-verify", "sslmode=require"),
+        ("sslmode=allow", "use disable, prefer, require, verify-ca or verify-full"),
+        ("ssl=no-verify", "sslmode=require"),
+        ("sslaccept=accept_invalid_certs", "sslmode=require"),
+        ("sslcert=%2Fc.pem&sslkey=%2Fk.pem", "sslcert"),
+        ("sslkey=%2Fk.pem", "sslkey"),
+        ("sslcrl=%2Fc.crl", "sslcrl"),
+        ("requirepeer=postgres", "requirepeer"),
+        ("require_auth=scram-sha-256", "require_auth"),
+        ("gssencmode=require", "gssencmode"),
+        ("ssl_min_protocol_version=TLSv1.3", "ssl_min_protocol_version"),
+        ("target_session_attrs=standby", "read-write"),
+        ("targetServerType=secondary", "targetServerType"),
+        ("service=shop", "service"),
+        ("passfile=%2Fp", "password"),
+        ("replication=database", "replication"),
+        ("sslmod=require", "did you mean sslmode?"),
+        ("conect_timeout=3", "did you mean connect_timeout?"),
+    ] {
+        let url = format!("postgres://me:hunter2@127.0.0.1:9/shop?{options}");
+        let run = run(&["status"], &[("DATABASE_URL", &url)]).await;
+        assert_eq!(run.code, Some(1), "{options}: {run:?}");
+        assert!(run.err.contains("read database.url") && run.err.contains(says), "{options}: {}", run.err);
+        assert!(!run.err.contains("hunter2") && !run.err.contains("k.pem"), "{}", run.err);
+    }
+    let run =
+        run(&["status"], &[("DATABASE_URL", "prisma+postgres://accelerate.example/?api_key=hunter2")]).await;
+    assert!(run.code == Some(1) && run.err.contains("database itself"), "{run:?}");
+    assert!(!run.err.contains("hunter2"), "{}", run.err);
+}
+
 #[tokio::test]
 async fn help_names_what_one_needs() {
     let first = run(&["--help"], &[]).await;

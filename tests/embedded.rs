@@ -289,8 +289,9 @@ async fn the_server_holds_no_file_of_ours() {
 
 #[tokio::test]
 async fn root_keeps_the_files_elsewhere_when_the_servers_user_cannot_reach_the_project() {
-    if !Uid::effective().is_root() {
-        return; // The server runs as us then, and reaches what we reach.
+    // Otherwise the server runs as us, and reaches what we reach.
+    if !is_root("root_keeps_the_files_elsewhere_when_the_servers_user_cannot_reach_the_project") {
+        return;
     }
     let home = Home::within("project", 0o700);
     let cluster = home.join().await.unwrap();
@@ -389,8 +390,9 @@ async fn a_lost_password_is_named() {
 
 #[tokio::test]
 async fn a_copied_project_has_data_of_its_own() {
-    if !Uid::effective().is_root() {
-        return; // Only root's data can be outside the project.
+    // Only root's data can be outside the project.
+    if !is_root("a_copied_project_has_data_of_its_own") {
+        return;
     }
     let home = Home::within("project", 0o700);
     home.join().await.unwrap().leave().await.unwrap();
@@ -407,4 +409,176 @@ async fn a_copied_project_has_data_of_its_own() {
     moved.join().await.unwrap().leave().await.unwrap();
     assert_eq!(moved.files(), before);
     assert!(Path::new(&before).join("data").is_dir());
+}
+
+/// Something that only root may touch, and what it was.
+struct Vault {
+    dir: TempDir,
+}
+
+impl Vault {
+    const TEXT: &str = "root's own\n";
+
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(dir.path().join("file"), Self::TEXT).unwrap();
+        fs::set_permissions(dir.path().join("file"), fs::Permissions::from_mode(0o640)).unwrap();
+        fs::create_dir(dir.path().join("folder")).unwrap();
+        fs::write(dir.path().join("folder/postmaster.pid"), Self::TEXT).unwrap();
+        fs::write(dir.path().join("folder/PG_VERSION"), "18\n").unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn assert_untouched(&self, after: &str) {
+        for name in ["file", "folder/postmaster.pid"] {
+            let text = fs::read_to_string(self.path(name));
+            assert_eq!(text.ok().as_deref(), Some(Self::TEXT), "{after}: {name} was written to");
+        }
+        for (name, mode) in [("file", 0o640), ("folder", 0o755), ("", 0o700)] {
+            let meta = fs::metadata(self.path(name)).unwrap();
+            assert_eq!((meta.uid(), meta.mode() & 0o777), (0, mode), "{after}: {name:?} was given away");
+        }
+        let names = |dir: &Path| {
+            let mut names: Vec<_> =
+                fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(self.dir.path()), ["file", "folder"], "{after}");
+        assert_eq!(names(&self.path("folder")), ["PG_VERSION", "postmaster.pid"], "{after}");
+    }
+}
+
+/// Joins if that is possible, and leaves; either is fine.
+async fn try_join(home: &Home) -> String {
+    match home.join().await {
+        Ok(cluster) => cluster.leave().await.map_or_else(|error| format!("{error:#}"), |()| "joined".into()),
+        Err(error) => format!("{error:#}"),
+    }
+}
+
+fn is_root(test: &str) -> bool {
+    let root = Uid::effective().is_root();
+    if !root {
+        eprintln!("skipped, since only root hands its server to another user: {test}");
+    }
+    root
+}
+
+#[tokio::test]
+async fn root_touches_nothing_through_what_the_servers_user_planted() {
+    if !is_root("root_touches_nothing_through_what_the_servers_user_planted") {
+        return;
+    }
+    let vault = Vault::new();
+    for mode in [0o755, 0o700] {
+        let home = Home::within("project", mode);
+        home.join().await.unwrap().leave().await.unwrap();
+        let files = home.files();
+        let user = fs::metadata(files.join("data")).unwrap();
+        let (uid, gid) = (Some(user.uid()), Some(user.gid()));
+        // Long enough to be moved aside at each start.
+        let long_log = || {
+            let log = files.join("server.log");
+            let _ = fs::remove_file(&log);
+            fs::File::create(&log).unwrap().set_len(17 << 20).unwrap();
+            std::os::unix::fs::chown(&log, uid, gid).unwrap();
+        };
+        let names = [
+            "password",
+            "port",
+            "socket",
+            "origin",
+            "location",
+            "server.log",
+            "server.log.1",
+            "transition.lock",
+            "users.lock",
+            "data/postgresql.conf",
+            "data/postmaster.pid",
+            "data/PG_VERSION",
+            "data",
+        ];
+        for name in names {
+            let targets = match (mode, name) {
+                // The rest is the same wherever the files are.
+                (0o700, "origin" | "location" | "password" | "server.log.1") => &["file"][..],
+                (0o700, _) => &[],
+                (_, "server.log" | "server.log.1") => &["file", "new", "folder", "hard link"],
+                (_, "port" | "socket" | "data/postgresql.conf") => &["file", "hard link"],
+                (_, "data") => &["folder"],
+                _ => &["file", "new"],
+            };
+            for target in targets.iter().copied() {
+                let path = files.join(name);
+                let saved = path.with_extension("saved");
+                let existed = fs::rename(&path, &saved).is_ok();
+                if name == "server.log.1" {
+                    long_log();
+                }
+                if target == "hard link" {
+                    // Systems forbid links to files of others; an old one may stand there.
+                    if fs::hard_link(vault.path("file"), &path).is_err() {
+                        eprintln!("no hard link can be made here");
+                        let _ = fs::rename(&saved, &path);
+                        continue;
+                    }
+                } else {
+                    std::os::unix::fs::symlink(vault.path(target), &path).unwrap();
+                    std::os::unix::fs::lchown(&path, uid, gid).unwrap();
+                }
+                let outcome = try_join(&home).await;
+                let what = format!("{name} led to the {target}, and the outcome was {outcome:?}");
+                assert!(!outcome.contains("root's own"), "{what}");
+                if fs::symlink_metadata(&path).is_ok_and(|meta| !meta.is_dir()) {
+                    fs::remove_file(&path).unwrap();
+                }
+                if path.is_dir() && existed {
+                    fs::remove_dir_all(&path).unwrap();
+                }
+                if existed {
+                    fs::rename(&saved, &path).unwrap();
+                }
+                vault.assert_untouched(&what);
+            }
+        }
+        assert_eq!(try_join(&home).await, "joined");
+        home.assert_stopped();
+    }
+}
+
+#[tokio::test]
+async fn root_believes_no_location_that_it_did_not_write_and_gives_no_strange_folder_away() {
+    if !is_root("root_believes_no_location_that_it_did_not_write_and_gives_no_strange_folder_away") {
+        return;
+    }
+    let vault = Vault::new();
+    let home = Home::new();
+    home.join().await.unwrap().leave().await.unwrap();
+    let data = fs::metadata(home.files().join("data")).unwrap();
+    let location = home.dir.join("postgres/location");
+    fs::write(&location, vault.path("folder").to_str().unwrap()).unwrap();
+    std::os::unix::fs::chown(&location, Some(data.uid()), Some(data.gid())).unwrap();
+    let outcome = try_join(&home).await;
+    vault.assert_untouched(&outcome);
+    fs::remove_file(&location).unwrap();
+    assert_eq!(try_join(&home).await, "joined");
+    home.assert_stopped();
+    // The cluster's folder is another one, by a link.
+    let linked = Home::new();
+    fs::create_dir_all(&linked.dir).unwrap();
+    std::os::unix::fs::symlink(vault.path("folder"), linked.dir.join("postgres")).unwrap();
+    fs::set_permissions(vault.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let refusal = linked.refusal().await;
+    fs::set_permissions(vault.dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    for lock in ["transition.lock", "users.lock"] {
+        let _ = fs::remove_file(vault.path("folder").join(lock));
+    }
+    vault.assert_untouched(&refusal);
+    assert!(refusal.contains("PG_VERSION") || refusal.contains("postmaster.pid"), "{refusal}");
 }

@@ -48,7 +48,12 @@ async fn on_pgvector() -> Bench {
         IndexShape { kind: "pgvector".into(), model: "test".into(), dimensions: 3, place: Place::default() };
     migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
     let target = target::find(&postgres, &settings.source, &shape).await.unwrap();
-    let options = pgvector::Options { graph_min_rows: 1_000, graph_max_backlog: 1_000, ef_search: 100 };
+    let options = pgvector::Options {
+        graph_min_rows: 1_000,
+        graph_max_backlog: 1_000,
+        ef_search: 100,
+        acknowledged_in_same_log: true,
+    };
     let source = Arc::new(target.table);
     let index = Arc::new(PgVector::new(postgres, source, target.salt, target.id, options));
     let client = database.client().await;

@@ -78,10 +78,21 @@ struct OnSqs {
 
 /// Makes queues that no other test has, by the API.
 async fn create(client: &aws_sdk_sqs::Client) -> [String; 3] {
+    create_with(client, &[]).await
+}
+
+/// Makes queues with attributes: each stands with the queue's name before it, as in `live.DelaySeconds`.
+async fn create_with(client: &aws_sdk_sqs::Client, attributes: &[(&str, u64)]) -> [String; 3] {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let prefix = format!("t{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let create = async |name: &str, policy: Option<&str>| {
         let mut call = client.create_queue().queue_name(format!("{prefix}-{name}"));
+        for (key, value) in attributes {
+            let (queue, key) = key.split_once('.').unwrap();
+            if queue == name {
+                call = call.attributes(key.into(), value.to_string());
+            }
+        }
         if let Some(arn) = policy {
             let policy = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":"50"}}"#);
             call = call.attributes(aws_sdk_sqs::types::QueueAttributeName::RedrivePolicy, policy);
@@ -370,6 +381,214 @@ async fn queues_that_cannot_serve_are_refused_with_what_to_do() {
     };
     let error = sqs::connect(&elsewhere).await.unwrap_err().to_string();
     assert!(error.contains("different regions"), "{error}");
+}
+
+/// Ids in jobs, in order.
+fn ids<'a>(jobs: impl IntoIterator<Item = &'a Job>) -> Vec<String> {
+    let groups = jobs.into_iter().flat_map(|job| &job.groups);
+    let mut ids: Vec<String> = groups.flat_map(|group| group.ids.clone()).collect();
+    ids.sort();
+    ids
+}
+
+/// Takes and acknowledges what a lane holds, until the ids have come.
+async fn drain(queue: &dyn JobQueue, lane: Lane, count: usize) -> Vec<Job> {
+    let mut jobs = Vec::new();
+    while ids(&jobs).len() < count {
+        let messages = queue.receive(lane, 10).await.unwrap();
+        assert!(!messages.is_empty(), "{} of {count} ids came", ids(&jobs).len());
+        let receipts: Vec<_> = messages.iter().map(|message| message.receipt.clone()).collect();
+        jobs.extend(messages.into_iter().map(|message| message.body.unwrap()));
+        queue.acknowledge(&receipts).await.unwrap();
+    }
+    jobs
+}
+
+/// Messages travel through queues that take less than SQS's most.
+async fn small_queues_carry_everything(endpoint: &str) {
+    let client = sqs::connect_to(endpoint);
+    let limits = [
+        ("live.MaximumMessageSize", 1_024),
+        ("bulk.MaximumMessageSize", 8_192),
+        ("dead.MaximumMessageSize", 2_048),
+    ];
+    let urls = create_with(&client, &limits).await;
+    let (_database, postgres) = database().await;
+    let queue = Sqs::open(client.clone(), postgres, options(&urls)).await.unwrap();
+    for lane in Lane::ALL {
+        let sent = [job(lane, 0..500), job(lane, 500..501), job(lane, 501..1_000)];
+        queue.send(&sent).await.unwrap();
+        let came = drain(&queue, lane, 1_000).await;
+        assert_eq!(ids(&came), ids(&sent), "{}", lane.name());
+        assert!(lane == Lane::Bulk || came.len() > 3, "{} messages", came.len());
+    }
+    // A message that the lane takes and the dead-letter queue does not becomes several letters.
+    let whole = job(Lane::Bulk, 0..400);
+    queue.send(std::slice::from_ref(&whole)).await.unwrap();
+    let message = receive_one(&queue, Lane::Bulk).await;
+    let why = refarch::pipeline::queue::Why {
+        reason: refarch::pipeline::queue::Reason::Received,
+        error: "e".repeat(3_000),
+        tries: 2,
+    };
+    queue.dead_letter(&message, None, &why).await.unwrap();
+    assert_eq!(queue.backlog(Lane::Bulk).await.unwrap(), Backlog::default());
+    let letters = queue.read_dead_letters(None, 100).await.unwrap();
+    let mut found: Vec<String> = letters.iter().flat_map(|letter| letter.ids.clone()).collect();
+    found.sort();
+    assert_eq!(found, ids([&whole]));
+    for letter in &letters {
+        assert_eq!((letter.reason, letter.lane, letter.tries), (Some(why.reason), Lane::Bulk, 2));
+        assert_eq!(letter.changes, letter.ids.len() as u64);
+        assert!(letter.error.starts_with("eee"), "{letter:?}");
+    }
+    // The queue has been made smaller since: what goes back is cut for it.
+    let name = aws_sdk_sqs::types::QueueAttributeName::MaximumMessageSize;
+    client.set_queue_attributes().queue_url(&urls[1]).attributes(name, "1024").send().await.unwrap();
+    let (_database, postgres) = self::database().await;
+    let queue = Sqs::open(client, postgres, options(&urls)).await.unwrap();
+    let asked: Vec<String> = letters.iter().map(|letter| letter.id.clone()).collect();
+    assert_eq!(queue.redrive(&asked).await.unwrap().len(), letters.len());
+    assert_eq!(ids(&drain(&queue, Lane::Bulk, 400).await), ids([&whole]));
+    // A body that is no job and too long even for the dead letters is cut, and not held for ever.
+    let foreign = refarch::pipeline::queue::Message {
+        body: Err(refarch::pipeline::queue::Undecodable {
+            reason: "not a job".into(),
+            body: "é".repeat(4_000),
+        }),
+        ..message
+    };
+    queue.dead_letter(&foreign, None, &why).await.unwrap();
+    let letters = queue.read_dead_letters(None, 100).await.unwrap();
+    assert!(letters[0].body.as_ref().unwrap().starts_with("éé"), "{letters:?}");
+    assert!(letters[0].error.contains("cut from 8000 bytes"), "{letters:?}");
+    // A single change that fits no message of the queue is told with what to change.
+    let mut long = job(Lane::Live, 0..1);
+    long.groups[0].ids = vec!["x".repeat(2_000)];
+    let error = queue.send(&[long]).await.unwrap_err().to_string();
+    assert!(error.contains("MaximumMessageSize") && error.contains("1024"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_keep_to_what_each_queue_takes_on_moto() {
+    small_queues_carry_everything(Moto::shared().await.url()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_keep_to_what_each_queue_takes_on_the_double() {
+    let double = QueueDouble::start(1).await.unwrap();
+    small_queues_carry_everything(&double.url()).await;
+}
+
+/// A run of the executable against queues of a double.
+fn on_double(database: &Database, double: &QueueDouble, urls: &[String; 3]) -> tokio::process::Command {
+    let mut command = database.refarch();
+    command
+        .env("AWS_ENDPOINT_URL_SQS", double.url())
+        .env("AWS_REGION", "us-east-1")
+        .env("AWS_ACCESS_KEY_ID", "test")
+        .env("AWS_SECRET_ACCESS_KEY", "test")
+        .env("SQS_QUEUE_URL", &urls[0])
+        .env("SQS_BULK_QUEUE_URL", &urls[1])
+        .env("SQS_DEAD_LETTER_QUEUE_URL", &urls[2])
+        .env("REFARCH_QUEUE_WAIT_S", "1");
+    command
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_that_keeps_messages_for_too_short_is_told_at_the_start_and_by_migrate() {
+    const DAY: u64 = 86_400;
+    let double = QueueDouble::start(1).await.unwrap();
+    let client = sqs::connect_to(&double.url());
+    let database = Database::create().await;
+    let run = async |urls: &[String; 3], args: &[&str]| -> String {
+        let output = on_double(&database, &double, urls).args(args).output().await.unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap() + &String::from_utf8_lossy(&output.stderr)
+    };
+    let short = [
+        ("live.MessageRetentionPeriod", 3_600),
+        ("bulk.MessageRetentionPeriod", 3 * DAY),
+        ("dead.MessageRetentionPeriod", 3 * DAY - 1),
+        ("live.MaximumMessageSize", 262_144),
+        ("dead.MaximumMessageSize", 65_536),
+    ];
+    let urls = create_with(&client, &short).await;
+    for args in [&["migrate"][..], &["migrate", "--dry-run"], &["listen", "--until-idle"]] {
+        let said = run(&urls, args).await;
+        for url in &urls {
+            let about = |line: &&str| line.contains(url.as_str()) && line.contains("MessageRetentionPeriod");
+            assert!(said.lines().any(|line| about(&line)), "{args:?}: {url}: {said}");
+        }
+        assert!(said.contains("MessageRetentionPeriod = 3600 s"), "{said}");
+        assert!(said.contains("counts from when a message was first sent"), "{said}");
+        assert!(said.lines().any(|line| line.contains("MaximumMessageSize = 65536")), "{said}");
+    }
+    // The default is worth a note of migrate's, and no warning.
+    let default = create(&client).await;
+    let said = run(&default, &["migrate"]).await;
+    assert!(said.contains("note: ") && said.contains("MessageRetentionPeriod = 345600 s"), "{said}");
+    assert!(!run(&default, &["listen", "--until-idle"]).await.contains("MessageRetentionPeriod"));
+    let long: Vec<(&str, u64)> = ["live", "bulk", "dead"]
+        .map(|name| [name, ".MessageRetentionPeriod"].concat())
+        .iter()
+        .map(|key| (&*key.clone().leak(), 14 * DAY))
+        .collect();
+    let said = run(&create_with(&client, &long).await, &["migrate"]).await;
+    assert!(!said.contains("MessageRetentionPeriod"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn migrate_goes_on_and_tells_when_the_queues_cannot_be_looked_at() {
+    let double = QueueDouble::start(1).await.unwrap();
+    let database = Database::create().await;
+    let missing = ["a", "b", "c"].map(|name| format!("{}/123456789012/{name}", double.url()));
+    let output = on_double(&database, &double, &missing).arg("migrate").output().await.unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("warning: ") && said.contains("there is no such queue"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_waits_for_the_disk_unless_its_acknowledgement_is_in_the_same_log() {
+    let double = QueueDouble::start(1).await.unwrap();
+    let urls = create(&sqs::connect_to(&double.url())).await;
+    let waits = async |with_sqs: bool, of_role: &str| -> Vec<(String, String)> {
+        let database = Database::create().await;
+        let refarch = |args: &[&str]| {
+            let mut command =
+                if with_sqs { on_double(&database, &double, &urls) } else { database.refarch() };
+            command.args(args);
+            command
+        };
+        let run = async |args: &[&str]| {
+            let output = refarch(args).output().await.unwrap();
+            assert!(output.status.success(), "{args:?}: {output:?}");
+        };
+        run(&["migrate"]).await;
+        let client = database.client().await;
+        let sql = format!(
+            "ALTER DATABASE {} SET synchronous_commit = {of_role}; \
+             CREATE TABLE public.seen (what text, setting text); \
+             CREATE FUNCTION public.see() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN \
+               INSERT INTO public.seen VALUES (TG_TABLE_NAME, current_setting('synchronous_commit')); RETURN NULL; END$$; \
+             CREATE TRIGGER see AFTER INSERT ON refarch.vector_1 EXECUTE FUNCTION public.see(); \
+             CREATE TRIGGER see AFTER UPDATE ON refarch.ledger EXECUTE FUNCTION public.see(); \
+             INSERT INTO public.products_with_increment (name, description) VALUES ('a', 'blue')",
+            database.name()
+        );
+        client.batch_execute(&sql).await.unwrap();
+        run(&["listen", "--until-idle"]).await;
+        run(&["embed", "--until-idle"]).await;
+        let rows = client.query("SELECT DISTINCT what, setting FROM seen ORDER BY 1, 2", &[]).await.unwrap();
+        rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+    };
+    let seen = |setting: &str| ["ledger", "vector_1"].map(|what| (what.to_owned(), setting.to_owned()));
+    assert_eq!(waits(false, "on").await, seen("off"));
+    assert_eq!(waits(true, "on").await, seen("on"));
+    // Whatever the role's own setting; one that waits in another way stays.
+    assert_eq!(waits(true, "off").await, seen("on"));
+    assert_eq!(waits(true, "local").await, seen("local"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -35,6 +35,9 @@ use postgres::outbox::PgOutbox;
 use postgres::target::{self, IndexShape, Place, Target};
 use sqs::Sqs;
 
+/// How long a migration waits for a look at the queues, which it can do without.
+const LOOK_AT_QUEUES: Duration = Duration::from_secs(15);
+
 /// The database in use, and the private cluster when it is ours.
 pub struct Database {
     /// Its connections.
@@ -233,7 +236,7 @@ pub async fn migrate_with(
         None => false,
     };
     let report = migrate::migrate_with(postgres, &settings.source, &settings.queue, &shape, options).await?;
-    Ok(with_index(report, settings, made))
+    Ok(with_queues(with_index(report, settings, made), settings).await)
 }
 
 /// What [`migrate_with`] would do; nothing is changed.
@@ -249,12 +252,29 @@ pub async fn plan_migration(
         None => false,
     };
     let report = migrate::plan(postgres, &settings.source, &settings.queue, &shape, options).await?;
-    Ok(with_index(report, settings, missing))
+    Ok(with_queues(with_index(report, settings, missing), settings).await)
 }
 
 fn with_index(mut report: Report, settings: &Settings, made: bool) -> Report {
     if made {
         report.created.push(format!("index {}", settings.index.name));
+    }
+    report
+}
+
+/// Adds what the queues' own settings may lose. Who migrates need not be allowed to see the queues.
+async fn with_queues(mut report: Report, settings: &Settings) -> Report {
+    if settings.queue.kind == QueueKind::Sqs {
+        let options = sqs_options(settings);
+        let remarks = async { sqs::remarks(&sqs::connect(&options).await?, &options).await };
+        match tokio::time::timeout(LOOK_AT_QUEUES, remarks).await {
+            Ok(Ok((warnings, notes))) => {
+                report.warnings.extend(warnings);
+                report.notes.extend(notes);
+            }
+            Ok(Err(error)) => report.warnings.push(format!("cannot look at the queues: {error}")),
+            Err(_) => report.warnings.push("cannot look at the queues: no answer in time".into()),
+        }
     }
     report
 }
@@ -353,6 +373,9 @@ impl Backends {
         settings: &Settings,
         queue: Arc<dyn JobQueue>,
     ) -> Result<Self> {
+        // A message of another service stays deleted when the database forgets what it did for it.
+        let waiting = (settings.queue.kind != QueueKind::Pgmq).then(|| postgres.waiting_for_the_disk());
+        let postgres = waiting.as_ref().unwrap_or(postgres);
         let mut shape = index_shape(settings).await?;
         let host = match named_index(settings, shape.dimensions) {
             Some(options) => pinecone::control::host(&options).await?,
@@ -371,6 +394,7 @@ impl Backends {
                     graph_min_rows: settings.index.graph_min_rows,
                     graph_max_backlog: settings.index.graph_max_backlog,
                     ef_search: settings.index.ef_search,
+                    acknowledged_in_same_log: settings.queue.kind == QueueKind::Pgmq,
                 },
             )),
             IndexKind::Pinecone => Arc::new(pinecone_at(settings, host, target.dimensions)?),

@@ -7,6 +7,7 @@ use toml::{Table, Value};
 
 use super::Settings;
 use super::environment;
+use crate::secret::{address_without_secrets, without_secrets};
 
 /// The built-in defaults, and the list of every key.
 pub const DEFAULTS: &str = include_str!("../../config/default.toml");
@@ -16,6 +17,10 @@ pub const DEFAULT_FILE: &str = "refarch.toml";
 
 /// Keys whose values are never shown.
 const SECRETS: &[&str] = &["database.url", "embedder.api_key", "index.api_key", "serve.edit_token"];
+
+/// Keys whose values are addresses, which are shown without what is secret in them.
+const ADDRESSES: &[&str] =
+    &["queue.url", "queue.bulk_url", "queue.dead_url", "index.host", "index.controller", "embedder.url"];
 
 /// Names further apart than this are not offered as what was meant.
 const MAX_EDIT_DISTANCE: usize = 4;
@@ -31,11 +36,13 @@ pub enum ConfigError {
         /// Why.
         source: std::io::Error,
     },
-    /// A file is not TOML.
-    #[error("{origin} is not valid TOML: {message}")]
+    /// A file is not TOML. Nothing of its text is told, which may be a password.
+    #[error("{origin} is not valid TOML: {place}{message}")]
     Syntax {
         /// The file.
         origin: String,
+        /// Line and column, and the key there if it is one of ours.
+        place: String,
         /// What the parser says.
         message: String,
     },
@@ -103,17 +110,13 @@ impl Settings {
         env: &BTreeMap<String, String>,
         flags: &[Override],
     ) -> Result<Self, ConfigError> {
-        let mut settings: Table = toml::from_str(DEFAULTS).map_err(|error| ConfigError::Syntax {
-            origin: "config/default.toml".into(),
-            message: error.to_string(),
-        })?;
+        let mut settings: Table =
+            toml::from_str(DEFAULTS).map_err(|error| syntax("config/default.toml", DEFAULTS, &error))?;
         let mut origins = BTreeMap::new();
         if let Some(file) = file {
             let origin = file.path.display().to_string();
-            let table: Table = toml::from_str(&file.text).map_err(|error| ConfigError::Syntax {
-                origin: origin.clone(),
-                message: error.to_string(),
-            })?;
+            let table: Table =
+                toml::from_str(&file.text).map_err(|error| syntax(&origin, &file.text, &error))?;
             for (section, value) in table {
                 let Value::Table(keys) = value else {
                     return Err(unknown(&settings, &origin, &section));
@@ -145,6 +148,58 @@ impl Settings {
     }
 }
 
+/// A key's value as it may be shown.
+pub(super) fn shown(key: &str, value: &str) -> String {
+    match key {
+        _ if SECRETS.contains(&key) => "[redacted]".into(),
+        _ if ADDRESSES.contains(&key) => address_without_secrets(value),
+        _ => without_secrets(value),
+    }
+}
+
+/// Where a text stops to be TOML. The parser's own messages are fixed sentences; its display would print
+/// the line.
+fn syntax(origin: &str, text: &str, error: &toml::de::Error) -> ConfigError {
+    let place = error.span().map(|span| {
+        let mut at = span.start.min(text.len());
+        while !text.is_char_boundary(at) {
+            at -= 1;
+        }
+        let before = &text[..at];
+        let line_start = before.rfind('\n').map_or(0, |end| end + 1);
+        let line = before.matches('\n').count() + 1;
+        let column = text[line_start..at].chars().count() + 1;
+        let key = key_at(text, line).map(|key| format!(", at {key}")).unwrap_or_default();
+        format!("line {line}, column {column}{key}: ")
+    });
+    ConfigError::Syntax {
+        origin: origin.into(),
+        place: place.unwrap_or_default(),
+        message: error.message().into(),
+    }
+}
+
+/// The setting that a line sets, if there is one of that name.
+fn key_at(text: &str, line: usize) -> Option<String> {
+    let lines: Vec<&str> = text.lines().take(line).collect();
+    let (name, _) = lines.last()?.split_once('=')?;
+    let header = lines.iter().rev().find_map(|line| line.trim().strip_prefix('['))?;
+    let key = format!("{}.{}", header.split(']').next()?.trim(), name.trim());
+    let defaults: Table = toml::from_str(DEFAULTS).ok()?;
+    let (section, name) = key.split_once('.')?;
+    defaults.get(section)?.get(name).is_some().then_some(key)
+}
+
+/// Why a value is wrong, as serde says it, without the value. What it expected stands last.
+fn reason(message: &str) -> String {
+    match message.rsplit_once("expected ") {
+        Some((_, expected)) => format!("expected {}", expected.trim()),
+        // As of a socket address: these name no value.
+        None if !message.contains(['`', '"', '\'']) => message.trim().into(),
+        None => "it is of the wrong kind".into(),
+    }
+}
+
 /// A value, as it came.
 enum Given<'a> {
     Toml(Value),
@@ -166,7 +221,7 @@ fn put(
         Given::Text(text) => parse_as(default, text).map_err(|reason| ConfigError::Invalid {
             origin: origin.into(),
             key: key.into(),
-            value: text.into(),
+            value: shown(key, text),
             reason,
         })?,
     };
@@ -206,7 +261,7 @@ fn unknown(settings: &Table, origin: &str, key: &str) -> ConfigError {
 /// Reads each section by itself, so that an error can name its key and where that came from.
 fn typed(settings: &Table, origins: &BTreeMap<String, String>) -> Result<Settings, ConfigError> {
     Value::Table(settings.clone()).try_into::<Settings>().map_err(|error| {
-        let message = error.message().to_owned();
+        let message = reason(error.message());
         // The key whose replacement by its default mends the error is the one at fault.
         let defaults: Table = toml::from_str(DEFAULTS).unwrap_or_default();
         for (key, origin) in origins {
@@ -220,16 +275,12 @@ fn typed(settings: &Table, origins: &BTreeMap<String, String>) -> Result<Setting
                 return ConfigError::Invalid {
                     origin: origin.clone(),
                     key: key.clone(),
-                    value: if SECRETS.contains(&key.as_str()) {
-                        "[redacted]".into()
-                    } else {
-                        value.map(|v| v.to_string()).unwrap_or_default()
-                    },
+                    value: shown(key, &value.map(|v| v.to_string()).unwrap_or_default()),
                     reason: message,
                 };
             }
         }
-        ConfigError::Syntax { origin: "configuration".into(), message }
+        ConfigError::Syntax { origin: "configuration".into(), place: String::new(), message }
     })
 }
 
@@ -273,6 +324,25 @@ mod tests {
         assert!(error.starts_with("test.toml: relay.pack = -1: "), "{error}");
         let error = load("", &[("REFARCH_SERVE_BIND", "nowhere")], &[]).unwrap_err().to_string();
         assert!(error.contains("REFARCH_SERVE_BIND: serve.bind = \"nowhere\""), "{error}");
+    }
+
+    #[test]
+    fn secrets_and_addresses_are_known_by_their_keys() {
+        let defaults: Table = toml::from_str(DEFAULTS).unwrap();
+        let texts = defaults.iter().flat_map(|(section, keys)| {
+            let keys = keys.as_table().unwrap().iter().filter(|(_, value)| value.is_str());
+            keys.map(move |(name, _)| (section.clone(), name.clone()))
+        });
+        for (section, name) in texts {
+            let mut settings = defaults.clone();
+            let keys = settings.get_mut(&section).and_then(Value::as_table_mut).unwrap();
+            keys.insert(name.clone(), "u:p@host".into());
+            let key = format!("{section}.{name}");
+            let Ok(settings) = Value::Table(settings).try_into::<Settings>() else { continue };
+            let shown = Table::try_from(&settings).unwrap()[&section][&name].as_str().unwrap().to_owned();
+            assert_eq!(shown == "[redacted]", SECRETS.contains(&key.as_str()), "{key}");
+            assert_eq!(shown == "[redacted]@host", ADDRESSES.contains(&key.as_str()), "{key}");
+        }
     }
 
     #[test]

@@ -68,8 +68,11 @@ pub struct Source {
 pub struct Queue {
     pub kind: QueueKind,
     pub name: String,
+    #[serde(serialize_with = "crate::secret::serialize_address")]
     pub url: String,
+    #[serde(serialize_with = "crate::secret::serialize_address")]
     pub bulk_url: String,
+    #[serde(serialize_with = "crate::secret::serialize_address")]
     pub dead_url: String,
     pub wait_s: u64,
     pub shared_bound: u64,
@@ -99,12 +102,14 @@ pub const NOTES_NAMESPACE: &str = "refarch-notes";
 #[allow(missing_docs)]
 pub struct Index {
     pub kind: IndexKind,
+    #[serde(serialize_with = "crate::secret::serialize_address")]
     pub host: String,
     pub name: String,
     pub api_key: Secret,
     pub namespace: String,
     pub cloud: String,
     pub region: String,
+    #[serde(serialize_with = "crate::secret::serialize_address")]
     pub controller: String,
     pub freshness_ms: u64,
     pub timeout_ms: u64,
@@ -132,6 +137,7 @@ pub struct Embedder {
     pub model: String,
     pub precision: Precision,
     pub instructions: Instructions,
+    #[serde(serialize_with = "crate::secret::serialize_address")]
     pub url: String,
     pub api_key: Secret,
     pub dimensions: usize,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use super::load::shown;
 use super::{ConfigError, EmbedderKind, IndexKind, QueueKind, Settings};
 
 /// Whether a key's value is good; if not, the value and what would be right.
@@ -18,7 +19,7 @@ impl Settings {
             Err(ConfigError::Invalid {
                 origin: origins.get(key).cloned().unwrap_or_else(|| "configuration".into()),
                 key: key.into(),
-                value: value.to_string(),
+                value: shown(key, &value.to_string()),
                 reason: reason.into(),
             })
         };
@@ -118,6 +119,18 @@ impl Settings {
         if self.queue.kind == QueueKind::Sqs {
             let url_rule = "use the queue's URL, as https://sqs.REGION.amazonaws.com/ACCOUNT/NAME";
             check(is_url(&self.queue.url), "queue.url", &self.queue.url, url_rule)?;
+            for (key, url) in [
+                ("queue.url", &self.queue.url),
+                ("queue.bulk_url", &self.queue.bulk_url),
+                ("queue.dead_url", &self.queue.dead_url),
+            ] {
+                check(
+                    !url.contains(['@', '?', '#']),
+                    key,
+                    url,
+                    "use the queue's URL alone: credentials come from AWS_ACCESS_KEY_ID, AWS_PROFILE or the machine's role",
+                )?;
+            }
             for (key, url) in
                 [("queue.bulk_url", &self.queue.bulk_url), ("queue.dead_url", &self.queue.dead_url)]
             {

@@ -13,10 +13,15 @@ const TAIL_LINES: usize = 12;
 /// How far back the tail is looked for.
 const TAIL_BYTES: u64 = 16 << 10;
 
+/// Whether the log has grown too long.
+pub fn is_long(path: &Path) -> bool {
+    size(path) > MAX_BYTES
+}
+
 /// Moves the log aside when it has grown too long. The server goes on writing: it appends to a file
 /// that is emptied beneath it.
 pub fn shorten(path: &Path) -> io::Result<()> {
-    if size(path) <= MAX_BYTES {
+    if !is_long(path) {
         return Ok(());
     }
     std::fs::copy(path, path.with_extension("log.1"))?;
@@ -25,13 +30,13 @@ pub fn shorten(path: &Path) -> io::Result<()> {
 
 /// Bytes in the log.
 pub fn size(path: &Path) -> u64 {
-    path.metadata().map_or(0, |m| m.len())
+    path.symlink_metadata().map_or(0, |m| m.len())
 }
 
-/// The last lines that were written after the first `since` bytes.
-pub fn tail(path: &Path, since: u64) -> String {
+/// The last lines of a log that were written after the first `since` bytes.
+pub fn tail(file: io::Result<File>, since: u64) -> String {
     let read = || {
-        let mut file = File::open(path)?;
+        let mut file = file?;
         let end = file.metadata()?.len();
         // A log that shrank was emptied since.
         let start = if since > end { 0 } else { since };
@@ -54,9 +59,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("server.log");
         std::fs::write(&path, "old\nnew\nnewer\n").unwrap();
-        assert_eq!(tail(&path, 4), "new\nnewer");
-        assert_eq!(tail(&path, 1000), "old\nnew\nnewer");
-        assert_eq!(tail(&dir.path().join("none"), 0), "");
+        assert_eq!(tail(File::open(&path), 4), "new\nnewer");
+        assert_eq!(tail(File::open(&path), 1000), "old\nnew\nnewer");
+        assert_eq!(tail(File::open(dir.path().join("none")), 0), "");
     }
 
     #[test]

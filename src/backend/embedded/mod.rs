@@ -7,6 +7,7 @@
 //! next, and stopped when that one leaves.
 
 mod conf;
+mod guarded;
 mod log;
 mod place;
 mod server;
@@ -207,13 +208,13 @@ pub async fn database_url(settings: &Settings) -> anyhow::Result<(Secret, Option
 }
 
 fn keep_log_short(place: &Place) -> tokio::task::AbortHandle {
-    let path = place.log();
+    let place = place.clone();
     tokio::spawn(async move {
         loop {
             tokio::time::sleep(LOG_CHECK).await;
-            let path = path.clone();
-            if let Ok(Err(error)) = tokio::task::spawn_blocking(move || log::shorten(&path)).await {
-                tracing::warn!(%error, "cannot shorten the private PostgreSQL's log");
+            let place = place.clone();
+            if let Ok(Err(error)) = tokio::task::spawn_blocking(move || place.shorten_log()).await {
+                tracing::warn!(error = format!("{error:#}"), "cannot shorten the private PostgreSQL's log");
             }
         }
     })

@@ -7,9 +7,9 @@
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,7 +18,7 @@ use anyhow::{Context, bail};
 use nix::unistd::{Uid, User};
 use sha2::{Digest, Sha256};
 
-use super::Options;
+use super::{Options, guarded, log};
 use crate::secret::Secret;
 
 /// What root keeps for servers that can't reach the project's folder.
@@ -61,10 +61,11 @@ impl Place {
         let elsewhere = recorded_home(&dir)?;
         let home = elsewhere.clone().unwrap_or_else(|| dir.clone());
         let mut place = Self { home, install, user: None, extra: options.extra.clone() };
-        let owner = match fs::metadata(place.data()) {
-            Ok(data) => Some(ServerUser { uid: data.uid(), gid: data.gid() }),
-            Err(_) => None,
+        let owner_of = |path: &Path| {
+            let folder = fs::symlink_metadata(path).ok().filter(fs::Metadata::is_dir)?;
+            Some(ServerUser { uid: folder.uid(), gid: folder.gid() })
         };
+        let owner = owner_of(&place.data());
         let me = Uid::effective();
         if !me.is_root() {
             if let Some(owner) = owner.filter(|owner| owner.uid != me.as_raw()) {
@@ -84,13 +85,18 @@ impl Place {
             }
             return Ok(place);
         }
-        let user = owner.filter(|owner| owner.uid != 0).or_else(sudo_user).unwrap_or_else(service_user);
+        let user = [owner, owner_of(&place.home)]
+            .into_iter()
+            .flatten()
+            .find(|owner| owner.uid != 0)
+            .or_else(sudo_user)
+            .unwrap_or_else(service_user);
         place.user = Some(user);
         if elsewhere.is_none() && !(fits_shell(&dir) && place.probe("cd \"$0\"", &dir)?) {
             place.home = Path::new(SHARED).join(short_hash(dir.as_os_str().as_bytes()));
             make_public_dir(&place.home)?;
-            fs::write(place.home.join(ORIGIN), dir.as_os_str().as_bytes())?;
-            fs::write(dir.join(LOCATION), place.home.as_os_str().as_bytes())?;
+            guarded::replace(&place.home.join(ORIGIN), dir.as_os_str().as_bytes())?;
+            guarded::replace(&dir.join(LOCATION), place.home.as_os_str().as_bytes())?;
             tracing::warn!(
                 "uid {} can't reach {}: the private PostgreSQL's files are in {}",
                 user.uid,
@@ -104,7 +110,7 @@ impl Place {
                 format!("cannot copy {} to {SHARED} for uid {}", place.install.display(), user.uid)
             })?;
         }
-        place.give_to_server(&place.home)?;
+        place.give_home()?;
         Ok(place)
     }
 
@@ -126,8 +132,62 @@ impl Place {
     /// The superuser's password.
     pub fn password(&self) -> anyhow::Result<Secret> {
         let path = self.password_file();
-        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = self.read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         Ok(Secret::new(text.trim()))
+    }
+
+    /// Opens a file in the server's folders to be read.
+    pub fn open(&self, path: &Path) -> io::Result<File> {
+        guarded::open(path, self.user.map(|user| user.uid))
+    }
+
+    /// Reads a file in the server's folders.
+    pub fn read(&self, path: &Path) -> io::Result<String> {
+        guarded::read(path, self.user.map(|user| user.uid))
+    }
+
+    /// Writes a file that only the server's user can read, in the place of what has that name.
+    pub fn write(&self, path: &Path, text: &str) -> anyhow::Result<()> {
+        self.as_server(
+            "umask 077 && rm -f -- \"$0.new\" && cat >\"$0.new\" && mv -f -- \"$0.new\" \"$0\"",
+            path,
+            text,
+        )
+        .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Runs a line of shell about a path, its `$0`, as the server's user: what that user may not do, it can't
+    /// have root do.
+    pub fn as_server(&self, line: &str, path: &Path, input: &str) -> anyhow::Result<()> {
+        let mut command = self.command("/bin/sh");
+        command
+            .args(["-c", line])
+            .arg(path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let mut shell = command.spawn().context("cannot run a shell as the server's user")?;
+        if let Some(mut stdin) = shell.stdin.take() {
+            // A shell that ended early says why.
+            let _ = stdin.write_all(input.as_bytes());
+        }
+        let output = shell.wait_with_output()?;
+        if !output.status.success() {
+            bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(())
+    }
+
+    /// Moves the log aside when it has grown too long.
+    pub fn shorten_log(&self) -> anyhow::Result<()> {
+        let path = self.log();
+        match self.user {
+            None => Ok(log::shorten(&path)?),
+            Some(_) if log::is_long(&path) => {
+                self.as_server("umask 077 && cp -f -- \"$0\" \"$0.1\" && : >\"$0\"", &path, "")
+            }
+            Some(_) => Ok(()),
+        }
     }
 
     /// One of PostgreSQL's programs, to be run as the server's user, deaf to what the terminal sends
@@ -153,13 +213,34 @@ impl Place {
         self.command(self.install.join("bin").join(name))
     }
 
-    /// Makes a file or folder of ours the server's user's.
-    pub fn give_to_server(&self, path: &Path) -> anyhow::Result<()> {
-        if let Some(user) = self.user {
-            chown(path, Some(user.uid), Some(user.gid))
-                .with_context(|| format!("cannot give {} to uid {}", path.display(), user.uid))?;
+    /// Makes the home the server's user's. By its handle, since its name may come to mean another folder; and
+    /// only a folder that holds nothing but a cluster's files, since its name may mean another one already.
+    fn give_home(&self) -> anyhow::Result<()> {
+        let (Some(user), home) = (self.user, self.home.display()) else { return Ok(()) };
+        let folder = guarded::open_folder(&self.home).with_context(|| format!("cannot open {home}"))?;
+        let owner = folder.metadata()?.uid();
+        if owner == user.uid {
+            return Ok(());
         }
-        Ok(())
+        if owner != 0 {
+            bail!(
+                "{home} belongs to uid {owner}, and its server runs as uid {}: remove one or the other",
+                user.uid
+            );
+        }
+        for entry in fs::read_dir(&self.home)? {
+            let name = entry?.file_name();
+            if !is_ours(name.as_bytes()) {
+                bail!(
+                    "{home} holds {}, which is no file of a private PostgreSQL, and so is not given to uid {}: \
+                     move it away, or set REFARCH_RUNTIME_DIR to another folder",
+                    name.display(),
+                    user.uid
+                );
+            }
+        }
+        fchown(&folder, Some(user.uid), Some(user.gid))
+            .with_context(|| format!("cannot give {home} to uid {}", user.uid))
     }
 
     /// Whether a shell line about a path succeeds as the server's user.
@@ -179,33 +260,56 @@ fn fits_shell(path: &Path) -> bool {
     !path.as_os_str().as_bytes().iter().any(|byte| b"\"$`\\\n".contains(byte))
 }
 
-/// The home elsewhere that the cluster's folder names, if it does.
+/// The home elsewhere that the cluster's folder names, if it does. The folder may be the server's user's; so
+/// root believes only what root wrote, and only a place where root keeps such homes.
 fn recorded_home(dir: &Path) -> anyhow::Result<Option<PathBuf>> {
-    let home = match fs::read(dir.join(LOCATION)) {
-        Ok(bytes) => PathBuf::from(OsStr::from_bytes(&bytes)),
+    let is_root = Uid::effective().is_root();
+    let location = dir.join(LOCATION);
+    let home = match guarded::read(&location, is_root.then_some(0)) {
+        Ok(text) => PathBuf::from(text),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error).context("cannot read where the cluster's files are"),
+        Err(error) => return Err(error).with_context(|| format!("cannot believe {}", location.display())),
     };
-    if !home.is_dir() {
+    if is_root && home.parent() != Some(Path::new(SHARED)) {
+        bail!("{} names {}, which is not in {SHARED}: remove it", location.display(), home.display());
+    }
+    if !fs::symlink_metadata(&home).is_ok_and(|home| home.is_dir()) {
         // Somebody removed it: to begin anew.
         return Ok(None);
     }
-    let origin = fs::read(home.join(ORIGIN)).unwrap_or_default();
-    let origin = Path::new(OsStr::from_bytes(&origin));
-    if origin != dir && recorded_home_is(origin, &home) {
+    let origin = PathBuf::from(guarded::read(&home.join(ORIGIN), None).unwrap_or_default());
+    if origin != dir && recorded_home_is(&origin, &home) {
         // This folder is a copy of one that is still there: two must not share their data.
-        fs::remove_file(dir.join(LOCATION))?;
+        fs::remove_file(location)?;
         return Ok(None);
     }
     if origin != dir {
         // It was moved.
-        fs::write(home.join(ORIGIN), dir.as_os_str().as_bytes())?;
+        guarded::replace(&home.join(ORIGIN), dir.as_os_str().as_bytes())?;
     }
     Ok(Some(home))
 }
 
 fn recorded_home_is(dir: &Path, home: &Path) -> bool {
-    fs::read(dir.join(LOCATION)).is_ok_and(|bytes| bytes == home.as_os_str().as_bytes())
+    guarded::read(&dir.join(LOCATION), None).is_ok_and(|text| Path::new(&text) == home)
+}
+
+/// Whether a file of that name stands in a cluster's folder.
+fn is_ours(name: &[u8]) -> bool {
+    const NAMES: [&str; 9] = [
+        LOCATION,
+        ORIGIN,
+        "data",
+        "password",
+        "port",
+        "socket",
+        "transition.lock",
+        "users.lock",
+        "server.log",
+    ];
+    let starts = [&b"data.new."[..], b"server.log.", b".s.PGSQL."];
+    let name = name.strip_suffix(b".new").unwrap_or(name);
+    NAMES.iter().any(|known| known.as_bytes() == name) || starts.iter().any(|start| name.starts_with(start))
 }
 
 /// Who called sudo: the project's folder is most likely theirs.

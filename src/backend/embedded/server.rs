@@ -1,10 +1,9 @@
 //! Initialising, starting, finding and stopping the server. All of it within a transition.
 
-use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -109,7 +108,7 @@ impl Server {
                 }
             };
             if Instant::now() > deadline {
-                let tail = log::tail(&this.place.log(), 0);
+                let tail = log::tail(this.place.open(&this.place.log()), 0);
                 return Err(problem).with_context(|| {
                     format!("not ready after {} seconds; its log ends:\n{tail}", BOUND.as_secs())
                 });
@@ -139,7 +138,7 @@ impl Server {
         if let Err(error) = run(&mut command)
             && !matches!(self.state(), State::Stopped)
         {
-            let tail = log::tail(&self.place.log(), log_size);
+            let tail = log::tail(self.place.open(&self.place.log()), log_size);
             return Err(error).with_context(|| format!("the server does not stop; its log ends:\n{tail}"));
         }
         self.remove_short_socket_dir();
@@ -157,7 +156,7 @@ impl Server {
                 fs::remove_dir_all(entry.path())?;
             }
         }
-        if data.exists() {
+        if fs::symlink_metadata(&data).is_ok() {
             return Ok(());
         }
         tracing::info!(path = %data.display(), "initialising the private PostgreSQL");
@@ -177,12 +176,8 @@ impl Server {
         let path = self.place.password_file();
         let mut bytes = [0; 32];
         std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut bytes)?;
-        let text = hex(&bytes) + "\n";
-        let _ = fs::remove_file(&path);
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        self.place.give_to_server(&path)?;
+        self.place.write(&path, &(hex(&bytes) + "\n"))?;
+        self.place.open(&path)?.sync_all()?;
         Ok(path)
     }
 
@@ -202,7 +197,7 @@ impl Server {
             );
             return Ok(());
         };
-        let tail = log::tail(&log_path, log_size);
+        let tail = log::tail(self.place.open(&log_path), log_size);
         if tail.contains("could not create any TCP/IP sockets") {
             return Err(StartError::PortTaken);
         }
@@ -218,30 +213,30 @@ impl Server {
         let (home, data, log_path) = (&self.place.home, self.place.data(), self.place.log());
         let socket_dir = self.socket_dir()?;
         let pid_file = data.join("postmaster.pid");
-        if pid_file.exists() {
+        if fs::symlink_metadata(&pid_file).is_ok() {
             // The server would refuse to start if its pid is taken by now, or not yet reaped.
             tracing::info!("the private PostgreSQL was killed; recovering");
-            fs::remove_file(&pid_file)?;
+            self.place.as_server("rm -f -- \"$0\"", &pid_file, "")?;
         }
-        remove_sockets(&socket_dir)?;
+        // What a killed server left: sockets, and lock files with its pid.
+        self.place.as_server("rm -f -- \"$0\"/.s.PGSQL.*", &socket_dir, "")?;
         let port_file = home.join("port");
-        let remembered = fs::read_to_string(&port_file).ok().and_then(|text| text.trim().parse().ok());
+        let remembered = self.place.read(&port_file).ok().and_then(|text| text.trim().parse().ok());
         let port = match remembered.filter(|_| !fresh_port).filter(|port| bindable(*port).is_ok()) {
             Some(port) => port,
             None => bindable(0).context("no loopback port is free")?,
         };
-        self.write(&port_file, &format!("{port}\n"))?;
-        self.write(&data.join("postgresql.conf"), &conf::text(port, &socket_dir, &self.place.extra))?;
-        log::shorten(&log_path)?;
-        OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path)?;
-        self.place.give_to_server(&log_path)?;
+        self.place.write(&port_file, &format!("{port}\n"))?;
+        self.place.write(&data.join("postgresql.conf"), &conf::text(port, &socket_dir, &self.place.extra))?;
+        self.place.shorten_log()?;
+        self.place.as_server("umask 077 && : >>\"$0\"", &log_path, "")?;
         Ok((log_path.clone(), log::size(&log_path)))
     }
 
     fn check_version(&self) -> anyhow::Result<()> {
         let data = self.place.data();
         let path = data.join("PG_VERSION");
-        let found = fs::read_to_string(&path).with_context(|| {
+        let found = self.place.read(&path).with_context(|| {
             format!("{} is not PostgreSQL's: cannot read {}", data.display(), path.display())
         })?;
         let printed = run(self.place.program("postgres").arg("--version"))?;
@@ -269,46 +264,39 @@ impl Server {
             return Ok(self.place.home.clone());
         }
         let remembered = self.place.home.join("socket");
-        let known = fs::read_to_string(&remembered).ok().map(PathBuf::from);
+        let known = self.place.read(&remembered).ok().map(PathBuf::from);
         if let Some(dir) = known.filter(|dir| self.is_private(dir)) {
             return Ok(dir);
         }
         let seed = format!("{}-{:?}", std::process::id(), std::time::SystemTime::now());
         let dir =
             Path::new("/tmp").join(format!("refarch-{}", short_hash(&[home, seed.as_bytes()].concat())));
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&dir)
+        self.place
+            .as_server("mkdir -m 700 -- \"$0\"", &dir, "")
             .with_context(|| format!("cannot create {}", dir.display()))?;
-        self.place.give_to_server(&dir)?;
-        self.write(&remembered, &dir.to_string_lossy())?;
+        self.place.write(&remembered, &dir.to_string_lossy())?;
         Ok(dir)
     }
 
     /// Whether a folder under `/tmp` is still there and nobody else's.
     fn is_private(&self, dir: &Path) -> bool {
-        let Ok(data) = fs::metadata(self.place.data()) else { return false };
+        let Ok(data) = fs::symlink_metadata(self.place.data()) else { return false };
         fs::symlink_metadata(dir)
             .is_ok_and(|dir| dir.is_dir() && dir.uid() == data.uid() && dir.mode() & 0o777 == 0o700)
     }
 
     fn remove_short_socket_dir(&self) {
         let remembered = self.place.home.join("socket");
-        if let Ok(dir) = fs::read_to_string(&remembered) {
+        if let Ok(dir) = self.place.read(&remembered) {
             // Only ever an empty folder; it is made again at the next start.
-            let _ = fs::remove_dir(dir);
+            let _ = self.place.as_server("rmdir -- \"$0\"", Path::new(&dir), "");
             let _ = fs::remove_file(remembered);
         }
     }
 
-    fn write(&self, path: &Path, text: &str) -> anyhow::Result<()> {
-        fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
-        self.place.give_to_server(path)
-    }
-
     fn state(&self) -> State {
         let data = self.place.data();
-        let Ok(text) = fs::read_to_string(data.join("postmaster.pid")) else { return State::Stopped };
+        let Ok(text) = self.place.read(&data.join("postmaster.pid")) else { return State::Stopped };
         // pid, data directory, start time, port, socket folder, address, shared memory, status
         let lines: Vec<_> = text.lines().map(str::trim).collect();
         let pid = lines.first().and_then(|pid| pid.parse::<u32>().ok());
@@ -321,17 +309,6 @@ impl Server {
             _ => State::Changing,
         }
     }
-}
-
-/// Removes what a killed server left in its socket folder: sockets, and lock files with its pid.
-fn remove_sockets(dir: &Path) -> std::io::Result<()> {
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry.file_name().as_bytes().starts_with(b".s.PGSQL.") {
-            fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
 }
 
 /// Whether that process is a PostgreSQL server on that data directory, its working directory.

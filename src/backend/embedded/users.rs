@@ -1,11 +1,11 @@
 //! Who uses the cluster: "last one out turns off the light", by file locks alone.
 
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
+use super::guarded;
 use super::place::Place;
 use super::server::Server;
 
@@ -81,12 +81,5 @@ impl Drop for Membership {
 
 /// A lock needs no more than reading, so that it can be shared with whoever made the file.
 fn open(path: &Path) -> anyhow::Result<File> {
-    File::open(path)
-        .or_else(|error| match error.kind() {
-            io::ErrorKind::NotFound => {
-                OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
-            }
-            _ => Err(error),
-        })
-        .with_context(|| format!("cannot open {}", path.display()))
+    guarded::open_lock(path).with_context(|| format!("cannot open {}", path.display()))
 }

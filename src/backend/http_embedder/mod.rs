@@ -21,7 +21,7 @@ use crate::pipeline::clock::BootClock;
 use crate::pipeline::embedder::{Embedder, Embedding};
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::retry::Backoff;
-use crate::secret::Secret;
+use crate::secret::{Secret, without_secrets};
 use provider::{Info, Limits, Provider, Purpose};
 use rate::Rate;
 
@@ -72,8 +72,8 @@ impl Server {
             (Provider::Pinecone, "") => &settings.index.controller,
             (_, address) => address,
         };
-        let base =
-            Url::parse(address).map_err(|error| wrong(format!("embedder.url = {address:?}: {error}")))?;
+        let base = Url::parse(address)
+            .map_err(|error| wrong(without_secrets(&format!("embedder.url = {address:?}: {error}"))))?;
         let url = base.join(provider.path()).map_err(|error| wrong(error.to_string()))?;
         let client = reqwest::Client::builder()
             .timeout(Duration::from_millis(set.timeout_ms))
@@ -226,7 +226,7 @@ impl Server {
 /// Classes a request that got no answer.
 fn unanswered(error: &reqwest::Error) -> Error {
     if error.is_builder() {
-        return Error::fatal("embed texts", error);
+        return Error::fatal("embed texts", without_secrets(&error.to_string()));
     }
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);
@@ -234,7 +234,7 @@ fn unanswered(error: &reqwest::Error) -> Error {
         text = format!("{text}: {inner}");
         cause = inner.source();
     }
-    Error::retryable("embed texts", text)
+    Error::retryable("embed texts", without_secrets(&text))
 }
 
 /// Classes an answer that is no success.

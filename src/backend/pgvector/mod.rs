@@ -50,6 +50,9 @@ pub struct Options {
     pub graph_max_backlog: u64,
     /// Candidates kept during a search.
     pub ef_search: u32,
+    /// Whether a write is acknowledged in the same database after it, so that a crash which takes the write
+    /// away takes the acknowledgement away too.
+    pub acknowledged_in_same_log: bool,
 }
 
 /// pgvector as it is installed.
@@ -279,12 +282,14 @@ impl PgVector {
             }
         };
         let transaction = client.transaction().await.map_err(fail("begin a write"))?;
-        // Not waiting for the disk is safe: what a crash takes away is the end of the log, and the
-        // acknowledgement comes after this commit in it.
-        transaction
-            .batch_execute("SET LOCAL synchronous_commit = off")
-            .await
-            .map_err(fail("begin a write"))?;
+        if self.options.acknowledged_in_same_log {
+            // Not waiting for the disk is safe: what a crash takes away is the end of the log, and the
+            // acknowledgement comes after this commit in it.
+            transaction
+                .batch_execute("SET LOCAL synchronous_commit = off")
+                .await
+                .map_err(fail("begin a write"))?;
+        }
 
         let mut ids: Vec<&str> = planned.iter().map(|write| write.id.as_str()).collect();
         ids.sort_unstable();

@@ -10,7 +10,7 @@ use super::pace::Pace;
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::retry::Backoff;
-use crate::secret::Secret;
+use crate::secret::{Secret, address_without_secrets};
 
 /// The version of the API that is spoken: without one, the oldest that is supported answers.
 pub(super) const API_VERSION: &str = "2026-04";
@@ -30,15 +30,16 @@ pub(super) struct Http {
 fn address(setting: &str, host: &str) -> Result<Url> {
     let wrong = |message: String| Error::fatal("use the Pinecone index", message);
     let host = host.trim();
+    let shown = address_without_secrets(host);
     if host.is_empty() {
         return Err(wrong(format!(
             "{setting} is not set: it is the index's host, as Pinecone's console shows it"
         )));
     }
     let url = if host.contains("://") { host.to_owned() } else { format!("https://{host}") };
-    let base = Url::parse(&url).map_err(|error| wrong(format!("{setting} = {host:?}: {error}")))?;
+    let base = Url::parse(&url).map_err(|error| wrong(format!("{setting} = {shown:?}: {error}")))?;
     if !matches!(base.scheme(), "http" | "https") || base.host().is_none() {
-        return Err(wrong(format!("{setting} = {host:?}: use a host name, or https:// before it")));
+        return Err(wrong(format!("{setting} = {shown:?}: use a host name, or https:// before it")));
     }
     Ok(base)
 }

@@ -60,6 +60,10 @@ pub(super) async fn begin(
     transaction.batch_execute(&format!("{settings}; SET LOCAL lock_timeout = '1s'")).await?;
     Ok(transaction)
 }
+/// Makes a transaction wait for the disk where the role's own setting would not. A setting that waits for
+/// standbys too, or for none of them, stays.
+pub(super) const WAIT_FOR_THE_DISK: &str = "SELECT set_config('synchronous_commit', 'on', true) \
+    WHERE current_setting('synchronous_commit') = 'off'";
 
 /// SQL as text, or prepared.
 #[async_trait]

@@ -54,8 +54,12 @@ impl Postgres {
         let wanted = tls::Wanted::read(url, settings)?;
         let tls = wanted.connector()?;
         let mut config = wanted.config;
-        config.connect_timeout(Duration::from_secs(settings.connect_timeout_s));
-        config.application_name("refarch");
+        if config.get_connect_timeout().is_none() {
+            config.connect_timeout(Duration::from_secs(settings.connect_timeout_s));
+        }
+        if config.get_application_name().is_none() {
+            config.application_name("refarch");
+        }
         config.keepalives_idle(Duration::from_secs(30));
         let manager = Manager::from_config(
             config.clone(),
@@ -70,6 +74,15 @@ impl Postgres {
             .build()
             .map_err(|error| Error::fatal("make a connection pool", error))?;
         Ok(Self { config, tls, pool, settings: connection::settings(0) })
+    }
+
+    /// The same connections, for work that is acknowledged outside of the database: each transaction waits
+    /// until it is on the disk, whatever the role's own `synchronous_commit`. A crash would otherwise take
+    /// away what somebody else was told is done.
+    #[must_use]
+    pub fn waiting_for_the_disk(&self) -> Self {
+        let settings = format!("{}; {}", self.settings, connection::WAIT_FOR_THE_DISK).into();
+        Self { settings, ..self.clone() }
     }
 
     /// Connects once, so that a wrong address or password is told at the start.

@@ -11,9 +11,9 @@ use aws_sdk_sqs::types::{
 };
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 
+use super::Sqs;
 use super::failure::failure;
-use super::{MAX_BYTES, Sqs};
-use crate::pipeline::change::{Group, Job};
+use crate::pipeline::change::{Group, Job, Lane};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::queue::Receipt;
@@ -25,25 +25,32 @@ pub(super) const MAX_ENTRIES: usize = 10;
 /// Calls that are under way at once.
 const AT_ONCE: usize = 16;
 
+/// Bytes of a call at most, however little a message may hold: servers that hold calls to the size of the
+/// queue's messages take at least this.
+const MIN_CALL_BYTES: usize = 65_536;
+
 /// How often the entries of a call are sent that failed by no fault of ours.
 const TRIES: u32 = 5;
 
-/// A job's body, or those of its parts if it is too long for a message.
-pub(super) fn bodies(job: &Job, to: &mut Vec<String>) -> Result<()> {
+/// A job's body, or those of its parts if it is longer than a message may be.
+pub(super) fn bodies(job: &Job, max: usize, to: &mut Vec<String>) -> Result<()> {
     let body = serde_json::to_string(job).map_err(|error| Error::permanent("send jobs", error))?;
     let body = sendable(body);
-    if body.len() <= MAX_BYTES {
+    if body.len() <= max {
         to.push(body);
         return Ok(());
     }
     let Some((left, right)) = halves(job) else {
         return Err(Error::permanent(
             "send jobs",
-            format!("an id of {} bytes is too long for SQS", body.len()),
+            format!(
+                "a single change makes a message of {} bytes, and the queue has MaximumMessageSize = {max}: raise it",
+                body.len()
+            ),
         ));
     };
-    bodies(&left, to)?;
-    bodies(&right, to)
+    bodies(&left, max, to)?;
+    bodies(&right, max, to)
 }
 
 /// JSON escapes control characters; two more characters are none that SQS takes.
@@ -75,12 +82,12 @@ fn halves(job: &Job) -> Option<(Job, Job)> {
 }
 
 /// Cuts bodies into calls by count and by bytes.
-fn calls(bodies: Vec<String>) -> Vec<Vec<String>> {
+fn calls(bodies: Vec<String>, max: usize) -> Vec<Vec<String>> {
+    let max = max.max(MIN_CALL_BYTES);
     let mut calls: Vec<Vec<String>> = Vec::new();
     let mut bytes = 0;
     for body in bodies {
-        let fits =
-            calls.last().is_some_and(|call| call.len() < MAX_ENTRIES && bytes + body.len() <= MAX_BYTES);
+        let fits = calls.last().is_some_and(|call| call.len() < MAX_ENTRIES && bytes + body.len() <= max);
         if !fits {
             calls.push(Vec::new());
             bytes = 0;
@@ -200,8 +207,8 @@ impl Doing {
 
 impl Sqs {
     /// Sends bodies, ten a call, several calls at a time.
-    pub(super) async fn send_bodies(&self, url: &str, bodies: Vec<String>) -> Result<()> {
-        Doing::Send.all(&self.client, url, calls(bodies)).await
+    pub(super) async fn send_bodies(&self, lane: Lane, bodies: Vec<String>) -> Result<()> {
+        Doing::Send.all(&self.client, self.url(lane), calls(bodies, self.max_bytes(lane))).await
     }
 
     /// Deletes messages; one that is out of our hands is no error.
@@ -240,7 +247,8 @@ fn tens(mut handles: Vec<String>) -> Vec<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::change::{JOB_VERSION, Lane, Op};
+    use crate::backend::sqs::MAX_BYTES;
+    use crate::pipeline::change::{JOB_VERSION, Op};
 
     fn job(ids: usize, bytes: usize) -> Job {
         let id = |n: usize| format!("{n}-{}", "x".repeat(bytes));
@@ -263,7 +271,7 @@ mod tests {
     fn a_job_too_long_for_a_message_travels_in_parts() {
         let job = job(500, 5_000);
         let mut parts = Vec::new();
-        bodies(&job, &mut parts).unwrap();
+        bodies(&job, MAX_BYTES, &mut parts).unwrap();
         assert!(parts.len() >= 3 && parts.iter().all(|body| body.len() <= MAX_BYTES));
         let ids: Vec<String> = parts
             .iter()
@@ -271,13 +279,19 @@ mod tests {
             .flat_map(|group| group.ids)
             .collect();
         assert_eq!(ids, job.groups.iter().flat_map(|group| group.ids.clone()).collect::<Vec<_>>());
-        assert!(bodies(&self::job(1, MAX_BYTES), &mut parts).is_err());
+        assert!(bodies(&self::job(1, MAX_BYTES), MAX_BYTES, &mut parts).is_err());
+        let mut small = Vec::new();
+        bodies(&self::job(9, 300), 1_024, &mut small).unwrap();
+        assert!(small.len() >= 4 && small.iter().all(|body| body.len() <= 1_024));
     }
 
     #[test]
     fn calls_keep_to_ten_entries_and_to_the_bytes() {
         let sizes = |bodies: Vec<usize>| -> Vec<usize> {
-            calls(bodies.into_iter().map(|n| "x".repeat(n)).collect()).iter().map(Vec::len).collect()
+            calls(bodies.into_iter().map(|n| "x".repeat(n)).collect(), MAX_BYTES)
+                .iter()
+                .map(Vec::len)
+                .collect()
         };
         assert_eq!(sizes(vec![1; 25]), [10, 10, 5]);
         assert_eq!(sizes(vec![MAX_BYTES, 1, MAX_BYTES - 1, 1]), [1, 2, 1]);
@@ -289,7 +303,7 @@ mod tests {
         let mut odd = job(3, 1);
         odd.groups[0].ids = vec!["a\u{ffff}\u{1}\u{fffe}".into()];
         let mut sent = Vec::new();
-        bodies(&odd, &mut sent).unwrap();
+        bodies(&odd, MAX_BYTES, &mut sent).unwrap();
         assert!(sent[0].chars().all(|c| !c.is_control() && c != '\u{ffff}' && c != '\u{fffe}'));
         assert_eq!(serde_json::from_str::<Job>(&sent[0]).unwrap(), odd);
     }

@@ -10,7 +10,7 @@ use aws_sdk_sqs::types::QueueAttributeName;
 use serde_json::Value;
 
 use super::failure::failure;
-use super::{Options, lacking};
+use super::{MAX_BYTES, Options, lacking};
 use crate::pipeline::failure::{Error, Result};
 
 /// How long a connection may take to be made.
@@ -69,39 +69,71 @@ fn region_of(url: &str) -> Option<&str> {
     name.strip_prefix("sqs.").or_else(|| name.strip_suffix(".queue"))
 }
 
-/// Looks at the queues; returns the dead-letter queue's URL. Warns of what will lose sight of messages
-/// before refarch gives them up.
-pub(super) async fn check(client: &Client, options: &Options) -> Result<String> {
+/// Seconds that a queue keeps a message, by default and at most.
+const DEFAULT_RETENTION_S: u64 = 4 * DAY_S;
+const MAX_RETENTION_S: u64 = 14 * DAY_S;
+const DAY_S: u64 = 86_400;
+
+/// What a look at the queues found.
+pub(super) struct Looked {
+    pub(super) dead_url: String,
+    /// Bytes of a message at most, in each lane's queue and in that of the dead letters.
+    pub(super) max_bytes: [usize; 2],
+    pub(super) dead_max_bytes: usize,
+    /// What will lose messages.
+    pub(super) warnings: Vec<String>,
+    /// What may lose messages after a long time.
+    pub(super) notes: Vec<String>,
+}
+
+/// Attributes of a queue that matter here.
+struct Queue {
+    url: String,
+    policy: Option<RedrivePolicy>,
+    retention_s: Option<u64>,
+    max_bytes: usize,
+}
+
+impl Queue {
+    async fn look(client: &Client, url: &str) -> Result<Self> {
+        let attributes = attributes(client, url).await?;
+        let number = |name| attributes.get(&name).and_then(|text| text.parse::<u64>().ok());
+        let most = number(QueueAttributeName::MaximumMessageSize).map(|bytes| bytes as usize);
+        Ok(Self {
+            url: url.to_owned(),
+            policy: attributes
+                .get(&QueueAttributeName::RedrivePolicy)
+                .map(|text| policy(text, url))
+                .transpose()?,
+            retention_s: number(QueueAttributeName::MessageRetentionPeriod),
+            max_bytes: most.unwrap_or(MAX_BYTES).min(MAX_BYTES),
+        })
+    }
+
+    /// Tells if messages are kept for less than `least` seconds (a warning) or than SQS can (a note).
+    fn judge_retention(&self, least: u64, what: &str, looked: &mut Looked) {
+        let Some(kept) = self.retention_s.filter(|kept| *kept < MAX_RETENTION_S) else { return };
+        let to = if kept < least { &mut looked.warnings } else { &mut looked.notes };
+        to.push(format!(
+            "{} has MessageRetentionPeriod = {kept} s ({:.1} days): {what}; set it to {MAX_RETENTION_S} (14 days)",
+            self.url,
+            kept as f64 / DAY_S as f64,
+        ));
+    }
+}
+
+/// Looks at the queues, and refuses those that can't serve.
+pub(super) async fn look(client: &Client, options: &Options) -> Result<Looked> {
     let wrong = |message: String| Err(Error::fatal("use the queues", message));
-    let mut policies = Vec::new();
+    let mut lanes = Vec::new();
     for url in std::iter::once(&options.url).chain(&options.bulk_url) {
         // Amazon's own ending, in lower case always.
         if url.trim_end_matches('/').rsplit('.').next() == Some("fifo") {
             return wrong(format!("{url} is a FIFO queue: use a standard one, since order is no help here"));
         }
-        let attributes = attributes(client, url).await?;
-        let policy =
-            attributes.get(&QueueAttributeName::RedrivePolicy).map(|text| policy(text, url)).transpose()?;
-        match &policy {
-            None => tracing::warn!(
-                queue.url = url,
-                "the queue has no redrive policy: a message that no build can handle comes again until it expires; \
-                 set one with maxReceiveCount {} or more",
-                options.max_receives
-            ),
-            Some(policy) if policy.max_receives < u64::from(options.max_receives) => tracing::warn!(
-                queue.url = url,
-                "the queue's redrive policy gives a message up after {} receives, before refarch does (queue.max_receives = {}): \
-                 changes may become dead letters without a reason; set maxReceiveCount to {} or more",
-                policy.max_receives,
-                options.max_receives,
-                options.max_receives
-            ),
-            Some(_) => {}
-        }
-        policies.extend(policy);
+        lanes.push(Queue::look(client, url).await?);
     }
-    let dead_url = match (&options.dead_url, policies.first()) {
+    let dead_url = match (&options.dead_url, lanes.iter().find_map(|lane| lane.policy.as_ref())) {
         (Some(url), _) => url.clone(),
         (None, Some(policy)) => url_of(client, &policy.dead_arn).await?,
         (None, None) => {
@@ -111,12 +143,59 @@ pub(super) async fn check(client: &Client, options: &Options) -> Result<String> 
             ));
         }
     };
-    attributes(client, &dead_url).await?;
-    Ok(dead_url)
+    let dead = Queue::look(client, &dead_url).await?;
+    let of_lane = |at: usize| lanes.get(at).or(lanes.first()).map_or(MAX_BYTES, |lane| lane.max_bytes);
+    let mut looked = Looked {
+        dead_url,
+        max_bytes: [of_lane(0), of_lane(1)],
+        dead_max_bytes: dead.max_bytes,
+        warnings: Vec::new(),
+        notes: Vec::new(),
+    };
+    for lane in &lanes {
+        looked.warnings.extend(judge_policy(lane, options));
+        let what = "SQS drops a change that waits longer, such as while no embed runs";
+        lane.judge_retention(DEFAULT_RETENTION_S, what, &mut looked);
+        if lane.max_bytes > dead.max_bytes {
+            looked.warnings.push(format!(
+                "{} has MaximumMessageSize = {}, and {} takes {} bytes: a longer dead letter is cut into several; \
+                 set it to {} or more",
+                dead.url, dead.max_bytes, lane.url, lane.max_bytes, lane.max_bytes
+            ));
+        }
+    }
+    let longest = lanes.iter().filter_map(|lane| lane.retention_s).max().unwrap_or_default();
+    let what = "SQS drops a dead letter that nobody brings back in this time, which counts from when a message was first sent \
+                if SQS moved it here itself";
+    dead.judge_retention(longest.max(DEFAULT_RETENTION_S), what, &mut looked);
+    Ok(looked)
+}
+
+/// Whether the redrive policy gives messages up before refarch does, or never.
+fn judge_policy(lane: &Queue, options: &Options) -> Option<String> {
+    let (url, ours) = (&lane.url, options.max_receives);
+    match &lane.policy {
+        None => Some(format!(
+            "{url} has no redrive policy: a message that no build can handle comes again until it expires; \
+             set one with maxReceiveCount {ours} or more"
+        )),
+        Some(policy) if policy.max_receives < u64::from(ours) => Some(format!(
+            "the redrive policy of {url} gives a message up after {} receives, before refarch does \
+             (queue.max_receives = {ours}): changes may become dead letters without a reason; \
+             set maxReceiveCount to {ours} or more",
+            policy.max_receives
+        )),
+        Some(_) => None,
+    }
 }
 
 async fn attributes(client: &Client, url: &str) -> Result<HashMap<QueueAttributeName, String>> {
-    let names = [QueueAttributeName::QueueArn, QueueAttributeName::RedrivePolicy];
+    let names = [
+        QueueAttributeName::QueueArn,
+        QueueAttributeName::RedrivePolicy,
+        QueueAttributeName::MessageRetentionPeriod,
+        QueueAttributeName::MaximumMessageSize,
+    ];
     let answer = client
         .get_queue_attributes()
         .queue_url(url)

@@ -10,10 +10,10 @@ use aws_sdk_sqs::types::{Message as Raw, MessageAttributeValue, MessageSystemAtt
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::batch::{MAX_ENTRIES, change_visibility};
+use super::batch::{self, MAX_ENTRIES, change_visibility};
 use super::failure::failure;
 use super::intake::{number, receive};
-use super::{MAX_BYTES, Sqs, client, decode, lacking};
+use super::{Sqs, client, decode, lacking};
 use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::queue::{DeadLetter, Message, Undecodable, Why};
@@ -26,6 +26,9 @@ const HIDDEN: Duration = Duration::from_mins(2);
 
 /// How long a look waits for another letter before it takes the queue for empty.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// A look ends after so many receives that brought only letters which it knows.
+const KNOWN_ONLY: u32 = 3;
 
 /// Bytes of an error that a letter carries.
 const MAX_ERROR: usize = 8_192;
@@ -42,21 +45,35 @@ const LANE: &str = "refarch.lane";
 const CHANGES: &str = "refarch.changes";
 const MESSAGE_ID: &str = "refarch.message_id";
 
-/// A text that SQS takes: without the characters that XML has not, and not empty.
-fn sendable(text: &str) -> String {
-    let fits = |c: char| matches!(c, '\t' | '\n' | '\r' | ' '..='\u{fffd}' | '\u{10000}'..);
-    let text: String = text.chars().map(|c| if fits(c) { c } else { '\u{fffd}' }).collect();
-    let mut end = text.len().min(MAX_ERROR);
+/// Bytes that a letter's attributes take, but for the error.
+const ATTRIBUTES: usize = 384;
+
+/// Bytes of the error that a letter has room for at least.
+const MIN_ERROR: usize = 128;
+
+/// As much of a text as fits.
+fn cut_to(text: &str, max: usize) -> &str {
+    let mut end = text.len().min(max);
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    if end == 0 { "-".into() } else { text[..end].to_owned() }
+    &text[..end]
+}
+
+/// A text that SQS takes: without the characters that XML has not, not too long, and not empty.
+fn sendable(text: &str, max: usize) -> String {
+    let fits = |c: char| matches!(c, '\t' | '\n' | '\r' | ' '..='\u{fffd}' | '\u{10000}'..);
+    let text: String = text.chars().map(|c| if fits(c) { c } else { '\u{fffd}' }).collect();
+    match cut_to(&text, max.min(MAX_ERROR)) {
+        "" => "-".into(),
+        cut => cut.to_owned(),
+    }
 }
 
 fn attribute(value: impl std::fmt::Display) -> Result<MessageAttributeValue> {
     MessageAttributeValue::builder()
         .data_type("String")
-        .string_value(sendable(&value.to_string()))
+        .string_value(sendable(&value.to_string(), MAX_ERROR))
         .build()
         .map_err(|error| Error::permanent("write a dead letter", error))
 }
@@ -96,29 +113,27 @@ fn letter(raw: &Raw) -> DeadLetter {
 
 impl Sqs {
     pub(super) async fn bury(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
-        let body = match (part, &message.body) {
+        let room = self.dead_max_bytes.saturating_sub(ATTRIBUTES + MIN_ERROR);
+        match (part, &message.body) {
             (Some(job), _) | (None, Ok(job)) => {
-                serde_json::to_string(job).map_err(|error| Error::permanent("write a dead letter", error))?
+                let mut bodies = Vec::new();
+                // Shorter ones have room for the reason; where one change takes all of it, the log keeps that.
+                if batch::bodies(job, room, &mut bodies).is_err() {
+                    bodies.clear();
+                    batch::bodies(job, self.dead_max_bytes, &mut bodies)?;
+                }
+                for body in bodies {
+                    self.write_letter(body, &why.error, message, why).await?;
+                }
             }
-            (None, Err(Undecodable { body, .. })) => body.clone(),
-        };
-        let changes = part.or(message.body.as_ref().ok()).map_or(1, Job::changes);
-        let reason = serde_json::to_value(why.reason).ok();
-        let reason = reason.as_ref().and_then(Value::as_str).unwrap_or_default();
-        // A body of the greatest length leaves no room for attributes; the log keeps the reason.
-        let room = body.len() + MAX_ERROR + 1_024 <= MAX_BYTES;
-        let mut call = self.client.send_message().queue_url(&self.dead_url).message_body(body);
-        if room {
-            call = call
-                .message_attributes(REASON, attribute(reason)?)
-                .message_attributes(ERROR, attribute(&why.error)?)
-                .message_attributes(TRIES, attribute(why.tries)?)
-                .message_attributes(RECEIVE_COUNT, attribute(message.receive_count)?)
-                .message_attributes(LANE, attribute(message.receipt.lane.name())?)
-                .message_attributes(CHANGES, attribute(changes)?)
-                .message_attributes(MESSAGE_ID, attribute(&message.id)?);
+            (None, Err(Undecodable { body, .. })) if body.len() > self.dead_max_bytes => {
+                let cut = format!("the body is cut from {} bytes: {}", body.len(), why.error);
+                self.write_letter(cut_to(body, room).to_owned(), &cut, message, why).await?;
+            }
+            (None, Err(Undecodable { body, .. })) => {
+                self.write_letter(body.clone(), &why.error, message, why).await?;
+            }
         }
-        call.send().await.map_err(|error| failure("write a dead letter to", &self.dead_url, &error))?;
         if part.is_none() {
             self.delete(self.url(message.receipt.lane), vec![message.receipt.handle.clone()]).await?;
         }
@@ -128,12 +143,32 @@ impl Sqs {
         Ok(())
     }
 
+    /// Sends one letter, with as much of the error as there is room for.
+    async fn write_letter(&self, body: String, error: &str, message: &Message, why: &Why) -> Result<()> {
+        let changes = serde_json::from_str(&body).map_or(1, |job: Job| job.changes());
+        let reason = serde_json::to_value(why.reason).ok();
+        let reason = reason.as_ref().and_then(Value::as_str).unwrap_or_default();
+        let room = self.dead_max_bytes.saturating_sub(body.len() + ATTRIBUTES);
+        let mut call = self.client.send_message().queue_url(&self.dead_url).message_body(body);
+        if room > 0 {
+            call = call
+                .message_attributes(REASON, attribute(reason)?)
+                .message_attributes(ERROR, attribute(sendable(error, room))?)
+                .message_attributes(TRIES, attribute(why.tries)?)
+                .message_attributes(RECEIVE_COUNT, attribute(message.receive_count)?)
+                .message_attributes(LANE, attribute(message.receipt.lane.name())?)
+                .message_attributes(CHANGES, attribute(changes)?)
+                .message_attributes(MESSAGE_ID, attribute(&message.id)?);
+        }
+        call.send().await.map(drop).map_err(|error| failure("write a dead letter to", &self.dead_url, &error))
+    }
+
     async fn note(&self, message: &Message, why: &Why) -> Result<()> {
         let client = self.postgres.client().await?;
         client
             .execute(
                 "INSERT INTO refarch.event (kind, detail) VALUES ('dead_letter', jsonb_build_object('message_id', $1::text, 'error', $2::text))",
-                &[&message.id, &sendable(&why.error)],
+                &[&message.id, &sendable(&why.error, MAX_ERROR)],
             )
             .await
             .map(drop)
@@ -144,8 +179,10 @@ impl Sqs {
     async fn look(&self, mut wanted: impl FnMut(&Raw) -> bool) -> Result<Vec<Raw>> {
         let mut seen = HashSet::new();
         let mut letters = Vec::new();
+        let mut known_only = 0;
         loop {
             let received = receive(&self.client, &self.dead_url, MAX_ENTRIES, LOOK, HIDDEN).await?;
+            let is_empty = received.is_empty();
             let mut is_new = false;
             let mut enough = false;
             for raw in received {
@@ -162,8 +199,10 @@ impl Sqs {
                 );
                 return Ok(letters);
             }
-            // What comes again was all hidden once.
-            if !is_new || enough {
+            // SQS may hand a letter out twice while others have not been seen; when it does so again and
+            // again, all were hidden once.
+            known_only = if is_new { 0 } else { known_only + 1 };
+            if is_empty || enough || known_only >= KNOWN_ONLY {
                 return Ok(letters);
             }
         }
@@ -190,6 +229,28 @@ impl Sqs {
         Ok(letters.iter().skip(next).take(limit).cloned().collect())
     }
 
+    /// What goes back into a lane for a letter; false if the lane takes no message of that length.
+    fn bodies_for(&self, lane: Lane, body: &str, to: &mut Vec<String>) -> bool {
+        let max = self.max_bytes(lane);
+        if body.len() <= max {
+            to.push(body.to_owned());
+            return true;
+        }
+        let mut parts = Vec::new();
+        let cut =
+            serde_json::from_str(body).is_ok_and(|job: Job| batch::bodies(&job, max, &mut parts).is_ok());
+        if cut {
+            to.append(&mut parts);
+        } else {
+            tracing::warn!(
+                queue.url = self.url(lane),
+                bytes = body.len(),
+                "a dead letter stays where it is: the queue has MaximumMessageSize = {max}"
+            );
+        }
+        cut
+    }
+
     /// Sends letters of these ids to the lanes that they came from.
     pub(super) async fn bring_back(&self, ids: &[String]) -> Result<Vec<String>> {
         let mut wanted: HashSet<&str> = ids.iter().map(String::as_str).collect();
@@ -208,9 +269,18 @@ impl Sqs {
         self.release(&others).await;
         let mut back = Vec::new();
         for lane in Lane::ALL {
-            let of_lane: Vec<&Raw> = chosen.iter().filter(|raw| lane_of(raw) == lane).collect();
-            let bodies = of_lane.iter().map(|raw| raw.body().unwrap_or_default().to_owned()).collect();
-            self.send_bodies(self.url(lane), bodies).await?;
+            let mut of_lane: Vec<&Raw> = chosen.iter().filter(|raw| lane_of(raw) == lane).collect();
+            let mut bodies = Vec::new();
+            let mut stay = Vec::new();
+            of_lane.retain(|raw| {
+                let fits = self.bodies_for(lane, raw.body().unwrap_or_default(), &mut bodies);
+                if !fits {
+                    stay.push((*raw).clone());
+                }
+                fits
+            });
+            self.release(&stay).await;
+            self.send_bodies(lane, bodies).await?;
             let handles = of_lane.iter().filter_map(|raw| raw.receipt_handle().map(str::to_owned)).collect();
             self.delete(&self.dead_url, handles).await?;
             back.extend(of_lane.iter().map(|raw| raw.message_id().unwrap_or_default().to_owned()));

@@ -27,7 +27,7 @@ use intake::Intake;
 
 pub use client::{connect, connect_to};
 
-/// Bytes of a message, and of all messages of a call, by the limits of SQS.
+/// Bytes of a message, and of all messages of a call, by the limits of SQS; a queue's own limit may be lower.
 pub const MAX_BYTES: usize = 1_048_576;
 
 /// Where the queues are, and how they are used.
@@ -94,15 +94,28 @@ pub struct Sqs {
     postgres: Postgres,
     options: Options,
     dead_url: String,
+    /// Bytes of a message at most: in each lane's queue, and in that of the dead letters.
+    max_bytes: [usize; 2],
+    dead_max_bytes: usize,
     intakes: Vec<Intake>,
     packing: Mutex<[Packing; 2]>,
     letters: tokio::sync::Mutex<Vec<DeadLetter>>,
 }
 
+/// What the queues' own settings will lose: warnings, and notes on what they may lose after a long time.
+pub async fn remarks(client: &Client, options: &Options) -> Result<(Vec<String>, Vec<String>)> {
+    let looked = client::look(client, options).await?;
+    Ok((looked.warnings, looked.notes))
+}
+
 impl Sqs {
     /// Looks at the queues, and refuses those that can't serve.
     pub async fn open(client: Client, postgres: Postgres, options: Options) -> Result<Self> {
-        let dead_url = client::check(&client, &options).await?;
+        let client::Looked { dead_url, max_bytes, dead_max_bytes, warnings, .. } =
+            client::look(&client, &options).await?;
+        for warning in warnings {
+            tracing::warn!(warning, "looked at the queues");
+        }
         let intakes = match &options.bulk_url {
             None => vec![Intake::new(&options.url, &Lane::ALL)],
             Some(bulk) => {
@@ -114,6 +127,8 @@ impl Sqs {
             postgres,
             options,
             dead_url,
+            max_bytes,
+            dead_max_bytes,
             intakes,
             packing: Mutex::default(),
             letters: tokio::sync::Mutex::default(),
@@ -125,6 +140,10 @@ impl Sqs {
             (Some(bulk), Lane::Bulk) => bulk,
             _ => &self.options.url,
         }
+    }
+
+    fn max_bytes(&self, lane: Lane) -> usize {
+        self.max_bytes[lane as usize]
     }
 
     fn packing(&self) -> MutexGuard<'_, [Packing; 2]> {
@@ -187,10 +206,12 @@ impl JobQueue for Sqs {
         for lane in Lane::ALL {
             let mut bodies = Vec::new();
             for job in jobs.iter().filter(|job| job.lane == lane) {
-                batch::bodies(job, &mut bodies)?;
+                batch::bodies(job, self.max_bytes(lane), &mut bodies)?;
             }
-            self.send_bodies(self.url(lane), bodies).await?;
-            self.packing()[lane as usize].add(Packing::of_jobs(jobs.iter().filter(|job| job.lane == lane)));
+            let sent = Packing::of_jobs(jobs.iter().filter(|job| job.lane == lane));
+            let sent = Packing { messages: bodies.len() as u64, ..sent };
+            self.send_bodies(lane, bodies).await?;
+            self.packing()[lane as usize].add(sent);
         }
         Ok(())
     }

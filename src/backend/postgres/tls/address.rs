@@ -1,76 +1,175 @@
-//! What an address says of encryption, taken out of it.
+//! A database's address: what it says of encryption and what is for other tools, taken out of it.
+
+use super::options::{Fate, fate, names_schema, nearest};
+use crate::pipeline::failure::{Error, Result};
 
 /// An address and what was taken out of it.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Parted {
+    /// The address for tokio-postgres.
     pub(super) rest: String,
     pub(super) sslmode: Option<String>,
     pub(super) sslrootcert: Option<String>,
+    /// Names of options that other tools have.
+    pub(super) passed_over: Vec<String>,
 }
 
-/// Takes the two keys out of either form of an address: a URL's query, or pairs of key and value.
-pub(super) fn part(address: &str) -> Parted {
-    if address.starts_with("postgres://") || address.starts_with("postgresql://") {
-        part_url(address)
-    } else {
-        part_pairs(address)
+/// Names of the scheme; a driver may stand behind a plus sign.
+const SCHEMES: &[&str] = &["postgres", "postgresql", "postgis", "pgsql"];
+
+/// An option, for tokio-postgres: its name and its value, written as they were.
+type Kept<'a> = (&'a str, &'a str);
+
+impl Parted {
+    /// Takes the options out of either form of an address: a URL's query, or pairs of key and value.
+    pub(super) fn of(address: &str) -> Result<Self> {
+        let address = address.trim();
+        // As files of variables have it.
+        let quoted = ['"', '\''].iter().find_map(|c| address.strip_prefix(*c)?.strip_suffix(*c));
+        let address = quoted.unwrap_or(address);
+        let Some((scheme, rest)) = address.split_once("://").filter(|(scheme, _)| is_scheme(scheme)) else {
+            return Self::of_pairs(address);
+        };
+        let scheme = scheme.strip_prefix("jdbc:").unwrap_or(scheme);
+        let name = scheme.split('+').next().unwrap_or_default();
+        if !SCHEMES.contains(&name) {
+            return Err(refused(&format!(
+                "{scheme}:// is no address of PostgreSQL: use postgres://user:password@host:port/name of the database itself"
+            )));
+        }
+        Self::of_url(rest)
     }
-}
 
-fn part_url(address: &str) -> Parted {
-    let mut parted = Parted { rest: address.into(), sslmode: None, sslrootcert: None };
-    // A password's own question mark is percent-encoded.
-    let Some((before, query)) = address.split_once('?') else { return parted };
-    let mut left = Vec::new();
-    for pair in query.split('&') {
-        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        match key {
-            "sslmode" => parted.sslmode = Some(decoded(value)),
-            "sslrootcert" => parted.sslrootcert = Some(decoded(value)),
-            _ => left.push(pair),
+    fn of_url(address: &str) -> Result<Self> {
+        let mut parted = Self::default();
+        // A password's own question mark is percent-encoded.
+        let (before, query) = address.split_once('?').unwrap_or((address, ""));
+        let mut left = Vec::new();
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            let (key, raw) = pair.split_once('=').unwrap_or((pair, ""));
+            if let Some((key, raw)) = parted.take(key, raw, &decoded(raw))? {
+                left.push(format!("{key}={raw}"));
+            }
+        }
+        let query = if left.is_empty() { String::new() } else { format!("?{}", left.join("&")) };
+        parted.rest = format!("postgresql://{before}{query}");
+        Ok(parted)
+    }
+
+    /// Pairs as libpq reads them: blanks around, a value in quotes with backslashes before quotes.
+    fn of_pairs(address: &str) -> Result<Self> {
+        let mut parted = Self::default();
+        let mut rest: Vec<String> = Vec::new();
+        let mut left = address.trim_start();
+        while !left.is_empty() {
+            let Some((key, after)) = left.split_once('=') else {
+                // Not a pair: the parser proper says what is wrong.
+                rest.push(left.into());
+                break;
+            };
+            let after = after.trim_start();
+            let (raw, next) = after.split_at(value_length(after));
+            if let Some((key, raw)) = parted.take(key.trim(), raw, &unquoted(raw))? {
+                rest.push(format!("{key}={raw}"));
+            }
+            left = next.trim_start();
+        }
+        parted.rest = rest.join(" ");
+        Ok(parted)
+    }
+
+    /// Decides on one option; returns it if tokio-postgres is to read it.
+    fn take<'a>(&mut self, name: &'a str, raw: &'a str, value: &str) -> Result<Option<Kept<'a>>> {
+        let Some(fate) = fate(name) else {
+            // A name that nothing is like may be a part of a password.
+            return Err(refused(&match nearest(name) {
+                Some(known) => format!("there is no option {name}; did you mean {known}?"),
+                None => "it has an option that refarch does not know, and does not print, since it may be part of a \
+                         password: take it out, or percent-encode (or quote) the password"
+                    .into(),
+            }));
+        };
+        match fate {
+            Fate::Mode if value.is_empty() => {}
+            Fate::Mode => {
+                // sslmode says it better, wherever it stands.
+                if name != "ssl" || self.sslmode.is_none() {
+                    self.sslmode = Some(mode_of(name, value)?);
+                }
+            }
+            Fate::Root => self.sslrootcert = Some(value.into()),
+            Fate::Read => return Ok(Some((name, raw))),
+            Fate::As(other) => return Ok(Some((other, raw))),
+            Fate::PassOver => self.pass_over(name),
+            Fate::PassOverUnless(fine) => {
+                if !fine.contains(&value) {
+                    self.pass_over(name);
+                }
+            }
+            Fate::Refuse(cure) => return Err(refused(&format!("{name} can't be honoured: {cure}"))),
+            Fate::RefuseUnless(fine, cure) => {
+                if !fine.contains(&value) {
+                    return Err(refused(&format!("this {name} can't be honoured: {cure}")));
+                }
+                // The one of these that something is done about: no writing to a standby by mistake.
+                if name == "target_session_attrs" && value != "any" {
+                    return Ok(Some((name, "read-write")));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn pass_over(&mut self, name: &str) {
+        if !self.passed_over.iter().any(|known| known == name) {
+            self.passed_over.push(name.into());
         }
     }
-    parted.rest = if left.is_empty() { before.into() } else { format!("{before}?{}", left.join("&")) };
-    parted
+
+    /// What to tell of options that were passed over.
+    pub(super) fn warning(&self) -> Option<String> {
+        let schema = if self.passed_over.iter().any(|name| names_schema(name)) {
+            "; a schema goes into source.table, as in schema.table"
+        } else {
+            ""
+        };
+        (!self.passed_over.is_empty()).then(|| {
+            format!(
+                "database.url: options of other tools are passed over: {}{schema}",
+                self.passed_over.join(", ")
+            )
+        })
+    }
+}
+
+/// Whether this is what stands before an address's `://`, and not the beginning of a pair.
+fn is_scheme(text: &str) -> bool {
+    text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.:_".contains(c))
+}
+
+fn refused(message: &str) -> Error {
+    Error::fatal("read database.url", message)
+}
+
+/// A mode as libpq names it. Tools that have `ssl` mean by a plain yes that the certificate is looked at.
+fn mode_of(name: &str, value: &str) -> Result<String> {
+    let mode = match (name, value) {
+        ("ssl", "true" | "1" | "on" | "yes") => "verify-full",
+        ("ssl", "false" | "0" | "off" | "no") => "disable",
+        (_, "no-verify") => {
+            return Err(refused(&format!(
+                "{name}=no-verify is another tool's: use sslmode=require, which encrypts and does not look at the \
+                 certificate either, or sslmode=verify-full with sslrootcert"
+            )));
+        }
+        _ => value,
+    };
+    Ok(mode.into())
 }
 
 /// A query's value without its percent signs.
 fn decoded(value: &str) -> String {
     percent_encoding::percent_decode_str(value).decode_utf8_lossy().into_owned()
-}
-
-/// Pairs as libpq reads them: blanks around, a value in quotes with backslashes before quotes.
-fn part_pairs(address: &str) -> Parted {
-    let mut parted = Parted { rest: String::new(), sslmode: None, sslrootcert: None };
-    let mut left = address;
-    while !left.trim_start().is_empty() {
-        left = left.trim_start();
-        let Some((key, after)) = left.split_once('=') else {
-            // Not a pair: the parser proper says what is wrong.
-            if !parted.rest.is_empty() {
-                parted.rest.push(' ');
-            }
-            parted.rest.push_str(left);
-            break;
-        };
-        let after = after.trim_start();
-        let length = value_length(after);
-        let (raw, next) = after.split_at(length);
-        match key.trim() {
-            "sslmode" => parted.sslmode = Some(unquoted(raw)),
-            "sslrootcert" => parted.sslrootcert = Some(unquoted(raw)),
-            _ => {
-                if !parted.rest.is_empty() {
-                    parted.rest.push(' ');
-                }
-                parted.rest.push_str(key.trim());
-                parted.rest.push('=');
-                parted.rest.push_str(raw);
-            }
-        }
-        left = next;
-    }
-    parted
 }
 
 /// How many bytes of the text are its first value, quotes included.
@@ -105,35 +204,71 @@ fn unquoted(raw: &str) -> String {
 mod tests {
     use super::*;
 
-    fn parted(rest: &str, sslmode: Option<&str>, sslrootcert: Option<&str>) -> Parted {
+    fn parted(rest: &str, sslmode: Option<&str>, sslrootcert: Option<&str>, passed_over: &[&str]) -> Parted {
         let owned = |text: Option<&str>| text.map(str::to_owned);
-        Parted { rest: rest.into(), sslmode: owned(sslmode), sslrootcert: owned(sslrootcert) }
+        let passed_over = passed_over.iter().map(|name| (*name).to_owned()).collect();
+        Parted { rest: rest.into(), sslmode: owned(sslmode), sslrootcert: owned(sslrootcert), passed_over }
     }
 
     #[test]
     fn both_forms_of_an_address_are_parted_and_the_rest_is_as_it_was() {
         for (address, expected) in [
-            ("postgres://u:p@h/d", parted("postgres://u:p@h/d", None, None)),
+            ("postgres://u:p@h/d", parted("postgresql://u:p@h/d", None, None, &[])),
             (
                 "postgresql://u:p@h:5/d?sslmode=verify-full&connect_timeout=3&sslrootcert=%2Fa%20b.pem",
-                parted("postgresql://u:p@h:5/d?connect_timeout=3", Some("verify-full"), Some("/a b.pem")),
+                parted(
+                    "postgresql://u:p@h:5/d?connect_timeout=3",
+                    Some("verify-full"),
+                    Some("/a b.pem"),
+                    &[],
+                ),
             ),
             (
                 "postgres://u:sslmode%3Dx@h/d?sslmode=require",
-                parted("postgres://u:sslmode%3Dx@h/d", Some("require"), None),
+                parted("postgresql://u:sslmode%3Dx@h/d", Some("require"), None, &[]),
+            ),
+            (
+                "jdbc:postgresql://h/d?user=u&password=p%26q&currentSchema=s&ssl=true",
+                parted(
+                    "postgresql://h/d?user=u&password=p%26q",
+                    Some("verify-full"),
+                    None,
+                    &["currentSchema"],
+                ),
+            ),
+            (
+                "postgres+psycopg2://u@h/d?pool=1&schema=public&pool=2&options=-c%20a%3Db&ssl=true&sslmode=prefer",
+                parted("postgresql://u@h/d?options=-c%20a%3Db", Some("prefer"), None, &["pool"]),
+            ),
+            (
+                "\"postgres://u@h/d?sslmode=disable&ssl=true&keepalives_count=3\"\n",
+                parted("postgresql://u@h/d?keepalives_retries=3", Some("disable"), None, &[]),
             ),
             (
                 r"host=h sslmode = 'verify-ca' password='it\'s' dbname=d",
-                parted(r"host=h password='it\'s' dbname=d", Some("verify-ca"), None),
+                parted(r"host=h password='it\'s' dbname=d", Some("verify-ca"), None, &[]),
             ),
             (
-                r"password='a sslmode=disable \' b' sslrootcert=/x\ y host=h",
-                parted(r"password='a sslmode=disable \' b' host=h", None, Some("/x y")),
+                r"password='a sslmode=disable \' b' sslrootcert=/x\ y host=h schema = 'my shop'",
+                parted(r"password='a sslmode=disable \' b' host=h", None, Some("/x y"), &["schema"]),
             ),
-            ("host=h nonsense", parted("host=h nonsense", None, None)),
-            ("", parted("", None, None)),
+            ("password=a://b host=h", parted("password=a://b host=h", None, None, &[])),
+            (
+                "target_session_attrs=primary host=h",
+                parted("target_session_attrs=read-write host=h", None, None, &[]),
+            ),
+            ("host=h nonsense", parted("host=h nonsense", None, None, &[])),
+            ("", parted("", None, None, &[])),
         ] {
-            assert_eq!(part(address), expected, "{address}");
+            assert_eq!(Parted::of(address).unwrap(), expected, "{address}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_nothing_is_like_is_not_printed() {
+        for address in ["postgres://u:se?cret=x@h/d", "host=h password=my se=cret", "mysql://u:secret@h/d"] {
+            let error = Parted::of(address).unwrap_err().to_string();
+            assert!(!error.contains("cret"), "{error}");
         }
     }
 }

@@ -1,13 +1,14 @@
 //! How connections are encrypted: `sslmode` and `sslrootcert` as libpq means them.
 //!
 //! tokio-postgres knows three of the six modes and no file of certificates, so both are taken out of the
-//! address before it reads that.
+//! address before it reads that, and so are the options of other tools.
 
 mod address;
+mod options;
 mod verifier;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier;
@@ -21,7 +22,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use crate::config::Database;
 use crate::pipeline::failure::{Error, Result};
 use crate::secret::Secret;
-use address::{Parted, part};
+use address::Parted;
 use verifier::{AnyName, Anyone};
 
 /// What a file of certificates is called that stands for those of this machine.
@@ -81,7 +82,9 @@ pub struct Wanted {
 impl Wanted {
     /// Reads an address and the settings beside it. What the address says wins.
     pub fn read(url: &Secret, settings: &Database) -> Result<Self> {
-        let Parted { rest, sslmode, sslrootcert } = part(url.expose());
+        let parted = Parted::of(url.expose())?;
+        warn_once(&parted);
+        let Parted { rest, sslmode, sslrootcert, .. } = parted;
         let mut config: tokio_postgres::Config = rest
             .parse()
             // The parser's message names the key at fault, never its value.
@@ -137,6 +140,14 @@ impl Wanted {
             .with_custom_certificate_verifier(verifier)
             .with_no_client_auth();
         Ok(MakeRustlsConnect::new(config))
+    }
+}
+
+/// Tells what was passed over, once a process, which reads its address several times.
+fn warn_once(parted: &Parted) {
+    static TOLD: Once = Once::new();
+    if let Some(warning) = parted.warning() {
+        TOLD.call_once(|| tracing::warn!("{warning}"));
     }
 }
 

@@ -22,7 +22,7 @@ impl State {
 
     pub(super) fn send(&mut self, body: &Value) -> Answer {
         let name = self.queue(body)?;
-        let (message, delay) = message(self, body)?;
+        let (message, delay) = message(self, &name, body)?;
         let taken = taken(&message);
         self.put(&name, message, delay);
         Ok(Value::Object(taken))
@@ -108,7 +108,7 @@ impl State {
 
     pub(super) fn send_batch(&mut self, body: &Value) -> Answer {
         self.batch(body, |state, name, entry| {
-            let (message, delay) = message(state, entry)?;
+            let (message, delay) = message(state, name, entry)?;
             let taken = taken(&message);
             state.put(name, message, delay);
             Ok(taken)

@@ -84,7 +84,10 @@ impl State {
         let counted = queue.count(Instant::now());
         let mut all: Map<String, Value> =
             queue.settings.iter().map(|(key, value)| (key.clone(), value.clone().into())).collect();
+        let max = queue.max_bytes();
         all.entry("VisibilityTimeout").or_insert("30".into());
+        all.entry("MessageRetentionPeriod").or_insert("345600".into());
+        all.entry("MaximumMessageSize").or_insert(max.to_string().into());
         all.insert("QueueArn".into(), arn(&name).into());
         for (key, count) in [
             ("ApproximateNumberOfMessages", counted.visible),

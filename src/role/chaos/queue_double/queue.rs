@@ -10,6 +10,9 @@ use serde_json::{Map, Value};
 /// Messages in flight at most, by the limits of SQS.
 const MAX_IN_FLIGHT: usize = 120_000;
 
+/// Bytes of a message at most, by the limits of SQS; a queue's own limit may be lower.
+pub(super) const MAX_BYTES: usize = 1_048_576;
+
 /// What is done when too many are in flight.
 pub(super) struct OverLimit;
 
@@ -66,6 +69,11 @@ pub(super) struct Counted {
 }
 
 impl Queue {
+    /// Bytes of a message at most.
+    pub(super) fn max_bytes(&self) -> usize {
+        self.settings.get("MaximumMessageSize").and_then(|text| text.parse().ok()).unwrap_or(MAX_BYTES)
+    }
+
     pub(super) fn send(&mut self, message: Message, delay: Duration, now: Instant) {
         let key = self.next;
         self.next += 1;

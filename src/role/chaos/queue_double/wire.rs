@@ -6,11 +6,12 @@ use md5::{Digest as _, Md5};
 use rand::RngExt as _;
 use serde_json::{Map, Value, json};
 
-use super::queue::{Message, Unusable};
+use super::queue::{Message, Queue, Unusable};
 use super::{ACCOUNT, REGION, State};
 
+pub(super) use super::queue::MAX_BYTES;
+
 /// Limits of SQS.
-pub(super) const MAX_BYTES: usize = 1_048_576;
 pub(super) const MAX_ENTRIES: usize = 10;
 pub(super) const MAX_VISIBILITY: u64 = 43_200;
 const MAX_DELAY: u64 = 900;
@@ -122,7 +123,7 @@ pub(super) fn random_id(state: &mut State) -> String {
 }
 
 /// Checks what is sent, as far as SQS does, and makes a message of it.
-pub(super) fn message(state: &mut State, entry: &Value) -> Result<(Message, Duration), Refused> {
+pub(super) fn message(state: &mut State, queue: &str, entry: &Value) -> Result<(Message, Duration), Refused> {
     let body = text(entry, "MessageBody")?.to_owned();
     let attributes = entry.get("MessageAttributes").and_then(Value::as_object).cloned().unwrap_or_default();
     let fits = |c: char| matches!(c, '\t' | '\n' | '\r' | ' '..='\u{fffd}' | '\u{10000}'..);
@@ -147,9 +148,10 @@ pub(super) fn message(state: &mut State, entry: &Value) -> Result<(Message, Dura
             attributes.len()
         )));
     }
-    if size(&body, &attributes) > MAX_BYTES {
+    let max = state.queues.get(queue).map_or(MAX_BYTES, Queue::max_bytes);
+    if size(&body, &attributes) > max {
         return Err(Refused::invalid(format!(
-            "One or more parameters are invalid. Reason: Message must be shorter than {MAX_BYTES} bytes."
+            "One or more parameters are invalid. Reason: Message must be shorter than {max} bytes."
         )));
     }
     let delay = number(entry, "DelaySeconds", MAX_DELAY)?.unwrap_or_default();

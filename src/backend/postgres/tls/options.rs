@@ -1,0 +1,233 @@
+//! What is done with each option of a database's address: those of PostgreSQL's own library, and those that
+//! other tools keep in the same address.
+
+/// What becomes of an option.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Fate {
+    /// tokio-postgres reads it.
+    Read,
+    /// The encryption's mode.
+    Mode,
+    /// The file of certificates.
+    Root,
+    /// tokio-postgres reads it under another name.
+    As(&'static str),
+    /// It says how another tool works, and is left out with a warning.
+    PassOver,
+    /// The same, but for these values, which say nothing that matters here.
+    PassOverUnless(&'static [&'static str]),
+    /// It would change who is trusted or what is reached, and refarch can't: what to do instead.
+    Refuse(&'static str),
+    /// The same, but for these values, which ask for nothing.
+    RefuseUnless(&'static [&'static str], &'static str),
+}
+
+use Fate::{As, Mode, PassOver, PassOverUnless, Read, Refuse, RefuseUnless, Root};
+
+const CLIENT_CERTIFICATE: &str = "client certificates are not supported: give the role a password";
+const REVOCATION: &str =
+    "lists of revoked certificates are not read: take it out, or let a proxy look at them";
+const VERIFY: &str = "use sslmode=require to encrypt whoever the server is, and sslmode=verify-full to have its certificate looked at";
+const WRITES: &str = "refarch writes: use read-write or any, and give the address of the primary server";
+const SERVICE: &str = "service files are not read: put host, user and database into the address";
+
+/// The options, by tool.
+const OPTIONS: &[(&str, Fate)] = &[
+    // libpq, as tokio-postgres reads it.
+    ("user", Read),
+    ("password", Read),
+    ("dbname", Read),
+    ("host", Read),
+    ("hostaddr", Read),
+    ("port", Read),
+    ("options", Read),
+    ("application_name", Read),
+    ("connect_timeout", Read),
+    ("keepalives", Read),
+    ("keepalives_idle", Read),
+    ("keepalives_interval", Read),
+    ("keepalives_retries", Read),
+    ("keepalives_count", As("keepalives_retries")),
+    ("channel_binding", Read),
+    ("load_balance_hosts", Read),
+    ("target_session_attrs", RefuseUnless(&["any", "read-write", "primary"], WRITES)),
+    // libpq's encryption.
+    ("sslmode", Mode),
+    ("sslrootcert", Root),
+    ("sslnegotiation", PassOverUnless(&["postgres"])),
+    ("sslcompression", PassOverUnless(&["0"])),
+    ("sslsni", PassOverUnless(&["1"])),
+    ("sslcert", Refuse(CLIENT_CERTIFICATE)),
+    ("sslkey", Refuse(CLIENT_CERTIFICATE)),
+    ("sslpassword", Refuse(CLIENT_CERTIFICATE)),
+    ("sslcertmode", RefuseUnless(&["disable", "allow"], CLIENT_CERTIFICATE)),
+    ("sslcrl", Refuse(REVOCATION)),
+    ("sslcrldir", Refuse(REVOCATION)),
+    (
+        "ssl_min_protocol_version",
+        RefuseUnless(
+            &["", "TLSv1", "TLSv1.1", "TLSv1.2"],
+            "TLS 1.2 and 1.3 are spoken: require more at the server",
+        ),
+    ),
+    ("ssl_max_protocol_version", PassOverUnless(&["", "TLSv1.3"])),
+    ("gssencmode", RefuseUnless(&["disable", "prefer"], "Kerberos is not spoken: use sslmode=verify-full")),
+    ("krbsrvname", PassOver),
+    ("gsslib", PassOver),
+    ("gssdelegation", PassOver),
+    ("requirepeer", Refuse("the owner of the server's process is not looked at: take it out")),
+    ("require_auth", Refuse("ways to log in can't be excluded: use channel_binding=require, or pg_hba.conf")),
+    // libpq's other options.
+    ("tcp_user_timeout", PassOver),
+    ("client_encoding", PassOverUnless(&["utf8", "UTF8", "utf-8", "UTF-8", "auto"])),
+    ("fallback_application_name", PassOver),
+    ("replication", RefuseUnless(&["false", "off", "no", "0"], "refarch reads tables: take it out")),
+    ("service", Refuse(SERVICE)),
+    ("servicefile", Refuse(SERVICE)),
+    ("passfile", Refuse("files of passwords are not read: put the password into the address")),
+    // Prisma.
+    ("schema", PassOverUnless(&["", "public"])),
+    ("pgbouncer", PassOver),
+    ("connection_limit", PassOver),
+    ("pool_timeout", PassOver),
+    ("socket_timeout", PassOver),
+    ("statement_cache_size", PassOver),
+    ("sslaccept", Refuse(VERIFY)),
+    ("sslidentity", Refuse(CLIENT_CERTIFICATE)),
+    // SQLAlchemy, asyncpg, psycopg, Django.
+    ("ssl", Mode),
+    ("prepared_statement_cache_size", PassOver),
+    ("prepared_statement_name_func", PassOver),
+    ("max_cached_statement_lifetime", PassOver),
+    ("max_cacheable_statement_size", PassOver),
+    ("command_timeout", PassOver),
+    ("timeout", PassOver),
+    ("async_fallback", PassOver),
+    ("prepare_threshold", PassOver),
+    ("executemany_mode", PassOver),
+    ("conn_max_age", PassOver),
+    ("CONN_MAX_AGE", PassOver),
+    ("conn_health_checks", PassOver),
+    ("disable_server_side_cursors", PassOver),
+    ("atomic_requests", PassOver),
+    // Rails.
+    ("pool", PassOver),
+    ("prepared_statements", PassOver),
+    ("advisory_locks", PassOver),
+    ("reaping_frequency", PassOver),
+    ("checkout_timeout", PassOver),
+    ("idle_timeout", PassOver),
+    ("encoding", PassOver),
+    ("min_messages", PassOver),
+    ("statement_limit", PassOver),
+    ("schema_search_path", PassOver),
+    ("search_path", PassOver),
+    // node-postgres, postgres.js, Sequelize, Vercel's and Supabase's addresses.
+    ("uselibpqcompat", PassOverUnless(&["true", "false"])),
+    ("max", PassOver),
+    ("min", PassOver),
+    ("idleTimeoutMillis", PassOver),
+    ("connectionTimeoutMillis", PassOver),
+    ("keepAlive", PassOver),
+    ("statement_timeout", PassOver),
+    ("query_timeout", PassOver),
+    ("lock_timeout", PassOver),
+    ("idle_in_transaction_session_timeout", PassOver),
+    ("prepare", PassOver),
+    ("workaround", PassOver),
+    ("supa", PassOver),
+    ("pool_mode", PassOver),
+    // pgx, lib/pq.
+    ("pool_max_conns", PassOver),
+    ("pool_min_conns", PassOver),
+    ("pool_min_idle_conns", PassOver),
+    ("pool_max_conn_lifetime", PassOver),
+    ("pool_max_conn_lifetime_jitter", PassOver),
+    ("pool_max_conn_idle_time", PassOver),
+    ("pool_health_check_period", PassOver),
+    ("default_query_exec_mode", PassOver),
+    ("statement_cache_capacity", PassOver),
+    ("description_cache_capacity", PassOver),
+    ("binary_parameters", PassOver),
+    // Ecto.
+    ("pool_size", PassOver),
+    ("queue_target", PassOver),
+    ("queue_interval", PassOver),
+    // sqlx.
+    ("ssl-mode", Mode),
+    ("ssl-root-cert", Root),
+    ("ssl-ca", Root),
+    ("ssl-cert", Refuse(CLIENT_CERTIFICATE)),
+    ("ssl-key", Refuse(CLIENT_CERTIFICATE)),
+    ("statement-cache-capacity", PassOver),
+    // JDBC.
+    ("currentSchema", PassOverUnless(&["", "public"])),
+    ("ApplicationName", As("application_name")),
+    ("prepareThreshold", PassOver),
+    ("preparedStatementCacheQueries", PassOver),
+    ("preparedStatementCacheSizeMiB", PassOver),
+    ("binaryTransfer", PassOver),
+    ("reWriteBatchedInserts", PassOver),
+    ("stringtype", PassOver),
+    ("socketTimeout", PassOver),
+    ("loginTimeout", PassOver),
+    ("connectTimeout", As("connect_timeout")),
+    ("tcpKeepAlive", PassOver),
+    ("defaultRowFetchSize", PassOver),
+    ("assumeMinServerVersion", PassOver),
+    ("autosave", PassOver),
+    ("preferQueryMode", PassOver),
+    ("loadBalanceHosts", PassOver),
+    ("hostRecheckSeconds", PassOver),
+    ("targetServerType", RefuseUnless(&["any", "primary", "master"], WRITES)),
+    ("sslfactory", Refuse(VERIFY)),
+    ("sslhostnameverifier", Refuse(VERIFY)),
+];
+
+/// Names further apart than this are not offered as what was meant.
+const MAX_EDIT_DISTANCE: usize = 2;
+
+/// What becomes of an option; none if it is unknown.
+pub(super) fn fate(name: &str) -> Option<Fate> {
+    OPTIONS.iter().find_map(|(known, fate)| (*known == name).then_some(*fate))
+}
+
+/// The known name that is nearest to one that is not.
+pub(super) fn nearest(name: &str) -> Option<&'static str> {
+    let distance = |known: &str| strsim::damerau_levenshtein(known, name);
+    let (known, _) = OPTIONS.iter().min_by_key(|(known, _)| distance(known))?;
+    (name.len() > MAX_EDIT_DISTANCE && distance(known) <= MAX_EDIT_DISTANCE).then_some(*known)
+}
+
+/// Whether an option that was passed over names a schema, which a setting of refarch's says too.
+pub(super) fn names_schema(name: &str) -> bool {
+    matches!(name, "schema" | "currentSchema" | "search_path" | "schema_search_path")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_option_stands_in_the_table_once() {
+        let mut names: Vec<&str> = OPTIONS.iter().map(|(name, _)| *name).collect();
+        names.sort_unstable();
+        let count = names.len();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+
+    #[test]
+    fn what_tokio_postgres_is_given_it_reads() {
+        for (name, fate) in OPTIONS {
+            let (Read | As(_)) = fate else { continue };
+            let name = if let As(other) = fate { other } else { name };
+            let value = match *name {
+                "hostaddr" => "127.0.0.1",
+                "channel_binding" | "load_balance_hosts" => "disable",
+                _ => "5",
+            };
+            assert!(format!("{name}={value}").parse::<tokio_postgres::Config>().is_ok(), "{name}");
+        }
+    }
+}
