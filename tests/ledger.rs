@@ -426,7 +426,7 @@ async fn a_truncation_is_of_all_that_is_not_surely_gone() {
         packed.lock().unwrap().extend(rows.into_iter().flat_map(|row| row.ids));
         Vec::new()
     };
-    let request = ClaimRequest { small_rows: 10, large_rows: 10 };
+    let request = ClaimRequest { small_rows: 10, large_rows: 10, large_transaction: 100 };
     let done = outbox.transfer(request, &pack).await.unwrap();
     assert_eq!((done.rows, done.changes), (1, 5));
     let expected = ["gone and dirty", "gone and open", "new and open", "not trusted", "there"];

@@ -196,7 +196,7 @@ fn serve(model: &Model, mut worker: Worker, receiver: &Mutex<mpsc::Receiver<Requ
 }
 
 async fn ask(threads: &mpsc::Sender<Request>, texts: Vec<Arc<str>>) -> Result<Vec<Embedding>> {
-    let gone = || Error::fatal("embed texts", "the embedding threads have ended");
+    let gone = || Error::of_process("embed texts", "the embedding threads have ended");
     let (answer, answered) = oneshot::channel();
     threads.send(Request { texts, answer }).await.map_err(|_| gone())?;
     answered.await.map_err(|_| gone())?

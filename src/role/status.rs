@@ -59,6 +59,10 @@ pub fn text(status: &Status) -> String {
         ms(status.freshness_ms.p50),
         ms(status.freshness_ms.p99),
     );
+    for fault in &status.faults {
+        // Writing to a string can't fail.
+        let _ = writeln!(text, "fault          {}, since {:.0}", fault.message, fault.since);
+    }
     for worker in &status.workers {
         // Writing to a string can't fail.
         let _ = writeln!(

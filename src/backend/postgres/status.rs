@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::fault::{self, FaultStatus};
 use super::registry::WORKER_GONE_S;
 use super::source::SourceTable;
 use super::{Postgres, failure, outbox};
@@ -40,6 +41,8 @@ pub struct Status {
     pub freshness_ms: Freshness,
     /// Processes that live.
     pub workers: Vec<WorkerStatus>,
+    /// What they cannot do, and why.
+    pub faults: Vec<FaultStatus>,
 }
 
 /// A backlog for each lane.
@@ -162,6 +165,7 @@ pub async fn read(
         })
         .collect();
     drop(client);
+    let faults = fault::read(postgres).await?;
     // During an outage of the index the rest is what one wants to see.
     let indexed = match index.count().await {
         Ok(count) => Some(count),
@@ -182,6 +186,7 @@ pub async fn read(
         in_sync_estimated: false,
         freshness_ms: Freshness { p50: histogram.quantile(0.5), p99: histogram.quantile(0.99) },
         workers,
+        faults,
     };
     // With nothing under way, a settled entry equals its row. Else no more rows can be in sync than
     // are settled, nor than have no change outstanding.

@@ -20,6 +20,7 @@ const MIGRATIONS: &[(i32, &str, &str)] = &[
     (2, "attempts", include_str!("../schema/0002_attempts.sql")),
     (3, "shipments", include_str!("../schema/0003_shipments.sql")),
     (4, "made", include_str!("../schema/0004_made.sql")),
+    (6, "faults", include_str!("../schema/0006_faults.sql")),
 ];
 
 /// pgmq, as its authors publish it.
