@@ -432,3 +432,16 @@ async fn a_truncation_is_of_all_that_is_not_surely_gone() {
     let expected = ["gone and dirty", "gone and open", "new and open", "not trusted", "there"];
     assert_eq!(packed.into_inner().unwrap().into_iter().collect::<Vec<_>>(), expected);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_are_read_together_as_far_as_they_fit() {
+    let real = Real::new().await;
+    real.run("INSERT INTO item SELECT n, repeat('x', 1000) FROM generate_series(1, 10) n").await;
+    let asked = ids(&["1", "none", "77", "2", "3", "4"]);
+    for (bytes, fitting) in [(0, 1), (1_100, 3), (2_100, 4), (3_500, 5), (1 << 30, 6)] {
+        assert_eq!(real.ledger.fits(&asked, bytes).await.unwrap(), fitting, "{bytes}");
+    }
+    // What cannot be asked is told by whoever reads.
+    real.run("ALTER TABLE item RENAME body TO other").await;
+    assert_eq!(real.ledger.fits(&asked, 0).await.unwrap(), 6);
+}

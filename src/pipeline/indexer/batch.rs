@@ -63,8 +63,8 @@ const PROBES: u32 = 3;
 /// The same for each refusal: a change is only to blame at its second one.
 const PROBES_A_REFUSAL: u32 = 1;
 
-/// An id that is looked up as a harmless read. No row has it.
-const PROBE_ID: &str = "refarch\u{1}probe";
+/// An id that is looked up as a harmless read. No row has it, of whatever type ids are.
+const PROBE_ID: &str = "\0";
 
 /// A text that any embedder can take.
 const PROBE: &str = "a plain text";
@@ -213,7 +213,11 @@ impl Indexer {
             .filter(|id| batch.left.contains(*id) && !uncounted.contains(id))
             .cloned()
             .collect();
-        for suspects in suspects.chunks(SUSPECTS_AT_ONCE) {
+        let mut rest = suspects.as_slice();
+        while !rest.is_empty() {
+            let at_once = &rest[..rest.len().min(SUSPECTS_AT_ONCE)];
+            let (suspects, later) = rest.split_at(self.fits(at_once).await?);
+            rest = later;
             let peeked = match self.ledger.peek(suspects).await {
                 Ok(peeked) => peeked,
                 // One of them cannot be read: they are tried one by one.
@@ -292,7 +296,7 @@ impl Indexer {
             };
             batch.done.applied += round.applied;
             self.meter.applied(round.applied);
-            let mut pending: HashSet<&String> = round.again.iter().collect();
+            let mut pending: HashSet<&String> = round.again.iter().chain(&round.unread).collect();
             if let Some((refused, _)) = &round.refused {
                 pending.extend(refused);
             } else {
@@ -302,7 +306,12 @@ impl Indexer {
             for id in group.iter().filter(|id| !pending.contains(id)) {
                 batch.left.remove(id);
             }
-            self.keep_pace(group.len() as u64, self.clock().now().saturating_sub(started));
+            // The rest in groups of as many as could be read together: it is likely to be alike.
+            let read = group.len() - round.unread.len();
+            for part in round.unread.chunks(read.max(1)).rev() {
+                batch.groups.push_front(part.to_vec());
+            }
+            self.keep_pace(read as u64, self.clock().now().saturating_sub(started));
             let conflicted = !round.again.is_empty();
             if conflicted {
                 batch.done.conflicts += 1;

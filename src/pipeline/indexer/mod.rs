@@ -49,6 +49,13 @@ const MIN_GROUP: u64 = 32;
 /// Changes in a group at most, so that a transaction stays short.
 const MAX_GROUP: u64 = 1_000;
 
+/// Bytes of rows that are read together. A row is held a few times over (as it came, as it is hashed, and
+/// as it is read again under its lock), and each lane has a few batches under way.
+const GROUP_BYTES: u64 = 8 << 20;
+
+/// So few rows are read without asking for their size first.
+const UNASKED: usize = 2;
+
 /// What the indexer needs of the settings.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -131,6 +138,8 @@ struct Hint {
 struct Round {
     /// Ids that changed meanwhile: to be done again.
     again: Vec<String>,
+    /// Ids that were not looked at, because their rows are too large to be read with the others.
+    unread: Vec<String>,
     /// Ids of a request that was refused for good, and why.
     refused: Option<(Vec<String>, Error)>,
     /// Ids written.
@@ -193,10 +202,21 @@ impl Indexer {
 
     /// Writes a group of ids, however this index is written to.
     async fn round(&self, lane: Lane, ids: &[String], batch: &mut Batch) -> Result<Round> {
-        match self.index.writes() {
-            Writes::Fenced(fence) => self.write_fenced(fence, lane, ids, batch).await,
-            Writes::Plain(plain) => self.write_attempt(plain, lane, ids, batch).await,
+        let (now, later) = ids.split_at(self.fits(ids).await?);
+        let mut round = match self.index.writes() {
+            Writes::Fenced(fence) => self.write_fenced(fence, lane, now, batch).await,
+            Writes::Plain(plain) => self.write_attempt(plain, lane, now, batch).await,
+        }?;
+        round.unread = later.to_vec();
+        Ok(round)
+    }
+
+    /// How many of the first ids can be read together.
+    async fn fits(&self, ids: &[String]) -> Result<usize> {
+        if ids.len() <= UNASKED {
+            return Ok(ids.len());
         }
+        Ok(self.ledger.fits(ids, GROUP_BYTES).await?.clamp(1, ids.len()))
     }
 
     /// Makes the vectors of texts that the batch has not made yet.

@@ -18,7 +18,7 @@ use super::session::WORKER_LOCKS;
 use super::source::SourceTable;
 use super::{Postgres, failure};
 use crate::pipeline::catalog::{ContentSalt, Hash, SourceRow};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peeked, Pending, Swept};
 
 /// A worker whose heartbeat is older is taken for dead even if its session seems to live: a host that
@@ -102,6 +102,30 @@ impl Ledger for PgLedger {
         }
         let nothing = |id: &String| Peeked { id: id.clone(), row: None, entry: None };
         Ok(ids.iter().map(|id| by_id.remove(id).unwrap_or_else(|| nothing(id))).collect())
+    }
+
+    async fn fits(&self, ids: &[String], bytes: u64) -> Result<usize> {
+        let possible: Vec<&String> = ids.iter().filter(|id| self.table.can_hold(id)).collect();
+        // Of the very query that will read them, so that its expressions decide.
+        let sql = format!(
+            "SELECT p.id, coalesce(octet_length(p.text)::bigint + octet_length(p.metadata), 0) FROM ({}) p",
+            self.peek
+        );
+        let client = self.postgres.client().await?;
+        let rows = match client.query(&sql, &[&possible, &self.target]).await.map_err(fail("ask for sizes")) {
+            Ok(rows) => rows,
+            Err(error) if error.class == Class::Retryable => return Err(error),
+            // Whoever reads the rows meets the same, and knows better what to say of it.
+            Err(_) => return Ok(ids.len()),
+        };
+        let sizes: HashMap<&str, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        let mut sum = 0_u64;
+        let fitting = ids.iter().take_while(|id| {
+            let size = sizes.get(id.as_str()).copied().unwrap_or_default();
+            sum = sum.saturating_add(size.try_into().unwrap_or_default());
+            sum <= bytes
+        });
+        Ok(fitting.count().max(1))
     }
 
     async fn rows_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<Peeked>> {
