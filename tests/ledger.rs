@@ -60,7 +60,7 @@ impl Real {
             .await
             .unwrap();
         let env = [
-            ("REFARCH_SOURCE_TABLE", "item"),
+            ("REFARCH_SOURCE_TABLE", "public.item"),
             ("REFARCH_SOURCE_TEXT", "body"),
             ("REFARCH_SOURCE_METADATA", "id"),
         ];
