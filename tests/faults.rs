@@ -334,6 +334,8 @@ enum Mood {
     Status(u16),
     /// Takes the request and says nothing.
     Hanging,
+    /// Fails at what is no harmless text, so many times.
+    FailingAtChairs(u32),
 }
 
 /// An embedding server of OpenAI's protocol, with vectors of eight numbers, in a mood.
@@ -360,14 +362,16 @@ impl Texts {
 
     async fn answer(&self, body: &[u8]) -> (axum::http::StatusCode, String) {
         self.requests.fetch_add(1, Ordering::SeqCst);
-        let mood = *self.mood.lock().unwrap();
+        let mut mood = *self.mood.lock().unwrap();
+        if let Mood::FailingAtChairs(times) = mood {
+            mood = Mood::Well;
+            if String::from_utf8_lossy(body).contains("a chair") && times > 0 {
+                self.set(Mood::FailingAtChairs(times - 1));
+                mood = Mood::Status(500);
+            }
+        }
         match mood {
-            Mood::Hanging => std::future::pending().await,
-            Mood::Status(status) => (
-                axum::http::StatusCode::from_u16(status).unwrap(),
-                r#"{"error": {"message": "the double is in a mood"}}"#.into(),
-            ),
-            Mood::Well => {
+            Mood::Well | Mood::FailingAtChairs(_) => {
                 let body: Value = serde_json::from_slice(body).unwrap();
                 let count = body["input"].as_array().unwrap().len();
                 let vectors: Vec<Value> = (0..count)
@@ -375,6 +379,11 @@ impl Texts {
                     .collect();
                 (axum::http::StatusCode::OK, serde_json::json!({ "data": vectors }).to_string())
             }
+            Mood::Hanging => std::future::pending().await,
+            Mood::Status(status) => (
+                axum::http::StatusCode::from_u16(status).unwrap(),
+                r#"{"error": {"message": "the double is in a mood"}}"#.into(),
+            ),
         }
     }
 
@@ -495,6 +504,13 @@ async fn a_server_that_refuses_every_text_is_one_fault_and_no_dead_letter() {
     moody.all_applied(rows).await;
     assert_eq!(moody.dead().await, 0);
     eventually("the fault to be gone", PATIENCE, async || moody.faults().await.is_empty()).await;
+    // It ends, too, when what was held is taken away: nothing is embedded for a delete.
+    moody.texts.set(Mood::Status(400));
+    moody.client.batch_execute("UPDATE item SET title = 'other' WHERE id = 7").await.unwrap();
+    eventually("another fault", PATIENCE, async || moody.faults().await.len() == 1).await;
+    moody.client.batch_execute("DELETE FROM item WHERE id = 7").await.unwrap();
+    eventually("the fault to be gone", PATIENCE, async || moody.faults().await.is_empty()).await;
+    assert_eq!((moody.dead().await, moody.vectors().await), (0, rows - 1));
     for role in roles {
         stop(role).await;
     }
@@ -542,6 +558,25 @@ async fn thirty_restarts_amid_a_healthy_change_leave_no_dead_letter() {
         assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
         assert_eq!((moody.vectors().await, moody.dead().await), (2, 0), "{signal}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tries_that_others_left_unfinished_are_not_a_changes_own_failures() {
+    // Two failures, of four requests each.
+    let moody = Moody::start(Mood::FailingAtChairs(8)).await;
+    moody.rows(1).await;
+    moody.relay().await;
+    let sql = "INSERT INTO refarch.ledger (target, id, tries) SELECT id, '1', 9 FROM refarch.target; \
+               UPDATE pgmq.q_refarch_live SET read_ct = 9";
+    moody.client.batch_execute(sql).await.unwrap();
+    assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
+    assert_eq!((moody.vectors().await, moody.dead().await), (1, 0));
+    // But one that always fails is given up, however it is counted.
+    moody.texts.set(Mood::FailingAtChairs(u32::MAX));
+    moody.client.batch_execute("UPDATE item SET title = 'a chair again'").await.unwrap();
+    moody.relay().await;
+    assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
+    assert_eq!(moody.dead().await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

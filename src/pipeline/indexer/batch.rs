@@ -11,7 +11,7 @@
 //! through again. What holds the work is one fault, in the log once and in the status for as long as it lasts.
 //!
 //! A change that fails by itself, while harmless changes go through, is counted, and dead-lettered at the
-//! fourth time.
+//! fourth time that one worker sees.
 //!
 //! **A change that takes the process down** can only be found by a count that is made before the try. From a
 //! message's third receive on its changes are tried one by one and counted first; every way out but a dead
@@ -82,8 +82,8 @@ pub(super) struct Batch {
     left: HashSet<String>,
     /// Ids of messages that came too often.
     suspects: HashSet<String>,
-    /// Ids that failed by themselves.
-    failed_alone: HashSet<String>,
+    /// Ids that failed by themselves, and how often that was counted here.
+    failed_alone: HashMap<String, u32>,
     /// Ids that were refused for good, while a harmless change went through.
     refused: HashSet<String>,
     /// Ids whose next try may stand in the count already.
@@ -175,7 +175,7 @@ impl Indexer {
             made: HashMap::new(),
             groups,
             suspects,
-            failed_alone: HashSet::new(),
+            failed_alone: HashMap::new(),
             refused: HashSet::new(),
             counted: HashSet::new(),
             in_try: None,
@@ -241,7 +241,7 @@ impl Indexer {
         while let Some(group) = batch.groups.pop_front() {
             let alone = (group.len() == 1).then(|| group[0].clone());
             let counted =
-                alone.clone().filter(|id| batch.suspects.contains(id) || batch.failed_alone.contains(id));
+                alone.clone().filter(|id| batch.suspects.contains(id) || batch.failed_alone.contains_key(id));
             let admitted = match &counted {
                 None => Admitted::Together,
                 Some(id) => match self.admit(lane, batch, id).await {
@@ -388,7 +388,7 @@ impl Indexer {
         error: &Error,
     ) -> Result<()> {
         batch.groups.push_back(vec![id.clone()]);
-        batch.failed_alone.insert(id.clone());
+        batch.failed_alone.entry(id.clone()).or_default();
         if !counted {
             return Ok(());
         }
@@ -406,7 +406,10 @@ impl Indexer {
                 return Err(error);
             }
         };
-        if tries >= MAX_TRIES {
+        let failures = batch.failed_alone.entry(id.clone()).or_default();
+        *failures += 1;
+        // The ledger's count may hold tries that others left unfinished.
+        if tries.min(*failures) >= MAX_TRIES {
             let why = Why { reason: Reason::Failed, error: error.to_string(), tries };
             self.give_up(batch, &id, &why).await?;
             batch.groups.retain(|group| *group != [id.as_str()]);

@@ -44,6 +44,13 @@ impl Health {
         }
     }
 
+    /// No batch is under way. The next one is tried as if nothing had been.
+    pub(super) fn nothing_is_held(&self) {
+        self.at_embedder.store(false, Ordering::Relaxed);
+        self.failures_in_a_row.store(0, Ordering::Relaxed);
+        self.faults.clear(fault::HELD);
+    }
+
     /// Something failed that another try may mend.
     pub(super) fn failed(&self, error: &Error, at_embedder: bool) {
         self.add(1, error, at_embedder);

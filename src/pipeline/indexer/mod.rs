@@ -18,7 +18,7 @@ mod run;
 mod searchable;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -106,6 +106,8 @@ pub struct Indexer {
     health: Health,
     /// Whether the run ends when nothing is left, so that it must not hold work for somebody to mend a setting.
     ends_when_idle: AtomicBool,
+    /// Batches that are under way.
+    under_way: AtomicUsize,
     /// Held by every try, and alone by one that is under suspicion.
     quiet: RwLock<()>,
     /// Messages of somebody else's that came.
@@ -171,6 +173,7 @@ impl Indexer {
             faults: Arc::default(),
             health: Health::default(),
             ends_when_idle: AtomicBool::new(false),
+            under_way: AtomicUsize::new(0),
             quiet: RwLock::const_new(()),
             misdirected: Mutex::default(),
             pace: AtomicU64::new(0),

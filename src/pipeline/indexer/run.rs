@@ -54,6 +54,25 @@ fn ended_well(ended: Result<Result<()>, tokio::task::JoinError>) -> Result<()> {
     ended.unwrap_or_else(|error| Err(Error::fatal("apply changes", error)))
 }
 
+/// A batch that is under way, for as long as this lives.
+struct UnderWay<'a>(&'a Indexer);
+
+impl<'a> UnderWay<'a> {
+    fn begin(indexer: &'a Indexer) -> Self {
+        indexer.under_way.fetch_add(1, Ordering::Relaxed);
+        Self(indexer)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        // What failed may have been taken away: then nothing will ever show that it would go through.
+        if self.0.under_way.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.health.nothing_is_held();
+        }
+    }
+}
+
 impl Indexer {
     fn may_hold(&self) -> u64 {
         let pace = self.pace.load(Ordering::Relaxed);
@@ -282,6 +301,7 @@ impl Indexer {
     /// sat out, with the messages held, and so is a wrong setting, unless the run ends when nothing is left;
     /// on `abort`, or when this worker can't go on, they are released.
     pub async fn hold(&self, lane: Lane, messages: &[Message], abort: &CancellationToken) -> Result<()> {
+        let _under_way = UnderWay::begin(self);
         let mut batch = self.batch(messages, self.group_size());
         let visibility = self.queue.visibility();
         let held = Mutex::new(batch.receipts());
