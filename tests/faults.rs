@@ -7,6 +7,8 @@
 mod common;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Database, eventually};
@@ -323,4 +325,321 @@ async fn a_short_drill_of_everything_leaves_nothing_behind() {
             assert_eq!(outcome[key], 0, "{outcome}");
         }
     }
+}
+
+/// How the embedding server answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mood {
+    Well,
+    Status(u16),
+    /// Takes the request and says nothing.
+    Hanging,
+    /// Fails at what is no harmless text, so many times.
+    FailingAtChairs(u32),
+}
+
+/// An embedding server of OpenAI's protocol, with vectors of eight numbers, in a mood.
+#[derive(Clone)]
+struct Texts {
+    mood: Arc<Mutex<Mood>>,
+    requests: Arc<AtomicU64>,
+    url: String,
+}
+
+impl Texts {
+    async fn start(mood: Mood) -> Self {
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let texts = Self { mood: Arc::new(Mutex::new(mood)), requests: Arc::default(), url };
+        let answer = texts.clone();
+        let router = axum::Router::new().fallback(move |body: axum::body::Bytes| {
+            let answer = answer.clone();
+            async move { answer.answer(&body).await }
+        });
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        texts
+    }
+
+    async fn answer(&self, body: &[u8]) -> (axum::http::StatusCode, String) {
+        self.requests.fetch_add(1, Ordering::SeqCst);
+        let mut mood = *self.mood.lock().unwrap();
+        if let Mood::FailingAtChairs(times) = mood {
+            mood = Mood::Well;
+            if String::from_utf8_lossy(body).contains("a chair") && times > 0 {
+                self.set(Mood::FailingAtChairs(times - 1));
+                mood = Mood::Status(500);
+            }
+        }
+        match mood {
+            Mood::Well | Mood::FailingAtChairs(_) => {
+                let body: Value = serde_json::from_slice(body).unwrap();
+                let count = body["input"].as_array().unwrap().len();
+                let vectors: Vec<Value> = (0..count)
+                    .map(|at| serde_json::json!({ "index": at, "embedding": [1, 2, 3, 4, 5, 6, 7, at] }))
+                    .collect();
+                (axum::http::StatusCode::OK, serde_json::json!({ "data": vectors }).to_string())
+            }
+            Mood::Hanging => std::future::pending().await,
+            Mood::Status(status) => (
+                axum::http::StatusCode::from_u16(status).unwrap(),
+                r#"{"error": {"message": "the double is in a mood"}}"#.into(),
+            ),
+        }
+    }
+
+    fn set(&self, mood: Mood) {
+        *self.mood.lock().unwrap() = mood;
+    }
+
+    fn requests(&self) -> u64 {
+        self.requests.load(Ordering::SeqCst)
+    }
+}
+
+/// A database whose table `item` is embedded by such a server into pgvector.
+struct Moody {
+    database: Database,
+    texts: Texts,
+    client: tokio_postgres::Client,
+}
+
+impl Moody {
+    async fn start(mood: Mood) -> Self {
+        let database = Database::create().await;
+        let texts = Texts::start(mood).await;
+        let client = database.client().await;
+        client.batch_execute("CREATE TABLE item (id bigint PRIMARY KEY, title text)").await.unwrap();
+        let moody = Self { database, texts, client };
+        assert!(moody.refarch(&["migrate"]).status().await.unwrap().success());
+        moody
+    }
+
+    fn refarch(&self, args: &[&str]) -> Command {
+        let mut command = self.database.refarch();
+        command.args(args).envs([
+            ("REFARCH_SOURCE_TABLE", "public.item"),
+            ("REFARCH_SOURCE_TEXT", "title"),
+            ("REFARCH_SOURCE_METADATA", "title"),
+            ("REFARCH_EMBEDDER_KIND", "openai"),
+            ("REFARCH_EMBEDDER_MODEL", "double"),
+            ("REFARCH_EMBEDDER_DIMENSIONS", "8"),
+            ("REFARCH_EMBEDDER_URL", &self.texts.url),
+            ("REFARCH_RUNTIME_GRACE_S", "0"),
+        ]);
+        command
+    }
+
+    async fn rows(&self, count: i64) {
+        let sql = "INSERT INTO item SELECT n, 'a chair of kind ' || n FROM generate_series(1, $1::bigint) n";
+        self.client.execute(sql, &[&count]).await.unwrap();
+    }
+
+    async fn status(&self) -> Value {
+        let output = self.refarch(&["status", "--json"]).output().await.unwrap();
+        serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)))
+    }
+
+    async fn relay(&self) {
+        assert!(self.refarch(&["listen", "--until-idle"]).status().await.unwrap().success());
+    }
+
+    /// Vectors that the index holds.
+    async fn vectors(&self) -> i64 {
+        let sql = "SELECT id FROM refarch.target WHERE state = 'active'";
+        let target: i32 = self.client.query_one(sql, &[]).await.unwrap().get(0);
+        let sql = format!("SELECT count(*) FROM refarch.vector_{target}");
+        self.client.query_one(&sql, &[]).await.unwrap().get(0)
+    }
+
+    /// Changes in the dead-letter queue.
+    async fn dead(&self) -> i64 {
+        self.client.query_one("SELECT count(*) FROM pgmq.q_refarch_dead", &[]).await.unwrap().get(0)
+    }
+
+    /// Lets what somebody held be received at once.
+    async fn release(&self) {
+        let sql = "UPDATE pgmq.q_refarch_live SET vt = now(); UPDATE pgmq.q_refarch_bulk SET vt = now()";
+        self.client.batch_execute(sql).await.unwrap();
+    }
+
+    async fn all_applied(&self, rows: i64) {
+        eventually("every row to be applied", patience(rows as u64), async || {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            self.vectors().await == rows && outstanding(&self.status().await) == 0
+        })
+        .await;
+    }
+
+    async fn faults(&self) -> Vec<Value> {
+        self.status().await["faults"].as_array().expect("a list of faults").clone()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_refuses_every_text_is_one_fault_and_no_dead_letter() {
+    let rows = 1_000;
+    let moody = Moody::start(Mood::Status(400)).await;
+    moody.rows(rows).await;
+    let roles = [moody.refarch(&["listen"]).spawn().unwrap(), moody.refarch(&["embed"]).spawn().unwrap()];
+    eventually("many requests to be refused", PATIENCE, async || moody.texts.requests() > 60).await;
+    assert_eq!(moody.dead().await, 0);
+    eventually("the fault to be shown", PATIENCE, async || moody.faults().await.len() == 1).await;
+    let faults = moody.faults().await;
+    assert!(faults[0]["message"].as_str().unwrap().contains("400"), "{faults:?}");
+    let text = moody.refarch(&["status"]).output().await.unwrap().stdout;
+    assert!(String::from_utf8(text).unwrap().contains("400 Bad Request"));
+    // Of a wrong key, too: the process stays, and goes on when the server is mended.
+    for status in [401, 404] {
+        moody.texts.set(Mood::Status(status));
+        let before = moody.texts.requests();
+        eventually("another request", PATIENCE, async || moody.texts.requests() > before).await;
+    }
+    eventually("the fault to say what it is now", PATIENCE, async || {
+        let faults = moody.faults().await;
+        faults.len() == 1 && faults[0]["message"].as_str().unwrap().contains("404")
+    })
+    .await;
+    moody.texts.set(Mood::Well);
+    moody.all_applied(rows).await;
+    assert_eq!(moody.dead().await, 0);
+    eventually("the fault to be gone", PATIENCE, async || moody.faults().await.is_empty()).await;
+    // It ends, too, when what was held is taken away: nothing is embedded for a delete.
+    moody.texts.set(Mood::Status(400));
+    moody.client.batch_execute("UPDATE item SET title = 'other' WHERE id = 7").await.unwrap();
+    eventually("another fault", PATIENCE, async || moody.faults().await.len() == 1).await;
+    moody.client.batch_execute("DELETE FROM item WHERE id = 7").await.unwrap();
+    eventually("the fault to be gone", PATIENCE, async || moody.faults().await.is_empty()).await;
+    assert_eq!((moody.dead().await, moody.vectors().await), (0, rows - 1));
+    for role in roles {
+        stop(role).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_key_and_thirty_starts_leave_no_dead_letter() {
+    let moody = Moody::start(Mood::Status(401)).await;
+    moody.rows(3).await;
+    moody.relay().await;
+    for _ in 0..30 {
+        // A command that works until nothing is left tells by its exit code that it cannot.
+        let output = moody.refarch(&["embed", "--until-idle"]).output().await.unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("401"));
+        moody.release().await;
+    }
+    assert_eq!(moody.dead().await, 0);
+    moody.texts.set(Mood::Well);
+    assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
+    assert_eq!((moody.vectors().await, moody.dead().await), (3, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thirty_restarts_amid_a_healthy_change_leave_no_dead_letter() {
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let moody = Moody::start(Mood::Hanging).await;
+        moody.rows(2).await;
+        moody.relay().await;
+        for _ in 0..30 {
+            let before = moody.texts.requests();
+            let mut embed = moody.refarch(&["embed"]).spawn().unwrap();
+            eventually("a text to be sent", PATIENCE, async || moody.texts.requests() > before).await;
+            kill(Pid::from_raw(embed.id().unwrap() as i32), signal).unwrap();
+            embed.wait().await.unwrap();
+            moody.release().await;
+        }
+        assert_eq!(moody.dead().await, 0, "{signal}");
+        if signal == Signal::SIGTERM {
+            let tries = "SELECT coalesce(max(tries), 0) FROM refarch.ledger";
+            let tries: i32 = moody.client.query_one(tries, &[]).await.unwrap().get(0);
+            assert_eq!(tries, 0, "what a stop interrupts is not counted");
+        }
+        moody.texts.set(Mood::Well);
+        assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
+        assert_eq!((moody.vectors().await, moody.dead().await), (2, 0), "{signal}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tries_that_others_left_unfinished_are_not_a_changes_own_failures() {
+    // Two failures, of four requests each.
+    let moody = Moody::start(Mood::FailingAtChairs(8)).await;
+    moody.rows(1).await;
+    moody.relay().await;
+    let sql = "INSERT INTO refarch.ledger (target, id, tries) SELECT id, '1', 9 FROM refarch.target; \
+               UPDATE pgmq.q_refarch_live SET read_ct = 9";
+    moody.client.batch_execute(sql).await.unwrap();
+    assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
+    assert_eq!((moody.vectors().await, moody.dead().await), (1, 0));
+    // But one that always fails is given up, however it is counted.
+    moody.texts.set(Mood::FailingAtChairs(u32::MAX));
+    moody.client.batch_execute("UPDATE item SET title = 'a chair again'").await.unwrap();
+    moody.relay().await;
+    assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
+    assert_eq!(moody.dead().await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_of_another_build_or_source_is_put_back_and_told_of() {
+    let moody = Moody::start(Mood::Well).await;
+    moody.rows(1).await;
+    moody.relay().await;
+    for body in [
+        r#"{"v": 2, "source": "products", "what": "nobody knows yet"}"#,
+        r#"{"v": 1, "source": "other", "lane": "live", "oldest": "2026-01-02T03:04:05Z", "groups": [{"version": 1, "op": "upsert", "ids": ["1"]}]}"#,
+        r#"{"price": 1}"#,
+        // Ours, with a time beyond all sense.
+        r#"{"v": 1, "source": "products", "lane": "live", "oldest": "2026-01-02T03:04:05Z", "groups": [{"version": 1, "op": "upsert", "after_ms": 18446744073709551615, "ids": ["1"]}]}"#,
+    ] {
+        // As if it had come again and again.
+        let sql = format!(
+            "SELECT pgmq.send('refarch_live', '{body}'); UPDATE pgmq.q_refarch_live SET read_ct = 40"
+        );
+        moody.client.batch_execute(&sql).await.unwrap();
+    }
+    let embed = moody.refarch(&["embed"]).spawn().unwrap();
+    eventually("the fault to be shown", PATIENCE, async || !moody.faults().await.is_empty()).await;
+    eventually("what can be done to be done", PATIENCE, async || {
+        outstanding(&moody.status().await) == 2 && moody.vectors().await == 1
+    })
+    .await;
+    let faults = moody.faults().await;
+    assert_eq!(faults.len(), 1, "{faults:?}");
+    let message = faults[0]["message"].as_str().unwrap();
+    assert!(message.contains("version 2") && message.contains("\"other\""), "{message}");
+    let sql = "SELECT message->>'v', message->>'source', vt > now() + interval '20 s' FROM pgmq.q_refarch_live ORDER BY 1";
+    let left: Vec<(String, String, bool)> = moody
+        .client
+        .query(sql, &[])
+        .await
+        .unwrap()
+        .iter()
+        .map(|row| (row.get(0), row.get(1), row.get(2)))
+        .collect();
+    assert_eq!(left, [("1".into(), "other".into(), true), ("2".into(), "products".into(), true)]);
+    assert_eq!(moody.dead().await, 1, "the one that is no job");
+    stop(embed).await;
+    assert!(moody.faults().await.is_empty(), "a worker that left has none");
+    // They do not keep a command from coming to its end.
+    moody.release().await;
+    assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn large_texts_are_read_a_few_at_a_time() {
+    let rows = 100;
+    let moody = Moody::start(Mood::Well).await;
+    let sql =
+        "INSERT INTO item SELECT n, n || repeat(' a chair', 250000) FROM generate_series(1, $1::bigint) n";
+    moody.client.execute(sql, &[&rows]).await.unwrap();
+    moody.relay().await;
+    let embed = moody.refarch(&["embed"]).spawn().unwrap();
+    moody.all_applied(rows).await;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", embed.id().unwrap())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let peak_kb: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    println!("{rows} rows of 2 MB: peak {peak_kb} kB");
+    assert!(peak_kb < 160_000, "{peak_kb} kB");
+    stop(embed).await;
 }

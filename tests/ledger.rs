@@ -78,7 +78,7 @@ impl Real {
             .await
             .unwrap();
         let env = [
-            ("REFARCH_SOURCE_TABLE", "item"),
+            ("REFARCH_SOURCE_TABLE", "public.item"),
             ("REFARCH_SOURCE_TEXT", "body"),
             ("REFARCH_SOURCE_METADATA", "id"),
         ];
@@ -448,9 +448,22 @@ async fn a_truncation_is_of_all_that_is_not_surely_gone() {
         packed.lock().unwrap().extend(rows.into_iter().flat_map(|row| row.ids));
         Vec::new()
     };
-    let request = ClaimRequest { small_rows: 10, large_rows: 10 };
+    let request = ClaimRequest { small_rows: 10, large_rows: 10, large_transaction: 100 };
     let done = outbox.transfer(request, &pack).await.unwrap();
     assert_eq!((done.rows, done.changes), (1, 5));
     let expected = ["gone and dirty", "gone and open", "new and open", "not trusted", "there"];
     assert_eq!(packed.into_inner().unwrap().into_iter().collect::<Vec<_>>(), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_are_read_together_as_far_as_they_fit() {
+    let real = Real::new().await;
+    real.run("INSERT INTO item SELECT n, repeat('x', 1000) FROM generate_series(1, 10) n").await;
+    let asked = ids(&["1", "none", "77", "2", "3", "4"]);
+    for (bytes, fitting) in [(0, 1), (1_100, 3), (2_100, 4), (3_500, 5), (1 << 30, 6)] {
+        assert_eq!(real.ledger.fits(&asked, bytes).await.unwrap(), fitting, "{bytes}");
+    }
+    // What cannot be asked is told by whoever reads.
+    real.run("ALTER TABLE item RENAME body TO other").await;
+    assert_eq!(real.ledger.fits(&asked, 0).await.unwrap(), 6);
 }

@@ -18,11 +18,14 @@ use contract::{Bench, VISIBILITY, job, receive_one};
 use refarch::backend::pgmq::Pgmq;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::migrate;
+use refarch::backend::postgres::outbox::PgOutbox;
 use refarch::backend::postgres::target::{IndexShape, Place};
 use refarch::backend::sqs::{self, Sqs};
 use refarch::config::Settings;
 use refarch::pipeline::change::{Job, Lane};
+use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::queue::{Backlog, JobQueue};
+use refarch::pipeline::relay::{self, Relay};
 use refarch::role::chaos::queue_double::{QueueDouble, QueueFaults};
 use refarch::secret::Secret;
 
@@ -223,6 +226,89 @@ async fn a_waiting_receiver_wakes_when_something_is_sent() {
     queue.send(&[job(Lane::Live, 0..1)]).await.unwrap();
     tokio::time::timeout(PATIENCE / 2, waiting).await.expect("it woke up by the timeout only").unwrap();
     receive_one(&*queue, Lane::Live).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_others_write_into_headers_stops_neither_counts_nor_lists() {
+    let OnPgmq { queue, database } = pgmq().await;
+    let client = database.client().await;
+    let headers = [
+        r#"{"changes": "x"}"#,
+        r#"{"changes": 1e300}"#,
+        r#"{"changes": -5}"#,
+        r#"{"changes": 99999999999999999999}"#,
+        r#"{"changes": 18446744073709551615, "tries": 99999999999, "lane": 7, "reason": "none", "error": 3}"#,
+        r#"{"changes": null}"#,
+        r#"{"changes": {}}"#,
+        "[1]",
+        "7",
+        "null",
+    ];
+    for place in ["live", "dead"] {
+        for header in headers {
+            let sql = format!("SELECT pgmq.send('refarch_{place}', '{{}}'::jsonb, '{header}'::jsonb)");
+            client.batch_execute(&sql).await.unwrap();
+        }
+    }
+    let all = headers.len() as u64;
+    assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog { visible: all, in_flight: 0 });
+    assert_eq!(queue.dead_letters().await.unwrap(), all);
+    client
+        .batch_execute("UPDATE pgmq.q_refarch_dead SET enqueued_at = 'infinity' WHERE msg_id = 1")
+        .await
+        .unwrap();
+    let letters = queue.read_dead_letters(None, 100).await.unwrap();
+    assert!(letters.iter().all(|letter| letter.changes == 1), "{letters:?}");
+    let ids: Vec<String> = letters.into_iter().map(|letter| letter.id).collect();
+    assert_eq!(queue.redrive(&ids).await.unwrap().len(), headers.len());
+    assert_eq!(queue.backlog(Lane::Live).await.unwrap().visible, 2 * all);
+    queue.send(&[job(Lane::Live, 0..20)]).await.unwrap();
+    assert_eq!(queue.backlog(Lane::Live).await.unwrap().visible, 2 * all + 20);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bulk_threshold_is_what_it_is_set_to() {
+    let (database, postgres) = database().await;
+    let client = database.client().await;
+    let relay = async |bulk_threshold: u64| {
+        let queue: Arc<dyn JobQueue> = Arc::new(Pgmq::new(postgres.clone(), "refarch", VISIBILITY));
+        let options = relay::Options {
+            source: "products".into(),
+            pack: 500,
+            bulk_threshold,
+            live_bound: 5_000,
+            poll: Duration::from_millis(100),
+        };
+        let outbox = Arc::new(PgOutbox::new(postgres.clone(), "products", "refarch"));
+        let relay = Relay::new(outbox, queue, Arc::new(BootClock), options);
+        let (mut live, mut bulk) = (0, 0);
+        loop {
+            let done = relay.step().await.unwrap();
+            if done.rows == 0 {
+                return (live, bulk);
+            }
+            (live, bulk) = (live + done.live, bulk + done.bulk);
+        }
+    };
+    // A statement for each row, and one statement for all.
+    let apart = |rows: u64| {
+        format!(
+            "DO $$ BEGIN FOR n IN 1..{rows} LOOP INSERT INTO products_with_increment (name) VALUES ('x'); END LOOP; END $$"
+        )
+    };
+    let together = |rows: u64| {
+        format!("INSERT INTO products_with_increment (name) SELECT 'x' FROM generate_series(1, {rows})")
+    };
+    let makes: [&dyn Fn(u64) -> String; 2] = [&apart, &together];
+    for (at, make) in makes.iter().enumerate() {
+        for (threshold, rows, is_live) in
+            [(1_000, 500, true), (1_000, 1_500, false), (10, 50, false), (10, 10, true), (100, 101, false)]
+        {
+            client.batch_execute(&make(rows)).await.unwrap();
+            let expected = if is_live { (rows, 0) } else { (0, rows) };
+            assert_eq!(relay(threshold).await, expected, "{at}: {threshold}, {rows} rows");
+        }
+    }
 }
 
 /// A queue for both lanes on a double.

@@ -110,7 +110,7 @@ impl Model {
     }
 
     fn tokens(&self, text: &str) -> Result<Vec<u32>> {
-        let text = prefix(text, MAX_TEXT_BYTES);
+        let text = words(prefix(text, MAX_TEXT_BYTES), 2 * self.encoder.description().max_tokens);
         let encoding = self
             .tokenizer
             .encode_fast(text, true)
@@ -196,7 +196,7 @@ fn serve(model: &Model, mut worker: Worker, receiver: &Mutex<mpsc::Receiver<Requ
 }
 
 async fn ask(threads: &mpsc::Sender<Request>, texts: Vec<Arc<str>>) -> Result<Vec<Embedding>> {
-    let gone = || Error::fatal("embed texts", "the embedding threads have ended");
+    let gone = || Error::of_process("embed texts", "the embedding threads have ended");
     let (answer, answered) = oneshot::channel();
     threads.send(Request { texts, answer }).await.map_err(|_| gone())?;
     answered.await.map_err(|_| gone())?
@@ -232,6 +232,26 @@ impl Embedder for MiniLm {
 /// The longest prefix of at most `bytes` bytes that ends between characters.
 fn prefix(text: &str, bytes: usize) -> &str {
     &text[..text.floor_char_boundary(bytes)]
+}
+
+/// A text's first words, with all that stands between them. Each word that is counted has an ASCII letter
+/// or digit and so gives a token at least, whatever a normalizer takes away: as many words as the model reads
+/// tokens are enough for its tokenizer, which looks at one word at a time. Twice as many, for others.
+fn words(text: &str, count: usize) -> &str {
+    let mut left = count;
+    let mut in_word = false;
+    for (at, c) in text.char_indices() {
+        if c.is_whitespace() {
+            if in_word && left == 0 {
+                return &text[..at];
+            }
+            in_word = false;
+        } else if !in_word && c.is_ascii_alphanumeric() {
+            in_word = true;
+            left = left.saturating_sub(1);
+        }
+    }
+    text
 }
 
 /// The weights' name: the known one, or the folder's with a part of the fingerprint, so that another
@@ -306,6 +326,29 @@ mod tests {
         assert!(cosine(&together[0], &together[2]) < 0.2);
         assert_eq!(minilm.count_tokens(&long), 256);
         assert!(minilm.embed(&[]).await.unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_words_of_a_long_text_that_the_model_cannot_read_are_not_looked_at() {
+        assert_eq!(words("one  two\u{301} three", 2), "one  two\u{301}");
+        assert_eq!(words("one", 1), "one");
+        let model = Model::load(&model_dir(), Options::default()).unwrap();
+        let whole = |text: &str| model.tokenizer.encode_fast(text, true).unwrap().get_ids().to_vec();
+        for pattern in [
+            "the quick brown fox, ",
+            "x-1 (y) ",
+            "\u{301}\u{200b} e\u{301}te \u{fffd} ",
+            "\u{e01}\u{e31}\u{e19} ",
+            "\u{4e2d}\u{6587}",
+            "antidisestablishmentarianism/",
+            "\u{1f600} ok\n",
+        ] {
+            let text = pattern.repeat(30_000 / pattern.len());
+            assert_eq!(model.tokens(&text).unwrap(), whole(&text), "{pattern:?}");
+        }
+        let english = "the quick brown fox jumps over a lazy dog. ".repeat(50_000);
+        assert!(words(&english, 512).len() < 3_000);
+        assert_eq!(model.tokens(&english).unwrap(), whole(prefix(&english, MAX_TEXT_BYTES)));
     }
 
     #[test]

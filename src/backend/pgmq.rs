@@ -9,17 +9,20 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use serde::de::IgnoredAny;
 use serde_json::json;
-use tokio_postgres::Transaction;
 use tokio_postgres::types::Json;
+use tokio_postgres::{Row, Transaction};
 
 use super::postgres::bell::{Bell, Waiter};
 use super::postgres::{Postgres, failure};
-use crate::pipeline::change::{JOB_VERSION, Job, Lane};
+use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::{Error, Result};
-use crate::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Undecodable, Why};
+use crate::pipeline::queue::{self, Backlog, DeadLetter, JobQueue, Message, Receipt, Undecodable, Why};
 
 /// Channel on which the relay rings the indexers.
 pub(crate) const CHANNEL: &str = "refarch_jobs";
+
+/// A header that counts more changes than this is not ours; the pattern in [`count`] says the same.
+const MAX_COUNT: u64 = 9_999;
 
 /// Queue names, from the settings' prefix.
 #[derive(Clone, Debug)]
@@ -237,7 +240,9 @@ impl JobQueue for Pgmq {
             .query(&sql, &[&after, &(limit as i64)])
             .await
             .map_err(|error| failure("read the dead letters", &error))?;
-        Ok(rows.iter().map(|row| letter(row.get(0), row.get(1), row.get(2), row.get(3))).collect())
+        // A time may be infinite, if somebody else wrote it.
+        let at = |row: &Row| row.try_get(1).unwrap_or(Timestamp::UNIX_EPOCH);
+        Ok(rows.iter().map(|row| letter(row.get(0), at(row), row.get(2), row.get(3))).collect())
     }
 
     async fn redrive(&self, ids: &[String]) -> Result<Vec<String>> {
@@ -302,10 +307,12 @@ impl JobQueue for Pgmq {
 /// Changes in a queue that are visible and in flight.
 async fn count(postgres: &Postgres, queue: &str) -> Result<(u64, u64)> {
     let client = postgres.client().await?;
-    // The name is of our own making: lower-case letters, digits and underscores.
+    // The name is of our own making: lower-case letters, digits and underscores. Headers may be anybody's:
+    // a count that is none of ours is one, and cannot make the queue look full.
     let sql = format!(
         "SELECT coalesce(sum(n) FILTER (WHERE due), 0)::bigint, coalesce(sum(n) FILTER (WHERE NOT due), 0)::bigint FROM ( \
-           SELECT coalesce((headers ->> 'changes')::bigint, 1) AS n, vt <= clock_timestamp() AS due FROM pgmq.q_{queue} \
+           SELECT CASE WHEN headers ->> 'changes' ~ '^[0-9]{{1,4}}$' THEN (headers ->> 'changes')::bigint ELSE 1 END AS n, \
+                  vt <= clock_timestamp() AS due FROM pgmq.q_{queue} \
          ) q"
     );
     let row = client.query_one(&sql, &[]).await.map_err(|error| failure("count a queue", &error))?;
@@ -333,9 +340,9 @@ fn letter(id: i64, at: Timestamp, headers: Option<String>, body: Option<String>)
         lane: serde_json::from_value(read("lane")).unwrap_or(Lane::Live),
         reason: serde_json::from_value(read("reason")).ok(),
         error: read("error").as_str().unwrap_or_default().to_owned(),
-        tries: number("tries").unwrap_or_default() as u32,
-        receive_count: number("receive_count").unwrap_or_default() as u32,
-        changes: number("changes").unwrap_or(1),
+        tries: number("tries").and_then(|count| count.try_into().ok()).unwrap_or_default(),
+        receive_count: number("receive_count").and_then(|count| count.try_into().ok()).unwrap_or_default(),
+        changes: number("changes").filter(|count| *count <= MAX_COUNT).unwrap_or(1),
         ids,
         body: job.is_none().then_some(body),
     }
@@ -359,18 +366,6 @@ fn decode(lane: Lane, id: i64, receive_count: i32, body: Option<String>) -> Mess
         id: id.to_string(),
         receipt: Receipt { lane, handle: id.to_string() },
         receive_count: receive_count.try_into().unwrap_or_default(),
-        body: read(&body).map_err(|reason| Undecodable { reason, body }),
-    }
-}
-
-/// A body as a job, or why it is none. PostgreSQL takes JSON that serde does not: numbers beyond
-/// `f64`, any depth.
-fn read(body: &str) -> Result<Job, String> {
-    let not_a_job = |error| format!("not a job: {error}");
-    let value: serde_json::Value = serde_json::from_str(body).map_err(not_a_job)?;
-    match value.get("v").and_then(serde_json::Value::as_u64) {
-        Some(v) if v == u64::from(JOB_VERSION) => serde_json::from_value(value).map_err(not_a_job),
-        Some(v) => Err(format!("job version {v}; this build reads {JOB_VERSION}")),
-        None => Err("not a job: it has no version".into()),
+        body: queue::decode(body),
     }
 }

@@ -10,7 +10,8 @@ pub enum Class {
     Retryable,
     /// The same work fails again for ever: a malformed message, a value the index refuses.
     Permanent,
-    /// The role can't go on: a missing table, a refused password, an index of the wrong shape.
+    /// Nothing can go on until somebody mends it: a missing table, a refused password, an index of the
+    /// wrong shape. Ends a role that starts; one that works holds its work.
     Fatal,
 }
 
@@ -42,6 +43,8 @@ pub struct Error {
     /// Whether it arose over the change itself, so that the change may be at fault and not the world:
     /// never for a lost connection to the database, or a rate limit.
     pub about_change: bool,
+    /// Whether this process is what is broken, so that only another one can go on.
+    pub of_process: bool,
 }
 
 /// A result whose error is classed.
@@ -57,6 +60,7 @@ impl Error {
             retry_after: None,
             doubtful: false,
             about_change: false,
+            of_process: false,
         }
     }
 
@@ -84,5 +88,10 @@ impl Error {
     /// A failure that ends the role.
     pub fn fatal(what: impl Into<String>, message: impl fmt::Display) -> Self {
         Self::new(Class::Fatal, what, message)
+    }
+
+    /// A failure of this process itself, such as a thread that has ended.
+    pub fn of_process(what: impl Into<String>, message: impl fmt::Display) -> Self {
+        Self { of_process: true, ..Self::fatal(what, message) }
     }
 }

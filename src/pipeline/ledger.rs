@@ -278,6 +278,13 @@ pub trait Ledger: Send + Sync {
     /// order asked; an id that the source's key type can't hold has no row.
     async fn peek(&self, ids: &[String]) -> Result<Vec<Peeked>>;
 
+    /// How many of the first ids have rows that together take at most so many bytes to read; at least one
+    /// of several. Rows may change before they are read.
+    async fn fits(&self, ids: &[String], bytes: u64) -> Result<usize> {
+        let _ = bytes;
+        Ok(ids.len())
+    }
+
     /// The next rows of the source by its own order, with their entries, after a row's id; all that
     /// is left when fewer than `limit`.
     async fn rows_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<Peeked>>;

@@ -10,6 +10,7 @@ pub mod change;
 pub mod clock;
 pub mod embedder;
 pub mod failure;
+pub mod fault;
 pub mod freshness;
 pub mod index;
 pub mod indexer;

@@ -18,7 +18,8 @@ pub struct OutboxRow {
     pub xid: u64,
     /// When the statement ran, by the database's clock, in microseconds since the epoch.
     pub changed_at_us: i64,
-    /// Changes of the same transaction that stood in the outbox, this row's included.
+    /// Changes of the same transaction that stood in the outbox, this row's included; counted at least as
+    /// far as [`ClaimRequest::large_transaction`] asks.
     pub xid_changes: u64,
 }
 
@@ -29,6 +30,9 @@ pub struct ClaimRequest {
     pub small_rows: usize,
     /// At most this many rows of large statements, and if it is zero none of transactions that are known to be large.
     pub large_rows: usize,
+    /// A transaction with more changes than this is large: its changes are counted this far, and once it is
+    /// known its rows are stepped over by the claim of small ones.
+    pub large_transaction: u64,
 }
 
 /// Turns claimed rows into messages. Pure: no effect, same rows same messages.

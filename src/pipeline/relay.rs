@@ -16,11 +16,12 @@ use tokio_util::sync::CancellationToken;
 use super::change::{Group, JOB_VERSION, Job, Lane};
 use super::clock::Clock;
 use super::failure::{Class, Result};
+use super::fault::{self, Board};
 use super::outbox::{ClaimRequest, Outbox, OutboxRow, Transferred};
 use super::queue::JobQueue;
 use super::retry::Backoff;
 
-/// Small outbox rows in one claim: with at most 100 ids each, some 10 MB at worst.
+/// Small outbox rows in one claim: an outbox calls rows of at most 100 ids small, so some 10 MB at worst.
 const SMALL_ROWS: usize = 2_000;
 
 /// Rows of large statements in one claim: with 500 ids each 100,000 changes, some 5 MB.
@@ -57,6 +58,7 @@ pub struct Relay {
     bulk_backlog: AtomicU64,
     counted: Mutex<Option<Duration>>,
     idle: AtomicBool,
+    faults: Arc<Board>,
 }
 
 impl Relay {
@@ -77,7 +79,14 @@ impl Relay {
             bulk_backlog: AtomicU64::new(0),
             counted: Mutex::default(),
             idle: AtomicBool::new(false),
+            faults: Arc::default(),
         }
+    }
+
+    /// The same, telling a board when nothing can be queued.
+    #[must_use]
+    pub fn reporting(self, faults: Arc<Board>) -> Self {
+        Self { faults, ..self }
     }
 
     /// Moves one claim; nothing moved means that the outbox was empty.
@@ -90,7 +99,12 @@ impl Relay {
         let bulk = self.bulk_backlog.load(Ordering::Relaxed);
         let is_full = self.queue.shared_bound().is_some_and(|bound| live + bulk >= bound);
         let large_rows = if is_full { 0 } else { LARGE_ROWS };
-        let done = self.outbox.transfer(ClaimRequest { small_rows: SMALL_ROWS, large_rows }, &pack).await?;
+        let request = ClaimRequest {
+            small_rows: SMALL_ROWS,
+            large_rows,
+            large_transaction: self.options.bulk_threshold,
+        };
+        let done = self.outbox.transfer(request, &pack).await?;
         self.live_backlog.fetch_add(done.live, Ordering::Relaxed);
         self.bulk_backlog.fetch_add(done.bulk, Ordering::Relaxed);
         self.idle.store(done.rows == 0 && !is_full, Ordering::Relaxed);
@@ -101,7 +115,12 @@ impl Relay {
     pub async fn run(&self, stop: &CancellationToken, until_idle: bool) -> Result<()> {
         let mut backoff = Backoff::default();
         while !stop.is_cancelled() {
-            match self.step().await {
+            let stepped = self.step().await;
+            if stepped.is_ok() && backoff.failures() > 0 {
+                tracing::info!(failures = backoff.failures(), "changes are queued again");
+                self.faults.clear(fault::RELAY);
+            }
+            match stepped {
                 Ok(done) if done.rows == 0 => {
                     backoff.reset();
                     if until_idle && self.idle.load(Ordering::Relaxed) {
@@ -122,7 +141,16 @@ impl Relay {
                 Err(error) if error.class == Class::Fatal => return Err(error),
                 Err(error) => {
                     let pause = backoff.next(&error, &*self.clock);
-                    tracing::warn!(%error, class = %error.class, retry_in_ms = pause.as_millis() as u64, "cannot queue changes");
+                    let retry_in_ms = pause.as_millis() as u64;
+                    // Told once, and shown for as long as it lasts.
+                    if backoff.failures() == 1 {
+                        tracing::warn!(%error, class = %error.class, retry_in_ms, "cannot queue changes: trying again until it works");
+                    } else {
+                        tracing::debug!(%error, class = %error.class, retry_in_ms, "cannot queue changes");
+                    }
+                    if backoff.failures() >= fault::IN_A_ROW {
+                        self.faults.report(fault::RELAY, format_args!("changes cannot be queued: {error}"));
+                    }
                     stop.run_until_cancelled(self.clock.sleep(pause)).await;
                 }
             }

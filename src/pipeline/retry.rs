@@ -14,7 +14,8 @@ const CAP: Duration = Duration::from_secs(10);
 /// Longest pause that a backend may ask for: a wrong header must not stop the work for a day.
 const MAX_ASKED: Duration = Duration::from_mins(5);
 
-/// Exponential backoff with full jitter (AWS Architecture Blog, "Exponential backoff and jitter").
+/// Exponential backoff with equal jitter (AWS Architecture Blog, "Exponential backoff and jitter"): half of
+/// a pause is certain, so that a server that is down is left alone, and half is chance.
 #[derive(Debug, Default)]
 pub struct Backoff {
     failures: u32,

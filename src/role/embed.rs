@@ -44,7 +44,7 @@ pub async fn work(
     let worker = Worker::join(backends.postgres.clone(), "embed", workers, Arc::clone(meter)).await?;
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
     let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease()));
-    let indexer = Arc::new(Indexer::new(
+    let indexer = Indexer::new(
         Arc::clone(&backends.queue),
         Arc::clone(&backends.ledger) as _,
         Arc::clone(&backends.index),
@@ -65,7 +65,9 @@ pub async fn work(
             settle: settings.indexer.settle(),
             look: Duration::from_millis(settings.index.freshness_ms),
         },
-    ));
+    )
+    .reporting(Arc::clone(&worker.faults));
+    let indexer = Arc::new(indexer);
     Box::pin(claim(backends, &*clock, stop)).await?;
     let abort = shutdown::after_grace(stop, settings.runtime.grace());
     let over = CancellationToken::new();

@@ -44,6 +44,7 @@ pub async fn work(
             live_bound: settings.relay.live_bound,
             poll: Duration::from_millis(settings.relay.poll_ms),
         },
-    );
+    )
+    .reporting(Arc::clone(&worker.faults));
     super::while_beating(&worker, async { Ok(relay.run(stop, until_idle).await?) }).await
 }

@@ -75,7 +75,11 @@ pub fn text(status: &Status) -> String {
         ms(status.freshness_ms.bulk.p99),
     );
     for fault in &status.capture_faults {
+        // Writing to a string can't fail.
         let _ = writeln!(text, "not captured   {fault}");
+    }
+    for fault in &status.faults {
+        let _ = writeln!(text, "fault          {}, since {:.0}", fault.message, fault.since);
     }
     for worker in &status.workers {
         // Writing to a string can't fail.

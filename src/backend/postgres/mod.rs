@@ -3,6 +3,7 @@
 pub mod bell;
 pub mod capture;
 pub mod connection;
+pub mod fault;
 pub mod ledger;
 pub mod lineage;
 pub mod migrate;

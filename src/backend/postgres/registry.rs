@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use super::fault::Written;
 use super::{Postgres, failure};
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
+use crate::pipeline::fault::Board;
 use crate::pipeline::meter::Meter;
 
 /// How often a worker shows that it lives, and leaves a sample if there is something to tell.
@@ -24,7 +26,16 @@ pub struct Worker {
     postgres: Postgres,
     /// Unique among all workers that ever were.
     pub id: String,
+    /// What this worker's parts report; each heartbeat writes it.
+    pub faults: Arc<Board>,
     meter: Arc<Meter>,
+}
+
+/// What the last heartbeat wrote.
+#[derive(Default)]
+struct Last {
+    totals: (u64, u64),
+    faults: Written,
 }
 
 impl Worker {
@@ -44,14 +55,14 @@ impl Worker {
             .await
             .map_err(|error| failure("enter this worker", &error))?;
         drop(client);
-        Ok(Self { postgres, id, meter })
+        Ok(Self { postgres, id, faults: Arc::default(), meter })
     }
 
     /// Beats until `stop`, then leaves.
     pub async fn run(&self, stop: &CancellationToken) {
         let mut tick = tokio::time::interval(BEAT);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut last = (0, 0);
+        let mut last = Last::default();
         while stop.run_until_cancelled(tick.tick()).await.is_some() {
             if let Err(error) = self.beat(&mut last).await {
                 tracing::debug!(worker.id = self.id, %error, "no heartbeat");
@@ -62,7 +73,7 @@ impl Worker {
         }
     }
 
-    async fn beat(&self, last: &mut (u64, u64)) -> Result<()> {
+    async fn beat(&self, last: &mut Last) -> Result<()> {
         let fail = |error: tokio_postgres::Error| failure("write a heartbeat", &error);
         let (applied, embedded) = self.meter.totals();
         let client = self.postgres.client().await?;
@@ -73,7 +84,8 @@ impl Worker {
             )
             .await
             .map_err(fail)?;
-        if (applied, embedded) != *last {
+        last.faults.keep(&client, &self.id, self.faults.current()).await?;
+        if (applied, embedded) != last.totals {
             let recent = |lane| -> (Vec<i16>, Vec<i64>) {
                 let recent = self.meter.take_recent(lane);
                 recent.buckets().map(|(bucket, count)| (bucket as i16, count as i64)).unzip()
@@ -86,8 +98,8 @@ impl Worker {
                      VALUES ($1, clock_timestamp(), $2, $3, $4, $5, $6, $7)",
                     &[
                         &self.id,
-                        &((applied - last.0) as i64),
-                        &((embedded - last.1) as i64),
+                        &((applied - last.totals.0) as i64),
+                        &((embedded - last.totals.1) as i64),
                         &live.0,
                         &live.1,
                         &bulk.0,
@@ -96,16 +108,17 @@ impl Worker {
                 )
                 .await
                 .map_err(fail)?;
-            *last = (applied, embedded);
+            last.totals = (applied, embedded);
         }
         Ok(())
     }
 
-    async fn leave(&self, last: &mut (u64, u64)) -> Result<()> {
+    async fn leave(&self, last: &mut Last) -> Result<()> {
         self.beat(last).await?;
         let client = self.postgres.client().await?;
         let sql = format!(
             "WITH gone AS (DELETE FROM refarch.worker WHERE worker_id = $1 OR heartbeat_at < now() - interval '{KEEP}'), \
+                  faults AS (DELETE FROM refarch.fault WHERE worker_id = $1 OR seen_at < now() - interval '{KEEP}'), \
                   samples AS (DELETE FROM refarch.sample WHERE at < now() - interval '{KEEP}'), \
                   events AS (DELETE FROM refarch.event WHERE at < now() - interval '{KEEP}' AND kind <> 'dead_letter') \
              INSERT INTO refarch.event (worker_id, kind) VALUES ($1, 'left')"

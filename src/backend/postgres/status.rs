@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::fault::{self, FaultStatus};
 use super::proof::{self, Proof};
 use super::registry::WORKER_GONE_S;
 use super::source::SourceTable;
@@ -65,6 +66,8 @@ pub struct Status {
     pub freshness_ms: LaneFreshness,
     /// Processes that live.
     pub workers: Vec<WorkerStatus>,
+    /// What they cannot do, and why.
+    pub faults: Vec<FaultStatus>,
 }
 
 /// A backlog for each lane.
@@ -278,6 +281,7 @@ pub async fn read(
         .collect();
     drop(client);
     let (source_rows, source_rows_estimated) = source_rows(postgres, table, &settled, counted).await?;
+    let faults = fault::read(postgres).await?;
     // During an outage of the index the rest is what one wants to see.
     let indexed = match index.count().await {
         Ok(count) => Some(count),
@@ -303,6 +307,7 @@ pub async fn read(
         in_sync_estimated: false,
         freshness_ms: freshness,
         workers,
+        faults,
     };
     // With nothing under way, a settled entry equals its row. Else no more rows can be in sync than
     // are settled, nor than have no change outstanding.

@@ -19,9 +19,9 @@ use aws_sdk_sqs::types::QueueAttributeName;
 use jiff::Timestamp;
 
 use super::postgres::{self, Postgres};
-use crate::pipeline::change::{JOB_VERSION, Job, Lane};
+use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::{Error, Result};
-use crate::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Undecodable, Why};
+use crate::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Why, decode};
 use failure::failure;
 use intake::Intake;
 
@@ -305,20 +305,6 @@ impl JobQueue for Sqs {
     fn visibility(&self) -> Duration {
         self.options.visibility
     }
-}
-
-/// A body as a job, or the body with why it is none.
-fn decode(body: String) -> Result<Job, Undecodable> {
-    let not_a_job = |error: serde_json::Error| format!("not a job: {error}");
-    let read = || -> Result<Job, String> {
-        let value: serde_json::Value = serde_json::from_str(&body).map_err(not_a_job)?;
-        match value.get("v").and_then(serde_json::Value::as_u64) {
-            Some(v) if v == u64::from(JOB_VERSION) => serde_json::from_value(value).map_err(not_a_job),
-            Some(v) => Err(format!("job version {v}; this build reads {JOB_VERSION}")),
-            None => Err("not a job: it has no version".into()),
-        }
-    };
-    read().map_err(|reason| Undecodable { reason, body })
 }
 
 /// A queue's answer that lacks what it must hold.

@@ -144,10 +144,10 @@ impl Indexer {
             (closed.clock_us, self.clock().now()),
         );
         Ok(Round {
-            again: Vec::new(),
             settled: closed.settled.len() as u64,
             applied: closed.settled.len() as u64 + closed.overlapped + closed.abandoned,
             refused,
+            ..Round::default()
         })
     }
 

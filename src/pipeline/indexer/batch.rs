@@ -1,14 +1,33 @@
 //! A batch of messages, from received to acknowledged: what is tried together, split and given up.
 //!
-//! An outage is not poison. A group of changes that fails in a way that another try may mend is split
-//! and put last, and after a few failures in a row the batch is held as it is; nothing is counted. A
-//! group that is refused for good is split until the refused change stands alone, and that one is
-//! dead-lettered at once. A change that fails by itself, while harmless writes go through, is counted, and
-//! dead-lettered at the fourth time. From a message's third receive on its changes are tried one by
-//! one and counted *before* each try, so that one that takes the process down is found too. The counts
-//! are the ledger's, so that redone work is included.
+//! **What concerns all changes is nobody's dead letter.** An outage is not poison, and neither is a wrong
+//! setting. A group of changes that fails in a way that another try may mend is split and put last, and after
+//! a few failures in a row the batch is held as it is; nothing is counted. A failure that only somebody can
+//! mend (a refused key, a missing index) holds the batch, too, and the work goes on by itself once it is
+//! mended. A group that is refused for good is split until the refused change stands alone. Then a harmless
+//! change is sent the same way: read, embedded and written. If it fails as well, whatever its failure, all
+//! changes are concerned and the batch is held. If it goes through, the change is tried once more, because
+//! the refusal may have ended just now; it is given up when it is refused again and the harmless one goes
+//! through again. What holds the work is one fault, in the log once and in the status for as long as it lasts.
+//!
+//! A change that fails by itself, while harmless changes go through, is counted, and dead-lettered at the
+//! fourth time that one worker sees.
+//!
+//! **A change that takes the process down** can only be found by a count that is made before the try. From a
+//! message's third receive on its changes are tried one by one and counted first; every way out but a dead
+//! process takes the count back, unless it is the change's own failure. Whoever kills a process (an operator,
+//! another message, the kernel) leaves a count behind, so a count by itself is no verdict. Once
+//! [`MAX_UNFINISHED`] tries were left unfinished, each further try is counted only after a harmless change went
+//! through, and made while nothing else is tried in the process; after [`MAX_UNFINISHED_ALONE`] of those the
+//! change is given up, if a harmless change still goes through. A change that comes to an end in between is
+//! counted from zero. A message is never given up as a whole for how often it was received: that only tells of
+//! workers. Over `max_receives`, nothing of it is read before it is counted.
+//!
+//! The counts are the ledger's, so that redone work is included.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+
+use tokio::sync::RwLockWriteGuard;
 
 use super::{Hint, Indexer, Made, Stepped, is_in_sync};
 use crate::pipeline::change::{Group, Job, Lane};
@@ -21,9 +40,15 @@ const ONE_BY_ONE_FROM: u32 = 3;
 /// A change that failed by itself this often is dead-lettered.
 const MAX_TRIES: u32 = 4;
 
-/// A change whose tries began this often and did not end is dead-lettered. More than of those that
+/// A change whose tries began this often and did not end is under suspicion. More than of those that
 /// failed: copies of its message may be at it in other processes right now, or in frozen ones.
 const MAX_UNFINISHED: u32 = 10;
+
+/// Such a change is dead-lettered after this many more, made with nothing else going on in the process.
+const MAX_UNFINISHED_ALONE: u32 = 3;
+
+/// Suspects that are looked at together, whether they are in sync.
+const SUSPECTS_AT_ONCE: usize = 100;
 
 /// Groups that fail in a row before the batch is put aside for a while.
 const FAILURES_IN_A_ROW: usize = 3;
@@ -32,8 +57,14 @@ const FAILURES_IN_A_ROW: usize = 3;
 /// that somebody rewrites these very rows all the time.
 const CONFLICTS_IN_A_ROW: usize = 10;
 
-/// Harmless writes that must work in a row before a change is to blame for its failure.
+/// Harmless changes that must go through in a row before a change is to blame for its failure.
 const PROBES: u32 = 3;
+
+/// The same for each refusal: a change is only to blame at its second one.
+const PROBES_A_REFUSAL: u32 = 1;
+
+/// An id that is looked up as a harmless read. No row has it, of whatever type ids are.
+const PROBE_ID: &str = "\0";
 
 /// A text that any embedder can take.
 const PROBE: &str = "a plain text";
@@ -51,10 +82,16 @@ pub(super) struct Batch {
     left: HashSet<String>,
     /// Ids of messages that came too often.
     suspects: HashSet<String>,
-    /// Ids that failed by themselves.
-    failed_alone: HashSet<String>,
+    /// Ids that failed by themselves, and how often that was counted here.
+    failed_alone: HashMap<String, u32>,
+    /// Ids that were refused for good, while a harmless change went through.
+    refused: HashSet<String>,
     /// Ids whose next try may stand in the count already.
     counted: HashSet<String>,
+    /// The id whose try stands in the count and has not ended.
+    in_try: Option<String>,
+    /// Whether texts were what failed last.
+    pub(super) failed_at_embedder: bool,
 }
 
 impl Batch {
@@ -84,6 +121,16 @@ impl Batch {
     }
 }
 
+/// How a change that is counted is tried.
+enum Admitted<'a> {
+    Together,
+    /// While nothing else is tried in this process.
+    Alone {
+        _quiet: RwLockWriteGuard<'a, ()>,
+    },
+    GivenUp,
+}
+
 fn ids(job: &Job) -> impl Iterator<Item = &String> {
     job.groups.iter().flat_map(|group| &group.ids)
 }
@@ -103,9 +150,11 @@ impl Indexer {
             }
             let oldest_us = job.oldest.as_microsecond();
             for group in &job.groups {
-                let hint =
-                    Hint { version: group.version, stated_us: oldest_us + group.after_ms as i64 * 1000 };
-                for id in &group.ids {
+                // Anybody may have written the message.
+                let after_us = i64::try_from(group.after_ms).unwrap_or(i64::MAX).saturating_mul(1000);
+                let hint = Hint { version: group.version, stated_us: oldest_us.saturating_add(after_us) };
+                // No row's id has a NUL.
+                for id in group.ids.iter().filter(|id| !id.contains('\0')) {
                     let known = hints.entry(id.clone()).or_insert(hint);
                     if hint.version > known.version {
                         *known = hint;
@@ -126,16 +175,22 @@ impl Indexer {
             made: HashMap::new(),
             groups,
             suspects,
-            failed_alone: HashSet::new(),
+            failed_alone: HashMap::new(),
+            refused: HashSet::new(),
             counted: HashSet::new(),
+            in_try: None,
+            failed_at_embedder: false,
         }
     }
 
     /// Works until nothing of the batch is left. On an error the rest stays in it, to be tried again;
     /// messages that are done with are acknowledged all the same.
     pub(super) async fn work(&self, lane: Lane, batch: &mut Batch) -> Result<()> {
-        self.give_up_foreign(batch).await?;
-        self.drop_in_sync_suspects(batch).await?;
+        let sorted = async {
+            self.part_with_foreign(batch).await?;
+            self.drop_in_sync_suspects(batch).await
+        };
+        sorted.await.inspect_err(|error| self.health.failed(error, false))?;
         let worked = self.work_groups(lane, batch).await;
         let acknowledged = self.acknowledge_done(batch).await;
         worked.and(acknowledged)
@@ -144,13 +199,34 @@ impl Indexer {
     /// What is in sync need not be tried one by one: most of a message that came too often was done
     /// by whoever held it before.
     async fn drop_in_sync_suspects(&self, batch: &mut Batch) -> Result<()> {
-        let suspects: Vec<String> =
-            batch.suspects.iter().filter(|id| batch.left.contains(*id)).cloned().collect();
-        if suspects.is_empty() {
-            return Ok(());
-        }
-        for peeked in self.ledger.peek(&suspects).await?.iter().filter(|one| is_in_sync(one)) {
-            batch.left.remove(&peeked.id);
+        let too_often = |message: &&Message| message.receive_count > self.options.max_receives;
+        let uncounted: HashSet<&String> = batch
+            .messages
+            .iter()
+            .filter(too_often)
+            .filter_map(|message| message.body.as_ref().ok())
+            .flat_map(ids)
+            .collect();
+        let suspects: Vec<String> = batch
+            .suspects
+            .iter()
+            .filter(|id| batch.left.contains(*id) && !uncounted.contains(id))
+            .cloned()
+            .collect();
+        let mut rest = suspects.as_slice();
+        while !rest.is_empty() {
+            let at_once = &rest[..rest.len().min(SUSPECTS_AT_ONCE)];
+            let (suspects, later) = rest.split_at(self.fits(at_once).await?);
+            rest = later;
+            let peeked = match self.ledger.peek(suspects).await {
+                Ok(peeked) => peeked,
+                // One of them cannot be read: they are tried one by one.
+                Err(error) if error.class == Class::Permanent => continue,
+                Err(error) => return Err(error),
+            };
+            for peeked in peeked.iter().filter(|one| is_in_sync(one)) {
+                batch.left.remove(&peeked.id);
+            }
         }
         let left = &batch.left;
         for group in &mut batch.groups {
@@ -165,38 +241,48 @@ impl Indexer {
         while let Some(group) = batch.groups.pop_front() {
             let alone = (group.len() == 1).then(|| group[0].clone());
             let counted =
-                alone.clone().filter(|id| batch.suspects.contains(id) || batch.failed_alone.contains(id));
-            if let Some(id) = &counted {
-                // One that may stand already is not counted again: a lost answer is nobody's fault.
-                let by = i32::from(!batch.counted.remove(id));
-                match self.ledger.count_try(id, by).await {
-                    Ok(tries) if tries > MAX_UNFINISHED => {
-                        let error = "whoever worked on it did not come to an end".to_owned();
-                        let why = Why { reason: Reason::Failed, error, tries: MAX_UNFINISHED };
-                        if let Err(error) = self.give_up(batch, id, &why).await {
-                            batch.groups.push_front(group);
-                            return Err(error);
-                        }
-                        continue;
-                    }
-                    Ok(_) => {}
+                alone.clone().filter(|id| batch.suspects.contains(id) || batch.failed_alone.contains_key(id));
+            let admitted = match &counted {
+                None => Admitted::Together,
+                Some(id) => match self.admit(lane, batch, id).await {
+                    Ok(admitted) => admitted,
                     Err(error) => {
-                        batch.counted.insert(id.clone());
                         batch.groups.push_front(group);
                         return Err(error);
                     }
-                }
+                },
+            };
+            if matches!(admitted, Admitted::GivenUp) {
+                continue;
             }
             let started = self.clock().now();
-            let round = match self.round(lane, &group, batch).await {
+            batch.failed_at_embedder = false;
+            let round = {
+                let _beside = match &admitted {
+                    Admitted::Alone { .. } => None,
+                    _ => Some(self.quiet.read().await),
+                };
+                self.round(lane, &group, batch).await
+            };
+            drop(admitted);
+            let at_embedder = batch.failed_at_embedder;
+            let round = match round {
                 Ok(round) => round,
-                Err(error) if error.class == Class::Fatal => return Err(error),
+                Err(error) if error.class == Class::Fatal => {
+                    self.health.concerns_all(&error, at_embedder);
+                    batch.groups.push_front(group);
+                    // What ends this process now may be the change's own doing; a setting is not.
+                    if !error.of_process {
+                        self.take_back(batch).await;
+                    }
+                    return Err(error);
+                }
                 Err(error) if error.class == Class::Permanent => {
-                    self.refuse(batch, group, &error).await?;
+                    self.refuse(lane, batch, group, &error).await?;
                     continue;
                 }
                 Err(error) => {
-                    self.health.failed(&error);
+                    self.health.failed(&error, at_embedder);
                     failures += 1;
                     match alone {
                         Some(id) => self.retry_alone(lane, batch, id, counted.is_some(), &error).await?,
@@ -210,7 +296,7 @@ impl Indexer {
             };
             batch.done.applied += round.applied;
             self.meter.applied(round.applied);
-            let mut pending: HashSet<&String> = round.again.iter().collect();
+            let mut pending: HashSet<&String> = round.again.iter().chain(&round.unread).collect();
             if let Some((refused, _)) = &round.refused {
                 pending.extend(refused);
             } else {
@@ -220,7 +306,12 @@ impl Indexer {
             for id in group.iter().filter(|id| !pending.contains(id)) {
                 batch.left.remove(id);
             }
-            self.keep_pace(group.len() as u64, self.clock().now().saturating_sub(started));
+            // The rest in groups of as many as could be read together: it is likely to be alike.
+            let read = group.len() - round.unread.len();
+            for part in round.unread.chunks(read.max(1)).rev() {
+                batch.groups.push_front(part.to_vec());
+            }
+            self.keep_pace(read as u64, self.clock().now().saturating_sub(started));
             let conflicted = !round.again.is_empty();
             if conflicted {
                 batch.done.conflicts += 1;
@@ -228,17 +319,62 @@ impl Indexer {
             }
             conflicts = if conflicted { conflicts + 1 } else { 0 };
             // It came to an end, if not to a write that settles the entry.
-            if let Some(id) = counted.filter(|_| round.refused.is_none() && round.settled == 0) {
-                self.ledger.count_try(&id, i32::MIN).await?;
+            if round.refused.is_none() {
+                batch.in_try = None;
+                if let Some(id) = counted.filter(|_| round.settled == 0) {
+                    self.ledger.count_try(&id, i32::MIN).await?;
+                }
             }
             if let Some((refused, error)) = round.refused {
-                self.refuse(batch, refused, &error).await?;
+                self.refuse(lane, batch, refused, &error).await?;
             }
             if conflicts >= CONFLICTS_IN_A_ROW {
                 return Err(Error::retryable("apply changes", "the rows kept changing meanwhile"));
             }
         }
         Ok(())
+    }
+
+    /// Counts a try before it is made, and decides how it is made.
+    async fn admit<'a>(&'a self, lane: Lane, batch: &mut Batch, id: &str) -> Result<Admitted<'a>> {
+        let tries = self.count(batch, id).await?;
+        if tries <= MAX_UNFINISHED {
+            return Ok(Admitted::Together);
+        }
+        // Nothing may be blamed on this change that others do, or that all meet.
+        self.take_back(batch).await;
+        let alone = self.quiet.write().await;
+        self.probe(lane, PROBES).await?;
+        if tries > MAX_UNFINISHED + MAX_UNFINISHED_ALONE {
+            let error = "whoever worked on it did not come to an end, with nothing else going on".to_owned();
+            self.give_up(batch, id, &Why { reason: Reason::Failed, error, tries: tries - 1 }).await?;
+            return Ok(Admitted::GivenUp);
+        }
+        self.count(batch, id).await?;
+        Ok(Admitted::Alone { _quiet: alone })
+    }
+
+    /// Counts a try that is about to begin.
+    async fn count(&self, batch: &mut Batch, id: &str) -> Result<u32> {
+        // One that may stand already is not counted again: a lost answer is nobody's fault.
+        let by = i32::from(!batch.counted.remove(id));
+        let counted = self.ledger.count_try(id, by).await;
+        match counted {
+            Ok(_) => batch.in_try = Some(id.to_owned()),
+            Err(_) => {
+                batch.counted.insert(id.to_owned());
+            }
+        }
+        counted
+    }
+
+    /// Takes back the count of a try that has not ended, for a reason that is not the change's own.
+    pub(super) async fn take_back(&self, batch: &mut Batch) {
+        let Some(id) = batch.in_try.take() else { return };
+        if let Err(error) = self.ledger.count_try(&id, -1).await {
+            tracing::debug!(product.id = id, %error, "cannot take back the count of a try");
+            batch.counted.insert(id);
+        }
     }
 
     /// A change failed by itself: counts it if other things go through, which is tried out. That has
@@ -252,20 +388,28 @@ impl Indexer {
         error: &Error,
     ) -> Result<()> {
         batch.groups.push_back(vec![id.clone()]);
-        batch.failed_alone.insert(id.clone());
+        batch.failed_alone.entry(id.clone()).or_default();
         if !counted {
             return Ok(());
         }
-        let others_go_through = error.about_change && self.probe(lane).await.is_ok();
+        let others_go_through = error.about_change && self.probe(lane, PROBES).await.is_ok();
         // What was counted before the try stands only if it is the change's own fault.
-        let tries = match self.ledger.count_try(&id, if others_go_through { 0 } else { -1 }).await {
+        if !others_go_through {
+            self.take_back(batch).await;
+            return Ok(());
+        }
+        batch.in_try = None;
+        let tries = match self.ledger.count_try(&id, 0).await {
             Ok(tries) => tries,
             Err(error) => {
                 batch.counted.insert(id);
                 return Err(error);
             }
         };
-        if others_go_through && tries >= MAX_TRIES {
+        let failures = batch.failed_alone.entry(id.clone()).or_default();
+        *failures += 1;
+        // The ledger's count may hold tries that others left unfinished.
+        if tries.min(*failures) >= MAX_TRIES {
             let why = Why { reason: Reason::Failed, error: error.to_string(), tries };
             self.give_up(batch, &id, &why).await?;
             batch.groups.retain(|group| *group != [id.as_str()]);
@@ -273,33 +417,62 @@ impl Indexer {
         Ok(())
     }
 
-    /// Whether texts can be embedded and the index be written to, time and again.
-    async fn probe(&self, lane: Lane) -> Result<()> {
-        for _ in 0..PROBES {
-            self.scheduler.embed(lane, &[PROBE.into()]).await?;
-            self.index.probe().await?;
+    /// Whether a harmless change goes the whole way (read, embedded and written), time and again. If not,
+    /// all changes are concerned; then the error is one that no other try mends, or an outage's.
+    async fn probe(&self, lane: Lane, times: u32) -> Result<()> {
+        for _ in 0..times {
+            let mut at_embedder = false;
+            let gone = async {
+                self.ledger.peek(&[PROBE_ID.into()]).await?;
+                at_embedder = true;
+                self.scheduler.embed(lane, &[PROBE.into()]).await?;
+                at_embedder = false;
+                self.index.probe().await
+            };
+            if let Err(error) = gone.await {
+                if error.class == Class::Retryable {
+                    self.health.failed(&error, at_embedder);
+                    return Err(error);
+                }
+                self.health.concerns_all(&error, at_embedder);
+                return Err(Error { class: Class::Fatal, ..error });
+            }
         }
-        self.health.succeeded();
+        self.health.is_over();
         Ok(())
     }
 
-    /// Splits what was refused for good, or gives it up when it stands alone.
-    async fn refuse(&self, batch: &mut Batch, group: Vec<String>, error: &Error) -> Result<()> {
+    /// Splits what was refused for good. When it stands alone and harmless changes go through, tries it
+    /// once more, and gives it up the second time.
+    async fn refuse(&self, lane: Lane, batch: &mut Batch, group: Vec<String>, error: &Error) -> Result<()> {
         if group.len() > 1 {
             batch.split(group, true);
             return Ok(());
         }
         let id = group[0].clone();
-        let given_up = async {
+        let decided = async {
+            if let Err(error) = self.probe(lane, PROBES_A_REFUSAL).await {
+                batch.refused.remove(&id);
+                self.take_back(batch).await;
+                return Err(error);
+            }
+            if batch.refused.insert(id.clone()) {
+                // The same try goes on, as far as the count is concerned.
+                if batch.in_try.take().is_some() {
+                    batch.counted.insert(id.clone());
+                }
+                return Ok(false);
+            }
             let tries = self.ledger.count_try(&id, 0).await?.max(1);
             let why = Why { reason: Reason::Refused, error: error.to_string(), tries };
-            self.give_up(batch, &id, &why).await
+            self.give_up(batch, &id, &why).await?;
+            Ok(true)
         };
-        let given_up = given_up.await;
-        if given_up.is_err() {
+        let decided = decided.await;
+        if !matches!(decided, Ok(true)) {
             batch.groups.push_front(group);
         }
-        given_up
+        decided.map(drop)
     }
 
     /// Dead-letters one change, for every message that carries it.
@@ -321,51 +494,35 @@ impl Indexer {
         // Whoever brings it back has mended something: its tries start anew.
         self.ledger.park(id).await?;
         batch.left.remove(id);
+        batch.in_try = None;
         batch.done.dead_lettered += 1;
         Ok(())
     }
 
-    /// Dead-letters whole messages that are not ours to read, or that came too often.
-    async fn give_up_foreign(&self, batch: &mut Batch) -> Result<()> {
+    /// Dead-letters messages that nobody can read, and puts back those that somebody else can.
+    async fn part_with_foreign(&self, batch: &mut Batch) -> Result<()> {
         let mut at = 0;
         while at < batch.messages.len() {
             let message = &batch.messages[at];
-            let why = match &message.body {
-                Err(undecodable) => Some((Reason::Undecodable, undecodable.reason.clone())),
-                Ok(job) if job.source != self.options.source => Some((
-                    Reason::Undecodable,
-                    format!("its source is {:?} and this indexer's {:?}", job.source, self.options.source),
-                )),
-                Ok(_) if message.receive_count > self.options.max_receives => Some((
-                    Reason::Received,
-                    format!("received {} times, and never finished", message.receive_count),
-                )),
-                Ok(_) => None,
-            };
-            let Some((reason, error)) = why else {
+            if let Some(whose) = self.somebody_elses(message) {
+                self.put_back(message, whose).await?;
+            } else if let Err(undecodable) = &message.body {
+                let error = undecodable.reason.clone();
+                tracing::error!(
+                    message.id,
+                    receive_count = message.receive_count,
+                    error,
+                    "a message {}: moved to the dead letters",
+                    Reason::Undecodable.describe()
+                );
+                let why = Why { reason: Reason::Undecodable, error, tries: 0 };
+                self.queue.dead_letter(message, None, &why).await?;
+            } else {
                 at += 1;
                 continue;
-            };
-            tracing::error!(
-                message.id,
-                receive_count = message.receive_count,
-                error,
-                "a message {}: moved to the dead letters",
-                reason.describe()
-            );
-            self.queue.dead_letter(message, None, &Why { reason, error, tries: 0 }).await?;
-            let gone = batch.messages.remove(at);
-            // What another message of the batch carries too is still to be done.
-            if let Ok(job) = gone.body {
-                let kept: HashSet<&String> =
-                    batch.messages.iter().filter_map(|m| m.body.as_ref().ok()).flat_map(ids).collect();
-                let lost: HashSet<&String> = ids(&job).filter(|id| !kept.contains(*id)).collect();
-                batch.left.retain(|id| !lost.contains(id));
-                for group in &mut batch.groups {
-                    group.retain(|id| !lost.contains(id));
-                }
-                batch.groups.retain(|group| !group.is_empty());
             }
+            // No change of the batch is its.
+            batch.messages.remove(at);
         }
         Ok(())
     }

@@ -46,7 +46,7 @@ impl Indexer {
         let written = planned.iter().map(|write| write.id.as_str()).filter(|id| !conflicted.contains(id));
         self.fresh(lane, written, &batch.hints, committed);
         let settled = (planned.len() - applied.conflicted.len()) as u64;
-        Ok(Round { again: applied.conflicted, refused: None, applied: settled, settled })
+        Ok(Round { again: applied.conflicted, applied: settled, settled, ..Round::default() })
     }
 }
 

@@ -13,11 +13,12 @@ mod attempt;
 mod batch;
 mod fenced;
 mod health;
+mod misdirected;
 mod run;
 mod searchable;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -26,6 +27,7 @@ use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::fault::Board;
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::lease::Lease;
 use crate::pipeline::ledger::{Ledger, Opened, Outcome, Peeked};
@@ -35,6 +37,7 @@ use crate::pipeline::schedule::Scheduler;
 use batch::Batch;
 use health::Health;
 use searchable::AllAwaited;
+use tokio::sync::RwLock;
 
 /// A message's changes are written in groups that take about this long to embed: what is embedded is
 /// found soon, and a row that changes meanwhile costs little.
@@ -45,6 +48,13 @@ const MIN_GROUP: u64 = 32;
 
 /// Changes in a group at most, so that a transaction stays short.
 const MAX_GROUP: u64 = 1_000;
+
+/// Bytes of rows that are read together. A row is held a few times over (as it came, as it is hashed, and
+/// as it is read again under its lock), and each lane has a few batches under way.
+const GROUP_BYTES: u64 = 8 << 20;
+
+/// So few rows are read without asking for their size first.
+const UNASKED: usize = 2;
 
 /// What the indexer needs of the settings.
 #[derive(Clone, Debug)]
@@ -59,7 +69,8 @@ pub struct Options {
     pub hold: Duration,
     /// How often a lane is looked at when no wake-up comes.
     pub poll: Duration,
-    /// A message received more often is dead-lettered unseen: the last resort.
+    /// Of a message that was received more often nothing is read before its change is counted: the last
+    /// resort against one that takes the process down.
     pub max_receives: u32,
     /// After this long an accepted write has been applied, or never will be; the lease included.
     pub settle: Duration,
@@ -91,7 +102,16 @@ pub struct Indexer {
     meter: Arc<Meter>,
     lease: Arc<Lease>,
     options: Options,
+    faults: Arc<Board>,
     health: Health,
+    /// Whether the run ends when nothing is left, so that it must not hold work for somebody to mend a setting.
+    ends_when_idle: AtomicBool,
+    /// Batches that are under way.
+    under_way: AtomicUsize,
+    /// Held by every try, and alone by one that is under suspicion.
+    quiet: RwLock<()>,
+    /// Messages of somebody else's that came.
+    misdirected: Mutex<misdirected::Seen>,
     /// Changes a second, smoothed, to size receives by.
     pace: AtomicU64,
     /// Numbers this worker's attempts.
@@ -120,6 +140,8 @@ struct Hint {
 struct Round {
     /// Ids that changed meanwhile: to be done again.
     again: Vec<String>,
+    /// Ids that were not looked at, because their rows are too large to be read with the others.
+    unread: Vec<String>,
     /// Ids of a request that was refused for good, and why.
     refused: Option<(Vec<String>, Error)>,
     /// Ids written.
@@ -148,13 +170,24 @@ impl Indexer {
             meter,
             lease,
             options,
+            faults: Arc::default(),
             health: Health::default(),
+            ends_when_idle: AtomicBool::new(false),
+            under_way: AtomicUsize::new(0),
+            quiet: RwLock::const_new(()),
+            misdirected: Mutex::default(),
             pace: AtomicU64::new(0),
             attempts: AtomicU64::new(0),
             in_hand: Mutex::default(),
             unclosed: Mutex::default(),
             awaited: Mutex::default(),
         }
+    }
+
+    /// The same, telling a board what holds the work.
+    #[must_use]
+    pub fn reporting(self, faults: Arc<Board>) -> Self {
+        Self { health: Health::new(Arc::clone(&faults)), faults, ..self }
     }
 
     /// Applies messages of one lane and acknowledges them. On an error, those that are not done with
@@ -172,10 +205,21 @@ impl Indexer {
 
     /// Writes a group of ids, however this index is written to.
     async fn round(&self, lane: Lane, ids: &[String], batch: &mut Batch) -> Result<Round> {
-        match self.index.writes() {
-            Writes::Fenced(fence) => self.write_fenced(fence, lane, ids, batch).await,
-            Writes::Plain(plain) => self.write_attempt(plain, lane, ids, batch).await,
+        let (now, later) = ids.split_at(self.fits(ids).await?);
+        let mut round = match self.index.writes() {
+            Writes::Fenced(fence) => self.write_fenced(fence, lane, now, batch).await,
+            Writes::Plain(plain) => self.write_attempt(plain, lane, now, batch).await,
+        }?;
+        round.unread = later.to_vec();
+        Ok(round)
+    }
+
+    /// How many of the first ids can be read together.
+    async fn fits(&self, ids: &[String]) -> Result<usize> {
+        if ids.len() <= UNASKED {
+            return Ok(ids.len());
         }
+        Ok(self.ledger.fits(ids, GROUP_BYTES).await?.clamp(1, ids.len()))
     }
 
     /// Makes the vectors of texts that the batch has not made yet.
@@ -185,7 +229,14 @@ impl Indexer {
         if texts.is_empty() {
             return Ok(());
         }
-        let vectors = self.scheduler.embed(lane, &texts).await.map_err(Error::over_the_change)?;
+        let vectors = match self.scheduler.embed(lane, &texts).await {
+            Ok(vectors) => vectors,
+            Err(error) => {
+                batch.failed_at_embedder = true;
+                return Err(error.over_the_change());
+            }
+        };
+        self.health.embedded();
         batch.done.embedded += texts.len() as u64;
         self.meter.embedded(texts.len() as u64);
         batch.made.extend(hashes.into_iter().zip(vectors));

@@ -15,6 +15,7 @@ use super::Indexer;
 use super::batch::Batch;
 use crate::pipeline::change::{Lane, MAX_CHANGES_PER_JOB};
 use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::fault;
 use crate::pipeline::index::Writes;
 use crate::pipeline::ledger::Swept;
 use crate::pipeline::queue::{Message, Receipt};
@@ -53,6 +54,25 @@ fn ended_well(ended: Result<Result<()>, tokio::task::JoinError>) -> Result<()> {
     ended.unwrap_or_else(|error| Err(Error::fatal("apply changes", error)))
 }
 
+/// A batch that is under way, for as long as this lives.
+struct UnderWay<'a>(&'a Indexer);
+
+impl<'a> UnderWay<'a> {
+    fn begin(indexer: &'a Indexer) -> Self {
+        indexer.under_way.fetch_add(1, Ordering::Relaxed);
+        Self(indexer)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        // What failed may have been taken away: then nothing will ever show that it would go through.
+        if self.0.under_way.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.health.nothing_is_held();
+        }
+    }
+}
+
 impl Indexer {
     fn may_hold(&self) -> u64 {
         let pace = self.pace.load(Ordering::Relaxed);
@@ -67,6 +87,7 @@ impl Indexer {
         abort: &CancellationToken,
         until_idle: bool,
     ) -> Result<()> {
+        self.ends_when_idle.store(until_idle, Ordering::Relaxed);
         let lanes_done = CancellationToken::new();
         let mut threads = JoinSet::new();
         for _ in 0..self.options.workers.max(1) {
@@ -130,6 +151,18 @@ impl Indexer {
         Ok(sum)
     }
 
+    /// Whether nothing is left that this worker could do. What it put back for others stays in the queue.
+    async fn is_idle(&self) -> Result<bool> {
+        let mut left = 0;
+        let mut visible = 0;
+        for lane in Lane::ALL {
+            let backlog = self.queue.backlog(lane).await?;
+            visible += backlog.visible;
+            left += backlog.visible + backlog.in_flight;
+        }
+        Ok(left == 0 || (visible == 0 && self.has_put_back()))
+    }
+
     async fn run_lane(
         self: &Arc<Self>,
         lane: Lane,
@@ -183,11 +216,19 @@ impl Indexer {
                     }
                 }
             };
+            if received.is_ok() && backoff.failures() > 0 {
+                tracing::info!(
+                    lane = lane.name(),
+                    failures = backoff.failures(),
+                    "messages are received again"
+                );
+                self.faults.clear(fault::QUEUE);
+            }
             match received {
                 Ok(messages) if messages.is_empty() => {
                     backoff.reset();
                     drop(permit);
-                    if until_idle && running.is_empty() && self.backlog().await.is_ok_and(|left| left == 0) {
+                    if until_idle && running.is_empty() && self.is_idle().await.unwrap_or(false) {
                         break;
                     }
                     // A batch that ends makes no work, so there is no need to wake for it.
@@ -214,7 +255,16 @@ impl Indexer {
                 Err(error) => {
                     drop(permit);
                     let pause = backoff.next(&error, self.clock());
-                    tracing::warn!(lane = lane.name(), %error, retry_in_ms = pause.as_millis() as u64, "cannot receive");
+                    let retry_in_ms = pause.as_millis() as u64;
+                    // Told once, and shown for as long as it lasts.
+                    if backoff.failures() == 1 {
+                        tracing::warn!(lane = lane.name(), %error, retry_in_ms, "cannot receive: trying again until it works");
+                    } else {
+                        tracing::debug!(lane = lane.name(), %error, retry_in_ms, "cannot receive");
+                    }
+                    if backoff.failures() >= fault::IN_A_ROW {
+                        self.faults.report(fault::QUEUE, format_args!("nothing can be received: {error}"));
+                    }
                     stop.run_until_cancelled(tokio::time::sleep(pause)).await;
                 }
             }
@@ -248,8 +298,10 @@ impl Indexer {
     }
 
     /// Works until the messages are done with, extending their visibility meanwhile. An outage is
-    /// sat out, with the messages held; on `abort`, or when this worker can't go on, they are released.
+    /// sat out, with the messages held, and so is a wrong setting, unless the run ends when nothing is left;
+    /// on `abort`, or when this worker can't go on, they are released.
     pub async fn hold(&self, lane: Lane, messages: &[Message], abort: &CancellationToken) -> Result<()> {
+        let _under_way = UnderWay::begin(self);
         let mut batch = self.batch(messages, self.group_size());
         let visibility = self.queue.visibility();
         let held = Mutex::new(batch.receipts());
@@ -268,6 +320,10 @@ impl Indexer {
             result = self.finish(lane, &mut batch, &held) => Some(result),
             never = extend => never,
         };
+        // On abort a try was cut off by us. Any other end has seen to its count.
+        if finished.is_none() {
+            self.take_back(&mut batch).await;
+        }
         let receipts = batch.receipts();
         if !receipts.is_empty() {
             // Others may try at once; if this fails too, the visibility timeout does the same.
@@ -306,7 +362,12 @@ impl Indexer {
                     );
                     return Ok(());
                 }
-                Err(error) if error.class == Class::Fatal => return Err(error),
+                Err(error)
+                    if error.class == Class::Fatal
+                        && (error.of_process || self.ends_when_idle.load(Ordering::Relaxed)) =>
+                {
+                    return Err(error);
+                }
                 Err(error) => {
                     if batch.done.applied > before {
                         backoff.reset();

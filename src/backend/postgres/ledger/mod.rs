@@ -23,7 +23,7 @@ use super::source::{Judged, MAX_LOOKS, Source, SourceTable, restless};
 use super::{Postgres, failure};
 use crate::pipeline::catalog::{ContentSalt, Hash, SourceRow};
 use crate::pipeline::clock::{BootClock, Clock};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peeked, Pending, Swept};
 
 /// A worker whose heartbeat is older is taken for dead even if its session seems to live: a host that
@@ -142,6 +142,33 @@ impl Ledger for PgLedger {
             }
         }
         Err(restless(what, &self.source.table()))
+    }
+
+    async fn fits(&self, ids: &[String], bytes: u64) -> Result<usize> {
+        let table = self.source.table();
+        let possible: Vec<&String> = ids.iter().filter(|id| table.can_hold(id)).collect();
+        // Of the very query that will read them, so that its expressions decide.
+        let sql = format!(
+            "SELECT p.id, coalesce(octet_length(p.text)::bigint + octet_length(p.metadata), 0) FROM ({}) p",
+            table.select_by_ids()
+        );
+        let client = self.postgres.client().await?;
+        let (rows, _) = match client.read_source(&table, &sql, &[&possible]).await {
+            Ok(read) => read,
+            Err(error) => {
+                let error = failure("ask for sizes", &error);
+                // Whoever reads the rows meets any other error too, and knows better what to say of it.
+                return if error.class == Class::Retryable { Err(error) } else { Ok(ids.len()) };
+            }
+        };
+        let sizes: HashMap<&str, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        let mut sum = 0_u64;
+        let fitting = ids.iter().take_while(|id| {
+            let size = sizes.get(id.as_str()).copied().unwrap_or_default();
+            sum = sum.saturating_add(size.try_into().unwrap_or_default());
+            sum <= bytes
+        });
+        Ok(fitting.count().max(1))
     }
 
     async fn rows_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<Peeked>> {

@@ -26,6 +26,7 @@ const MIGRATIONS: &[(i32, &str, &str)] = &[
     (3, "shipments", include_str!("../schema/0003_shipments.sql")),
     (4, "made", include_str!("../schema/0004_made.sql")),
     (5, "capture", include_str!("../schema/0005_capture.sql")),
+    (6, "faults", include_str!("../schema/0006_faults.sql")),
     (7, "proof", include_str!("../schema/0007_proof.sql")),
     (8, "ownership", include_str!("../schema/0008_ownership.sql")),
 ];

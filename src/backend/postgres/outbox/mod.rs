@@ -28,8 +28,9 @@ const CHANNEL: &str = "refarch_outbox";
 /// Large transactions that are stepped over at once. More than this are handled as they come.
 const MAX_KNOWN_LARGE: usize = 16;
 
-/// A transaction with more changes than this is stepped over when live changes are claimed.
-const LARGE_TRANSACTION: i64 = 100;
+/// A row with more ids than this is a large one. A matter of storage, and of no setting: the partial index
+/// `outbox_large` has the same number. Which lane a change travels on is decided by its transaction's count.
+const LARGE_ROW: usize = 100;
 
 /// Ids of a truncated table that are read from the ledger and sent at a time.
 const TRUNCATE_PAGE: i64 = 5_000;
@@ -43,7 +44,8 @@ const BACKFILL_BOUND: i64 = 400;
 const BACKFILL_PAUSE: Duration = Duration::from_secs(1);
 
 /// Claims small rows of transactions not known to be large, then rows of large statements and
-/// transactions, and deletes them. `xid_changes` is counted up to a bound: it is only compared.
+/// transactions, and deletes them. `xid_changes` is counted until it is more than the bound in `$7`: a row
+/// has one id at least, so that one row more than the bound is enough. "100" is [`LARGE_ROW`].
 /// FOR UPDATE SKIP LOCKED lets several relays claim side by side.
 const CLAIM: &str = "
 WITH small AS MATERIALIZED (
@@ -71,7 +73,7 @@ WITH small AS MATERIALIZED (
 ), totals AS (
     SELECT t.xid, (
         SELECT coalesce(sum(c.n), 0) FROM (
-            SELECT cardinality(o.ids) AS n FROM refarch.outbox o WHERE o.source = $1 AND o.xid = t.xid LIMIT 101
+            SELECT cardinality(o.ids) AS n FROM refarch.outbox o WHERE o.source = $1 AND o.xid = t.xid LIMIT $7
         ) c
     ) AS changes
     FROM (SELECT DISTINCT xid FROM taken) t
@@ -233,6 +235,7 @@ impl Outbox for PgOutbox {
         let wanted = if request.large_rows > 0 { known.as_slice() } else { &[] };
         let known_text: Vec<String> = wanted.iter().map(u64::to_string).collect();
 
+        let bound = i64::try_from(request.large_transaction).unwrap_or(i64::MAX).saturating_add(1);
         let mut client = self.postgres.client().await?;
         let statement = client.prepare_cached(CLAIM).await.map_err(fail("prepare the claim"))?;
         let transaction = client.transaction().await.map_err(fail("begin a transfer"))?;
@@ -246,6 +249,7 @@ impl Outbox for PgOutbox {
                     &high,
                     &(request.large_rows as i64),
                     &known_text,
+                    &bound,
                 ],
             )
             .await
@@ -271,7 +275,7 @@ impl Outbox for PgOutbox {
             let changed_at_us = match claimed {
                 Claimed::Row(row) => {
                     done.changes += row.ids.len() as u64;
-                    if row.xid_changes as i64 > LARGE_TRANSACTION && row.ids.len() <= 100 {
+                    if row.xid_changes > request.large_transaction && row.ids.len() <= LARGE_ROW {
                         large.push(row.xid);
                     }
                     let at = row.changed_at_us;

@@ -1,0 +1,123 @@
+//! Faults: what concerns all changes and holds the work, shown once for as long as it lasts.
+//!
+//! A worker's parts report to its [`Board`]; whoever keeps the worker's heartbeat writes the board where
+//! people look. A fault is a state, not an event: reporting it again changes its message only.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Changes are held, because nothing goes through.
+pub const HELD: &str = "held";
+
+/// The queue holds messages that this worker cannot read, or that are of another source.
+pub const MISDIRECTED: &str = "misdirected";
+
+/// Nothing can be received from the queue.
+pub const QUEUE: &str = "queue";
+
+/// Changes cannot be moved from the outbox to the queue.
+pub const RELAY: &str = "relay";
+
+/// Failures in a row, with nothing going through in between, from which on it is a fault.
+pub const IN_A_ROW: u32 = 3;
+
+/// Characters of a fault's message at most: an answer may be a whole page.
+const MAX_MESSAGE: usize = 500;
+
+/// A fault as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// What kind it is; a worker has one of a kind.
+    pub kind: &'static str,
+    /// What is wrong, in words.
+    pub message: String,
+}
+
+/// The faults of one worker.
+#[derive(Debug, Default)]
+pub struct Board(Mutex<BTreeMap<&'static str, Entry>>);
+
+#[derive(Debug)]
+struct Entry {
+    message: String,
+    /// A fault that nobody clears ends by itself.
+    until: Option<Instant>,
+}
+
+impl Board {
+    /// Reports a fault, until it is cleared.
+    pub fn report(&self, kind: &'static str, message: impl fmt::Display) {
+        self.entries().insert(kind, Entry { message: shown(&message.to_string()), until: None });
+    }
+
+    /// Reports a fault that ends by itself unless it is reported again.
+    pub fn report_for(&self, kind: &'static str, message: impl fmt::Display, lasts: Duration) {
+        let until = Instant::now().checked_add(lasts);
+        self.entries().insert(kind, Entry { message: shown(&message.to_string()), until });
+    }
+
+    /// Ends a fault.
+    pub fn clear(&self, kind: &'static str) {
+        self.entries().remove(kind);
+    }
+
+    /// The faults that there are.
+    #[must_use]
+    pub fn current(&self) -> Vec<Fault> {
+        let now = Instant::now();
+        let mut entries = self.entries();
+        entries.retain(|_, entry| entry.until.is_none_or(|until| until > now));
+        entries.iter().map(|(kind, entry)| Fault { kind, message: entry.message.clone() }).collect()
+    }
+
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<&'static str, Entry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A message as it may be shown: on one line, of bounded length, and with nothing of a URL that may be
+/// a secret (the user, the password and the query).
+fn shown(message: &str) -> String {
+    let mut shown = String::new();
+    let mut rest = message;
+    while let Some(at) = rest.find("://") {
+        let (before, after) = rest.split_at(at + 3);
+        shown.push_str(before);
+        let ends = |c: char| c.is_whitespace() || matches!(c, '"' | '\'' | ')' | '>' | ',');
+        let (url, later) = after.split_at(after.find(ends).unwrap_or(after.len()));
+        let (authority, path) = url.split_at(url.find(['/', '?', '#']).unwrap_or(url.len()));
+        shown.push_str(authority.rsplit('@').next().unwrap_or_default());
+        shown.push_str(path.split(['?', '#']).next().unwrap_or_default());
+        rest = later;
+    }
+    shown.push_str(rest);
+    let printable = shown.chars().map(|c| if c.is_control() { ' ' } else { c });
+    printable.take(MAX_MESSAGE).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_is_one_however_often_it_is_reported() {
+        let board = Board::default();
+        board.report(HELD, "503");
+        board.report(HELD, "401");
+        board.report_for(MISDIRECTED, "of another source", Duration::ZERO);
+        assert_eq!(board.current(), [Fault { kind: HELD, message: "401".into() }]);
+        board.clear(HELD);
+        assert_eq!(board.current(), []);
+    }
+
+    #[test]
+    fn a_message_shows_no_secret_of_a_url_and_is_bounded() {
+        assert_eq!(
+            shown("cannot send for url (https://me:secret@host:8080/v1?api-key=hidden), or http://a@b?c\nd"),
+            "cannot send for url (https://host:8080/v1), or http://b d"
+        );
+        assert_eq!(shown(&"é".repeat(1_000)).chars().count(), MAX_MESSAGE);
+    }
+}
