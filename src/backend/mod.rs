@@ -144,7 +144,9 @@ impl LoadedModel {
                 Self::Minilm(Arc::new(loaded.map_err(|error| Error::fatal("load the model", error))??))
             }
             EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
-                Self::Http(Box::new(http_embedder::Server::open(settings).await?))
+                let server = http_embedder::Server::open(settings).await?;
+                server.greet().await?;
+                Self::Http(Box::new(server))
             }
         })
     }
