@@ -102,8 +102,8 @@ pub fn model_dir(settings: &Settings) -> PathBuf {
     }
 }
 
-/// What the index must hold under these settings; reads the model's description, not its weights.
-/// A server is asked, if the settings don't say how long its vectors are.
+/// What the index must hold under these settings. A model on this machine is read, but not loaded; a server
+/// is asked, if the settings don't say how long its vectors are.
 pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
     let kind = match settings.index.kind {
         IndexKind::Pgvector => "pgvector",
@@ -111,7 +111,10 @@ pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
     };
     let (model, dimensions) = match settings.embedder.kind {
         EmbedderKind::Minilm => {
-            let description = minilm::Description::read(&model_dir(settings), settings.embedder.precision)?;
+            let (dir, precision) = (model_dir(settings), settings.embedder.precision);
+            // The whole model is read for its name.
+            let read = tokio::task::spawn_blocking(move || minilm::Description::read(&dir, precision)).await;
+            let description = read.map_err(|error| Error::fatal("read the model", error))??;
             (description.model, description.dimensions)
         }
         EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
