@@ -1,4 +1,4 @@
-//! One file a backend. This module holds the only `match` on a backend's kind.
+//! One module for each backend. Which of them the settings choose is decided here, and nowhere else by a role.
 
 pub mod embedded;
 pub mod http_embedder;
@@ -176,7 +176,7 @@ pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report>
     Ok(with_index(report, settings, made))
 }
 
-/// What [`migrate`] would do; nothing is changed.
+/// What [`migrate()`] would do; nothing is changed.
 pub async fn plan_migration(postgres: &Postgres, settings: &Settings) -> Result<Report> {
     let shape = index_shape(settings).await?;
     let missing = match named_index(settings, shape.dimensions) {

@@ -2,7 +2,7 @@
 //!
 //! Texts go in batches within the provider's limits, several requests at a time, no faster than allowed.
 //! What a server says of a request may be one text's fault, and is told so that the indexer can find which;
-//! what it says of the key or the model is everybody's ([`refusal`] has the table). A text that the server
+//! what it says of the key or the model is everybody's ([`mod@refusal`] has the table). A text that the server
 //! finds too long is cut until the server takes it.
 
 mod address;
