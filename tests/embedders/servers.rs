@@ -157,9 +157,9 @@ async fn one_refused_text_among_many_costs_few_requests_and_a_server_that_refuse
     let error = embedder.embed(&many).await.unwrap_err();
     assert_eq!(error.class, Class::Permanent, "{error}");
     assert!(server.asked().len() <= 4, "{}", server.asked().len());
-    let server = Stub::start(|asked, _| match asked.texts.iter().any(|text| text.starts_with("7 ")) {
-        true => status(422, "no"),
-        false => vectors(asked),
+    let server = Stub::start(|asked, _| {
+        let is_refused = asked.texts.iter().any(|text| text.starts_with("7 "));
+        if is_refused { status(422, "no") } else { vectors(asked) }
     })
     .await;
     let embedder = open("openai", &server.url, &[]).await.unwrap();

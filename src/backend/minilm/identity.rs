@@ -4,6 +4,7 @@
 //! to the last byte, the tokenizer, and what the folder says about layers, pooling and the length of a text. Where
 //! the folder is does not matter.
 
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
@@ -74,7 +75,11 @@ fn hash(weights: &Path, tokenizer: &Path, described: &Description) -> Result<Str
         digest.update(hash);
     }
     digest.update(shape);
-    Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(digest.finalize().iter().fold(String::new(), |mut hex, byte| {
+        // Writing to a string does not fail.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    }))
 }
 
 /// What tells whether a file is the one that it was, and has not been written to.
