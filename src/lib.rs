@@ -12,7 +12,8 @@
 //!
 //! - [`cli`], [`config`], [`secret`], [`telemetry`], [`shutdown`]: what a process is started with
 //! - [`pipeline`]: the contract and the two steps, independent of every backend
-//! - [`backend`]: one file a backend: PostgreSQL, pgmq, pgvector, the model, the private cluster
+//! - [`backend`]: one module for each backend: PostgreSQL, pgmq and SQS, pgvector and Pinecone, the model on this
+//!   machine and those on servers, the private cluster
 //! - [`encoder`]: the model's arithmetic, a crate of its own (`src/encoder/`): it alone has `unsafe` code
 //! - [`role`]: one module a subcommand
 //! - [`product`]: the rows of the reference architecture's table

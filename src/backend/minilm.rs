@@ -4,37 +4,28 @@
 //! on one batch of short texts wait for each other more than they work. Only what somebody searches for
 //! has two threads, since somebody waits for it.
 
-use std::fs;
-use std::io::{Read as _, Seek as _, SeekFrom};
+mod identity;
+
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use async_trait::async_trait;
-use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::encoder::{self, Encoder, Instructions, KernelKind, Precision, Worker};
 use crate::pipeline::embedder::{Embedder, Embedding};
 use crate::pipeline::failure::{Error, Result};
+use identity::Stamp;
 
 /// A text's tokens past this many bytes are not looked for: the model reads 256 tokens, and tokens of
 /// English are some four bytes long.
 const MAX_TEXT_BYTES: usize = 64 * 1024;
 
-/// Weights that are known by name, by their [`fingerprint`].
-const KNOWN: &[(&str, &str)] = &[("528c6c412808", "all-MiniLM-L6-v2")];
-
-/// Samples of the weights that their fingerprint covers, evenly spread.
-const SAMPLES: u64 = 64;
-
-/// Length of such a sample.
-const SAMPLE_BYTES: u64 = 4096;
-
 /// What a model folder holds, without its weights.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Description {
-    /// Name and precision, such as `all-MiniLM-L6-v2/f32`: the weights decide the name.
+    /// Name and precision, such as `all-MiniLM-L6-v2/f32`: all that decides the vectors decides the name.
     pub model: String,
     /// Length of a vector.
     pub dimensions: usize,
@@ -45,10 +36,9 @@ impl Description {
     pub fn read(dir: &Path, precision: Precision) -> Result<Self> {
         let described = encoder::Description::read(dir).map_err(explain)?;
         let weights = encoder::file(dir, "model.safetensors").map_err(explain)?;
-        Ok(Self {
-            model: format!("{}/{}", weights_name(&weights)?, precision.class()),
-            dimensions: described.bert.hidden_size,
-        })
+        let tokenizer = encoder::file(dir, "tokenizer.json").map_err(explain)?;
+        let name = identity::name(&weights, &tokenizer, &described)?;
+        Ok(Self { model: format!("{name}/{}", precision.class()), dimensions: described.bert.hidden_size })
     }
 }
 
@@ -73,6 +63,14 @@ impl Model {
     /// `model.safetensors`, and where there are `1_Pooling/config.json` and
     /// `sentence_bert_config.json`.
     pub fn load(dir: &Path, options: Options) -> Result<Self> {
+        let stamps = || -> Result<Vec<Stamp>> {
+            let stamp = |name| {
+                let file = encoder::file(dir, name).map_err(explain)?;
+                Stamp::of(&file).map_err(|error| Error::fatal(format!("read {}", file.display()), error))
+            };
+            ["config.json", "tokenizer.json", "model.safetensors"].into_iter().map(stamp).collect()
+        };
+        let before = stamps()?;
         let description = Description::read(dir, options.precision)?;
         let kind = KernelKind::choose(options.precision, options.instructions).map_err(explain)?;
         let unfit = |error: tokenizers::Error| {
@@ -87,11 +85,14 @@ impl Model {
         let truncation = tokenizers::TruncationParams { max_length, ..Default::default() };
         tokenizer.with_truncation(Some(truncation)).map_err(unfit)?;
         let vocabulary = encoder.description().bert.vocab_size;
-        if tokenizer.get_vocab_size(true) > vocabulary {
-            return Err(unfit(
-                format!("it has {} tokens, and the model only {vocabulary}", tokenizer.get_vocab_size(true))
-                    .into(),
-            ));
+        let last = tokenizer.get_vocab(true).into_values().max().unwrap_or_default();
+        if last as usize >= vocabulary {
+            return Err(unfit(format!("it has a token {last}, and the model only {vocabulary}").into()));
+        }
+        // The name must be that of what was loaded.
+        if stamps()? != before {
+            let message = format!("the files in {} changed meanwhile", dir.display());
+            return Err(Error::retryable("load the model", message));
         }
         tracing::info!(model = description.model, kernel = %kind, "model loaded");
         Ok(Self { description, encoder, tokenizer })
@@ -254,38 +255,6 @@ fn words(text: &str, count: usize) -> &str {
     text
 }
 
-/// The weights' name: the known one, or the folder's with a part of the fingerprint, so that another
-/// model never passes for this one.
-fn weights_name(path: &Path) -> Result<String> {
-    let fingerprint =
-        fingerprint(path).map_err(|error| Error::fatal(format!("read {}", path.display()), error))?;
-    if let Some((_, name)) = KNOWN.iter().find(|(known, _)| *known == fingerprint) {
-        return Ok((*name).into());
-    }
-    let folder =
-        path.parent().and_then(Path::file_name).map_or("model".into(), |name| name.to_string_lossy());
-    Ok(format!("{folder}@{fingerprint}"))
-}
-
-/// SHA-256, shortened, of the file's length and of samples all over it. Reading all of it would cost
-/// every start of every role what this costs a thousandth of; weights that were trained further
-/// differ everywhere.
-fn fingerprint(path: &Path) -> std::io::Result<String> {
-    let mut weights = fs::File::open(path)?;
-    let length = weights.metadata()?.len();
-    let mut digest = Sha256::new();
-    digest.update(length.to_le_bytes());
-    for sample in 0..SAMPLES {
-        weights.seek(SeekFrom::Start(length / SAMPLES * sample))?;
-        let mut bytes = Vec::with_capacity(SAMPLE_BYTES as usize);
-        (&weights).take(SAMPLE_BYTES).read_to_end(&mut bytes)?;
-        digest.update(&bytes);
-    }
-    let mut start = [0; 8];
-    start[2..].copy_from_slice(&digest.finalize()[..6]);
-    Ok(format!("{:012x}", u64::from_be_bytes(start)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -356,13 +325,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let error = Description::read(dir.path(), Precision::Auto).unwrap_err().to_string();
         assert!(error.contains("config.json") && error.contains("scripts/setup"), "{error}");
-        fs::copy(model_dir().join("config.json"), dir.path().join("config.json")).unwrap();
+        let copy = |name: &str| std::fs::copy(model_dir().join(name), dir.path().join(name)).unwrap();
+        copy("config.json");
         let error = Description::read(dir.path(), Precision::Auto).unwrap_err().to_string();
         assert!(error.contains("model.safetensors"), "{error}");
-        fs::write(dir.path().join("model.safetensors"), "no weights").unwrap();
+        std::fs::write(dir.path().join("model.safetensors"), "no weights").unwrap();
+        let error = Description::read(dir.path(), Precision::Auto).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+        copy("tokenizer.json");
         let described = Description::read(dir.path(), Precision::Auto).unwrap();
         assert!(!described.model.starts_with("all-MiniLM-L6-v2/"), "{described:?}");
         let error = Model::load(dir.path(), Options::default()).err().unwrap().to_string();
-        assert!(error.contains("tokenizer.json"), "{error}");
+        assert!(error.contains("model.safetensors"), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! One file a backend. This module holds the only `match` on a backend's kind.
+//! One module for each backend. Which of them the settings choose is decided here, and nowhere else by a role.
 
 pub mod embedded;
 pub mod http_embedder;
@@ -106,8 +106,8 @@ pub fn model_dir(settings: &Settings) -> PathBuf {
     }
 }
 
-/// What the index must hold under these settings; reads the model's description, not its weights.
-/// A server is asked, if the settings don't say how long its vectors are.
+/// What the index must hold under these settings. A model on this machine is read, but not loaded; a server
+/// is asked, if the settings don't say how long its vectors are.
 pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
     let kind = match settings.index.kind {
         IndexKind::Pgvector => "pgvector",
@@ -115,7 +115,10 @@ pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
     };
     let (model, dimensions) = match settings.embedder.kind {
         EmbedderKind::Minilm => {
-            let description = minilm::Description::read(&model_dir(settings), settings.embedder.precision)?;
+            let (dir, precision) = (model_dir(settings), settings.embedder.precision);
+            // The whole model is read for its name.
+            let read = tokio::task::spawn_blocking(move || minilm::Description::read(&dir, precision)).await;
+            let description = read.map_err(|error| Error::fatal("read the model", error))??;
             (description.model, description.dimensions)
         }
         EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
@@ -196,7 +199,9 @@ impl LoadedModel {
                 Self::Minilm(Arc::new(loaded.map_err(|error| Error::fatal("load the model", error))??))
             }
             EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
-                Self::Http(Box::new(http_embedder::Server::open(settings).await?))
+                let server = http_embedder::Server::open(settings).await?;
+                server.greet().await?;
+                Self::Http(Box::new(server))
             }
         })
     }

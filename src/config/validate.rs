@@ -175,13 +175,14 @@ impl Settings {
             }
             check(is_url(&self.index.controller), "index.controller", &self.index.controller, "use a URL")?;
         }
-        if matches!(self.embedder.kind, EmbedderKind::Openai | EmbedderKind::Tei) {
-            check(
-                is_url(&self.embedder.url),
-                "embedder.url",
-                &self.embedder.url,
-                "use the server's address, such as http://127.0.0.1:8080",
-            )?;
+        let needs_url = matches!(self.embedder.kind, EmbedderKind::Openai | EmbedderKind::Tei);
+        let url = self.embedder.url.trim();
+        let has_url = self.embedder.kind != EmbedderKind::Minilm && !url.is_empty();
+        if needs_url || has_url {
+            let fault = address_fault(url);
+            // What is wrong with it may be that a secret is in it.
+            let shown = if url.is_empty() { "" } else { "[not shown]" };
+            check(fault.is_none(), "embedder.url", &shown, fault.unwrap_or_default())?;
         }
         if matches!(self.embedder.kind, EmbedderKind::Openai | EmbedderKind::Pinecone) {
             check(
@@ -198,4 +199,18 @@ impl Settings {
             "use at least 1",
         )
     }
+}
+
+/// What is wrong with the address of an embedding server, if anything is.
+fn address_fault(address: &str) -> Option<&'static str> {
+    let Ok(url) = reqwest::Url::parse(address) else {
+        return Some("use the server's address, such as http://127.0.0.1:8080");
+    };
+    if !matches!(url.scheme(), "http" | "https") {
+        return Some("use an address that begins with http:// or https://");
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Some("leave user and password out of the address, and set embedder.api_key");
+    }
+    url.fragment().is_some().then_some("leave out what follows the #: no server is sent that")
 }

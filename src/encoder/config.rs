@@ -10,6 +10,21 @@ use super::Error;
 /// Tokens read of a text when the model folder does not say.
 const DEFAULT_MAX_TOKENS: usize = 256;
 
+/// Fewer tokens than this are no text: two mark its begin and end.
+const MIN_TOKENS: usize = 3;
+
+/// Sizes are at most this: several times what any BERT has, and little enough that no sum or product of them
+/// is too large a number.
+const MAX_HIDDEN: usize = 1 << 14;
+const MAX_LAYERS: usize = 256;
+const MAX_HEADS: usize = 256;
+const MAX_INNER: usize = 1 << 17;
+const MAX_POSITIONS: usize = 1 << 16;
+const MAX_VOCABULARY: usize = 1 << 22;
+
+/// Bytes of a file of settings at most.
+const MAX_JSON: u64 = 16 << 20;
+
 /// How the vectors of a text's tokens become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pooling {
@@ -54,7 +69,8 @@ struct PoolingConfig {
 
 #[derive(Deserialize)]
 struct SentenceConfig {
-    max_seq_length: usize,
+    #[serde(default)]
+    max_seq_length: Option<usize>,
 }
 
 /// All that a model folder says about its model.
@@ -83,8 +99,14 @@ impl Description {
             }
         };
         let max_tokens = read_optional::<SentenceConfig>(dir, "sentence_bert_config.json")?
-            .map_or(DEFAULT_MAX_TOKENS, |config| config.max_seq_length)
+            .and_then(|config| config.max_seq_length)
+            .unwrap_or(DEFAULT_MAX_TOKENS)
             .min(bert.max_position_embeddings);
+        if max_tokens < MIN_TOKENS {
+            let why =
+                format!("max_seq_length is {max_tokens}, and a text needs {MIN_TOKENS} tokens at least");
+            return Err(Error::Unsupported { file: dir.join("sentence_bert_config.json"), why });
+        }
         Ok(Self { bert, pooling, max_tokens })
     }
 }
@@ -103,16 +125,23 @@ impl BertConfig {
             let named = named(&self.position_embedding_type);
             return Err(format!("position_embedding_type is {named:?}, and only absolute is known"));
         }
-        let numbers = [
-            self.hidden_size,
-            self.num_hidden_layers,
-            self.num_attention_heads,
-            self.intermediate_size,
-            self.max_position_embeddings,
-            self.vocab_size,
-        ];
-        if numbers.contains(&0) {
-            return Err("a size is 0".into());
+        for (name, size, most) in [
+            ("hidden_size", self.hidden_size, MAX_HIDDEN),
+            ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
+            ("num_attention_heads", self.num_attention_heads, MAX_HEADS),
+            ("intermediate_size", self.intermediate_size, MAX_INNER),
+            ("max_position_embeddings", self.max_position_embeddings, MAX_POSITIONS),
+            ("vocab_size", self.vocab_size, MAX_VOCABULARY),
+        ] {
+            if !(1..=most).contains(&size) {
+                return Err(format!("{name} is {size}, and must be 1 to {most}"));
+            }
+        }
+        if !(self.layer_norm_eps > 0.0 && self.layer_norm_eps < 1.0) {
+            return Err(format!(
+                "layer_norm_eps is {}, and must be more than 0 and less than 1",
+                self.layer_norm_eps
+            ));
         }
         if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
             return Err(format!(
@@ -132,8 +161,13 @@ pub fn file(dir: &Path, name: &str) -> Result<PathBuf, Error> {
 
 fn read_json<T: for<'de> Deserialize<'de>>(dir: &Path, name: &str) -> Result<T, Error> {
     let file = file(dir, name)?;
-    let text =
-        fs::read_to_string(&file).map_err(|source| Error::Unreadable { file: file.clone(), source })?;
+    let unreadable = |source| Error::Unreadable { file: file.clone(), source };
+    let length = fs::metadata(&file).map_err(unreadable)?.len();
+    if length > MAX_JSON {
+        let why = format!("it is {length} bytes long, and more than {MAX_JSON} are not read");
+        return Err(Error::Malformed { file, why });
+    }
+    let text = fs::read_to_string(&file).map_err(unreadable)?;
     serde_json::from_str(&text).map_err(|error| Error::Malformed { file, why: error.to_string() })
 }
 

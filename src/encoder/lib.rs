@@ -5,8 +5,8 @@
 //! attention works on their tokens alike, and attention on one sequence at a time. So a text's vector is
 //! the same to the bit whatever it is embedded together with, as long as the kernel is the same.
 //!
-//! Weights are read from a memory-mapped safetensors file and laid out once for the kernel, which is chosen
-//! by what the CPU has (see [`KernelKind`]). Any number of [`Worker`]s share them, each on a thread of its
+//! Weights are read from a safetensors file and laid out once for the kernel, which is chosen by what the CPU
+//! has (see [`KernelKind`]). Nothing of the file is needed afterwards. Any number of [`Worker`]s share them, each on a thread of its
 //! own: that wastes no time on waiting for each other.
 //!
 //! This is the only crate here with `unsafe` code: the instructions are reached by intrinsics and assembly, and
@@ -95,7 +95,7 @@ impl Encoder {
         }
         let description = Description::read(dir)?;
         let tensors = Tensors::open(&file(dir, "model.safetensors")?)?;
-        let laid = lay_out(&description, tensors, kind)?;
+        let laid = lay_out(&description, &tensors, kind)?;
         Ok(Self { description, kind, laid })
     }
 
@@ -132,10 +132,10 @@ impl Encoder {
 }
 
 /// One arm a kernel: with the one for its dense layers, and the one for attention.
-fn lay_out(description: &Description, tensors: Tensors, kind: KernelKind) -> Result<Arc<dyn Laid>, Error> {
+fn lay_out(description: &Description, tensors: &Tensors, kind: KernelKind) -> Result<Arc<dyn Laid>, Error> {
     fn network<D: Kernel, A: Float>(
         description: &Description,
-        tensors: Tensors,
+        tensors: &Tensors,
     ) -> Result<Arc<dyn Laid>, Error> {
         Ok(Arc::new(Network::<D, A>::new(description, tensors)?))
     }

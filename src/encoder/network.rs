@@ -2,7 +2,7 @@
 
 use super::Error;
 use super::buffer::Buffer;
-use super::config::{Description, Pooling};
+use super::config::{BertConfig, Description, Pooling};
 use super::kernel::{ALIGNMENT, Float, Kernel};
 use super::packed::Dense;
 use super::tensors::{Table, Tensors};
@@ -42,7 +42,6 @@ pub(super) struct Network<D: Kernel, A: Float> {
     pub(super) widths: Widths,
     pub(super) epsilon: f32,
     pub(super) pooling: Pooling,
-    pub(super) tensors: Tensors,
     pub(super) words: Table,
     /// Of each position, with the first token type's added.
     pub(super) positions: Buffer<f32>,
@@ -52,9 +51,10 @@ pub(super) struct Network<D: Kernel, A: Float> {
 }
 
 impl<D: Kernel, A: Float> Network<D, A> {
-    /// Lays out the weights of a mapped file.
-    pub(super) fn new(description: &Description, tensors: Tensors) -> Result<Self, Error> {
+    /// Lays out the weights of a file.
+    pub(super) fn new(description: &Description, tensors: &Tensors) -> Result<Self, Error> {
         let bert = &description.bert;
+        check(bert, tensors)?;
         let (hidden, heads) = (bert.hidden_size, bert.num_attention_heads);
         let head = (hidden / heads).next_multiple_of(32);
         let widths = Widths {
@@ -65,7 +65,7 @@ impl<D: Kernel, A: Float> Network<D, A> {
             context: (heads * head).next_multiple_of(ALIGNMENT),
             inner: bert.intermediate_size.next_multiple_of(ALIGNMENT),
         };
-        let reader = Reader { tensors: &tensors, widths, inner: bert.intermediate_size };
+        let reader = Reader { tensors, widths, inner: bert.intermediate_size };
         let mut layers = Vec::with_capacity(bert.num_hidden_layers);
         let mut next = Buffer::zeroed(widths.filled);
         // From the last one back: each norm wants to know the bias that comes after it.
@@ -73,18 +73,15 @@ impl<D: Kernel, A: Float> Network<D, A> {
             let (layer, bias) = reader.layer::<D>(&format!("encoder.layer.{number}."), next)?;
             layers.push(layer);
             next = bias;
-            tensors.forget_pages();
         }
         layers.reverse();
         let embedded = reader.norm("embeddings.LayerNorm", next)?;
         let positions = reader.positions(bert.max_position_embeddings)?;
         let words = tensors.table("embeddings.word_embeddings.weight", [bert.vocab_size, hidden])?;
-        tensors.forget_pages();
         Ok(Self {
             widths,
             epsilon: bert.layer_norm_eps,
             pooling: description.pooling,
-            tensors,
             words,
             positions,
             embedded,
@@ -92,6 +89,19 @@ impl<D: Kernel, A: Float> Network<D, A> {
             attention: std::marker::PhantomData,
         })
     }
+}
+
+/// Compares the sizes that a description claims with the tensors that there are, so that memory is asked for
+/// only as far as the file itself goes.
+fn check(bert: &BertConfig, tensors: &Tensors) -> Result<(), Error> {
+    let BertConfig { hidden_size: hidden, intermediate_size: inner, .. } = *bert;
+    tensors.check("embeddings.word_embeddings.weight", &[bert.vocab_size, hidden])?;
+    tensors.check("embeddings.position_embeddings.weight", &[bert.max_position_embeddings, hidden])?;
+    for number in (0..bert.num_hidden_layers).rev() {
+        let name = format!("encoder.layer.{number}.intermediate.dense.weight");
+        tensors.check(&name, &[inner, hidden])?;
+    }
+    Ok(())
 }
 
 /// Reads weights and fills them up.

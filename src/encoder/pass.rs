@@ -148,7 +148,7 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
                     unsafe { std::slice::from_raw_parts_mut(self.places.residual.add(row * filled), filled) };
                 to.copy_from_slice(&self.network.positions.as_slice()[position..][..filled]);
                 let id = self.batch.ids[row] as usize;
-                self.network.tensors.add_row(&self.network.words, id, &mut to[..hidden]);
+                self.network.words.add_row(id, &mut to[..hidden]);
             }
             // SAFETY: the same rows.
             unsafe { self.normalise(&self.network.embedded, rows.start, rows.len()) };

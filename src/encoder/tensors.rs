@@ -1,120 +1,157 @@
-//! Weights out of a memory-mapped safetensors file.
+//! Weights out of a safetensors file.
+//!
+//! The file is read and never mapped, so that nothing that happens to it later can harm a process that loaded it.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::Error;
 
-/// A mapped file of named tensors.
+/// Bytes before the header: its length.
+const LENGTH: u64 = 8;
+
+/// Bytes of a header at most, as safetensors has it.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// An open file of named tensors. Its header is read, and agrees with the file's length.
 pub(super) struct Tensors {
-    file: PathBuf,
-    map: Mmap,
+    path: PathBuf,
+    file: File,
+    header: Metadata,
+    /// Where the numbers begin in the file.
+    start: u64,
     prefix: &'static str,
 }
 
 impl Tensors {
-    /// Maps a file and reads its header.
-    pub(super) fn open(file: &Path) -> Result<Self, Error> {
-        let unreadable = |source| Error::Unreadable { file: file.to_owned(), source };
-        let opened = File::open(file).map_err(unreadable)?;
-        // SAFETY: the map is read-only. Somebody who writes into the file meanwhile gets wrong vectors, and
-        // who cuts it short ends the process, as with any mapped file; models are replaced, not changed.
-        let map = unsafe { Mmap::map(&opened) }.map_err(unreadable)?;
-        let mut tensors = Self { file: file.to_owned(), map, prefix: "" };
-        let view = tensors.view()?;
-        if view.names().iter().any(|name| name.starts_with("bert.")) {
-            tensors.prefix = "bert.";
+    /// Opens a file and reads its header.
+    pub(super) fn open(path: &Path) -> Result<Self, Error> {
+        let unreadable = |source| Error::Unreadable { file: path.to_owned(), source };
+        let malformed = |why: String| Error::Malformed { file: path.to_owned(), why };
+        let file = File::open(path).map_err(unreadable)?;
+        let whole = file.metadata().map_err(unreadable)?.len();
+        if whole < LENGTH {
+            return Err(malformed(format!("a file of {whole} bytes is no safetensors file")));
         }
-        Ok(tensors)
+        let mut length = [0; LENGTH as usize];
+        file.read_exact_at(&mut length, 0).map_err(unreadable)?;
+        let length = u64::from_le_bytes(length);
+        if length > MAX_HEADER.min(whole - LENGTH) {
+            let why = format!("its header would be {length} bytes long, and the file has {whole}");
+            return Err(malformed(why));
+        }
+        let mut text = vec![0; length as usize];
+        file.read_exact_at(&mut text, LENGTH).map_err(unreadable)?;
+        // This checks offsets too: each tensor begins where the one before it ends, and is as long as its shape.
+        let header: Metadata =
+            serde_json::from_slice(&text).map_err(|error| malformed(format!("its header: {error}")))?;
+        let start = LENGTH + length;
+        let promised = header.data_len() as u64;
+        if whole - start != promised {
+            let why = format!(
+                "it has {} bytes of weights, and its header says {promised}: it was cut, or is not whole yet",
+                whole - start
+            );
+            return Err(malformed(why));
+        }
+        let is_prefixed = header.offset_keys().iter().any(|name| name.starts_with("bert."));
+        let prefix = if is_prefixed { "bert." } else { "" };
+        Ok(Self { path: path.to_owned(), file, header, start, prefix })
     }
 
-    fn view(&self) -> Result<SafeTensors<'_>, Error> {
-        SafeTensors::deserialize(&self.map)
-            .map_err(|error| Error::Malformed { file: self.file.clone(), why: error.to_string() })
+    fn malformed(&self, why: String) -> Error {
+        Error::Malformed { file: self.path.clone(), why }
+    }
+
+    fn find(&self, name: &str) -> Result<(String, &TensorInfo), Error> {
+        let name = format!("{}{name}", self.prefix);
+        match self.header.info(&name) {
+            Some(info) => Ok((name, info)),
+            None => Err(self.malformed(format!("there is no tensor {name}"))),
+        }
+    }
+
+    /// Checks that there is a tensor of this shape, before memory is asked for.
+    pub(super) fn check(&self, name: &str, shape: &[usize]) -> Result<(), Error> {
+        self.shaped(name, shape).map(|_| ())
+    }
+
+    /// A tensor of this shape, and bytes of a number of it.
+    fn shaped(&self, name: &str, shape: &[usize]) -> Result<(&TensorInfo, usize), Error> {
+        let (name, info) = self.find(name)?;
+        if info.shape != shape {
+            return Err(self.malformed(format!("{name} is {:?} large, not {shape:?}", info.shape)));
+        }
+        match size(info.dtype) {
+            Some(size) => Ok((info, size)),
+            None => Err(self.malformed(format!("{name} is of type {:?}, not f32, f16 or bf16", info.dtype))),
+        }
+    }
+
+    /// The first so many bytes of a tensor.
+    fn bytes(&self, info: &TensorInfo, length: usize) -> Result<Vec<u8>, Error> {
+        let mut bytes = vec![0; length];
+        self.file
+            .read_exact_at(&mut bytes, self.start + info.data_offsets.0 as u64)
+            .map_err(|source| Error::Unreadable { file: self.path.clone(), source })?;
+        Ok(bytes)
     }
 
     /// A tensor as `f32`, row by row. Its shape must be as given.
     pub(super) fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
-        let malformed = |why| Error::Malformed { file: self.file.clone(), why };
-        let name = format!("{}{name}", self.prefix);
-        let view = self.view()?;
-        let tensor = view.tensor(&name).map_err(|error| malformed(format!("{name}: {error}")))?;
-        if tensor.shape() != shape {
-            return Err(malformed(format!("{name} is {:?} large, not {shape:?}", tensor.shape())));
-        }
-        numbers(tensor.dtype(), tensor.data())
-            .ok_or_else(|| malformed(format!("{name} is of type {:?}, not f32, f16 or bf16", tensor.dtype())))
+        let (info, _) = self.shaped(name, shape)?;
+        let (start, end) = info.data_offsets;
+        Ok(numbers(info.dtype, &self.bytes(info, end - start)?))
     }
 
     /// The first row of a tensor of rows, as `f32`.
     pub(super) fn read_first_row(&self, name: &str, width: usize) -> Result<Vec<f32>, Error> {
-        let malformed = |why| Error::Malformed { file: self.file.clone(), why };
-        let full = format!("{}{name}", self.prefix);
-        let view = self.view()?;
-        let tensor = view.tensor(&full).map_err(|error| malformed(format!("{full}: {error}")))?;
-        let rows = tensor.shape().first().copied().unwrap_or(0);
+        let (full, info) = self.find(name)?;
+        let rows = info.shape.first().copied().unwrap_or(0);
         if rows == 0 {
-            return Err(malformed(format!("{full} has no rows")));
+            return Err(self.malformed(format!("{full} has no rows")));
         }
-        let mut numbers = self.read(name, &[rows, width])?;
-        numbers.truncate(width);
-        Ok(numbers)
+        let (info, size) = self.shaped(name, &[rows, width])?;
+        Ok(numbers(info.dtype, &self.bytes(info, width * size)?))
     }
 
-    /// Where a table of rows lies, to read single rows of it from the map.
+    /// A table of rows, as it is in the file.
     pub(super) fn table(&self, name: &str, shape: [usize; 2]) -> Result<Table, Error> {
-        let malformed = |why| Error::Malformed { file: self.file.clone(), why };
-        let name = format!("{}{name}", self.prefix);
-        let view = self.view()?;
-        let tensor = view.tensor(&name).map_err(|error| malformed(format!("{name}: {error}")))?;
-        if tensor.shape() != shape {
-            return Err(malformed(format!("{name} is {:?} large, not {shape:?}", tensor.shape())));
-        }
-        let dtype = tensor.dtype();
-        let Some(bytes) = size(dtype) else {
-            return Err(malformed(format!("{name} is of type {dtype:?}, not f32, f16 or bf16")));
-        };
-        let start = tensor.data().as_ptr() as usize - self.map.as_ptr() as usize;
-        Ok(Table { start, dtype, rows: shape[0], row_bytes: shape[1] * bytes })
+        let (info, size) = self.shaped(name, &shape)?;
+        let (start, end) = info.data_offsets;
+        let bytes = self.bytes(info, end - start)?;
+        Ok(Table { bytes, dtype: info.dtype, rows: shape[0], row_bytes: shape[1] * size })
     }
+}
 
-    /// Adds a row of a table to as many numbers.
+/// A table whose rows are wanted one at a time: in the file's own type, which is never larger than `f32`.
+pub(super) struct Table {
+    bytes: Vec<u8>,
+    dtype: Dtype,
+    rows: usize,
+    row_bytes: usize,
+}
+
+impl Table {
+    /// Adds a row to as many numbers.
     ///
     /// # Panics
     ///
-    /// If the table is not of this file, or has no such row.
+    /// If there is no such row.
     #[inline]
-    pub(super) fn add_row(&self, table: &Table, row: usize, to: &mut [f32]) {
-        assert!(row < table.rows, "a row of the table");
-        let from = &self.map[table.start + row * table.row_bytes..][..table.row_bytes];
-        match table.dtype {
+    pub(super) fn add_row(&self, row: usize, to: &mut [f32]) {
+        assert!(row < self.rows, "a row of the table");
+        let from = &self.bytes[row * self.row_bytes..][..self.row_bytes];
+        match self.dtype {
             Dtype::F32 => add(to, from, f32::from_le_bytes),
             Dtype::F16 => add(to, from, |bytes| f32_of_f16(u16::from_le_bytes(bytes))),
             _ => add(to, from, |bytes: [u8; 2]| f32_of_bf16(u16::from_le_bytes(bytes))),
         }
     }
-
-    /// Lets go of the pages read so far; they come back from the file when they are wanted.
-    pub(super) fn forget_pages(&self) {
-        #[cfg(unix)]
-        // SAFETY: of a read-only map of a file, which is read again where it is wanted.
-        let advised = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
-        #[cfg(unix)]
-        if let Err(error) = advised {
-            tracing::debug!(%error, "cannot give back the pages of the weights");
-        }
-    }
-}
-
-/// A table of a mapped file: its place, type and size.
-pub(super) struct Table {
-    start: usize,
-    dtype: Dtype,
-    rows: usize,
-    row_bytes: usize,
 }
 
 fn add<const BYTES: usize>(to: &mut [f32], from: &[u8], number: impl Fn([u8; BYTES]) -> f32) {
@@ -123,6 +160,7 @@ fn add<const BYTES: usize>(to: &mut [f32], from: &[u8], number: impl Fn([u8; BYT
     }
 }
 
+/// Bytes of a number, of the types that are known.
 fn size(dtype: Dtype) -> Option<usize> {
     match dtype {
         Dtype::F32 => Some(4),
@@ -131,13 +169,13 @@ fn size(dtype: Dtype) -> Option<usize> {
     }
 }
 
-fn numbers(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+/// Numbers of a type that has a [`size`].
+fn numbers(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     let halves = || bytes.as_chunks::<2>().0.iter().map(|bytes| u16::from_le_bytes(*bytes));
     match dtype {
-        Dtype::F32 => Some(bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()),
-        Dtype::F16 => Some(halves().map(f32_of_f16).collect()),
-        Dtype::BF16 => Some(halves().map(f32_of_bf16).collect()),
-        _ => None,
+        Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
+        Dtype::F16 => halves().map(f32_of_f16).collect(),
+        _ => halves().map(f32_of_bf16).collect(),
     }
 }
 

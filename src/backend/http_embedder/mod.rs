@@ -2,18 +2,21 @@
 //!
 //! Texts go in batches within the provider's limits, several requests at a time, no faster than allowed.
 //! What a server says of a request may be one text's fault, and is told so that the indexer can find which;
-//! what it says of the key or the model is everybody's.
+//! what it says of the key or the model is everybody's ([`mod@refusal`] has the table). A text that the server
+//! finds too long is cut until the server takes it.
 
+mod address;
 mod provider;
 mod rate;
+mod refusal;
+mod texts;
 
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures::future::try_join_all;
-use reqwest::{StatusCode, Url, header};
-use serde_json::Value;
+use reqwest::Url;
 use tokio::sync::Semaphore;
 
 use crate::config::Settings;
@@ -24,9 +27,8 @@ use crate::pipeline::retry::Backoff;
 use crate::secret::{Secret, without_secrets};
 use provider::{Info, Limits, Provider, Purpose};
 use rate::Rate;
-
-/// Bytes that are taken for a token: more than languages have on average, so that limits hold.
-const BYTES_A_TOKEN: usize = 3;
+use refusal::refusal;
+use texts::{HALVINGS, SHORT, batches, cut, half, tokens};
 
 /// Tries of one request; the indexer sits out what lasts longer.
 const TRIES: u32 = 4;
@@ -37,11 +39,11 @@ const MAX_PAUSE: Duration = Duration::from_secs(20);
 /// Bytes of an answer at most: of 2,048 vectors of 4,096 numbers.
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
-/// Characters of an error's body that are told.
-const MAX_ERROR: usize = 500;
-
-/// What the server is asked when its vectors' length is not known.
+/// A text that is no server's business to refuse: what it is greeted with.
 const PROBE: &str = "refarch";
+
+/// How long the greeting may take; a server that is slower is not waited for at the start.
+const GREETING: Duration = Duration::from_secs(5);
 
 /// A server and a model of it, from which embedders are started.
 #[derive(Clone)]
@@ -57,8 +59,23 @@ pub struct Server {
     /// Length that is asked for; none for the model's own.
     asked: Option<usize>,
     dimensions: usize,
+    /// Whether it has embedded a text since it was opened.
+    has_answered: bool,
     limits: Limits,
     rate: Arc<Rate>,
+}
+
+/// Why a request came to nothing.
+struct Failure {
+    error: Error,
+    /// Whether the server refused what was sent, so that less of it may go through.
+    is_refusal: bool,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { error, is_refusal: false }
+    }
 }
 
 impl Server {
@@ -72,9 +89,8 @@ impl Server {
             (Provider::Pinecone, "") => &settings.index.controller,
             (_, address) => address,
         };
-        let base = Url::parse(address)
-            .map_err(|error| wrong(without_secrets(&format!("embedder.url = {address:?}: {error}"))))?;
-        let url = base.join(provider.path()).map_err(|error| wrong(error.to_string()))?;
+        let base = Url::parse(address).map_err(|error| wrong(format!("embedder.url: {error}")))?;
+        let url = address::embedding(&base, provider);
         let client = reqwest::Client::builder()
             .timeout(Duration::from_millis(set.timeout_ms))
             .user_agent(concat!("refarch/", env!("CARGO_PKG_VERSION")))
@@ -94,6 +110,7 @@ impl Server {
             signature: String::new(),
             asked: (set.dimensions > 0 && provider != Provider::Tei).then_some(set.dimensions),
             dimensions: set.dimensions,
+            has_answered: false,
             limits: provider.limits(),
             rate: Arc::new(Rate::new(set.requests_per_minute, set.tokens_per_minute)),
         };
@@ -107,22 +124,59 @@ impl Server {
             text_tokens: given(set.text_tokens, server.limits.text_tokens),
         };
         if server.dimensions == 0 {
-            server.dimensions = server.send(&[PROBE], Purpose::Passage).await?[0].len();
+            let made = server.send(&[PROBE], Purpose::Passage).await.map_err(at_the_start)?;
+            server.dimensions = made[0].len();
+            server.has_answered = true;
         }
         server.signature = format!("{}:{}@{}", provider.name(), server.model, server.dimensions);
         Ok(server)
     }
 
+    /// Asks the server to embed a harmless text, unless it has done so, so that a wrong key is told before any
+    /// work is taken. A server that is not up yet is not waited for here: the work is held for as long as it
+    /// is away.
+    pub async fn greet(&self) -> Result<()> {
+        if self.has_answered {
+            return Ok(());
+        }
+        tokio::time::sleep(self.rate.reserve(tokens(PROBE) as u64, Instant::now())).await;
+        let greeted = tokio::time::timeout(GREETING, self.once(&[PROBE], Purpose::Passage)).await;
+        let place = address::place(&self.url);
+        let slow = || {
+            let message = format!("{place} gave no answer within {} s", GREETING.as_secs());
+            Failure::from(Error::retryable("embed texts", message))
+        };
+        match greeted.unwrap_or_else(|_| Err(slow())) {
+            Ok(_) => Ok(()),
+            Err(Failure { error, .. }) if error.class == Class::Retryable => {
+                tracing::warn!(%error, "the embedding server does not answer yet; work is held until it does");
+                Ok(())
+            }
+            Err(failure) => Err(at_the_start(failure)),
+        }
+    }
+
     /// Takes the model's name and limits from a text-embeddings-inference server.
     async fn learn(&mut self, base: &Url) -> Result<()> {
-        let url = base.join("/info").map_err(|error| Error::fatal("use the embedder", error))?;
-        let request = self.provider.sign(self.client.get(url), self.api_key.expose());
-        let answer = request.send().await.map_err(|error| unanswered(&error))?;
-        // Servers that speak its protocol without this are as good.
-        let info: Info = if answer.status().is_success() {
-            answer.json().await.unwrap_or_default()
-        } else {
-            Info::default()
+        let url = address::info(base, self.provider);
+        let request = self.provider.sign(self.client.get(url.clone()), self.api_key.expose());
+        let answer = request.send().await.map_err(|error| unanswered(&error, &url))?;
+        let (status, headers) = (answer.status(), answer.headers().clone());
+        let body = answer.bytes().await.map_err(|error| unanswered(&error, &url))?;
+        // Servers that speak its protocol without this are as good. One that can't tell just now is not: by
+        // another name its model would be another model.
+        let info = match status.as_u16() {
+            200..=299 if body.trim_ascii_start().starts_with(b"{") => {
+                serde_json::from_slice(&body).map_err(|error| {
+                    let message = format!("what {} says is cut or no JSON: {error}", address::place(&url));
+                    Error::retryable("ask the embedding server for its model", message)
+                })?
+            }
+            200..=299 | 400 | 404 | 405 | 410 | 422 | 501 => Info::default(),
+            _ => {
+                let error = refusal(&url, self.api_key.expose(), status, &headers, &body);
+                return Err(Error { what: "ask the embedding server for its model".into(), ..error });
+            }
         };
         if self.model.is_empty() {
             self.model = if info.model_id.is_empty() { "unnamed".into() } else { info.model_id };
@@ -154,59 +208,65 @@ impl Server {
     }
 
     /// One request, a few times if need be.
-    async fn send(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>> {
+    async fn send(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>, Failure> {
         let tokens: usize = texts.iter().map(|text| tokens(text)).sum();
         let mut backoff = Backoff::default();
         loop {
             let wait = self.rate.reserve(tokens as u64, Instant::now());
             tokio::time::sleep(wait).await;
-            let error = match self.once(texts, purpose).await {
+            let failure = match self.once(texts, purpose).await {
                 Ok(vectors) => return Ok(vectors),
-                Err(error) => error,
+                Err(failure) => failure,
             };
-            let pause = backoff.next(&error, &BootClock);
-            if error.class != Class::Retryable || backoff.failures() >= TRIES || pause > MAX_PAUSE {
-                return Err(error);
+            let pause = backoff.next(&failure.error, &BootClock);
+            let is_over = backoff.failures() >= TRIES || pause > MAX_PAUSE;
+            if failure.error.class != Class::Retryable || is_over {
+                return Err(failure);
             }
             tokio::time::sleep(pause).await;
         }
     }
 
-    async fn once(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>> {
+    async fn once(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>, Failure> {
+        let lost = |error: reqwest::Error| unanswered(&error, &self.url);
         let body = self.provider.body(&self.model, texts, self.asked, purpose);
         let request = self.provider.sign(self.client.post(self.url.clone()), self.api_key.expose());
-        let mut answer = request.json(&body).send().await.map_err(|error| unanswered(&error))?;
-        let status = answer.status();
-        let retry_after = answer.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
-        let retry_after = retry_after.and_then(|text| text.trim().parse().ok()).map(Duration::from_secs);
+        let mut answer = request.json(&body).send().await.map_err(lost)?;
+        let (status, headers) = (answer.status(), answer.headers().clone());
         let mut read = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(|error| unanswered(&error))? {
+        while let Some(chunk) = answer.chunk().await.map_err(lost)? {
             read.extend_from_slice(&chunk);
             if read.len() > MAX_ANSWER {
-                return Err(Error::permanent("embed texts", "the answer is too long"));
+                let message = format!("the answer of {} is too long", address::place(&self.url));
+                return Err(Failure { error: Error::permanent("embed texts", message), is_refusal: true });
             }
         }
         if !status.is_success() {
-            return Err(Error { retry_after, ..refusal(status, &read) });
+            let error = refusal(&self.url, self.api_key.expose(), status, &headers, &read);
+            return Err(Failure { is_refusal: error.class == Class::Permanent, error });
         }
         let vectors = self.provider.read(&read).map_err(|error| {
-            Error::retryable(
-                "embed texts",
-                format!("the answer is not what {} has: {error}", self.provider.name()),
-            )
+            let message = format!(
+                "the answer of {} is not what {} has: {error}; are embedder.url and embedder.kind right?",
+                address::place(&self.url),
+                self.provider.name()
+            );
+            Error::retryable("embed texts", message)
         })?;
         if vectors.len() != texts.len() {
-            let message = format!("{} vectors came for {} texts", vectors.len(), texts.len());
-            return Err(Error::retryable("embed texts", message));
+            let place = address::place(&self.url);
+            let message = format!("{} vectors came from {place} for {} texts", vectors.len(), texts.len());
+            return Err(Error::retryable("embed texts", message).into());
         }
-        vectors.into_iter().map(|vector| self.checked(vector)).collect()
+        Ok(vectors.into_iter().map(|vector| self.checked(vector)).collect::<Result<_>>()?)
     }
 
     /// A vector of the right length, made a unit vector.
     fn checked(&self, mut vector: Vec<f32>) -> Result<Vec<f32>> {
         if self.dimensions > 0 && vector.len() != self.dimensions {
             let message = format!(
-                "the server's vectors have length {}, and {} is wanted: set embedder.dimensions to what the model gives, and run refarch migrate",
+                "vectors from {} have length {}, and {} is wanted: set embedder.dimensions to what the model gives, and run refarch migrate",
+                address::place(&self.url),
                 vector.len(),
                 self.dimensions
             );
@@ -223,72 +283,39 @@ impl Server {
     }
 }
 
-/// Classes a request that got no answer.
-fn unanswered(error: &reqwest::Error) -> Error {
-    if error.is_builder() {
-        return Error::fatal("embed texts", without_secrets(&error.to_string()));
+/// What goes wrong before any work was taken ends the role, unless it passes: a harmless text is no reason to
+/// refuse a request.
+fn at_the_start(failure: Failure) -> Error {
+    match failure.error {
+        error if error.class == Class::Permanent => Error {
+            class: Class::Fatal,
+            message: format!("{}; it was asked to embed the word {PROBE:?}", error.message),
+            ..error
+        },
+        error => error,
     }
-    let mut text = error.to_string();
+}
+
+/// Classes a request that got no answer.
+fn unanswered(error: &reqwest::Error, url: &Url) -> Error {
+    // The error's own text has the address with its query.
+    let mut text = format!("no answer from {}", address::place(url));
     let mut cause = std::error::Error::source(error);
+    if cause.is_none() {
+        text = format!(
+            "{text}: {}",
+            if error.is_timeout() { "it took too long" } else { "the answer broke off" }
+        );
+    }
     while let Some(inner) = cause {
         text = format!("{text}: {inner}");
         cause = inner.source();
     }
-    Error::retryable("embed texts", without_secrets(&text))
-}
-
-/// Classes an answer that is no success.
-fn refusal(status: StatusCode, body: &[u8]) -> Error {
-    let text = String::from_utf8_lossy(body);
-    let parsed: Value = serde_json::from_str(&text).unwrap_or_default();
-    let said = [parsed.pointer("/error/message"), parsed.get("error"), parsed.get("message")];
-    let said = said.into_iter().flatten().find_map(Value::as_str).unwrap_or(text.trim());
-    let said: String = said.chars().take(MAX_ERROR).collect();
-    let (class, fix) = match status {
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => (Class::Fatal, "; is embedder.api_key right?"),
-        StatusCode::NOT_FOUND => (Class::Fatal, "; are embedder.url and embedder.model right?"),
-        StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNPROCESSABLE_ENTITY => {
-            (Class::Permanent, "")
-        }
-        StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => (Class::Retryable, ""),
-        status if status.is_server_error() => (Class::Retryable, ""),
-        _ => (Class::Fatal, ""),
-    };
-    Error::new(class, "embed texts", format!("{status}: {said}{fix}"))
-}
-
-/// Tokens of a text, estimated.
-fn tokens(text: &str) -> usize {
-    text.len().div_ceil(BYTES_A_TOKEN).max(1)
-}
-
-/// As much of a text as a model reads.
-fn cut(text: &str, tokens: usize) -> &str {
-    let mut end = text.len().min(tokens.saturating_mul(BYTES_A_TOKEN));
-    while !text.is_char_boundary(end) {
-        end -= 1;
+    let text = without_secrets(&text);
+    if error.is_builder() {
+        return Error::fatal("embed texts", text);
     }
-    &text[..end]
-}
-
-/// Texts in batches within the limits; one that is beyond them by itself goes alone.
-fn batches<'a>(texts: &[&'a str], limits: Limits) -> Vec<Vec<&'a str>> {
-    let mut batches: Vec<Vec<&str>> = Vec::new();
-    let mut sum = 0;
-    for text in texts {
-        let more = tokens(text);
-        let fits =
-            batches.last().is_some_and(|batch| batch.len() < limits.texts && sum + more <= limits.tokens);
-        if !fits {
-            batches.push(Vec::new());
-            sum = 0;
-        }
-        sum += more;
-        if let Some(batch) = batches.last_mut() {
-            batch.push(text);
-        }
-    }
-    batches
+    Error::retryable("embed texts", text)
 }
 
 /// Embeds texts by a server.
@@ -299,10 +326,82 @@ pub struct HttpEmbedder {
 
 impl HttpEmbedder {
     /// One request, when it is its turn.
-    async fn one(&self, texts: Vec<&str>, purpose: Purpose) -> Result<Vec<Vec<f32>>> {
+    async fn one(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>, Failure> {
         // The semaphore is never closed.
         let _permit = self.requests.acquire().await;
-        self.server.send(&texts, purpose).await
+        self.server.send(texts, purpose).await
+    }
+
+    /// One batch. One that is refused, and has a text that may be too long, goes in parts.
+    async fn batch(&self, texts: Vec<&str>, purpose: Purpose) -> Result<Vec<Vec<f32>>> {
+        match self.one(&texts, purpose).await {
+            Ok(vectors) => Ok(vectors),
+            Err(failure) if failure.is_refusal && texts.iter().any(|text| text.len() > SHORT) => {
+                self.in_parts(&texts, purpose, failure.error).await
+            }
+            Err(failure) => Err(failure.error),
+        }
+    }
+
+    /// Halves of what was refused, and halves of those, until each text is embedded: by itself and shorter if
+    /// need be.
+    async fn in_parts(&self, texts: &[&str], purpose: Purpose, refused: Error) -> Result<Vec<Vec<f32>>> {
+        // A server that refuses everything is not asked for each text.
+        if let Err(failure) = self.one(&[PROBE], purpose).await {
+            return Err(if failure.is_refusal { refused } else { failure.error });
+        }
+        let mut vectors = Vec::with_capacity(texts.len());
+        let mut parts = vec![(texts, Some(refused))];
+        while let Some((part, refused)) = parts.pop() {
+            let refused = match refused {
+                Some(error) => error,
+                None => match self.one(part, purpose).await {
+                    Ok(made) => {
+                        vectors.extend(made);
+                        continue;
+                    }
+                    Err(failure) if failure.is_refusal => failure.error,
+                    Err(failure) => return Err(failure.error),
+                },
+            };
+            if let [text] = part {
+                vectors.push(self.shortened(text, purpose, refused).await?);
+            } else {
+                // The first half is worked first, so that vectors stay in the order of the texts.
+                let (first, second) = part.split_at(part.len() / 2);
+                parts.extend([(second, None), (first, None)]);
+            }
+        }
+        Ok(vectors)
+    }
+
+    /// A text that was refused by itself, halved until the server takes it.
+    async fn shortened(&self, text: &str, purpose: Purpose, refused: Error) -> Result<Vec<f32>> {
+        static TOLD: Once = Once::new();
+        let mut left = text;
+        for _ in 0..HALVINGS {
+            let Some(shorter) = half(left) else { break };
+            left = shorter;
+            match self.one(&[left], purpose).await {
+                Ok(mut made) => {
+                    TOLD.call_once(|| {
+                        tracing::warn!(
+                            refused = %refused.message,
+                            text.bytes = text.len(),
+                            sent.bytes = left.len(),
+                            "a text that the embedding server finds too long is cut, as are others from now on \
+                             without a warning; a lower embedder.text_tokens saves the requests that are refused"
+                        );
+                    });
+                    if let Some(vector) = made.pop() {
+                        return Ok(vector);
+                    }
+                }
+                Err(failure) if failure.is_refusal => {}
+                Err(failure) => return Err(failure.error),
+            }
+        }
+        Err(refused)
     }
 
     async fn all(&self, texts: &[Arc<str>], purpose: Purpose) -> Result<Vec<Embedding>> {
@@ -310,7 +409,7 @@ impl HttpEmbedder {
         let texts: Vec<&str> = texts.iter().map(|text| cut(text, limits.text_tokens)).collect();
         let mut requests = Vec::new();
         for batch in batches(&texts, limits) {
-            requests.push(self.one(batch, purpose));
+            requests.push(self.batch(batch, purpose));
         }
         let vectors = try_join_all(requests).await?;
         Ok(vectors.into_iter().flatten().map(Embedding::from).collect())
@@ -342,37 +441,5 @@ impl Embedder for HttpEmbedder {
     async fn embed_query(&self, text: &Arc<str>) -> Result<Embedding> {
         let mut vectors = self.all(std::slice::from_ref(text), Purpose::Query).await?;
         vectors.pop().ok_or_else(|| Error::retryable("embed a query", "no vector came"))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn batches_keep_to_the_limits_and_lose_nothing() {
-        let limits = Limits { texts: 3, tokens: 10, text_tokens: 100 };
-        let long = "x".repeat(60);
-        let texts = ["a", "b", "c", "d", &long, "e", "ffffffffffff", "gggggggggggggggggg"];
-        let made = batches(&texts, limits);
-        assert_eq!(made.concat(), texts);
-        assert_eq!(made.iter().map(Vec::len).collect::<Vec<_>>(), [3, 1, 1, 2, 1]);
-    }
-
-    #[test]
-    fn a_long_text_is_cut_between_characters() {
-        assert_eq!(cut("abcdef", 1), "abc");
-        assert_eq!(cut("ab\u{e9}d", 1), "ab");
-        assert_eq!(cut("ab", usize::MAX), "ab");
-    }
-
-    #[test]
-    fn only_what_is_said_of_the_request_can_be_a_texts_fault() {
-        let class = |status: u16| refusal(StatusCode::from_u16(status).unwrap(), b"{}").class;
-        assert!([400, 413, 422].into_iter().all(|status| class(status) == Class::Permanent));
-        assert!([408, 429, 500, 503].into_iter().all(|status| class(status) == Class::Retryable));
-        assert!([301, 401, 403, 404, 410].into_iter().all(|status| class(status) == Class::Fatal));
-        let said = refusal(StatusCode::BAD_REQUEST, br#"{"error":{"message":"too long"}}"#).to_string();
-        assert!(said.ends_with("400 Bad Request: too long"), "{said}");
     }
 }

@@ -83,10 +83,11 @@ impl Provider {
         }
     }
 
-    pub(super) fn path(self) -> &'static str {
+    /// What the address of a request ends in, and what stands before it if the server's address has no path.
+    pub(super) fn path(self) -> (&'static str, &'static str) {
         match self {
-            Self::OpenAi => "/v1/embeddings",
-            Self::Tei | Self::Pinecone => "/embed",
+            Self::OpenAi => ("/v1", "embeddings"),
+            Self::Tei | Self::Pinecone => ("", "embed"),
         }
     }
 

@@ -13,7 +13,8 @@
 //!
 //! - *before the opening is committed*: nothing happened. Told "failed" of an opening that was
 //!   committed, the worker does not know its attempt; attempts have names that the worker chose
-//!   beforehand, and what stands under its name and is not in its hand it disowns ([`Ledger::disown`]);
+//!   beforehand, and what stands under its name and is not in its hand it disowns
+//!   ([`disown`](crate::pipeline::ledger::Ledger::disown));
 //! - *between opening and writing, or amid writing*: the attempt stands, so the entry is open and is
 //!   neither dropped nor trusted by others. When the worker's session is gone, the attempt is swept
 //!   once everything that it may have sent has been applied: the id goes back into the outbox, and

@@ -1,5 +1,6 @@
 //! The encoder against a plain BERT, and against what candle makes of real texts by the real model.
 
+mod damage;
 mod reference;
 
 use std::path::{Path, PathBuf};
@@ -282,7 +283,7 @@ fn an_unfit_model_is_refused_with_its_reason() {
     refused("config.json", r#""bert"->"roberta""#, "only bert is known");
     refused("config.json", r#""absolute"->"relative_key""#, "only absolute is known");
     refused("config.json", r#""num_attention_heads":4->"num_attention_heads":3"#, "not a multiple");
-    refused("config.json", r#""num_hidden_layers":2->"num_hidden_layers":0"#, "a size is 0");
+    refused("config.json", r#""num_hidden_layers":2->"num_hidden_layers":0"#, "num_hidden_layers is 0");
     refused("config.json", "{", "EOF");
     refused("1_Pooling/config.json", r#"tokens":true->tokens":false"#, "only mean and CLS pooling");
     refused("model.safetensors", "not a model", "model.safetensors");
