@@ -181,7 +181,10 @@ pub struct Indexer {
 pub struct Serve {
     pub bind: SocketAddr,
     pub edit_token: Secret,
+    pub allowed_hosts: Vec<String>,
     pub page_size: u32,
+    pub max_connections: usize,
+    pub pool_size: usize,
 }
 
 /// `[up]`
