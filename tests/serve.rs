@@ -443,7 +443,9 @@ async fn behind_a_proxy_on_this_machine_it_has_a_name_and_edits_need_the_token()
         let tag = format!("\"{}\"", row["revision"].as_str().unwrap());
         server.client.delete(format!("{}/api/v1/products/{}", server.base, row["id"])).header("if-match", tag)
     };
-    for header in ["x-forwarded-for", "forwarded", "x-real-ip", "via", "x-forwarded-host", "x-forwarded-proto"] {
+    for header in
+        ["x-forwarded-for", "forwarded", "x-real-ip", "via", "x-forwarded-host", "x-forwarded-proto"]
+    {
         let (status, body) = answer(delete().header(header, "203.0.113.9").send().await.unwrap()).await;
         let (_, code, message) = refusal(status, &body);
         assert_eq!((status.as_u16(), code.as_str()), (403, "edits_off"), "{header}");

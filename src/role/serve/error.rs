@@ -73,7 +73,9 @@ impl From<Error> for Refusal {
                 Self::new(
                     StatusCode::SERVICE_UNAVAILABLE,
                     "unavailable",
-                    format!("a backend does not answer; try again; the log has more under request {request_id}"),
+                    format!(
+                        "a backend does not answer; try again; the log has more under request {request_id}"
+                    ),
                 )
             }
             Class::Fatal => {

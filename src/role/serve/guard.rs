@@ -100,7 +100,8 @@ impl Guard {
             None if hosts::is_local(host) => None,
             None => Some(format!("it was asked for as {host:?}, which is not a name of this machine's own")),
         };
-        let client = if peer.is_loopback() && by.is_some() { last_hop(headers).unwrap_or(peer) } else { peer };
+        let client =
+            if peer.is_loopback() && by.is_some() { last_hop(headers).unwrap_or(peer) } else { peer };
         Ok(Origin { host, client, near: peer.is_loopback() && forwarded.is_none(), forwarded })
     }
 
@@ -139,7 +140,8 @@ impl Guard {
                 Err(Refusal::new(StatusCode::TOO_MANY_REQUESTS, "too_many_tokens", message).after(seconds))
             }
             Some(Verdict::Wrong) | None => {
-                let message = "edits need the header Authorization: Bearer with the value of serve.edit_token";
+                let message =
+                    "edits need the header Authorization: Bearer with the value of serve.edit_token";
                 Err(Refusal::new(StatusCode::UNAUTHORIZED, "unauthorized", message))
             }
         }

@@ -35,10 +35,7 @@ impl Hosts {
         };
         let site = bare(rest);
         site == bare(host)
-            || self
-                .allowed
-                .iter()
-                .any(|allowed| !allowed.starts_with("*.") && fits(allowed, &site))
+            || self.allowed.iter().any(|allowed| !allowed.starts_with("*.") && fits(allowed, &site))
     }
 }
 
@@ -84,7 +81,8 @@ mod tests {
 
     #[test]
     fn names_are_allowed_with_any_port_or_one_and_below_a_star() {
-        let hosts = Hosts::new(true, &["Shop.example.com", "a.example:8443", "*.b.example"].map(String::from));
+        let hosts =
+            Hosts::new(true, &["Shop.example.com", "a.example:8443", "*.b.example"].map(String::from));
         for host in [
             "localhost",
             "localhost:3000",
@@ -97,8 +95,15 @@ mod tests {
         ] {
             assert!(hosts.allow(host), "{host}");
         }
-        for host in ["", "a.example", "a.example:1", "b.example", "xb.example", "evil-shop.example.com", "example.com"]
-        {
+        for host in [
+            "",
+            "a.example",
+            "a.example:1",
+            "b.example",
+            "xb.example",
+            "evil-shop.example.com",
+            "example.com",
+        ] {
             assert!(!hosts.allow(host), "{host}");
         }
     }

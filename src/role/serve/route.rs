@@ -100,11 +100,7 @@ pub fn router(app: Arc<App>, guard: Guard) -> Router {
         .with_state(app)
 }
 
-async fn time_out(
-    State(app): Shared,
-    request: axum::extract::Request,
-    next: middleware::Next,
-) -> Response {
+async fn time_out(State(app): Shared, request: axum::extract::Request, next: middleware::Next) -> Response {
     let watch = request.extensions().get::<Arc<Watch>>().cloned();
     if let Ok(response) = tokio::time::timeout(app.limits.request, next.run(request)).await {
         return response;

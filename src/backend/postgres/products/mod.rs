@@ -32,9 +32,10 @@ const COUNT_UP_TO: f32 = 200_000.0;
 /// Rows that pages of the table reach. A page further in would read every row before it.
 pub const LISTED: u64 = 10_000;
 
-/// What a reader is shown of a row. `xmin` changes with every write to it.
+/// What a reader is shown of a row, in the same form whatever the role's `DateStyle`. `xmin` changes with
+/// every write to it.
 const COLUMNS: &str = "p.id::bigint, p.name::text, p.sku::text, p.description, p.price::text, \
-                       p.last_updated::text, p.xmin::text";
+                       to_char(p.last_updated, 'YYYY-MM-DD'), p.xmin::text";
 
 /// A page of the table.
 #[derive(Debug)]
