@@ -964,6 +964,35 @@ async fn a_client_that_does_not_read_its_answer_is_let_go() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn answers_that_nobody_takes_fill_no_more_than_their_share_of_memory() {
+    let limits = Limits { answers_kib: 60_000, ..Limits::new(12) };
+    let server = Server::make(Made { limits, ..Made::default() }).await;
+    server
+        .sql
+        .batch_execute("INSERT INTO products_with_increment (description) SELECT repeat('lamp ', 100000) FROM generate_series(1, 100)")
+        .await
+        .unwrap();
+    let request = "GET /api/v1/products?per_page=100 HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    let mut slow = server.socket(request).await;
+    let mut some = [0; 1000];
+    slow.read_exact(&mut some).await.unwrap();
+    let large = || server.request(Method::GET, "/api/v1/products?per_page=100");
+    assert_eq!(refusal(large(), 503).await.0, "busy");
+    let (code, message) = refusal(
+        server.request(Method::POST, "/api/products").json(&json!({ "searchTerm": "x".repeat(70_000) })),
+        413,
+    )
+    .await;
+    assert!(code == "too_large" && message.contains("64 KiB"), "{message}");
+    server.get("/api/v1/status").await;
+    drop(slow);
+    common::eventually("the room to be free again", PATIENCE, async || {
+        large().send().await.unwrap().status() == StatusCode::OK
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn when_all_connections_are_taken_the_one_that_waits_longest_makes_room() {
     let patience = Bounds::new(0, 0).patience;
     let server = Server::make(Made { bounds: Bounds { connections: 16, patience }, ..Made::default() }).await;

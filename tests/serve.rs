@@ -516,3 +516,30 @@ async fn strangers_see_no_hosts_and_no_processes() {
     assert!(seen(false, None).await, "a program on this machine");
     server.stop().await;
 }
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_process_without_a_file_to_spare_says_so_once_and_answers_others() {
+    let server = Server::start().await;
+    let pid = server.child.id().unwrap();
+    let limit = async |files: &str| {
+        let done =
+            Command::new("prlimit").arg(format!("--pid={pid}")).arg(format!("--nofile={files}")).status();
+        assert!(done.await.unwrap().success());
+    };
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    limit(&format!("{}:", open + 2)).await;
+    let address = server.base.strip_prefix("http://").unwrap();
+    let mut waiting = Vec::new();
+    for _ in 0..10 {
+        let mut socket = TcpStream::connect(address).await.unwrap();
+        socket.write_all(b"GET / HT").await.unwrap();
+        waiting.push(socket);
+    }
+    let client = Client::builder().timeout(PATIENCE / 2).build().unwrap();
+    let answer = client.get(format!("{}/healthz", server.base)).send().await;
+    assert_eq!(answer.expect("an answer beside ten that wait").status(), StatusCode::OK);
+    drop(waiting);
+    limit("1000:").await;
+    server.stop().await;
+}

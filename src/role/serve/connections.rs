@@ -167,7 +167,7 @@ async fn converse(
         let answer = TowerToHyperService::new(router.clone()).call(request);
         async move {
             let Ok(response) = answer.await;
-            Ok::<_, Infallible>(response.map(|body| watched::answer(body, watch)))
+            Ok::<_, Infallible>(watched::answer(response, watch))
         }
     });
     let connection = http1::Builder::new()

@@ -18,7 +18,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use async_trait::async_trait;
+use axum::body::HttpBody as _;
 use axum::http::StatusCode;
+use axum::response::Response;
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -47,6 +49,13 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Searches at once; more wait for their turn, since each embeds on one thread.
 const SEARCHES: usize = 16;
+
+/// Answers that clients have yet to take, in KiB: a page of a hundred long texts is a hundred megabytes, and
+/// a client may be slow.
+const ANSWERS_KIB: u32 = 256 * 1024;
+
+/// Answers up to here need no room.
+const SMALL_ANSWER_KIB: u64 = 64;
 
 /// How long a request waits for its turn.
 const TURN: Duration = Duration::from_secs(5);
@@ -110,6 +119,8 @@ pub struct Limits {
     pub reads: usize,
     /// Edits at once.
     pub edits: usize,
+    /// KiB of answers that clients have yet to take.
+    pub answers_kib: u32,
 }
 
 impl Limits {
@@ -123,6 +134,7 @@ impl Limits {
             queries: (connections / 4).max(1),
             reads: (connections / 4).max(1),
             edits: (connections / 6).max(1),
+            answers_kib: ANSWERS_KIB,
         }
     }
 }
@@ -138,6 +150,7 @@ pub struct App {
     queries: Semaphore,
     reads: Semaphore,
     edits: Semaphore,
+    answers: Arc<Semaphore>,
     status: status::Cache,
     ready: ready::Cache,
     page_size: u64,
@@ -167,6 +180,7 @@ impl App {
             queries: Semaphore::new(limits.queries),
             reads: Semaphore::new(limits.reads),
             edits: Semaphore::new(limits.edits),
+            answers: Arc::new(Semaphore::new(limits.answers_kib as usize)),
             status: status::Cache::default(),
             ready: ready::Cache::default(),
             page_size: page_size.into(),
@@ -174,17 +188,28 @@ impl App {
         }
     }
 
+    /// Gives a large answer its room in memory, if there is any.
+    fn with_room(&self, mut response: Response) -> std::result::Result<Response, Refusal> {
+        let kib = response.body().size_hint().lower() / 1024;
+        if kib > SMALL_ANSWER_KIB {
+            let kib = u32::try_from(kib).unwrap_or(u32::MAX).min(self.limits.answers_kib);
+            let room = Arc::clone(&self.answers).try_acquire_many_owned(kib).map_err(|_| busy())?;
+            response.extensions_mut().insert(watched::Room::new(room));
+        }
+        Ok(response)
+    }
+
     /// A place among those that do the same, which is waited for a little.
     async fn turn<'a>(&self, places: &'a Semaphore) -> std::result::Result<SemaphorePermit<'a>, Refusal> {
         match tokio::time::timeout(self.limits.turn, places.acquire()).await {
             Ok(Ok(turn)) => Ok(turn),
-            _ => Err(Refusal::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "busy",
-                "too many requests at once; try again",
-            )),
+            _ => Err(busy()),
         }
     }
+}
+
+fn busy() -> Refusal {
+    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "busy", "too many requests at once; try again")
 }
 
 /// Takes the address of the settings.

@@ -21,6 +21,9 @@ use crate::product::Product;
 /// A request's greatest body: a description of a megabyte, and JSON's escapes.
 const MAX_BODY: usize = 2 * 1024 * 1024;
 
+/// The greatest body of a search, which anybody may send.
+const MAX_SEARCH_BODY: usize = 64 * 1024;
+
 /// Rows on a page of the reference architecture.
 const LEGACY_PAGE: u64 = 10;
 
@@ -50,7 +53,11 @@ impl From<JsonRejection> for Refusal {
         let (code, message) = match rejection.status() {
             StatusCode::PAYLOAD_TOO_LARGE => (
                 "too_large",
-                format!("the body is larger than {} MiB, the most that is read", MAX_BODY >> 20),
+                format!(
+                    "the body is too large: {} MiB of an edit and {} KiB of a search are read",
+                    MAX_BODY >> 20,
+                    MAX_SEARCH_BODY >> 10
+                ),
             ),
             StatusCode::UNSUPPORTED_MEDIA_TYPE => {
                 ("unsupported_media_type", "send JSON, with the header Content-Type: application/json".into())
@@ -81,7 +88,7 @@ pub fn router(app: Arc<App>, guard: Guard) -> Router {
         .route("/api/v1/products/{id}", get(read).patch(patch).delete(delete))
         .route("/api/v1/search", get(find))
         .route("/api/v1/status", get(status))
-        .route("/api/products", post(legacy_search))
+        .route("/api/products", post(legacy_search).layer(DefaultBodyLimit::max(MAX_SEARCH_BODY)))
         .route("/api/updateDescription", post(legacy_update))
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
@@ -103,7 +110,7 @@ pub fn router(app: Arc<App>, guard: Guard) -> Router {
 async fn time_out(State(app): Shared, request: axum::extract::Request, next: middleware::Next) -> Response {
     let watch = request.extensions().get::<Arc<Watch>>().cloned();
     if let Ok(response) = tokio::time::timeout(app.limits.request, next.run(request)).await {
-        return response;
+        return app.with_room(response).unwrap_or_else(IntoResponse::into_response);
     }
     if watch.is_some_and(|watch| watch.waits_for_body()) {
         let message = "the request's body did not come in time";

@@ -7,9 +7,11 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes, HttpBody};
+use axum::response::Response;
 use hyper::body::{Frame, Incoming, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::OwnedSemaphorePermit;
 
 /// A body that is late may be slow rather than dead for this long before its connection makes room for
 /// another.
@@ -225,11 +227,20 @@ impl HttpBody for Request {
     }
 }
 
-/// An answer's body as it goes out; when it is dropped, the next request is waited for.
+/// An answer's body as it goes out; when it is dropped, the next request is waited for. It goes out in
+/// pieces, so that it is not dropped before the client has taken most of it.
 struct Answer {
     inner: Body,
+    rest: Bytes,
     watch: Arc<Watch>,
+    _room: Option<Room>,
 }
+
+/// What an answer's bytes take of the memory that all answers may take together, until they have gone out.
+pub type Room = Arc<OwnedSemaphorePermit>;
+
+/// Bytes of a piece.
+const PIECE: usize = 64 * 1024;
 
 impl Drop for Answer {
     fn drop(&mut self) {
@@ -245,15 +256,30 @@ impl HttpBody for Answer {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.inner).poll_frame(context)
+        if self.rest.is_empty() {
+            let Some(frame) = ready!(Pin::new(&mut self.inner).poll_frame(context)) else {
+                return Poll::Ready(None);
+            };
+            match frame?.into_data() {
+                Ok(data) => self.rest = data,
+                Err(other) => return Poll::Ready(Some(Ok(other))),
+            }
+        }
+        let length = self.rest.len().min(PIECE);
+        Poll::Ready(Some(Ok(Frame::data(self.rest.split_to(length)))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.rest.is_empty() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        let (mut hint, rest) = (self.inner.size_hint(), self.rest.len() as u64);
+        if let Some(upper) = hint.upper() {
+            hint.set_upper(upper + rest);
+        }
+        hint.set_lower(hint.lower() + rest);
+        hint
     }
 }
 
@@ -262,8 +288,11 @@ pub fn request(inner: Incoming, watch: &Arc<Watch>) -> Body {
     Body::new(Request { inner, watch: Arc::clone(watch) })
 }
 
-/// An answer's body that tells `watch` when it has been taken.
-pub fn answer(inner: Body, watch: &Arc<Watch>) -> Body {
+/// An answer that tells `watch` when it has been taken, and then gives its room back.
+pub fn answer(response: Response, watch: &Arc<Watch>) -> Response {
     watch.enter(Phase::Answer);
-    Body::new(Answer { inner, watch: Arc::clone(watch) })
+    let (mut parts, inner) = response.into_parts();
+    let room = parts.extensions.remove::<Room>();
+    let answer = Answer { inner, rest: Bytes::new(), watch: Arc::clone(watch), _room: room };
+    Response::from_parts(parts, Body::new(answer))
 }
