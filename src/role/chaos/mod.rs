@@ -16,6 +16,7 @@ mod schedule;
 mod torment;
 mod writer;
 
+use std::fmt::Write as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -388,8 +389,11 @@ fn text(outcome: &Outcome) -> String {
         operated.migrations_refused,
         operated.fleets_of_two_configurations,
     );
-    let failures: String =
-        outcome.failures.iter().map(|failure| format!("failed           {failure}\n")).collect();
+    let failures = outcome.failures.iter().fold(String::new(), |mut text, failure| {
+        // Writing to a string can't fail.
+        let _ = writeln!(text, "failed           {failure}");
+        text
+    });
     let proved = outcome.proved_s.map_or_else(String::new, |s| format!("proved           after {s:.1} s\n"));
     let ended = if outcome.ended.is_empty() {
         String::new()

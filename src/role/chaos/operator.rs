@@ -174,7 +174,14 @@ impl Operator<'_> {
             // Nobody else may look after the fleet meanwhile: it would be started again.
             let mut crew = self.crew.lock().await;
             crew.stop().await?;
-            anyhow::ensure!(self.migrate().await?, "migrate refuses though no role runs: see migrate.log");
+            // One that was killed counts as running for a while.
+            let started = Instant::now();
+            while !self.migrate().await? {
+                anyhow::ensure!(
+                    started.elapsed() < PATIENCE,
+                    "migrate refuses though no role runs: see migrate.log"
+                );
+            }
         }
         self.done.migrations += 1;
         self.crew.lock().await.give_all_the_same_settings(self.lab.env()).await?;

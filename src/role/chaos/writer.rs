@@ -200,13 +200,13 @@ impl Writer {
     fn some_ids(&mut self, many: usize) -> Vec<i64> {
         let mut ids = Vec::new();
         for _ in 0..many.min(self.model.len()) {
-            let top = if self.dice.random() {
-                self.next_id
-            } else {
-                if self.next_id > WIDE { self.narrow } else { self.next_id }
+            // Keys from before and after the widening, either half of the time.
+            let keys = match self.next_id > WIDE {
+                true if self.dice.random() => WIDE..self.next_id,
+                true => 0..self.narrow,
+                false => 0..self.next_id,
             };
-            let from =
-                if top > WIDE { self.dice.random_range(WIDE..top) } else { self.dice.random_range(0..top) };
+            let from = self.dice.random_range(keys);
             let found = self.model.range(from..).next().or_else(|| self.model.iter().next());
             ids.extend(found.map(|(id, _)| *id));
         }
