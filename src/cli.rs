@@ -247,6 +247,12 @@ pub struct Chaos {
     /// The queue that changes travel on
     #[arg(long, value_enum, value_name = "KIND", default_value = "pgmq")]
     pub queue: ChaosQueue,
+    /// What turns text into vectors
+    #[arg(long, value_enum, value_name = "KIND", default_value = "minilm")]
+    pub embedder: ChaosEmbedder,
+    /// Only these kinds of faults, by commas; all unless given
+    #[arg(long, value_enum, value_name = "KINDS", value_delimiter = ',')]
+    pub faults: Vec<ChaosFault>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -259,6 +265,58 @@ pub enum ChaosIndex {
     Pinecone,
     /// pgvector, in the private database
     Pgvector,
+}
+
+/// The embedders that chaos can be tried on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ChaosEmbedder {
+    /// The model on this machine
+    Minilm,
+    /// A double of a server in this process, whose vectors mean nothing, and which can refuse every text
+    Double,
+}
+
+/// What chaos can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ChaosFault {
+    /// Processes are killed
+    Kill,
+    /// Processes are frozen for a while
+    Freeze,
+    /// The database crashes or is restarted
+    Restart,
+    /// Connections to the database are cut
+    Cut,
+    /// Messages are queued twice
+    Duplicate,
+    /// Messages are delayed
+    Delay,
+    /// Messages that are held can be received by others
+    Hurry,
+    /// The index fails more than usual
+    Storm,
+    /// The table is truncated
+    Truncate,
+    /// A column is added to the table and to the metadata
+    Metadata,
+    /// The embedded column is renamed for a while
+    Rename,
+    /// The key is widened
+    Widen,
+    /// The table is swapped for a copy
+    Swap,
+    /// Triggers are disabled for a while
+    Disable,
+    /// The database is put back to an earlier state (index outside the database)
+    Restore,
+    /// `refarch migrate` runs
+    Migrate,
+    /// Half of the fleet has other settings for a while
+    Configurations,
+    /// The queue is purged (sqs)
+    Purge,
+    /// The embedder refuses every text for a while (embedder double)
+    Refuse,
 }
 
 /// The queues that chaos can be tried on.

@@ -216,3 +216,61 @@ async fn a_person_searches_edits_and_sees_it_become_searchable() {
     assert!(roles.wait().await.unwrap().success());
     page.until("!document.querySelector('#banner').hidden").await;
 }
+
+#[tokio::test]
+async fn an_edit_asks_for_the_token_once_and_keeps_it_for_the_session() {
+    let database = Database::create().await;
+    assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
+    let client = database.client().await;
+    client
+        .batch_execute("INSERT INTO products_with_increment (id, name, description) VALUES (1, 'Kettle', 'An electric kettle')")
+        .await
+        .unwrap();
+    let port = common::free_port();
+    let mut roles = database
+        .refarch()
+        .args(["up", "--products", "0", "--workers", "1", "--bind", &format!("127.0.0.1:{port}")])
+        .env("REFARCH_SERVE_EDIT_TOKEN", "hush")
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let ready = format!("http://127.0.0.1:{port}/readyz");
+    common::eventually("the server to be ready", PATIENCE, async || {
+        reqwest::get(&ready).await.is_ok_and(|r| r.status().is_success())
+    })
+    .await;
+    let mut page = Page::open(&format!("http://127.0.0.1:{port}/")).await;
+    page.until("document.querySelectorAll('#rows tr').length === 1").await;
+    let edit = async |page: &mut Page, text: &str| {
+        page.eval(&format!("{FIRST}.querySelector('.c-name .cell').click()")).await;
+        page.eval("document.activeElement.select()").await;
+        page.type_text(text).await;
+        page.press("Enter").await;
+    };
+    edit(&mut page, "Samovar").await;
+    for token in ["guess", "hush"] {
+        page.until(
+            "document.querySelector('#token').open && document.querySelector('#token input').value === ''",
+        )
+        .await;
+        page.eval("document.querySelector('#token input').focus()").await;
+        page.type_text(token).await;
+        page.eval("document.querySelector('#token [value=use]').click()").await;
+    }
+    page.until(&format!("{FIRST}.status.textContent.startsWith('searchable')")).await;
+    edit(&mut page, "Teapot").await;
+    page.until(&format!(
+        "{FIRST}.status.textContent.startsWith('searchable') && {FIRST}.row.name === 'Teapot'"
+    ))
+    .await;
+    assert_eq!(page.eval("document.querySelector('#token').open").await, false, "it is asked for once");
+    let row = client.query_one("SELECT name FROM products_with_increment WHERE id = 1", &[]).await.unwrap();
+    assert_eq!(row.get::<_, &str>(0), "Teapot");
+    assert_eq!(page.eval("sessionStorage.getItem('token')").await, "hush");
+    assert_eq!(page.eval("localStorage.length").await, 0);
+    assert_eq!(page.eval("location.href.includes('hush')").await, false);
+
+    let pid = nix::unistd::Pid::from_raw(roles.id().unwrap() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(roles.wait().await.unwrap().success());
+}

@@ -4,6 +4,8 @@
 mod common;
 
 use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -15,12 +17,18 @@ use refarch::config::Settings;
 use refarch::pipeline::embedder::{Embedder, Embedding};
 use refarch::pipeline::failure::{Error, Result};
 use refarch::pipeline::index::{Listing, Match, Notes, Stored, VectorIndex, Writes};
-use refarch::role::serve::{App, Guard, Probe, router};
+use refarch::role::serve::{App, Bounds, Guard, Limits, Patience, Probe, router, serve};
 use refarch::secret::Secret;
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
 use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+
+/// Longer than anything here takes on a busy machine.
+const PATIENCE: Duration = Duration::from_mins(1);
 
 const TABLE: &str = include_str!("../src/backend/postgres/schema/products.sql");
 
@@ -64,11 +72,17 @@ impl Embedder for WordEmbedder {
 struct FlatIndex {
     vectors: Mutex<Vec<(String, Vec<f32>)>>,
     failing: Mutex<bool>,
+    refusing: AtomicBool,
+    asked: AtomicU32,
 }
 
 #[async_trait]
 impl VectorIndex for FlatIndex {
     async fn query(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        if self.refusing.load(Ordering::Relaxed) {
+            return Err(Error::permanent("search", "scripted: 10.0.0.7 can't read this"));
+        }
         if *self.failing.lock().unwrap() {
             return Err(Error::retryable("search", "scripted: the index at 10.0.0.7 is away"));
         }
@@ -121,6 +135,8 @@ impl VectorIndex for FlatIndex {
 struct ToldProbe {
     searchable: Mutex<HashSet<String>>,
     asked: Mutex<u32>,
+    faults: Mutex<Vec<String>>,
+    migrated: AtomicBool,
 }
 
 #[async_trait]
@@ -133,16 +149,52 @@ impl Probe for ToldProbe {
     async fn is_searchable(&self, id: &str) -> Result<bool> {
         Ok(self.searchable.lock().unwrap().contains(id))
     }
+
+    async fn check_target(&self) -> Result<()> {
+        if self.migrated.load(Ordering::Relaxed) {
+            return Err(Error::fatal("look for the index", "scripted: it is another one"));
+        }
+        Ok(())
+    }
+
+    async fn faults(&self) -> Result<Vec<String>> {
+        Ok(self.faults.lock().unwrap().clone())
+    }
+}
+
+/// How a server is made.
+struct Made<'a> {
+    /// What it thinks it is bound to; the tests reach it on loopback all the same.
+    address: &'a str,
+    token: &'a str,
+    hosts: &'a [&'a str],
+    limits: Limits,
+    bounds: Bounds,
+}
+
+impl Default for Made<'_> {
+    fn default() -> Self {
+        Self {
+            address: "127.0.0.1:3000",
+            token: "",
+            hosts: &[],
+            limits: Limits::new(12),
+            bounds: Bounds::new(0, 0),
+        }
+    }
 }
 
 /// A server on a free port over a database of its own.
 struct Server {
     url: String,
+    address: SocketAddr,
     database: Database,
     sql: Client,
     index: Arc<FlatIndex>,
     probe: Arc<ToldProbe>,
     http: reqwest::Client,
+    stop: CancellationToken,
+    serving: JoinHandle<()>,
 }
 
 impl Server {
@@ -151,8 +203,11 @@ impl Server {
         Self::start_as("127.0.0.1:3000", "").await
     }
 
-    /// A server that thinks it is bound to `address`; the tests reach it on loopback all the same.
-    async fn start_as(address: &str, edit_token: &str) -> Self {
+    async fn start_as(address: &str, token: &str) -> Self {
+        Self::make(Made { address, token, ..Made::default() }).await
+    }
+
+    async fn make(made: Made<'_>) -> Self {
         let database = Database::create().await;
         let sql = database.client().await;
         sql.batch_execute(TABLE).await.unwrap();
@@ -161,14 +216,30 @@ impl Server {
         let products = Products::new(postgres.pool, "public.products_with_increment");
         let index = Arc::new(FlatIndex::default());
         let probe = Arc::new(ToldProbe::default());
-        let app =
-            App::new(products, Arc::new(WordEmbedder), Arc::clone(&index) as _, Arc::clone(&probe) as _, 10);
-        let guard = Guard::new(address.parse().unwrap(), Secret::new(edit_token));
+        let app = App::new(
+            products,
+            Arc::new(WordEmbedder),
+            Arc::clone(&index) as _,
+            Arc::clone(&probe) as _,
+            10,
+            made.limits,
+        );
+        let hosts: Vec<String> = made.hosts.iter().map(|host| (*host).to_owned()).collect();
+        let guard = Guard::new(made.address.parse().unwrap(), Secret::new(made.token)).with_hosts(&hosts);
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        tokio::spawn(axum::serve(listener, router(Arc::new(app), guard)).into_future());
+        let address = listener.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let serving = tokio::spawn(serve(listener, router(Arc::new(app), guard), made.bounds, stop.clone()));
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
-        Self { url, database, sql, index, probe, http }
+        let url = format!("http://{address}");
+        Self { url, address, database, sql, index, probe, http, stop, serving }
+    }
+
+    /// A connection on which these bytes were sent.
+    async fn socket(&self, bytes: &str) -> TcpStream {
+        let mut socket = TcpStream::connect(self.address).await.unwrap();
+        socket.write_all(bytes.as_bytes()).await.unwrap();
+        socket
     }
 
     /// Adds a row, and its vector.
@@ -255,7 +326,7 @@ async fn the_table_is_listed_page_by_page() {
     let server = Server::start().await;
     assert_eq!(
         server.get("/api/v1/products").await,
-        json!({ "page": 1, "per_page": 10, "total": 0, "total_estimated": false, "rows": [] })
+        json!({ "page": 1, "per_page": 10, "pages": 1, "total": 0, "total_estimated": false, "rows": [] })
     );
     let mut added = Vec::new();
     for number in 0..23 {
@@ -276,7 +347,8 @@ async fn the_table_is_listed_page_by_page() {
 
     assert_eq!(ids(&server.get("/api/v1/products?page=3").await), added[20..]);
     assert_eq!(ids(&server.get("/api/v1/products?page=2&per_page=20").await), added[20..]);
-    assert!(ids(&server.get("/api/v1/products?page=1000000000").await).is_empty());
+    assert_eq!(first["pages"], 3);
+    assert!(ids(&server.get("/api/v1/products?page=1000").await).is_empty());
     for wrong in [
         "page=-1",
         "page=0",
@@ -298,17 +370,58 @@ async fn the_table_is_listed_page_by_page() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_large_table_is_not_counted_for_a_page() {
+async fn a_large_table_is_not_counted_for_a_page_nor_read_to_its_end() {
     let server = Server::start().await;
     server
         .sql
         .batch_execute("INSERT INTO products_with_increment (name) SELECT 'Lamp' FROM generate_series(1, 210000); ANALYZE products_with_increment")
         .await
         .unwrap();
-    let last = server.get("/api/v1/products?page=21000").await;
-    assert_eq!(last["total_estimated"], true);
+    let last = server.get("/api/v1/products?page=1000").await;
+    assert_eq!((&last["total_estimated"], &last["pages"]), (&json!(true), &json!(1000)));
     assert!((200_000..220_000).contains(&last["total"].as_i64().unwrap()), "{}", last["total"]);
-    assert_eq!(ids(&last), (209_991..=210_000).collect::<Vec<_>>());
+    assert_eq!(ids(&last), (9_991..=10_000).collect::<Vec<_>>());
+    // A page further in would read every row before it, so that a stranger could keep the database at it:
+    // the table is not even looked at.
+    let mut other = server.database.client().await;
+    let lock = other.transaction().await.unwrap();
+    lock.batch_execute("LOCK TABLE products_with_increment IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    for page in ["1001", "21000", "1000000000", "101&per_page=100"] {
+        let (code, message) =
+            refusal(server.request(Method::GET, &format!("/api/v1/products?page={page}")), 400).await;
+        assert_eq!(code, "bad_request");
+        assert!(message.contains("row 10000"), "{message}");
+    }
+    for page in [1001, 1_000_000_000] {
+        let (status, rows) =
+            server.post("/api/products", &json!({ "searchTerm": "", "currentPage": page })).await;
+        assert_eq!((status, rows), (StatusCode::OK, json!([])));
+    }
+    lock.rollback().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_looks_the_same_whatever_the_settings_of_the_database() {
+    let server = Server::start().await;
+    let settings = format!(
+        "ALTER DATABASE {name} SET datestyle = 'German'; ALTER DATABASE {name} SET statement_timeout = '1ms'; \
+         ALTER DATABASE {name} SET search_path = ''",
+        name = server.database.name()
+    );
+    let id = server.add("Lamp", "L-1", "A lamp").await;
+    server.sql.batch_execute(&settings).await.unwrap();
+    let row = server.get(&format!("/api/v1/products/{id}")).await;
+    assert_eq!(row["last_updated"], "2023-09-20");
+    assert_eq!(ids(&server.get("/api/v1/search?q=lamp").await), [id]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_past_every_ranking_asks_nobody() {
+    let server = Server::start().await;
+    server.add("Lamp", "L-1", "A lamp").await;
+    let found = server.get("/api/v1/search?q=lamp&page=1000000000").await;
+    assert_eq!((ids(&found), &found["has_next"]), (Vec::new(), &json!(false)));
+    assert_eq!(server.index.asked.load(Ordering::Relaxed), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -638,16 +751,39 @@ async fn readiness_tells_what_is_missing_and_nothing_of_the_inside() {
     assert_eq!(status("/readyz").await, 200);
 
     *server.index.failing.lock().unwrap() = true;
-    let (_, message) = refusal(server.request(Method::GET, "/readyz"), 503).await;
-    assert!(message.contains("index") && !message.contains("database"), "{message}");
+    let not_ready = async || {
+        common::eventually("a new look", PATIENCE, async || status("/readyz").await == 503).await;
+        let stranger = server.request(Method::GET, "/readyz").header("x-forwarded-for", "203.0.113.9");
+        (answer(server.request(Method::GET, "/readyz")).await.1, answer(stranger).await.1)
+    };
+    let (near, stranger) = not_ready().await;
+    assert_eq!(stranger["reasons"], json!(["index: it does not answer"]));
+    assert!(near["reasons"][0].as_str().unwrap().contains("10.0.0.7"), "{near}");
+    assert_eq!(near["error"]["code"], "not_ready");
     let (_, message) = refusal(server.request(Method::GET, "/api/v1/search?q=lamp"), 503).await;
     assert!(!message.contains("10.0.0.7"), "{message}");
     *server.index.failing.lock().unwrap() = false;
+    common::eventually("a new look", PATIENCE, async || status("/readyz").await == 200).await;
+
+    *server.probe.faults.lock().unwrap() = vec!["public.lamp is not captured".into()];
+    server.probe.migrated.store(true, Ordering::Relaxed);
+    let (near, stranger) = not_ready().await;
+    assert_eq!(
+        stranger["reasons"],
+        json!([
+            "schema: it is missing, or was migrated to another index",
+            "capture: not every change to the table is captured"
+        ])
+    );
+    assert_eq!(near["reasons"][1], "capture: public.lamp is not captured");
+    server.probe.faults.lock().unwrap().clear();
+    server.probe.migrated.store(false, Ordering::Relaxed);
+    common::eventually("a new look", PATIENCE, async || status("/readyz").await == 200).await;
 
     server.sql.batch_execute("DROP TABLE products_with_increment").await.unwrap();
     assert_eq!(status("/healthz").await, 200);
-    let (_, message) = refusal(server.request(Method::GET, "/readyz"), 503).await;
-    assert!(message.contains("database"), "{message}");
+    let (_, stranger) = not_ready().await;
+    assert_eq!(stranger["reasons"], json!(["database: the table cannot be read"]));
     let (_, message) = refusal(server.request(Method::GET, "/api/v1/products"), 500).await;
     assert!(!message.contains("products_with_increment"), "{message}");
 }
@@ -704,4 +840,220 @@ async fn the_page_uses_nothing_but_its_own_files() {
     }
     assert!(!pages.contains("http://") && !pages.contains("https://"));
     assert!(!pages.contains("innerHTML") && !pages.contains("style=\"") && !pages.contains(" onclick"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_asks_for_readiness_makes_little_work() {
+    let server = Server::start().await;
+    for _ in 0..50 {
+        assert_eq!(server.request(Method::GET, "/readyz").send().await.unwrap().status(), 200);
+    }
+    assert!(server.index.asked.load(Ordering::Relaxed) < 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_words_of_a_back_end_are_not_for_strangers() {
+    let server = Server::start().await;
+    server.index.refusing.store(true, Ordering::Relaxed);
+    let search = || server.request(Method::GET, "/api/v1/search?q=lamp");
+    let (_, message) = refusal(search(), 400).await;
+    assert!(message.contains("10.0.0.7"), "{message}");
+    let (_, message) = refusal(search().header("x-forwarded-for", "203.0.113.9"), 400).await;
+    assert!(!message.contains("10.0.0.7") && message.contains("log has more"), "{message}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_all_places_are_taken_others_are_told_to_come_again() {
+    let limits = Limits { reads: 1, turn: Duration::from_millis(50), ..Limits::new(12) };
+    let server = Server::make(Made { limits, ..Made::default() }).await;
+    server.add("Lamp", "L-1", "A lamp").await;
+    let mut other = server.database.client().await;
+    let lock = other.transaction().await.unwrap();
+    lock.batch_execute("LOCK TABLE products_with_increment IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let first = server.request(Method::GET, "/api/v1/products");
+    let first = tokio::spawn(async move { first.send().await.unwrap().status().as_u16() });
+    let mut after = String::new();
+    common::eventually("the one place to be taken", PATIENCE, async || {
+        let response = server.request(Method::GET, "/api/v1/products").send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        after = response.headers()["retry-after"].to_str().unwrap().to_owned();
+        response.json::<Value>().await.unwrap()["error"]["code"] == "busy"
+    })
+    .await;
+    assert_eq!(after, "1");
+    // What needs no place is answered meanwhile.
+    assert_eq!(server.get("/api/v1/status").await["source_rows"], 3);
+    lock.rollback().await.unwrap();
+    assert!([200, 503].contains(&first.await.unwrap()));
+    server.get("/api/v1/products").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_clients_ask_has_connections_and_time_of_its_own() {
+    let database = Database::create().await;
+    let settings = Settings::load(None, &[].into(), &[]).unwrap();
+    let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
+    let mut held = Vec::new();
+    for _ in 0..settings.database.pool_size {
+        held.push(postgres.client().await.unwrap());
+    }
+    let requests = postgres.for_requests(4, Duration::from_millis(200)).unwrap();
+    let client = requests.client().await.unwrap();
+    client.query("SELECT 1", &[]).await.unwrap();
+    let error = client.query("SELECT pg_sleep(600)::text", &[]).await.unwrap_err();
+    assert_eq!(error.code(), Some(&tokio_postgres::error::SqlState::QUERY_CANCELED));
+    // The pipeline's own statements take as long as they need.
+    held[0].query("SELECT pg_sleep(0.5)::text", &[]).await.unwrap();
+}
+
+/// Bounds in which a client soon has taken too long.
+fn strict(connections: usize) -> Bounds {
+    let soon = Duration::from_millis(300);
+    let patience = Patience { head: soon, idle: soon, write: soon, answer: PATIENCE };
+    Bounds { connections, patience }
+}
+
+/// Reads until the server closes the connection.
+async fn rest(socket: &mut TcpStream) -> String {
+    let mut text = Vec::new();
+    let read = tokio::time::timeout(PATIENCE, socket.read_to_end(&mut text)).await;
+    // A connection that is reset is closed too.
+    let _ = read.expect("the server closes the connection");
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_sends_nothing_more_is_let_go() {
+    let server = Server::make(Made { bounds: strict(100), ..Made::default() }).await;
+    for half in ["", "GET / HT", "GET / HTTP/1.1\r\nhost: localhost\r\n"] {
+        assert_eq!(rest(&mut server.socket(half).await).await, "", "{half:?}");
+    }
+    let mut idle = server.socket("GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
+    let answer = rest(&mut idle).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("ok\n"), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_does_not_come_is_waited_for_no_longer_than_a_request_may_take() {
+    let limits = Limits { request: Duration::from_millis(300), ..Limits::new(12) };
+    let server = Server::make(Made { limits, ..Made::default() }).await;
+    let head = "POST /api/v1/products HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
+                content-length: 100\r\n\r\n{";
+    let answer = rest(&mut server.socket(head).await).await;
+    assert!(answer.starts_with("HTTP/1.1 408") && answer.contains("slow_body"), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_does_not_read_its_answer_is_let_go() {
+    let server = Server::make(Made { bounds: strict(100), ..Made::default() }).await;
+    server
+        .sql
+        .batch_execute("INSERT INTO products_with_increment (description) SELECT repeat('lamp ', 100000) FROM generate_series(1, 100)")
+        .await
+        .unwrap();
+    let request = "GET /api/v1/products?per_page=100 HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    let mut socket = server.socket(request).await;
+    // The first bytes, and then nothing for longer than the server is patient.
+    let mut some = [0; 1000];
+    socket.read_exact(&mut some).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(rest(&mut socket).await.len() < 40_000_000);
+    // One that reads gets all of it.
+    let page = server.get("/api/v1/products?per_page=100").await;
+    assert_eq!(page["rows"].as_array().unwrap().len(), 100);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_nobody_takes_fill_no_more_than_their_share_of_memory() {
+    let limits = Limits { answers_kib: 60_000, ..Limits::new(12) };
+    let server = Server::make(Made { limits, ..Made::default() }).await;
+    server
+        .sql
+        .batch_execute("INSERT INTO products_with_increment (description) SELECT repeat('lamp ', 100000) FROM generate_series(1, 100)")
+        .await
+        .unwrap();
+    let request = "GET /api/v1/products?per_page=100 HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    let mut slow = server.socket(request).await;
+    let mut some = [0; 1000];
+    slow.read_exact(&mut some).await.unwrap();
+    let large = || server.request(Method::GET, "/api/v1/products?per_page=100");
+    assert_eq!(refusal(large(), 503).await.0, "busy");
+    let (code, message) = refusal(
+        server.request(Method::POST, "/api/products").json(&json!({ "searchTerm": "x".repeat(70_000) })),
+        413,
+    )
+    .await;
+    assert!(code == "too_large" && message.contains("64 KiB"), "{message}");
+    server.get("/api/v1/status").await;
+    drop(slow);
+    common::eventually("the room to be free again", PATIENCE, async || {
+        large().send().await.unwrap().status() == StatusCode::OK
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_all_connections_are_taken_the_one_that_waits_longest_makes_room() {
+    let patience = Bounds::new(0, 0).patience;
+    let server = Server::make(Made { bounds: Bounds { connections: 16, patience }, ..Made::default() }).await;
+    let mut waiting = Vec::new();
+    for _ in 0..40 {
+        waiting.push(server.socket("GET / HT").await);
+    }
+    let mut asks =
+        server.socket("GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await;
+    assert!(rest(&mut asks).await.ends_with("ok\n"));
+    assert_eq!(rest(&mut waiting[0]).await, "");
+    // The youngest may still ask.
+    let youngest = waiting.last_mut().unwrap();
+    let more = "TP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+    youngest.write_all(more.as_bytes()).await.unwrap();
+    assert!(rest(youngest).await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_stops_answers_what_it_was_asked_and_no_more() {
+    let server = Server::start().await;
+    let id = server.add("Lamp", "L-1", "A lamp").await;
+    let mut other = server.database.client().await;
+    let lock = other.transaction().await.unwrap();
+    lock.batch_execute("LOCK TABLE products_with_increment IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let request = server.request(Method::GET, &format!("/api/v1/products/{id}"));
+    let asked = tokio::spawn(async move { request.send().await.unwrap().status().as_u16() });
+    let waits =
+        "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'products_with_increment'::regclass";
+    common::eventually("the request to wait", PATIENCE, async || {
+        lock.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) == 1
+    })
+    .await;
+    let mut half = server.socket("GET / HT").await;
+    server.stop.cancel();
+    assert_eq!(rest(&mut half).await, "");
+    assert!(TcpStream::connect(server.address).await.is_err());
+    assert!(!server.serving.is_finished());
+    lock.rollback().await.unwrap();
+    assert_eq!(asked.await.unwrap(), 200);
+    tokio::time::timeout(PATIENCE, server.serving).await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_are_too_large_or_of_another_method_are_refused() {
+    let server = Server::start().await;
+    let long = "x".repeat(100_000);
+    let mut socket = server.socket(&format!("GET /api/v1/search?q={long} HTTP/1.1\r\n\r\n")).await;
+    let answer = rest(&mut socket).await;
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+    let head = server.request(Method::HEAD, "/api/v1/products").send().await.unwrap();
+    assert_eq!(head.status(), StatusCode::OK);
+    for (method, path) in
+        [(Method::OPTIONS, "/api/v1/products"), (Method::TRACE, "/"), (Method::POST, "/readyz")]
+    {
+        let response = server.request(method.clone(), path).send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::METHOD_NOT_ALLOWED, "{method} {path}");
+        assert!(response.headers().contains_key("allow"), "{method} {path}");
+    }
+    let mut twice = server
+        .socket("GET /healthz HTTP/1.1\r\nhost: localhost\r\nhost: evil.example\r\nconnection: close\r\n\r\n")
+        .await;
+    assert!(rest(&mut twice).await.starts_with("HTTP/1.1 400"));
 }

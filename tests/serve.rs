@@ -9,7 +9,9 @@ use std::time::Duration;
 use common::Database;
 use reqwest::{Client, Method, Response, StatusCode};
 use serde_json::{Value, json};
-use tokio::process::Child;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+use tokio::process::{Child, Command};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -28,6 +30,11 @@ impl Server {
     }
 
     async fn with(env: &[(&str, &str)]) -> Self {
+        Self::limited(env, None).await
+    }
+
+    /// As [`Self::with`], with so many open files at most.
+    async fn limited(env: &[(&str, &str)], files: Option<u32>) -> Self {
         let database = Database::create().await;
         let migrated = database.refarch().arg("migrate").output().await.unwrap();
         assert!(migrated.status.success(), "{}", String::from_utf8_lossy(&migrated.stderr));
@@ -37,6 +44,9 @@ impl Server {
         let mut command = database.refarch();
         command.args(["up", "--products", "0", "--workers", "1", "--bind", &format!("{bind}:{port}")]);
         command.envs(env.iter().filter(|(key, _)| *key != "REFARCH_SERVE_BIND").copied());
+        if let Some(files) = files {
+            command = with_few_files(&command, files);
+        }
         let child = command.stdout(Stdio::null()).spawn().unwrap();
         let base = format!("http://127.0.0.1:{port}");
         let client = Client::new();
@@ -103,6 +113,17 @@ impl Server {
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
         assert!(self.child.wait().await.unwrap().success());
     }
+}
+
+/// The same command in a shell that lowers the limit on open files first.
+fn with_few_files(command: &Command, files: u32) -> Command {
+    let command = command.as_std();
+    let mut limited = Command::new("bash");
+    limited.arg("-c").arg(format!("ulimit -n {files}; exec \"$0\" \"$@\""));
+    limited.arg(command.get_program()).args(command.get_args()).env_clear();
+    limited.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    limited.current_dir(command.get_current_dir().unwrap()).kill_on_drop(true);
+    limited
 }
 
 async fn answer(response: Response) -> (StatusCode, Value) {
@@ -388,5 +409,142 @@ async fn status_has_the_documented_keys() {
         server.get("/api/v1/status").await.1["freshness_ms"]["p50"].is_u64()
     })
     .await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn sockets_that_send_nothing_more_do_not_keep_others_out() {
+    let server = Server::limited(&[], Some(256)).await;
+    server.create("Kettle", "K-1", "text").await;
+    let address = server.base.strip_prefix("http://").unwrap();
+    let mut waiting = Vec::new();
+    for _ in 0..300 {
+        let mut socket = TcpStream::connect(address).await.unwrap();
+        socket.write_all(b"GET / HT").await.unwrap();
+        waiting.push(socket);
+    }
+    // A client of its own, since one that has a connection already would keep it.
+    for path in ["/healthz", "/api/v1/products", "/"] {
+        let client = Client::builder().timeout(PATIENCE / 2).build().unwrap();
+        let answer = client.get(format!("{}{path}", server.base)).send().await;
+        assert_eq!(answer.expect("an answer beside 300 that wait").status(), StatusCode::OK, "{path}");
+    }
+    drop(waiting);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn behind_a_proxy_on_this_machine_it_has_a_name_and_edits_need_the_token() {
+    let allowed = ("REFARCH_SERVE_ALLOWED_HOSTS", "shop.example.com");
+    let server = Server::with(&[allowed]).await;
+    let row = server.create("Kettle", "K-1", "text").await;
+    let get = |host: &str| server.client.get(format!("{}/api/v1/products", server.base)).header("host", host);
+    assert_eq!(get("shop.example.com").send().await.unwrap().status(), StatusCode::OK);
+    let (status, body) = answer(get("evil.example").send().await.unwrap()).await;
+    let (_, code, message) = refusal(status, &body);
+    assert_eq!((status.as_u16(), code.as_str()), (403, "forbidden_host"));
+    assert!(message.contains("evil.example") && message.contains("serve.allowed_hosts"), "{message}");
+    let delete = || {
+        let tag = format!("\"{}\"", row["revision"].as_str().unwrap());
+        server.client.delete(format!("{}/api/v1/products/{}", server.base, row["id"])).header("if-match", tag)
+    };
+    for header in
+        ["x-forwarded-for", "forwarded", "x-real-ip", "via", "x-forwarded-host", "x-forwarded-proto"]
+    {
+        let (status, body) = answer(delete().header(header, "203.0.113.9").send().await.unwrap()).await;
+        let (_, code, message) = refusal(status, &body);
+        assert_eq!((status.as_u16(), code.as_str()), (403, "edits_off"), "{header}");
+        assert!(message.contains(header) && message.contains("serve.edit_token"), "{message}");
+    }
+    assert_eq!(delete().header("host", "shop.example.com").send().await.unwrap().status(), 403);
+    assert_eq!(delete().send().await.unwrap().status(), 204, "a program on this machine may edit");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_token_that_is_set_is_demanded_everywhere_and_cannot_be_guessed() {
+    let server = Server::with(&[
+        ("REFARCH_SERVE_EDIT_TOKEN", "hush"),
+        ("REFARCH_SERVE_ALLOWED_HOSTS", "shop.example.com"),
+    ])
+    .await;
+    let body = json!({ "name": "x" });
+    let post = || server.client.post(format!("{}/api/v1/products", server.base)).json(&body);
+    assert_eq!(post().send().await.unwrap().status(), 401, "on loopback too");
+    let proxied = || {
+        post()
+            .header("host", "shop.example.com")
+            .header("origin", "https://shop.example.com")
+            .header("x-forwarded-for", "203.0.113.9")
+            .header("x-forwarded-proto", "https")
+    };
+    assert_eq!(proxied().send().await.unwrap().status(), 401);
+    assert_eq!(proxied().bearer_auth("hush").send().await.unwrap().status(), 201);
+    assert_eq!(post().bearer_auth("hush").send().await.unwrap().status(), 201);
+
+    let guess = async |client: &str, token: &str| {
+        let request = post().header("x-forwarded-for", client.to_owned()).bearer_auth(token);
+        request.send().await.unwrap()
+    };
+    let mut answers = Vec::new();
+    for number in 0..20 {
+        answers.push(guess("198.51.100.7", &number.to_string()).await);
+    }
+    let last = answers.pop().unwrap();
+    assert_eq!(last.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert!(last.headers()["retry-after"].to_str().unwrap().parse::<u64>().unwrap() >= 1);
+    assert_eq!(guess("198.51.100.7", "hush").await.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(guess("203.0.113.9", "hush").await.status(), StatusCode::CREATED, "others are not kept out");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn strangers_see_no_hosts_and_no_processes() {
+    let server = Server::with(&[("REFARCH_SERVE_EDIT_TOKEN", "hush")]).await;
+    let seen = async |forwarded: bool, token: Option<&str>| {
+        let mut request = server.client.get(format!("{}/api/v1/status", server.base));
+        if forwarded {
+            request = request.header("x-forwarded-for", "203.0.113.9");
+        }
+        if let Some(token) = token {
+            request = request.bearer_auth(token);
+        }
+        let (status, body) = answer(request.send().await.unwrap()).await;
+        assert_eq!(status, StatusCode::OK);
+        let workers = body["workers"].as_array().unwrap();
+        assert!(workers.len() == 3 && workers.iter().all(|worker| worker["role"].is_string()), "{body}");
+        ["worker_id", "host", "pid"].iter().all(|key| workers.iter().all(|worker| !worker[key].is_null()))
+    };
+    assert!(!seen(true, None).await, "a stranger");
+    assert!(!seen(true, Some("guess")).await, "a stranger who guesses");
+    assert!(seen(true, Some("hush")).await);
+    assert!(seen(false, None).await, "a program on this machine");
+    server.stop().await;
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_process_without_a_file_to_spare_says_so_once_and_answers_others() {
+    let server = Server::start().await;
+    let pid = server.child.id().unwrap();
+    let limit = async |files: &str| {
+        let done =
+            Command::new("prlimit").arg(format!("--pid={pid}")).arg(format!("--nofile={files}")).status();
+        assert!(done.await.unwrap().success());
+    };
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    limit(&format!("{}:", open + 2)).await;
+    let address = server.base.strip_prefix("http://").unwrap();
+    let mut waiting = Vec::new();
+    for _ in 0..10 {
+        let mut socket = TcpStream::connect(address).await.unwrap();
+        socket.write_all(b"GET / HT").await.unwrap();
+        waiting.push(socket);
+    }
+    let client = Client::builder().timeout(PATIENCE / 2).build().unwrap();
+    let answer = client.get(format!("{}/healthz", server.base)).send().await;
+    assert_eq!(answer.expect("an answer beside ten that wait").status(), StatusCode::OK);
+    drop(waiting);
+    limit("1000:").await;
     server.stop().await;
 }

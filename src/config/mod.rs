@@ -214,7 +214,10 @@ pub enum IndexCheck {
 pub struct Serve {
     pub bind: SocketAddr,
     pub edit_token: Secret,
+    pub allowed_hosts: Vec<String>,
     pub page_size: u32,
+    pub max_connections: usize,
+    pub pool_size: usize,
 }
 
 /// `[up]`

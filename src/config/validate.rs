@@ -9,6 +9,25 @@ use super::{ConfigError, EmbedderKind, IndexKind, QueueKind, Settings};
 /// Whether a key's value is good; if not, the value and what would be right.
 type Check<'a> = dyn Fn(bool, &str, &dyn fmt::Display, &str) -> Result<(), ConfigError> + 'a;
 
+/// Whether a text is a host's name, perhaps with a port, perhaps with `*.` before it.
+fn is_host(text: &str) -> bool {
+    let name = match text.rsplit_once(':') {
+        Some((name, port)) if !text.ends_with(']') => {
+            if port.parse::<u16>().is_err() {
+                return false;
+            }
+            name
+        }
+        _ => text,
+    };
+    let name = name.strip_prefix("*.").unwrap_or(name);
+    let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']'));
+    if let Some(address) = address {
+        return address.parse::<std::net::Ipv6Addr>().is_ok();
+    }
+    !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+}
+
 impl Settings {
     /// Checks every value, each with the place that it came from.
     pub(super) fn validate(&self, origins: &BTreeMap<String, String>) -> Result<(), ConfigError> {
@@ -87,6 +106,21 @@ impl Settings {
             &self.serve.page_size,
             "use 1 to 100",
         )?;
+        check(
+            (4..=200).contains(&self.serve.pool_size),
+            "serve.pool_size",
+            &self.serve.pool_size,
+            "use 4 to 200",
+        )?;
+        for host in &self.serve.allowed_hosts {
+            check(
+                is_host(host),
+                "serve.allowed_hosts",
+                host,
+                "use names as browsers ask for them, without http:// and path: shop.example.com, \
+                 shop.example.com:8443 or *.example.com",
+            )?;
+        }
         check(
             matches!(self.log.format.as_str(), "" | "text" | "json"),
             "log.format",

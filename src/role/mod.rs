@@ -31,7 +31,7 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCod
     let done = match command {
         Command::Verify(args) => return verify::run(&args, &settings).await,
         Command::Migrate(args) => return migrate::run(&args, &settings).await,
-        Command::Chaos(args) => return chaos::run(&args, &settings).await,
+        Command::Chaos(args) => return Box::pin(chaos::run(&args, &settings)).await,
         Command::Generate(args) => generate::run(&args, &settings).await,
         Command::Listen(args) => listen::run(&args, &settings).await,
         Command::Embed(args) => embed::run(&args, &settings).await,

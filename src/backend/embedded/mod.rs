@@ -150,14 +150,24 @@ impl Cluster {
     /// Stops the server as a crash would, or in good order, and starts it again. Its address stays
     /// what it was.
     pub async fn restart(&self, crash: bool) -> anyhow::Result<()> {
+        self.while_stopped(crash, |_| Ok(())).await
+    }
+
+    /// Stops the server, does something with its data directory, and starts it again.
+    pub async fn while_stopped(
+        &self,
+        crash: bool,
+        work: impl FnOnce(&Path) -> anyhow::Result<()> + Send + 'static,
+    ) -> anyhow::Result<()> {
         let place = self.place.clone();
         let dir = self.membership.dir().to_owned();
         // Nobody else may think that it has to be started.
         let transition = tokio::task::spawn_blocking(move || {
             let transition = Transition::begin(&dir)?;
-            let server = Server::new(place);
+            let server = Server::new(place.clone());
             let stopped = if crash { server.crash() } else { server.stop() };
             stopped?;
+            work(&place.data())?;
             anyhow::Ok(transition)
         })
         .await??;

@@ -35,6 +35,9 @@ use crate::secret::Secret;
 /// How long to wait for a connection of the pool: longer means that the pool is too small.
 const POOL_WAIT: Duration = Duration::from_secs(30);
 
+/// How long a request waits for a connection: its client waits too.
+const REQUEST_POOL_WAIT: Duration = Duration::from_secs(5);
+
 /// An encrypted stream to the server.
 type TlsStream = <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream;
 
@@ -62,18 +65,7 @@ impl Postgres {
             config.application_name("refarch");
         }
         config.keepalives_idle(Duration::from_secs(30));
-        let manager = Manager::from_config(
-            config.clone(),
-            tls.clone(),
-            ManagerConfig { recycling_method: RecyclingMethod::Fast },
-        );
-        let pool = Pool::builder(manager)
-            .max_size(settings.pool_size)
-            .runtime(Runtime::Tokio1)
-            .wait_timeout(Some(POOL_WAIT))
-            .create_timeout(Some(Duration::from_secs(settings.connect_timeout_s)))
-            .build()
-            .map_err(|error| Error::fatal("make a connection pool", error))?;
+        let pool = pool(&config, &tls, settings.pool_size, POOL_WAIT)?;
         Ok(Self { config, tls, pool, settings: connection::settings(0) })
     }
 
@@ -84,6 +76,14 @@ impl Postgres {
     pub fn waiting_for_the_disk(&self) -> Self {
         let settings = format!("{}; {}", self.settings, connection::WAIT_FOR_THE_DISK).into();
         Self { settings, ..self.clone() }
+    }
+
+    /// The same database through a pool of its own, for what clients ask: they then never take the
+    /// connections of the pipeline, and no statement of theirs takes longer than `statement_timeout`.
+    pub fn for_requests(&self, connections: usize, statement_timeout: Duration) -> Result<Self> {
+        let pool = pool(&self.config, &self.tls, connections, REQUEST_POOL_WAIT)?;
+        let settings = connection::settings(statement_timeout.as_millis());
+        Ok(Self { config: self.config.clone(), tls: self.tls.clone(), pool, settings })
     }
 
     /// Connects once, so that a wrong address or password is told at the start.
@@ -143,6 +143,22 @@ impl Postgres {
     {
         self.config.connect(self.tls.clone()).await
     }
+}
+
+fn pool(
+    config: &tokio_postgres::Config,
+    tls: &MakeRustlsConnect,
+    connections: usize,
+    wait: Duration,
+) -> Result<Pool> {
+    let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
+    Pool::builder(Manager::from_config(config.clone(), tls.clone(), recycling))
+        .max_size(connections)
+        .runtime(Runtime::Tokio1)
+        .wait_timeout(Some(wait))
+        .create_timeout(config.get_connect_timeout().copied())
+        .build()
+        .map_err(|error| Error::fatal("make a connection pool", error))
 }
 
 /// A connection of a pool, with the pool's own failures classed.

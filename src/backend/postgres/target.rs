@@ -274,3 +274,15 @@ pub(super) async fn find_table(
     transaction.batch_execute("SET LOCAL search_path = pg_catalog, pg_temp").await.map_err(fail)?;
     Ok(table)
 }
+
+/// Whether a target is still the one that is fed. A process that was started before `refarch migrate` made
+/// another one searches an index that nobody writes to.
+pub async fn is_active(postgres: &Postgres, target: i32) -> Result<bool> {
+    let row = postgres
+        .client()
+        .await?
+        .query_opt("SELECT FROM refarch.target WHERE id = $1 AND state = 'active'", &[&target])
+        .await
+        .map_err(|error| failure("look for the index", &error))?;
+    Ok(row.is_some())
+}

@@ -19,6 +19,10 @@ struct Hand {
     args: Vec<String>,
     child: Option<Child>,
     frozen_until: Option<Instant>,
+    /// Settings that differ from the others'.
+    differs: Vec<(String, String)>,
+    /// Whether it would not work under them.
+    sits_out: bool,
 }
 
 /// All of them.
@@ -28,6 +32,8 @@ pub struct Crew {
     dir: PathBuf,
     /// Processes that ended by themselves, which they must not.
     pub ended: Vec<String>,
+    /// Processes that would not work under settings that differ from the others'.
+    pub refused: u64,
 }
 
 impl Crew {
@@ -42,15 +48,11 @@ impl Crew {
                 args: args.iter().map(|arg| (*arg).to_owned()).collect(),
                 child: None,
                 frozen_until: None,
+                differs: Vec::new(),
+                sits_out: false,
             })
             .collect();
-        Self { hands, env, dir: dir.to_owned(), ended: Vec::new() }
-    }
-
-    /// How many there are.
-    #[must_use]
-    pub fn size(&self) -> usize {
-        self.hands.len()
+        Self { hands, env, dir: dir.to_owned(), ended: Vec::new(), refused: 0 }
     }
 
     /// Starts who does not run, lets go on who was frozen long enough, and notes who ended by itself.
@@ -62,10 +64,16 @@ impl Crew {
             if let Some(child) = &mut hand.child
                 && let Some(status) = child.try_wait()?
             {
-                self.ended.push(format!("{} ({status})", hand.name));
                 hand.child = None;
+                if hand.differs.is_empty() {
+                    self.ended.push(format!("{} ({status})", hand.name));
+                } else {
+                    // It says that its settings are not those of the schema; others work.
+                    self.refused += 1;
+                    hand.sits_out = true;
+                }
             }
-            if hand.child.is_none() {
+            if hand.child.is_none() && !hand.sits_out {
                 hand.start(&self.env, &self.dir)?;
             }
         }
@@ -80,6 +88,26 @@ impl Crew {
             child.kill().await?;
         }
         Ok(())
+    }
+
+    /// Starts every other process again with further settings.
+    pub async fn give_half_other_settings(&mut self, settings: &[(String, String)]) -> anyhow::Result<()> {
+        for at in (1..self.hands.len()).step_by(2) {
+            self.kill(at).await?;
+            self.hands[at].differs = settings.to_vec();
+        }
+        self.tend()
+    }
+
+    /// Starts all processes again with the same settings.
+    pub async fn give_all_the_same_settings(&mut self, env: Vec<(String, String)>) -> anyhow::Result<()> {
+        self.env = env;
+        for at in 0..self.hands.len() {
+            self.kill(at).await?;
+            self.hands[at].differs.clear();
+            self.hands[at].sits_out = false;
+        }
+        self.tend()
     }
 
     /// Freezes a process; [`Self::tend`] lets it go on.
@@ -121,7 +149,7 @@ impl Hand {
         let child = Command::new(program)
             .args(&self.args)
             .env_clear()
-            .envs(env.iter().map(|(name, value)| (name, value)))
+            .envs(env.iter().chain(&self.differs).map(|(name, value)| (name, value)))
             // No refarch.toml there, and no signals of our terminal.
             .current_dir(dir)
             .process_group(0)

@@ -3,11 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context as _;
 use tokio_postgres::Client;
 
 use super::double::Double;
+use super::embedder_double::{self, EmbedderDouble};
 use super::queue_double::QueueDouble;
 use super::schedule::MAX_LATE;
 use super::writer;
@@ -16,9 +18,15 @@ use crate::backend::embedded::{Cluster, Options};
 use crate::backend::postgres::Postgres;
 use crate::backend::sqs::{self, Sqs};
 use crate::backend::{self, model_dir};
-use crate::cli::{ChaosIndex, ChaosQueue};
-use crate::config::{EmbedderKind, IndexKind, QueueKind, Settings};
+use crate::cli::{ChaosEmbedder, ChaosIndex, ChaosQueue};
+use crate::config::{DEFAULTS, EmbedderKind, IndexKind, QueueKind, Settings};
 use crate::secret::Secret;
+
+/// The application's table.
+const PRODUCTS: &str = include_str!("../../backend/postgres/schema/products.sql");
+
+/// A round of the continuous proof: a minute.
+pub const PROOF_PERIOD_H: f64 = 1.0 / 60.0;
 
 /// Timeouts of the drill's roles: short, so that much happens in a minute.
 const VISIBILITY_S: u64 = 6;
@@ -35,9 +43,13 @@ pub struct Lab {
     pub double: Option<Double>,
     /// The queue, if it is the double.
     pub queue_double: Option<QueueDouble>,
+    /// The embedding server, if it is the double.
+    pub embedder_double: Option<EmbedderDouble>,
     /// Where logs are.
     pub dir: PathBuf,
     cluster: Cluster,
+    /// Columns that the roles send beside the vector; they get more.
+    metadata: Mutex<Vec<String>>,
 }
 
 impl Lab {
@@ -46,6 +58,7 @@ impl Lab {
         settings: &Settings,
         index: ChaosIndex,
         queue: ChaosQueue,
+        embedder: ChaosEmbedder,
         seed: u64,
     ) -> anyhow::Result<Self> {
         let runtime = std::path::absolute(&settings.runtime.dir)?;
@@ -66,6 +79,17 @@ impl Lab {
             settings.embedder = Settings::load(None, &BTreeMap::new(), &[])?.embedder;
         }
         settings.embedder.model = std::path::absolute(model_dir(&settings))?.display().to_string();
+        let embedder_double = match embedder {
+            ChaosEmbedder::Minilm => None,
+            ChaosEmbedder::Double => {
+                let double = EmbedderDouble::start().await.context("start the embedder double")?;
+                settings.embedder.kind = EmbedderKind::Openai;
+                settings.embedder.url = double.url();
+                settings.embedder.model = embedder_double::MODEL.into();
+                settings.embedder.dimensions = embedder_double::DIMENSIONS;
+                Some(double)
+            }
+        };
         settings.runtime.dir = runtime;
         settings.database.url = cluster.url().clone();
         settings.queue.visibility_s = VISIBILITY_S;
@@ -96,16 +120,43 @@ impl Lab {
                 Some(double)
             }
         };
+        // The key is narrow at first, as the reference architecture has it.
+        let client = writer::connect(cluster.url()).await?;
+        let narrow = "ALTER TABLE public.products_with_increment ALTER id TYPE integer";
+        client.batch_execute(&format!("{PRODUCTS}; {narrow}")).await.context("make the table")?;
         let postgres = Postgres::new(&settings.database.url, &settings.database)?;
         backend::migrate(&postgres, &settings).await?;
         postgres.pool.close();
-        Ok(Self { settings, double, queue_double, dir, cluster })
+        let metadata = Mutex::new(settings.source.metadata.clone());
+        Ok(Self { settings, double, queue_double, embedder_double, dir, cluster, metadata })
+    }
+
+    /// The roles' settings as they are now.
+    #[must_use]
+    pub fn settings_now(&self) -> Settings {
+        let mut settings = self.settings.clone();
+        settings.source.metadata = self.metadata();
+        settings
+    }
+
+    /// The columns that the roles send beside the vector now.
+    #[must_use]
+    pub fn metadata(&self) -> Vec<String> {
+        self.metadata.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sends a column more.
+    pub fn add_metadata(&self, column: &str) {
+        let mut metadata = self.metadata.lock().unwrap_or_else(PoisonError::into_inner);
+        if !metadata.iter().any(|there| there == column) {
+            metadata.push(column.into());
+        }
     }
 
     /// The environment of the roles.
     #[must_use]
     pub fn env(&self) -> Vec<(String, String)> {
-        let set = &self.settings;
+        let set = &self.settings_now();
         let mut env = vec![
             ("DATABASE_URL".to_owned(), set.database.url.expose().to_owned()),
             ("REFARCH_RUNTIME_DIR".to_owned(), set.runtime.dir.display().to_string()),
@@ -116,7 +167,20 @@ impl Lab {
             ("REFARCH_INDEXER_SETTLE_MS".to_owned(), SETTLE_MS.to_string()),
             ("REFARCH_INDEX_TIMEOUT_MS".to_owned(), TIMEOUT_MS.to_string()),
             ("REFARCH_LOG_LEVEL".to_owned(), set.log.level.clone()),
+            ("REFARCH_SOURCE_METADATA".to_owned(), set.source.metadata.join(",")),
         ];
+        if DEFAULTS.contains("\nperiod_h = ") {
+            env.push(("REFARCH_AUDIT_PERIOD_H".to_owned(), PROOF_PERIOD_H.to_string()));
+        }
+        if let Some(double) = &self.embedder_double {
+            for (name, value) in [
+                ("REFARCH_EMBEDDER_KIND", "openai"),
+                ("REFARCH_EMBEDDER_URL", &double.url()),
+                ("REFARCH_EMBEDDER_DIMENSIONS", &set.embedder.dimensions.to_string()),
+            ] {
+                env.push((name.to_owned(), value.to_owned()));
+            }
+        }
         if let Some(double) = &self.double {
             env.push(("REFARCH_INDEX_KIND".to_owned(), "pinecone".to_owned()));
             env.push(("REFARCH_INDEX_HOST".to_owned(), double.url()));
@@ -146,11 +210,11 @@ impl Lab {
     /// The backends, as the roles have them.
     pub async fn backends(&self, postgres: &Postgres) -> anyhow::Result<Backends> {
         let Some(double) = &self.queue_double else {
-            return Ok(Backends::open(postgres, &self.settings).await?);
+            return Ok(Backends::open(postgres, &self.settings_now()).await?);
         };
         let client = sqs::connect_to(&double.url());
         let queue = Sqs::open(client, postgres.clone(), backend::sqs_options(&self.settings)).await?;
-        Ok(Backends::with_queue(postgres, &self.settings, std::sync::Arc::new(queue)).await?)
+        Ok(Backends::with_queue(postgres, &self.settings_now(), std::sync::Arc::new(queue)).await?)
     }
 
     /// The database's address.
@@ -167,6 +231,14 @@ impl Lab {
     /// Restarts the database.
     pub async fn restart_database(&self, crash: bool) -> anyhow::Result<()> {
         self.cluster.restart(crash).await
+    }
+
+    /// Does something with the database's files while it is stopped.
+    pub async fn while_database_is_stopped(
+        &self,
+        work: impl FnOnce(&Path) -> anyhow::Result<()> + Send + 'static,
+    ) -> anyhow::Result<()> {
+        self.cluster.while_stopped(false, work).await
     }
 
     /// Removes everything; with `keep`, everything but the logs.

@@ -8,18 +8,23 @@
 
 mod crew;
 pub mod double;
+mod embedder_double;
 mod lab;
+mod operator;
 pub mod queue_double;
 mod schedule;
 mod torment;
 mod writer;
 
+use std::fmt::Write as _;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use serde::Serialize;
+use tokio::sync::{Mutex, RwLock, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::generate;
@@ -34,9 +39,10 @@ use crate::shutdown;
 use crew::Crew;
 use double::{Counts, Faults};
 use lab::Lab;
+use operator::{Operated, Operator};
 use queue_double::{QueueCounts, QueueFaults};
 use torment::{Done, Torment};
-use writer::{Model, Writer, Written};
+use writer::{Form, Model, Writer, Written};
 
 /// The roles that are tormented.
 const ROLES: &[&[&str]] = &[&["listen"], &["listen"], &["embed"], &["embed"]];
@@ -50,6 +56,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Rows whose vectors are compared.
 const SAMPLE: usize = 200;
 
+/// How long a round of the continuous proof may take, whose period is a minute here.
+const PROOF_WAIT: Duration = Duration::from_mins(6);
+
 /// How long the audit waits for what is under way.
 const WAIT: Duration = Duration::from_mins(2);
 
@@ -61,12 +70,20 @@ struct Outcome {
     products: u64,
     /// What was done to the system.
     faults: Done,
+    /// What was done to the database, as operators do.
+    operated: Operated,
+    /// Processes that would not work under other settings than the others'.
+    configurations_refused: u64,
     /// What the index did; none with pgvector.
     index: Option<Counts>,
     /// What the queue was asked and did; none with pgmq.
     queue: Option<QueueCounts>,
     /// What the application did.
     written: Written,
+    /// Why the application's statements failed, the first few.
+    failures: Vec<String>,
+    /// From the end of the faults until the continuous proof had been round; none without one.
+    proved_s: Option<f64>,
     /// From the end of the faults until nothing was under way.
     drained_s: f64,
     /// Changes in the dead letters.
@@ -83,7 +100,11 @@ struct Outcome {
 
 impl Outcome {
     fn code(&self) -> u8 {
-        let differs = self.report.differences() + self.dead_letters + self.table_differs + self.index_differs;
+        let differs = self.report.differences()
+            + self.dead_letters
+            + self.table_differs
+            + self.index_differs
+            + self.written.writes_failed;
         if differs > 0 || !self.ended.is_empty() {
             1
         } else if self.report.undecided > 0 {
@@ -97,7 +118,7 @@ impl Outcome {
 /// Runs the drill.
 pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
-    let lab = Lab::set_up(settings, args.index, args.queue, args.seed).await?;
+    let lab = Lab::set_up(settings, args.index, args.queue, args.embedder, args.seed).await?;
     let outcome = drill(args, &lab, &stop).await;
     let clean = outcome.as_ref().is_ok_and(|outcome| outcome.as_ref().is_none_or(|o| o.code() == 0));
     let dir = lab.dir.clone();
@@ -123,31 +144,48 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
     drop(client);
 
     let lasting = Duration::from_secs_f64(args.minutes * 60.0);
-    let mut crew = Crew::new(ROLES, lab.env(), &lab.dir);
-    let faults = schedule::schedule(args.seed, lasting, crew.size());
-    let mut writer = Writer::new(lab.url().clone(), args.seed).await?;
+    let crew = Mutex::new(Crew::new(ROLES, lab.env(), &lab.dir));
+    let faults = schedule::schedule(args.seed, lasting, ROLES.len(), &args.faults);
+    let form: Arc<RwLock<Form>> = Arc::default();
+    let mut writer = Writer::new(lab.url().clone(), args.seed, Arc::clone(&form)).await?;
     let truncate = AtomicBool::new(false);
-    let written_out = stop.child_token();
-    crew.tend()?;
+    let (over, written_out) = (stop.child_token(), stop.child_token());
+    crew.lock().await.tend()?;
     let progress = Progress::new("seconds of chaos", lasting.as_secs());
-    let mut torment = Torment { lab, crew: &mut crew, truncate: &truncate, done: Done::default() };
+    let (operations, ordered) = mpsc::unbounded_channel();
+    let mut torment = Torment { lab, crew: &crew, operations, truncate: &truncate, done: Done::default() };
+    let mut operator = Operator { lab, crew: &crew, form: &form, done: Operated::default() };
     let tormented = async {
         let result = torment.run(faults, lasting, stop, &progress).await;
+        over.cancel();
+        result
+    };
+    // The application writes until the table is as it was.
+    let operated = async {
+        let result = operator.run(ordered, &over).await;
         written_out.cancel();
         result
     };
-    let (tormented, wrote) =
-        tokio::join!(tormented, writer.run(&written_out, || truncate.swap(false, Ordering::Relaxed)));
-    let done = torment.done;
+    let (tormented, operated, wrote) = tokio::join!(
+        tormented,
+        operated,
+        writer.run(&written_out, || truncate.swap(false, Ordering::Relaxed))
+    );
+    let (done, operated_on) = (torment.done, operator.done);
     progress.finish();
     tormented?;
+    operated?;
     wrote?;
+    let mut crew = crew.into_inner();
 
     if let Some(double) = &lab.double {
         double.set_faults(Faults::default());
     }
     if let Some(double) = &lab.queue_double {
         double.set_faults(QueueFaults::default());
+    }
+    if let Some(double) = &lab.embedder_double {
+        double.refuse(Duration::ZERO);
     }
     crew.thaw_all();
     let counts = lab.double.as_ref().map(double::Double::counts);
@@ -159,8 +197,17 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
         return Ok(None);
     }
     let drained_s = quiet.elapsed().as_secs_f64();
+    let proved_s = match prove(&backends, &mut crew, stop).await? {
+        Proved::None => None,
+        Proved::Stopped => return Ok(None),
+        Proved::Round => Some(quiet.elapsed().as_secs_f64()),
+    };
+    // What the proof found is mended as everything else is.
+    if proved_s.is_some() && !drain(&backends, &mut crew, stop).await? {
+        return Ok(None);
+    }
 
-    let model = LoadedModel::load(&lab.settings).await?;
+    let model = LoadedModel::load(&lab.settings_now()).await?;
     let auditor = Auditor {
         ledger: &*backends.ledger,
         index: &*backends.index,
@@ -172,15 +219,19 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
     let report = auditor.run(&|_| {}).await?;
     let dead_letters = backends.queue.dead_letters().await?;
     crew.stop().await?;
-    let table = Writer::new(lab.url().clone(), 0).await?.model;
+    let table = Writer::new(lab.url().clone(), 0, Arc::default()).await?.model;
     let outcome = Outcome {
         seed: args.seed,
         minutes: args.minutes,
         products: args.products,
         faults: done,
+        operated: operated_on,
+        configurations_refused: crew.refused,
         index: counts,
         queue: queue_counts,
         written: writer.written,
+        failures: std::mem::take(&mut writer.failures),
+        proved_s,
         drained_s,
         dead_letters,
         ended: std::mem::take(&mut crew.ended),
@@ -190,6 +241,45 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
     };
     postgres.pool.close();
     Ok(Some(outcome))
+}
+
+/// What became of waiting for a round of the continuous proof.
+enum Proved {
+    /// A whole one was made since the faults ended.
+    Round,
+    /// There is no such proof.
+    None,
+    /// The drill was stopped.
+    Stopped,
+}
+
+/// Waits until the continuous proof has been round since now.
+async fn prove(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -> anyhow::Result<Proved> {
+    let ask = async |sql: &str| -> anyhow::Result<bool> {
+        let client = backends.postgres.client().await?;
+        Ok(client.query_one(sql, &[]).await.context("look for the continuous proof")?.get(0))
+    };
+    if !ask("SELECT to_regclass('refarch.proof_round') IS NOT NULL").await? {
+        return Ok(Proved::None);
+    }
+    let client = backends.postgres.client().await?;
+    let now = client.query_one("SELECT clock_timestamp()::text", &[]).await.context("ask the time")?;
+    let now: String = now.get(0);
+    drop(client);
+    let round =
+        format!("SELECT EXISTS (SELECT FROM refarch.proof_round WHERE began_at >= '{now}'::timestamptz)");
+    let started = Instant::now();
+    while !ask(&round).await? {
+        crew.tend()?;
+        anyhow::ensure!(
+            started.elapsed() < PROOF_WAIT,
+            "the continuous proof was not round within {PROOF_WAIT:?}"
+        );
+        if stop.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_none() {
+            return Ok(Proved::Stopped);
+        }
+    }
+    Ok(Proved::Round)
 }
 
 /// Waits until nothing is under way; false when stopped before.
@@ -285,6 +375,26 @@ fn text(outcome: &Outcome) -> String {
             queue.dropped, queue.entries_failed, queue.duplicated
         )
     });
+    let refused = outcome.configurations_refused;
+    let operated = outcome.operated;
+    let operations = format!(
+        "operators        {} columns added to the metadata, {} columns renamed, {} keys widened, {} tables swapped, {} times triggers disabled, {} databases restored, {} migrations ({} refused), {} fleets of two configurations ({refused} processes refused)\n",
+        operated.metadata_added,
+        operated.columns_renamed,
+        operated.keys_widened,
+        operated.tables_swapped,
+        operated.triggers_disabled,
+        operated.databases_restored,
+        operated.migrations,
+        operated.migrations_refused,
+        operated.fleets_of_two_configurations,
+    );
+    let failures = outcome.failures.iter().fold(String::new(), |mut text, failure| {
+        // Writing to a string can't fail.
+        let _ = writeln!(text, "failed           {failure}");
+        text
+    });
+    let proved = outcome.proved_s.map_or_else(String::new, |s| format!("proved           after {s:.1} s\n"));
     let ended = if outcome.ended.is_empty() {
         String::new()
     } else {
@@ -299,10 +409,13 @@ fn text(outcome: &Outcome) -> String {
         "chaos            {} minutes on {} products, seed {}\n\
          processes        {} kills, {} freezes\n\
          database         {} crashes, {} restarts, {} connections cut\n\
-         queue            {} messages duplicated, {} delayed, {} hurried\n\
-         {calls}{index}{ended}\
-         written          {} statements: {} rows inserted, {} updated, {} deleted, {} inserted again, {} truncations\n\
+         queue            {} messages duplicated, {} delayed, {} hurried, {} purged\n\
+         embedder         refused everything {} times\n\
+         {operations}{calls}{index}{ended}\
+         written          {} statements: {} rows inserted, {} updated, {} deleted, {} inserted again, {} truncations; {} failed\n\
+         {failures}\
          drained          in {:.1} s\n\
+         {proved}\
          {report}\
          dead letters     {}\n\
          writer's memory  {} rows otherwise in the table, {} records otherwise in the index\n\
@@ -318,12 +431,15 @@ fn text(outcome: &Outcome) -> String {
         faults.messages_duplicated,
         faults.messages_delayed,
         faults.messages_hurried,
+        faults.messages_purged,
+        faults.embedder_refusals,
         written.statements,
         written.inserted,
         written.updated,
         written.deleted,
         written.reinserted,
         written.truncations,
+        written.writes_failed,
         outcome.drained_s,
         outcome.dead_letters,
         outcome.table_differs,

@@ -6,7 +6,9 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
 use super::double::Faults;
+use super::operator::Operation;
 use super::queue_double::QueueFaults;
+use crate::cli::ChaosFault;
 
 /// Something that is done to the system.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,6 +31,39 @@ pub enum Fault {
     Storm(Faults, Duration),
     /// The table is truncated, and half of its rows are inserted again.
     Truncate,
+    /// Somebody operates on the database.
+    Operate(Operation),
+    /// The queue is purged.
+    Purge,
+    /// The embedder refuses every text for this long.
+    Refuse(Duration),
+}
+
+impl Fault {
+    /// What kind it is of.
+    fn kind(&self) -> ChaosFault {
+        match self {
+            Self::Kill(_) => ChaosFault::Kill,
+            Self::Freeze(..) => ChaosFault::Freeze,
+            Self::RestartDatabase { .. } => ChaosFault::Restart,
+            Self::CutConnections => ChaosFault::Cut,
+            Self::Duplicate => ChaosFault::Duplicate,
+            Self::Delay => ChaosFault::Delay,
+            Self::Hurry => ChaosFault::Hurry,
+            Self::Storm(..) => ChaosFault::Storm,
+            Self::Truncate => ChaosFault::Truncate,
+            Self::Operate(Operation::AddMetadata) => ChaosFault::Metadata,
+            Self::Operate(Operation::RenameColumn(_)) => ChaosFault::Rename,
+            Self::Operate(Operation::WidenKey) => ChaosFault::Widen,
+            Self::Operate(Operation::SwapTable) => ChaosFault::Swap,
+            Self::Operate(Operation::DisableTriggers(_)) => ChaosFault::Disable,
+            Self::Operate(Operation::Restore(_)) => ChaosFault::Restore,
+            Self::Operate(Operation::Migrate) => ChaosFault::Migrate,
+            Self::Operate(Operation::TwoConfigurations(_)) => ChaosFault::Configurations,
+            Self::Purge => ChaosFault::Purge,
+            Self::Refuse(_) => ChaosFault::Refuse,
+        }
+    }
 }
 
 /// How long a write to the double may be late: less than what the roles are told to wait.
@@ -69,13 +104,23 @@ pub fn usual_for_the_queue() -> QueueFaults {
 /// Makes a fault of one kind, for one of so many processes.
 type Make = fn(&mut StdRng, usize) -> Fault;
 
-/// Faults with the moments at which they come, in order; `processes` can be killed and frozen.
+fn seconds(dice: &mut StdRng, from: u64, to: u64) -> Duration {
+    Duration::from_millis(dice.random_range(from * 1_000..to * 1_000))
+}
+
+/// Faults with the moments at which they come, in order; `processes` can be killed and frozen. Only of the
+/// given kinds, if any are given; what comes of these and when is the same either way.
 #[must_use]
-pub fn schedule(seed: u64, lasting: Duration, processes: usize) -> Vec<(Duration, Fault)> {
+pub fn schedule(
+    seed: u64,
+    lasting: Duration,
+    processes: usize,
+    only: &[ChaosFault],
+) -> Vec<(Duration, Fault)> {
     let mut dice = StdRng::seed_from_u64(seed);
     let mut faults = Vec::new();
     // Mean seconds between two of a kind.
-    let kinds: [(f64, Make); 8] = [
+    let kinds: [(f64, Make); 16] = [
         (9.0, |dice, processes| Fault::Kill(dice.random_range(0..processes))),
         (15.0, |dice, processes| {
             let long = Duration::from_millis(dice.random_range(7_000..20_000));
@@ -90,6 +135,15 @@ pub fn schedule(seed: u64, lasting: Duration, processes: usize) -> Vec<(Duration
             let long = Duration::from_millis(dice.random_range(2_000..8_000));
             Fault::Storm(storm(dice), long)
         }),
+        // What operators do lasts, and comes one after the other.
+        (60.0, |dice, _| Fault::Operate(Operation::RenameColumn(seconds(dice, 2, 8)))),
+        (60.0, |dice, _| Fault::Operate(Operation::DisableTriggers(seconds(dice, 2, 6)))),
+        (90.0, |_, _| Fault::Operate(Operation::SwapTable)),
+        (90.0, |_, _| Fault::Operate(Operation::Migrate)),
+        (120.0, |dice, _| Fault::Operate(Operation::TwoConfigurations(seconds(dice, 5, 15)))),
+        (150.0, |dice, _| Fault::Operate(Operation::Restore(seconds(dice, 5, 20)))),
+        (90.0, |_, _| Fault::Purge),
+        (180.0, |_, _| Fault::Refuse(Duration::from_mins(1))),
     ];
     for (mean, make) in kinds {
         let mut at = 0.0;
@@ -104,6 +158,10 @@ pub fn schedule(seed: u64, lasting: Duration, processes: usize) -> Vec<(Duration
     }
     // Once, and early enough that a table worth the name is there at the end.
     faults.push((lasting.mul_f64(dice.random_range(0.2..0.5)), Fault::Truncate));
+    for once in [Operation::AddMetadata, Operation::WidenKey] {
+        faults.push((lasting.mul_f64(dice.random_range(0.1..0.6)), Fault::Operate(once)));
+    }
+    faults.retain(|(_, fault)| only.is_empty() || only.contains(&fault.kind()));
     faults.sort_by_key(|(at, _)| *at);
     faults
 }
@@ -129,16 +187,23 @@ fn storm(dice: &mut StdRng) -> Faults {
 
 #[cfg(test)]
 mod tests {
+    use clap::ValueEnum as _;
+
     use super::*;
 
     #[test]
     fn a_seed_decides_everything() {
         let long = Duration::from_mins(10);
-        let one = schedule(1, long, 4);
-        assert_eq!(one, schedule(1, long, 4));
-        assert_ne!(one, schedule(2, long, 4));
+        let one = schedule(1, long, 4, &[]);
+        assert_eq!(one, schedule(1, long, 4, &[]));
+        assert_ne!(one, schedule(2, long, 4, &[]));
         assert!(one.is_sorted_by_key(|(at, _)| *at));
         assert!(one.iter().any(|(_, fault)| matches!(fault, Fault::Truncate)));
         assert!(one.iter().any(|(_, fault)| matches!(fault, Fault::RestartDatabase { .. })));
+        for kind in ChaosFault::value_variants() {
+            let of_kind = schedule(1, long, 4, &[*kind]);
+            assert!(!of_kind.is_empty(), "{kind:?}");
+            assert!(of_kind.iter().all(|fault| one.contains(fault)), "{kind:?}");
+        }
     }
 }

@@ -3,10 +3,13 @@
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use tokio::sync::Mutex;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
 use super::crew::Crew;
 use super::lab::Lab;
+use super::operator::Operation;
 use super::schedule::{Fault, usual, usual_for_the_queue};
 use crate::role::progress::Progress;
 
@@ -26,6 +29,11 @@ pub struct Done {
     pub messages_delayed: u64,
     pub messages_hurried: u64,
     pub index_storms: u64,
+    /// Messages that a purge threw away.
+    pub messages_purged: u64,
+    pub purges: u64,
+    /// Times that the embedder refused every text.
+    pub embedder_refusals: u64,
 }
 
 /// Does the faults as they come due, until the last is over or `stop`.
@@ -33,7 +41,9 @@ pub struct Torment<'a> {
     /// Where.
     pub lab: &'a Lab,
     /// To whom.
-    pub crew: &'a mut Crew,
+    pub crew: &'a Mutex<Crew>,
+    /// To the operator.
+    pub operations: UnboundedSender<Operation>,
     /// Tells the writer to truncate.
     pub truncate: &'a std::sync::atomic::AtomicBool,
     /// What was done so far.
@@ -77,7 +87,7 @@ impl Torment<'_> {
                 double.set_faults(usual());
                 storm_until = None;
             }
-            self.crew.tend()?;
+            self.crew.lock().await.tend()?;
             progress.set(started.elapsed().as_secs());
             stop.run_until_cancelled(tokio::time::sleep(TICK)).await;
         }
@@ -87,11 +97,11 @@ impl Torment<'_> {
     async fn inflict(&mut self, fault: Fault) -> anyhow::Result<()> {
         match fault {
             Fault::Kill(at) => {
-                self.crew.kill(at).await?;
+                self.crew.lock().await.kill(at).await?;
                 self.done.kills += 1;
             }
             Fault::Freeze(at, long) => {
-                self.crew.freeze(at, long);
+                self.crew.lock().await.freeze(at, long);
                 self.done.freezes += 1;
             }
             Fault::RestartDatabase { crash } => {
@@ -140,6 +150,20 @@ impl Torment<'_> {
                          RETURNING 1) SELECT count(*) FROM sooner",
                     )
                     .await;
+            }
+            // One that has ended has nothing to do any more.
+            Fault::Operate(operation) => drop(self.operations.send(operation)),
+            Fault::Purge => {
+                if let Some(double) = &self.lab.queue_double {
+                    self.done.messages_purged += double.purge();
+                    self.done.purges += 1;
+                }
+            }
+            Fault::Refuse(long) => {
+                if let Some(double) = &self.lab.embedder_double {
+                    double.refuse(long);
+                    self.done.embedder_refusals += 1;
+                }
             }
             // Lasts, so that it is the loop's.
             Fault::Storm(..) => {}

@@ -1,12 +1,13 @@
 //! An application that writes at a steady rate, and remembers what must be searchable.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use serde::Serialize;
+use tokio::sync::RwLock;
 use tokio_postgres::{Client, NoTls};
 use tokio_util::sync::CancellationToken;
 
@@ -34,7 +35,33 @@ pub struct Written {
     pub truncations: u64,
     /// Statements of which the database did not say whether they were committed.
     pub unsure: u64,
+    /// Statements that failed although the database was there. There must be none: the application does
+    /// not know of us.
+    pub writes_failed: u64,
 }
+
+/// What the application must know of its table.
+#[derive(Debug)]
+pub struct Form {
+    /// The name of the column that is embedded.
+    pub description: String,
+    /// Whether the key takes what no integer holds.
+    pub is_wide: bool,
+    /// Whether the database was put back to an earlier state, of which the application has not heard.
+    pub was_restored: bool,
+}
+
+impl Default for Form {
+    fn default() -> Self {
+        Self { description: "description".into(), is_wide: false, was_restored: false }
+    }
+}
+
+/// The first key that no integer holds, but for some room.
+const WIDE: i64 = 3_000_000_000;
+
+/// Failures that are told of in words.
+const FAILURES: usize = 5;
 
 /// A row as it must be found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +82,12 @@ pub struct Writer {
     dice: StdRng,
     catalogue: Catalogue,
     next_id: i64,
+    /// Past the greatest key from when it was narrow.
+    narrow: i64,
     gone: Vec<i64>,
+    form: Arc<RwLock<Form>>,
+    /// Why statements failed, the first few.
+    pub failures: Vec<String>,
     /// What must be searchable.
     pub model: Model,
     /// What was done.
@@ -64,18 +96,21 @@ pub struct Writer {
 
 impl Writer {
     /// A writer with the table as it is.
-    pub async fn new(url: Secret, seed: u64) -> anyhow::Result<Self> {
+    pub async fn new(url: Secret, seed: u64, form: Arc<RwLock<Form>>) -> anyhow::Result<Self> {
         let mut writer = Self {
             url,
             client: None,
             dice: StdRng::seed_from_u64(seed),
             catalogue: Catalogue::new(seed),
             next_id: 1,
+            narrow: 1,
             gone: Vec::new(),
+            form,
+            failures: Vec::new(),
             model: Model::new(),
             written: Written::default(),
         };
-        writer.reread().await?;
+        writer.reread("description").await;
         Ok(writer)
     }
 
@@ -85,18 +120,31 @@ impl Writer {
         stop: &CancellationToken,
         mut truncate: impl FnMut() -> bool,
     ) -> anyhow::Result<()> {
+        let form = Arc::clone(&self.form);
         while !stop.is_cancelled() {
-            if truncate() {
-                self.truncate().await?;
-            } else {
-                self.step().await?;
+            let mut told = form.write().await;
+            if std::mem::take(&mut told.was_restored) {
+                self.client = None;
+                self.reread(&told.description).await;
             }
+            // While it writes, nobody gives the column another name.
+            let form = told.downgrade();
+            if truncate() {
+                self.truncate(&form).await;
+            } else {
+                self.step(&form).await;
+            }
+            drop(form);
             stop.run_until_cancelled(tokio::time::sleep(PAUSE)).await;
         }
         Ok(())
     }
 
-    async fn step(&mut self) -> anyhow::Result<()> {
+    async fn step(&mut self, form: &Form) {
+        if form.is_wide && self.next_id < WIDE {
+            (self.narrow, self.next_id) = (self.next_id, WIDE);
+        }
+        let description = &form.description;
         let kind = self.dice.random_range(0..100);
         let many = if self.dice.random_ratio(1, 60) { 150 } else { self.dice.random_range(1..6) };
         let ids = match kind {
@@ -115,48 +163,50 @@ impl Writer {
                 let ids = self.some_ids((many as usize).min(5));
                 self.written.deleted += ids.len() as u64;
                 self.gone.extend(&ids);
-                return self
-                    .commit("DELETE FROM public.products_with_increment WHERE id = ANY ($1)", &ids, None)
-                    .await;
+                let sql = "DELETE FROM public.products_with_increment WHERE id = ANY ($1::bigint[])";
+                return self.commit(form, sql, &ids, None).await;
             }
             _ => {
                 let ids = self.some_ids(many as usize);
                 self.written.updated += ids.len() as u64;
                 let products = self.products(&ids);
-                let sql = "UPDATE public.products_with_increment p SET name = u.name, description = u.description \
-                           FROM unnest($1::bigint[], $2::text[], $3::text[]) AS u(id, name, description) WHERE p.id = u.id";
-                return self.commit(sql, &ids, Some(products)).await;
+                let sql = format!(
+                    "UPDATE public.products_with_increment p SET name = u.name, {description} = u.text \
+                     FROM unnest($1::bigint[], $2::text[], $3::text[]) AS u(id, name, text) WHERE p.id = u.id"
+                );
+                return self.commit(form, &sql, &ids, Some(products)).await;
             }
         };
         let products = self.products(&ids);
-        let sql = "INSERT INTO public.products_with_increment (id, name, description) \
-                   SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[])";
-        self.commit(sql, &ids, Some(products)).await
+        self.commit(form, &insert(form), &ids, Some(products)).await;
     }
 
-    async fn truncate(&mut self) -> anyhow::Result<()> {
+    async fn truncate(&mut self, form: &Form) {
         self.written.truncations += 1;
         self.gone.extend(self.model.keys());
         self.gone.truncate(10_000);
         let ids: Vec<i64> = self.model.keys().copied().collect();
         // Half of the rows are back at once.
         let back: Vec<i64> = ids.iter().copied().step_by(2).collect();
-        self.commit("TRUNCATE public.products_with_increment", &[], None).await?;
+        self.commit(form, "TRUNCATE public.products_with_increment", &[], None).await;
         if self.model.is_empty() && !back.is_empty() {
             self.gone.retain(|id| !back.contains(id));
             self.written.reinserted += back.len() as u64;
             let products = self.products(&back);
-            let sql = "INSERT INTO public.products_with_increment (id, name, description) \
-                       SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[])";
-            self.commit(sql, &back, Some(products)).await?;
+            self.commit(form, &insert(form), &back, Some(products)).await;
         }
-        Ok(())
     }
 
     fn some_ids(&mut self, many: usize) -> Vec<i64> {
         let mut ids = Vec::new();
         for _ in 0..many.min(self.model.len()) {
-            let from = self.dice.random_range(0..self.next_id);
+            // Keys from before and after the widening, either half of the time.
+            let keys = match self.next_id > WIDE {
+                true if self.dice.random() => WIDE..self.next_id,
+                true => 0..self.narrow,
+                false => 0..self.next_id,
+            };
+            let from = self.dice.random_range(keys);
             let found = self.model.range(from..).next().or_else(|| self.model.iter().next());
             ids.extend(found.map(|(id, _)| *id));
         }
@@ -182,7 +232,7 @@ impl Writer {
 
     /// Runs a statement in a transaction of its own, and remembers what it did. Without `products`
     /// the ids go; without ids every row goes.
-    async fn commit(&mut self, sql: &str, ids: &[i64], products: Option<Vec<Product>>) -> anyhow::Result<()> {
+    async fn commit(&mut self, form: &Form, sql: &str, ids: &[i64], products: Option<Vec<Product>>) {
         self.written.statements += 1;
         let done = self.try_commit(sql, ids, products.as_deref()).await;
         let Err(error) = done else {
@@ -191,15 +241,19 @@ impl Writer {
                 None if sql.starts_with("TRUNCATE") => self.model.clear(),
                 None => self.model.retain(|id, _| ids.binary_search(id).is_err()),
             }
-            return Ok(());
+            return;
         };
-        if error.code().is_some_and(|code| !matches!(&code.code()[..2], "57" | "08" | "40" | "55" | "53")) {
-            return Err(error).context("the writer's statement is refused");
-        }
         // Whether it was committed, the table tells.
-        self.written.unsure += 1;
+        if is_away(&error) {
+            self.written.unsure += 1;
+        } else {
+            self.written.writes_failed += 1;
+            if self.failures.len() < FAILURES {
+                self.failures.push(format!("{:#}", anyhow::Error::from(error).context(sql.to_owned())));
+            }
+        }
         self.client = None;
-        self.reread().await
+        self.reread(&form.description).await;
     }
 
     async fn try_commit(
@@ -227,10 +281,10 @@ impl Writer {
     }
 
     /// Takes the table as it is for what must be searchable.
-    async fn reread(&mut self) -> anyhow::Result<()> {
+    async fn reread(&mut self, description: &str) {
         loop {
             // The database may be away for a while.
-            let Ok(model) = self.try_reread().await else {
+            let Ok(model) = self.try_reread(description).await else {
                 self.client = None;
                 tokio::time::sleep(RECONNECT).await;
                 continue;
@@ -238,22 +292,40 @@ impl Writer {
             self.next_id = self.next_id.max(model.keys().next_back().map_or(1, |last| last + 1));
             self.gone.retain(|id| !model.contains_key(id));
             self.model = model;
-            return Ok(());
+            return;
         }
     }
 
-    async fn try_reread(&mut self) -> Result<Model, tokio_postgres::Error> {
+    async fn try_reread(&mut self, description: &str) -> Result<Model, tokio_postgres::Error> {
         if self.client.is_none() {
             self.client = Some(connect(&self.url).await?);
         }
         let Some(client) = &self.client else { return Ok(Model::new()) };
-        let sql = "SELECT id, name, description FROM public.products_with_increment";
-        let rows = client.query(sql, &[]).await?;
+        let sql = format!("SELECT id::bigint, name, {description} FROM public.products_with_increment");
+        let rows = client.query(&sql, &[]).await?;
         Ok(rows
             .iter()
             .map(|row| (row.get(0), Product { name: row.get(1), description: row.get(2) }))
             .collect())
     }
+}
+
+/// The statement that adds rows.
+fn insert(form: &Form) -> String {
+    format!(
+        "INSERT INTO public.products_with_increment (id, name, {}) \
+         SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[])",
+        form.description
+    )
+}
+
+/// Whether the database is away: it crashes, is stopped, or has no connection to spare.
+fn is_away(error: &tokio_postgres::Error) -> bool {
+    error.code().is_none_or(|code| {
+        code.code().starts_with("08")
+            || code.code().starts_with("53")
+            || matches!(code.code(), "57P01" | "57P02" | "57P03" | "57P05")
+    })
 }
 
 /// A connection that ends with its client.

@@ -5,6 +5,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use super::viewer;
 use crate::pipeline::failure::{Class, Error};
 
 /// An answer that is not what was asked for. The body is `{"error": {"code", "message"}}`.
@@ -15,12 +16,19 @@ pub struct Refusal {
     message: String,
     /// Further keys of the body.
     extra: Option<(&'static str, Value)>,
+    /// Seconds after which to try again.
+    after: Option<u64>,
+}
+
+/// What leads whoever reports an answer to its line of the log; the reason stays there.
+fn request_id() -> String {
+    format!("{:08x}", rand::random::<u32>())
 }
 
 impl Refusal {
     /// A refusal with its status, a code for machines and a message for people.
     pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into(), extra: None }
+        Self { status, code, message: message.into(), extra: None, after: None }
     }
 
     /// 400: the request is wrong, and the message says what would be right.
@@ -39,23 +47,38 @@ impl Refusal {
         self.extra = Some((key, value));
         self
     }
+
+    /// Says when to try again.
+    #[must_use]
+    pub fn after(mut self, seconds: u64) -> Self {
+        self.after = Some(seconds);
+        self
+    }
 }
 
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
+        // The words of a back end may name its hosts, tables and texts.
+        if error.class == Class::Permanent && viewer::is_trusted() {
+            return Self::bad_request(error.to_string());
+        }
+        let request_id = request_id();
         match error.class {
-            Class::Permanent => Self::bad_request(error.to_string()),
+            Class::Permanent => {
+                tracing::warn!(request_id, %error, "request refused by a back end");
+                Self::bad_request(format!("this is refused; the log has more under request {request_id}"))
+            }
             Class::Retryable => {
-                tracing::warn!(%error, "request failed");
+                tracing::warn!(request_id, %error, "request failed");
                 Self::new(
                     StatusCode::SERVICE_UNAVAILABLE,
                     "unavailable",
-                    "a backend does not answer; try again",
+                    format!(
+                        "a backend does not answer; try again; the log has more under request {request_id}"
+                    ),
                 )
             }
             Class::Fatal => {
-                // The number leads whoever reports it to this line of the log; the reason stays here.
-                let request_id = format!("{:08x}", rand::random::<u32>());
                 tracing::error!(request_id, %error, "request failed");
                 Self::new(
                     StatusCode::INTERNAL_SERVER_ERROR,
@@ -78,8 +101,9 @@ impl IntoResponse for Refusal {
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        let after = self.after.or((self.status == StatusCode::SERVICE_UNAVAILABLE).then_some(1));
+        if let Some(seconds) = after {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
     }

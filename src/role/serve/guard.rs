@@ -1,6 +1,6 @@
 //! Who may ask, and who may write.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
@@ -9,50 +9,119 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 
+use super::connections::Peer;
 use super::error::Refusal;
+use super::hosts::{self, Hosts};
+use super::throttle::{Throttle, Verdict};
+use super::viewer;
 use crate::secret::Secret;
 
 /// Everything the page uses is its own; nothing inline.
 const CONTENT_SECURITY_POLICY: &str =
     "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'";
 
+/// Headers of which a proxy adds one. What comes through a proxy is not from this machine, whatever the
+/// connection says.
+const FORWARDING: [&str; 6] =
+    ["forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via"];
+
 /// The rules for one address.
 #[derive(Debug)]
 pub struct Guard {
     loopback: bool,
     edit_token: Secret,
+    hosts: Hosts,
+    throttle: Throttle,
+}
+
+/// What a request says of where it comes from.
+struct Origin<'a> {
+    host: &'a str,
+    /// The client's own address, as far as it can be known.
+    client: IpAddr,
+    /// Whether the client is a program on this machine.
+    near: bool,
+    /// Why it is not near although the connection comes from this machine.
+    forwarded: Option<String>,
 }
 
 impl Guard {
-    /// The rules for a server at this address.
+    /// The rules for a server at this address, which is asked under the names of loopback or, elsewhere,
+    /// any name.
     #[must_use]
     pub fn new(address: SocketAddr, edit_token: Secret) -> Self {
-        Self { loopback: address.ip().is_loopback(), edit_token }
+        let loopback = address.ip().is_loopback();
+        Self { loopback, edit_token, hosts: Hosts::new(loopback, &[]), throttle: Throttle::default() }
     }
 
-    fn check(&self, method: &Method, path: &str, headers: &HeaderMap) -> Result<(), Refusal> {
-        // A page elsewhere may point a name of its own at this machine (DNS rebinding): its requests
-        // then come here under that name.
-        if self.loopback && !header(headers, header::HOST).is_some_and(is_local) {
-            return Err(Refusal::new(
-                StatusCode::FORBIDDEN,
-                "forbidden_host",
-                "use http://localhost or http://127.0.0.1",
-            ));
-        }
+    /// The same rules for a server that is asked under these names too.
+    #[must_use]
+    pub fn with_hosts(mut self, hosts: &[String]) -> Self {
+        self.hosts = Hosts::new(self.loopback, hosts);
+        self
+    }
+
+    /// Whether the request may be answered, and whether its client may see everything.
+    fn check(
+        &self,
+        method: &Method,
+        path: &str,
+        headers: &HeaderMap,
+        peer: Option<IpAddr>,
+    ) -> Result<bool, Refusal> {
+        let origin = self.origin(headers, peer)?;
         // The reference architecture searches by POST.
         if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) || path == "/api/products" {
-            return Ok(());
+            return Ok(origin.near || self.token(headers, &origin) == Some(Verdict::Right));
         }
-        self.may_write(headers)
+        self.may_write(headers, &origin).map(|()| true)
     }
 
-    fn may_write(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+    fn origin<'a>(&self, headers: &'a HeaderMap, peer: Option<IpAddr>) -> Result<Origin<'a>, Refusal> {
+        let mut given = headers.get_all(header::HOST).iter();
+        let host = given.next().and_then(|host| host.to_str().ok()).unwrap_or_default();
+        if given.next().is_some() {
+            return Err(Refusal::bad_request("the request has two Host headers"));
+        }
+        // A page elsewhere may point a name of its own at this machine (DNS rebinding): its requests
+        // then come here under that name.
+        if !self.hosts.allow(host) {
+            let message = format!(
+                "this server does not answer to the name {host:?}: use http://localhost or http://127.0.0.1, \
+                 or add the name to serve.allowed_hosts"
+            );
+            return Err(Refusal::new(StatusCode::FORBIDDEN, "forbidden_host", message));
+        }
+        // A connection of which nothing is known is a stranger's.
+        let peer = peer.map_or(IpAddr::from([0, 0, 0, 0]), |peer| peer.to_canonical());
+        let by = FORWARDING.iter().find(|name| headers.contains_key(**name));
+        let forwarded = match by {
+            Some(name) => Some(format!("the header {name} says that it came through a proxy")),
+            None if hosts::is_local(host) => None,
+            None => Some(format!("it was asked for as {host:?}, which is not a name of this machine's own")),
+        };
+        let client =
+            if peer.is_loopback() && by.is_some() { last_hop(headers).unwrap_or(peer) } else { peer };
+        Ok(Origin { host, client, near: peer.is_loopback() && forwarded.is_none(), forwarded })
+    }
+
+    /// What comes of the token that a request bears; none without a token, or when none is set.
+    fn token(&self, headers: &HeaderMap, origin: &Origin<'_>) -> Option<Verdict> {
+        let given = header(headers, header::AUTHORIZATION)?.strip_prefix("Bearer ")?;
+        if self.edit_token.is_empty() {
+            return None;
+        }
+        // Hashes of equal length are compared, so that time tells nothing of the token.
+        let digest = |text: &str| Sha256::digest(text.as_bytes());
+        let right = digest(given) == digest(self.edit_token.expose());
+        Some(self.throttle.judge(origin.client, right))
+    }
+
+    fn may_write(&self, headers: &HeaderMap, origin: &Origin<'_>) -> Result<(), Refusal> {
         let foreign =
             || Refusal::new(StatusCode::FORBIDDEN, "cross_origin", "edits from another site are refused");
-        let host = header(headers, header::HOST).unwrap_or_default();
-        if let Some(origin) = header(headers, header::ORIGIN)
-            && origin.split_once("://").map(|(_, rest)| rest) != Some(host)
+        if let Some(site) = header(headers, header::ORIGIN)
+            && !self.hosts.is_own(site, origin.host)
         {
             return Err(foreign());
         }
@@ -60,21 +129,36 @@ impl Guard {
         if headers.get("sec-fetch-site").is_some_and(|site| site != "same-origin" && site != "none") {
             return Err(foreign());
         }
-        if self.loopback {
-            return Ok(());
-        }
         if self.edit_token.is_empty() {
-            let message = "edits are off: this server is not on loopback, and serve.edit_token is not set";
-            return Err(Refusal::new(StatusCode::FORBIDDEN, "edits_off", message));
+            return self.without_token(origin);
         }
-        let given = header(headers, header::AUTHORIZATION).and_then(|value| value.strip_prefix("Bearer "));
-        // Hashes of equal length are compared, so that time tells nothing of the token.
-        let digest = |text: &str| Sha256::digest(text.as_bytes());
-        if given.is_some_and(|given| digest(given) == digest(self.edit_token.expose())) {
-            return Ok(());
+        match self.token(headers, origin) {
+            Some(Verdict::Right) => Ok(()),
+            Some(Verdict::Wait(pause)) => {
+                let seconds = pause.as_secs() + 1;
+                let message = format!("too many wrong tokens; try again in {seconds} s");
+                Err(Refusal::new(StatusCode::TOO_MANY_REQUESTS, "too_many_tokens", message).after(seconds))
+            }
+            Some(Verdict::Wrong) | None => {
+                let message =
+                    "edits need the header Authorization: Bearer with the value of serve.edit_token";
+                Err(Refusal::new(StatusCode::UNAUTHORIZED, "unauthorized", message))
+            }
         }
-        let message = "edits need the header Authorization: Bearer with the value of serve.edit_token";
-        Err(Refusal::new(StatusCode::UNAUTHORIZED, "unauthorized", message))
+    }
+
+    /// While no token is set, programs on this machine may edit.
+    fn without_token(&self, origin: &Origin<'_>) -> Result<(), Refusal> {
+        let why = match &origin.forwarded {
+            _ if !self.loopback => "this server is not on loopback".to_owned(),
+            Some(reason) => format!("this request is not from this machine ({reason})"),
+            None if origin.near => return Ok(()),
+            None => "this request is not from this machine".to_owned(),
+        };
+        let message = format!(
+            "edits are off: {why}, and serve.edit_token is not set; set it, and send it with Authorization: Bearer"
+        );
+        Err(Refusal::new(StatusCode::FORBIDDEN, "edits_off", message))
     }
 }
 
@@ -82,20 +166,18 @@ fn header(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
     headers.get(name)?.to_str().ok()
 }
 
-/// Whether a Host header names this machine's loopback.
-fn is_local(host: &str) -> bool {
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
-        _ => host,
-    };
-    matches!(name, "localhost" | "127.0.0.1" | "[::1]")
+/// Whom a proxy on this machine had the request from: the last address, which it added itself.
+fn last_hop(headers: &HeaderMap) -> Option<IpAddr> {
+    let last = headers.get_all("x-forwarded-for").iter().next_back()?.to_str().ok()?;
+    last.rsplit(',').next()?.trim().parse().ok()
 }
 
 /// Checks every request, and gives every answer its headers.
 pub async fn watch(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
-    let checked = guard.check(request.method(), request.uri().path(), request.headers());
+    let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
+    let checked = guard.check(request.method(), request.uri().path(), request.headers(), peer);
     let mut response = match checked {
-        Ok(()) => next.run(request).await,
+        Ok(trusted) => viewer::answer_to(trusted, next.run(request)).await,
         Err(refusal) => refusal.into_response(),
     };
     let headers = response.headers_mut();
@@ -117,12 +199,19 @@ mod tests {
         headers: &[(&'static str, &str)],
     ) -> Result<(), &'static str> {
         let guard = Guard::new(address.parse().unwrap(), Secret::new(token));
+        judge(&guard, method, headers)
+    }
+
+    /// What becomes of a request over loopback.
+    fn judge(guard: &Guard, method: &Method, headers: &[(&'static str, &str)]) -> Result<(), &'static str> {
+        let peer = Some(IpAddr::from([127, 0, 0, 1]));
         let headers =
             headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
-        guard.check(method, "/api/v1/products", &headers).map_err(|refusal| {
+        guard.check(method, "/api/v1/products", &headers, peer).map(drop).map_err(|refusal| {
             match refusal.into_response().status().as_u16() {
                 401 => "unauthorized",
                 403 => "forbidden",
+                429 => "throttled",
                 _ => "other",
             }
         })
@@ -170,5 +259,65 @@ mod tests {
         assert_eq!(of("s", &[("authorization", "Bearer t")]), Err("unauthorized"));
         assert_eq!(of("s", &[("authorization", "Bearer s")]), Ok(()));
         assert_eq!(verdict("0.0.0.0:3000", "", &Method::GET, &[("host", "shop.example")]), Ok(()));
+    }
+
+    #[test]
+    fn a_token_that_is_set_is_demanded_on_loopback_too() {
+        let of = |headers: &[(&'static str, &str)]| {
+            let headers = [&[("host", "localhost:3000")], headers].concat();
+            verdict("127.0.0.1:3000", "s", &Method::DELETE, &headers)
+        };
+        assert_eq!(of(&[]), Err("unauthorized"));
+        assert_eq!(of(&[("authorization", "Bearer t")]), Err("unauthorized"));
+        assert_eq!(of(&[("authorization", "Bearer s")]), Ok(()));
+        assert_eq!(of(&[("authorization", "Bearer s"), ("x-forwarded-for", "203.0.113.9")]), Ok(()));
+    }
+
+    #[test]
+    fn what_comes_through_a_proxy_does_not_edit_by_the_grace_of_loopback() {
+        let guard = Guard::new("127.0.0.1:3000".parse().unwrap(), Secret::new(""))
+            .with_hosts(&["shop.example.com".into()]);
+        for name in FORWARDING {
+            let headers = [("host", "localhost:3000"), (name, "203.0.113.9")];
+            assert_eq!(judge(&guard, &Method::DELETE, &headers), Err("forbidden"), "{name}");
+            assert_eq!(judge(&guard, &Method::GET, &headers), Ok(()), "{name}");
+        }
+        let named = [("host", "shop.example.com")];
+        assert_eq!(judge(&guard, &Method::GET, &named), Ok(()));
+        assert_eq!(judge(&guard, &Method::DELETE, &named), Err("forbidden"));
+        assert_eq!(judge(&guard, &Method::DELETE, &[("host", "localhost:3000")]), Ok(()));
+    }
+
+    #[test]
+    fn behind_a_proxy_that_encrypts_the_page_may_edit_with_the_token() {
+        let guard = Guard::new("127.0.0.1:3000".parse().unwrap(), Secret::new("s"))
+            .with_hosts(&["shop.example.com".into()]);
+        let of = |host: &str, origin: &str| {
+            let headers = [("host", host), ("origin", origin), ("authorization", "Bearer s")];
+            judge(&guard, &Method::PATCH, &headers)
+        };
+        assert_eq!(of("shop.example.com", "https://shop.example.com"), Ok(()));
+        assert_eq!(of("shop.example.com:443", "https://shop.example.com"), Ok(()));
+        // The proxy may ask under the name that it knows us by.
+        assert_eq!(of("127.0.0.1:3000", "https://shop.example.com"), Ok(()));
+        assert_eq!(of("shop.example.com", "https://evil.example"), Err("forbidden"));
+        assert_eq!(of("127.0.0.1:3000", "https://evil.example"), Err("forbidden"));
+        assert_eq!(of("evil.example", "https://evil.example"), Err("forbidden"));
+    }
+
+    #[test]
+    fn wrong_tokens_are_soon_not_looked_at() {
+        let guard = Guard::new("127.0.0.1:3000".parse().unwrap(), Secret::new("s"));
+        let of = |client: &str, token: &str| {
+            let token = format!("Bearer {token}");
+            let headers =
+                [("host", "localhost"), ("x-forwarded-for", client), ("authorization", token.as_str())];
+            judge(&guard, &Method::DELETE, &headers)
+        };
+        let answers: Vec<_> = (0..20).map(|guess| of("1.2.3.4, 203.0.113.9", &guess.to_string())).collect();
+        assert_eq!(answers[0], Err("unauthorized"));
+        assert_eq!(answers[19], Err("throttled"));
+        assert_eq!(of("5.6.7.8, 203.0.113.9", "s"), Err("throttled"), "a client can't choose its address");
+        assert_eq!(of("203.0.113.10", "s"), Ok(()));
     }
 }

@@ -1,37 +1,64 @@
 //! `refarch serve`: the page, and the HTTP API that it uses.
 
 mod asset;
+mod connections;
 mod error;
 mod guard;
+mod hosts;
+mod ready;
 mod route;
 mod search;
 mod status;
+mod throttle;
+mod viewer;
+mod watched;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use async_trait::async_trait;
+use axum::body::HttpBody as _;
+use axum::http::StatusCode;
+use axum::response::Response;
 use serde_json::Value;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres;
 use crate::backend::postgres::products::Products;
 use crate::backend::postgres::registry::Worker;
+use crate::backend::postgres::target;
 use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::config::Settings;
 use crate::pipeline::embedder::Embedder;
-use crate::pipeline::failure::Result;
+use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::index::VectorIndex;
 use crate::pipeline::ledger::Ledger as _;
 use crate::shutdown;
 
+pub use connections::{Bounds, serve};
+use error::Refusal;
 pub use guard::Guard;
 pub use route::router;
+pub use watched::Patience;
+
+/// How long an answer may take; no statement that serves one runs longer either.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Searches at once; more wait for their turn, since each embeds on one thread.
 const SEARCHES: usize = 16;
+
+/// Answers that clients have yet to take, in KiB: a page of a hundred long texts is a hundred megabytes, and
+/// a client may be slow.
+const ANSWERS_KIB: u32 = 256 * 1024;
+
+/// Answers up to here need no room.
+const SMALL_ANSWER_KIB: u64 = 64;
+
+/// How long a request waits for its turn.
+const TURN: Duration = Duration::from_secs(5);
 
 /// What the page tells of the sync.
 #[async_trait]
@@ -40,9 +67,17 @@ pub trait Probe: Send + Sync {
     async fn status(&self) -> Result<Value>;
     /// Whether the index holds what the row says now.
     async fn is_searchable(&self, id: &str) -> Result<bool>;
-    /// Faults that make results wrong for good, and how the proof stands.
-    async fn health(&self) -> Result<(Vec<String>, String)> {
-        Ok((Vec::new(), String::new()))
+    /// Whether the index that is searched is the one that is kept in step.
+    async fn check_target(&self) -> Result<()> {
+        Ok(())
+    }
+    /// What of the table is not captured as it should be, and what to do about it.
+    async fn faults(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+    /// When the index was last proved, in a sentence.
+    async fn proof(&self) -> Result<String> {
+        Ok(String::new())
     }
 }
 
@@ -58,10 +93,56 @@ impl Probe for Backends {
         Ok(peeked.iter().any(|p| p.entry.as_ref().is_some_and(|entry| entry.matches(p.row.as_ref()))))
     }
 
-    async fn health(&self) -> Result<(Vec<String>, String)> {
-        let faults = postgres::proof::capture_faults(&self.postgres, &self.source).await?;
-        let faults = faults.into_iter().map(|fault| format!("not captured: {fault}")).collect();
-        Ok((faults, self.proof().await?.describe()))
+    async fn check_target(&self) -> Result<()> {
+        if target::is_active(&self.postgres, self.target.id).await? {
+            return Ok(());
+        }
+        let message = "refarch migrate has made another one since this process started: restart it";
+        Err(Error::fatal("look for the index", message))
+    }
+
+    async fn faults(&self) -> Result<Vec<String>> {
+        postgres::proof::capture_faults(&self.postgres, &self.source).await
+    }
+
+    async fn proof(&self) -> Result<String> {
+        Ok(Self::proof(self).await?.describe())
+    }
+}
+
+/// How much at once, and how long. Requests that need the database take at most all but a few of its
+/// connections, which are left to status and readiness.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// How long an answer may take.
+    pub request: Duration,
+    /// How long a request waits for its turn.
+    pub turn: Duration,
+    /// Searches at once, from embedding on.
+    pub searches: usize,
+    /// Searches at once in the database and the index; each takes two connections.
+    pub queries: usize,
+    /// Pages and rows that are read at once.
+    pub reads: usize,
+    /// Edits at once.
+    pub edits: usize,
+    /// KiB of answers that clients have yet to take.
+    pub answers_kib: u32,
+}
+
+impl Limits {
+    /// The limits for so many connections to the database.
+    #[must_use]
+    pub fn new(connections: usize) -> Self {
+        Self {
+            request: REQUEST_TIMEOUT,
+            turn: TURN,
+            searches: SEARCHES,
+            queries: (connections / 4).max(1),
+            reads: (connections / 4).max(1),
+            edits: (connections / 6).max(1),
+            answers_kib: ANSWERS_KIB,
+        }
     }
 }
 
@@ -71,8 +152,14 @@ pub struct App {
     embedder: Arc<dyn Embedder>,
     index: Arc<dyn VectorIndex>,
     probe: Arc<dyn Probe>,
+    limits: Limits,
     searches: Semaphore,
+    queries: Semaphore,
+    reads: Semaphore,
+    edits: Semaphore,
+    answers: Arc<Semaphore>,
     status: status::Cache,
+    ready: ready::Cache,
     page_size: u64,
     /// A vector for asking whether the index answers.
     zero: Vec<f32>,
@@ -87,6 +174,7 @@ impl App {
         index: Arc<dyn VectorIndex>,
         probe: Arc<dyn Probe>,
         page_size: u32,
+        limits: Limits,
     ) -> Self {
         let zero = vec![1.0; embedder.dimensions()];
         Self {
@@ -94,12 +182,41 @@ impl App {
             embedder,
             index,
             probe,
-            searches: Semaphore::new(SEARCHES),
+            limits,
+            searches: Semaphore::new(limits.searches),
+            queries: Semaphore::new(limits.queries),
+            reads: Semaphore::new(limits.reads),
+            edits: Semaphore::new(limits.edits),
+            answers: Arc::new(Semaphore::new(limits.answers_kib as usize)),
             status: status::Cache::default(),
+            ready: ready::Cache::default(),
             page_size: page_size.into(),
             zero,
         }
     }
+
+    /// Gives a large answer its room in memory, if there is any.
+    fn with_room(&self, mut response: Response) -> std::result::Result<Response, Refusal> {
+        let kib = response.body().size_hint().lower() / 1024;
+        if kib > SMALL_ANSWER_KIB {
+            let kib = u32::try_from(kib).unwrap_or(u32::MAX).min(self.limits.answers_kib);
+            let room = Arc::clone(&self.answers).try_acquire_many_owned(kib).map_err(|_| busy())?;
+            response.extensions_mut().insert(watched::Room::new(room));
+        }
+        Ok(response)
+    }
+
+    /// A place among those that do the same, which is waited for a little.
+    async fn turn<'a>(&self, places: &'a Semaphore) -> std::result::Result<SemaphorePermit<'a>, Refusal> {
+        match tokio::time::timeout(self.limits.turn, places.acquire()).await {
+            Ok(Ok(turn)) => Ok(turn),
+            _ => Err(busy()),
+        }
+    }
+}
+
+fn busy() -> Refusal {
+    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "busy", "too many requests at once; try again")
 }
 
 /// Takes the address of the settings.
@@ -132,28 +249,35 @@ pub async fn work(
     model: &LoadedModel,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
-    let products = Products::new(backends.postgres.pool.clone(), &backends.target.table.relation);
+    let requests = backends.postgres.for_requests(settings.serve.pool_size, REQUEST_TIMEOUT)?;
+    let asked = Backends::open(&requests, settings).await?;
+    let products = Products::new(requests.pool.clone(), &asked.target.table.relation);
     products.check().await?;
-    let guard = Guard::new(listener.local_addr()?, settings.serve.edit_token.clone());
+    let guard = Guard::new(listener.local_addr()?, settings.serve.edit_token.clone())
+        .with_hosts(&settings.serve.allowed_hosts);
     // A thread of its own, so that a search does not wait behind a load.
     let app = App::new(
         products,
         model.start(1),
-        Arc::clone(&backends.index),
-        Arc::new(backends.clone()),
+        Arc::clone(&asked.index),
+        Arc::new(asked),
         settings.serve.page_size,
+        Limits::new(settings.serve.pool_size),
     );
+    let bounds =
+        Bounds::new(settings.serve.max_connections, settings.serve.pool_size + settings.database.pool_size);
     let worker = Worker::join(backends.postgres.clone(), "serve", 1, Arc::default()).await?;
     let abort = shutdown::after_grace(stop, settings.runtime.grace());
-    let server = axum::serve(listener, router(Arc::new(app), guard))
-        .with_graceful_shutdown(stop.clone().cancelled_owned());
+    let server = serve(listener, router(Arc::new(app), guard), bounds, stop.clone());
     let result = super::while_beating(&worker, async {
         tokio::select! {
-            result = server.into_future() => result.context("serve HTTP"),
-            () = abort.cancelled() => Ok(()),
+            () = server => {}
+            () = abort.cancelled() => {}
         }
+        Ok(())
     })
     .await;
     abort.cancel();
+    requests.pool.close();
     result
 }

@@ -1,7 +1,6 @@
 //! The HTTP API.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, State};
@@ -14,18 +13,16 @@ use serde_json::{Value, json};
 
 use super::error::Refusal;
 use super::guard::{Guard, watch};
-use super::{App, asset, search};
-use crate::backend::postgres::products::{Edit, Edited, EditedBySku};
+use super::watched::Watch;
+use super::{App, asset, search, viewer};
+use crate::backend::postgres::products::{Edit, Edited, EditedBySku, LISTED};
 use crate::product::Product;
 
 /// A request's greatest body: a description of a megabyte, and JSON's escapes.
 const MAX_BODY: usize = 2 * 1024 * 1024;
 
-/// How long an answer may take.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
-
-/// How long readiness waits for a backend.
-const READY_TIMEOUT: Duration = Duration::from_secs(2);
+/// The greatest body of a search, which anybody may send.
+const MAX_SEARCH_BODY: usize = 64 * 1024;
 
 /// Rows on a page of the reference architecture.
 const LEGACY_PAGE: u64 = 10;
@@ -56,7 +53,11 @@ impl From<JsonRejection> for Refusal {
         let (code, message) = match rejection.status() {
             StatusCode::PAYLOAD_TOO_LARGE => (
                 "too_large",
-                format!("the body is larger than {} MiB, the most that is read", MAX_BODY >> 20),
+                format!(
+                    "the body is too large: {} MiB of an edit and {} KiB of a search are read",
+                    MAX_BODY >> 20,
+                    MAX_SEARCH_BODY >> 10
+                ),
             ),
             StatusCode::UNSUPPORTED_MEDIA_TYPE => {
                 ("unsupported_media_type", "send JSON, with the header Content-Type: application/json".into())
@@ -87,7 +88,7 @@ pub fn router(app: Arc<App>, guard: Guard) -> Router {
         .route("/api/v1/products/{id}", get(read).patch(patch).delete(delete))
         .route("/api/v1/search", get(find))
         .route("/api/v1/status", get(status))
-        .route("/api/products", post(legacy_search))
+        .route("/api/products", post(legacy_search).layer(DefaultBodyLimit::max(MAX_SEARCH_BODY)))
         .route("/api/updateDescription", post(legacy_update))
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
@@ -101,17 +102,21 @@ pub fn router(app: Arc<App>, guard: Guard) -> Router {
             )
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
-        .layer(middleware::from_fn(time_out))
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), time_out))
         .layer(middleware::from_fn_with_state(Arc::new(guard), watch))
         .with_state(app)
 }
 
-async fn time_out(request: axum::extract::Request, next: middleware::Next) -> Response {
-    match tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).await {
-        Ok(response) => response,
-        Err(_) => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "timeout", "this took too long; try again")
-            .into_response(),
+async fn time_out(State(app): Shared, request: axum::extract::Request, next: middleware::Next) -> Response {
+    let watch = request.extensions().get::<Arc<Watch>>().cloned();
+    if let Ok(response) = tokio::time::timeout(app.limits.request, next.run(request)).await {
+        return app.with_room(response).unwrap_or_else(IntoResponse::into_response);
     }
+    if watch.is_some_and(|watch| watch.waits_for_body()) {
+        let message = "the request's body did not come in time";
+        return Refusal::new(StatusCode::REQUEST_TIMEOUT, "slow_body", message).into_response();
+    }
+    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "timeout", "this took too long; try again").into_response()
 }
 
 #[derive(Deserialize)]
@@ -139,10 +144,19 @@ impl Paging {
 
 async fn list(State(app): Shared, Query(paging): Query<Paging>) -> Answer<Json<Value>> {
     let (page, per_page) = paging.resolve(&app)?;
+    let last = LISTED / per_page;
+    if page > last {
+        return Err(Refusal::bad_request(format!(
+            "page={page}: the pages end at {last}, with row {}; search to find rows past it",
+            last * per_page
+        )));
+    }
+    let _turn = app.turn(&app.reads).await?;
     let found = app.products.page(page, per_page).await?;
     Ok(Json(json!({
         "page": page,
         "per_page": per_page,
+        "pages": found.total.div_ceil(per_page).clamp(1, last),
         "total": found.total,
         "total_estimated": found.total_estimated,
         "rows": found.rows,
@@ -161,6 +175,7 @@ fn row_id(text: &str) -> Answer<i64> {
 
 async fn read(State(app): Shared, Path(id): Path<String>) -> Answer<Response> {
     let id = row_id(&id)?;
+    let _turn = app.turn(&app.reads).await?;
     let product = app.products.get(id).await?.ok_or_else(|| no_row(id))?;
     let searchable = app.probe.is_searchable(&id.to_string()).await?;
     let mut response = with_revision(StatusCode::OK, &product);
@@ -200,7 +215,9 @@ fn edit_of(body: serde_json::Map<String, Value>) -> Answer<Edit> {
 }
 
 async fn create(State(app): Shared, Body(body): Body<serde_json::Map<String, Value>>) -> Answer<Response> {
-    let product = app.products.create(edit_of(body)?).await?;
+    let edit = edit_of(body)?;
+    let _turn = app.turn(&app.edits).await?;
+    let product = app.products.create(edit).await?;
     let mut response = with_revision(StatusCode::CREATED, &product);
     if let Ok(location) = HeaderValue::from_str(&format!("/api/v1/products/{}", product.id)) {
         response.headers_mut().insert(header::LOCATION, location);
@@ -215,7 +232,9 @@ async fn patch(
     Body(body): Body<serde_json::Map<String, Value>>,
 ) -> Answer<Response> {
     let id = row_id(&id)?;
-    match app.products.patch(id, revision(&headers)?, edit_of(body)?).await? {
+    let (revision, edit) = (revision(&headers)?, edit_of(body)?);
+    let _turn = app.turn(&app.edits).await?;
+    match app.products.patch(id, revision, edit).await? {
         Edited::Done(product) => Ok(with_revision(StatusCode::OK, &product)),
         Edited::Stale(current) => Err(stale(&current)),
         Edited::Gone => Err(no_row(id)),
@@ -224,7 +243,9 @@ async fn patch(
 
 async fn delete(State(app): Shared, Path(id): Path<String>, headers: HeaderMap) -> Answer<StatusCode> {
     let id = row_id(&id)?;
-    match app.products.delete(id, revision(&headers)?).await? {
+    let revision = revision(&headers)?;
+    let _turn = app.turn(&app.edits).await?;
+    match app.products.delete(id, revision).await? {
         Edited::Done(()) => Ok(StatusCode::NO_CONTENT),
         Edited::Stale(current) => Err(stale(&current)),
         Edited::Gone => Err(no_row(id)),
@@ -262,35 +283,20 @@ fn revision(headers: &HeaderMap) -> Answer<&str> {
 }
 
 async fn status(State(app): Shared) -> Answer<Json<Value>> {
-    Ok(Json(app.status.get(&*app.probe).await?))
+    app.status.get(&*app.probe).await.map(viewer::shown).map(Json).map_err(Refusal::from)
 }
 
 async fn ready(State(app): Shared) -> Answer<String> {
-    let reasons = [
-        (
-            "database",
-            tokio::time::timeout(READY_TIMEOUT, app.products.check()).await.ok().is_some_and(|r| r.is_ok()),
-        ),
-        (
-            "index",
-            tokio::time::timeout(READY_TIMEOUT, app.index.query(&app.zero, 1))
-                .await
-                .ok()
-                .is_some_and(|r| r.is_ok()),
-        ),
-    ];
-    let failing: Vec<&str> = reasons.iter().filter(|(_, answers)| !answers).map(|(name, _)| *name).collect();
-    // Without an answer the database is among those that fail.
-    let health = tokio::time::timeout(READY_TIMEOUT, app.probe.health()).await;
-    let (faults, proof) = health.ok().and_then(Result::ok).unwrap_or_default();
-    let message = if !failing.is_empty() {
-        format!("no answer from: {}", failing.join(", "))
-    } else if !faults.is_empty() {
-        faults.join("; ")
-    } else {
-        return Ok(format!("ready\n{proof}").trim_end().to_owned() + "\n");
-    };
-    Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message))
+    let readiness = app.ready.get(&app).await;
+    if readiness.reasons.is_empty() {
+        return Ok(format!("ready\n{}", readiness.proof).trim_end().to_owned() + "\n");
+    }
+    let mut kinds: Vec<&str> = readiness.reasons.iter().map(|reason| reason.kind).collect();
+    kinds.dedup();
+    let message = format!("not ready: {}", kinds.join(", "));
+    let reasons: Vec<String> = readiness.reasons.iter().map(super::ready::Reason::shown).collect();
+    let refusal = Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message);
+    Err(refusal.with("reasons", json!(reasons)))
 }
 
 #[derive(Deserialize)]
@@ -304,9 +310,11 @@ struct LegacySearch {
 async fn legacy_search(State(app): Shared, Body(body): Body<LegacySearch>) -> Answer<Json<Vec<Value>>> {
     let page = body.current_page.and_then(|page| u64::try_from(page).ok()).unwrap_or(1).clamp(1, MAX_PAGE);
     if body.search_term.trim().is_empty() {
+        let _turn = app.turn(&app.reads).await?;
         return Ok(Json(app.products.legacy_page(page, LEGACY_PAGE).await?));
     }
     let results = search::search(&app, &body.search_term, page, LEGACY_PAGE).await?;
+    let _turn = app.turn(&app.reads).await?;
     let ids: Vec<i64> = results.rows.iter().map(|hit| hit.product.id).collect();
     Ok(Json(app.products.legacy_by_ids(&ids).await?))
 }
@@ -318,6 +326,7 @@ struct LegacyUpdate {
 }
 
 async fn legacy_update(State(app): Shared, Body(body): Body<LegacyUpdate>) -> Answer<Json<Value>> {
+    let _turn = app.turn(&app.edits).await?;
     match app.products.describe_by_sku(&body.sku, &body.description).await? {
         EditedBySku::Done(row) => Ok(Json(row)),
         EditedBySku::Unknown => Err(Refusal::not_found(format!("no row bears the SKU {:?}", body.sku))),

@@ -2,9 +2,8 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use axum::http::StatusCode;
 use serde::Serialize;
 
 use super::App;
@@ -18,9 +17,6 @@ const TOP: usize = 1_000;
 
 /// A search term's greatest length, in characters: the model reads some 256 words at most.
 const MAX_TERM: usize = 2_000;
-
-/// How long a search waits for its turn.
-const TURN: Duration = Duration::from_secs(5);
 
 /// How a row came to be in the results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -75,9 +71,26 @@ pub(super) struct Ranked {
 /// Searches for a term.
 pub async fn search(app: &App, term: &str, page: u64, per_page: u64) -> Result<Results, Refusal> {
     let started = Instant::now();
-    let ranked = rank(app, term).await?;
-    let first = (page - 1).saturating_mul(per_page);
-    let start = usize::try_from(first).unwrap_or(usize::MAX).min(ranked.len());
+    let term = check(term)?;
+    let first = usize::try_from((page - 1).saturating_mul(per_page)).unwrap_or(usize::MAX);
+    let results = |has_next, rows| Results {
+        query: term.into(),
+        page,
+        per_page,
+        has_next,
+        took_ms: started.elapsed().as_millis() as u64,
+        rows,
+    };
+    // No ranking goes that far.
+    if first >= TOP {
+        return Ok(results(false, Vec::new()));
+    }
+    let _turn = app.turn(&app.searches).await?;
+    let vector = app.embedder.embed_query(&Arc::from(term)).await?;
+    // A turn of its own, since a slow embedder needs no connection.
+    let _query = app.turn(&app.queries).await?;
+    let ranked = rank(app, term, &vector).await?;
+    let start = first.min(ranked.len());
     let end = start.saturating_add(per_page as usize).min(ranked.len());
     let here = &ranked[start..end];
     let ids: Vec<i64> = here.iter().map(|hit| hit.id).collect();
@@ -89,18 +102,11 @@ pub async fn search(app: &App, term: &str, page: u64, per_page: u64) -> Result<R
             Some(Hit { product, score: ranked.score, kind: ranked.kind })
         })
         .collect();
-    Ok(Results {
-        query: term.into(),
-        page,
-        per_page,
-        has_next: end < ranked.len(),
-        took_ms: started.elapsed().as_millis() as u64,
-        rows,
-    })
+    Ok(results(end < ranked.len(), rows))
 }
 
-/// Ranks the rows that the table still has.
-async fn rank(app: &App, term: &str) -> Result<Vec<Ranked>, Refusal> {
+/// The term without blanks around it, if it is one that can be searched for.
+fn check(term: &str) -> Result<&str, Refusal> {
     let term = term.trim();
     if term.is_empty() {
         return Err(Refusal::bad_request("q is empty: give a search term"));
@@ -111,16 +117,12 @@ async fn rank(app: &App, term: &str) -> Result<Vec<Ranked>, Refusal> {
             "q has {length} characters; at most {MAX_TERM} are searched for"
         )));
     }
-    let busy =
-        || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "busy", "too many searches at once; try again");
-    let turn = tokio::time::timeout(TURN, app.searches.acquire()).await;
-    let Ok(Ok(_turn)) = turn else { return Err(busy()) };
-    let exact = app.products.exact(term);
-    let nearest = async {
-        let vector = app.embedder.embed_query(&Arc::from(term)).await?;
-        app.index.query(&vector, TOP).await
-    };
-    let (exact, nearest) = tokio::try_join!(exact, nearest)?;
+    Ok(term)
+}
+
+/// Ranks the rows that the table still has.
+async fn rank(app: &App, term: &str, vector: &[f32]) -> Result<Vec<Ranked>, Refusal> {
+    let (exact, nearest) = tokio::try_join!(app.products.exact(term), app.index.query(vector, TOP))?;
     let nearest = nearest
         .into_iter()
         // An id that is no number is of another table.

@@ -42,6 +42,8 @@ async function call(path, { method = "GET", body, revision, signal } = {}) {
     const answer = await response.json().catch(() => null);
     if (response.ok) return answer;
     const refused = new Refused(response.status, answer);
+    // A token that is wrong is not worth keeping.
+    if (response.status === 401) sessionStorage.removeItem("token");
     if (response.status !== 401 || !(await askToken(refused.message))) throw refused;
   }
 }
@@ -139,7 +141,7 @@ function show(found) {
   $("empty").textContent = searching
     ? (state.page > 1 ? "No more results." : "Nothing found. If rows are still being embedded, they turn up as they become searchable.")
     : (state.page > 1 ? "There is no such page." : "No products yet.\nrefarch generate --count 10000 --load");
-  const pages = searching ? null : Math.max(1, Math.ceil(found.total / found.per_page));
+  const pages = searching ? null : found.pages;
   $("page").textContent = pages ? `Page ${state.page.toLocaleString("en")} of ${pages.toLocaleString("en")}` : `Page ${state.page}`;
   $("previous").disabled = state.page <= 1;
   $("next").disabled = searching ? !found.has_next : state.page >= pages;

@@ -1,0 +1,259 @@
+//! What operators do to a database in use: one thing at a time, and the application goes on meanwhile.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use serde::Serialize;
+use tokio::process::Command;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::{Mutex, RwLock};
+use tokio_util::sync::CancellationToken;
+
+use super::crew::Crew;
+use super::lab::Lab;
+use super::writer::Form;
+
+/// The application's table.
+const TABLE: &str = "public.products_with_increment";
+
+/// The column that comes to be sent beside the vector.
+pub const ADDED: &str = "stock";
+
+/// How long a statement of the operator's waits for a lock, so that the application does not wait behind it.
+const LOCK_TIMEOUT: &str = "1s";
+
+/// Pause before something is tried again.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// How long something is tried: the database may be away, or its table be locked.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// Something that operators do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Operation {
+    /// A column is added, and to the settings; `migrate` runs; the fleet is started again.
+    AddMetadata,
+    /// The column that is embedded gets another name, and its own again after this long.
+    RenameColumn(Duration),
+    /// The key becomes a bigint, and gets values that no integer has.
+    WidenKey,
+    /// A copy of the table takes its name.
+    SwapTable,
+    /// Triggers are disabled for this long.
+    DisableTriggers(Duration),
+    /// The database is put back to how it was this long ago.
+    Restore(Duration),
+    /// `refarch migrate` runs.
+    Migrate,
+    /// Half of the fleet has other settings for this long.
+    TwoConfigurations(Duration),
+}
+
+/// What was done.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[allow(missing_docs)]
+pub struct Operated {
+    pub metadata_added: u64,
+    pub columns_renamed: u64,
+    pub keys_widened: u64,
+    pub tables_swapped: u64,
+    pub triggers_disabled: u64,
+    pub databases_restored: u64,
+    pub migrations: u64,
+    /// Runs of `migrate` that said no while roles ran.
+    pub migrations_refused: u64,
+    pub fleets_of_two_configurations: u64,
+}
+
+/// Does operations one after the other.
+pub struct Operator<'a> {
+    /// Where.
+    pub lab: &'a Lab,
+    /// The processes, which it starts again with other settings.
+    pub crew: &'a Mutex<Crew>,
+    /// What the application must know of the table.
+    pub form: &'a RwLock<Form>,
+    /// What was done so far.
+    pub done: Operated,
+}
+
+impl Operator<'_> {
+    /// Does what comes, until `over`; what was begun is ended, so that the table is as it was.
+    pub async fn run(
+        &mut self,
+        mut operations: UnboundedReceiver<Operation>,
+        over: &CancellationToken,
+    ) -> anyhow::Result<()> {
+        while let Some(Some(operation)) = over.run_until_cancelled(operations.recv()).await {
+            tracing::debug!(?operation, "the operator begins");
+            self.operate(operation, over).await.with_context(|| format!("{operation:?}"))?;
+        }
+        Ok(())
+    }
+
+    async fn operate(&mut self, operation: Operation, over: &CancellationToken) -> anyhow::Result<()> {
+        let pause = async |long| {
+            over.run_until_cancelled(tokio::time::sleep(long)).await;
+        };
+        match operation {
+            Operation::AddMetadata => self.add_metadata().await?,
+            Operation::RenameColumn(long) => {
+                self.rename("description", "descripcion").await?;
+                pause(long).await;
+                self.rename("descripcion", "description").await?;
+                self.done.columns_renamed += 1;
+            }
+            Operation::WidenKey => {
+                self.sql(&format!("ALTER TABLE {TABLE} ALTER id TYPE bigint")).await?;
+                self.form.write().await.is_wide = true;
+                self.done.keys_widened += 1;
+            }
+            Operation::SwapTable => {
+                let number = self.done.tables_swapped;
+                self.sql(&format!(
+                    "LOCK TABLE {TABLE} IN SHARE ROW EXCLUSIVE MODE; \
+                     CREATE TABLE public.products_next_{number} (LIKE {TABLE} INCLUDING ALL); \
+                     INSERT INTO public.products_next_{number} SELECT * FROM {TABLE}; \
+                     ALTER TABLE {TABLE} RENAME TO products_before_{number}; \
+                     ALTER TABLE public.products_next_{number} RENAME TO products_with_increment"
+                ))
+                .await?;
+                self.done.tables_swapped += 1;
+            }
+            Operation::DisableTriggers(long) => {
+                self.sql(&format!("ALTER TABLE {TABLE} DISABLE TRIGGER USER")).await?;
+                pause(long).await;
+                self.sql(&format!("ALTER TABLE {TABLE} ENABLE TRIGGER USER")).await?;
+                self.done.triggers_disabled += 1;
+            }
+            // An index in the database is put back with it.
+            Operation::Restore(_) if self.lab.double.is_none() => {}
+            Operation::Restore(ago) => {
+                self.lab.while_database_is_stopped(|data| copy(data, &kept(data))).await?;
+                pause(ago).await;
+                // The application writes again when the database is there, and knows that it is another.
+                let mut form = self.form.write().await;
+                self.lab
+                    .while_database_is_stopped(|data| {
+                        std::fs::remove_dir_all(data)
+                            .and_then(|()| std::fs::rename(kept(data), data))
+                            .context("put the copy of the database in its place")
+                    })
+                    .await?;
+                form.was_restored = true;
+                self.done.databases_restored += 1;
+            }
+            Operation::Migrate => {
+                if self.migrate().await? {
+                    self.done.migrations += 1;
+                } else {
+                    self.done.migrations_refused += 1;
+                }
+            }
+            Operation::TwoConfigurations(long) => {
+                let fewer: Vec<String> =
+                    self.lab.metadata().into_iter().filter(|column| column != "uuid").collect();
+                let other = [("REFARCH_SOURCE_METADATA".to_owned(), fewer.join(","))];
+                self.crew.lock().await.give_half_other_settings(&other).await?;
+                pause(long).await;
+                self.crew.lock().await.give_all_the_same_settings(self.lab.env()).await?;
+                self.done.fleets_of_two_configurations += 1;
+            }
+        }
+        Ok(())
+    }
+
+    async fn add_metadata(&mut self) -> anyhow::Result<()> {
+        self.sql(&format!("ALTER TABLE {TABLE} ADD COLUMN IF NOT EXISTS {ADDED} text DEFAULT 'plenty'"))
+            .await?;
+        self.lab.add_metadata(ADDED);
+        if !self.migrate().await? {
+            self.done.migrations_refused += 1;
+            // Nobody else may look after the fleet meanwhile: it would be started again.
+            let mut crew = self.crew.lock().await;
+            crew.stop().await?;
+            // One that was killed counts as running for a while.
+            let started = Instant::now();
+            while !self.migrate().await? {
+                anyhow::ensure!(
+                    started.elapsed() < PATIENCE,
+                    "migrate refuses though no role runs: see migrate.log"
+                );
+            }
+        }
+        self.done.migrations += 1;
+        self.crew.lock().await.give_all_the_same_settings(self.lab.env()).await?;
+        self.done.metadata_added += 1;
+        Ok(())
+    }
+
+    /// Renames a column while the application does not write, and tells it the new name.
+    async fn rename(&self, from: &str, to: &str) -> anyhow::Result<()> {
+        let mut form = self.form.write().await;
+        self.sql(&format!("ALTER TABLE {TABLE} RENAME {from} TO {to}")).await?;
+        to.clone_into(&mut form.description);
+        Ok(())
+    }
+
+    /// Runs statements in one transaction, again and again until they are done.
+    async fn sql(&self, statements: &str) -> anyhow::Result<()> {
+        let sql = format!("BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; {statements}; COMMIT");
+        let started = Instant::now();
+        loop {
+            let done = async {
+                let client = self.lab.client().await?;
+                client.batch_execute(&sql).await
+            };
+            let Err(error) = done.await else { return Ok(()) };
+            let passes =
+                error.code().is_none_or(|code| matches!(&code.code()[..2], "08" | "40" | "53" | "55" | "57"));
+            if !passes || started.elapsed() > PATIENCE {
+                return Err(error).with_context(|| format!("the operator's statements: {statements}"));
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// Runs `refarch migrate` under the settings of now; false if it says no again and again.
+    async fn migrate(&self) -> anyhow::Result<bool> {
+        for _ in 0..3 {
+            if self.run_migrate().await? {
+                return Ok(true);
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+        Ok(false)
+    }
+
+    async fn run_migrate(&self) -> anyhow::Result<bool> {
+        let path = self.lab.dir.join("migrate.log");
+        let log = std::fs::File::options().create(true).append(true).open(&path);
+        let log = log.with_context(|| format!("cannot write {}", path.display()))?;
+        let status = Command::new(std::env::current_exe().context("find this executable")?)
+            .arg("migrate")
+            .env_clear()
+            .envs(self.lab.env())
+            .current_dir(&self.lab.dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .kill_on_drop(true)
+            .status();
+        let status = tokio::time::timeout(PATIENCE, status).await.context("migrate does not end")??;
+        Ok(status.success())
+    }
+}
+
+/// Where the copy of a data directory is kept.
+fn kept(data: &Path) -> PathBuf {
+    data.with_extension("copy")
+}
+
+/// Copies a folder with its owners and rights.
+fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let status = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status();
+    anyhow::ensure!(status.context("run cp")?.success(), "cannot copy {}", from.display());
+    Ok(())
+}

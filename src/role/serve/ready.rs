@@ -1,0 +1,121 @@
+//! Whether requests can be answered, looked at once for all who ask.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::Mutex;
+
+use super::{App, viewer};
+use crate::pipeline::failure::{Class, Error, Result};
+
+/// How long readiness waits for a back end.
+const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long an answer holds at least, so that nobody can make work by asking.
+const MIN_AGE: Duration = Duration::from_secs(1);
+
+/// An answer holds for this many times as long as it took.
+const AGE_FOR_COST: u32 = 5;
+
+/// Why requests can't be answered, or not rightly.
+#[derive(Clone, Debug)]
+pub struct Reason {
+    /// What is at fault, for machines.
+    pub kind: &'static str,
+    /// What is wrong with it, for anybody.
+    general: &'static str,
+    /// The same for those who may see everything.
+    detail: Option<String>,
+}
+
+impl Reason {
+    fn new(kind: &'static str, general: &'static str) -> Self {
+        Self { kind, general, detail: None }
+    }
+
+    fn failed(kind: &'static str, general: &'static str, error: &Error) -> Self {
+        Self { kind, general, detail: Some(error.to_string()) }
+    }
+
+    /// The reason in words that this request's client may read.
+    pub fn shown(&self) -> String {
+        match &self.detail {
+            Some(detail) if viewer::is_trusted() => format!("{}: {detail}", self.kind),
+            _ => format!("{}: {}", self.kind, self.general),
+        }
+    }
+}
+
+/// Whether requests can be answered, and what the answers rest on.
+#[derive(Clone, Debug, Default)]
+pub struct Readiness {
+    /// Why they can't be, or not rightly; none if they can.
+    pub reasons: Vec<Reason>,
+    /// When the index was last proved; empty if that could not be read.
+    pub proof: String,
+}
+
+/// The last look, and until when it holds.
+#[derive(Default)]
+pub struct Cache(Mutex<Option<(Instant, Readiness)>>);
+
+impl Cache {
+    /// What was found lately, or a new look; whoever asks meanwhile waits for the same one.
+    pub async fn get(&self, app: &App) -> Readiness {
+        let mut last = self.0.lock().await;
+        if let Some((until, readiness)) = &*last
+            && Instant::now() < *until
+        {
+            return readiness.clone();
+        }
+        let started = Instant::now();
+        let readiness = look(app).await;
+        let age = (started.elapsed() * AGE_FOR_COST).max(MIN_AGE);
+        *last = Some((Instant::now() + age, readiness.clone()));
+        readiness
+    }
+}
+
+async fn look(app: &App) -> Readiness {
+    let (table, index, target, faults, proof) = tokio::join!(
+        in_time(app.products.check()),
+        in_time(app.index.query(&app.zero, 1)),
+        in_time(app.probe.check_target()),
+        in_time(app.probe.faults()),
+        in_time(app.probe.proof()),
+    );
+    let mut reasons = Vec::new();
+    match table {
+        Some(Ok(())) => {}
+        None => reasons.push(Reason::new("database", "it does not answer")),
+        Some(Err(error)) if error.class == Class::Retryable => {
+            reasons.push(Reason::failed("database", "it does not answer", &error));
+        }
+        Some(Err(error)) => {
+            reasons.push(Reason::failed("database", "the table cannot be read", &error));
+        }
+    }
+    match index {
+        Some(Ok(_)) => {}
+        None => reasons.push(Reason::new("index", "it does not answer")),
+        Some(Err(error)) => reasons.push(Reason::failed("index", "it does not answer", &error)),
+    }
+    // A database that does not answer is told of already.
+    if let Some(Err(error)) = target
+        && error.class != Class::Retryable
+    {
+        reasons.push(Reason::failed("schema", "it is missing, or was migrated to another index", &error));
+    }
+    if let Some(Ok(faults)) = faults {
+        reasons.extend(faults.into_iter().map(|fault| Reason {
+            kind: "capture",
+            general: "not every change to the table is captured",
+            detail: Some(fault),
+        }));
+    }
+    Readiness { reasons, proof: proof.and_then(Result::ok).unwrap_or_default() }
+}
+
+/// The result, if it comes in time.
+async fn in_time<T>(work: impl Future<Output = Result<T>>) -> Option<Result<T>> {
+    tokio::time::timeout(TIMEOUT, work).await.ok()
+}

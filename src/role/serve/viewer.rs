@@ -1,0 +1,42 @@
+//! Who a request is answered to.
+//!
+//! Somebody at this machine, or with the token, is told everything. A stranger is told what a page needs:
+//! no names of hosts, no processes, and no words of a back end.
+
+use serde_json::Value;
+
+tokio::task_local! {
+    static TRUSTED: bool;
+}
+
+/// Keys of a status that are no stranger's business, at any depth.
+const PRIVATE: [&str; 4] = ["worker_id", "host", "pid", "message"];
+
+/// Answers a request to somebody who is trusted, or is not.
+pub async fn answer_to<T>(trusted: bool, work: impl Future<Output = T>) -> T {
+    TRUSTED.scope(trusted, work).await
+}
+
+/// Whether the request at hand is answered to somebody who may see everything.
+pub fn is_trusted() -> bool {
+    TRUSTED.try_with(|trusted| *trusted).unwrap_or(false)
+}
+
+/// A status as this request's client may see it.
+pub fn shown(mut status: Value) -> Value {
+    if !is_trusted() {
+        strip(&mut status);
+    }
+    status
+}
+
+fn strip(value: &mut Value) {
+    match value {
+        Value::Object(keys) => {
+            keys.retain(|key, _| !PRIVATE.contains(&key.as_str()));
+            keys.values_mut().for_each(strip);
+        }
+        Value::Array(values) => values.iter_mut().for_each(strip),
+        _ => {}
+    }
+}
