@@ -284,7 +284,7 @@ async fn no_writer_waits_long_for_a_migration_that_waits_for_another_writer() {
     // While it waits for the lock.
     let waits = "SELECT count(*) FROM pg_locks WHERE relation = 'articles'::regclass AND NOT granted";
     let ready = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'refarch'";
-    common::eventually("the migration to wait", Duration::from_secs(60), async || {
+    common::eventually("the migration to wait", Duration::from_mins(1), async || {
         number(&articles.client, waits).await > 0 || number(&articles.client, ready).await == 0
     })
     .await;
@@ -409,7 +409,7 @@ async fn settings_of_the_database_and_a_schema_for_extensions_are_no_trouble() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn roles_work_with_the_rights_that_migrate_gives_them_and_no_more() {
-    let mut articles = Articles::new().await;
+    let articles = Articles::new().await;
     let name = articles.database.name().to_owned();
     let role = |part: &str| format!("{part}_{name}");
     let parts = ["listen", "embed", "serve", "verify"];
@@ -417,7 +417,7 @@ async fn roles_work_with_the_rights_that_migrate_gives_them_and_no_more() {
         articles.run(&format!("CREATE ROLE {} LOGIN", role(part))).await;
     }
     let wanted: Vec<String> = parts.iter().map(|part| format!("{part}={}", role(part))).collect();
-    let mut wrong = String::new();
+    let mut wrong: Vec<String> = Vec::new();
     let said = articles.refused(&["migrate", "--roles", "embed=nobody_of_this_name"]).await;
     assert!(said.contains("CREATE ROLE nobody_of_this_name"), "{said}");
     articles.done(&["migrate", "--roles", &wanted.join(",")]).await;
@@ -432,7 +432,7 @@ async fn roles_work_with_the_rights_that_migrate_gives_them_and_no_more() {
         articles.run(&format!("ALTER DATABASE {name} SET role = '{}'", role(part))).await;
         let (code, said) = articles.refarch(args).await;
         if code != Some(0) || said.contains("permission denied") || said.contains("must be owner") {
-            wrong += &format!("{part}: {code:?} {said}\n");
+            wrong.push(format!("{part}: {code:?} {said}"));
         }
         articles.run(&format!("ALTER DATABASE {name} RESET role")).await;
     }
@@ -448,7 +448,7 @@ async fn roles_work_with_the_rights_that_migrate_gives_them_and_no_more() {
     ] {
         articles.run(&format!("SET ROLE {}", role(part))).await;
         if articles.client.batch_execute(sql).await.is_ok() {
-            wrong += &format!("{part} may {sql}\n");
+            wrong.push(format!("{part} may {sql}"));
         }
         articles.run("RESET ROLE").await;
     }
@@ -458,9 +458,46 @@ async fn roles_work_with_the_rights_that_migrate_gives_them_and_no_more() {
     for part in parts {
         articles.run(&format!("DROP OWNED BY {0}; DROP ROLE {0}", role(part))).await;
     }
-    assert_eq!((wrong.as_str(), open), ("", 0));
+    assert_eq!((wrong, open), (Vec::new(), 0));
     assert_eq!(
         number(&articles.client, "SELECT count(*) FROM pg_class WHERE relname = 'vector_1_graph'").await,
         1
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_are_queued_only_when_those_who_wrote_under_the_old_settings_are_through() {
+    let mut articles = Articles::new().await;
+    articles.done(&["migrate"]).await;
+    articles.sync().await;
+    // Nobody watches this column yet.
+    let writer = articles.database.client().await;
+    writer.batch_execute("BEGIN; UPDATE public.articles SET sku = 'new' WHERE id = 1").await.unwrap();
+    articles.set("REFARCH_SOURCE_METADATA", "id,sku");
+    let said = articles.done(&["migrate"]).await;
+    assert!(said.contains("1 transaction(s) that wrote to") && said.contains("not all queued yet"), "{said}");
+    assert_eq!(number(&articles.client, QUEUED).await, 0);
+    let said = articles.done(&["status", "--json"]).await;
+    assert!(said.contains("\"pending\":1"), "not in sync meanwhile: {said}");
+    writer.batch_execute("COMMIT").await.unwrap();
+    articles.done(&["listen", "--until-idle"]).await;
+    let requests = "SELECT count(*) FROM refarch.backfill";
+    assert_eq!(number(&articles.client, requests).await, 0);
+    let queued = "SELECT count(DISTINCT i) FROM (SELECT message FROM pgmq.q_refarch_live UNION ALL SELECT message FROM pgmq.q_refarch_bulk) q, \
+                  jsonb_array_elements(message -> 'groups') g, jsonb_array_elements_text(g -> 'ids') i";
+    assert_eq!(number(&articles.client, queued).await, 20);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_row_is_queued_when_a_queue_outside_of_the_database_is_left() {
+    let articles = Articles::new().await;
+    articles.done(&["migrate"]).await;
+    articles.sync().await;
+    articles.run("UPDATE refarch.queue SET kind = 'sqs', name = 'https://queue.example/changes'").await;
+    let said = articles.done(&["migrate"]).await;
+    assert!(
+        said.contains("https://queue.example/changes before") && said.contains("queued: 20 rows"),
+        "{said}"
+    );
+    assert!(articles.done(&["migrate"]).await.starts_with("nothing to do"));
 }
