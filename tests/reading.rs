@@ -4,6 +4,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -103,14 +104,15 @@ impl Loop {
             let name = format!("role_{}", database.name());
             let mut sql = format!("CREATE ROLE {name} LOGIN PASSWORD 'secret';");
             for schema in ["refarch", "pgmq", "public"] {
-                sql += &format!(
+                let _ = write!(
+                    sql,
                     "GRANT USAGE ON SCHEMA {schema} TO {name}; GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO {name}; \
                      GRANT ALL ON ALL SEQUENCES IN SCHEMA {schema} TO {name}; \
                      GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} TO {name};"
                 );
             }
             for one in role_settings {
-                sql += &format!("ALTER ROLE {name} SET {one};");
+                let _ = write!(sql, "ALTER ROLE {name} SET {one};");
             }
             client.batch_execute(&sql).await.unwrap();
             postgres = Postgres::new(&Secret::new(url_of(&database, &name)), &settings.database).unwrap();
@@ -259,7 +261,8 @@ const FOLDED: &str = "CREATE SCHEMA ext; CREATE TYPE ext.folded; \
 fn folded() -> String {
     let mut sql = FOLDED.to_owned();
     for (name, operator) in [("lt", "<"), ("le", "<="), ("eq", "="), ("ge", ">="), ("gt", ">")] {
-        sql += &format!(
+        let _ = write!(
+            sql,
             "CREATE FUNCTION ext.{name}(ext.folded, ext.folded) RETURNS boolean LANGUAGE sql IMMUTABLE STRICT \
                AS $$ SELECT ext.cmp($1, $2) {operator} 0 $$; \
              CREATE OPERATOR ext.{operator} (LEFTARG = ext.folded, RIGHTARG = ext.folded, FUNCTION = ext.{name});"
@@ -940,7 +943,7 @@ async fn a_databases_clock_that_jumps_does_not_shorten_the_settling_time() {
     let ledger =
         PgLedger::new(it.postgres.clone(), Arc::new(target.table.clone()), target.id, target.salt.clone())
             .with_clock(Arc::clone(&hand) as _);
-    let settle = Duration::from_secs(60);
+    let settle = Duration::from_mins(1);
     let opened = ledger.open("a", "w", &strings(&["1"])).await.unwrap().remove(0);
     ledger.close("a", "w", &[(opened, Outcome::Doubtful)]).await.unwrap();
     let sweep = async || ledger.sweep(settle, 10).await.unwrap().attempts;

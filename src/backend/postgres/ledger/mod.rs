@@ -352,7 +352,10 @@ impl Ledger for PgLedger {
             .map_err(fail("disown attempts"))?;
         let now = self.clock.now();
         let mut abandoned = self.abandoned();
-        disowned.iter().for_each(|row| abandoned.note(row.get(0), now));
+        for row in &disowned {
+            abandoned.note(row.get(0), now);
+        }
+        drop(abandoned);
         Ok(disowned.len() as u64)
     }
 

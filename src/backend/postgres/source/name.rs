@@ -52,11 +52,11 @@ pub(super) async fn find(client: &impl GenericClient, name: &str) -> Result<Foun
     }
     let mut message = "there is no such table".to_owned();
     if !searched.is_empty() {
-        message += &format!(" in {}", searched.join(", "));
+        message = format!("{message} in {}", searched.join(", "));
     }
     let near = nearest(client, &readings).await?;
     if !near.is_empty() {
-        message += &format!("; the nearest: {}", near.join(", "));
+        message = format!("{message}; the nearest: {}", near.join(", "));
     }
     Err(wrong(message))
 }
