@@ -338,7 +338,7 @@ enum Mood {
     FailingAtChairs(u32),
 }
 
-/// An embedding server of OpenAI's protocol, with vectors of eight numbers, in a mood.
+/// An embedding server of `OpenAI`'s protocol, with vectors of eight numbers, in a mood.
 #[derive(Clone)]
 struct Texts {
     mood: Arc<Mutex<Mood>>,
