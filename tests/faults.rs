@@ -342,9 +342,11 @@ enum Mood {
     Hanging,
     /// Fails at what is no harmless text, so many times.
     FailingAtChairs(u32),
+    /// Says nothing to what is no harmless text.
+    HangingAtChairs,
 }
 
-/// An embedding server of OpenAI's protocol, with vectors of eight numbers, in a mood.
+/// An embedding server of `OpenAI`'s protocol, with vectors of eight numbers, in a mood.
 #[derive(Clone)]
 struct Texts {
     mood: Arc<Mutex<Mood>>,
@@ -369,6 +371,10 @@ impl Texts {
     async fn answer(&self, body: &[u8]) -> (axum::http::StatusCode, String) {
         self.requests.fetch_add(1, Ordering::SeqCst);
         let mut mood = *self.mood.lock().unwrap();
+        if mood == Mood::HangingAtChairs {
+            let is_chair = String::from_utf8_lossy(body).contains("a chair");
+            mood = if is_chair { Mood::Hanging } else { Mood::Well };
+        }
         if let Mood::FailingAtChairs(times) = mood {
             mood = Mood::Well;
             if String::from_utf8_lossy(body).contains("a chair") && times > 0 {
@@ -377,7 +383,7 @@ impl Texts {
             }
         }
         match mood {
-            Mood::Well | Mood::FailingAtChairs(_) => {
+            Mood::Well | Mood::FailingAtChairs(_) | Mood::HangingAtChairs => {
                 let body: Value = serde_json::from_slice(body).unwrap();
                 let count = body["input"].as_array().unwrap().len();
                 let vectors: Vec<Value> = (0..count)
@@ -583,6 +589,32 @@ async fn tries_that_others_left_unfinished_are_not_a_changes_own_failures() {
     moody.relay().await;
     assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
     assert_eq!(moody.dead().await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_no_worker_survives_is_given_up_and_no_other() {
+    let moody = Moody::start(Mood::HangingAtChairs).await;
+    moody.client.batch_execute("INSERT INTO item VALUES (1, 'a chair'), (2, 'a stool')").await.unwrap();
+    moody.relay().await;
+    let sql = "UPDATE pgmq.q_refarch_live SET read_ct = 9; \
+               INSERT INTO refarch.ledger (target, id, tries) SELECT id, '1', 9 FROM refarch.target";
+    moody.client.batch_execute(sql).await.unwrap();
+    let tries = async || -> i32 {
+        let sql = "SELECT tries FROM refarch.ledger WHERE id = '1'";
+        moody.client.query_one(sql, &[]).await.unwrap().get(0)
+    };
+    for left in 10..=13 {
+        let mut embed = moody.refarch(&["embed"]).spawn().unwrap();
+        eventually("a try to be counted", PATIENCE, async || tries().await == left).await;
+        embed.kill().await.unwrap();
+        // Whoever is killed may be about to count, or to take a count back.
+        let sql = "UPDATE refarch.ledger SET tries = $1 WHERE id = '1'";
+        moody.client.execute(sql, &[&left]).await.unwrap();
+        assert_eq!(moody.dead().await, 0, "after {left}");
+        moody.release().await;
+    }
+    assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
+    assert_eq!((moody.vectors().await, moody.dead().await), (1, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
