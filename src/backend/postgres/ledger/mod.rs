@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use sha2::{Digest, Sha256};
 use tokio_postgres::{Row, Transaction};
 
+pub(crate) use entry::Entries;
 use entry::{ENTRY, hash, read_entry};
 
 use super::session::WORKER_LOCKS;
