@@ -18,7 +18,7 @@ use refarch::backend::postgres::migrate;
 use refarch::backend::postgres::outbox::PgOutbox;
 use refarch::backend::postgres::registry::Worker;
 use refarch::backend::postgres::session;
-use refarch::backend::postgres::target::{self, IndexShape};
+use refarch::backend::postgres::target::{self, IndexShape, Place};
 use refarch::backend::sqs::{self, Sqs};
 use refarch::config::{QueueKind, Settings};
 use refarch::pipeline::clock::{BootClock, Clock};
@@ -260,6 +260,7 @@ impl Bench {
             timeout: Duration::from_secs(5),
             dimensions: DIMENSIONS,
             text: vec!["description".into()],
+            metadata: Vec::new(),
         })
         .unwrap();
         let table = Arc::new(found.table.clone());
@@ -301,7 +302,12 @@ impl Bench {
 }
 
 fn shape() -> IndexShape {
-    IndexShape { kind: "pinecone".into(), model: "constant".into(), dimensions: DIMENSIONS }
+    IndexShape {
+        kind: "pinecone".into(),
+        model: "constant".into(),
+        dimensions: DIMENSIONS,
+        place: Place::default(),
+    }
 }
 
 #[tokio::main]

@@ -321,7 +321,7 @@ async fn whatever_differs_is_told_apart_and_repaired(shop: Shop) {
     if let Index::Pinecone(double) = &shop.index {
         // pgvector keeps no metadata: it is in the table beside it.
         rewrite(double, "5", "5", |record| {
-            record.metadata["_refarch_metadata_hash"] = json!("00".repeat(32))
+            record.metadata["_refarch_metadata_hash"] = json!("00".repeat(32));
         })
         .await;
         stale += 1;

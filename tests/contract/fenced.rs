@@ -234,7 +234,7 @@ pub async fn a_row_without_text_has_no_record_and_one_that_is_gone_neither(bench
 pub async fn settling_ends_doubt_parking_and_tries(bench: &dyn Bench) {
     bring_in_sync(bench, 1, 1).await;
     let id = "1".to_owned();
-    bench.ledger().requeue(&[id.clone()]).await.unwrap();
+    bench.ledger().requeue(std::slice::from_ref(&id)).await.unwrap();
     bench.ledger().park(&id).await.unwrap();
     assert_eq!(bench.ledger().count_try(&id, 3).await.unwrap(), 3);
     let before = entry(bench, "1").await;

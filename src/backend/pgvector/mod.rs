@@ -14,7 +14,7 @@ use tokio::sync::OnceCell;
 
 use graph::Builds;
 
-use super::postgres::ledger::source_row;
+use super::postgres::ledger::{Entries, source_row};
 use super::postgres::source::{Judged, MAX_LOOKS, Source, SourceTable, restless};
 use super::postgres::{Postgres, failure};
 use crate::pipeline::catalog::{ContentSalt, Hash, SourceRow};
@@ -304,16 +304,8 @@ impl PgVector {
                 .await
                 .map_err(fail("open ledger entries"))?;
         }
-        let epochs: HashMap<String, i64> = transaction
-            .query(
-                "SELECT id, epoch FROM refarch.ledger WHERE target = $1 AND id = ANY ($2) ORDER BY id COLLATE \"C\" FOR UPDATE",
-                &[&self.target, &ids],
-            )
-            .await
-            .map_err(fail("lock ledger entries"))?
-            .iter()
-            .map(|row| (row.get(0), row.get(1)))
-            .collect();
+        let ledger = Entries(self.target);
+        let mut entries = ledger.lock(&transaction, &ids).await?;
         let possible: Vec<&str> =
             ids.iter().copied().filter(|id| table.can_hold(id) && !impossible.contains(*id)).collect();
         // After the locks, in a snapshot of its own: the newest committed state of each row.
@@ -344,13 +336,16 @@ impl PgVector {
         let mut write = Write::default();
         let mut conflicted = Vec::new();
         for plan in planned {
-            if plan.stands(epochs.get(&plan.id).copied(), rows.get(&plan.id)) {
+            let entry = entries.get_mut(&plan.id);
+            if entry.is_some_and(|entry| entry.settle_fenced(plan, rows.get(&plan.id))) {
                 write.add(plan);
             } else {
+                entries.remove(&plan.id);
                 conflicted.push(plan.id.clone());
             }
         }
         self.write(&transaction, &write).await?;
+        ledger.put(&transaction, &entries, &write.versions).await?;
         let clock = transaction
             .query_one("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint", &[])
             .await
@@ -360,43 +355,24 @@ impl PgVector {
     }
 }
 
-/// The statements of one fenced write, column by column.
+/// What one fenced write makes of the vectors, column by column, and the versions for the ledger.
 #[derive(Default)]
 struct Write<'a> {
     gone: Vec<&'a str>,
     upsert_ids: Vec<&'a str>,
     vectors: Vec<HalfVector>,
     hashes: Vec<&'a [u8]>,
-    ledger_ids: Vec<&'a str>,
-    content: Vec<Option<&'a [u8]>>,
-    metadata: Vec<Option<&'a [u8]>>,
-    deleted: Vec<bool>,
-    versions: Vec<i64>,
+    versions: HashMap<&'a str, i64>,
 }
 
 impl<'a> Write<'a> {
     fn add(&mut self, plan: &'a Planned) {
-        let row = match &plan.desired {
-            Desired::Present { row, embedding } => {
-                if let Some(embedding) = embedding {
-                    self.upsert(&plan.id, row, embedding);
-                }
-                Some(row)
-            }
-            Desired::Textless { row } => {
-                self.gone.push(&plan.id);
-                Some(row)
-            }
-            Desired::Absent => {
-                self.gone.push(&plan.id);
-                None
-            }
-        };
-        self.ledger_ids.push(&plan.id);
-        self.content.push(row.map(|row| &row.content_hash.0[..]));
-        self.metadata.push(row.map(|row| &row.metadata_hash.0[..]));
-        self.deleted.push(row.is_none());
-        self.versions.push(plan.version);
+        match &plan.desired {
+            Desired::Present { row, embedding: Some(embedding) } => self.upsert(&plan.id, row, embedding),
+            Desired::Present { embedding: None, .. } => {}
+            Desired::Textless { .. } | Desired::Absent => self.gone.push(&plan.id),
+        }
+        self.versions.insert(&plan.id, plan.version);
     }
 
     fn upsert(&mut self, id: &'a str, row: &'a SourceRow, embedding: &Embedding) {
@@ -426,34 +402,6 @@ impl PgVector {
                 .execute(&sql, &[&write.upsert_ids, &write.vectors, &write.hashes])
                 .await
                 .map_err(|error| failure("upsert vectors", &error))?;
-        }
-        if !write.ledger_ids.is_empty() {
-            let updated = transaction
-                .execute(
-                    "UPDATE refarch.ledger l SET epoch = l.epoch + 1, dirty = false, content_hash = u.content, \
-                            metadata_hash = u.metadata, deleted = u.deleted, version = greatest(l.version, u.version), \
-                            synced_at = clock_timestamp(), tries = 0, parked = false \
-                     FROM unnest($2::text[], $3::bytea[], $4::bytea[], $5::boolean[], $6::bigint[]) \
-                          AS u(id, content, metadata, deleted, version) \
-                     WHERE l.target = $1 AND l.id = u.id",
-                    &[
-                        &self.target,
-                        &write.ledger_ids,
-                        &write.content,
-                        &write.metadata,
-                        &write.deleted,
-                        &write.versions,
-                    ],
-                )
-                .await
-                .map_err(|error| failure("write the ledger", &error))?;
-            let distinct = write.ledger_ids.iter().collect::<HashSet<_>>().len() as u64;
-            if updated != distinct {
-                return Err(Error::retryable(
-                    "write the ledger",
-                    format!("{updated} of {distinct} entries were there"),
-                ));
-            }
         }
         Ok(())
     }

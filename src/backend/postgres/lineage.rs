@@ -216,16 +216,14 @@ async fn note(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Result<()>
 
 /// Sees to it that the index is this database's, before anything is written to it.
 pub async fn claim(postgres: &Postgres, target: i32, index: &dyn VectorIndex) -> Result<()> {
-    match index.notes() {
-        Some(notes) => take_over(postgres, target, notes).await,
-        None => {
-            let state = read(postgres, target).await?;
-            if state.has_moved() {
-                queue_all(postgres, target, &state, 0).await?;
-            }
-            grow(postgres, target).await.map(drop)
-        }
+    if let Some(notes) = index.notes() {
+        return take_over(postgres, target, notes).await;
     }
+    let state = read(postgres, target).await?;
+    if state.has_moved() {
+        queue_all(postgres, target, &state, 0).await?;
+    }
+    grow(postgres, target).await.map(drop)
 }
 
 async fn take_over(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Result<()> {
@@ -362,24 +360,21 @@ impl Known {
         target: i32,
         index: &dyn VectorIndex,
     ) -> Result<Renewed> {
-        match index.notes() {
-            Some(notes) => {
-                let (state, note, found) = look(postgres, target, notes).await?;
-                // With another name of its own the database itself is another one.
-                if found == Found::Another && state.name == self.name {
-                    return Ok(Renewed::Taken(shared(note.as_deref())));
-                }
-                mark(postgres, target, notes).await?;
-                *self = Self::new(postgres, target).await?;
+        if let Some(notes) = index.notes() {
+            let (state, note, found) = look(postgres, target, notes).await?;
+            // With another name of its own the database itself is another one.
+            if found == Found::Another && state.name == self.name {
+                return Ok(Renewed::Taken(shared(note.as_deref())));
             }
-            None => {
-                let state = read(postgres, target).await?;
-                if state.has_moved() || state.mark < self.mark || state.name != self.name {
-                    queue_all(postgres, target, &state, self.mark).await?;
-                }
-                let (name, mark) = grow(postgres, target).await?;
-                *self = Self { name, mark };
+            mark(postgres, target, notes).await?;
+            *self = Self::new(postgres, target).await?;
+        } else {
+            let state = read(postgres, target).await?;
+            if state.has_moved() || state.mark < self.mark || state.name != self.name {
+                queue_all(postgres, target, &state, self.mark).await?;
             }
+            let (name, mark) = grow(postgres, target).await?;
+            *self = Self { name, mark };
         }
         Ok(Renewed::Ours)
     }

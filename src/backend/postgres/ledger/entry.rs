@@ -14,8 +14,30 @@ pub(super) const ENTRY: &str =
     "l.open, l.epoch, l.dirty, l.content_hash, l.metadata_hash, l.deleted, l.parked";
 
 impl PgLedger {
-    /// Locks the entries of these ids, in id order.
     pub(super) async fn lock(
+        &self,
+        transaction: &Transaction<'_>,
+        ids: &[&str],
+    ) -> Result<BTreeMap<String, Entry>> {
+        Entries(self.target).lock(transaction, ids).await
+    }
+
+    pub(super) async fn put(
+        &self,
+        transaction: &Transaction<'_>,
+        entries: &BTreeMap<String, Entry>,
+        settled: &HashMap<&str, i64>,
+    ) -> Result<()> {
+        Entries(self.target).put(transaction, entries, settled).await
+    }
+}
+
+/// The entries of a target, for whoever settles them in a transaction of its own.
+pub(crate) struct Entries(pub(crate) i32);
+
+impl Entries {
+    /// Locks the entries of these ids, in id order.
+    pub(crate) async fn lock(
         &self,
         transaction: &Transaction<'_>,
         ids: &[&str],
@@ -24,13 +46,12 @@ impl PgLedger {
             "SELECT l.id, {ENTRY} FROM refarch.ledger l WHERE l.target = $1 AND l.id = ANY ($2) \
              ORDER BY l.id COLLATE \"C\" FOR UPDATE"
         );
-        let rows =
-            transaction.query(&sql, &[&self.target, &ids]).await.map_err(fail("lock ledger entries"))?;
+        let rows = transaction.query(&sql, &[&self.0, &ids]).await.map_err(fail("lock ledger entries"))?;
         rows.iter().map(|row| Ok((row.get(0), read_entry(row, 1, row.get(0))?))).collect()
     }
 
-    /// Writes locked entries back.
-    pub(super) async fn put(
+    /// Writes locked entries back; `settled` has the versions of those that are clean now.
+    pub(crate) async fn put(
         &self,
         transaction: &Transaction<'_>,
         entries: &BTreeMap<String, Entry>,
@@ -63,7 +84,7 @@ impl PgLedger {
                              $8::bytea[], $9::bigint[], $10::boolean[]) \
                       AS u(id, open, epoch, dirty, deleted, content, metadata, version, parked) \
                  WHERE l.target = $1 AND l.id = u.id",
-                &[&self.target, &ids, &open, &epochs, &dirty, &deleted, &content, &metadata, &versions, &parked],
+                &[&self.0, &ids, &open, &epochs, &dirty, &deleted, &content, &metadata, &versions, &parked],
             )
             .await
             .map_err(fail("write the ledger"))?;

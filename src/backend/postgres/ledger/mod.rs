@@ -15,6 +15,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Row, Transaction};
 
 use abandoned::Abandoned;
+pub(crate) use entry::Entries;
 use entry::{ENTRY, hash, read_entry};
 
 use super::connection::Connection;
