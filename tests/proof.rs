@@ -625,7 +625,7 @@ async fn a_table_that_is_swapped_by_rename_is_captured_and_read_anew() {
     let _roles = shop.start_roles();
     eventually("a first round", PATIENCE, async || shop.rounds().await.0 > 0).await;
     shop.sql(&format!(
-        "BEGIN; CREATE TABLE made_anew (LIKE {TABLE} INCLUDING ALL); \
+        "BEGIN; CREATE TABLE public.made_anew (LIKE {TABLE} INCLUDING ALL); \
          INSERT INTO made_anew (id, description) SELECT i, 'Made anew ' || i FROM generate_series(20, 60) i; \
          ALTER TABLE {TABLE} RENAME TO made_before; ALTER TABLE made_anew RENAME TO {TABLE}; COMMIT"
     ))
