@@ -63,14 +63,6 @@ impl Postgres {
         Ok(Self { config, tls, pool, settings: connection::settings(0) })
     }
 
-    /// The same database through a pool of its own, for what clients ask: they then never take the
-    /// connections of the pipeline, and no statement of theirs takes longer than `statement_timeout`.
-    pub fn for_requests(&self, connections: usize, statement_timeout: Duration) -> Result<Self> {
-        let pool = pool(&self.config, &self.tls, connections, REQUEST_POOL_WAIT)?;
-        let settings = connection::settings(statement_timeout.as_millis());
-        Ok(Self { config: self.config.clone(), tls: self.tls.clone(), pool, settings })
-    }
-
     /// Connects once, so that a wrong address or password is told at the start.
     pub async fn check(&self) -> Result<()> {
         let client = self.client().await?;
@@ -106,6 +98,14 @@ impl Postgres {
         let port = self.config.get_ports().first().copied().unwrap_or(5432);
         let host = hosts.collect::<Vec<_>>().join(",");
         format!("{host}:{port}/{}", self.config.get_dbname().unwrap_or("?"))
+    }
+
+    /// The same database through a pool of its own, for what clients ask: they then never take the
+    /// connections of the pipeline, and no statement of theirs takes longer than `statement_timeout`.
+    pub fn for_requests(&self, connections: usize, statement_timeout: Duration) -> Result<Self> {
+        let pool = pool(&self.config, &self.tls, connections, REQUEST_POOL_WAIT)?;
+        let settings = connection::settings(statement_timeout.as_millis());
+        Ok(Self { config: self.config.clone(), tls: self.tls.clone(), pool, settings })
     }
 
     /// A connection of its own, outside the pool, for LISTEN.
