@@ -80,6 +80,14 @@ impl Postgres {
         Ok(())
     }
 
+    /// The same database through a pool of its own, for what clients ask: they then never take the
+    /// connections of the pipeline, and no statement of theirs takes longer than `statement_timeout`.
+    pub fn for_requests(&self, connections: usize, statement_timeout: Duration) -> Result<Self> {
+        let pool = pool(&self.config, &self.tls, connections, REQUEST_POOL_WAIT)?;
+        let settings = connection::settings(statement_timeout.as_millis());
+        Ok(Self { config: self.config.clone(), tls: self.tls.clone(), pool, settings })
+    }
+
     /// A connection of the pool.
     pub async fn client(&self) -> Result<Connection> {
         match client(&self.pool).await {
@@ -98,14 +106,6 @@ impl Postgres {
         let port = self.config.get_ports().first().copied().unwrap_or(5432);
         let host = hosts.collect::<Vec<_>>().join(",");
         format!("{host}:{port}/{}", self.config.get_dbname().unwrap_or("?"))
-    }
-
-    /// The same database through a pool of its own, for what clients ask: they then never take the
-    /// connections of the pipeline, and no statement of theirs takes longer than `statement_timeout`.
-    pub fn for_requests(&self, connections: usize, statement_timeout: Duration) -> Result<Self> {
-        let pool = pool(&self.config, &self.tls, connections, REQUEST_POOL_WAIT)?;
-        let settings = connection::settings(statement_timeout.as_millis());
-        Ok(Self { config: self.config.clone(), tls: self.tls.clone(), pool, settings })
     }
 
     /// A connection of its own, outside the pool, for LISTEN.
