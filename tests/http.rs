@@ -1034,7 +1034,8 @@ async fn a_server_that_stops_answers_what_it_was_asked_and_no_more() {
     assert!(TcpStream::connect(server.address).await.is_err());
     assert!(!server.serving.is_finished());
     lock.rollback().await.unwrap();
-    assert_eq!(asked.await.unwrap(), 200);
+    // Its statement may have waited too long by now.
+    assert!([200, 503].contains(&asked.await.unwrap()));
     tokio::time::timeout(PATIENCE, server.serving).await.unwrap().unwrap();
 }
 
