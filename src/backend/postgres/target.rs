@@ -24,6 +24,18 @@ pub struct IndexShape {
     pub dimensions: usize,
 }
 
+/// Whether a target is still the one that is fed. A process that was started before `refarch migrate` made
+/// another one searches an index that nobody writes to.
+pub async fn is_active(postgres: &Postgres, target: i32) -> Result<bool> {
+    let row = postgres
+        .client()
+        .await?
+        .query_opt("SELECT FROM refarch.target WHERE id = $1 AND state = 'active'", &[&target])
+        .await
+        .map_err(|error| failure("look for the index", &error))?;
+    Ok(row.is_some())
+}
+
 /// The source and the target that feed and make the index, as the schema knows them.
 #[derive(Clone, Debug)]
 pub struct Target {
@@ -126,16 +138,4 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
         salt,
         dimensions: usize::try_from(row.get::<_, i32>(3)).unwrap_or_default(),
     })
-}
-
-/// Whether a target is still the one that is fed. A process that was started before `refarch migrate` made
-/// another one searches an index that nobody writes to.
-pub async fn is_active(postgres: &Postgres, target: i32) -> Result<bool> {
-    let row = postgres
-        .client()
-        .await?
-        .query_opt("SELECT FROM refarch.target WHERE id = $1 AND state = 'active'", &[&target])
-        .await
-        .map_err(|error| failure("look for the index", &error))?;
-    Ok(row.is_some())
 }

@@ -45,33 +45,42 @@ impl Reason {
     }
 }
 
-/// The reasons of late, and until when they hold.
+/// What was found at one look.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// Why requests can't be answered, or not rightly.
+    pub reasons: Vec<Reason>,
+    /// How the proof stands.
+    pub proof: String,
+}
+
+/// What was found of late, and until when it holds.
 #[derive(Default)]
-pub struct Cache(Mutex<Option<(Instant, Vec<Reason>)>>);
+pub struct Cache(Mutex<Option<(Instant, Found)>>);
 
 impl Cache {
-    /// The reasons that were found lately, or a new look; whoever asks meanwhile waits for the same one.
-    pub async fn get(&self, app: &App) -> Vec<Reason> {
+    /// What was found lately, or a new look; whoever asks meanwhile waits for the same one.
+    pub async fn get(&self, app: &App) -> Found {
         let mut last = self.0.lock().await;
-        if let Some((until, reasons)) = &*last
+        if let Some((until, found)) = &*last
             && Instant::now() < *until
         {
-            return reasons.clone();
+            return found.clone();
         }
         let started = Instant::now();
-        let reasons = look(app).await;
+        let found = look(app).await;
         let age = (started.elapsed() * AGE_FOR_COST).max(MIN_AGE);
-        *last = Some((Instant::now() + age, reasons.clone()));
-        reasons
+        *last = Some((Instant::now() + age, found.clone()));
+        found
     }
 }
 
-async fn look(app: &App) -> Vec<Reason> {
-    let (table, index, target, faults) = tokio::join!(
+async fn look(app: &App) -> Found {
+    let (table, index, target, health) = tokio::join!(
         in_time(app.products.check()),
         in_time(app.index.query(&app.zero, 1)),
         in_time(app.probe.check_target()),
-        in_time(app.probe.faults()),
+        in_time(app.probe.health()),
     );
     let mut reasons = Vec::new();
     match table {
@@ -95,14 +104,13 @@ async fn look(app: &App) -> Vec<Reason> {
     {
         reasons.push(Reason::failed("schema", "it is missing, or was migrated to another index", &error));
     }
-    if let Some(Ok(faults)) = faults {
-        reasons.extend(faults.into_iter().map(|fault| Reason {
-            kind: "capture",
-            general: "not every change to the table is captured",
-            detail: Some(fault),
-        }));
-    }
-    reasons
+    let (faults, proof) = health.and_then(Result::ok).unwrap_or_default();
+    reasons.extend(faults.into_iter().map(|fault| Reason {
+        kind: "capture",
+        general: "not every change to the table is captured",
+        detail: Some(fault),
+    }));
+    Found { reasons, proof }
 }
 
 /// The result, if it comes in time.

@@ -286,10 +286,10 @@ async fn status(State(app): Shared) -> Answer<Json<Value>> {
     app.status.get(&*app.probe).await.map(viewer::shown).map(Json).map_err(Refusal::from)
 }
 
-async fn ready(State(app): Shared) -> Answer<&'static str> {
-    let reasons = app.ready.get(&app).await;
+async fn ready(State(app): Shared) -> Answer<String> {
+    let super::ready::Found { reasons, proof } = app.ready.get(&app).await;
     if reasons.is_empty() {
-        return Ok("ready\n");
+        return Ok(format!("ready\n{proof}").trim_end().to_owned() + "\n");
     }
     let mut kinds: Vec<&str> = reasons.iter().map(|reason| reason.kind).collect();
     kinds.dedup();
