@@ -161,16 +161,18 @@ impl QueueDouble {
         duplicated
     }
 
-    /// Throws away what is in the lanes' queues, held or not, as `PurgeQueue` does.
+    /// Forgets every message but the dead letters, as a purge by hand does.
     #[allow(clippy::must_use_candidate, reason = "the count is only for telling")]
     pub fn purge(&self) -> u64 {
         let mut state = self.server.state();
-        let mut purged = 0;
-        for (_, queue) in state.queues.iter_mut().filter(|(name, _)| !name.ends_with("-dead")) {
-            purged += queue.messages().count() as u64;
-            queue.purge();
-        }
-        purged
+        let lanes = state.queues.iter_mut().filter(|(name, _)| !name.ends_with("-dead"));
+        lanes
+            .map(|(_, queue)| {
+                let count = queue.messages().count() as u64;
+                queue.purge();
+                count
+            })
+            .sum()
     }
 
     /// Hides up to `count` messages of every queue that could be received, and so changes their order.
