@@ -157,8 +157,8 @@ impl Probe for ToldProbe {
         Ok(())
     }
 
-    async fn faults(&self) -> Result<Vec<String>> {
-        Ok(self.faults.lock().unwrap().clone())
+    async fn health(&self) -> Result<(Vec<String>, String)> {
+        Ok((self.faults.lock().unwrap().clone(), "proved 3 h ago: 0 differences".into()))
     }
 }
 
@@ -749,6 +749,8 @@ async fn readiness_tells_what_is_missing_and_nothing_of_the_inside() {
     let status = async |path: &str| server.request(Method::GET, path).send().await.unwrap().status().as_u16();
     assert_eq!(status("/healthz").await, 200);
     assert_eq!(status("/readyz").await, 200);
+    let ready = server.request(Method::GET, "/readyz").send().await.unwrap().text().await.unwrap();
+    assert_eq!(ready, "ready\nproved 3 h ago: 0 differences\n");
 
     *server.index.failing.lock().unwrap() = true;
     let not_ready = async || {
@@ -870,21 +872,21 @@ async fn while_all_places_are_taken_others_are_told_to_come_again() {
     let mut other = server.database.client().await;
     let lock = other.transaction().await.unwrap();
     lock.batch_execute("LOCK TABLE products_with_increment IN ACCESS EXCLUSIVE MODE").await.unwrap();
-    let first = server.request(Method::GET, "/api/v1/products");
-    let first = tokio::spawn(async move { first.send().await.unwrap().status().as_u16() });
-    let mut after = String::new();
-    common::eventually("the one place to be taken", PATIENCE, async || {
-        let response = server.request(Method::GET, "/api/v1/products").send().await.unwrap();
-        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
-        after = response.headers()["retry-after"].to_str().unwrap().to_owned();
-        response.json::<Value>().await.unwrap()["error"]["code"] == "busy"
+    common::eventually("one to have the place, and another to be told so", PATIENCE, async || {
+        let asks = (0..3).map(|_| server.request(Method::GET, "/api/v1/products").send());
+        let mut told = false;
+        for response in futures::future::join_all(asks).await {
+            let response = response.unwrap();
+            assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+            assert_eq!(response.headers()["retry-after"], "1");
+            told |= response.json::<Value>().await.unwrap()["error"]["code"] == "busy";
+        }
+        told
     })
     .await;
-    assert_eq!(after, "1");
     // What needs no place is answered meanwhile.
     assert_eq!(server.get("/api/v1/status").await["source_rows"], 3);
     lock.rollback().await.unwrap();
-    assert!([200, 503].contains(&first.await.unwrap()));
     server.get("/api/v1/products").await;
 }
 
@@ -1032,7 +1034,8 @@ async fn a_server_that_stops_answers_what_it_was_asked_and_no_more() {
     assert!(TcpStream::connect(server.address).await.is_err());
     assert!(!server.serving.is_finished());
     lock.rollback().await.unwrap();
-    assert_eq!(asked.await.unwrap(), 200);
+    // Its statement may have waited too long by now.
+    assert!([200, 503].contains(&asked.await.unwrap()));
     tokio::time::timeout(PATIENCE, server.serving).await.unwrap().unwrap();
 }
 

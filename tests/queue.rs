@@ -541,6 +541,7 @@ async fn small_queues_carry_everything(endpoint: &str) {
         body: Err(refarch::pipeline::queue::Undecodable {
             reason: "not a job".into(),
             body: "é".repeat(4_000),
+            later: None,
         }),
         ..message
     };

@@ -15,7 +15,7 @@ use refarch::backend::pgvector::{self, PgVector};
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
 use refarch::backend::postgres::migrate;
-use refarch::backend::postgres::target::{self, IndexShape};
+use refarch::backend::postgres::target::{self, IndexShape, Place};
 use refarch::backend::{self, Backends, LoadedModel};
 use refarch::config::Settings;
 use refarch::pipeline::clock::{BootClock, Clock};
@@ -467,7 +467,8 @@ async fn keys_of_extensions_types_are_read() {
     let setup = "CREATE SCHEMA ext; CREATE EXTENSION citext SCHEMA ext; CREATE EXTENSION ltree SCHEMA ext; CREATE EXTENSION isn SCHEMA ext; \
                  CREATE COLLATION public.folds (provider = icu, locale = 'und-u-ks-level2', deterministic = false)";
     client.batch_execute(setup).await.unwrap();
-    let shape = IndexShape { kind: "test".into(), model: "test".into(), dimensions: 3 };
+    let shape =
+        IndexShape { kind: "test".into(), model: "test".into(), dimensions: 3, place: Place::default() };
     for (name, kind, value) in [
         ("a", "ext.citext", "('Name' || g)::ext.citext"),
         ("b", "ext.ltree", "('Top.Path.n' || g)::ext.ltree"),
@@ -776,7 +777,12 @@ async fn a_role_with_settings_of_its_own_reads_and_writes_as_any() {
         target.id
     ))
     .await;
-    let options = pgvector::Options { graph_min_rows: 10, graph_max_backlog: 10, ef_search: 100 };
+    let options = pgvector::Options {
+        graph_min_rows: 10,
+        graph_max_backlog: 10,
+        ef_search: 100,
+        acknowledged_in_same_log: true,
+    };
     let table = Arc::new(target.table.clone());
     let index = PgVector::new(odd.postgres.clone(), table, target.salt.clone(), target.id, options);
     index.maintain(0).await.unwrap();
@@ -986,7 +992,12 @@ async fn a_graph_that_cannot_be_built_is_told_once_and_tried_ever_more_seldom() 
     it.settle().await;
     let hand = Arc::new(Hand::default());
     let target = &it.backends.target;
-    let options = pgvector::Options { graph_min_rows: 10, graph_max_backlog: 10, ef_search: 100 };
+    let options = pgvector::Options {
+        graph_min_rows: 10,
+        graph_max_backlog: 10,
+        ef_search: 100,
+        acknowledged_in_same_log: true,
+    };
     // Of the owner's table, and the role may not ask for an index on it either.
     it.run("REVOKE EXECUTE ON FUNCTION refarch.build_graph FROM PUBLIC").await;
     it.run(&format!("REVOKE EXECUTE ON FUNCTION refarch.build_graph FROM {}", it.role.as_ref().unwrap()))

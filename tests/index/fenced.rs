@@ -39,7 +39,12 @@ impl Real {
         };
         migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
         let target = target::find(&postgres, &settings.source, &shape).await.unwrap();
-        let options = pgvector::Options { graph_min_rows: 1_000, graph_max_backlog: 1_000, ef_search: 100, acknowledged_in_same_log: true };
+        let options = pgvector::Options {
+            graph_min_rows: 1_000,
+            graph_max_backlog: 1_000,
+            ef_search: 100,
+            acknowledged_in_same_log: true,
+        };
         let table = Arc::new(target.table);
         let (salt, id) = (target.salt, target.id);
         let index = PgVector::new(postgres.clone(), Arc::clone(&table), salt.clone(), id, options);

@@ -78,14 +78,6 @@ impl Postgres {
         Self { settings, ..self.clone() }
     }
 
-    /// The same database through a pool of its own, for what clients ask: they then never take the
-    /// connections of the pipeline, and no statement of theirs takes longer than `statement_timeout`.
-    pub fn for_requests(&self, connections: usize, statement_timeout: Duration) -> Result<Self> {
-        let pool = pool(&self.config, &self.tls, connections, REQUEST_POOL_WAIT)?;
-        let settings = connection::settings(statement_timeout.as_millis());
-        Ok(Self { config: self.config.clone(), tls: self.tls.clone(), pool, settings })
-    }
-
     /// Connects once, so that a wrong address or password is told at the start.
     pub async fn check(&self) -> Result<()> {
         let client = self.client().await?;
@@ -101,6 +93,14 @@ impl Postgres {
             ));
         }
         Ok(())
+    }
+
+    /// The same database through a pool of its own, for what clients ask: they then never take the
+    /// connections of the pipeline, and no statement of theirs takes longer than `statement_timeout`.
+    pub fn for_requests(&self, connections: usize, statement_timeout: Duration) -> Result<Self> {
+        let pool = pool(&self.config, &self.tls, connections, REQUEST_POOL_WAIT)?;
+        let settings = connection::settings(statement_timeout.as_millis());
+        Ok(Self { config: self.config.clone(), tls: self.tls.clone(), pool, settings })
     }
 
     /// A connection of the pool.

@@ -116,6 +116,18 @@ pub(super) async fn settle_place(
     Ok(None)
 }
 
+/// Whether a target is still the one that is fed. A process that was started before `refarch migrate` made
+/// another one searches an index that nobody writes to.
+pub async fn is_active(postgres: &Postgres, target: i32) -> Result<bool> {
+    let row = postgres
+        .client()
+        .await?
+        .query_opt("SELECT FROM refarch.target WHERE id = $1 AND state = 'active'", &[&target])
+        .await
+        .map_err(|error| failure("look for the index", &error))?;
+    Ok(row.is_some())
+}
+
 /// The source and the target that feed and make the index, as the schema knows them.
 #[derive(Clone, Debug)]
 pub struct Target {
@@ -273,16 +285,4 @@ pub(super) async fn find_table(
     let table = SourceTable::find(transaction, source).await?;
     transaction.batch_execute("SET LOCAL search_path = pg_catalog, pg_temp").await.map_err(fail)?;
     Ok(table)
-}
-
-/// Whether a target is still the one that is fed. A process that was started before `refarch migrate` made
-/// another one searches an index that nobody writes to.
-pub async fn is_active(postgres: &Postgres, target: i32) -> Result<bool> {
-    let row = postgres
-        .client()
-        .await?
-        .query_opt("SELECT FROM refarch.target WHERE id = $1 AND state = 'active'", &[&target])
-        .await
-        .map_err(|error| failure("look for the index", &error))?;
-    Ok(row.is_some())
 }

@@ -29,7 +29,6 @@ use tokio_util::sync::CancellationToken;
 use crate::backend::postgres;
 use crate::backend::postgres::products::Products;
 use crate::backend::postgres::registry::Worker;
-use crate::backend::postgres::target;
 use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::config::Settings;
 use crate::pipeline::embedder::Embedder;
@@ -63,26 +62,30 @@ const TURN: Duration = Duration::from_secs(5);
 /// What the page tells of the sync.
 #[async_trait]
 pub trait Probe: Send + Sync {
-    /// What `refarch status --json` prints.
-    async fn status(&self) -> Result<Value>;
-    /// Whether the index holds what the row says now.
-    async fn is_searchable(&self, id: &str) -> Result<bool>;
     /// Whether the index that is searched is the one that is kept in step.
     async fn check_target(&self) -> Result<()> {
         Ok(())
     }
-    /// What of the table is not captured as it should be, and what to do about it.
-    async fn faults(&self) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-    /// When the index was last proved, in a sentence.
-    async fn proof(&self) -> Result<String> {
-        Ok(String::new())
+    /// What `refarch status --json` prints.
+    async fn status(&self) -> Result<Value>;
+    /// Whether the index holds what the row says now.
+    async fn is_searchable(&self, id: &str) -> Result<bool>;
+    /// Faults that make results wrong for good, and how the proof stands.
+    async fn health(&self) -> Result<(Vec<String>, String)> {
+        Ok((Vec::new(), String::new()))
     }
 }
 
 #[async_trait]
 impl Probe for Backends {
+    async fn check_target(&self) -> Result<()> {
+        if postgres::target::is_active(&self.postgres, self.target.id).await? {
+            return Ok(());
+        }
+        let message = "refarch migrate has made another one since this process started: restart it";
+        Err(Error::fatal("look for the index", message))
+    }
+
     async fn status(&self) -> Result<Value> {
         let status = Self::status(self).await?;
         Ok(serde_json::to_value(status).unwrap_or_default())
@@ -93,20 +96,10 @@ impl Probe for Backends {
         Ok(peeked.iter().any(|p| p.entry.as_ref().is_some_and(|entry| entry.matches(p.row.as_ref()))))
     }
 
-    async fn check_target(&self) -> Result<()> {
-        if target::is_active(&self.postgres, self.target.id).await? {
-            return Ok(());
-        }
-        let message = "refarch migrate has made another one since this process started: restart it";
-        Err(Error::fatal("look for the index", message))
-    }
-
-    async fn faults(&self) -> Result<Vec<String>> {
-        postgres::proof::capture_faults(&self.postgres, &self.source).await
-    }
-
-    async fn proof(&self) -> Result<String> {
-        Ok(Self::proof(self).await?.describe())
+    async fn health(&self) -> Result<(Vec<String>, String)> {
+        let faults = postgres::proof::capture_faults(&self.postgres, &self.source).await?;
+        let faults = faults.into_iter().map(|fault| format!("not captured: {fault}")).collect();
+        Ok((faults, self.proof().await?.describe()))
     }
 }
 

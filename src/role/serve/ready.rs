@@ -45,43 +45,42 @@ impl Reason {
     }
 }
 
-/// Whether requests can be answered, and what the answers rest on.
+/// What was found at one look.
 #[derive(Clone, Debug, Default)]
-pub struct Readiness {
-    /// Why they can't be, or not rightly; none if they can.
+pub struct Found {
+    /// Why requests can't be answered, or not rightly.
     pub reasons: Vec<Reason>,
-    /// When the index was last proved; empty if that could not be read.
+    /// How the proof stands.
     pub proof: String,
 }
 
-/// The last look, and until when it holds.
+/// What was found of late, and until when it holds.
 #[derive(Default)]
-pub struct Cache(Mutex<Option<(Instant, Readiness)>>);
+pub struct Cache(Mutex<Option<(Instant, Found)>>);
 
 impl Cache {
     /// What was found lately, or a new look; whoever asks meanwhile waits for the same one.
-    pub async fn get(&self, app: &App) -> Readiness {
+    pub async fn get(&self, app: &App) -> Found {
         let mut last = self.0.lock().await;
-        if let Some((until, readiness)) = &*last
+        if let Some((until, found)) = &*last
             && Instant::now() < *until
         {
-            return readiness.clone();
+            return found.clone();
         }
         let started = Instant::now();
-        let readiness = look(app).await;
+        let found = look(app).await;
         let age = (started.elapsed() * AGE_FOR_COST).max(MIN_AGE);
-        *last = Some((Instant::now() + age, readiness.clone()));
-        readiness
+        *last = Some((Instant::now() + age, found.clone()));
+        found
     }
 }
 
-async fn look(app: &App) -> Readiness {
-    let (table, index, target, faults, proof) = tokio::join!(
+async fn look(app: &App) -> Found {
+    let (table, index, target, health) = tokio::join!(
         in_time(app.products.check()),
         in_time(app.index.query(&app.zero, 1)),
         in_time(app.probe.check_target()),
-        in_time(app.probe.faults()),
-        in_time(app.probe.proof()),
+        in_time(app.probe.health()),
     );
     let mut reasons = Vec::new();
     match table {
@@ -105,14 +104,13 @@ async fn look(app: &App) -> Readiness {
     {
         reasons.push(Reason::failed("schema", "it is missing, or was migrated to another index", &error));
     }
-    if let Some(Ok(faults)) = faults {
-        reasons.extend(faults.into_iter().map(|fault| Reason {
-            kind: "capture",
-            general: "not every change to the table is captured",
-            detail: Some(fault),
-        }));
-    }
-    Readiness { reasons, proof: proof.and_then(Result::ok).unwrap_or_default() }
+    let (faults, proof) = health.and_then(Result::ok).unwrap_or_default();
+    reasons.extend(faults.into_iter().map(|fault| Reason {
+        kind: "capture",
+        general: "not every change to the table is captured",
+        detail: Some(fault),
+    }));
+    Found { reasons, proof }
 }
 
 /// The result, if it comes in time.

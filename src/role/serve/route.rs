@@ -287,14 +287,14 @@ async fn status(State(app): Shared) -> Answer<Json<Value>> {
 }
 
 async fn ready(State(app): Shared) -> Answer<String> {
-    let readiness = app.ready.get(&app).await;
-    if readiness.reasons.is_empty() {
-        return Ok(format!("ready\n{}", readiness.proof).trim_end().to_owned() + "\n");
+    let super::ready::Found { reasons, proof } = app.ready.get(&app).await;
+    if reasons.is_empty() {
+        return Ok(format!("ready\n{proof}").trim_end().to_owned() + "\n");
     }
-    let mut kinds: Vec<&str> = readiness.reasons.iter().map(|reason| reason.kind).collect();
+    let mut kinds: Vec<&str> = reasons.iter().map(|reason| reason.kind).collect();
     kinds.dedup();
     let message = format!("not ready: {}", kinds.join(", "));
-    let reasons: Vec<String> = readiness.reasons.iter().map(super::ready::Reason::shown).collect();
+    let reasons: Vec<String> = reasons.iter().map(super::ready::Reason::shown).collect();
     let refusal = Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message);
     Err(refusal.with("reasons", json!(reasons)))
 }
