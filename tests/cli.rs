@@ -236,7 +236,11 @@ async fn addresses_are_shown_without_what_is_secret_in_them() {
     let env = [("DATABASE_URL", database.url())];
     let env = env.each_ref().map(|(name, value)| (*name, value.as_str()));
     let base = format!("http://me:MARK@127.0.0.1:{port}/?token=MARK");
+    // A user in the embedder's address is refused, and not shown.
     let text = format!("[embedder]\nkind = 'tei'\nurl = '{base}'");
+    let refused = shows_no_secret(&["migrate"], &text, &env).await;
+    assert!(refused.code == Some(1) && refused.err.contains("embedder.url"), "{refused:?}");
+    let text = format!("[embedder]\nkind = 'tei'\nurl = 'http://127.0.0.1:{port}/?token=MARK'");
     let tei = shows_no_secret(&["migrate"], &text, &env).await;
     assert!(tei.code == Some(1) && tei.err.contains(&port.to_string()), "{tei:?}");
     let text = format!("[index]\nname = 'x'\nkind = 'pinecone'\napi_key = 'MARK'\ncontroller = '{base}'");
