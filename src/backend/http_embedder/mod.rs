@@ -151,7 +151,12 @@ impl Server {
                 tracing::warn!(%error, "the embedding server does not answer yet; work is held until it does");
                 Ok(())
             }
-            Err(failure) => Err(at_the_start(failure)),
+            // It may be mended as it stands, without this process: the work is held as one fault meanwhile.
+            Err(Failure { error, .. }) if error.class == Class::Permanent => {
+                tracing::warn!(%error, "the embedding server refuses a harmless text; work is held until it takes one");
+                Ok(())
+            }
+            Err(Failure { error, .. }) => Err(error),
         }
     }
 

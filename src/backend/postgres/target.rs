@@ -44,7 +44,12 @@ impl Place {
     #[must_use]
     pub fn is(&self, other: &Self) -> bool {
         let same = |a: &str, b: &str| !a.is_empty() && a == b;
-        self.namespace == other.namespace && (same(&self.name, &other.name) || same(&self.host, &other.host))
+        // An index inside of the database has neither.
+        let is_inside = |place: &Self| place.name.is_empty() && place.host.is_empty();
+        self.namespace == other.namespace
+            && (same(&self.name, &other.name)
+                || same(&self.host, &other.host)
+                || (is_inside(self) && is_inside(other)))
     }
 }
 
