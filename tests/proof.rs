@@ -172,7 +172,7 @@ impl Shop {
             Some(double) => {
                 let mut record = double.snapshot("")[id].clone();
                 if spoil {
-                    record.metadata["content_hash"] = json!("a7".repeat(32));
+                    record.metadata["_refarch_content_hash"] = json!("a7".repeat(32));
                 }
                 let record = json!({ "id": to, "values": record.values, "metadata": record.metadata });
                 send(double, "upsert", json!({ "vectors": [record] })).await;
