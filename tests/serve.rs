@@ -383,6 +383,7 @@ async fn status_has_the_documented_keys() {
         "capture_faults",
         "dead_letters",
         "expected",
+        "faults",
         "freshness_ms",
         "in_sync",
         "in_sync_estimated",
