@@ -21,6 +21,7 @@ use clap::CommandFactory;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres::registry::Worker;
+use crate::backend::postgres::target;
 use crate::backend::{self, Backends, Database};
 use crate::cli::{Cli, Command};
 use crate::config::Settings;
@@ -86,7 +87,11 @@ async fn open(database: &Database, settings: &Settings) -> anyhow::Result<Backen
             tracing::warn!(warning, "migrated");
         }
     }
-    Ok(backend::patiently(settings, async || Backends::open(&database.postgres, settings).await).await?)
+    let opened = backend::patiently(settings, async || {
+        target::follow_swap(&database.postgres, &settings.source.name).await;
+        Backends::open(&database.postgres, settings).await
+    });
+    Ok(opened.await?)
 }
 
 /// Works with a heartbeat beside, which ends (and leaves the books) after the work.

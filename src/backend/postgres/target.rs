@@ -254,8 +254,16 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
             &[&table.name, &source.id, &source.text, &table.relation],
         )
         .await
-        .map_err(|error| failure("look for the index", &error))?
-        .ok_or_else(|| Error::fatal("look for the index", format!("{} is not kept in step yet: {fix}", table.relation)))?;
+        .map_err(|error| failure("look for the index", &error))?;
+    let Some(row) = row else {
+        let message = format!("{} is not kept in step yet: {fix}", table.relation);
+        return Err(if is_swapped(&client, &table.name).await? {
+            // Another table has taken the name, as in a swap by rename. Whoever proves the index captures it soon.
+            Error::retryable("look for the index", message)
+        } else {
+            Error::fatal("look for the index", message)
+        });
+    };
     let (model, kind, same_columns): (String, String, bool) = (row.get(1), row.get(4), row.get(5));
     if model != shape.model || kind != shape.kind || !same_columns {
         return Err(Error::fatal(
@@ -278,6 +286,40 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
         salt: ContentSalt::stored(row.get(3)),
         dimensions: usize::try_from(row.get::<_, i32>(2)).unwrap_or_default(),
     })
+}
+
+/// Whether another table has the name that the source's table had when capture was armed.
+async fn is_swapped(transaction: &Transaction<'_>, source: &str) -> Result<bool> {
+    let row = transaction
+        .query_opt(
+            "SELECT to_regclass(table_name) IS NOT NULL AND relation <> to_regclass(table_name) \
+             FROM refarch.source WHERE name = $1",
+            &[&source],
+        )
+        .await
+        .map_err(|error| failure("look for the index", &error))?;
+    Ok(row.is_some_and(|row| row.get::<_, Option<bool>>(0).unwrap_or_default()))
+}
+
+/// Captures the table that has taken the source's name, so that a role that starts after a swap need not wait for
+/// one that runs. Does nothing if there was no swap, or without the right to.
+pub async fn follow_swap(postgres: &Postgres, source: &str) {
+    let followed = async {
+        let mut client = postgres.client().await?;
+        let transaction =
+            client.transaction().await.map_err(|error| failure("look for the schema", &error))?;
+        if !is_swapped(&transaction, source).await? {
+            return Ok(());
+        }
+        transaction
+            .query_one("SELECT refarch.rearm($1)", &[&source])
+            .await
+            .map_err(|error| failure("capture the table anew", &error))?;
+        transaction.commit().await.map_err(|error| failure("capture the table anew", &error))
+    };
+    if let Err::<(), Error>(error) = followed.await {
+        tracing::debug!(%error, "cannot follow another table under the name");
+    }
 }
 
 /// Looks the table up. A name without a schema means what it means to the role by default.

@@ -192,7 +192,7 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
     let queue_counts = lab.queue_double.as_ref().map(queue_double::QueueDouble::counts);
     let quiet = Instant::now();
     let postgres = Postgres::new(lab.url(), &lab.settings.database)?;
-    let backends = lab.backends(&postgres).await?;
+    let backends = open(lab, &postgres, &mut crew).await?;
     if !drain(&backends, &mut crew, stop).await? {
         return Ok(None);
     }
@@ -280,6 +280,21 @@ async fn prove(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -
         }
     }
     Ok(Proved::Round)
+}
+
+/// Opens the backends, once the roles follow the table that was swapped last.
+async fn open(lab: &Lab, postgres: &Postgres, crew: &mut Crew) -> anyhow::Result<Backends> {
+    let started = Instant::now();
+    loop {
+        match lab.backends(postgres).await {
+            Err(error) if started.elapsed() < STUCK_AFTER => {
+                tracing::debug!(error = format!("{error:#}"), "cannot open the backends yet");
+                crew.tend()?;
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+            opened => return opened,
+        }
+    }
 }
 
 /// Waits until nothing is under way; false when stopped before.
