@@ -87,6 +87,8 @@ struct Outcome {
     failures: Vec<String>,
     /// From the end of the faults until the continuous proof had been round; none without one.
     proved_s: Option<f64>,
+    /// Differences that the proof found and queued again, also while the faults lasted.
+    proof_differences: u64,
     /// From the end of the faults until nothing was under way.
     drained_s: f64,
     /// Changes in the dead letters.
@@ -206,6 +208,7 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
         Proved::Stopped => return Ok(None),
         Proved::Round => Some(quiet.elapsed().as_secs_f64()),
     };
+    let proof_differences = if proved_s.is_some() { differences_of_the_proof(&backends).await? } else { 0 };
     // What the proof found is mended as everything else is.
     if proved_s.is_some() && !drain(&backends, &mut crew, stop).await? {
         return Ok(None);
@@ -236,6 +239,7 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
         written: writer.written,
         failures: std::mem::take(&mut writer.failures),
         proved_s,
+        proof_differences,
         drained_s,
         dead_letters,
         ended: std::mem::take(&mut crew.ended),
@@ -284,6 +288,14 @@ async fn prove(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -
         }
     }
     Ok(Proved::Round)
+}
+
+/// What the continuous proof found in all of its rounds.
+async fn differences_of_the_proof(backends: &Backends) -> anyhow::Result<u64> {
+    let client = backends.postgres.client().await?;
+    let sql = "SELECT coalesce(sum(differences), 0)::bigint FROM refarch.proof_round";
+    let row = client.query_one(sql, &[]).await.context("read the rounds of the continuous proof")?;
+    Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
 }
 
 /// Waits until nothing is under way; false when stopped before.
@@ -399,7 +411,10 @@ fn text(outcome: &Outcome) -> String {
         let _ = writeln!(text, "failed           {failure}");
         text
     });
-    let proved = outcome.proved_s.map_or_else(String::new, |s| format!("proved           after {s:.1} s\n"));
+    let proved = outcome.proved_s.map_or_else(String::new, |s| {
+        let healed = outcome.proof_differences;
+        format!("proved           after {s:.1} s; {healed} differences were found and queued again\n")
+    });
     let ended = if outcome.ended.is_empty() {
         String::new()
     } else {
