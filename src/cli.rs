@@ -253,6 +253,11 @@ pub struct Chaos {
     /// Only these kinds of faults, by commas; all unless given
     #[arg(long, value_enum, value_name = "KINDS", value_delimiter = ',')]
     pub faults: Vec<ChaosFault>,
+    /// No continuous proof
+    // With the proof, nearly every mistake is healed before the comparison. Without it a message that was lost
+    // stays lost, so that one can see that the drill notices.
+    #[arg(long, hide = true)]
+    pub no_proof: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -309,6 +314,8 @@ pub enum ChaosFault {
     Disable,
     /// The database is put back to an earlier state (index outside the database)
     Restore,
+    /// A policy shows rows to the application only, for a while
+    RowSecurity,
     /// `refarch migrate` runs
     Migrate,
     /// Half of the fleet has other settings for a while

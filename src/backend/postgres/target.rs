@@ -8,7 +8,7 @@ use super::{Postgres, failure};
 use crate::backend::pgvector;
 use crate::config;
 use crate::pipeline::catalog::ContentSalt;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Class, Error, Result};
 
 /// The kind of index whose vectors are in this database.
 pub(super) const PGVECTOR: &str = "pgvector";
@@ -244,7 +244,13 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
             format!("the schema refarch is of version {version} and this build needs {needed}: {fix}"),
         ));
     }
-    let table = find_table(&client, source).await?;
+    let table = match find_table(&client, source).await {
+        // The settings are those that the schema was made with: somebody alters the table just now.
+        Err(error) if error.class == Class::Fatal && is_as_recorded(&client, source).await? => {
+            return Err(Error { class: Class::Retryable, ..error });
+        }
+        found => found?,
+    };
     // A column that was renamed keeps its content: the salt is the one that the target was made with.
     let row = client
         .query_opt(
@@ -286,6 +292,19 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
         salt: ContentSalt::stored(row.get(3)),
         dimensions: usize::try_from(row.get::<_, i32>(2)).unwrap_or_default(),
     })
+}
+
+/// Whether the columns of the settings are those that were recorded when capture was armed.
+async fn is_as_recorded(transaction: &Transaction<'_>, source: &config::Source) -> Result<bool> {
+    let row = transaction
+        .query_opt(
+            "SELECT id_column = $2 AND text_columns = $3 AND metadata_columns <@ $4 AND metadata_columns @> $4 \
+             FROM refarch.source WHERE name = $1",
+            &[&source.name, &source.id, &source.text, &source.metadata],
+        )
+        .await
+        .map_err(|error| failure("look for the index", &error))?;
+    Ok(row.is_some_and(|row| row.get::<_, bool>(0)))
 }
 
 /// Whether another table has the name that the source's table had when capture was armed.

@@ -15,15 +15,29 @@ use super::schedule::MAX_LATE;
 use super::writer;
 use crate::backend::Backends;
 use crate::backend::embedded::{Cluster, Options};
-use crate::backend::postgres::Postgres;
+use crate::backend::postgres::{Postgres, migrate};
 use crate::backend::sqs::{self, Sqs};
 use crate::backend::{self, model_dir};
-use crate::cli::{ChaosEmbedder, ChaosIndex, ChaosQueue};
-use crate::config::{DEFAULTS, EmbedderKind, IndexKind, QueueKind, Settings};
+use crate::cli::{self, ChaosEmbedder, ChaosIndex, ChaosQueue};
+use crate::config::{EmbedderKind, IndexKind, QueueKind, Settings};
 use crate::secret::Secret;
 
 /// The application's table.
 const PRODUCTS: &str = include_str!("../../backend/postgres/schema/products.sql");
+const PRODUCTS_TABLE: &str = "public.products_with_increment";
+
+/// The role of the database that the roles' processes have: no superuser, no owner, no right but those that
+/// `refarch migrate --roles` gives.
+pub const FLEET: &str = "chaos_fleet";
+
+/// The role of the database that the application has.
+pub const APPLICATION: &str = "chaos_application";
+
+/// The condition of a policy that shows rows to the application only.
+pub const APPLICATION_SEES: &str = "current_setting('app.tenant', true) = 'chaos'";
+
+/// What the application sets for that.
+const TENANT: &str = "-c app.tenant=chaos";
 
 /// A round of the continuous proof: a minute.
 pub const PROOF_PERIOD_H: f64 = 1.0 / 60.0;
@@ -31,6 +45,8 @@ pub const PROOF_PERIOD_H: f64 = 1.0 / 60.0;
 /// Timeouts of the drill's roles: short, so that much happens in a minute.
 const VISIBILITY_S: u64 = 6;
 const TIMEOUT_MS: u64 = 1_000;
+/// More than any operation on the table lasts.
+const PATIENCE_S: u64 = 30;
 const LEASE_MS: u64 = 4_000;
 /// More than the double is ever late.
 const SETTLE_MS: u64 = MAX_LATE.as_millis() as u64 + 2_000;
@@ -48,19 +64,16 @@ pub struct Lab {
     /// Where logs are.
     pub dir: PathBuf,
     cluster: Cluster,
+    /// Hours that a round of the continuous proof takes; 0 for none.
+    proof_period_h: f64,
     /// Columns that the roles send beside the vector; they get more.
     metadata: Mutex<Vec<String>>,
 }
 
 impl Lab {
     /// Makes everything, in a folder of its own under the runtime folder.
-    pub async fn set_up(
-        settings: &Settings,
-        index: ChaosIndex,
-        queue: ChaosQueue,
-        embedder: ChaosEmbedder,
-        seed: u64,
-    ) -> anyhow::Result<Self> {
+    pub async fn set_up(settings: &Settings, args: &cli::Chaos) -> anyhow::Result<Self> {
+        let seed = args.seed;
         let runtime = std::path::absolute(&settings.runtime.dir)?;
         let dir = runtime.join(format!("chaos-{}", std::process::id()));
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
@@ -79,7 +92,7 @@ impl Lab {
             settings.embedder = Settings::load(None, &BTreeMap::new(), &[])?.embedder;
         }
         settings.embedder.model = std::path::absolute(model_dir(&settings))?.display().to_string();
-        let embedder_double = match embedder {
+        let embedder_double = match args.embedder {
             ChaosEmbedder::Minilm => None,
             ChaosEmbedder::Double => {
                 let double = EmbedderDouble::start().await.context("start the embedder double")?;
@@ -98,7 +111,7 @@ impl Lab {
         settings.indexer.settle_ms = SETTLE_MS;
         settings.index.timeout_ms = TIMEOUT_MS;
         let shape = backend::index_shape(&settings).await?;
-        let double = match index {
+        let double = match args.index {
             ChaosIndex::Pgvector => None,
             ChaosIndex::Pinecone => {
                 let double = Double::start(shape.dimensions, seed).await.context("start the index double")?;
@@ -108,7 +121,7 @@ impl Lab {
                 Some(double)
             }
         };
-        let queue_double = match queue {
+        let queue_double = match args.queue {
             ChaosQueue::Pgmq => None,
             ChaosQueue::Sqs => {
                 let double = QueueDouble::start(seed).await.context("start the queue double")?;
@@ -124,11 +137,21 @@ impl Lab {
         let client = writer::connect(cluster.url()).await?;
         let narrow = "ALTER TABLE public.products_with_increment ALTER id TYPE integer";
         client.batch_execute(&format!("{PRODUCTS}; {narrow}")).await.context("make the table")?;
+        let password = &cluster.tcp().password;
+        let roles = format!(
+            "CREATE ROLE {FLEET} LOGIN PASSWORD '{0}'; CREATE ROLE {APPLICATION} LOGIN PASSWORD '{0}'; \
+             GRANT ALL ON {PRODUCTS_TABLE} TO {APPLICATION}",
+            password.expose()
+        );
+        client.batch_execute(&roles).await.context("make the roles of the database")?;
         let postgres = Postgres::new(&settings.database.url, &settings.database)?;
-        backend::migrate(&postgres, &settings).await?;
+        let rights = ["listen", "embed"].map(|part| (part.to_owned(), FLEET.to_owned()));
+        let options = migrate::Options { roles: rights.into(), ..migrate::Options::default() };
+        backend::migrate_with(&postgres, &settings, &options).await?;
         postgres.pool.close();
         let metadata = Mutex::new(settings.source.metadata.clone());
-        Ok(Self { settings, double, queue_double, embedder_double, dir, cluster, metadata })
+        let proof_period_h = if args.no_proof { 0.0 } else { PROOF_PERIOD_H };
+        Ok(Self { settings, double, queue_double, embedder_double, dir, cluster, proof_period_h, metadata })
     }
 
     /// The roles' settings as they are now.
@@ -158,7 +181,7 @@ impl Lab {
     pub fn env(&self) -> Vec<(String, String)> {
         let set = &self.settings_now();
         let mut env = vec![
-            ("DATABASE_URL".to_owned(), set.database.url.expose().to_owned()),
+            ("DATABASE_URL".to_owned(), self.url_of(FLEET)),
             ("REFARCH_RUNTIME_DIR".to_owned(), set.runtime.dir.display().to_string()),
             ("REFARCH_EMBEDDER_MODEL".to_owned(), set.embedder.model.clone()),
             ("REFARCH_QUEUE_VISIBILITY_S".to_owned(), VISIBILITY_S.to_string()),
@@ -166,12 +189,12 @@ impl Lab {
             ("REFARCH_INDEXER_LEASE_MS".to_owned(), LEASE_MS.to_string()),
             ("REFARCH_INDEXER_SETTLE_MS".to_owned(), SETTLE_MS.to_string()),
             ("REFARCH_INDEX_TIMEOUT_MS".to_owned(), TIMEOUT_MS.to_string()),
+            // A role that starts while a column has another name waits for it.
+            ("REFARCH_DATABASE_CONNECT_TIMEOUT_S".to_owned(), PATIENCE_S.to_string()),
             ("REFARCH_LOG_LEVEL".to_owned(), set.log.level.clone()),
             ("REFARCH_SOURCE_METADATA".to_owned(), set.source.metadata.join(",")),
         ];
-        if DEFAULTS.contains("\nperiod_h = ") {
-            env.push(("REFARCH_AUDIT_PERIOD_H".to_owned(), PROOF_PERIOD_H.to_string()));
-        }
+        env.push(("REFARCH_AUDIT_PERIOD_H".to_owned(), self.proof_period_h.to_string()));
         if let Some(double) = &self.embedder_double {
             for (name, value) in [
                 ("REFARCH_EMBEDDER_KIND", "openai"),
@@ -217,13 +240,24 @@ impl Lab {
         Ok(Backends::with_queue(postgres, &self.settings_now(), std::sync::Arc::new(queue)).await?)
     }
 
-    /// The database's address.
+    /// The database's address for the application.
+    #[must_use]
+    pub fn application_url(&self) -> Secret {
+        Secret::new(format!("{} options='{TENANT}'", self.url_of(APPLICATION)))
+    }
+
+    /// The address for a role: of two users in it, the last counts.
+    fn url_of(&self, role: &str) -> String {
+        format!("{} user={role}", self.url().expose())
+    }
+
+    /// The database's address for its superuser.
     #[must_use]
     pub fn url(&self) -> &Secret {
         self.cluster.url()
     }
 
-    /// A connection of its own.
+    /// A connection of its own, of the superuser.
     pub async fn client(&self) -> Result<Client, tokio_postgres::Error> {
         writer::connect(self.url()).await
     }

@@ -5,6 +5,9 @@
 //! be searchable. While it writes, the schedule's faults are done to the system; then faults and
 //! writer stop, the roles drain, and three comparisons are made: the audit's, the writer's memory
 //! against the table, and the writer's memory against the index itself.
+//!
+//! The roles' processes have no right in the database but those that `refarch migrate --roles` gives, and
+//! the application has a role of its own. The drill itself is the superuser.
 
 mod crew;
 pub mod double;
@@ -84,6 +87,8 @@ struct Outcome {
     failures: Vec<String>,
     /// From the end of the faults until the continuous proof had been round; none without one.
     proved_s: Option<f64>,
+    /// Differences that the proof found and queued again, also while the faults lasted.
+    proof_differences: u64,
     /// From the end of the faults until nothing was under way.
     drained_s: f64,
     /// Changes in the dead letters.
@@ -118,7 +123,7 @@ impl Outcome {
 /// Runs the drill.
 pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
-    let lab = Lab::set_up(settings, args.index, args.queue, args.embedder, args.seed).await?;
+    let lab = Lab::set_up(settings, args).await?;
     let outcome = drill(args, &lab, &stop).await;
     let clean = outcome.as_ref().is_ok_and(|outcome| outcome.as_ref().is_none_or(|o| o.code() == 0));
     let dir = lab.dir.clone();
@@ -147,7 +152,7 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
     let crew = Mutex::new(Crew::new(ROLES, lab.env(), &lab.dir));
     let faults = schedule::schedule(args.seed, lasting, ROLES.len(), &args.faults);
     let form: Arc<RwLock<Form>> = Arc::default();
-    let mut writer = Writer::new(lab.url().clone(), args.seed, Arc::clone(&form)).await?;
+    let mut writer = Writer::new(lab.application_url(), args.seed, Arc::clone(&form)).await?;
     let truncate = AtomicBool::new(false);
     let (over, written_out) = (stop.child_token(), stop.child_token());
     crew.lock().await.tend()?;
@@ -197,11 +202,13 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
         return Ok(None);
     }
     let drained_s = quiet.elapsed().as_secs_f64();
-    let proved_s = match prove(&backends, &mut crew, stop).await? {
+    let proved = if args.no_proof { Proved::None } else { prove(&backends, &mut crew, stop).await? };
+    let proved_s = match proved {
         Proved::None => None,
         Proved::Stopped => return Ok(None),
         Proved::Round => Some(quiet.elapsed().as_secs_f64()),
     };
+    let proof_differences = if proved_s.is_some() { differences_of_the_proof(&backends).await? } else { 0 };
     // What the proof found is mended as everything else is.
     if proved_s.is_some() && !drain(&backends, &mut crew, stop).await? {
         return Ok(None);
@@ -232,6 +239,7 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
         written: writer.written,
         failures: std::mem::take(&mut writer.failures),
         proved_s,
+        proof_differences,
         drained_s,
         dead_letters,
         ended: std::mem::take(&mut crew.ended),
@@ -295,6 +303,14 @@ async fn open(lab: &Lab, postgres: &Postgres, crew: &mut Crew) -> anyhow::Result
             opened => return opened,
         }
     }
+}
+
+/// What the continuous proof found in all of its rounds.
+async fn differences_of_the_proof(backends: &Backends) -> anyhow::Result<u64> {
+    let client = backends.postgres.client().await?;
+    let sql = "SELECT coalesce(sum(differences), 0)::bigint FROM refarch.proof_round";
+    let row = client.query_one(sql, &[]).await.context("read the rounds of the continuous proof")?;
+    Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
 }
 
 /// Waits until nothing is under way; false when stopped before.
@@ -393,12 +409,13 @@ fn text(outcome: &Outcome) -> String {
     let refused = outcome.configurations_refused;
     let operated = outcome.operated;
     let operations = format!(
-        "operators        {} columns added to the metadata, {} columns renamed, {} keys widened, {} tables swapped, {} times triggers disabled, {} databases restored, {} migrations ({} refused), {} fleets of two configurations ({refused} processes refused)\n",
+        "operators        {} columns added to the metadata, {} columns renamed, {} keys widened, {} tables swapped, {} times triggers disabled, {} times rows hidden, {} databases restored, {} migrations ({} refused), {} fleets of two configurations ({refused} processes refused)\n",
         operated.metadata_added,
         operated.columns_renamed,
         operated.keys_widened,
         operated.tables_swapped,
         operated.triggers_disabled,
+        operated.rows_hidden,
         operated.databases_restored,
         operated.migrations,
         operated.migrations_refused,
@@ -409,7 +426,10 @@ fn text(outcome: &Outcome) -> String {
         let _ = writeln!(text, "failed           {failure}");
         text
     });
-    let proved = outcome.proved_s.map_or_else(String::new, |s| format!("proved           after {s:.1} s\n"));
+    let proved = outcome.proved_s.map_or_else(String::new, |s| {
+        let healed = outcome.proof_differences;
+        format!("proved           after {s:.1} s; {healed} differences were found and queued again\n")
+    });
     let ended = if outcome.ended.is_empty() {
         String::new()
     } else {

@@ -12,7 +12,7 @@ use tokio::sync::{Mutex, RwLock};
 use tokio_util::sync::CancellationToken;
 
 use super::crew::Crew;
-use super::lab::Lab;
+use super::lab::{APPLICATION, APPLICATION_SEES, FLEET, Lab};
 use super::writer::Form;
 
 /// The application's table.
@@ -43,6 +43,8 @@ pub enum Operation {
     SwapTable,
     /// Triggers are disabled for this long.
     DisableTriggers(Duration),
+    /// A policy shows rows to nobody but the application, for this long.
+    HideRows(Duration),
     /// The database is put back to how it was this long ago.
     Restore(Duration),
     /// `refarch migrate` runs.
@@ -60,6 +62,7 @@ pub struct Operated {
     pub keys_widened: u64,
     pub tables_swapped: u64,
     pub triggers_disabled: u64,
+    pub rows_hidden: u64,
     pub databases_restored: u64,
     pub migrations: u64,
     /// Runs of `migrate` that said no while roles ran.
@@ -116,6 +119,8 @@ impl Operator<'_> {
                     "LOCK TABLE {TABLE} IN SHARE ROW EXCLUSIVE MODE; \
                      CREATE TABLE public.products_next_{number} (LIKE {TABLE} INCLUDING ALL); \
                      INSERT INTO public.products_next_{number} SELECT * FROM {TABLE}; \
+                     GRANT SELECT ON public.products_next_{number} TO {FLEET}; \
+                     GRANT ALL ON public.products_next_{number} TO {APPLICATION}; \
                      ALTER TABLE {TABLE} RENAME TO products_before_{number}; \
                      ALTER TABLE public.products_next_{number} RENAME TO products_with_increment"
                 ))
@@ -127,6 +132,20 @@ impl Operator<'_> {
                 pause(long).await;
                 self.sql(&format!("ALTER TABLE {TABLE} ENABLE TRIGGER USER")).await?;
                 self.done.triggers_disabled += 1;
+            }
+            Operation::HideRows(long) => {
+                self.sql(&format!(
+                    "CREATE POLICY application ON {TABLE} USING ({APPLICATION_SEES}); \
+                     ALTER TABLE {TABLE} ENABLE ROW LEVEL SECURITY; ALTER TABLE {TABLE} FORCE ROW LEVEL SECURITY"
+                ))
+                .await?;
+                pause(long).await;
+                self.sql(&format!(
+                    "DROP POLICY application ON {TABLE}; \
+                     ALTER TABLE {TABLE} NO FORCE ROW LEVEL SECURITY; ALTER TABLE {TABLE} DISABLE ROW LEVEL SECURITY"
+                ))
+                .await?;
+                self.done.rows_hidden += 1;
             }
             // An index in the database is put back with it.
             Operation::Restore(_) if self.lab.double.is_none() => {}
@@ -235,6 +254,8 @@ impl Operator<'_> {
             .arg("migrate")
             .env_clear()
             .envs(self.lab.env())
+            // The fleet's role owns nothing.
+            .env("DATABASE_URL", self.lab.url().expose())
             .current_dir(&self.lab.dir)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

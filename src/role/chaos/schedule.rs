@@ -58,6 +58,7 @@ impl Fault {
             Self::Operate(Operation::SwapTable) => ChaosFault::Swap,
             Self::Operate(Operation::DisableTriggers(_)) => ChaosFault::Disable,
             Self::Operate(Operation::Restore(_)) => ChaosFault::Restore,
+            Self::Operate(Operation::HideRows(_)) => ChaosFault::RowSecurity,
             Self::Operate(Operation::Migrate) => ChaosFault::Migrate,
             Self::Operate(Operation::TwoConfigurations(_)) => ChaosFault::Configurations,
             Self::Purge => ChaosFault::Purge,
@@ -109,7 +110,8 @@ fn seconds(dice: &mut StdRng, from: u64, to: u64) -> Duration {
 }
 
 /// Faults with the moments at which they come, in order; `processes` can be killed and frozen. Only of the
-/// given kinds, if any are given; what comes of these and when is the same either way.
+/// given kinds, if any are given; what comes of these and when is the same either way, but that a given kind comes
+/// once at least.
 #[must_use]
 pub fn schedule(
     seed: u64,
@@ -120,7 +122,7 @@ pub fn schedule(
     let mut dice = StdRng::seed_from_u64(seed);
     let mut faults = Vec::new();
     // Mean seconds between two of a kind.
-    let kinds: [(f64, Make); 16] = [
+    let kinds: [(f64, Make); 17] = [
         (9.0, |dice, processes| Fault::Kill(dice.random_range(0..processes))),
         (15.0, |dice, processes| {
             let long = Duration::from_millis(dice.random_range(7_000..20_000));
@@ -144,6 +146,7 @@ pub fn schedule(
         (150.0, |dice, _| Fault::Operate(Operation::Restore(seconds(dice, 5, 20)))),
         (90.0, |_, _| Fault::Purge),
         (180.0, |_, _| Fault::Refuse(Duration::from_mins(1))),
+        (90.0, |dice, _| Fault::Operate(Operation::HideRows(seconds(dice, 4, 10)))),
     ];
     for (mean, make) in kinds {
         let mut at = 0.0;
@@ -162,6 +165,14 @@ pub fn schedule(
         faults.push((lasting.mul_f64(dice.random_range(0.1..0.6)), Fault::Operate(once)));
     }
     faults.retain(|(_, fault)| only.is_empty() || only.contains(&fault.kind()));
+    // A short drill that was asked for a fault and does not do it would prove nothing.
+    for (_, make) in kinds {
+        let fault = make(&mut dice, processes);
+        let kind = fault.kind();
+        if only.contains(&kind) && faults.iter().all(|(_, other)| other.kind() != kind) {
+            faults.push((lasting.mul_f64(dice.random_range(0.2..0.6)), fault));
+        }
+    }
     faults.sort_by_key(|(at, _)| *at);
     faults
 }
@@ -204,6 +215,15 @@ mod tests {
             let of_kind = schedule(1, long, 4, &[*kind]);
             assert!(!of_kind.is_empty(), "{kind:?}");
             assert!(of_kind.iter().all(|fault| one.contains(fault)), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn a_kind_that_is_asked_for_comes_however_short_the_drill_is() {
+        for kind in ChaosFault::value_variants() {
+            let faults = schedule(1, Duration::from_secs(5), 4, &[*kind]);
+            assert!(!faults.is_empty(), "{kind:?}");
+            assert!(faults.iter().all(|(_, fault)| fault.kind() == *kind), "{kind:?}");
         }
     }
 }
