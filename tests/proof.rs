@@ -16,7 +16,7 @@ use refarch::backend::postgres::proof::PgRounds;
 use refarch::config::Settings;
 use refarch::pipeline::audit::{Auditor, Options, ProofOptions, Prover, Rounds as _, Walk};
 use refarch::pipeline::clock::{BootClock, Clock};
-use refarch::pipeline::failure::Result;
+use refarch::pipeline::failure::{Class, Result};
 use refarch::pipeline::ledger::{Closed, Ledger, Opened, Outcome, Peeked, Pending, Swept};
 use refarch::role::chaos::double::Double;
 use refarch::secret::Secret;
@@ -661,4 +661,180 @@ async fn what_is_old_is_pruned_while_workers_live() {
     eventually("what is old to be pruned", PATIENCE, async || shop.number(old).await == 0).await;
     let kept = "SELECT count(*) FROM refarch.ledger WHERE id IN ('2', '3')";
     assert_eq!(shop.number(kept).await, 2, "deleted lately, and not deleted");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_are_still_to_be_queued_are_no_differences() {
+    let shop = on_pgvector().await.filled().await;
+    shop.on_vectors("TRUNCATE {vectors}; DELETE FROM refarch.ledger").await;
+    shop.sql("SELECT refarch.request_backfill('products', false, true)").await;
+    let (code, report) = shop.verify(&["--wait", "1"]).await;
+    assert_eq!((code, &report["undecided"]), (Some(2), &json!(29)), "{report}");
+    let backends = shop.backends().await;
+    let mut prover = prover(&backends, "first");
+    let asked = "SELECT count(*) FROM refarch.backfill";
+    let seen =
+        "SELECT coalesce(jsonb_array_length(round::jsonb -> 'suspects'), 0)::bigint FROM refarch.proof";
+    // Longer than any difference must last, by the prover's clock.
+    for _ in 0..600 {
+        prover.step().await;
+    }
+    assert!(shop.number(seen).await > 0, "it goes on, however slowly");
+    assert_eq!((shop.number(asked).await, shop.number("SELECT count(*) FROM refarch.outbox").await), (1, 0));
+    // They are on their way: what was seen before is no news.
+    shop.role(&["listen", "--until-idle"]).await;
+    for _ in 0..5 {
+        prover.step().await;
+    }
+    shop.apply().await;
+    finish(&shop, &mut prover).await;
+    assert_eq!(shop.rounds().await, (1, 0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_with_other_columns_than_were_recorded_holds() {
+    let mut shop = on_pgvector().await.filled().await;
+    let old = shop.backends().await;
+    old.ledger.peek(&["1".to_owned()]).await.unwrap();
+    shop.env.push(("REFARCH_SOURCE_METADATA", "name".to_owned()));
+    shop.role(&["migrate"]).await;
+    for said in [
+        old.ledger.peek(&["1".to_owned()]).await.map(drop),
+        old.ledger.rows_after(None, 5).await.map(drop),
+        prover(&old, "old").0.step().await.map(drop),
+    ] {
+        let error = said.expect_err("an old process does not hold");
+        assert_eq!(error.class, Class::Retryable, "{error}");
+        assert!(error.message.contains("metadata") && error.message.contains("restart it"), "{error}");
+    }
+    shop.backends().await.ledger.peek(&["1".to_owned()]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_row_is_named_and_the_rest_compared() {
+    let mut shop = on_pgvector().await;
+    shop.env.extend([
+        ("REFARCH_SOURCE_TABLE", "public.note".to_owned()),
+        ("REFARCH_SOURCE_TEXT", "title".to_owned()),
+        ("REFARCH_SOURCE_METADATA", "id,extra".to_owned()),
+    ]);
+    shop.sql(
+        "CREATE TYPE state AS ENUM ('good', 'bad'); \
+         CREATE FUNCTION told(state) RETURNS json LANGUAGE plpgsql AS $$ BEGIN \
+           IF $1 = 'bad' THEN RAISE 'missing chunk number 0' USING ERRCODE = 'XX001'; END IF; RETURN '{}'; END $$; \
+         CREATE CAST (state AS json) WITH FUNCTION told(state); \
+         CREATE TABLE note (id bigint PRIMARY KEY, title text, extra state); \
+         INSERT INTO note SELECT i, 'Note number ' || i, 'good' FROM generate_series(1, 20) i",
+    )
+    .await;
+    shop.role(&["migrate"]).await;
+    shop.apply().await;
+    shop.sql(
+        "ALTER TABLE note DISABLE TRIGGER ALL; UPDATE note SET extra = 'bad' WHERE id = 7; \
+         ALTER TABLE note ENABLE TRIGGER ALL",
+    )
+    .await;
+    shop.remove("8").await;
+    let (code, report) = shop.verify(&["--wait", "1"]).await;
+    assert_eq!(
+        (code, &report["unreadable"], &report["missing"]),
+        (Some(1), &json!(1), &json!(1)),
+        "{report}"
+    );
+    assert_eq!(report["examples"][0], json!({ "id": "7", "kind": "unreadable" }));
+    let backends = shop.backends().await;
+    finish(&shop, &mut prover(&backends, "first")).await;
+    assert_eq!(shop.number("SELECT unreadable FROM refarch.proof_round").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_that_is_never_quiet_slows_the_proof_and_does_not_stop_it() {
+    let shop = on_pgvector().await.filled().await;
+    shop.sql(
+        "SELECT pgmq.send('refarch_live', jsonb_build_object('oldest', '2001-01-01T00:00:00Z'), '{\"changes\": 1500}'::jsonb, 3600)",
+    )
+    .await;
+    let backends = shop.backends().await;
+    let mut prover = prover(&backends, "first");
+    let seen = "SELECT coalesce((round::jsonb ->> 'records')::bigint, 0) FROM refarch.proof";
+    for _ in 0..400 {
+        prover.step().await;
+    }
+    assert!(shop.number(seen).await > 0, "not a page in an hour");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_was_ahead_does_not_turn_the_proof_off() {
+    let shop = on_pgvector().await.filled().await;
+    let backends = shop.backends().await;
+    finish(&shop, &mut prover(&backends, "first")).await;
+    shop.sql(
+        "UPDATE refarch.proof_round SET began_at = now() + interval '1 year', ended_at = now() + interval '1 year'; \
+         UPDATE refarch.proof SET worker_id = 'gone', held_until = now() + interval '1 year'",
+    )
+    .await;
+    assert_eq!(shop.status().await["proof"]["overdue"], json!(true));
+    let mut second = prover(&backends, "second");
+    // A round is spread over its period.
+    for _ in 0..1_000 {
+        second.step().await;
+        if shop.rounds().await.0 > 1 {
+            break;
+        }
+    }
+    assert_eq!(shop.rounds().await.0, 2, "no round begins");
+    assert_eq!(shop.status().await["proof"]["overdue"], json!(false));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_the_books_forgot_enters_them_again() {
+    let shop = on_pgvector().await.filled().await;
+    let _roles = shop.start_roles();
+    let there = "SELECT count(*) FROM refarch.worker WHERE role = 'embed' AND threads = 1 AND pid > 0";
+    for _ in 0..2 {
+        eventually("the worker to be in the books", Duration::from_secs(30), async || {
+            shop.number(there).await == 1
+        })
+        .await;
+        shop.sql("DELETE FROM refarch.worker").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_is_away_at_the_start_is_a_fault_to_be_seen() {
+    let shop = on_pinecone().await;
+    shop.role(&["migrate"]).await;
+    shop.sql("UPDATE refarch.target SET host = NULL").await;
+    let mut command = shop.command(&["embed", "--workers", "1"]);
+    command.env("REFARCH_INDEX_HOST", format!("http://127.0.0.1:{}", common::free_port()));
+    let _embed = command.spawn().unwrap();
+    eventually("the fault to be told", Duration::from_secs(30), async || {
+        let faults = shop.status().await["faults"].clone();
+        faults.as_array().unwrap().iter().any(|fault| fault["kind"] == json!("held"))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_is_told_when_the_index_refuses_the_key() {
+    for named in [false, true] {
+        let mut shop = on_pinecone().await;
+        let double = shop.double.clone().unwrap();
+        if named {
+            shop.env.extend([
+                ("REFARCH_INDEX_HOST", String::new()),
+                ("REFARCH_INDEX_NAME", "shop".to_owned()),
+                ("REFARCH_INDEX_CONTROLLER", double.url()),
+            ]);
+        }
+        let shop = shop.filled().await;
+        double.revoke_keys();
+        let status = shop.status().await;
+        assert_eq!((&status["indexed"], &status["synced"]), (&json!(null), &json!(false)), "{status}");
+        // A recorded place has no scheme, and the double no certificate.
+        let why = if named { "" } else { "401" };
+        assert!(status["indexed_error"].as_str().is_some_and(|said| said.contains(why)), "{status}");
+        let line = shop.line("indexed").await;
+        assert!(line.contains("not known: ") && line.contains(why), "{line}");
+    }
 }

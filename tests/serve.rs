@@ -388,6 +388,7 @@ async fn status_has_the_documented_keys() {
         "in_sync",
         "in_sync_estimated",
         "indexed",
+        "indexed_error",
         "pending",
         "proof",
         "queue",

@@ -372,18 +372,42 @@ impl Backends {
         Self::with_queue(postgres, settings, queue).await
     }
 
+    /// The same, to look at: an index that nobody says the place of is taken to be where it was.
+    pub async fn open_to_look(postgres: &Postgres, settings: &Settings) -> Result<Self> {
+        let queue = open_queue(postgres, settings).await?;
+        Self::around(postgres, settings, queue, true).await
+    }
+
     /// Opens the backends around a queue that is open already.
     pub async fn with_queue(
         postgres: &Postgres,
         settings: &Settings,
         queue: Arc<dyn JobQueue>,
     ) -> Result<Self> {
+        Self::around(postgres, settings, queue, false).await
+    }
+
+    async fn around(
+        postgres: &Postgres,
+        settings: &Settings,
+        queue: Arc<dyn JobQueue>,
+        to_look: bool,
+    ) -> Result<Self> {
         // A message of another service stays deleted when the database forgets what it did for it.
         let waiting = (settings.queue.kind != QueueKind::Pgmq).then(|| postgres.waiting_for_the_disk());
         let postgres = waiting.as_ref().unwrap_or(postgres);
         let mut shape = index_shape(settings).await?;
         let host = match named_index(settings, shape.dimensions) {
-            Some(options) => pinecone::control::host(&options).await?,
+            Some(options) => match pinecone::control::host(&options).await {
+                Err(error) if to_look => {
+                    let recorded = target::recorded_place(postgres, &settings.source.name).await?;
+                    let recorded =
+                        recorded.filter(|place| place.name == options.name && !place.host.is_empty());
+                    tracing::warn!(%error, "cannot look for the index");
+                    recorded.ok_or(error)?.host
+                }
+                found => found?,
+            },
             None => settings.index.host.trim().to_owned(),
         };
         shape.place = place(settings, Some(host.clone()));

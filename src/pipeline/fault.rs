@@ -79,7 +79,7 @@ impl Board {
 
 /// A message as it may be shown: on one line, of bounded length, and with nothing of a URL that may be
 /// a secret (the user, the password and the query).
-fn shown(message: &str) -> String {
+pub fn shown(message: &str) -> String {
     let mut shown = String::new();
     let mut rest = message;
     while let Some(at) = rest.find("://") {

@@ -269,6 +269,8 @@ pub struct Pending {
     pub now: Timestamp,
     /// When the oldest change that is not in the queue yet was made.
     pub oldest: Option<Timestamp>,
+    /// Whether rows of the table are still to be put into the outbox, since it is read anew.
+    pub rereads: bool,
 }
 
 /// Source and ledger of one target, read and written together.
@@ -326,6 +328,12 @@ pub trait Ledger: Send + Sync {
 
     /// The oldest change that has not reached the queue.
     async fn pending(&self) -> Result<Pending>;
+
+    /// How many changes have not reached the queue; what is far more than a few need not be counted. A ledger
+    /// that says nothing of them has none.
+    async fn waiting(&self) -> Result<u64> {
+        Ok(0)
+    }
 
     /// Adds to the count of a change's tries and returns it; zero is the least. A write that settles
     /// the entry sets it to zero.

@@ -12,6 +12,7 @@ use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::failure::Class;
+use crate::pipeline::fault;
 use crate::pipeline::indexer::{Indexer, Options};
 use crate::pipeline::lease::Lease;
 use crate::pipeline::meter::Meter;
@@ -68,7 +69,6 @@ pub async fn work(
     )
     .reporting(Arc::clone(&worker.faults));
     let indexer = Arc::new(indexer);
-    Box::pin(claim(backends, &*clock, stop)).await?;
     let abort = shutdown::after_grace(stop, settings.runtime.grace());
     let over = CancellationToken::new();
     let session = async {
@@ -97,6 +97,7 @@ pub async fn work(
     };
     // On the heap: the roles' futures lie within each other.
     let both = Box::pin(async {
+        claim(backends, &worker, &*clock, stop).await?;
         let (done, alive, ours, ()) = tokio::join!(work, session, marks, Box::pin(proof));
         Ok(done.and(alive).and(ours)?)
     });
@@ -106,7 +107,12 @@ pub async fn work(
 }
 
 /// Sees to it that the index is this database's, however long that takes.
-async fn claim(backends: &Backends, clock: &dyn Clock, stop: &CancellationToken) -> anyhow::Result<()> {
+async fn claim(
+    backends: &Backends,
+    worker: &Worker,
+    clock: &dyn Clock,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
     let mut backoff = Backoff::default();
     while !stop.is_cancelled() {
         match lineage::claim(&backends.postgres, backends.target.id, &*backends.index).await {
@@ -114,6 +120,7 @@ async fn claim(backends: &Backends, clock: &dyn Clock, stop: &CancellationToken)
             Err(error) if error.class != Class::Retryable => return Err(error.into()),
             Err(error) => {
                 let pause = backoff.next(&error, clock);
+                worker.faults.report(fault::HELD, format_args!("the index cannot be reached: {error}"));
                 if backoff.failures() == 1 {
                     tracing::warn!(%error, "cannot reach the index; trying again until it answers");
                 }
@@ -121,5 +128,6 @@ async fn claim(backends: &Backends, clock: &dyn Clock, stop: &CancellationToken)
             }
         }
     }
+    worker.faults.clear(fault::HELD);
     Ok(())
 }

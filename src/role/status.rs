@@ -16,7 +16,7 @@ const WATCH_EVERY: Duration = Duration::from_secs(1);
 pub async fn run(args: &cli::Status, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     super::with_database(settings, async |database: &Database| {
-        let backends = Backends::open(&database.postgres, settings).await?;
+        let backends = Backends::open_to_look(&database.postgres, settings).await?;
         loop {
             let status = backends.status().await?;
             let text = if args.json { serde_json::to_string(&status)? + "\n" } else { text(&status) };
@@ -38,6 +38,15 @@ fn by_the_ledger(status: &Status) -> String {
         );
     }
     if status.is_synced() { ", all of them by the ledger".into() } else { String::new() }
+}
+
+/// How many vectors there are, or why nobody can tell.
+fn indexed(status: &Status) -> String {
+    match (status.indexed, &status.indexed_error) {
+        (Some(count), _) => format!("{count} vectors"),
+        (None, Some(error)) => format!("not known: {error}"),
+        (None, None) => "not known".into(),
+    }
 }
 
 /// The status for people.
@@ -62,7 +71,7 @@ pub fn text(status: &Status) -> String {
         status.in_sync,
         by_the_ledger(status),
         status.proof.describe(),
-        status.indexed.map_or_else(|| "not known".into(), |count| format!("{count} vectors")),
+        indexed(status),
         status.pending,
         queue.live.visible,
         queue.live.in_flight,

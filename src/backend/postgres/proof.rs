@@ -22,6 +22,9 @@ const MAX_ROUNDS: i64 = 1_000;
 /// How long entries of rows that are gone are kept.
 const KEEP_DELETED: &str = "1 day";
 
+/// A clock that is set back by less is an ordinary one.
+const CLOCK_SLACK_S: f64 = 60.0;
+
 /// What is deleted at a time.
 const PRUNED_AT_ONCE: i64 = 5_000;
 
@@ -59,6 +62,7 @@ impl Rounds for PgRounds {
                  VALUES ($1, $2, clock_timestamp() + make_interval(secs => $3)) \
                  ON CONFLICT (target) DO UPDATE SET worker_id = excluded.worker_id, held_until = excluded.held_until \
                  WHERE p.worker_id IS NULL OR p.worker_id = excluded.worker_id OR p.held_until < clock_timestamp() \
+                   OR p.held_until > clock_timestamp() + make_interval(secs => 2 * $3) \
                  RETURNING clock_timestamp(), round",
                 &[&self.target, &self.worker, &lease.as_secs_f64()],
             )
@@ -240,7 +244,10 @@ impl Proof {
         let now: Timestamp = row.get(0);
         let ended_at: Option<Timestamp> = row.get(3);
         let since = now.duration_since(ended_at.unwrap_or_else(|| row.get(1)));
-        let overdue = period.is_some_and(|period| since.as_secs_f64() > 2.0 * period.as_secs_f64());
+        // An end ahead of now is of a clock that was wrong: nobody knows how old the proof is.
+        let is_ahead = since.as_secs_f64() < -CLOCK_SLACK_S;
+        let overdue =
+            period.is_some_and(|period| is_ahead || since.as_secs_f64() > 2.0 * period.as_secs_f64());
         let round = row.get::<_, Option<Json<serde_json::Value>>>(2).map(|round| round.0);
         let round: Option<Round> = round.and_then(|round| serde_json::from_value(round).ok());
         let number = |at| row.get::<_, Option<i64>>(at).unwrap_or_default();

@@ -29,6 +29,10 @@ pub struct Worker {
     /// What this worker's parts report; each heartbeat writes it.
     pub faults: Arc<Board>,
     meter: Arc<Meter>,
+    role: String,
+    host: String,
+    pid: i32,
+    threads: i32,
 }
 
 /// What the last heartbeat wrote.
@@ -55,7 +59,8 @@ impl Worker {
             .await
             .map_err(|error| failure("enter this worker", &error))?;
         drop(client);
-        Ok(Self { postgres, id, faults: Arc::default(), meter })
+        let (role, threads) = (role.to_owned(), threads as i32);
+        Ok(Self { postgres, id, faults: Arc::default(), meter, role, host, pid, threads })
     }
 
     /// Beats until `stop`, then leaves.
@@ -77,10 +82,22 @@ impl Worker {
         let fail = |error: tokio_postgres::Error| failure("write a heartbeat", &error);
         let (applied, embedded) = self.meter.totals();
         let client = self.postgres.client().await?;
+        // A database that was put back to an earlier state does not know a worker that joined later.
         client
             .execute(
-                "UPDATE refarch.worker SET heartbeat_at = clock_timestamp(), applied = $2, embedded = $3 WHERE worker_id = $1",
-                &[&self.id, &(applied as i64), &(embedded as i64)],
+                "INSERT INTO refarch.worker (worker_id, role, host, pid, threads, heartbeat_at, applied, embedded) \
+                 VALUES ($1, $4, $5, $6, $7, clock_timestamp(), $2, $3) \
+                 ON CONFLICT (worker_id) DO UPDATE SET heartbeat_at = excluded.heartbeat_at, applied = excluded.applied, \
+                   embedded = excluded.embedded",
+                &[
+                    &self.id,
+                    &(applied as i64),
+                    &(embedded as i64),
+                    &self.role,
+                    &self.host,
+                    &self.pid,
+                    &self.threads,
+                ],
             )
             .await
             .map_err(fail)?;

@@ -13,7 +13,8 @@ use super::target::Target;
 use super::{Postgres, failure, outbox};
 use crate::config;
 use crate::pipeline::change::Lane;
-use crate::pipeline::failure::{Class, Result};
+use crate::pipeline::failure::Result;
+use crate::pipeline::fault::shown;
 use crate::pipeline::freshness::Histogram;
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::queue::{Backlog, JobQueue};
@@ -48,6 +49,8 @@ pub struct Status {
     pub dead_letters: u64,
     /// Vectors in the index; none while it can't be asked.
     pub indexed: Option<u64>,
+    /// Why it can't.
+    pub indexed_error: Option<String>,
     /// Records that the index must hold by the ledger: of settled rows with a text.
     pub expected: u64,
     /// Entries of the ledger that are not settled: their changes are under way, or lost.
@@ -283,13 +286,12 @@ pub async fn read(
     let (source_rows, source_rows_estimated) = source_rows(postgres, table, &settled, counted).await?;
     let faults = fault::read(postgres).await?;
     // During an outage of the index the rest is what one wants to see.
-    let indexed = match index.count().await {
-        Ok(count) => Some(count),
-        Err(error) if error.class == Class::Retryable => {
+    let (indexed, indexed_error) = match index.count().await {
+        Ok(count) => (Some(count), None),
+        Err(error) => {
             tracing::warn!(%error, "cannot count the vectors");
-            None
+            (None, Some(shown(&error.to_string())))
         }
-        Err(error) => return Err(error),
     };
     let mut status = Status {
         source_rows,
@@ -298,6 +300,7 @@ pub async fn read(
         queue: lanes,
         dead_letters,
         indexed,
+        indexed_error,
         expected: settled.with_text,
         unsettled: settled.not,
         synced: false,

@@ -55,6 +55,10 @@ const MAX_SUSPECTS: usize = 2_000;
 /// While more changes than this are under way, the walk waits: they would all be suspects.
 const QUIET: u64 = 1_000;
 
+/// After this time of waiting for fewer changes to be under way, a page is walked all the same: some queues
+/// are never quiet.
+const MAX_WAIT: Duration = Duration::from_mins(10);
+
 /// Letters that are read to learn whose they are.
 const MAX_LETTERS: usize = 10_000;
 
@@ -71,6 +75,15 @@ pub(super) struct Running {
     pause: Duration,
     next_page: Duration,
     next_look: Duration,
+    /// Since when pages wait for fewer changes to be under way.
+    waits_since: Option<Duration>,
+}
+
+impl Running {
+    /// Whether pages have waited long enough for fewer changes to be under way.
+    fn has_waited(&mut self, now: Duration) -> bool {
+        now.saturating_sub(*self.waits_since.get_or_insert(now)) >= MAX_WAIT
+    }
 }
 
 /// Proves, step by step.
@@ -157,7 +170,9 @@ impl Prover {
         let round = if let Some(round) = resumed {
             round
         } else {
-            let since = kept.last.map(|(began, _)| elapsed(began, kept.now));
+            // A beginning ahead of now is of a clock that was wrong, and tells nothing.
+            let began = kept.last.map(|(began, _)| began).filter(|began| *began <= kept.now);
+            let since = began.map(|began| elapsed(began, kept.now));
             if let Some(left) =
                 since.and_then(|since| period.checked_sub(since)).filter(|left| !left.is_zero())
             {
@@ -181,6 +196,7 @@ impl Prover {
             pause,
             next_page: Duration::ZERO,
             next_look: Duration::ZERO,
+            waits_since: None,
         };
         self.recall(&mut running).await?;
         Ok(Ok(running))
@@ -256,7 +272,9 @@ impl Prover {
             let quiet = self.backlog().await? <= QUIET;
             let look = self.look(self.letters().await?, quiet);
             let before = running.round.seen();
-            if is_page_due && quiet {
+            let walks = is_page_due && (quiet || running.has_waited(started));
+            if walks {
+                running.waits_since = None;
                 self.page(&look, running).await?;
             }
             let seen = running.round.seen().saturating_sub(before).max(1);
@@ -265,7 +283,9 @@ impl Prover {
             }
             let worked = self.clock.now().saturating_sub(started);
             let rest = self.clock.now() + worked * REST;
-            if is_page_due {
+            if is_page_due && !walks {
+                running.next_page = rest.max(self.clock.now() + IDLE);
+            } else if is_page_due {
                 let pause = running.pause.saturating_mul(u32::try_from(seen).unwrap_or(u32::MAX));
                 running.next_page = rest.max(self.clock.now() + pause.min(MAX_PAUSE));
             }
@@ -282,9 +302,13 @@ impl Prover {
         Ok(wait)
     }
 
-    /// Changes in the queue.
+    /// Changes in the outbox and the queue.
     async fn backlog(&self) -> Result<u64> {
-        let mut sum = 0;
+        if self.ledger.pending().await?.rereads {
+            // Nobody knows how many are still to come.
+            return Ok(u64::MAX);
+        }
+        let mut sum = self.ledger.waiting().await?;
         for lane in Lane::ALL {
             let backlog = self.queue.backlog(lane).await?;
             sum += backlog.visible + backlog.in_flight;

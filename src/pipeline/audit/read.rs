@@ -5,7 +5,7 @@
 //! at fault. Their ids can be read.
 
 use crate::pipeline::catalog::SourceRow;
-use crate::pipeline::failure::{Class, Result};
+use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::ledger::{Ledger, Peeked};
 
 /// Rows of a page at most, and of the first one.
@@ -53,6 +53,9 @@ fn lighten(peeked: &mut Peeked) {
 /// Rows in a row that cannot be read: more have a cause of their own, which is not the rows'.
 const MAX_UNREADABLE: usize = 100;
 
+/// How often a row is read again whose failure might be the server's.
+const TRIES: usize = 3;
+
 /// Rows of a page, and ids of those that cannot be read.
 pub(super) struct Page {
     pub(super) rows: Vec<Peeked>,
@@ -71,7 +74,7 @@ pub(super) async fn rows_after(ledger: &dyn Ledger, after: Option<&str>, limit: 
             let is_full = rows.len() == limit;
             return Ok(Page { rows, unreadable: Vec::new(), last, is_full });
         }
-        Err(error) if error.class == Class::Permanent => error,
+        Err(error) if may_be_of_a_row(&error) => error,
         Err(error) => return Err(error),
     };
     let ids = ledger.ids_after(after, limit).await?;
@@ -80,6 +83,24 @@ pub(super) async fn rows_after(ledger: &dyn Ledger, after: Option<&str>, limit: 
     }
     let (rows, unreadable) = peek(ledger, &ids).await?;
     Ok(Page { rows, unreadable, last: ids.last().cloned(), is_full: ids.len() == limit })
+}
+
+/// Whether one of the rows that were asked for may be at fault.
+fn may_be_of_a_row(error: &Error) -> bool {
+    error.class == Class::Permanent || error.about_change
+}
+
+/// Whether a row fails time and again though the database answers otherwise. Else another try may do.
+async fn fails_alone(ledger: &dyn Ledger, part: &[String]) -> Result<bool> {
+    for _ in 0..TRIES {
+        ledger.pending().await?;
+        match ledger.peek(part).await {
+            Ok(_) => return Ok(false),
+            Err(error) if may_be_of_a_row(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
 }
 
 /// Rows (without their texts, but for whether they have one) and entries of these ids, and the ids that
@@ -102,14 +123,18 @@ pub(super) async fn peek(ledger: &dyn Ledger, ids: &[String]) -> Result<(Vec<Pee
                 peeked.iter_mut().for_each(lighten);
                 rows.extend(peeked);
             }
-            Err(error) if error.class == Class::Permanent && part.len() == 1 => {
+            Err(error) if may_be_of_a_row(&error) && part.len() == 1 => {
+                if error.class != Class::Permanent && !fails_alone(ledger, part).await? {
+                    parts.push(part);
+                    continue;
+                }
                 if rows.is_empty() && unreadable.len() == MAX_UNREADABLE {
                     return Err(error);
                 }
                 tracing::debug!(row.id = part[0], %error, "a row cannot be read");
                 unreadable.push(part[0].clone());
             }
-            Err(error) if error.class == Class::Permanent => {
+            Err(error) if may_be_of_a_row(&error) => {
                 let (first, second) = part.split_at(part.len() / 2);
                 parts.extend([second, first]);
             }

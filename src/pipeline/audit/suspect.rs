@@ -39,6 +39,8 @@ pub(super) struct Suspect {
     pub(super) since: Timestamp,
     /// Since when it has looked like this, by ours; none before it was looked at again.
     pub(super) confirmed: Option<Duration>,
+    /// Whether the table was to be read anew when it was seen: a change of it is still to be captured, then.
+    pub(super) waits: bool,
     /// When it was first seen, by our clock.
     pub(super) first: Duration,
     /// The page of rows that showed a row with a text: the id before the page, which is none for the
@@ -146,14 +148,15 @@ impl Look<'_> {
         if differing.is_empty() {
             return Ok(Vec::new());
         }
-        let since = self.ledger.pending().await?.now;
+        let pending = self.ledger.pending().await?;
         let first = self.clock.now();
         let has_text = |peeked: &Peeked| peeked.row.as_ref().is_some_and(SourceRow::has_text);
         let suspects = differing.into_iter().map(|(peeked, kind)| Suspect {
             id: peeked.id.clone(),
             state: state(peeked, kind),
-            since,
+            since: pending.now,
             confirmed: None,
+            waits: pending.rereads,
             first,
             page: page.filter(|_| has_text(peeked)).cloned(),
         });
@@ -164,6 +167,15 @@ impl Look<'_> {
     pub(super) async fn all(&self, mut suspects: Vec<Suspect>) -> Result<Looked> {
         // The outbox before the queue: what moves in between is seen twice, and not missed.
         let pending = self.ledger.pending().await?;
+        // What a table's being read anew puts into the outbox seems younger than the suspects that it is about.
+        // When that is over, all of it is older than now.
+        for suspect in &mut suspects {
+            if pending.rereads {
+                suspect.waits = true;
+            } else if std::mem::take(&mut suspect.waits) {
+                (suspect.since, suspect.confirmed) = (pending.now, None);
+            }
+        }
         let queued = self.queue.oldest().await?;
         let oldest = [pending.oldest, queued].into_iter().flatten().min();
         let mut looked = Looked::default();
@@ -213,7 +225,8 @@ impl Look<'_> {
             let lasted = at.saturating_sub(*suspect.confirmed.get_or_insert(at));
             let is_clean = after.entry.as_ref().is_some_and(|entry| entry.matches(after.row.as_ref()));
             let drained = oldest.is_none_or(|oldest| oldest > suspect.since);
-            if lasted >= visible_after && (is_clean || drained || self.outlasts(lasted)) {
+            let is_lost = !suspect.waits && (drained || self.outlasts(lasted));
+            if lasted >= visible_after && (is_clean || is_lost) {
                 looked.sure.push(Difference { id: suspect.id, kind });
             } else {
                 looked.unsure.push(suspect);

@@ -31,6 +31,9 @@ use crate::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peek
 /// vanished without a word keeps its connection for as long as the kernel does.
 const SILENT_FOR: &str = "10 minutes";
 
+/// Rows of the outbox that are counted at most, where only a few and many are told apart.
+const MANY_ROWS: i64 = 2_000;
+
 /// Abandoned attempts that a process keeps watch of. More are swept later, as those before them go.
 const MAX_WATCHED: i64 = 10_000;
 
@@ -435,12 +438,28 @@ impl Ledger for PgLedger {
         let row = client
             .query_one(
                 "SELECT clock_timestamp(), least((SELECT min(changed_at) FROM refarch.outbox WHERE source = $1), \
-                   (SELECT min(oldest) FROM refarch.shipment WHERE source = $1))",
+                   (SELECT min(oldest) FROM refarch.shipment WHERE source = $1)), \
+                 EXISTS (SELECT FROM refarch.backfill WHERE source = $1) OR EXISTS (SELECT FROM refarch.mark WHERE source = $1)",
                 &[&self.name],
             )
             .await
             .map_err(fail("look for the oldest change"))?;
-        Ok(Pending { now: row.get(0), oldest: row.get(1) })
+        Ok(Pending { now: row.get(0), oldest: row.get(1), rereads: row.get(2) })
+    }
+
+    async fn waiting(&self) -> Result<u64> {
+        let client = self.postgres.client().await?;
+        // A row of the outbox has one id at least, so that this many rows are many changes.
+        let row = client
+            .query_one(
+                "SELECT (SELECT coalesce(sum(greatest(cardinality(o.ids), 1)), 0) FROM \
+                     (SELECT ids FROM refarch.outbox WHERE source = $1 LIMIT $2) o)::bigint \
+                   + (SELECT coalesce(sum(changes), 0) FROM refarch.shipment WHERE source = $1)::bigint",
+                &[&self.name, &MANY_ROWS],
+            )
+            .await
+            .map_err(fail("count the outbox"))?;
+        Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
     }
 
     async fn count_try(&self, id: &str, by: i32) -> Result<u32> {

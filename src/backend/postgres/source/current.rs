@@ -60,7 +60,8 @@ impl Source {
     /// The look at the catalog that must follow a read, in the same transaction.
     pub(crate) fn check() -> String {
         format!(
-            "WITH now AS ({PRINT}) SELECT print, oid = (SELECT s.relation::oid FROM refarch.source s WHERE s.name = $4) FROM now"
+            "WITH now AS ({PRINT}) SELECT print, oid = s.relation::oid, s.id_column, s.text_columns, s.metadata_columns \
+             FROM now LEFT JOIN refarch.source s ON s.name = $4"
         )
     }
 
@@ -88,6 +89,10 @@ impl Source {
     ) -> Result<Judged<Vec<Row>>> {
         let error = match read {
             Ok((rows, seen)) if table.is_as_seen(seen.as_ref()) => return Ok(Judged::Read(rows)),
+            Ok((_, Some(seen))) if table.other_columns(&seen).is_some() => {
+                let told = table.other_columns(&seen).unwrap_or_default();
+                return Err(hold(what, table, &told));
+            }
             Ok((_, Some(seen))) if seen.get::<_, &str>(0) == table.print => {
                 return Err(hold(
                     what,
@@ -102,7 +107,9 @@ impl Source {
             Err(error) => error,
         };
         let Some(code) = error.code().filter(|code| is_about_table(code)) else {
-            return Err(failure(what, &error));
+            let is_about_row = error.code().is_some_and(may_be_about_row);
+            let failed = failure(what, &error);
+            return Err(if is_about_row { failed.over_the_change() } else { failed });
         };
         if self.look_again(what, table).await? {
             return Ok(Judged::Again);
@@ -186,8 +193,34 @@ impl SourceTable {
     /// Whether the table is as described, and the one whose changes are captured, by what [`Source::check`] saw.
     pub(crate) fn is_as_seen(&self, seen: Option<&Row>) -> bool {
         seen.is_some_and(|row| {
-            row.get::<_, &str>(0) == self.print && row.get::<_, Option<bool>>(1) == Some(true)
+            row.get::<_, &str>(0) == self.print
+                && row.get::<_, Option<bool>>(1) == Some(true)
+                && self.other_columns(row).is_none()
         })
+    }
+
+    /// How the columns that `refarch migrate` recorded last differ from the settings of this process, by what
+    /// [`Source::check`] saw. A process with old settings would do new work in the old way, and call it done.
+    fn other_columns(&self, seen: &Row) -> Option<String> {
+        let id: String = seen.get::<_, Option<String>>(2)?;
+        let text: Vec<String> = seen.get::<_, Option<Vec<String>>>(3)?;
+        let metadata: Vec<String> = seen.get::<_, Option<Vec<String>>>(4)?;
+        let settings = &self.settings;
+        let is_same_set = |a: &[String], b: &[String]| {
+            a.iter().all(|name| b.contains(name)) && b.iter().all(|name| a.contains(name))
+        };
+        let (what, recorded, own) = if id != settings.id {
+            ("id", id, settings.id.clone())
+        } else if text != settings.text {
+            ("text", text.join(", "), settings.text.join(", "))
+        } else if !is_same_set(&metadata, &settings.metadata) {
+            ("metadata", metadata.join(", "), settings.metadata.join(", "))
+        } else {
+            return None;
+        };
+        Some(format!(
+            "settings of this process differ from what refarch migrate recorded: {what} is {own:?} here and {recorded:?} there: restart it with the same settings"
+        ))
     }
 }
 
@@ -195,6 +228,11 @@ impl SourceTable {
 /// rights (class 42), features (0A), values (22).
 fn is_about_table(code: &SqlState) -> bool {
     matches!(&code.code()[..2], "42" | "0A" | "22")
+}
+
+/// Whether an error may be a row's own: damaged data (class XX), or a value beyond a limit of the server (54).
+fn may_be_about_row(code: &SqlState) -> bool {
+    matches!(&code.code()[..2], "XX" | "54")
 }
 
 /// Whether an error is about a value. Types of extensions raise syntax errors too, and our own SQL has none.

@@ -10,7 +10,7 @@ mod limits;
 mod store;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -56,6 +56,8 @@ pub struct Double {
 struct Index {
     url: String,
     dimensions: AtomicUsize,
+    /// Whether no key is good any more.
+    is_key_revoked: AtomicBool,
     indexes: Mutex<control::Indexes>,
     log: Mutex<Log>,
     chance: Mutex<Chance>,
@@ -80,6 +82,7 @@ impl Double {
         let index = Arc::new(Index {
             url: url.clone(),
             dimensions: AtomicUsize::new(dimensions),
+            is_key_revoked: AtomicBool::new(false),
             indexes: Mutex::default(),
             log: Mutex::default(),
             chance: Mutex::new(Chance {
@@ -118,6 +121,11 @@ impl Double {
         lock(&self.index.log).snapshot(namespace)
     }
 
+    /// Refuses every key from now on.
+    pub fn revoke_keys(&self) {
+        self.index.is_key_revoked.store(true, Ordering::Relaxed);
+    }
+
     /// How long a write takes from now on until readers see it.
     pub fn set_delay(&self, delay: Duration) {
         lock(&self.index.log).delay = delay;
@@ -146,7 +154,8 @@ fn router(index: Arc<Index>) -> Router {
 
 async fn admit(State(index): State<Arc<Index>>, request: Request, next: Next) -> Response {
     lock(&index.chance).counts.requests += 1;
-    if request.headers().get("Api-Key").is_none_or(header::HeaderValue::is_empty) {
+    let without_key = request.headers().get("Api-Key").is_none_or(header::HeaderValue::is_empty);
+    if without_key || index.is_key_revoked.load(Ordering::Relaxed) {
         return (StatusCode::UNAUTHORIZED, "Unauthorized").into_response();
     }
     next.run(request).await
