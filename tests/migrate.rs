@@ -501,3 +501,94 @@ async fn every_row_is_queued_when_a_queue_outside_of_the_database_is_left() {
     );
     assert!(articles.done(&["migrate"]).await.starts_with("nothing to do"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_row_is_queued_when_a_queue_is_left_that_an_older_version_did_not_note() {
+    let articles = Articles::new().await;
+    articles.done(&["migrate"]).await;
+    articles.sync().await;
+    articles
+        .run(
+            "DELETE FROM refarch.queue; DELETE FROM refarch.worker; INSERT INTO refarch.packing VALUES ('products', 'live', 1, 1); \
+             INSERT INTO refarch.worker (worker_id, role, host, pid) VALUES ('w', 'embed', 'here', 7)",
+        )
+        .await;
+    let said = articles.refused(&["migrate"]).await;
+    assert!(said.contains("embed on here (7)"), "{said}");
+    articles.run("DELETE FROM refarch.worker").await;
+    let said = articles.done(&["migrate"]).await;
+    assert!(said.contains("queued: 20 rows"), "{said}");
+    assert!(articles.done(&["migrate"]).await.starts_with("nothing to do"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_role_than_the_one_that_installed_is_refused() {
+    let articles = Articles::new().await;
+    articles.done(&["migrate"]).await;
+    let role = format!("app_owner_{}", articles.database.name());
+    articles.run(&format!("CREATE ROLE {role}; ALTER TABLE refarch.migration OWNER TO {role}")).await;
+    let (code, said) = articles.refarch(&["migrate"]).await;
+    articles.run(&format!("ALTER TABLE refarch.migration OWNER TO CURRENT_USER; DROP ROLE {role}")).await;
+    assert!(code == Some(1) && said.contains(&format!("run refarch migrate as {role}")), "{said}");
+    articles.done(&["migrate"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_a_migration_left_armed_when_it_was_cut_off_is_disarmed_by_the_next() {
+    let mut articles = Articles::new().await;
+    articles.done(&["migrate"]).await;
+    articles.run("CREATE TABLE other (id bigint PRIMARY KEY, title text, body text)").await;
+    articles.set("REFARCH_SOURCE_TABLE", "public.other");
+    // As after the first part of a migration to it.
+    articles
+        .run("UPDATE refarch.source SET relation = 'public.other'::regclass, table_name = 'public.other'")
+        .await;
+    for args in [&["migrate", "--dry-run"][..], &["migrate"]] {
+        let said = articles.done(args).await;
+        assert!(said.contains("capture triggers on public.articles"), "{said}");
+    }
+    articles.run("DELETE FROM refarch.outbox; UPDATE articles SET title = 'not captured'").await;
+    assert_eq!(number(&articles.client, "SELECT count(*) FROM refarch.outbox").await, 0);
+    assert!(articles.done(&["migrate"]).await.starts_with("nothing to do"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_may_reach_what_lies_in_schemas_and_queues_of_other_names() {
+    let mut articles = Articles::new().await;
+    let role = format!("embed_{}", articles.database.name());
+    articles
+        .run(&format!(
+            "CREATE ROLE {role}; CREATE SCHEMA shop; ALTER TABLE articles SET SCHEMA shop; CREATE SCHEMA extensions; \
+             CREATE EXTENSION vector SCHEMA extensions"
+        ))
+        .await;
+    articles.set("REFARCH_SOURCE_TABLE", "shop.articles");
+    articles.set("REFARCH_QUEUE_NAME", "mine");
+    articles.done(&["migrate"]).await;
+    // As queues that were there before.
+    articles.run("DELETE FROM refarch.made").await;
+    articles.done(&["migrate", "--roles", &format!("embed={role}")]).await;
+    let mut wrong = Vec::new();
+    for (kind, thing, right) in [
+        ("schema", "shop", "USAGE"),
+        ("schema", "extensions", "USAGE"),
+        ("table", "shop.articles", "SELECT"),
+        ("table", "pgmq.q_mine_live", "DELETE"),
+        ("table", "pgmq.a_mine_dead", "INSERT"),
+    ] {
+        let sql = format!("SELECT has_{kind}_privilege('{role}', '{thing}', '{right}')::int::bigint");
+        if number(&articles.client, &sql).await == 0 {
+            wrong.push(format!("{right} on {thing}"));
+        }
+    }
+    // The table's end takes nothing away from the others.
+    articles
+        .run(&format!(
+            "DROP TABLE shop.articles; REVOKE SELECT ON refarch.ledger FROM {role}; SELECT refarch.give_rights()"
+        ))
+        .await;
+    let sql = format!("SELECT has_table_privilege('{role}', 'refarch.ledger', 'SELECT')::int::bigint");
+    let given = number(&articles.client, &sql).await;
+    articles.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+    assert_eq!((wrong, given), (Vec::new(), 1));
+}

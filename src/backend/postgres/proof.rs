@@ -314,11 +314,20 @@ pub async fn rearm(
     faults: &[String],
 ) -> Result<bool> {
     let fail = fail("arm change capture again");
-    let mut client = postgres.client().await?;
-    let transaction = client.transaction().await.map_err(&fail)?;
-    let changed: bool =
-        transaction.query_one("SELECT refarch.rearm($1)", &[&source.name]).await.map_err(&fail)?.get(0);
-    if changed {
+    let mut changed = false;
+    // One table a transaction, so that the application waits for one at most.
+    loop {
+        let mut client = postgres.client().await?;
+        let transaction = client.transaction().await.map_err(&fail)?;
+        let more: bool =
+            transaction.query_one("SELECT refarch.rearm($1)", &[&source.name]).await.map_err(&fail)?.get(0);
+        if !more {
+            return Ok(changed);
+        }
+        if changed {
+            transaction.commit().await.map_err(&fail)?;
+            continue;
+        }
         transaction
             .execute(
                 "INSERT INTO refarch.event (worker_id, kind, detail) \
@@ -327,9 +336,9 @@ pub async fn rearm(
             )
             .await
             .map_err(&fail)?;
+        transaction.commit().await.map_err(&fail)?;
+        changed = true;
     }
-    transaction.commit().await.map_err(&fail)?;
-    Ok(changed)
 }
 
 /// Deletes samples and events that are old, some at a time.

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use tokio_postgres::Transaction;
+
 use super::patience::Session;
 use super::{Report, adopt};
 use crate::backend::postgres::source::SourceTable;
@@ -62,27 +64,32 @@ pub(super) async fn arm(
     Ok(())
 }
 
-/// Takes the triggers off a table that is not kept in step any more.
-pub(super) async fn disarm(
-    session: &mut Session,
-    table: &SourceTable,
-    other: &(u32, String),
-    report: &mut Report,
-) -> Result<()> {
+/// Tables that are not kept in step any more, and still have our triggers: qualified and quoted. They are known by the
+/// functions that the triggers call, since a migration that was cut off told nobody of them.
+pub(super) async fn strays(transaction: &Transaction<'_>, table: &SourceTable) -> Result<Vec<String>> {
+    let rows = transaction
+        .query(
+            "SELECT s::text FROM refarch.strays($1, $2::text::regclass) s",
+            &[&table.name, &table.relation],
+        )
+        .await
+        .map_err(|error| failure("look for capture triggers on other tables", &error))?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// Takes the triggers off tables that are not kept in step any more, a table a transaction.
+pub(super) async fn disarm(session: &mut Session, table: &SourceTable, report: &mut Report) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("take the capture triggers off", &error);
-    let removed = session
-        .attempt(Some(&other.1), false, async |transaction| {
-            let rows = transaction
-                .query(
-                    "SELECT DISTINCT d::text FROM refarch.disarm($1, $2::oid::regclass, $3::text::regclass) d ORDER BY 1",
-                    &[&table.name, &other.0, &table.relation],
-                )
-                .await
-                .map_err(fail)?;
-            Ok(rows.iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>())
-        })
-        .await?;
-    report.removed.extend(removed.into_iter().map(|name| format!("capture triggers on {name}")));
+    let found = session.attempt(None, true, async |transaction| strays(transaction, table).await).await?;
+    for leaf in found {
+        session
+            .attempt(Some(&leaf), false, async |transaction| {
+                let disarm = "SELECT refarch.disarm($1, to_regclass($2)) WHERE to_regclass($2) IS NOT NULL";
+                transaction.execute(disarm, &[&table.name, &leaf]).await.map(drop).map_err(fail)
+            })
+            .await?;
+        report.removed.push(format!("capture triggers on {leaf}"));
+    }
     Ok(())
 }
 
@@ -105,7 +112,7 @@ pub(super) async fn backfill(postgres: &Postgres, table: &SourceTable, report: &
             .map_err(fail)?;
         drop(client);
         let Some(left) = left else { return Ok(()) };
-        if step > 0 {
+        if step != 0 {
             moved = Instant::now();
         } else if moved.elapsed() > HELD_PATIENCE {
             let why =

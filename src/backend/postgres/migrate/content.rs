@@ -12,8 +12,8 @@ use crate::pipeline::failure::{Error, Result};
 
 /// The source as it was written down, beside the one that is wanted.
 pub(super) struct Known {
-    /// The table that was kept in step, by number and name, if it is another one.
-    pub(super) other: Option<(u32, String)>,
+    /// Whether another table was kept in step.
+    pub(super) is_other: bool,
     /// Whether the metadata columns are others than before; their order does not matter.
     pub(super) metadata_changed: bool,
     /// Whether columns have another number or type than when they were noted: their values may have changed unseen.
@@ -32,7 +32,7 @@ impl Known {
         // A column that was only renamed holds what it held: it is known by its number.
         let row = transaction
             .query_opt(
-                "SELECT s.relation::oid, coalesce(s.table_name, s.relation::text), s.relation = $2::text::regclass, \
+                "SELECT coalesce(s.table_name, s.relation::text), s.relation = $2::text::regclass, \
                    coalesce(to_regclass(s.table_name) = $2::text::regclass, false), $2::text::regclass::text, s.id_column, s.text_columns, s.metadata_columns, \
                    (SELECT array_agg(c.number ORDER BY k.place) FROM unnest(s.id_column || s.text_columns) WITH ORDINALITY AS k(name, place) \
                     LEFT JOIN refarch.source_column c ON c.source = s.name AND c.name = k.name), \
@@ -45,11 +45,11 @@ impl Known {
             .await
             .map_err(|error| failure("read the source", &error))?;
         let Some(row) = row else { return Ok(None) };
-        let (oid, name, same): (u32, String, bool) = (row.get(0), row.get(1), row.get(2));
-        let (same_name, wanted): (bool, String) = (row.get(3), row.get(4));
-        let (id, text, metadata): (String, Vec<String>, Vec<String>) = (row.get(5), row.get(6), row.get(7));
-        let was: Vec<Option<i16>> = row.get::<_, Option<Vec<_>>>(8).unwrap_or_default();
-        let is: Vec<Option<i16>> = row.get::<_, Option<Vec<_>>>(9).unwrap_or_default();
+        let (name, same): (String, bool) = (row.get(0), row.get(1));
+        let (same_name, wanted): (bool, String) = (row.get(2), row.get(3));
+        let (id, text, metadata): (String, Vec<String>, Vec<String>) = (row.get(4), row.get(5), row.get(6));
+        let was: Vec<Option<i16>> = row.get::<_, Option<Vec<_>>>(7).unwrap_or_default();
+        let is: Vec<Option<i16>> = row.get::<_, Option<Vec<_>>>(8).unwrap_or_default();
         let mut differences = Vec::new();
         let mut differ = |what: &str, was: &str, is: &str| {
             differences.push(format!("{what} was {was} and is {is}"));
@@ -71,9 +71,9 @@ impl Known {
         }
         let set = |names: &[String]| names.iter().cloned().collect::<std::collections::BTreeSet<_>>();
         Ok(Some(Self {
-            other: (!same).then_some((oid, name)),
+            is_other: !same,
             metadata_changed: set(&metadata) != set(&source.metadata),
-            columns_changed: row.get(10),
+            columns_changed: row.get(9),
             differences,
         }))
     }

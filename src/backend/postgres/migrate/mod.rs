@@ -96,11 +96,9 @@ pub async fn migrate_with(
     let done = session
         .attempt(None, false, async |transaction| prepare(transaction, source, queue, shape, options).await)
         .await?;
-    let Prepared { table, mut report, stands, other, .. } = done;
+    let Prepared { table, mut report, stands, .. } = done;
     arming::arm(&mut session, &table, stands, &mut report).await?;
-    if let Some(other) = &other {
-        arming::disarm(&mut session, &table, other, &mut report).await?;
-    }
+    arming::disarm(&mut session, &table, &mut report).await?;
     session.close().await;
     arming::backfill(postgres, &table, &mut report).await?;
     Ok(report)
@@ -118,13 +116,12 @@ pub async fn plan(
     let mut session = Session::open(postgres).await?;
     let report = session
         .attempt(None, true, async |transaction| {
-            let Prepared { table, mut report, other, asked, .. } =
+            let Prepared { table, mut report, asked, .. } =
                 prepare(transaction, source, queue, shape, options).await?;
             report.armed = capture::unarmed_in(transaction, &table).await?;
             adopt::report(&adopt::find(transaction, &table).await?, &mut report);
-            if let Some((_, name)) = other {
-                report.removed.push(format!("capture triggers on {name}"));
-            }
+            let strays = arming::strays(transaction, &table).await?;
+            report.removed.extend(strays.iter().map(|name| format!("capture triggers on {name}")));
             if asked || !report.armed.is_empty() {
                 let sql = format!("SELECT count(*) FROM {}", table.relation);
                 let fail = |error: tokio_postgres::Error| failure("count the rows that are there", &error);
@@ -144,8 +141,6 @@ struct Prepared {
     report: Report,
     /// Whether the target was there.
     stands: bool,
-    /// The table that was kept in step before, if it is another one.
-    other: Option<(u32, String)>,
     /// Whether the rows that are there are asked for whatever is armed.
     asked: bool,
 }
@@ -180,11 +175,12 @@ async fn prepare(
         )
         .await
         .map_err(fail)?;
-    let (other, columns_changed, metadata_changed) = known
-        .map_or((None, false, false), |known| (known.other, known.columns_changed, known.metadata_changed));
+    let (is_other, columns_changed, metadata_changed) = known.map_or((false, false, false), |known| {
+        (known.is_other, known.columns_changed, known.metadata_changed)
+    });
     // Rows may have gone unseen. Metadata columns alone take no row away, and ids that are queued twice could
     // be worked on twice at once, and then their texts are embedded anew.
-    let unseen = left_behind || columns_changed || other.is_some();
+    let unseen = left_behind || columns_changed || is_other;
     let asked = !stands || unseen || metadata_changed;
     if asked {
         transaction
@@ -194,7 +190,7 @@ async fn prepare(
     }
     give_rights(transaction, options).await?;
     report.warnings.extend(capture::warnings(transaction, &table).await?);
-    Ok(Prepared { table, report, stands, other, asked })
+    Ok(Prepared { table, report, stands, asked })
 }
 
 async fn write_source(
@@ -267,6 +263,7 @@ async fn apply_migrations(transaction: &Transaction<'_>, report: &mut Report) ->
             .await
             .map_err(fail)?;
     }
+    refuse_another_owner(transaction).await?;
     let newest: i32 = transaction
         .query_one("SELECT coalesce(max(version), 0) FROM refarch.migration", &[])
         .await
@@ -288,6 +285,30 @@ async fn apply_migrations(transaction: &Transaction<'_>, report: &mut Report) ->
         report.applied.push(format!("{version:04}_{name}"));
     }
     Ok(())
+}
+
+/// Refuses a role that does not own what is there: functions that are replaced keep their owner, who may not write to
+/// tables that another role makes, and then the application's statements fail in the triggers.
+async fn refuse_another_owner(transaction: &Transaction<'_>) -> Result<()> {
+    let (owner, user): (String, String) = transaction
+        .query_one(
+            "SELECT r.rolname::text, current_user::text FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner \
+             WHERE c.oid = 'refarch.migration'::regclass",
+            &[],
+        )
+        .await
+        .map(|row| (row.get(0), row.get(1)))
+        .map_err(|error| failure("look for the owner of the schema refarch", &error))?;
+    if owner == user {
+        return Ok(());
+    }
+    Err(Error::fatal(
+        "migrate the schema",
+        format!(
+            "what is in the schema refarch belongs to the role {owner}, and this is {user}: run refarch migrate as {owner}. \
+             If it may not create an extension, create that before as {user}"
+        ),
+    ))
 }
 
 /// Remembers what was made outside of our schema.

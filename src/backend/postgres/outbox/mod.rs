@@ -153,11 +153,15 @@ impl PgOutbox {
             .map_err(fail)?
             .get(0);
         if due {
-            let queued: i64 = client
-                .query_one("SELECT refarch.backfill_step($1, $2)", &[&self.source, &BACKFILL_PAGES])
-                .await
-                .map_err(fail)?
-                .get(0);
+            // Below zero: capture was armed on one table, in a transaction of its own; there may be another.
+            let mut queued: i64 = -1;
+            while queued < 0 {
+                queued = client
+                    .query_one("SELECT refarch.backfill_step($1, $2)", &[&self.source, &BACKFILL_PAGES])
+                    .await
+                    .map_err(fail)?
+                    .get(0);
+            }
             *held_until = (queued == 0).then(|| Instant::now() + BACKFILL_PAUSE);
         }
         Ok(())

@@ -145,6 +145,38 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT u.oid FROM under u WHERE u.base = 0
 $$;
 
+-- How an id is turned into text by functions that run as their owner, whatever the owner of the table or of the type
+-- did: a cast may be a function of theirs. A type that PostgreSQL, a superuser or the owner of these functions made has
+-- the casts that they gave it; another one is printed by its output function, which no cast replaces. A type that
+-- is made of others is refused, since their domains may have checks.
+CREATE FUNCTION refarch.id_text(relation regclass, id_column text, alias text) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    kind record;
+BEGIN
+    SELECT t.*, format_type(t.oid, NULL) AS name,
+           t.typnamespace = 'pg_catalog'::regnamespace OR r.rolsuper OR r.rolname = current_user AS trusted,
+           EXISTS (SELECT FROM pg_catalog.pg_cast k JOIN pg_catalog.pg_proc p ON p.oid = k.castfunc
+                   JOIN pg_catalog.pg_roles o ON o.oid = p.proowner
+                   WHERE k.castsource = t.oid AND k.casttarget = 'pg_catalog.text'::regtype
+                     AND p.pronamespace <> 'pg_catalog'::regnamespace AND NOT o.rolsuper AND o.rolname <> current_user) AS cast_by_others
+      INTO kind
+    FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_type t ON t.oid = refarch.base_type(a.atttypid)
+    LEFT JOIN pg_catalog.pg_roles r ON r.oid = t.typowner
+    WHERE a.attrelid = id_text.relation AND a.attname = id_text.id_column AND NOT a.attisdropped;
+    IF kind.cast_by_others THEN
+        RAISE EXCEPTION 'the id % of % has the type %, whose cast to text is a function of another role: drop that cast',
+            id_column, relation, kind.name;
+    END IF;
+    IF NOT kind.trusted AND (kind.typtype NOT IN ('b', 'e') OR kind.typcategory = 'A') THEN
+        RAISE EXCEPTION 'the id % of % has the type %, which is made of others: an id must be of a plain type',
+            id_column, relation, kind.name;
+    END IF;
+    RETURN CASE WHEN kind.trusted THEN pg_catalog.format('CAST(%s.%I AS pg_catalog.text)', alias, id_column)
+        ELSE pg_catalog.format('CASE WHEN %1$s.%2$I IS NOT NULL THEN pg_catalog.format(''%%s'', %1$s.%2$I) END', alias, id_column) END;
+END $$;
+
 -- Makes the functions that the triggers call. Takes no lock on the table.
 CREATE FUNCTION refarch.make_capture(source text, relation regclass, id_column text, watched text[]) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $make$
@@ -152,22 +184,42 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $make$
 DECLARE
     -- Types whose text is the same in every session; a SET costs the writer time.
     plain constant regtype[] := ARRAY['int2', 'int4', 'int8', 'numeric', 'uuid', 'text', 'varchar', 'bpchar', 'bool', 'name', 'oid']::regtype[];
-    compared constant text[] := refarch.compared(relation, watched);
+    compared text[] := refarch.compared(relation, watched);
+    id_type constant oid := (SELECT a.atttypid FROM pg_catalog.pg_attribute a WHERE a.attrelid = relation AND a.attname = id_column
+                             AND NOT a.attisdropped);
+    is_plain constant boolean := coalesce(refarch.base_type(id_type) = ANY (plain::oid[]), false);
+    -- The id may become wider or narrower; of another type, whose cast may be anybody's, it is not read.
+    id_types constant oid[] := id_type || CASE WHEN is_plain THEN plain::oid[] END;
     -- Byte by byte: an id that differs in case only is another id, whatever its type or collation holds equal.
-    id_of constant text := pg_catalog.format('CAST(x.%I AS pg_catalog.text) COLLATE pg_catalog."C" AS id', id_column);
+    id_of constant text := refarch.id_text(relation, id_column, 'x') || ' COLLATE pg_catalog."C" AS id';
     -- Chunks of 500 in the order of the transition table.
     pack constant text := 'INSERT INTO refarch.outbox (source, op, ids) '
         'SELECT %L, k.op, pg_catalog.array_agg(k.id) FROM ('
         'SELECT c.op, c.id, (pg_catalog.row_number() OVER (PARTITION BY c.op) - 1) / 500 AS chunk FROM (%s) c '
         'WHERE c.id IS NOT NULL) k GROUP BY k.op, k.chunk;';
+    -- A transaction with one snapshot for all of its statements sees the catalog as it was: there the rows
+    -- themselves tell the type, and what is missing is an error that is caught.
     body constant text := '
 #variable_conflict use_column
 BEGIN
-    IF (SELECT pg_catalog.count(*) FROM pg_catalog.pg_attribute a WHERE a.attrelid = TG_RELID
-        AND a.attname = ANY (%L::pg_catalog.name[]) AND NOT a.attisdropped) = %s THEN
-        %s
+    IF pg_catalog.current_setting(''transaction_isolation'') = ''read committed'' THEN
+        IF (SELECT pg_catalog.count(*) FROM pg_catalog.pg_attribute a WHERE a.attrelid = TG_RELID
+            AND a.attname = ANY (%1$L::pg_catalog.name[]) AND NOT a.attisdropped
+            AND (a.attname <> %2$L OR a.atttypid = ANY (%3$L::pg_catalog.oid[]))) = %4$s THEN
+            %5$s
+        ELSE
+            INSERT INTO refarch.mark (source) VALUES (%6$L);
+        END IF;
     ELSE
-        INSERT INTO refarch.mark (source) VALUES (%L);
+        BEGIN
+            IF %7$s THEN
+                %5$s
+            ELSE
+                INSERT INTO refarch.mark (source) VALUES (%6$L);
+            END IF;
+        EXCEPTION WHEN undefined_column OR undefined_table OR undefined_object OR undefined_function OR cannot_coerce THEN
+            INSERT INTO refarch.mark (source) VALUES (%6$L);
+        END;
     END IF;
     IF FOUND AND coalesce((SELECT d.asleep FROM refarch.doorbell d), true)
        AND pg_catalog.current_setting(''max_prepared_transactions'') = ''0''
@@ -183,9 +235,13 @@ END';
     kind text;
     names text[];
     work text;
+    guard text;
 BEGIN
-    IF NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a WHERE a.attrelid = relation AND a.attname = id_column
-                   AND NOT a.attisdropped AND refarch.base_type(a.atttypid) = ANY (plain::oid[])) THEN
+    -- A virtual column that is made of no column: what is left to see is the id.
+    IF pg_catalog.cardinality(compared) = 0 THEN
+        compared := ARRAY[id_column];
+    END IF;
+    IF NOT is_plain THEN
         spelling := ' SET timezone TO ''UTC'' SET datestyle TO ''ISO, YMD'' SET intervalstyle TO ''postgres'''
             ' SET bytea_output TO ''hex'' SET extra_float_digits TO 1 SET lc_monetary TO ''C''';
     END IF;
@@ -213,11 +269,14 @@ BEGIN
                 'OPERATOR(pg_catalog.*<>) ROW(' || new_values || ')::pg_catalog.record')
             ELSE pg_catalog.format('INSERT INTO refarch.outbox (source, op, ids) VALUES (%L, ''t'', ''{}'');', source)
         END;
+        guard := CASE kind WHEN 'truncate' THEN 'true' ELSE pg_catalog.format(
+            'coalesce((SELECT CAST(pg_catalog.pg_typeof(x.%I) AS pg_catalog.oid) = ANY (%L::pg_catalog.oid[]) FROM %s x LIMIT 1), true)',
+            id_column, id_types, CASE kind WHEN 'delete' THEN 'old_rows' ELSE 'new_rows' END) END;
         EXECUTE pg_catalog.format(
             'CREATE OR REPLACE FUNCTION refarch.%I() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER '
             'SET search_path = pg_catalog, pg_temp%s AS %L',
             'capture_' || source || '_' || kind, spelling,
-            pg_catalog.format(body, names, pg_catalog.cardinality(names), work, source));
+            pg_catalog.format(body, names, id_column, id_types, pg_catalog.cardinality(names), work, source, guard));
     END LOOP;
 END $make$;
 
@@ -267,27 +326,47 @@ BEGIN
     END LOOP;
 END $$;
 
--- Takes our triggers of a source off a table and all below it, but for those that another table has below it, too.
-CREATE FUNCTION refarch.disarm(source text, relation regclass, but regclass) RETURNS SETOF regclass
+-- Tables on which triggers of a source stand though they are not in its tree: known by the functions that they call.
+CREATE FUNCTION refarch.strays(source text, root regclass) RETURNS SETOF regclass
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT DISTINCT t.tgrelid::regclass FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+    WHERE NOT t.tgisinternal AND t.tgparentid = 0 AND p.pronamespace = 'refarch'::regnamespace
+      AND p.proname IN ('capture_' || strays.source || '_insert', 'capture_' || strays.source || '_update',
+                        'capture_' || strays.source || '_delete', 'capture_' || strays.source || '_truncate')
+      AND t.tgrelid NOT IN (SELECT k.relation FROM refarch.tree(strays.root) k)
+    ORDER BY 1
+$$;
+
+-- Takes our triggers of a source off one table.
+CREATE FUNCTION refarch.disarm(source text, leaf regclass) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
-    found_one record;
+    named name;
 BEGIN
-    FOR found_one IN
-        SELECT t.tgname, t.tgrelid::regclass AS leaf FROM pg_catalog.pg_trigger t
-        JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
-        WHERE t.tgrelid IN (SELECT k.relation FROM refarch.tree(relation) k)
-          AND t.tgrelid NOT IN (SELECT k.relation FROM refarch.tree(but) k)
-          AND NOT t.tgisinternal AND t.tgparentid = 0 AND p.pronamespace = 'refarch'::regnamespace
+    FOR named IN
+        SELECT t.tgname FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+        WHERE t.tgrelid = leaf AND NOT t.tgisinternal AND t.tgparentid = 0 AND p.pronamespace = 'refarch'::regnamespace
           AND p.proname IN ('capture_' || source || '_insert', 'capture_' || source || '_update',
                             'capture_' || source || '_delete', 'capture_' || source || '_truncate')
-        ORDER BY t.tgrelid, t.tgname
+        ORDER BY t.tgname
     LOOP
-        EXECUTE pg_catalog.format('DROP TRIGGER %I ON %s', found_one.tgname, found_one.leaf);
-        RETURN NEXT found_one.leaf;
+        EXECUTE pg_catalog.format('DROP TRIGGER %I ON %s', named, leaf);
     END LOOP;
 END $$;
+
+-- Tables of the tree whose triggers are missing, are disabled or call something else.
+CREATE FUNCTION refarch.unarmed(source text, root regclass) RETURNS SETOF regclass
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT k.relation FROM refarch.tree(unarmed.root) k
+    WHERE k.kind IN ('r', 'p') AND EXISTS (
+        SELECT FROM unnest(ARRAY['insert', 'update', 'delete', 'truncate']) AS kind WHERE NOT EXISTS (
+            SELECT FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+            WHERE t.tgrelid = k.relation AND t.tgname = 'refarch_' || unarmed.source || '_' || kind
+              AND p.proname = 'capture_' || unarmed.source || '_' || kind
+              AND p.pronamespace = 'refarch'::regnamespace AND t.tgenabled IN ('O', 'A')))
+    ORDER BY 1
+$$;
 
 -- Asks for every row of the table to be queued, from the start.
 CREATE FUNCTION refarch.request_backfill(wanted text, settle boolean, expand boolean) RETURNS void
@@ -309,7 +388,7 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 -- Turns marks into a request, and queues up to so many pages of 500 rows of the request that is there. Returns
--- how many rows. Another session may be at it; then there is nothing to do here. What keeps it from going on is
+-- how many rows; -1 if it armed something instead, and is to be called again at once. Another session may be at it; then there is nothing to do here. What keeps it from going on is
 -- written down, and tried again by the next call.
 CREATE FUNCTION refarch.backfill_step(wanted text, pages integer) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER
@@ -322,6 +401,7 @@ DECLARE
     why text;
     waiting integer;
     id_type text;
+    id_expression text;
     greater_than text;
     less_than text;
     page_ids text[];
@@ -331,16 +411,23 @@ BEGIN
     IF NOT FOUND THEN
         RETURN 0;
     END IF;
-    DELETE FROM refarch.mark m WHERE m.source = src.name;
-    IF FOUND THEN
-        PERFORM refarch.request_backfill(src.name, false, true);
+    IF EXISTS (SELECT FROM refarch.mark m WHERE m.source = src.name) THEN
+        -- As a migration does, before anything else is locked; during one there is nothing to do here.
+        IF NOT pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtext('refarch.migrate')) THEN
+            RETURN 0;
+        END IF;
         -- A column that only a generated one is made of may have another name now. Unless capture can be armed
         -- anew, each statement leaves another mark, and reading the table now would be in vain.
         BEGIN
-            PERFORM refarch.rearm(src.name);
+            IF refarch.rearm(src.name) THEN
+                -- Rows are read when the table's lock is let go. The marks stay until nothing is left to arm.
+                RETURN -1;
+            END IF;
         EXCEPTION WHEN OTHERS THEN
             why := SQLERRM;
         END;
+        DELETE FROM refarch.mark m WHERE m.source = src.name;
+        PERFORM refarch.request_backfill(src.name, false, true);
         SELECT s.* INTO src FROM refarch.source s WHERE s.name = backfill_step.wanted;
     END IF;
     SELECT b.* INTO request FROM refarch.backfill b WHERE b.source = src.name FOR UPDATE SKIP LOCKED;
@@ -371,7 +458,7 @@ BEGIN
     END IF;
     -- The operators by which the unique index sorts: an extension's are not in pg_catalog.
     IF why IS NULL THEN
-        SELECT pg_catalog.format_type(a.atttypid, a.atttypmod),
+        SELECT pg_catalog.format_type(refarch.base_type(a.atttypid), -1),
                (SELECT pg_catalog.format('OPERATOR(%I.%s)', n.nspname, o.oprname) FROM pg_catalog.pg_amop m
                 JOIN pg_catalog.pg_operator o ON o.oid = m.amopopr JOIN pg_catalog.pg_namespace n ON n.oid = o.oprnamespace
                 WHERE m.amopfamily = c.opcfamily AND m.amopstrategy = 5 AND m.amoplefttype = c.opcintype AND m.amoprighttype = c.opcintype),
@@ -390,17 +477,19 @@ BEGIN
     END IF;
     IF why IS NULL THEN
         BEGIN
+            id_expression := refarch.id_text(src.relation, src.id_column, 's');
             IF NOT request.begun AND request.expand THEN
                 INSERT INTO refarch.outbox (source, op, ids) VALUES (src.name, 't', '{}');
             END IF;
             FOR page IN 1 .. backfill_step.pages LOOP
                 EXECUTE pg_catalog.format(
-                    'SELECT pg_catalog.array_agg(k.id) FROM (SELECT CAST(s.%1$I AS pg_catalog.text) AS id FROM %2$s s '
+                    'SELECT pg_catalog.array_agg(k.id) FROM (SELECT %5$s AS id FROM %2$s s '
                     'WHERE s.%1$I IS NOT NULL%3$s ORDER BY s.%1$I USING %4$s LIMIT 500) k',
                     src.id_column, src.relation,
                     CASE WHEN request.cursor IS NULL THEN ''
-                         ELSE pg_catalog.format(' AND s.%I %s CAST($1 AS %s)', src.id_column, greater_than, id_type) END,
-                    less_than) INTO page_ids USING request.cursor;
+                         -- A literal of the type under any domain: neither a check nor a cast of anybody's is run.
+                         ELSE pg_catalog.format(' AND s.%I %s CAST(%L AS %s)', src.id_column, greater_than, request.cursor, id_type) END,
+                    less_than, id_expression) INTO page_ids;
                 IF page_ids IS NOT NULL THEN
                     INSERT INTO refarch.outbox (source, op, ids) VALUES (src.name, 'u', page_ids);
                     row_count := row_count + pg_catalog.cardinality(page_ids);
@@ -445,8 +534,8 @@ BEGIN
     -- What is held is left to the relay.
     LOOP
         step := refarch.backfill_step(named, 100);
-        queued := queued + step;
-        EXIT WHEN step = 0;
+        queued := queued + greatest(step, 0);
+        EXIT WHEN step <= 0;
     END LOOP;
     RETURN queued;
 END $$;
@@ -469,8 +558,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     ORDER BY c.number
 $$;
 
--- Arms capture again where it is not as it should be, and asks for the table to be read anew; says whether it
--- was needed. Runs as the role that migrated. Fails when a column or the table is missing, since only settings and
+-- Arms capture again where it is not as it should be, one table a call, and asks for the table to be read anew. Says
+-- whether something was done: then it is to be called again, in another transaction. One that held locks on two
+-- tables could meet the application's, which would fail. Runs as the role that migrated. Fails when a column or the table is missing, since only settings and
 -- "refarch migrate" can mend that, and when the table is in use for longer than a second.
 CREATE FUNCTION refarch.rearm(source text) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
@@ -509,16 +599,19 @@ BEGIN
         PERFORM refarch.note_columns(src.name, there, src.id_column, src.watched);
         changed := true;
     END IF;
-    FOR leaf IN SELECT t.relation FROM refarch.tree(there) t WHERE t.kind IN ('r', 'p') LOOP
-        IF refarch.put_triggers(src.name, leaf) THEN
-            changed := true;
-        END IF;
-    END LOOP;
-    IF there <> src.relation THEN
-        PERFORM refarch.disarm(src.name, src.relation, there);
-    END IF;
-    IF changed THEN
+    SELECT u INTO leaf FROM refarch.unarmed(src.name, there) u LIMIT 1;
+    IF changed OR leaf IS NOT NULL THEN
+        -- Before the table is locked, since somebody may be at the request.
         PERFORM refarch.request_backfill(src.name, true, true);
+    END IF;
+    IF leaf IS NOT NULL THEN
+        PERFORM refarch.put_triggers(src.name, leaf);
+        RETURN true;
+    END IF;
+    SELECT u INTO leaf FROM refarch.strays(src.name, there) u LIMIT 1;
+    IF leaf IS NOT NULL THEN
+        PERFORM refarch.disarm(src.name, leaf);
+        RETURN true;
     END IF;
     RETURN changed;
 END $$;
@@ -555,18 +648,35 @@ DECLARE
     tables text;
     functions text;
     queues text;
+    needed name;
 BEGIN
     REVOKE ALL ON ALL FUNCTIONS IN SCHEMA refarch FROM PUBLIC;
     FOR one IN
-        SELECT g.part, g.name, s.relation FROM refarch.granted g JOIN pg_catalog.pg_roles r ON r.rolname = g.name
-        CROSS JOIN refarch.source s JOIN pg_catalog.pg_class c ON c.oid = s.relation
+        SELECT g.part, g.name, c.oid::regclass AS relation, n.nspname AS relation_schema
+        FROM refarch.granted g JOIN pg_catalog.pg_roles r ON r.rolname = g.name
+        CROSS JOIN refarch.source s LEFT JOIN pg_catalog.pg_class c ON c.oid = s.relation
+        LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     LOOP
+        FOR needed IN
+            SELECT one.relation_schema WHERE one.relation_schema IS NOT NULL
+            UNION SELECT n.nspname FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+                  WHERE e.extname = 'vector'
+        LOOP
+            -- Who owns neither may not grant, nor needs to where everybody has the right.
+            IF NOT pg_catalog.has_schema_privilege(one.name, needed, 'USAGE') THEN
+                EXECUTE pg_catalog.format('GRANT USAGE ON SCHEMA %I TO %I', needed, one.name);
+            END IF;
+        END LOOP;
         IF one.part = 'edit' THEN
-            EXECUTE pg_catalog.format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %I', one.relation, one.name);
+            IF one.relation IS NOT NULL THEN
+                EXECUTE pg_catalog.format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %I', one.relation, one.name);
+            END IF;
             CONTINUE;
         END IF;
         EXECUTE pg_catalog.format('GRANT USAGE ON SCHEMA refarch TO %1$I; GRANT SELECT ON ALL TABLES IN SCHEMA refarch TO %1$I', one.name);
-        EXECUTE pg_catalog.format('GRANT SELECT ON %s TO %I', one.relation, one.name);
+        IF one.relation IS NOT NULL THEN
+            EXECUTE pg_catalog.format('GRANT SELECT ON %s TO %I', one.relation, one.name);
+        END IF;
         -- What a part writes to. All write to the books that are not named here: workers, events, samples, faults.
         SELECT pg_catalog.string_agg(pg_catalog.format('refarch.%I', c.relname), ', ') INTO tables
         FROM pg_catalog.pg_class c
@@ -591,8 +701,15 @@ BEGIN
         IF pg_catalog.to_regclass('pgmq.meta') IS NOT NULL THEN
             EXECUTE pg_catalog.format('GRANT USAGE ON SCHEMA pgmq TO %1$I; GRANT SELECT ON pgmq.meta TO %1$I', one.name);
             SELECT pg_catalog.string_agg(pg_catalog.format('pgmq.%I', c.relname), ', ') INTO queues
-            FROM pg_catalog.pg_class c JOIN refarch.made m ON m.what = 'queue' AND c.relname IN ('q_' || m.name, 'a_' || m.name)
-            WHERE c.relnamespace = 'pgmq'::regnamespace AND c.relkind = 'r';
+            FROM pg_catalog.pg_class c
+            WHERE c.relnamespace = 'pgmq'::regnamespace AND c.relkind IN ('r', 'p') AND EXISTS (
+                SELECT FROM (
+                    SELECT m.name FROM refarch.made m WHERE m.what = 'queue'
+                    -- Queues that were there before, of somebody's making.
+                    UNION SELECT q.name || '_' || lane FROM refarch.queue q, pg_catalog.unnest(ARRAY['live', 'bulk', 'dead']) AS lane
+                          WHERE q.kind = 'pgmq') k(name)
+                -- pgmq folds the names of its tables.
+                WHERE c.relname IN ('q_' || pg_catalog.lower(k.name), 'a_' || pg_catalog.lower(k.name)));
             IF queues IS NOT NULL THEN
                 EXECUTE pg_catalog.format('GRANT SELECT%s ON %s TO %I',
                     CASE WHEN one.part IN ('listen', 'embed') THEN ', INSERT, UPDATE, DELETE' ELSE '' END, queues, one.name);
