@@ -443,6 +443,36 @@ async fn an_index_of_a_folder_by_its_former_name_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_plan_holds_nothing_of_ours_while_it_counts_the_rows_of_the_table() {
+    let articles = Articles::new().await;
+    let holder = articles.database.client().await;
+    holder.batch_execute("BEGIN; LOCK TABLE public.articles IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let planning = articles
+        .database
+        .refarch()
+        .args(["migrate", "--dry-run"])
+        .envs(articles.env.iter().cloned())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let counting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                    AND wait_event_type = 'Lock' AND query LIKE 'SELECT count(*)%'";
+    common::eventually("the plan to count", Duration::from_mins(1), async || {
+        number(&articles.client, counting).await > 0
+    })
+    .await;
+    let locks = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid \
+                 WHERE a.datname = current_database() AND a.application_name = 'refarch' AND l.granted \
+                   AND (l.mode = 'AccessExclusiveLock' OR l.locktype = 'advisory')";
+    let held = number(&articles.client, locks).await;
+    holder.batch_execute("COMMIT").await.unwrap();
+    let output = planning.wait_with_output().await.unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && said.contains("20 rows"), "{said}");
+    assert_eq!(held, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn settings_of_the_database_and_a_schema_for_extensions_are_no_trouble() {
     let articles = Articles::new().await;
     articles

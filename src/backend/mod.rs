@@ -233,7 +233,7 @@ pub async fn migrate_with(
     // is refused.
     let made = match named_index(settings, shape.dimensions) {
         Some(named) => {
-            migrate::plan(postgres, &settings.source, &settings.queue, &shape, options).await?;
+            migrate::rehearse(postgres, &settings.source, &settings.queue, &shape, options).await?;
             let made = pinecone::control::ensure(&named).await?;
             shape.place.host = pinecone::place::host(&pinecone::control::host(&named).await?);
             made
