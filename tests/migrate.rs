@@ -391,8 +391,8 @@ fn former_name(folder: &str, weights: &[u8]) -> String {
     for sample in 0..64 {
         digest.update(&weights[weights.len() / 64 * sample..][..4_096]);
     }
-    let hex: String = digest.finalize()[..6].iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{folder}@{hex}/f32")
+    let start = digest.finalize()[..6].iter().fold(0, |number, byte| (number << 8) | u64::from(*byte));
+    format!("{folder}@{start:012x}/f32")
 }
 
 #[tokio::test(flavor = "multi_thread")]
