@@ -71,8 +71,13 @@ impl Captured {
 
 async fn migrate_with(database: &Database, settings: &Settings) -> Result<Report, Error> {
     let postgres = Postgres::new(&Secret::new(database.url()), &settings.database)?;
-    let shape =
-        IndexShape { kind: "pgvector".into(), model: "test".into(), dimensions: 3, place: Place::default() };
+    let shape = IndexShape {
+        kind: "pgvector".into(),
+        model: "test".into(),
+        former_model: None,
+        dimensions: 3,
+        place: Place::default(),
+    };
     migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await
 }
 

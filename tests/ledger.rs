@@ -85,8 +85,13 @@ impl Real {
         let env = env.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
         let settings = Settings::load(None, &env, &[]).unwrap();
         let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-        let shape =
-            IndexShape { kind: "test".into(), model: "test".into(), dimensions: 3, place: Place::default() };
+        let shape = IndexShape {
+            kind: "test".into(),
+            model: "test".into(),
+            former_model: None,
+            dimensions: 3,
+            place: Place::default(),
+        };
         migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
         let target = target::find(&postgres, &settings.source, &shape).await.unwrap();
         let passed: Arc<Passed> = Arc::default();

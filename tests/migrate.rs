@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::Database;
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use tokio_postgres::Client;
 
 /// Rows that the reference architecture holds.
@@ -381,6 +382,94 @@ async fn another_queue_is_refused_while_the_old_one_holds_something() {
     articles.run("UPDATE articles SET title = 'by the other one'").await;
     articles.sync().await;
     articles.done(&["verify", "--sample", "0"]).await;
+}
+
+/// What a model folder was called before names covered more than samples of the weights.
+fn former_name(folder: &str, weights: &[u8]) -> String {
+    let mut digest = Sha256::new();
+    digest.update((weights.len() as u64).to_le_bytes());
+    for sample in 0..64 {
+        digest.update(&weights[weights.len() / 64 * sample..][..4_096]);
+    }
+    let start = digest.finalize()[..6].iter().fold(0, |number, byte| (number << 8) | u64::from(*byte));
+    format!("{folder}@{start:012x}/f32")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_of_a_folder_by_its_former_name_is_kept() {
+    let mut articles = Articles::new().await;
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path().join("my-own");
+    std::fs::create_dir(&folder).unwrap();
+    let stock = common::runtime_dir().join("runtime/model");
+    for file in ["config.json", "tokenizer.json"] {
+        std::fs::copy(stock.join(file), folder.join(file)).unwrap();
+    }
+    let mut weights = std::fs::read(stock.join("model.safetensors")).unwrap();
+    let sampled = weights.len() / 64 * 3;
+    weights[sampled] ^= 1;
+    std::fs::write(folder.join("model.safetensors"), &weights).unwrap();
+    articles.set("REFARCH_EMBEDDER_MODEL", folder.to_str().unwrap());
+    articles.done(&["migrate"]).await;
+    articles.sync().await;
+    let target = "SELECT model || ' ' || salt FROM refarch.target WHERE id = 1";
+    let name = async || articles.client.query_one(target, &[]).await.unwrap().get::<_, String>(0);
+    let now = name().await;
+    assert!(now.starts_with("bert-6x384@"), "{now}");
+    let call = async |model: &str| {
+        let sql = "UPDATE refarch.target SET model = $1, salt = $1 || ' as it was'";
+        articles.client.execute(sql, &[&model]).await.unwrap();
+    };
+
+    let former = former_name("my-own", &weights);
+    call(&former).await;
+    articles.done(&["embed", "--until-idle", "--workers", "1"]).await;
+    articles.done(&["migrate", "--dry-run"]).await;
+    assert_eq!(name().await, format!("{former} {former} as it was"));
+    let said = articles.done(&["migrate"]).await;
+    assert!(!said.contains("queued"), "{said}");
+    let model = now.split(' ').next().unwrap();
+    assert_eq!(name().await, format!("{model} {former} as it was"), "hashes are made as before");
+    assert_eq!(number(&articles.client, "SELECT count(*) FROM refarch.vector_1").await, 20);
+    articles.done(&["embed", "--until-idle", "--workers", "1"]).await;
+
+    // Of another folder, or of weights that were known by name, it was another model or may have been.
+    for other in [former_name("other", &weights), "all-MiniLM-L6-v2/f32".to_owned()] {
+        call(&other).await;
+        let said = articles.refused(&["migrate"]).await;
+        assert!(said.contains("--rebuild"), "{said}");
+        articles.refused(&["embed", "--until-idle", "--workers", "1"]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_holds_nothing_of_ours_while_it_counts_the_rows_of_the_table() {
+    let articles = Articles::new().await;
+    let holder = articles.database.client().await;
+    holder.batch_execute("BEGIN; LOCK TABLE public.articles IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let planning = articles
+        .database
+        .refarch()
+        .args(["migrate", "--dry-run"])
+        .envs(articles.env.iter().cloned())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let counting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                    AND wait_event_type = 'Lock' AND query LIKE 'SELECT count(*)%'";
+    common::eventually("the plan to count", Duration::from_mins(1), async || {
+        number(&articles.client, counting).await > 0
+    })
+    .await;
+    let locks = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid \
+                 WHERE a.datname = current_database() AND a.application_name = 'refarch' AND l.granted \
+                   AND (l.mode = 'AccessExclusiveLock' OR l.locktype = 'advisory')";
+    let held = number(&articles.client, locks).await;
+    holder.batch_execute("COMMIT").await.unwrap();
+    let output = planning.wait_with_output().await.unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && said.contains("20 rows"), "{said}");
+    assert_eq!(held, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

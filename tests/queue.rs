@@ -35,8 +35,13 @@ async fn database() -> (Database, Postgres) {
     let database = Database::create().await;
     let settings = Settings::load(None, &std::collections::BTreeMap::new(), &[]).unwrap();
     let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-    let shape =
-        IndexShape { kind: "pgvector".into(), model: "test".into(), dimensions: 3, place: Place::default() };
+    let shape = IndexShape {
+        kind: "pgvector".into(),
+        model: "test".into(),
+        former_model: None,
+        dimensions: 3,
+        place: Place::default(),
+    };
     migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
     (database, postgres)
 }

@@ -467,8 +467,13 @@ async fn keys_of_extensions_types_are_read() {
     let setup = "CREATE SCHEMA ext; CREATE EXTENSION citext SCHEMA ext; CREATE EXTENSION ltree SCHEMA ext; CREATE EXTENSION isn SCHEMA ext; \
                  CREATE COLLATION public.folds (provider = icu, locale = 'und-u-ks-level2', deterministic = false)";
     client.batch_execute(setup).await.unwrap();
-    let shape =
-        IndexShape { kind: "test".into(), model: "test".into(), dimensions: 3, place: Place::default() };
+    let shape = IndexShape {
+        kind: "test".into(),
+        model: "test".into(),
+        former_model: None,
+        dimensions: 3,
+        place: Place::default(),
+    };
     for (name, kind, value) in [
         ("a", "ext.citext", "('Name' || g)::ext.citext"),
         ("b", "ext.ltree", "('Top.Path.n' || g)::ext.ltree"),

@@ -124,6 +124,7 @@ impl Bench {
         let shape = IndexShape {
             kind: "pinecone".into(),
             model: "test".into(),
+            former_model: None,
             dimensions: 3,
             place: Place::default(),
         };

@@ -27,6 +27,8 @@ const MAX_TEXT_BYTES: usize = 64 * 1024;
 pub struct Description {
     /// Name and precision, such as `all-MiniLM-L6-v2/f32`: all that decides the vectors decides the name.
     pub model: String,
+    /// What releases before this one called it, if they called it otherwise.
+    pub former_model: Option<String>,
     /// Length of a vector.
     pub dimensions: usize,
 }
@@ -38,7 +40,13 @@ impl Description {
         let weights = encoder::file(dir, "model.safetensors").map_err(explain)?;
         let tokenizer = encoder::file(dir, "tokenizer.json").map_err(explain)?;
         let name = identity::name(&weights, &tokenizer, &described)?;
-        Ok(Self { model: format!("{name}/{}", precision.class()), dimensions: described.bert.hidden_size })
+        let with_class = |name: String| format!("{name}/{}", precision.class());
+        let former = identity::former_name(&weights)?;
+        Ok(Self {
+            model: with_class(name),
+            former_model: former.map(with_class),
+            dimensions: described.bert.hidden_size,
+        })
     }
 }
 

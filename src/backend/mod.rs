@@ -113,20 +113,20 @@ pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
         IndexKind::Pgvector => "pgvector",
         IndexKind::Pinecone => "pinecone",
     };
-    let (model, dimensions) = match settings.embedder.kind {
+    let (model, former_model, dimensions) = match settings.embedder.kind {
         EmbedderKind::Minilm => {
             let (dir, precision) = (model_dir(settings), settings.embedder.precision);
             // The whole model is read for its name.
             let read = tokio::task::spawn_blocking(move || minilm::Description::read(&dir, precision)).await;
             let description = read.map_err(|error| Error::fatal("read the model", error))??;
-            (description.model, description.dimensions)
+            (description.model, description.former_model, description.dimensions)
         }
         EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
             let server = http_embedder::Server::open(settings).await?;
-            (server.name().to_owned(), server.dimensions())
+            (server.name().to_owned(), None, server.dimensions())
         }
     };
-    Ok(IndexShape { kind: kind.into(), model, dimensions, place: Place::default() })
+    Ok(IndexShape { kind: kind.into(), model, former_model, dimensions, place: Place::default() })
 }
 
 /// Where the settings have the index; `host` is where it was found by its name, if it is there.
@@ -233,7 +233,7 @@ pub async fn migrate_with(
     // is refused.
     let made = match named_index(settings, shape.dimensions) {
         Some(named) => {
-            migrate::plan(postgres, &settings.source, &settings.queue, &shape, options).await?;
+            migrate::rehearse(postgres, &settings.source, &settings.queue, &shape, options).await?;
             let made = pinecone::control::ensure(&named).await?;
             shape.place.host = pinecone::place::host(&pinecone::control::host(&named).await?);
             made

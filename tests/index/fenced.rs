@@ -34,6 +34,7 @@ impl Real {
         let shape = IndexShape {
             kind: "pgvector".into(),
             model: "test".into(),
+            former_model: None,
             dimensions: 3,
             place: Place::default(),
         };

@@ -6,7 +6,7 @@
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,6 +23,14 @@ use crate::pipeline::failure::{Error, Result};
 /// more than its weights, so that what is indexed stays.
 const KNOWN: &[(&str, &str)] =
     &[("6ebea6ed6d2fead70169f2d77453388842aaeb599cdaa6ca020f540eeb196e32", "all-MiniLM-L6-v2")];
+
+/// Weights that had a name of their own when names covered samples of the weights only. It does not tell what stood
+/// beside them.
+const FORMERLY_KNOWN: &str = "528c6c412808";
+
+/// Samples of the weights that a former name covers, evenly spread, and the length of one.
+const SAMPLES: u64 = 64;
+const SAMPLE_BYTES: u64 = 4_096;
 
 /// Digits of a hash that stand in a name: enough that no two models of one user are ever alike in them.
 const DIGITS: usize = 16;
@@ -47,6 +55,36 @@ pub(super) fn name(weights: &Path, tokenizer: &Path, described: &Description) ->
         Some((_, name)) => (*name).to_owned(),
         None => format!("bert-{num_hidden_layers}x{hidden_size}@{}", &hash[..DIGITS]),
     })
+}
+
+/// What the same folder was called when names covered no more than its own name and samples of the weights; none
+/// if it cannot be told from others by that.
+pub(super) fn former_name(weights: &Path) -> Result<Option<String>> {
+    let samples =
+        samples(weights).map_err(|error| Error::fatal(format!("read {}", weights.display()), error))?;
+    if samples == FORMERLY_KNOWN {
+        return Ok(None);
+    }
+    let folder =
+        weights.parent().and_then(Path::file_name).map_or("model".into(), |name| name.to_string_lossy());
+    Ok(Some(format!("{folder}@{samples}")))
+}
+
+/// SHA-256, shortened, of the file's length and of samples all over it.
+fn samples(path: &Path) -> io::Result<String> {
+    let mut weights = File::open(path)?;
+    let length = weights.metadata()?.len();
+    let mut digest = Sha256::new();
+    digest.update(length.to_le_bytes());
+    for sample in 0..SAMPLES {
+        weights.seek(SeekFrom::Start(length / SAMPLES * sample))?;
+        let mut bytes = Vec::with_capacity(SAMPLE_BYTES as usize);
+        (&weights).take(SAMPLE_BYTES).read_to_end(&mut bytes)?;
+        digest.update(&bytes);
+    }
+    let mut start = [0; 8];
+    start[2..].copy_from_slice(&digest.finalize()[..6]);
+    Ok(format!("{:012x}", u64::from_be_bytes(start)))
 }
 
 fn hash(weights: &Path, tokenizer: &Path, described: &Description) -> Result<String> {

@@ -20,10 +20,19 @@ pub struct IndexShape {
     pub kind: String,
     /// Model and precision.
     pub model: String,
+    /// What a release before this one called the same model: an index of that name is this one's.
+    pub former_model: Option<String>,
     /// Length of a vector.
     pub dimensions: usize,
     /// Where its records are.
     pub place: Place,
+}
+
+impl IndexShape {
+    /// Whether a target's recorded model is the one of this shape.
+    pub(super) fn is_of(&self, model: &str) -> bool {
+        self.model == model || self.former_model.as_deref() == Some(model)
+    }
 }
 
 /// Where the records of an index outside of the database are; empty for one inside.
@@ -119,6 +128,17 @@ pub(super) async fn settle_place(
         .await
         .map_err(fail)?;
     Ok(None)
+}
+
+/// Records a model's present name where the former one stands. The salt stays: hashes are made as before.
+pub(super) async fn settle_model(
+    transaction: &Transaction<'_>,
+    target: i32,
+    shape: &IndexShape,
+) -> Result<()> {
+    let sql = "UPDATE refarch.target SET model = $2 WHERE id = $1 AND model <> $2";
+    let done = transaction.execute(sql, &[&target, &shape.model]).await;
+    done.map(drop).map_err(|error| failure("record the model", &error))
 }
 
 /// Whether a target is still the one that is fed. A process that was started before `refarch migrate` made
@@ -271,7 +291,7 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
         });
     };
     let (model, kind, same_columns): (String, String, bool) = (row.get(1), row.get(4), row.get(5));
-    if model != shape.model || kind != shape.kind || !same_columns {
+    if !shape.is_of(&model) || kind != shape.kind || !same_columns {
         return Err(Error::fatal(
             "check the index",
             format!(

@@ -166,10 +166,27 @@ fn header(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
     headers.get(name)?.to_str().ok()
 }
 
-/// Whom a proxy on this machine had the request from: the last address, which it added itself.
+/// Whom a proxy on this machine had the request from: the last address, which it added itself. A proxy that adds to
+/// one header may pass another on as a client wrote it, so the most common one counts if it is there.
 fn last_hop(headers: &HeaderMap) -> Option<IpAddr> {
-    let last = headers.get_all("x-forwarded-for").iter().next_back()?.to_str().ok()?;
-    last.rsplit(',').next()?.trim().parse().ok()
+    let last = |name: &str| headers.get_all(name).iter().next_back()?.to_str().ok()?.rsplit(',').next();
+    if let Some(hop) = last("x-forwarded-for") {
+        return address(hop);
+    }
+    if let Some(hop) = last("forwarded") {
+        let pairs = hop.split(';').filter_map(|pair| pair.split_once('='));
+        return pairs
+            .filter(|(name, _)| name.trim().eq_ignore_ascii_case("for"))
+            .find_map(|(_, hop)| address(hop));
+    }
+    address(last("x-real-ip")?)
+}
+
+/// An address as proxies write it: in quotes or brackets, with a port.
+fn address(text: &str) -> Option<IpAddr> {
+    let text = text.trim().trim_matches('"');
+    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    bare.parse().ok().or_else(|| text.parse::<SocketAddr>().ok().map(|address| address.ip()))
 }
 
 /// Checks every request, and gives every answer its headers.
@@ -319,5 +336,28 @@ mod tests {
         assert_eq!(answers[19], Err("throttled"));
         assert_eq!(of("5.6.7.8, 203.0.113.9", "s"), Err("throttled"), "a client can't choose its address");
         assert_eq!(of("203.0.113.10", "s"), Ok(()));
+    }
+
+    #[test]
+    fn each_proxys_own_header_tells_its_clients_apart() {
+        for (name, value, hop) in [
+            ("x-forwarded-for", "1.2.3.4, 203.0.113.1", Some("203.0.113.1")),
+            ("x-forwarded-for", "203.0.113.1:5000", Some("203.0.113.1")),
+            ("x-real-ip", "203.0.113.2", Some("203.0.113.2")),
+            ("forwarded", "for=1.2.3.4, proto=https;For=203.0.113.3;by=x", Some("203.0.113.3")),
+            ("forwarded", "for=\"[2001:db8::1]:4711\"", Some("2001:db8::1")),
+            ("forwarded", "for=\"[2001:db8::1]\"", Some("2001:db8::1")),
+            ("forwarded", "for=1.2.3.4, for=unknown", None),
+            ("via", "1.1 proxy", None),
+        ] {
+            let headers = HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())]);
+            assert_eq!(last_hop(&headers), hop.map(|hop| hop.parse().unwrap()), "{name}: {value}");
+        }
+        // What a client wrote into another header does not count.
+        let both =
+            [("x-real-ip", "1.2.3.4"), ("forwarded", "for=1.2.3.4"), ("x-forwarded-for", "203.0.113.1")];
+        let headers =
+            both.into_iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
+        assert_eq!(last_hop(&headers), Some(IpAddr::from([203, 0, 113, 1])));
     }
 }

@@ -1,4 +1,8 @@
 //! How often a token may be guessed.
+//!
+//! Clients behind one proxy may have one address, so that nobody can be shut out by address: somebody's wrong tokens
+//! would shut out whoever has the right one. Where many were wrong, one wrong token a second is looked at, and no
+//! more until the second is over. So guessing stays slow, and the right token passes between.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
@@ -8,16 +12,16 @@ use std::time::{Duration, Instant};
 /// Wrong tokens of one client that cost no time: somebody mistypes.
 const FREE: u32 = 5;
 
-/// The longest that one client waits for its next try.
-const LONGEST: Duration = Duration::from_mins(1);
+/// After more than these, nothing is looked at for this long after a wrong token.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// A client's wrong tokens are forgotten after this long without another.
 const FORGET: Duration = Duration::from_mins(15);
 
-/// Clients that are remembered. At [`GUESSES`] a minute there are never more within [`FORGET`].
+/// Clients that are remembered: the latest.
 const CLIENTS: usize = 1_024;
 
-/// Wrong tokens that all clients together may send in a [`WINDOW`].
+/// Wrong tokens that clients who never had the right one may together send in a [`WINDOW`] without a [`PAUSE`].
 const GUESSES: u32 = 60;
 
 /// See [`GUESSES`].
@@ -47,13 +51,14 @@ struct State {
     known: VecDeque<IpAddr>,
     window: Option<Instant>,
     guesses: u32,
+    /// When the last of these guesses was.
+    guessed: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Misses {
     count: u32,
     last: Instant,
-    until: Instant,
 }
 
 impl Throttle {
@@ -67,40 +72,47 @@ impl Throttle {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         state.misses.retain(|_, misses| now.duration_since(misses.last) < FORGET);
         if let Some(misses) = state.misses.get(&client)
-            && misses.until > now
+            && misses.count > FREE
+            && let Some(pause) = left(misses.last, now)
         {
-            return Verdict::Wait(misses.until - now);
+            return Verdict::Wait(pause);
         }
         if state.window.is_none_or(|began| now.duration_since(began) >= WINDOW) {
             (state.window, state.guesses) = (Some(now), 0);
         }
         let is_known = state.known.contains(&client);
-        if state.guesses >= GUESSES && !is_known {
-            let over = state.window.map_or(now, |began| began + WINDOW);
-            return Verdict::Wait(over - now);
+        if state.guesses >= GUESSES
+            && !is_known
+            && let Some(pause) = state.guessed.and_then(|last| left(last, now))
+        {
+            return Verdict::Wait(pause);
         }
         if right {
-            state.misses.remove(&client);
+            // The wrong ones still count: they may be another's behind the same proxy.
             if !is_known {
                 state.known.truncate(KNOWN - 1);
                 state.known.push_front(client);
             }
             return Verdict::Right;
         }
-        state.guesses += 1;
+        if !is_known {
+            state.guesses += 1;
+            state.guessed = Some(now);
+        }
         if state.misses.len() >= CLIENTS
             && let Some(oldest) = state.misses.iter().min_by_key(|(_, misses)| misses.last).map(|(ip, _)| *ip)
         {
             state.misses.remove(&oldest);
         }
         let count = state.misses.get(&client).map_or(0, |misses| misses.count).saturating_add(1);
-        let pause = match count.checked_sub(FREE) {
-            None | Some(0) => Duration::ZERO,
-            Some(more) => Duration::from_secs(1 << (more - 1).min(16)).min(LONGEST),
-        };
-        state.misses.insert(client, Misses { count, last: now, until: now + pause });
+        state.misses.insert(client, Misses { count, last: now });
         Verdict::Wrong
     }
+}
+
+/// What is left of the pause after a wrong token.
+fn left(last: Instant, now: Instant) -> Option<Duration> {
+    (last + PAUSE).checked_duration_since(now).filter(|left| !left.is_zero())
 }
 
 /// What stands for a client: of IPv6 the network, since one client has all of its addresses.
@@ -123,36 +135,62 @@ mod tests {
     }
 
     #[test]
-    fn each_wrong_token_makes_the_next_try_later_up_to_a_minute() {
+    fn after_some_wrong_tokens_one_a_second_is_looked_at() {
         let throttle = Throttle::default();
         let mut now = Instant::now();
         for _ in 0..FREE {
             assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
         }
-        for pause in [1, 2, 4, 8, 16, 32, 60, 60] {
+        for _ in 0..100 {
             assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
-            // Not even the right one is looked at meanwhile.
-            let pause = Duration::from_secs(pause);
-            assert_eq!(throttle.judge_at(client(1), true, now), Verdict::Wait(pause));
+            // Not even the right one is looked at meanwhile: that would tell it from the others.
+            for right in [false, true] {
+                assert_eq!(throttle.judge_at(client(1), right, now), Verdict::Wait(PAUSE));
+            }
             assert_eq!(throttle.judge_at(client(2), true, now), Verdict::Right);
-            now += pause;
+            now += PAUSE;
         }
         assert_eq!(throttle.judge_at(client(1), true, now), Verdict::Right);
-        assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
         assert_eq!(throttle.judge_at(client(1), true, now), Verdict::Right);
+        // A right token makes no room for others' guesses.
+        assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
+        assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wait(PAUSE));
+        let later = now + FORGET;
+        for _ in 0..=FREE {
+            assert_eq!(throttle.judge_at(client(1), false, later), Verdict::Wrong);
+        }
     }
 
     #[test]
-    fn many_clients_together_guess_no_more_often_and_lock_nobody_out_who_had_the_token() {
+    fn a_stranger_behind_the_same_proxy_locks_nobody_out() {
+        let throttle = Throttle::default();
+        let mut now = Instant::now();
+        for _ in 0..=FREE {
+            assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
+        }
+        for minute in 0..60 {
+            now += Duration::from_mins(1);
+            assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
+            let soon = now + Duration::from_millis(1_500);
+            assert_eq!(throttle.judge_at(client(1), true, soon), Verdict::Right, "minute {minute}");
+        }
+    }
+
+    #[test]
+    fn many_clients_together_guess_no_more_often_and_lock_nobody_out() {
         let throttle = Throttle::default();
         let now = Instant::now();
         assert_eq!(throttle.judge_at(client(7), true, now), Verdict::Right);
-        let wrong = (0..100_000).filter(|n| throttle.judge_at(client(*n), false, now) == Verdict::Wrong);
+        let wrong = (100..100_000).filter(|n| throttle.judge_at(client(*n), false, now) == Verdict::Wrong);
         assert_eq!(wrong.count(), GUESSES as usize);
         assert!(throttle.0.lock().unwrap().misses.len() <= CLIENTS);
-        assert!(matches!(throttle.judge_at(client(8), true, now), Verdict::Wait(_)));
+        assert_eq!(throttle.judge_at(client(8), true, now), Verdict::Wait(PAUSE));
         assert_eq!(throttle.judge_at(client(7), true, now), Verdict::Right);
-        assert_eq!(throttle.judge_at(client(8), true, now + WINDOW), Verdict::Right);
+        // One guess a second of all of them, for as long as the window lasts.
+        let next = now + PAUSE;
+        assert_eq!(throttle.judge_at(client(9), false, next), Verdict::Wrong);
+        assert_eq!(throttle.judge_at(client(10), false, next), Verdict::Wait(PAUSE));
+        assert_eq!(throttle.judge_at(client(8), true, next + PAUSE), Verdict::Right);
     }
 
     #[test]

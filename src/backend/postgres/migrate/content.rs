@@ -104,7 +104,7 @@ pub(super) async fn settle_target(
         let (was, is) = (active.get::<_, i32>(3).to_string(), shape.dimensions.to_string());
         for (what, was, is) in [
             ("index.kind", kind, shape.kind.as_str()),
-            ("the model", model, shape.model.as_str()),
+            ("the model", if shape.is_of(model) { &shape.model } else { model }, shape.model.as_str()),
             ("the length of a vector", &was, &is),
         ] {
             if was != is {
@@ -118,6 +118,7 @@ pub(super) async fn settle_target(
             differences.push(format!("the index was {was} and is {}", shape.place));
         }
         if differences.is_empty() {
+            target::settle_model(transaction, id, shape).await?;
             return Ok(true);
         }
         let rows: i64 = transaction

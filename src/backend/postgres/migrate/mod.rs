@@ -104,7 +104,7 @@ pub async fn migrate_with(
     Ok(report)
 }
 
-/// What [`migrate_with`] would do. Does the first part of it, and takes it back; the table is not locked.
+/// What [`migrate_with`] would do; the table is not locked.
 pub async fn plan(
     postgres: &Postgres,
     source: &config::Source,
@@ -112,9 +112,34 @@ pub async fn plan(
     shape: &IndexShape,
     options: &Options,
 ) -> Result<Report> {
+    let (mut report, counted) = rehearse(postgres, source, queue, shape, options).await?;
+    // Of a large table that takes long, and so holds nothing of the rehearsal's. A table that migrate makes is gone
+    // again by now.
+    if let Some(table) = counted {
+        let fail = |error: tokio_postgres::Error| failure("count the rows that are there", &error);
+        let client = postgres.client().await?;
+        let there = client.query_one("SELECT to_regclass($1) IS NOT NULL", &[&table]).await.map_err(fail)?;
+        if there.get(0) {
+            let sql = format!("SELECT count(*) FROM {table}");
+            let rows: i64 = client.query_one(&sql, &[]).await.map_err(fail)?.get(0);
+            report.queued = rows.try_into().unwrap_or_default();
+        }
+    }
+    Ok(report)
+}
+
+/// Does the first part of [`migrate_with`], and takes it back: fails where that would. Returns what would be done,
+/// and the table whose rows would be queued.
+pub async fn rehearse(
+    postgres: &Postgres,
+    source: &config::Source,
+    queue: &config::Queue,
+    shape: &IndexShape,
+    options: &Options,
+) -> Result<(Report, Option<String>)> {
     postgres.check().await?;
     let mut session = Session::open(postgres).await?;
-    let report = session
+    let rehearsed = session
         .attempt(None, true, async |transaction| {
             let Prepared { table, mut report, asked, .. } =
                 prepare(transaction, source, queue, shape, options).await?;
@@ -122,17 +147,12 @@ pub async fn plan(
             adopt::report(&adopt::find(transaction, &table).await?, &mut report);
             let strays = arming::strays(transaction, &table).await?;
             report.removed.extend(strays.iter().map(|name| format!("capture triggers on {name}")));
-            if asked || !report.armed.is_empty() {
-                let sql = format!("SELECT count(*) FROM {}", table.relation);
-                let fail = |error: tokio_postgres::Error| failure("count the rows that are there", &error);
-                let rows: i64 = transaction.query_one(&sql, &[]).await.map_err(fail)?.get(0);
-                report.queued = rows.try_into().unwrap_or_default();
-            }
-            Ok(report)
+            let counted = (asked || !report.armed.is_empty()).then_some(table.relation);
+            Ok((report, counted))
         })
         .await?;
     session.close().await;
-    Ok(report)
+    Ok(rehearsed)
 }
 
 /// What is done before the table is touched.
