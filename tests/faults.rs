@@ -24,6 +24,9 @@ const PATIENCE: Duration = Duration::from_mins(3);
 /// Length of the model's vectors.
 const DIMENSIONS: usize = 384;
 
+/// More than a change's tries that may be left unfinished, with those that are made alone.
+const RESTARTS: u32 = 14;
+
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
 }
@@ -118,7 +121,7 @@ async fn stop(child: Child) {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_index_that_is_away_leaves_no_dead_letter_behind() {
     let rows = number("REFARCH_ROWS", 300);
-    let storm = Duration::from_secs(number("REFARCH_STORM_S", 15));
+    let storm = Duration::from_secs(number("REFARCH_STORM_S", 10));
     let remote = Remote::start(&[]).await;
     assert_eq!(remote.run(&["migrate"]).await.0, 0);
     let roles = [remote.spawn(&["listen"]), remote.spawn(&["embed", "--workers", "2"])];
@@ -344,6 +347,8 @@ enum Mood {
     FailingAtChairs(u32),
     /// Says nothing to what is no harmless text.
     HangingAtChairs,
+    /// Answers a request with a forbidden word in it like this.
+    Filtering(u16),
 }
 
 /// An embedding server of `OpenAI`'s protocol, with vectors of eight numbers, in a mood.
@@ -375,6 +380,10 @@ impl Texts {
             let is_chair = String::from_utf8_lossy(body).contains("a chair");
             mood = if is_chair { Mood::Hanging } else { Mood::Well };
         }
+        if let Mood::Filtering(status) = mood {
+            let is_forbidden = String::from_utf8_lossy(body).contains("forbidden");
+            mood = if is_forbidden { Mood::Status(status) } else { Mood::Well };
+        }
         if let Mood::FailingAtChairs(times) = mood {
             mood = Mood::Well;
             if String::from_utf8_lossy(body).contains("a chair") && times > 0 {
@@ -383,7 +392,7 @@ impl Texts {
             }
         }
         match mood {
-            Mood::Well | Mood::FailingAtChairs(_) | Mood::HangingAtChairs => {
+            Mood::Well | Mood::FailingAtChairs(_) | Mood::HangingAtChairs | Mood::Filtering(_) => {
                 let body: Value = serde_json::from_slice(body).unwrap();
                 let count = body["input"].as_array().unwrap().len();
                 let vectors: Vec<Value> = (0..count)
@@ -417,10 +426,14 @@ struct Moody {
 
 impl Moody {
     async fn start(mood: Mood) -> Self {
+        Self::over("CREATE TABLE item (id bigint PRIMARY KEY, title text)", mood).await
+    }
+
+    async fn over(table: &str, mood: Mood) -> Self {
         let database = Database::create().await;
         let texts = Texts::start(mood).await;
         let client = database.client().await;
-        client.batch_execute("CREATE TABLE item (id bigint PRIMARY KEY, title text)").await.unwrap();
+        client.batch_execute(table).await.unwrap();
         let moody = Self { database, texts, client };
         assert!(moody.refarch(&["migrate"]).status().await.unwrap().success());
         moody
@@ -456,12 +469,27 @@ impl Moody {
         assert!(self.refarch(&["listen", "--until-idle"]).status().await.unwrap().success());
     }
 
-    /// Vectors that the index holds.
-    async fn vectors(&self) -> i64 {
+    /// The table of the vectors.
+    async fn index(&self) -> String {
         let sql = "SELECT id FROM refarch.target WHERE state = 'active'";
         let target: i32 = self.client.query_one(sql, &[]).await.unwrap().get(0);
-        let sql = format!("SELECT count(*) FROM refarch.vector_{target}");
+        format!("refarch.vector_{target}")
+    }
+
+    /// Vectors that the index holds.
+    async fn vectors(&self) -> i64 {
+        let sql = format!("SELECT count(*) FROM {}", self.index().await);
         self.client.query_one(&sql, &[]).await.unwrap().get(0)
+    }
+
+    fn working(&self) -> [Child; 2] {
+        [self.refarch(&["listen"]).spawn().unwrap(), self.refarch(&["embed"]).spawn().unwrap()]
+    }
+
+    /// Kinds of the faults that workers have told of, however the rest of the database is.
+    async fn kinds(&self) -> Vec<String> {
+        let sql = "SELECT DISTINCT kind FROM refarch.fault ORDER BY 1";
+        self.client.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
     }
 
     /// Changes in the dead-letter queue.
@@ -529,11 +557,11 @@ async fn a_server_that_refuses_every_text_is_one_fault_and_no_dead_letter() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_key_and_thirty_starts_leave_no_dead_letter() {
+async fn a_wrong_key_and_many_starts_leave_no_dead_letter() {
     let moody = Moody::start(Mood::Status(401)).await;
     moody.rows(3).await;
     moody.relay().await;
-    for _ in 0..30 {
+    for _ in 0..RESTARTS {
         // A command that works until nothing is left tells by its exit code that it cannot.
         let output = moody.refarch(&["embed", "--until-idle"]).output().await.unwrap();
         assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
@@ -547,12 +575,12 @@ async fn a_wrong_key_and_thirty_starts_leave_no_dead_letter() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn thirty_restarts_amid_a_healthy_change_leave_no_dead_letter() {
+async fn restarts_amid_a_healthy_change_leave_no_dead_letter() {
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         let moody = Moody::start(Mood::Hanging).await;
         moody.rows(2).await;
         moody.relay().await;
-        for _ in 0..30 {
+        for _ in 0..RESTARTS {
             let before = moody.texts.requests();
             let mut embed = moody.refarch(&["embed"]).spawn().unwrap();
             eventually("a text to be sent", PATIENCE, async || moody.texts.requests() > before).await;
@@ -661,6 +689,151 @@ async fn a_message_of_another_build_or_source_is_put_back_and_told_of() {
     // They do not keep a command from coming to its end.
     moody.release().await;
     assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_breaks_the_table_of_vectors_only_is_nobodys_dead_letter() {
+    let moody = Moody::start(Mood::Well).await;
+    let roles = moody.working();
+    moody.rows(3).await;
+    moody.all_applied(3).await;
+    // What a damaged index does to every write.
+    let table = moody.index().await;
+    let sql = format!("ALTER TABLE {table} ADD CONSTRAINT damaged CHECK (false) NOT VALID");
+    moody.client.batch_execute(&sql).await.unwrap();
+    moody.client.batch_execute("UPDATE item SET title = title || ' again'").await.unwrap();
+    eventually("the fault to be shown", PATIENCE, async || {
+        assert_eq!(moody.dead().await, 0);
+        moody.faults().await.iter().any(|fault| fault["kind"] == "held")
+    })
+    .await;
+    moody.client.batch_execute(&format!("ALTER TABLE {table} DROP CONSTRAINT damaged")).await.unwrap();
+    moody.all_applied(3).await;
+    // The workers know where the extension was.
+    let sql = "CREATE SCHEMA elsewhere; ALTER EXTENSION vector SET SCHEMA elsewhere; \
+               INSERT INTO item SELECT n, 'a chair of kind ' || n FROM generate_series(4, 6) n";
+    moody.client.batch_execute(sql).await.unwrap();
+    moody.all_applied(6).await;
+    assert_eq!(moody.dead().await, 0);
+    for role in roles {
+        stop(role).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_text_that_a_filter_refuses_does_not_hold_the_others() {
+    for status in [403, 406] {
+        let moody = Moody::start(Mood::Filtering(status)).await;
+        moody.rows(9).await;
+        moody.client.batch_execute("UPDATE item SET title = 'a forbidden word' WHERE id = 5").await.unwrap();
+        let roles = moody.working();
+        moody.all_applied(8).await;
+        assert_eq!(moody.dead().await, 1, "{status}");
+        for role in roles {
+            stop(role).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_row_that_cannot_be_read_does_not_hold_the_others() {
+    let table = "CREATE TYPE colour AS ENUM ('red', 'blue', 'broken'); \
+        CREATE FUNCTION colour_text(colour) RETURNS text LANGUAGE plpgsql STABLE AS $$ BEGIN \
+          IF $1 = 'broken' THEN RAISE 'missing chunk number 0 for toast value' USING ERRCODE = 'XX001'; END IF; \
+          RETURN concat('a chair ', $1); END $$; \
+        CREATE CAST (colour AS text) WITH FUNCTION colour_text(colour); \
+        CREATE TABLE item (id bigint PRIMARY KEY, title colour)";
+    let moody = Moody::over(table, Mood::Well).await;
+    let sql = "INSERT INTO item VALUES (1, 'red'), (2, 'broken'), (3, 'blue')";
+    moody.client.batch_execute(sql).await.unwrap();
+    let roles = moody.working();
+    moody.all_applied(2).await;
+    assert_eq!(moody.dead().await, 1);
+    for role in roles {
+        stop(role).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_application_does_not_wait_for_whoever_locks_the_vectors() {
+    let moody = Moody::start(Mood::Well).await;
+    let roles = moody.working();
+    moody.rows(1).await;
+    moody.all_applied(1).await;
+    let table = moody.index().await;
+    // As a build of the graph by a role that does not own the table.
+    let builder = moody.database.client().await;
+    builder.batch_execute(&format!("BEGIN; LOCK TABLE {table} IN SHARE MODE")).await.unwrap();
+    moody.client.batch_execute("INSERT INTO item VALUES (2, 'a stool')").await.unwrap();
+    eventually("the indexer to wait", PATIENCE, async || {
+        let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = $1::text::regclass)";
+        moody.client.query_one(sql, &[&table]).await.unwrap().get(0)
+    })
+    .await;
+    let altered = "SET lock_timeout = '20 s'; ALTER TABLE item ADD COLUMN note text; RESET lock_timeout";
+    moody.client.batch_execute(altered).await.expect("the application waits for the graph");
+    builder.batch_execute("COMMIT").await.unwrap();
+    moody.all_applied(2).await;
+    assert_eq!(moody.dead().await, 0);
+    for role in roles {
+        stop(role).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_that_work_outlast_a_queue_that_is_gone_for_a_while() {
+    let moody = Moody::start(Mood::Well).await;
+    let mut roles = moody.working();
+    moody.rows(1).await;
+    moody.all_applied(1).await;
+    let sql = "ALTER TABLE pgmq.q_refarch_live RENAME TO gone; INSERT INTO item VALUES (2, 'a stool')";
+    moody.client.batch_execute(sql).await.unwrap();
+    let mut seen = Vec::new();
+    eventually("both faults to be shown", PATIENCE, async || {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        for role in &mut roles {
+            assert_eq!(role.try_wait().unwrap(), None, "a role ended");
+        }
+        seen = moody.kinds().await;
+        ["queue", "relay"].iter().all(|kind| seen.iter().any(|one| one == kind))
+    })
+    .await;
+    moody.client.batch_execute("ALTER TABLE pgmq.gone RENAME TO q_refarch_live").await.unwrap();
+    moody.all_applied(2).await;
+    eventually("the faults to be gone", PATIENCE, async || moody.kinds().await.is_empty()).await;
+    for role in roles {
+        stop(role).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_was_put_back_stays_away_while_others_are_worked_on() {
+    let moody = Moody::start(Mood::Hanging).await;
+    moody.rows(1).await;
+    moody.relay().await;
+    let sql = r#"SELECT pgmq.send('refarch_live', '{"v": 2, "source": "products"}')"#;
+    moody.client.batch_execute(sql).await.unwrap();
+    // The first message is received by itself, and the other two together.
+    moody.client.batch_execute("INSERT INTO item VALUES (2, 'a chair')").await.unwrap();
+    moody.relay().await;
+    // In seconds, for how much longer the message of another build is invisible.
+    let hidden = async || -> f64 {
+        let sql = "SELECT extract(epoch FROM vt - now())::float8 FROM pgmq.q_refarch_live WHERE message->>'v' = '2'";
+        moody.client.query_one(sql, &[]).await.unwrap().get(0)
+    };
+    let ours = async || -> f64 {
+        let sql = "SELECT extract(epoch FROM vt)::float8 FROM pgmq.q_refarch_live WHERE message->>'v' = '1' ORDER BY msg_id DESC LIMIT 1";
+        moody.client.query_one(sql, &[]).await.unwrap().get(0)
+    };
+    let embed = moody.refarch(&["embed"]).env("REFARCH_QUEUE_VISIBILITY_S", "3").spawn().unwrap();
+    eventually("the message to be put back", PATIENCE, async || hidden().await > 10.0).await;
+    let mut last = ours().await;
+    for _ in 0..2 {
+        eventually("ours to be held on to", PATIENCE, async || ours().await > last).await;
+        last = ours().await;
+    }
+    assert!(hidden().await > 10.0, "{}", hidden().await);
+    stop(embed).await;
 }
 
 #[cfg(target_os = "linux")]

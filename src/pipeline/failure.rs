@@ -41,7 +41,7 @@ pub struct Error {
     /// connection that broke, a server's own error.
     pub doubtful: bool,
     /// Whether it arose over the change itself, so that the change may be at fault and not the world:
-    /// never for a lost connection to the database, or a rate limit.
+    /// never for a lost connection, a deadlock or a rate limit. Who raises it knows: the backend, by its code.
     pub about_change: bool,
     /// Whether this process is what is broken, so that only another one can go on.
     pub of_process: bool,

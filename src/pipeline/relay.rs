@@ -114,8 +114,10 @@ impl Relay {
     /// Steps until `stop`, or with `until_idle` until the outbox is empty.
     pub async fn run(&self, stop: &CancellationToken, until_idle: bool) -> Result<()> {
         let mut backoff = Backoff::default();
+        let mut has_worked = false;
         while !stop.is_cancelled() {
             let stepped = self.step().await;
+            has_worked |= stepped.is_ok();
             if stepped.is_ok() && backoff.failures() > 0 {
                 tracing::info!(failures = backoff.failures(), "changes are queued again");
                 self.faults.clear(fault::RELAY);
@@ -138,7 +140,12 @@ impl Relay {
                         "changes queued"
                     );
                 }
-                Err(error) if error.class == Class::Fatal => return Err(error),
+                // What was there comes back: a database that is restored, a right that is granted.
+                Err(error)
+                    if error.class == Class::Fatal && (error.of_process || until_idle || !has_worked) =>
+                {
+                    return Err(error);
+                }
                 Err(error) => {
                     let pause = backoff.next(&error, &*self.clock);
                     let retry_in_ms = pause.as_millis() as u64;
@@ -148,7 +155,7 @@ impl Relay {
                     } else {
                         tracing::debug!(%error, class = %error.class, retry_in_ms, "cannot queue changes");
                     }
-                    if backoff.failures() >= fault::IN_A_ROW {
+                    if error.class == Class::Fatal || backoff.failures() >= fault::IN_A_ROW {
                         self.faults.report(fault::RELAY, format_args!("changes cannot be queued: {error}"));
                     }
                     stop.run_until_cancelled(self.clock.sleep(pause)).await;

@@ -929,7 +929,8 @@ impl FencedWrite for View {
                 if planned.iter().any(
                     |plan| matches!(&plan.desired, Desired::Present { row, .. } if &*row.text == FAILING),
                 ) {
-                    return Err(Error::retryable("simulated index", "fails for this one always"));
+                    let error = Error::retryable("simulated index", "fails for this one always");
+                    return Err(error.over_the_change());
                 }
                 for plan in planned {
                     if world.planted(Plant::ConditionalUpsertAfterDelete) {

@@ -6,11 +6,11 @@
 mod graph;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use pgvector::HalfVector;
-use tokio::sync::OnceCell;
+use tokio_postgres::Transaction;
 
 use graph::Builds;
 
@@ -40,6 +40,12 @@ const MIN_ITERATIVE_VERSION: Version = (0, 8, 0);
 
 /// pgvector's own bound on `hnsw.ef_search`, and so on what a search returns.
 const MAX_TOP: usize = 1_000;
+
+/// How long a write waits for a lock on the table of vectors, in milliseconds, before it is tried later.
+const LOCK_WAIT_MS: u32 = 1_000;
+
+/// An id that is written and taken back to see whether writes go through. No row has it.
+const PROBE_ID: &str = "\u{1}probe";
 
 /// What the index needs of the settings.
 #[derive(Clone, Copy, Debug)]
@@ -71,7 +77,7 @@ pub struct PgVector {
     target: i32,
     table: String,
     options: Options,
-    extension: OnceCell<Extension>,
+    extension: Mutex<Option<Extension>>,
     clock: Arc<dyn Clock>,
     builds: Mutex<Builds>,
 }
@@ -109,7 +115,7 @@ impl PgVector {
             target,
             table,
             options,
-            extension: OnceCell::new(),
+            extension: Mutex::default(),
             clock: Arc::new(BootClock),
             builds: Mutex::default(),
         }
@@ -121,9 +127,29 @@ impl PgVector {
         Self { clock, ..self }
     }
 
-    /// pgvector as it is installed, looked up once.
-    async fn extension(&self) -> Result<&Extension> {
-        self.extension.get_or_try_init(|| self.installed()).await
+    fn known_extension(&self) -> MutexGuard<'_, Option<Extension>> {
+        self.extension.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// pgvector as it is installed, looked up once, and again after [`Self::failed`].
+    async fn extension(&self) -> Result<Extension> {
+        let known = self.known_extension().clone();
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let installed = self.installed().await?;
+        *self.known_extension() = Some(installed.clone());
+        Ok(installed)
+    }
+
+    /// A failure of SQL that names pgvector's schema. The extension may have moved to another one: then it is
+    /// looked up at the next try, and no change is at fault.
+    fn failed(&self, what: &str, error: &tokio_postgres::Error) -> Error {
+        if !is_about_names(error) {
+            return failure(what, error);
+        }
+        *self.known_extension() = None;
+        Error::retryable(what, failure(what, error).message)
     }
 
     async fn installed(&self) -> Result<Extension> {
@@ -139,13 +165,9 @@ impl PgVector {
             })?;
         Ok(Extension { schema: row.get(0), version: parse_version(row.get(1)) })
     }
-}
 
-#[async_trait]
-impl VectorIndex for PgVector {
-    async fn query(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
-        let fail = |error: tokio_postgres::Error| failure("search", &error);
-        let top = top.clamp(1, MAX_TOP);
+    async fn search(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
+        let fail = |error: tokio_postgres::Error| self.failed("search", &error);
         let candidates = (self.options.ef_search as usize).max(top).to_string();
         let Extension { schema, version } = self.extension().await?;
         let distance = format!("embedding OPERATOR({schema}.<=>) $1");
@@ -157,7 +179,7 @@ impl VectorIndex for PgVector {
             .execute(
                 "SELECT set_config('hnsw.ef_search', $1, true), \
                         CASE WHEN $2 THEN set_config('hnsw.iterative_scan', 'strict_order', true) END",
-                &[&candidates, &(*version >= MIN_ITERATIVE_VERSION)],
+                &[&candidates, &(version >= MIN_ITERATIVE_VERSION)],
             )
             .await
             .map_err(fail)?;
@@ -167,6 +189,37 @@ impl VectorIndex for PgVector {
             .map_err(fail)?;
         transaction.commit().await.map_err(fail)?;
         Ok(rows.iter().map(|row| Match { id: row.get(0), score: row.get::<_, f64>(1) as f32 }).collect())
+    }
+
+    /// Locks the vectors for writing, before anything else is touched. A build of the graph may hold a lock for
+    /// minutes: whoever waited for it with a lock on the source's table would make the application wait, too.
+    async fn lock(&self, transaction: &Transaction<'_>) -> Result<()> {
+        let sql = format!(
+            "SET LOCAL lock_timeout = '{LOCK_WAIT_MS}ms'; LOCK TABLE {} IN ROW EXCLUSIVE MODE; \
+             SET LOCAL lock_timeout = 0",
+            self.table
+        );
+        transaction.batch_execute(&sql).await.map_err(|error| failure("lock the vectors", &error))
+    }
+}
+
+/// Whether an error says that a type, an operator or a schema is not there.
+fn is_about_names(error: &tokio_postgres::Error) -> bool {
+    use tokio_postgres::error::SqlState;
+    let missing = [SqlState::UNDEFINED_OBJECT, SqlState::UNDEFINED_FUNCTION, SqlState::INVALID_SCHEMA_NAME];
+    error.code().is_some_and(|code| missing.contains(code))
+}
+
+#[async_trait]
+impl VectorIndex for PgVector {
+    async fn query(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
+        let top = top.clamp(1, MAX_TOP);
+        let found = self.search(embedding, top).await;
+        // Forgotten by a search that failed: the extension may have moved.
+        if found.is_err() && self.known_extension().is_none() {
+            return self.search(embedding, top).await;
+        }
+        found
     }
 
     async fn count(&self) -> Result<u64> {
@@ -212,14 +265,28 @@ impl VectorIndex for PgVector {
     }
 
     async fn probe(&self) -> Result<()> {
-        let client = self.postgres.client().await?;
-        client
+        let what = "try a write";
+        // As a change is written, ledger and index, so that what stops all changes stops this.
+        let schema = self.extension().await?.schema;
+        let mut client = self.postgres.client().await?;
+        let transaction = client.transaction().await.map_err(|error| failure(what, &error))?;
+        self.lock(&transaction).await?;
+        transaction
             .execute(
-                "INSERT INTO refarch.lineage (target) VALUES ($1) ON CONFLICT (target) DO UPDATE SET mark = lineage.mark",
-                &[&self.target],
+                "INSERT INTO refarch.ledger (target, id) VALUES ($1, $2) ON CONFLICT DO NOTHING",
+                &[&self.target, &PROBE_ID],
             )
             .await
-            .map_err(|error| failure("try a write", &error))?;
+            .map_err(|error| failure(what, &error))?;
+        let sql = format!(
+            "INSERT INTO {table} (id, embedding, content_hash) \
+             SELECT $1, array_fill(1 / sqrt(a.atttypmod), ARRAY[a.atttypmod])::real[]::{schema}.halfvec, sha256('probe') \
+             FROM pg_attribute a WHERE a.attrelid = to_regclass('{table}') AND a.attname = 'embedding' \
+             ON CONFLICT (id) DO UPDATE SET embedding = excluded.embedding, content_hash = excluded.content_hash",
+            table = self.table
+        );
+        transaction.execute(&sql, &[&PROBE_ID]).await.map_err(|error| self.failed(what, &error))?;
+        transaction.rollback().await.map_err(|error| failure(what, &error))?;
         Ok(())
     }
 
@@ -290,6 +357,7 @@ impl PgVector {
                 .await
                 .map_err(fail("begin a write"))?;
         }
+        self.lock(&transaction).await?;
 
         let mut ids: Vec<&str> = planned.iter().map(|write| write.id.as_str()).collect();
         ids.sort_unstable();
@@ -383,7 +451,7 @@ impl<'a> Write<'a> {
 }
 
 impl PgVector {
-    async fn write(&self, transaction: &tokio_postgres::Transaction<'_>, write: &Write<'_>) -> Result<()> {
+    async fn write(&self, transaction: &Transaction<'_>, write: &Write<'_>) -> Result<()> {
         let table = &self.table;
         if !write.gone.is_empty() {
             transaction
@@ -392,7 +460,7 @@ impl PgVector {
                 .map_err(|error| failure("delete vectors", &error))?;
         }
         if !write.upsert_ids.is_empty() {
-            let schema = &self.extension().await?.schema;
+            let schema = self.extension().await?.schema;
             let sql = format!(
                 "INSERT INTO {table} (id, embedding, content_hash) \
                  SELECT * FROM unnest($1::text[], $2::{schema}.halfvec[], $3::bytea[]) \
@@ -401,7 +469,7 @@ impl PgVector {
             transaction
                 .execute(&sql, &[&write.upsert_ids, &write.vectors, &write.hashes])
                 .await
-                .map_err(|error| failure("upsert vectors", &error))?;
+                .map_err(|error| self.failed("upsert vectors", &error))?;
         }
         Ok(())
     }

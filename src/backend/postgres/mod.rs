@@ -226,7 +226,13 @@ pub(crate) fn failure(what: &str, error: &tokio_postgres::Error) -> Error {
         }
         Some(code) => class_of(code),
     };
-    Error::new(class, what, message)
+    Error { about_change: error.code().is_some_and(is_about_rows), ..Error::new(class, what, message) }
+}
+
+/// Whether an error may come of the rows at hand: values and constraints, features and limits, what a trigger
+/// raises, and damage to what is stored. Never a lost connection, a lock, a deadlock, a want of resources or a stop.
+fn is_about_rows(code: &SqlState) -> bool {
+    matches!(&code.code()[..2], "0A" | "21" | "22" | "23" | "27" | "44" | "54" | "P0" | "XX")
 }
 
 fn class_of(code: &SqlState) -> Class {

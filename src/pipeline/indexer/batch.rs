@@ -8,7 +8,8 @@
 //! change is sent the same way: read, embedded and written. If it fails as well, whatever its failure, all
 //! changes are concerned and the batch is held. If it goes through, the change is tried once more, because
 //! the refusal may have ended just now; it is given up when it is refused again and the harmless one goes
-//! through again. What holds the work is one fault, in the log once and in the status for as long as it lasts.
+//! through again. The same is done where the embedder answers as it does to a wrong key: a filter before it may
+//! say so to one text. What holds the work is one fault, in the log once and in the status for as long as it lasts.
 //!
 //! A change that fails by itself, while harmless changes go through, is counted, and dead-lettered at the
 //! fourth time that one worker sees.
@@ -26,6 +27,7 @@
 //! The counts are the ledger's, so that redone work is included.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::RwLockWriteGuard;
 
@@ -73,6 +75,8 @@ const PROBE: &str = "a plain text";
 pub(super) struct Batch {
     /// Those that are not acknowledged yet.
     messages: Vec<Message>,
+    /// Their receipts, for whoever extends their visibility meanwhile.
+    held: Arc<Mutex<Vec<Receipt>>>,
     pub(super) hints: BTreeMap<String, Hint>,
     pub(super) made: Made,
     pub(super) done: Stepped,
@@ -103,6 +107,17 @@ impl Batch {
     /// Receipts of what is still held.
     pub(super) fn receipts(&self) -> Vec<Receipt> {
         self.messages.iter().map(|message| message.receipt.clone()).collect()
+    }
+
+    /// The receipts of what is still held, as they are at any time.
+    pub(super) fn held(&self) -> Arc<Mutex<Vec<Receipt>>> {
+        Arc::clone(&self.held)
+    }
+
+    /// Takes messages out that are done with or somebody else's: none of them is extended any more.
+    fn keep(&mut self, is_held: impl FnMut(&Message) -> bool) {
+        self.messages.retain(is_held);
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = self.receipts();
     }
 
     /// Puts the halves of a group where they are tried next, or last.
@@ -169,6 +184,7 @@ impl Indexer {
         groups.extend(alone.into_iter().map(|id| vec![id]));
         Batch {
             messages: messages.to_vec(),
+            held: Arc::new(Mutex::new(messages.iter().map(|message| message.receipt.clone()).collect())),
             done: Stepped { changes: hints.len() as u64, ..Stepped::default() },
             left: hints.keys().cloned().collect(),
             hints,
@@ -221,7 +237,7 @@ impl Indexer {
             let peeked = match self.ledger.peek(suspects).await {
                 Ok(peeked) => peeked,
                 // One of them cannot be read: they are tried one by one.
-                Err(error) if error.class == Class::Permanent => continue,
+                Err(error) if error.class == Class::Permanent || error.about_change => continue,
                 Err(error) => return Err(error),
             };
             for peeked in peeked.iter().filter(|one| is_in_sync(one)) {
@@ -269,6 +285,15 @@ impl Indexer {
             let round = match round {
                 Ok(round) => round,
                 Err(error) if error.class == Class::Fatal => {
+                    // One text may be refused as a wrong setting has all of them refused. A change that stands
+                    // alone is tried against a harmless one below.
+                    let may_be_its_own = error.about_change && !error.of_process;
+                    if may_be_its_own
+                        && (group.len() == 1 || self.probe(lane, PROBES_A_REFUSAL).await.is_ok())
+                    {
+                        self.refuse(lane, batch, group, &error).await?;
+                        continue;
+                    }
                     self.health.concerns_all(&error, at_embedder);
                     batch.groups.push_front(group);
                     // What ends this process now may be the change's own doing; a setting is not.
@@ -522,7 +547,8 @@ impl Indexer {
                 continue;
             }
             // No change of the batch is its.
-            batch.messages.remove(at);
+            let gone = batch.messages[at].receipt.clone();
+            batch.keep(|message| message.receipt != gone);
         }
         Ok(())
     }
@@ -538,7 +564,7 @@ impl Indexer {
             return Ok(());
         }
         self.queue.acknowledge(&receipts).await?;
-        batch.messages.retain(|message| !receipts.contains(&message.receipt));
+        batch.keep(|message| !receipts.contains(&message.receipt));
         Ok(())
     }
 }

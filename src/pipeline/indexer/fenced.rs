@@ -15,7 +15,7 @@ use super::batch::Batch;
 use super::{Hint, Indexer, Made, Round, is_in_sync};
 use crate::pipeline::catalog::Hash;
 use crate::pipeline::change::Lane;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::Result;
 use crate::pipeline::index::{Desired, FencedWrite, Planned};
 use crate::pipeline::ledger::Peeked;
 
@@ -40,7 +40,7 @@ impl Indexer {
         }
         self.make(lane, texts, batch).await?;
         let planned = with_vectors(planned, &batch.made);
-        let applied = fence.apply(&planned).await.map_err(Error::over_the_change)?;
+        let applied = fence.apply(&planned).await?;
         let committed = (applied.clock_us, self.clock().now());
         let conflicted: HashSet<&str> = applied.conflicted.iter().map(String::as_str).collect();
         let written = planned.iter().map(|write| write.id.as_str()).filter(|id| !conflicted.contains(id));

@@ -4,7 +4,7 @@
 //! between slices the scheduler lets the live one go first.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -18,7 +18,7 @@ use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::fault;
 use crate::pipeline::index::Writes;
 use crate::pipeline::ledger::Swept;
-use crate::pipeline::queue::{Message, Receipt};
+use crate::pipeline::queue::Message;
 use crate::pipeline::retry::Backoff;
 
 /// Batches of one lane that are under way at once: one is embedded while the next is received and
@@ -103,11 +103,12 @@ impl Indexer {
         let watching = tokio::spawn(async move {
             watch.run_until_cancelled(indexer.watch()).await;
         });
-        // A lane that fails for good must not leave the other one working.
-        let stop = stop.child_token();
+        // A lane that fails for good must not leave the other one working, nor either one holding what may never
+        // go through.
+        let (stop, abort) = (stop.child_token(), abort.child_token());
         let (live, bulk) = tokio::join!(
-            self.run_lane(Lane::Live, &stop, abort, until_idle),
-            self.run_lane(Lane::Bulk, &stop, abort, until_idle)
+            self.run_lane(Lane::Live, &stop, &abort, until_idle),
+            self.run_lane(Lane::Bulk, &stop, &abort, until_idle)
         );
         lanes_done.cancel();
         let _ = tokio::join!(maintenance, watching);
@@ -177,6 +178,7 @@ impl Indexer {
         // Full ones, until it is known better: ten of those at once would be hoarded.
         let mut per_message = MAX_CHANGES_PER_JOB as f64;
         let mut result = Ok(());
+        let mut has_received = false;
         while !stop.is_cancelled() {
             while let Some(ended) = running.try_join_next() {
                 result = result.and(ended_well(ended));
@@ -224,6 +226,7 @@ impl Indexer {
                 );
                 self.faults.clear(fault::QUEUE);
             }
+            has_received |= received.is_ok();
             match received {
                 Ok(messages) if messages.is_empty() => {
                     backoff.reset();
@@ -248,7 +251,10 @@ impl Indexer {
                         result
                     });
                 }
-                Err(error) if error.class == Class::Fatal => {
+                // A queue that was there comes back: a database that is restored, a right that is granted.
+                Err(error)
+                    if error.class == Class::Fatal && (error.of_process || until_idle || !has_received) =>
+                {
                     result = Err(error);
                     stop.cancel();
                 }
@@ -262,12 +268,15 @@ impl Indexer {
                     } else {
                         tracing::debug!(lane = lane.name(), %error, retry_in_ms, "cannot receive");
                     }
-                    if backoff.failures() >= fault::IN_A_ROW {
+                    if error.class == Class::Fatal || backoff.failures() >= fault::IN_A_ROW {
                         self.faults.report(fault::QUEUE, format_args!("nothing can be received: {error}"));
                     }
                     stop.run_until_cancelled(tokio::time::sleep(pause)).await;
                 }
             }
+        }
+        if result.is_err() {
+            abort.cancel();
         }
         while let Some(ended) = running.join_next().await {
             result = result.and(ended_well(ended));
@@ -304,7 +313,7 @@ impl Indexer {
         let _under_way = UnderWay::begin(self);
         let mut batch = self.batch(messages, self.group_size());
         let visibility = self.queue.visibility();
-        let held = Mutex::new(batch.receipts());
+        let held = batch.held();
         let extend = async {
             loop {
                 self.clock().sleep(visibility / 3).await;
@@ -317,7 +326,7 @@ impl Indexer {
         let finished = tokio::select! {
             biased;
             () = abort.cancelled() => None,
-            result = self.finish(lane, &mut batch, &held) => Some(result),
+            result = self.finish(lane, &mut batch) => Some(result),
             never = extend => never,
         };
         // On abort a try was cut off by us. Any other end has seen to its count.
@@ -334,12 +343,11 @@ impl Indexer {
         finished.unwrap_or(Ok(()))
     }
 
-    async fn finish(&self, lane: Lane, batch: &mut Batch, held: &Mutex<Vec<Receipt>>) -> Result<()> {
+    async fn finish(&self, lane: Lane, batch: &mut Batch) -> Result<()> {
         let mut backoff = Backoff::default();
         loop {
             let before = batch.done.applied;
             let result = self.work(lane, batch).await;
-            *held.lock().unwrap_or_else(PoisonError::into_inner) = batch.receipts();
             match result {
                 Ok(()) if batch.is_empty() => {
                     let done = batch.done;
