@@ -306,6 +306,7 @@ fn shape() -> IndexShape {
         kind: "pinecone".into(),
         model: "constant".into(),
         dimensions: DIMENSIONS,
+        former_model: None,
         place: Place::default(),
     }
 }

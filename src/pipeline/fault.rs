@@ -79,6 +79,7 @@ impl Board {
 
 /// A message as it may be shown: on one line, of bounded length, and with nothing of a URL that may be
 /// a secret (the user, the password and the query).
+#[must_use]
 pub fn shown(message: &str) -> String {
     let mut shown = String::new();
     let mut rest = message;
