@@ -219,7 +219,7 @@ impl SourceTable {
             return None;
         };
         Some(format!(
-            "settings of this process differ from what refarch migrate recorded: {what} is {own:?} here and {recorded:?} there: restart it with the same settings"
+            "settings of this process differ from what refarch migrate recorded: {what} is {own:?} here and {recorded:?} there: restart it with the same settings, or run refarch migrate if these are the right ones"
         ))
     }
 }
