@@ -102,12 +102,14 @@ impl Worker {
             .await
             .map_err(fail)?;
         last.faults.keep(&client, &self.id, self.faults.current()).await?;
-        if (applied, embedded) != last.totals {
-            let recent = |lane| -> (Vec<i16>, Vec<i64>) {
-                let recent = self.meter.take_recent(lane);
-                recent.buckets().map(|(bucket, count)| (bucket as i16, count as i64)).unzip()
-            };
-            let (live, bulk) = (recent(Lane::Live), recent(Lane::Bulk));
+        let recent = |lane| -> (Vec<i16>, Vec<i64>) {
+            let recent = self.meter.take_recent(lane);
+            recent.buckets().map(|(bucket, count)| (bucket as i16, count as i64)).unzip()
+        };
+        let (live, bulk) = (recent(Lane::Live), recent(Lane::Bulk));
+        // Of an index whose queries are behind its writes, freshness is known some time after the last write.
+        let is_fresh = !live.0.is_empty() || !bulk.0.is_empty();
+        if is_fresh || (applied, embedded) != last.totals {
             client
                 .execute(
                     "INSERT INTO refarch.sample \
