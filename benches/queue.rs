@@ -22,7 +22,7 @@ use refarch::backend::postgres::target::{self, IndexShape, Place};
 use refarch::backend::sqs::{self, Sqs};
 use refarch::config::{QueueKind, Settings};
 use refarch::pipeline::clock::{BootClock, Clock};
-use refarch::pipeline::embedder::{Embedder, Embedding};
+use refarch::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use refarch::pipeline::failure::Result;
 use refarch::pipeline::indexer::{self, Indexer};
 use refarch::pipeline::lease::Lease;
@@ -96,12 +96,16 @@ impl Embedder for Constant {
         "constant"
     }
 
-    fn count_tokens(&self, _: &str) -> usize {
-        1
+    fn batch_size(&self) -> BatchSize {
+        BatchSize::Timed
     }
 
-    async fn embed(&self, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
-        Ok(texts.iter().map(|_| Embedding::from([1.0, 0.0, 0.0])).collect())
+    async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>> {
+        Ok(texts.into_iter().map(|text| Tokens::Text { count: 1, text }).collect())
+    }
+
+    async fn embed(&self, batch: Vec<Tokens>) -> Result<Vec<Embedding>> {
+        Ok(batch.iter().map(|_| Embedding::from([1.0, 0.0, 0.0])).collect())
     }
 }
 

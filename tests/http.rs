@@ -14,7 +14,7 @@ use common::Database;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::products::Products;
 use refarch::config::Settings;
-use refarch::pipeline::embedder::{Embedder, Embedding};
+use refarch::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use refarch::pipeline::failure::{Error, Result};
 use refarch::pipeline::index::{Listing, Match, Notes, Stored, VectorIndex, Writes};
 use refarch::role::serve::{App, Bounds, Guard, Limits, Patience, Probe, router, serve};
@@ -57,12 +57,19 @@ impl Embedder for WordEmbedder {
         "words"
     }
 
-    fn count_tokens(&self, text: &str) -> usize {
-        text.split_whitespace().count()
+    fn batch_size(&self) -> BatchSize {
+        BatchSize::Timed
     }
 
-    async fn embed(&self, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
-        Ok(texts.iter().map(|text| embed(text).into()).collect())
+    async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>> {
+        Ok(texts
+            .into_iter()
+            .map(|text| Tokens::Text { count: text.split_whitespace().count(), text })
+            .collect())
+    }
+
+    async fn embed(&self, batch: Vec<Tokens>) -> Result<Vec<Embedding>> {
+        batch.iter().map(|tokens| Ok(embed(tokens.text()?).into())).collect()
     }
 }
 

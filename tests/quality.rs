@@ -83,14 +83,14 @@ async fn people_find_what_they_ask_for() {
         .unzip();
     let parts = texts.chunks(64).map(|part| {
         let (minilm, part) = (Arc::clone(&minilm), part.to_vec());
-        tokio::spawn(async move { minilm.embed(&part).await.unwrap() })
+        tokio::spawn(async move { minilm.embed_texts(&part).await.unwrap() })
     });
     let vectors: Vec<Embedding> =
         futures::future::join_all(parts).await.into_iter().flat_map(Result::unwrap).collect();
 
     let mut sum = 0.0;
     for (question, is_right) in QUESTIONS {
-        let query = minilm.embed(&[Arc::from(*question)]).await.unwrap().remove(0);
+        let query = minilm.embed_texts(&[Arc::from(*question)]).await.unwrap().remove(0);
         let score = |vector: &Embedding| vector.iter().zip(query.iter()).map(|(a, b)| a * b).sum::<f32>();
         let mut ranked: Vec<(f32, usize)> = vectors.iter().map(score).zip(0..).collect();
         ranked.sort_by(|a, b| b.0.total_cmp(&a.0));

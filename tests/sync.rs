@@ -146,7 +146,7 @@ impl Loop {
 
     async fn indexer_embed(&self, text: &str) -> Arc<[f32]> {
         let embedder = MODEL.get().unwrap().start(1);
-        embedder.embed(&[Arc::from(text)]).await.unwrap().remove(0)
+        embedder.embed_texts(&[Arc::from(text)]).await.unwrap().remove(0)
     }
 }
 

@@ -14,7 +14,7 @@ use tokenizers::Tokenizer;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::encoder::{self, Encoder, Instructions, KernelKind, Precision, Worker};
-use crate::pipeline::embedder::{Embedder, Embedding};
+use crate::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use crate::pipeline::failure::{Error, Result};
 use identity::Stamp;
 
@@ -118,7 +118,8 @@ impl Model {
         self.encoder.kind()
     }
 
-    fn tokens(&self, text: &str) -> Result<Vec<u32>> {
+    /// The tokens that the model reads of a text.
+    pub fn tokenize(&self, text: &str) -> Result<Vec<u32>> {
         let text = words(prefix(text, MAX_TEXT_BYTES), 2 * self.encoder.description().max_tokens);
         let encoding = self
             .tokenizer
@@ -127,12 +128,11 @@ impl Model {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Embeds texts on the calling thread, in their order.
-    pub fn embed(&self, worker: &mut Worker, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
-        let tokens = texts.iter().map(|text| self.tokens(text)).collect::<Result<Vec<_>>>()?;
-        let sequences: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
-        let vectors = worker.embed(&sequences);
-        Ok(vectors.chunks_exact(self.description.dimensions).map(Embedding::from).collect())
+    /// Embeds tokens on the calling thread, one vector a sequence, in their order.
+    #[must_use]
+    pub fn embed(&self, worker: &mut Worker, sequences: &[&[u32]]) -> Vec<Embedding> {
+        let vectors = worker.embed(sequences);
+        vectors.chunks_exact(self.description.dimensions).map(Embedding::from).collect()
     }
 }
 
@@ -151,8 +151,27 @@ fn explain(error: encoder::Error) -> Error {
     }
 }
 
+/// What a thread is to embed.
+enum Batch {
+    Tokens(Vec<Tokens>),
+    /// What somebody searches for: one short text, which goes through one thread only, since somebody waits.
+    Query(Arc<str>),
+}
+
+impl Batch {
+    fn embed(&self, model: &Model, worker: &mut Worker) -> Result<Vec<Embedding>> {
+        match self {
+            Self::Tokens(batch) => {
+                let sequences = batch.iter().map(Tokens::ids).collect::<Result<Vec<_>>>()?;
+                Ok(model.embed(worker, &sequences))
+            }
+            Self::Query(text) => Ok(model.embed(worker, &[&model.tokenize(text)?])),
+        }
+    }
+}
+
 struct Request {
-    texts: Vec<Arc<str>>,
+    batch: Batch,
     answer: oneshot::Sender<Result<Vec<Embedding>>>,
 }
 
@@ -196,18 +215,18 @@ fn spawn(name: &str, model: &Arc<Model>, worker: Worker, receiver: &Arc<Mutex<mp
 fn serve(model: &Model, mut worker: Worker, receiver: &Mutex<mpsc::Receiver<Request>>) {
     loop {
         let request = receiver.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
-        let Some(Request { texts, answer }) = request else { return };
+        let Some(Request { batch, answer }) = request else { return };
         if !answer.is_closed() {
             // Whoever asked may have gone meanwhile.
-            let _ = answer.send(model.embed(&mut worker, &texts));
+            let _ = answer.send(batch.embed(model, &mut worker));
         }
     }
 }
 
-async fn ask(threads: &mpsc::Sender<Request>, texts: Vec<Arc<str>>) -> Result<Vec<Embedding>> {
+async fn ask(threads: &mpsc::Sender<Request>, batch: Batch) -> Result<Vec<Embedding>> {
     let gone = || Error::of_process("embed texts", "the embedding threads have ended");
     let (answer, answered) = oneshot::channel();
-    threads.send(Request { texts, answer }).await.map_err(|_| gone())?;
+    threads.send(Request { batch, answer }).await.map_err(|_| gone())?;
     answered.await.map_err(|_| gone())?
 }
 
@@ -221,20 +240,28 @@ impl Embedder for MiniLm {
         &self.model.description.model
     }
 
-    fn count_tokens(&self, text: &str) -> usize {
-        self.model.tokens(text).map_or(self.model.encoder.description().max_tokens, |tokens| tokens.len())
+    fn batch_size(&self) -> BatchSize {
+        BatchSize::Timed
+    }
+
+    async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>> {
+        let model = Arc::clone(&self.model);
+        let tokenize =
+            move || texts.iter().map(|text| model.tokenize(text).map(Tokens::Ids)).collect::<Result<_>>();
+        let gone = |error| Error::of_process("tokenize texts", error);
+        tokio::task::spawn_blocking(tokenize).await.map_err(gone)?
     }
 
     async fn embed_query(&self, text: &Arc<str>) -> Result<Embedding> {
-        let mut vectors = ask(self.queries(), vec![Arc::clone(text)]).await?;
+        let mut vectors = ask(self.queries(), Batch::Query(Arc::clone(text))).await?;
         vectors.pop().ok_or_else(|| Error::fatal("embed a query", "no vector came"))
     }
 
-    async fn embed(&self, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
-        if texts.is_empty() {
+    async fn embed(&self, batch: Vec<Tokens>) -> Result<Vec<Embedding>> {
+        if batch.is_empty() {
             return Ok(Vec::new());
         }
-        ask(&self.requests, texts.to_vec()).await
+        ask(&self.requests, Batch::Tokens(batch)).await
     }
 }
 
@@ -293,16 +320,17 @@ mod tests {
         ]
         .map(Arc::from)
         .to_vec();
-        let together = minilm.embed(&texts).await.unwrap();
+        let together = minilm.embed_texts(&texts).await.unwrap();
         for (text, vector) in texts.iter().zip(&together) {
             assert!((cosine(vector, vector) - 1.0).abs() < 1e-5);
-            assert!(*vector == minilm.embed(std::slice::from_ref(text)).await.unwrap()[0], "{text}");
+            assert!(*vector == minilm.embed_texts(std::slice::from_ref(text)).await.unwrap()[0], "{text}");
             assert!(*vector == minilm.embed_query(text).await.unwrap(), "{text}");
         }
         assert!(cosine(&together[0], &together[1]) > 0.6);
         assert!(cosine(&together[0], &together[2]) < 0.2);
-        assert_eq!(minilm.count_tokens(&long), 256);
-        assert!(minilm.embed(&[]).await.unwrap().is_empty());
+        let read = minilm.tokenize(vec![long.into()]).await.unwrap();
+        assert_eq!(read.iter().map(Tokens::count).collect::<Vec<_>>(), [256]);
+        assert!(minilm.embed_texts(&[]).await.unwrap().is_empty());
     }
 
     #[test]
@@ -321,11 +349,11 @@ mod tests {
             "\u{1f600} ok\n",
         ] {
             let text = pattern.repeat(30_000 / pattern.len());
-            assert_eq!(model.tokens(&text).unwrap(), whole(&text), "{pattern:?}");
+            assert_eq!(model.tokenize(&text).unwrap(), whole(&text), "{pattern:?}");
         }
         let english = "the quick brown fox jumps over a lazy dog. ".repeat(50_000);
         assert!(words(&english, 512).len() < 3_000);
-        assert_eq!(model.tokens(&english).unwrap(), whole(prefix(&english, MAX_TEXT_BYTES)));
+        assert_eq!(model.tokenize(&english).unwrap(), whole(prefix(&english, MAX_TEXT_BYTES)));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The embedder's contract.
+//! The embedder's contract: texts become tokens once, and tokens become vectors.
 
 use std::sync::Arc;
 
@@ -8,6 +8,67 @@ use super::failure::{Error, Result};
 
 /// A unit vector of [`Embedder::dimensions`] values.
 pub type Embedding = Arc<[f32]>;
+
+/// A text as its embedder reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Tokens {
+    /// The ids of the tokens that the model reads, special ones included.
+    Ids(Vec<u32>),
+    /// The text itself, for an embedder that takes texts.
+    Text {
+        /// The text.
+        text: Arc<str>,
+        /// How many tokens the model reads of it, estimated.
+        count: usize,
+    },
+}
+
+impl Tokens {
+    /// How many tokens the model reads; what batches are sized by.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Ids(ids) => ids.len(),
+            Self::Text { count, .. } => *count,
+        }
+    }
+
+    /// The ids, for an embedder that takes ids.
+    pub fn ids(&self) -> Result<&[u32]> {
+        match self {
+            Self::Ids(ids) => Ok(ids),
+            Self::Text { .. } => Err(of_another()),
+        }
+    }
+
+    /// The text, for an embedder that takes texts.
+    pub fn text(&self) -> Result<&str> {
+        match self {
+            Self::Text { text, .. } => Ok(text),
+            Self::Ids(_) => Err(of_another()),
+        }
+    }
+}
+
+fn of_another() -> Error {
+    Error::of_process("embed texts", "another embedder has read them")
+}
+
+/// How much an embedder takes in one call of [`Embedder::embed`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchSize {
+    /// As much as is embedded in the time that a live change may wait. For an embedder whose time grows with
+    /// the tokens, such as a CPU.
+    Timed,
+    /// So much at most. For an embedder that takes about as long for a full batch as for a small one, such as
+    /// a server or a GPU.
+    Bounded {
+        /// Texts at most.
+        texts: usize,
+        /// Tokens of all texts at most; a text that has more goes alone.
+        tokens: usize,
+    },
+}
 
 /// Turns texts into unit vectors.
 #[async_trait]
@@ -19,21 +80,26 @@ pub trait Embedder: Send + Sync {
     /// a vector of another model never passes for one of this model.
     fn model(&self) -> &str;
 
-    /// How many tokens the model would read of a text; what slices are sized by.
-    fn count_tokens(&self, text: &str) -> usize;
+    /// How much is best handed to [`Self::embed`] at once.
+    fn batch_size(&self) -> BatchSize;
 
-    /// How many texts are best handed over together; none for as many as a slice's time holds.
-    fn texts_at_once(&self) -> Option<usize> {
-        None
+    /// Reads texts as the model does, in their order. Text past the model's maximal length is not read. Work
+    /// that takes long is done on no thread of the async runtime.
+    async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>>;
+
+    /// Embeds what this embedder's [`Self::tokenize`] made, one vector a text in the same order. A text's
+    /// vector does not depend on the others in the call beyond rounding.
+    async fn embed(&self, batch: Vec<Tokens>) -> Result<Vec<Embedding>>;
+
+    /// Embeds texts, one vector a text in the same order.
+    async fn embed_texts(&self, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
+        let batch = self.tokenize(texts.to_vec()).await?;
+        self.embed(batch).await
     }
 
     /// Embeds what somebody searches for, which some models embed otherwise than what is searched.
     async fn embed_query(&self, text: &Arc<str>) -> Result<Embedding> {
-        let mut vectors = self.embed(std::slice::from_ref(text)).await?;
+        let mut vectors = self.embed_texts(std::slice::from_ref(text)).await?;
         vectors.pop().ok_or_else(|| Error::retryable("embed a query", "no vector came"))
     }
-
-    /// Embeds texts, one vector a text in the same order. A text's vector does not depend on the
-    /// others in the call beyond rounding. Text past the model's maximal length is not read.
-    async fn embed(&self, texts: &[Arc<str>]) -> Result<Vec<Embedding>>;
 }

@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 use super::change::Lane;
 use super::clock::Clock;
-use super::embedder::{Embedder, Embedding};
+use super::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use super::failure::{Error, Result};
 
 /// While both lanes have work, one slice in this many is a bulk one, so that bulk is never starved.
@@ -27,7 +27,7 @@ const MIN_BULK_TEXTS: usize = 8;
 const SMOOTHING: u64 = 4;
 
 struct Slice {
-    texts: Vec<Arc<str>>,
+    batch: Vec<Tokens>,
     tokens: u64,
     done: oneshot::Sender<Result<Vec<Embedding>>>,
 }
@@ -87,27 +87,21 @@ impl Scheduler {
     }
 
     /// Embeds texts in their order; at least one [`Self::work`] must be running.
-    pub async fn embed(&self, lane: Lane, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
-        let mut order: Vec<(u64, usize)> = texts
-            .iter()
-            .enumerate()
-            .map(|(at, text)| (self.embedder.count_tokens(text) as u64, at))
-            .collect();
+    pub async fn embed(&self, lane: Lane, texts: Vec<Arc<str>>) -> Result<Vec<Embedding>> {
+        let count = texts.len();
+        let tokenized = self.embedder.tokenize(texts).await?;
+        if tokenized.len() != count {
+            return Err(Error::retryable("embed texts", "the embedder read another number of texts"));
+        }
+        let mut order: Vec<(u64, usize)> =
+            tokenized.iter().enumerate().map(|(at, text)| (text.count() as u64, at)).collect();
         order.sort_unstable();
-        let budget = (self.tokens_per_second() * self.slice.as_millis() as u64 / 1000).max(1);
+        let mut tokenized: Vec<Option<Tokens>> = tokenized.into_iter().map(Some).collect();
         let mut pending = Vec::new();
-        let least = match lane {
-            Lane::Live => 1,
-            Lane::Bulk => MIN_BULK_TEXTS,
-        };
-        let parts = match self.embedder.texts_at_once() {
-            Some(together) => order.chunks(together.max(1)).collect(),
-            None => cut(&order, budget, least),
-        };
-        for part in parts {
+        for part in cut(&order, &self.bounds(lane)) {
             let (done, result) = oneshot::channel();
             let slice = Slice {
-                texts: part.iter().map(|(_, at)| texts[*at].clone()).collect(),
+                batch: part.iter().filter_map(|(_, at)| tokenized[*at].take()).collect(),
                 tokens: part.iter().map(|(tokens, _)| tokens).sum(),
                 done,
             };
@@ -121,7 +115,7 @@ impl Scheduler {
             self.waiting.add_permits(1);
             pending.push((part, result));
         }
-        let mut embeddings: Vec<Option<Embedding>> = vec![None; texts.len()];
+        let mut embeddings: Vec<Option<Embedding>> = vec![None; count];
         for (part, result) in pending {
             let vectors =
                 result.await.map_err(|_| Error::retryable("embed texts", "the embedder stopped"))??;
@@ -141,6 +135,23 @@ impl Scheduler {
             .ok_or_else(|| Error::retryable("embed texts", "a text was left out"))
     }
 
+    /// How much a slice of this lane holds.
+    fn bounds(&self, lane: Lane) -> Bounds {
+        match self.embedder.batch_size() {
+            BatchSize::Bounded { texts, tokens } => {
+                Bounds { least: 1, most: texts.max(1), tokens: tokens as u64 }
+            }
+            BatchSize::Timed => Bounds {
+                least: match lane {
+                    Lane::Live => 1,
+                    Lane::Bulk => MIN_BULK_TEXTS,
+                },
+                most: usize::MAX,
+                tokens: (self.tokens_per_second() * self.slice.as_millis() as u64 / 1000).max(1),
+            },
+        }
+    }
+
     /// Takes slices and embeds them, one at a time, for as long as it is polled.
     pub async fn work(&self) {
         loop {
@@ -152,7 +163,7 @@ impl Scheduler {
                 continue;
             }
             let started = self.clock.now();
-            let result = self.embedder.embed(&slice.texts).await;
+            let result = self.embedder.embed(slice.batch).await;
             let took = self.clock.now().saturating_sub(started).as_micros() as u64;
             if result.is_ok() && took > 0 {
                 let measured = slice.tokens * 1_000_000 / took;
@@ -170,17 +181,27 @@ impl Scheduler {
     }
 }
 
-/// Cuts texts, in order, into runs of at most `budget` tokens but at least `least` texts (as far as
-/// there are as many).
-fn cut(order: &[(u64, usize)], budget: u64, least: usize) -> Vec<&[(u64, usize)]> {
+/// Bounds of a slice.
+struct Bounds {
+    /// Texts at least, as far as there are as many, whatever their tokens.
+    least: usize,
+    /// Texts at most.
+    most: usize,
+    /// Tokens at most.
+    tokens: u64,
+}
+
+/// Cuts texts, in order, into runs within the bounds.
+fn cut<'a>(order: &'a [(u64, usize)], bounds: &Bounds) -> Vec<&'a [(u64, usize)]> {
     let mut parts = Vec::new();
-    let (mut start, mut tokens) = (0, 0);
+    let (mut start, mut tokens) = (0, 0_u64);
     for (at, (count, _)) in order.iter().enumerate() {
-        if at >= start + least && tokens + count > budget {
+        let is_too_long = at >= start + bounds.least && tokens.saturating_add(*count) > bounds.tokens;
+        if is_too_long || at - start >= bounds.most {
             parts.push(&order[start..at]);
             (start, tokens) = (at, 0);
         }
-        tokens += count;
+        tokens = tokens.saturating_add(*count);
     }
     if start < order.len() {
         parts.push(&order[start..]);
@@ -194,7 +215,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn slice(tokens: u64) -> Slice {
-        Slice { texts: Vec::new(), tokens, done: oneshot::channel().0 }
+        Slice { batch: Vec::new(), tokens, done: oneshot::channel().0 }
     }
 
     #[test]
@@ -209,18 +230,70 @@ mod tests {
         }
     }
 
+    /// Notes what it reads, and how many texts come together.
+    #[derive(Default)]
+    struct Noting {
+        read: Mutex<Vec<Arc<str>>>,
+        batches: Mutex<Vec<usize>>,
+    }
+
+    #[async_trait::async_trait]
+    impl Embedder for Noting {
+        fn dimensions(&self) -> usize {
+            1
+        }
+
+        fn model(&self) -> &'static str {
+            "noting"
+        }
+
+        fn batch_size(&self) -> BatchSize {
+            BatchSize::Bounded { texts: 3, tokens: 10 }
+        }
+
+        async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>> {
+            self.read.lock().unwrap().extend(texts.iter().cloned());
+            Ok(texts.iter().map(|text| Tokens::Ids(text.bytes().map(u32::from).collect())).collect())
+        }
+
+        async fn embed(&self, batch: Vec<Tokens>) -> Result<Vec<Embedding>> {
+            self.batches.lock().unwrap().push(batch.len());
+            batch.iter().map(|tokens| Ok(Embedding::from([tokens.ids()?.len() as f32]))).collect()
+        }
+    }
+
+    #[tokio::test]
+    async fn each_text_is_read_once_and_goes_in_batches_of_the_embedders_own_size() {
+        let embedder = Arc::new(Noting::default());
+        let clock = Arc::new(crate::pipeline::clock::BootClock);
+        let scheduler = Scheduler::new(Arc::<Noting>::clone(&embedder), Duration::from_secs(1), clock);
+        let texts: Vec<Arc<str>> =
+            ["eight...", "a", "seven..", "b", "twelve......", "c", "d"].map(Arc::from).to_vec();
+        let embeddings = tokio::select! {
+            embeddings = scheduler.embed(Lane::Bulk, texts.clone()) => embeddings.unwrap(),
+            () = scheduler.work() => unreachable!("it goes on for ever"),
+        };
+        let lengths: Vec<usize> = embeddings.iter().map(|embedding| embedding[0] as usize).collect();
+        assert_eq!(lengths, texts.iter().map(|text| text.len()).collect::<Vec<_>>(), "in the texts' order");
+        assert_eq!(*embedder.read.lock().unwrap(), texts);
+        assert_eq!(*embedder.batches.lock().unwrap(), [3, 2, 1, 1]);
+    }
+
     proptest! {
         #[test]
         fn slices_hold_every_text_once_within_the_budget(
             tokens in proptest::collection::vec(1_u64..300, 0..80),
             budget in 1_u64..600,
             least in 1_usize..9,
+            more in 0_usize..9,
         ) {
             let order: Vec<(u64, usize)> = tokens.iter().copied().zip(0..).collect();
-            let parts = cut(&order, budget, least);
+            let most = least + more;
+            let parts = cut(&order, &Bounds { least, most, tokens: budget });
             prop_assert_eq!(parts.concat(), order.clone());
             for (at, part) in parts.iter().enumerate() {
                 prop_assert!(part.len() >= least || at + 1 == parts.len());
+                prop_assert!(part.len() <= most);
                 prop_assert!(part.len() <= least || part.iter().map(|(t, _)| t).sum::<u64>() <= budget);
             }
         }

@@ -36,7 +36,7 @@ async fn strict(most: usize) -> Stub {
 }
 
 async fn one(embedder: &dyn Embedder) -> Result<(), Error> {
-    embedder.embed(&texts(&["a"])).await.map(|_| ())
+    embedder.embed_texts(&texts(&["a"])).await.map(|_| ())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -131,10 +131,11 @@ async fn a_text_that_the_server_finds_too_long_is_cut_until_it_is_taken() {
     let thai = "\u{e01}".repeat(9_000);
     let base64 = "QUJD".repeat(20_000);
     let given = texts(&["first", &emoji, "second", &thai, &base64, "third", "\u{1f600}"]);
-    let made = embedder.embed(&given).await.unwrap();
+    let made = embedder.embed_texts(&given).await.unwrap();
     assert_eq!(made.len(), given.len());
     for (text, vector) in given.iter().zip(&made) {
-        let wanted = embedder.embed(&texts(&[&text.chars().take(2).collect::<String>()])).await.unwrap();
+        let wanted =
+            embedder.embed_texts(&texts(&[&text.chars().take(2).collect::<String>()])).await.unwrap();
         assert_eq!(vector, &wanted[0], "in the order of the texts");
     }
     assert!(embedder.embed_query(&Arc::from(emoji.as_str())).await.is_ok(), "a question too");
@@ -144,7 +145,7 @@ async fn a_text_that_the_server_finds_too_long_is_cut_until_it_is_taken() {
     // A small model behind the same protocol: what is sent at first is sixteen times too long.
     let server = strict(512).await;
     let embedder = open("openai", &server.url, &[]).await.unwrap();
-    assert_eq!(embedder.embed(&given).await.unwrap().len(), given.len());
+    assert_eq!(embedder.embed_texts(&given).await.unwrap().len(), given.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -154,7 +155,7 @@ async fn one_refused_text_among_many_costs_few_requests_and_a_server_that_refuse
     let server =
         Stub::start(|asked, number| if number == 0 { vectors(asked) } else { status(400, "no") }).await;
     let embedder = open("openai", &server.url, &[]).await.unwrap();
-    let error = embedder.embed(&many).await.unwrap_err();
+    let error = embedder.embed_texts(&many).await.unwrap_err();
     assert_eq!(error.class, Class::Permanent, "{error}");
     assert!(server.asked().len() <= 4, "{}", server.asked().len());
     let server = Stub::start(|asked, _| {
@@ -163,7 +164,7 @@ async fn one_refused_text_among_many_costs_few_requests_and_a_server_that_refuse
     })
     .await;
     let embedder = open("openai", &server.url, &[]).await.unwrap();
-    let error = embedder.embed(&many).await.unwrap_err();
+    let error = embedder.embed_texts(&many).await.unwrap_err();
     assert_eq!(error.class, Class::Permanent, "{error}");
     assert!(server.asked().len() <= 32, "{}", server.asked().len());
 }

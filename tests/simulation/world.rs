@@ -12,7 +12,7 @@ use rand::rngs::SmallRng;
 use refarch::pipeline::catalog::{Hash, SourceRow};
 use refarch::pipeline::change::{Job, Lane, Op};
 use refarch::pipeline::clock::Clock;
-use refarch::pipeline::embedder::{Embedder, Embedding};
+use refarch::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use refarch::pipeline::failure::{Error, Result};
 use refarch::pipeline::index::{
     Applied, Desired, FencedWrite, Listing, Match, Notes, PlainWrite, Planned, Record, Stored, VectorIndex,
@@ -1043,12 +1043,16 @@ impl Embedder for Instant {
         "none"
     }
 
-    fn count_tokens(&self, _: &str) -> usize {
-        1
+    fn batch_size(&self) -> BatchSize {
+        BatchSize::Timed
     }
 
-    async fn embed(&self, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
+    async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>> {
+        Ok(texts.into_iter().map(|text| Tokens::Text { count: 1, text }).collect())
+    }
+
+    async fn embed(&self, batch: Vec<Tokens>) -> Result<Vec<Embedding>> {
         turn().await;
-        Ok(texts.iter().map(|text| Embedding::from([vector_of(text)])).collect())
+        batch.iter().map(|tokens| Ok(Embedding::from([vector_of(tokens.text()?)]))).collect()
     }
 }

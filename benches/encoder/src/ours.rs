@@ -110,7 +110,10 @@ impl Engine for Ours {
         let texts = Arc::clone(&self.texts);
         let model = Arc::clone(&self.model);
         self.go(|worker, first, end| {
-            Ok(model.embed(worker, &texts[first..end])?.iter().flat_map(|vector| vector.to_vec()).collect())
+            let tokens = texts[first..end].iter().map(|text| model.tokenize(text));
+            let tokens = tokens.collect::<Result<Vec<_>, _>>()?;
+            let sequences: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
+            Ok(worker.embed(&sequences))
         })
     }
 

@@ -68,7 +68,7 @@ pub fn be_one(model: &Path, kernel: &str) -> Result<()> {
     let (one, other) = (texts(0), texts(TEXTS));
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     runtime.block_on(async {
-        let (one, other) = tokio::join!(minilm.embed(&one), minilm.embed(&other));
+        let (one, other) = tokio::join!(minilm.embed_texts(&one), minilm.embed_texts(&other));
         one.and(other)
     })?;
     let peak_mib = peak_mib()?;

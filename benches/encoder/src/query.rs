@@ -43,7 +43,7 @@ pub fn measure(model: &Path, corpus: &Corpus, wanted: &dyn Fn(&Label) -> bool) -
             }
             for query in &queries {
                 let started = Instant::now();
-                loaded.embed(&mut worker, std::slice::from_ref(query))?;
+                worker.embed(&[&loaded.tokenize(query)?]);
                 alone.push(started.elapsed().as_secs_f64() * 1e3);
             }
             if round == 0 {

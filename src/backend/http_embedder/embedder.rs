@@ -9,8 +9,12 @@ use tokio::sync::Semaphore;
 use super::provider::Purpose;
 use super::texts::{HALVINGS, SHORT, batches, cut, half, tokens};
 use super::{Failure, PROBE, Server};
-use crate::pipeline::embedder::{Embedder, Embedding};
+use crate::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use crate::pipeline::failure::{Error, Result};
+
+/// Texts that are handed over together at most, however many a request may hold: what is handed over together
+/// fails together.
+const MOST_TEXTS: usize = 256;
 
 /// Embeds texts by a server.
 pub struct HttpEmbedder {
@@ -98,7 +102,7 @@ impl HttpEmbedder {
         Err(refused)
     }
 
-    async fn all(&self, texts: &[Arc<str>], purpose: Purpose) -> Result<Vec<Embedding>> {
+    async fn all(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Embedding>> {
         let limits = self.server.limits;
         let texts: Vec<&str> = texts.iter().map(|text| cut(text, limits.text_tokens)).collect();
         let mut requests = Vec::new();
@@ -120,20 +124,22 @@ impl Embedder for HttpEmbedder {
         self.server.name()
     }
 
-    fn count_tokens(&self, text: &str) -> usize {
-        tokens(text).min(self.server.limits.text_tokens)
+    fn batch_size(&self) -> BatchSize {
+        let limits = self.server.limits;
+        BatchSize::Bounded { texts: limits.texts.min(MOST_TEXTS), tokens: limits.tokens }
     }
 
-    fn texts_at_once(&self) -> Option<usize> {
-        Some(self.server.limits.texts.min(256))
+    async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>> {
+        let most = self.server.limits.text_tokens;
+        Ok(texts.into_iter().map(|text| Tokens::Text { count: tokens(&text).min(most), text }).collect())
     }
 
-    async fn embed(&self, texts: &[Arc<str>]) -> Result<Vec<Embedding>> {
-        self.all(texts, Purpose::Passage).await
+    async fn embed(&self, batch: Vec<Tokens>) -> Result<Vec<Embedding>> {
+        self.all(&batch.iter().map(Tokens::text).collect::<Result<Vec<_>>>()?, Purpose::Passage).await
     }
 
     async fn embed_query(&self, text: &Arc<str>) -> Result<Embedding> {
-        let mut vectors = self.all(std::slice::from_ref(text), Purpose::Query).await?;
+        let mut vectors = self.all(&[text], Purpose::Query).await?;
         vectors.pop().ok_or_else(|| Error::retryable("embed a query", "no vector came"))
     }
 }

@@ -39,7 +39,7 @@ impl Auditor<'_> {
         let mut differ = Vec::new();
         for part in sample.chunks(32) {
             let texts: Vec<Arc<str>> = part.iter().map(|one| one.text.clone()).collect();
-            let vectors = embedder.embed(&texts).await?;
+            let vectors = embedder.embed_texts(&texts).await?;
             if vectors.len() != part.len() {
                 return Err(Error::retryable("embed a sample", "another number of vectors came back"));
             }

@@ -450,7 +450,7 @@ impl Indexer {
             let gone = async {
                 self.ledger.peek(&[PROBE_ID.into()]).await?;
                 at_embedder = true;
-                self.scheduler.embed(lane, &[PROBE.into()]).await?;
+                self.scheduler.embed(lane, vec![PROBE.into()]).await?;
                 at_embedder = false;
                 self.index.probe().await
             };

@@ -229,7 +229,7 @@ impl Indexer {
         if texts.is_empty() {
             return Ok(());
         }
-        let vectors = match self.scheduler.embed(lane, &texts).await {
+        let vectors = match self.scheduler.embed(lane, texts).await {
             Ok(vectors) => vectors,
             Err(error) => {
                 batch.failed_at_embedder = true;
@@ -237,8 +237,8 @@ impl Indexer {
             }
         };
         self.health.embedded();
-        batch.done.embedded += texts.len() as u64;
-        self.meter.embedded(texts.len() as u64);
+        batch.done.embedded += hashes.len() as u64;
+        self.meter.embedded(hashes.len() as u64);
         batch.made.extend(hashes.into_iter().zip(vectors));
         Ok(())
     }
