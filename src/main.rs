@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use refarch::cli::Cli;
 use refarch::config::{File, Settings};
+use refarch::pipeline::failure::chain;
 use refarch::secret::without_secrets;
 use refarch::{role, telemetry};
 
@@ -16,7 +17,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if role::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("refarch: {}", without_secrets(&format!("{error:#}")));
+            eprintln!("refarch: {}", without_secrets(&chain(error.as_ref())));
             ExitCode::FAILURE
         }
     }

@@ -15,7 +15,7 @@ use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::products::Products;
 use refarch::config::Settings;
 use refarch::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
-use refarch::pipeline::failure::{Error, Result};
+use refarch::pipeline::failure::{Error, FailureKind, Result};
 use refarch::pipeline::index::{Listing, Match, Notes, Stored, VectorIndex, Writes};
 use refarch::role::serve::{App, Bounds, Guard, Limits, Patience, Probe, router, serve};
 use refarch::secret::Secret;
@@ -88,10 +88,14 @@ impl VectorIndex for FlatIndex {
     async fn query(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
         self.asked.fetch_add(1, Ordering::Relaxed);
         if self.refusing.load(Ordering::Relaxed) {
-            return Err(Error::permanent("search", "scripted: 10.0.0.7 can't read this"));
+            return Err(Error::new(FailureKind::RefusedData, "search", "scripted: 10.0.0.7 can't read this"));
         }
         if *self.failing.lock().unwrap() {
-            return Err(Error::retryable("search", "scripted: the index at 10.0.0.7 is away"));
+            return Err(Error::new(
+                FailureKind::Unreachable,
+                "search",
+                "scripted: the index at 10.0.0.7 is away",
+            ));
         }
         let score = |vector: &[f32]| embedding.iter().zip(vector).map(|(a, b)| a * b).sum();
         let mut found: Vec<Match> = self
@@ -159,7 +163,11 @@ impl Probe for ToldProbe {
 
     async fn check_target(&self) -> Result<()> {
         if self.migrated.load(Ordering::Relaxed) {
-            return Err(Error::fatal("look for the index", "scripted: it is another one"));
+            return Err(Error::new(
+                FailureKind::WrongShape,
+                "look for the index",
+                "scripted: it is another one",
+            ));
         }
         Ok(())
     }

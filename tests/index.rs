@@ -397,7 +397,7 @@ fn ids(double: &Double) -> BTreeSet<String> {
 
 #[track_caller]
 fn assert_classed(error: &Error, class: Class, doubtful: bool) {
-    assert_eq!((error.class, error.doubtful), (class, doubtful), "{error}");
+    assert_eq!((error.class(), error.is_doubtful()), (class, doubtful), "{error}");
 }
 
 #[tokio::test]
@@ -407,7 +407,7 @@ async fn a_rate_limit_is_retried_when_the_index_says_and_changes_nothing() {
     for _ in 0..6 {
         for error in failing_writes(&index).await {
             assert_classed(&error, Class::Retryable, false);
-            waits.insert(error.retry_after);
+            waits.insert(error.retry_after());
         }
         assert_classed(&index.count().await.unwrap_err(), Class::Retryable, false);
     }
@@ -426,7 +426,7 @@ async fn an_index_that_is_down_leaves_doubt() {
     for _ in 0..10 {
         for error in failing_writes(&index).await {
             assert_classed(&error, Class::Retryable, true);
-            messages.push_str(&error.message);
+            messages.push_str(&error.message());
         }
     }
     assert!(messages.contains("500") && messages.contains("503"), "{messages}");
@@ -510,7 +510,7 @@ async fn a_record_that_the_index_refuses_is_refused_for_good() {
     for (record, reason) in refused {
         let error = index.upsert(&[record]).await.unwrap_err();
         assert_classed(&error, Class::Permanent, false);
-        assert!(error.message.contains(reason), "{error}");
+        assert!(error.message().contains(reason), "{error}");
     }
     assert_eq!(ids(&double), strings(&["old"]).into_iter().collect());
 }
@@ -535,7 +535,7 @@ async fn a_write_that_nobody_took_leaves_no_doubt() {
     let (double, index) = troubled(Faults::default()).await;
     drop(double);
     eventually("the double to stop", PATIENCE, async || {
-        index.count().await.is_err_and(|error| !error.doubtful)
+        index.count().await.is_err_and(|error| !error.is_doubtful())
     })
     .await;
 }

@@ -412,7 +412,7 @@ async fn a_closing_that_is_cut_off_leaves_the_attempt_standing() {
     let cut = tokio::spawn(async move { ledger.close("a", "w", &sent).await });
     let pid = real.blocked().await;
     real.client.execute("SELECT pg_terminate_backend($1)", &[&pid]).await.unwrap();
-    assert_eq!(cut.await.unwrap().unwrap_err().class, Class::Retryable);
+    assert_eq!(cut.await.unwrap().unwrap_err().class(), Class::Retryable);
     blocker.batch_execute("COMMIT").await.unwrap();
     // The pool may hand the dead connection out once more.
     eventually("a connection", PATIENCE, async || real.ledger.peek(&[]).await.is_ok()).await;

@@ -295,13 +295,13 @@ async fn an_index_is_made_once_found_by_name_and_refused_if_it_is_of_another_sha
     let double = Double::start(3, 1).await.unwrap();
     let options = control_options(&double.url(), "shop", 3);
     let error = control::host(&options).await.unwrap_err();
-    assert!(error.class == Class::Fatal && error.message.contains("run refarch migrate"), "{error}");
+    assert!(error.class() == Class::Fatal && error.message().contains("run refarch migrate"), "{error}");
     assert!(control::ensure(&options).await.unwrap());
     assert!(!control::ensure(&options).await.unwrap(), "it is there");
     assert_eq!(control::host(&options).await.unwrap(), double.url());
     let error = control::host(&control_options(&double.url(), "shop", 384)).await.unwrap_err();
     assert!(
-        error.class == Class::Fatal && error.message.contains("length 3, and the model makes 384"),
+        error.class() == Class::Fatal && error.message().contains("length 3, and the model makes 384"),
         "{error}"
     );
     let dotted = json!({
@@ -311,10 +311,10 @@ async fn an_index_is_made_once_found_by_name_and_refused_if_it_is_of_another_sha
     let request = reqwest::Client::new().post(format!("{}/indexes", double.url())).header("Api-Key", "test");
     assert_eq!(request.json(&dotted).send().await.unwrap().status(), 201);
     let error = control::ensure(&control_options(&double.url(), "dotted", 3)).await.unwrap_err();
-    assert!(error.message.contains("dotproduct"), "{error}");
+    assert!(error.message().contains("dotproduct"), "{error}");
     let keyless = control::Options { api_key: Secret::default(), ..options };
     let error = control::ensure(&keyless).await.unwrap_err();
-    assert!(error.class == Class::Fatal && error.message.contains("PINECONE_API_KEY"), "{error}");
+    assert!(error.class() == Class::Fatal && error.message().contains("PINECONE_API_KEY"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -378,14 +378,14 @@ async fn reads_are_tried_again_and_writes_are_not() {
     for _ in 0..10 {
         // Four tries, of which four in ten fail.
         if let Err(error) = index.query(&[1.0, 0.0, 0.0], 1).await {
-            assert_eq!(error.class, Class::Retryable);
+            assert_eq!(error.class(), Class::Retryable);
         }
     }
     let before = double.counts();
     assert!(before.requests > 11, "{before:?}");
     double.set_faults(Faults { unavailable: 1.0, ..Faults::default() });
     let error = index.upsert(&records()).await.unwrap_err();
-    assert!(error.doubtful);
+    assert!(error.is_doubtful());
     assert_eq!(
         double.counts().requests,
         before.requests + 1,

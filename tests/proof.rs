@@ -704,8 +704,8 @@ async fn a_process_with_other_columns_than_were_recorded_holds() {
         prover(&old, "old").0.step().await.map(drop),
     ] {
         let error = said.expect_err("an old process does not hold");
-        assert_eq!(error.class, Class::Retryable, "{error}");
-        assert!(error.message.contains("metadata") && error.message.contains("restart it"), "{error}");
+        assert_eq!(error.class(), Class::Retryable, "{error}");
+        assert!(error.message().contains("metadata") && error.message().contains("restart it"), "{error}");
     }
     shop.backends().await.ledger.peek(&["1".to_owned()]).await.unwrap();
 }

@@ -242,9 +242,9 @@ fn strings(ids: &[&str]) -> Vec<String> {
 /// What an error of reading says; it must hold the work.
 async fn held(it: &Loop, ids: &[&str]) -> String {
     let error = it.backends.ledger.peek(&strings(ids)).await.expect_err("must not be believed");
-    assert_eq!(error.class, Class::Retryable, "{error}");
+    assert_eq!(error.class(), Class::Retryable, "{error}");
     let page = it.backends.ledger.rows_after(None, 10).await.expect_err("must not be believed");
-    assert_eq!(page.class, Class::Retryable, "{page}");
+    assert_eq!(page.class(), Class::Retryable, "{page}");
     error.to_string()
 }
 
@@ -541,8 +541,11 @@ async fn a_key_without_an_order_is_refused() {
         let set = settings(&[ITEM[1], ITEM[2], ("REFARCH_SOURCE_TABLE", table)]);
         let postgres = Postgres::new(&Secret::new(database.url()), &set.database).unwrap();
         let error = backend::migrate(&postgres, &set).await.unwrap_err();
-        assert_eq!(error.class, Class::Fatal);
-        assert!(error.message.contains("source.id") && error.message.contains(reason), "{table}: {error}");
+        assert_eq!(error.class(), Class::Fatal);
+        assert!(
+            error.message().contains("source.id") && error.message().contains(reason),
+            "{table}: {error}"
+        );
     }
 }
 
@@ -581,13 +584,13 @@ async fn rows_that_a_policy_hides_are_not_taken_for_gone() {
     let Writes::Fenced(fence) = it.backends.index.writes() else { panic!("pgvector fences") };
     let plan = Planned { id: "1".into(), epoch: None, version: 1, desired: Desired::Absent };
     let error = fence.apply(&[plan]).await.unwrap_err();
-    assert!(error.class == Class::Retryable && error.to_string().contains("BYPASSRLS"), "{error}");
+    assert!(error.class() == Class::Retryable && error.to_string().contains("BYPASSRLS"), "{error}");
     assert_eq!(it.indexed().await.len(), 20);
 
     it.relay().await;
     let (stop, task) = it.index();
     let status = it.backends.status().await;
-    assert!(status.is_err_and(|error| error.class == Class::Retryable));
+    assert!(status.is_err_and(|error| error.class() == Class::Retryable));
     it.run(&format!("ALTER ROLE {role} BYPASSRLS")).await;
     // What a session may see is looked at anew in each transaction.
     eventually("all to be in sync", PATIENCE, async || {

@@ -16,7 +16,7 @@ use refarch::backend::postgres::target::{IndexShape, Place};
 use refarch::config::{QueueKind, Settings};
 use refarch::pipeline::change::{Job, Lane};
 use refarch::pipeline::clock::BootClock;
-use refarch::pipeline::failure::{Error, Result};
+use refarch::pipeline::failure::{Error, FailureKind, Result};
 use refarch::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Why};
 use refarch::pipeline::relay::{Options, Relay};
 use refarch::secret::Secret;
@@ -53,7 +53,7 @@ impl JobQueue for Sink {
             std::future::pending::<()>().await;
         }
         if self.fails.load(Ordering::SeqCst) {
-            return Err(Error::retryable("send jobs", "the queue is away"));
+            return Err(Error::new(FailureKind::Unreachable, "send jobs", "the queue is away"));
         }
         self.sent.lock().await.extend_from_slice(jobs);
         Ok(())

@@ -236,7 +236,7 @@ async fn every_mode_asks_what_libpq_asks() {
             (Ok(encrypted), Ok(wanted)) => assert_eq!(encrypted, *wanted, "{url}"),
             (Err(error), Err(reason)) => {
                 assert!(error.to_string().contains(reason), "{url}: {error}");
-                assert_eq!(error.class, Class::Fatal, "{url}: {error}");
+                assert_eq!(error.class(), Class::Fatal, "{url}: {error}");
             }
             (got, _) => panic!("{url}: {got:?}, and not {expected:?}"),
         }

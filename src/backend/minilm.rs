@@ -15,8 +15,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::encoder::{self, Encoder, Instructions, KernelKind, Precision, Worker};
 use crate::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
-use crate::pipeline::failure::{Error, Result};
-use identity::Stamp;
+use crate::pipeline::failure::{Error, FailureKind, Result};
+use identity::{Stamp, unreadable};
 
 /// A text's tokens past this many bytes are not looked for: the model reads 256 tokens, and tokens of
 /// English are some four bytes long.
@@ -74,7 +74,7 @@ impl Model {
         let stamps = || -> Result<Vec<Stamp>> {
             let stamp = |name| {
                 let file = encoder::file(dir, name).map_err(explain)?;
-                Stamp::of(&file).map_err(|error| Error::fatal(format!("read {}", file.display()), error))
+                Stamp::of(&file).map_err(|error| unreadable(&file, error))
             };
             ["config.json", "tokenizer.json", "model.safetensors"].into_iter().map(stamp).collect()
         };
@@ -82,7 +82,12 @@ impl Model {
         let description = Description::read(dir, options.precision)?;
         let kind = KernelKind::choose(options.precision, options.instructions).map_err(explain)?;
         let unfit = |error: tokenizers::Error| {
-            Error::fatal(format!("load the model in {}", dir.display()), format!("tokenizer.json: {error}"))
+            Error::new(
+                FailureKind::WrongSetting,
+                format!("load the model in {}", dir.display()),
+                format!("tokenizer.json: {error}"),
+            )
+            .because(error)
         };
         let file = encoder::file(dir, "tokenizer.json").map_err(explain)?;
         let mut tokenizer = Tokenizer::from_file(file).map_err(unfit)?;
@@ -100,7 +105,7 @@ impl Model {
         // The name must be that of what was loaded.
         if stamps()? != before {
             let message = format!("the files in {} changed meanwhile", dir.display());
-            return Err(Error::retryable("load the model", message));
+            return Err(Error::new(FailureKind::Conflict, "load the model", message));
         }
         tracing::info!(model = description.model, kernel = %kind, "model loaded");
         Ok(Self { description, encoder, tokenizer })
@@ -124,7 +129,7 @@ impl Model {
         let encoding = self
             .tokenizer
             .encode_fast(text, true)
-            .map_err(|error| Error::permanent("tokenize a text", error))?;
+            .map_err(|error| Error::caused(FailureKind::RefusedData, "tokenize a text", error))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -139,15 +144,18 @@ impl Model {
 /// A loading error, with what to do about it.
 fn explain(error: encoder::Error) -> Error {
     match error {
-        encoder::Error::Missing { .. } => Error::fatal(
+        encoder::Error::Missing { .. } => Error::new(
+            FailureKind::MissingResource,
             "find the model",
             format!(
                 "{error}: run scripts/setup, or name a model folder with config.json, tokenizer.json and \
                  model.safetensors in embedder.model"
             ),
         ),
-        encoder::Error::Cpu(_) => Error::fatal("choose how to embed", error),
-        _ => Error::fatal("load the model", error),
+        encoder::Error::Cpu(_) => {
+            Error::new(FailureKind::WrongSetting, "choose how to embed", &error).because(error)
+        }
+        _ => Error::new(FailureKind::WrongSetting, "load the model", &error).because(error),
     }
 }
 
@@ -224,7 +232,7 @@ fn serve(model: &Model, mut worker: Worker, receiver: &Mutex<mpsc::Receiver<Requ
 }
 
 async fn ask(threads: &mpsc::Sender<Request>, batch: Batch) -> Result<Vec<Embedding>> {
-    let gone = || Error::of_process("embed texts", "the embedding threads have ended");
+    let gone = || Error::new(FailureKind::ProcessBroken, "embed texts", "the embedding threads have ended");
     let (answer, answered) = oneshot::channel();
     threads.send(Request { batch, answer }).await.map_err(|_| gone())?;
     answered.await.map_err(|_| gone())?
@@ -248,13 +256,13 @@ impl Embedder for MiniLm {
         let model = Arc::clone(&self.model);
         let tokenize =
             move || texts.iter().map(|text| model.tokenize(text).map(Tokens::Ids)).collect::<Result<_>>();
-        let gone = |error| Error::of_process("tokenize texts", error);
+        let gone = |error| Error::caused(FailureKind::ProcessBroken, "tokenize texts", error);
         tokio::task::spawn_blocking(tokenize).await.map_err(gone)?
     }
 
     async fn embed_query(&self, text: &Arc<str>) -> Result<Embedding> {
         let mut vectors = ask(self.queries(), Batch::Query(Arc::clone(text))).await?;
-        vectors.pop().ok_or_else(|| Error::fatal("embed a query", "no vector came"))
+        vectors.pop().ok_or_else(|| Error::new(FailureKind::ProcessBroken, "embed a query", "no vector came"))
     }
 
     async fn embed(&self, batch: Vec<Tokens>) -> Result<Vec<Embedding>> {

@@ -1,6 +1,7 @@
 //! One module for each backend. Which of them the settings choose is decided here, and nowhere else by a role.
 
 pub mod embedded;
+mod http;
 pub mod http_embedder;
 pub mod minilm;
 pub mod pgmq;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 use crate::config::{EmbedderKind, IndexKind, QueueKind, Settings};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::embedder::Embedder;
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::outbox::Outbox;
 use crate::pipeline::queue::JobQueue;
@@ -89,7 +90,7 @@ pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>
     let mut backoff = Backoff::default();
     loop {
         match work().await {
-            Err(error) if error.class == Class::Retryable && started.elapsed() < patience => {
+            Err(error) if error.class() == Class::Retryable && started.elapsed() < patience => {
                 tokio::time::sleep(backoff.next(&error, &BootClock)).await;
             }
             result => return result,
@@ -118,7 +119,8 @@ pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
             let (dir, precision) = (model_dir(settings), settings.embedder.precision);
             // The whole model is read for its name.
             let read = tokio::task::spawn_blocking(move || minilm::Description::read(&dir, precision)).await;
-            let description = read.map_err(|error| Error::fatal("read the model", error))??;
+            let description =
+                read.map_err(|error| Error::caused(FailureKind::ProcessBroken, "read the model", error))??;
             (description.model, description.former_model, description.dimensions)
         }
         EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
@@ -196,7 +198,11 @@ impl LoadedModel {
                     instructions: settings.embedder.instructions,
                 };
                 let loaded = tokio::task::spawn_blocking(move || Model::load(&dir, options)).await;
-                Self::Minilm(Arc::new(loaded.map_err(|error| Error::fatal("load the model", error))??))
+                Self::Minilm(Arc::new(
+                    loaded.map_err(|error| {
+                        Error::caused(FailureKind::ProcessBroken, "load the model", error)
+                    })??,
+                ))
             }
             EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
                 let server = http_embedder::Server::open(settings).await?;

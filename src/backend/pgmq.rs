@@ -15,7 +15,7 @@ use tokio_postgres::{Row, Transaction};
 use super::postgres::bell::{Bell, Waiter};
 use super::postgres::{Postgres, failure};
 use crate::pipeline::change::{Job, Lane};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::queue::{self, Backlog, DeadLetter, JobQueue, Message, Receipt, Undecodable, Why};
 
 /// Channel on which the relay rings the indexers.
@@ -102,7 +102,7 @@ pub(crate) async fn send_within(transaction: &Transaction<'_>, prefix: &str, job
                 &[&names.lane(lane), &bodies, &headers],
             )
             .await
-            .map_err(|error| failure("send jobs", &error))?;
+            .map_err(|error| failure("send jobs", error))?;
     }
     Ok(())
 }
@@ -110,7 +110,7 @@ pub(crate) async fn send_within(transaction: &Transaction<'_>, prefix: &str, job
 #[async_trait]
 impl JobQueue for Pgmq {
     async fn send(&self, jobs: &[Job]) -> Result<()> {
-        let fail = |error: tokio_postgres::Error| failure("send jobs", &error);
+        let fail = |error: tokio_postgres::Error| failure("send jobs", error);
         let mut client = self.postgres.client().await?;
         let transaction = client.transaction().await.map_err(fail)?;
         send_within(&transaction, &self.names.prefix, jobs).await?;
@@ -120,7 +120,7 @@ impl JobQueue for Pgmq {
 
     async fn receive(&self, lane: Lane, max: usize) -> Result<Vec<Message>> {
         self.waiter(lane).lock().await.arm();
-        let fail = |error: tokio_postgres::Error| failure("receive jobs", &error);
+        let fail = |error: tokio_postgres::Error| failure("receive jobs", error);
         let client = self.postgres.client().await?;
         let statement = client
             .prepare_cached(
@@ -151,7 +151,7 @@ impl JobQueue for Pgmq {
                 client
                     .execute("SELECT pgmq.delete($1::text, $2::bigint[])", &[&self.names.lane(lane), &ids])
                     .await
-                    .map_err(|error| failure("acknowledge jobs", &error))?;
+                    .map_err(|error| failure("acknowledge jobs", error))?;
             }
         }
         Ok(())
@@ -172,14 +172,14 @@ impl JobQueue for Pgmq {
                         &[&self.names.lane(lane), &ids, &seconds],
                     )
                     .await
-                    .map_err(|error| failure("extend visibility", &error))?;
+                    .map_err(|error| failure("extend visibility", error))?;
             }
         }
         Ok(())
     }
 
     async fn dead_letter(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
-        let fail = |error: tokio_postgres::Error| failure("move to the dead letters", &error);
+        let fail = |error: tokio_postgres::Error| failure("move to the dead letters", error);
         let body = match (part, &message.body) {
             (Some(job), _) | (None, Ok(job)) => json!(job).to_string(),
             // Passed on as the text it is: a number may not fit any type of ours.
@@ -239,14 +239,14 @@ impl JobQueue for Pgmq {
         let rows = client
             .query(&sql, &[&after, &(limit as i64)])
             .await
-            .map_err(|error| failure("read the dead letters", &error))?;
+            .map_err(|error| failure("read the dead letters", error))?;
         // A time may be infinite, if somebody else wrote it.
         let at = |row: &Row| row.try_get(1).unwrap_or(Timestamp::UNIX_EPOCH);
         Ok(rows.iter().map(|row| letter(row.get(0), at(row), row.get(2), row.get(3))).collect())
     }
 
     async fn redrive(&self, ids: &[String]) -> Result<Vec<String>> {
-        let fail = |error: tokio_postgres::Error| failure("bring dead letters back", &error);
+        let fail = |error: tokio_postgres::Error| failure("bring dead letters back", error);
         let ids = ids.iter().map(|id| dead_letter_id(id)).collect::<Result<Vec<i64>>>()?;
         let mut client = self.postgres.client().await?;
         let transaction = client.transaction().await.map_err(fail)?;
@@ -286,7 +286,7 @@ impl JobQueue for Pgmq {
             self.names.lane(Lane::Bulk)
         );
         let rows =
-            client.query(&sql, &[]).await.map_err(|error| failure("look for the oldest job", &error))?;
+            client.query(&sql, &[]).await.map_err(|error| failure("look for the oldest job", error))?;
         Ok(rows.iter().find_map(|row| row.get::<_, &str>(0).parse().ok()))
     }
 
@@ -315,14 +315,18 @@ async fn count(postgres: &Postgres, queue: &str) -> Result<(u64, u64)> {
                   vt <= clock_timestamp() AS due FROM pgmq.q_{queue} \
          ) q"
     );
-    let row = client.query_one(&sql, &[]).await.map_err(|error| failure("count a queue", &error))?;
+    let row = client.query_one(&sql, &[]).await.map_err(|error| failure("count a queue", error))?;
     let number = |at| u64::try_from(row.get::<_, i64>(at)).unwrap_or_default();
     Ok((number(0), number(1)))
 }
 
 fn dead_letter_id(id: &str) -> Result<i64> {
     id.parse().map_err(|_| {
-        Error::fatal("find a dead letter", format!("{id:?} is no id of one: refarch redrive lists them"))
+        Error::new(
+            FailureKind::MissingResource,
+            "find a dead letter",
+            format!("{id:?} is no id of one: refarch redrive lists them"),
+        )
     })
 }
 
@@ -354,7 +358,11 @@ fn handles(receipts: &[Receipt], lane: Lane) -> Result<Vec<i64>> {
         .filter(|receipt| receipt.lane == lane)
         .map(|receipt| {
             receipt.handle.parse().map_err(|_| {
-                Error::permanent("read a receipt", format!("{:?} is not one of pgmq's", receipt.handle))
+                Error::new(
+                    FailureKind::Malformed,
+                    "read a receipt",
+                    format!("{:?} is not one of pgmq's", receipt.handle),
+                )
             })
         })
         .collect()

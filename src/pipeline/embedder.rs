@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::failure::{Error, Result};
+use super::failure::{Error, FailureKind, Result};
 
 /// A unit vector of [`Embedder::dimensions`] values.
 pub type Embedding = Arc<[f32]>;
@@ -51,7 +51,7 @@ impl Tokens {
 }
 
 fn of_another() -> Error {
-    Error::of_process("embed texts", "another embedder has read them")
+    Error::new(FailureKind::ProcessBroken, "embed texts", "another embedder has read them")
 }
 
 /// How much an embedder takes in one call of [`Embedder::embed`].
@@ -100,6 +100,8 @@ pub trait Embedder: Send + Sync {
     /// Embeds what somebody searches for, which some models embed otherwise than what is searched.
     async fn embed_query(&self, text: &Arc<str>) -> Result<Embedding> {
         let mut vectors = self.embed_texts(std::slice::from_ref(text)).await?;
-        vectors.pop().ok_or_else(|| Error::retryable("embed a query", "no vector came"))
+        vectors
+            .pop()
+            .ok_or_else(|| Error::new(FailureKind::UnexpectedAnswer, "embed a query", "no vector came"))
     }
 }

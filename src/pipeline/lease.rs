@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::clock::Clock;
-use super::failure::{Error, Result};
+use super::failure::{Error, FailureKind, Result};
 
 /// How often a missing heartbeat is looked for.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -74,7 +74,8 @@ impl Lease {
         let started = self.clock.now();
         while !self.covers(request) {
             if self.clock.now().saturating_sub(started) > self.length {
-                return Err(Error::retryable(
+                return Err(Error::new(
+                    FailureKind::NoSession,
                     "write to the index",
                     "this worker has no session in the database",
                 ));
@@ -90,7 +91,8 @@ impl Lease {
         let started = self.clock.now();
         loop {
             if self.session() != session {
-                return Err(Error::retryable(
+                return Err(Error::new(
+                    FailureKind::NoSession,
                     "write to the index",
                     "the worker's session was lost meanwhile",
                 ));
@@ -99,7 +101,8 @@ impl Lease {
                 return Ok(());
             }
             if self.clock.now().saturating_sub(started) > self.length {
-                return Err(Error::retryable(
+                return Err(Error::new(
+                    FailureKind::NoSession,
                     "write to the index",
                     "no heartbeat reached the database in time",
                 ));

@@ -142,7 +142,8 @@ impl Relay {
                 }
                 // What was there comes back: a database that is restored, a right that is granted.
                 Err(error)
-                    if error.class == Class::Fatal && (error.of_process || until_idle || !has_worked) =>
+                    if error.class() == Class::Fatal
+                        && (error.is_of_process() || until_idle || !has_worked) =>
                 {
                     return Err(error);
                 }
@@ -151,11 +152,11 @@ impl Relay {
                     let retry_in_ms = pause.as_millis() as u64;
                     // Told once, and shown for as long as it lasts.
                     if backoff.failures() == 1 {
-                        tracing::warn!(%error, class = %error.class, retry_in_ms, "cannot queue changes: trying again until it works");
+                        tracing::warn!(%error, class = %error.class(), retry_in_ms, "cannot queue changes: trying again until it works");
                     } else {
-                        tracing::debug!(%error, class = %error.class, retry_in_ms, "cannot queue changes");
+                        tracing::debug!(%error, class = %error.class(), retry_in_ms, "cannot queue changes");
                     }
-                    if error.class == Class::Fatal || backoff.failures() >= fault::IN_A_ROW {
+                    if error.class() == Class::Fatal || backoff.failures() >= fault::IN_A_ROW {
                         self.faults.report(fault::RELAY, format_args!("changes cannot be queued: {error}"));
                     }
                     stop.run_until_cancelled(self.clock.sleep(pause)).await;

@@ -38,7 +38,7 @@ impl Backoff {
         let ceiling = BASE.saturating_mul(1 << self.failures.min(10)).min(CAP);
         self.failures = self.failures.saturating_add(1);
         let jittered = ceiling.mul_f64(0.5 + clock.chance() / 2.0);
-        jittered.max(error.retry_after.unwrap_or_default().min(MAX_ASKED))
+        jittered.max(error.retry_after().unwrap_or_default().min(MAX_ASKED))
     }
 }
 
@@ -46,17 +46,18 @@ impl Backoff {
 mod tests {
     use super::*;
     use crate::pipeline::clock::BootClock;
+    use crate::pipeline::failure::FailureKind;
 
     #[test]
     fn pauses_grow_to_a_bound_and_obey_the_backend() {
         let mut backoff = Backoff::default();
-        let error = Error::retryable("x", "y");
+        let error = Error::new(FailureKind::Conflict, "x", "y");
         let first = backoff.next(&error, &BootClock);
         assert!(first >= BASE / 2 && first <= BASE);
         (0..50).for_each(|_| assert!(backoff.next(&error, &BootClock) <= CAP));
-        let patient = Error { retry_after: Some(CAP * 2), ..error };
+        let patient = error.with_pause(Some(CAP * 2));
         assert_eq!(backoff.next(&patient, &BootClock), CAP * 2);
-        let lost = Error { retry_after: Some(Duration::MAX), ..patient };
+        let lost = patient.with_pause(Some(Duration::MAX));
         assert_eq!(backoff.next(&lost, &BootClock), MAX_ASKED);
     }
 }

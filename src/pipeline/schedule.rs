@@ -10,7 +10,7 @@ use tokio::sync::{Semaphore, oneshot};
 use super::change::Lane;
 use super::clock::Clock;
 use super::embedder::{BatchSize, Embedder, Embedding, Tokens};
-use super::failure::{Error, Result};
+use super::failure::{Error, FailureKind, Result};
 
 /// While both lanes have work, one slice in this many is a bulk one, so that bulk is never starved.
 const BULK_SHARE: u32 = 8;
@@ -91,7 +91,11 @@ impl Scheduler {
         let count = texts.len();
         let tokenized = self.embedder.tokenize(texts).await?;
         if tokenized.len() != count {
-            return Err(Error::retryable("embed texts", "the embedder read another number of texts"));
+            return Err(Error::new(
+                FailureKind::UnexpectedAnswer,
+                "embed texts",
+                "the embedder read another number of texts",
+            ));
         }
         let mut order: Vec<(u64, usize)> =
             tokenized.iter().enumerate().map(|(at, text)| (text.count() as u64, at)).collect();
@@ -117,10 +121,12 @@ impl Scheduler {
         }
         let mut embeddings: Vec<Option<Embedding>> = vec![None; count];
         for (part, result) in pending {
-            let vectors =
-                result.await.map_err(|_| Error::retryable("embed texts", "the embedder stopped"))??;
+            let vectors = result.await.map_err(|_| {
+                Error::new(FailureKind::ConnectionLost, "embed texts", "the embedder stopped")
+            })??;
             if vectors.len() != part.len() {
-                return Err(Error::retryable(
+                return Err(Error::new(
+                    FailureKind::UnexpectedAnswer,
                     "embed texts",
                     "the embedder returned another number of vectors",
                 ));
@@ -132,7 +138,7 @@ impl Scheduler {
         embeddings
             .into_iter()
             .collect::<Option<_>>()
-            .ok_or_else(|| Error::retryable("embed texts", "a text was left out"))
+            .ok_or_else(|| Error::new(FailureKind::UnexpectedAnswer, "embed texts", "a text was left out"))
     }
 
     /// How much a slice of this lane holds.

@@ -117,7 +117,7 @@ async fn claim(
     while !stop.is_cancelled() {
         match lineage::claim(&backends.postgres, backends.target.id, &*backends.index).await {
             Ok(()) => break,
-            Err(error) if error.class != Class::Retryable => return Err(error.into()),
+            Err(error) if error.class() != Class::Retryable => return Err(error.into()),
             Err(error) => {
                 let pause = backoff.next(&error, clock);
                 worker.faults.report(fault::HELD, format_args!("the index cannot be reached: {error}"));

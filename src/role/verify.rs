@@ -15,6 +15,7 @@ use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::audit::{Auditor, Options, Report};
 use crate::pipeline::clock::BootClock;
+use crate::pipeline::failure::chain;
 
 /// Exit codes: see the command's help.
 const DIFFERENT: u8 = 1;
@@ -63,7 +64,7 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
         }
         // Whoever scripts this must not take "could not look" for "they differ".
         Err(error) if !super::is_broken_pipe(&error) => {
-            eprintln!("error: could not tell whether index and table agree: {error:#}");
+            eprintln!("error: could not tell whether index and table agree: {}", chain(error.as_ref()));
             Ok(ExitCode::from(UNDECIDED))
         }
         Err(error) => Err(error),

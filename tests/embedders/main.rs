@@ -267,20 +267,20 @@ async fn failures_are_classed_and_passing_ones_sat_out() {
     assert_eq!(double.requests.load(Ordering::SeqCst), 4);
     double.fail(&[500; 9]);
     let error = embedder.embed_texts(&texts(&["a"])).await.unwrap_err();
-    assert_eq!(error.class, Class::Retryable, "{error}");
+    assert_eq!(error.class(), Class::Retryable, "{error}");
     double.fail(&[]);
     let error = embedder.embed_texts(&texts(&["fine", "some poison"])).await.unwrap_err();
-    assert!(error.class == Class::Permanent && error.message.contains("one of the inputs"), "{error}");
+    assert!(error.class() == Class::Permanent && error.message().contains("one of the inputs"), "{error}");
     *double.length.lock().unwrap() = Some(7);
     let error = embedder.embed_texts(&texts(&["a"])).await.unwrap_err();
-    assert!(error.class == Class::Fatal && error.message.contains("length 7, and 384"), "{error}");
+    assert!(error.class() == Class::Fatal && error.message().contains("length 7, and 384"), "{error}");
     *double.length.lock().unwrap() = Some(0);
     assert!(open("openai", &url, &[]).await.is_err(), "a vector without numbers");
     let wrong = open("openai", &url, &[("REFARCH_EMBEDDER_API_KEY", "wrong-key")]).await.err().unwrap();
-    assert!(wrong.class == Class::Fatal && wrong.message.contains("embedder.api_key"), "{wrong}");
+    assert!(wrong.class() == Class::Fatal && wrong.message().contains("embedder.api_key"), "{wrong}");
     assert!(!wrong.to_string().contains("wrong-key"));
     let nowhere = format!("http://127.0.0.1:{}", common::free_port());
-    assert_eq!(open("openai", &nowhere, &[]).await.err().unwrap().class, Class::Retryable);
+    assert_eq!(open("openai", &nowhere, &[]).await.err().unwrap().class(), Class::Retryable);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -81,7 +81,7 @@ async fn an_answer_that_is_no_vectors_is_asked_for_again() {
         Stub::start(|asked, number| if number == 0 { vectors(asked) } else { status(200, "<html>") }).await;
     let embedder = open("openai", &server.url, &[]).await.unwrap();
     let error = one(&*embedder).await.unwrap_err();
-    assert!(error.class == Class::Retryable && error.message.contains("/v1/embeddings"), "{error}");
+    assert!(error.class() == Class::Retryable && error.message().contains("/v1/embeddings"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -91,10 +91,10 @@ async fn a_redirect_is_told_and_not_followed_with_the_key() {
     let server = Stub::start(move |_, _| with_header(307, "Location", &to)).await;
     let embedder = open("openai", &server.url, &[SET]).await.unwrap();
     let error = one(&*embedder).await.unwrap_err();
-    assert_eq!(error.class, Class::Retryable, "{error}");
+    assert_eq!(error.class(), Class::Retryable, "{error}");
     let place = format!("{}/elsewhere/embeddings", other.url);
-    assert!(error.message.contains(&place) && error.message.contains("embedder.url"), "{error}");
-    assert!(!error.message.contains("hidden") && other.asked().is_empty(), "{error}");
+    assert!(error.message().contains(&place) && error.message().contains("embedder.url"), "{error}");
+    assert!(!error.message().contains("hidden") && other.asked().is_empty(), "{error}");
     assert!(server.asked().iter().all(|one| one.key == format!("Bearer {KEY}")));
 }
 
@@ -116,7 +116,7 @@ async fn a_server_is_left_alone_for_as_long_as_it_asks() {
         .await;
         let embedder = open("openai", &server.url, &[]).await.unwrap();
         let error = one(&*embedder).await.unwrap_err();
-        let asked = error.retry_after.map(|pause| pause.as_secs());
+        let asked = error.retry_after().map(|pause| pause.as_secs());
         assert!(asked.is_some_and(|pause| (least..=most).contains(&pause)), "{error}: {asked:?}");
         // A pause that is longer than a request's own tries last is left to the caller.
         assert!(least == 0 || server.asked().len() == 2, "{}", server.asked().len());
@@ -156,7 +156,7 @@ async fn one_refused_text_among_many_costs_few_requests_and_a_server_that_refuse
         Stub::start(|asked, number| if number == 0 { vectors(asked) } else { status(400, "no") }).await;
     let embedder = open("openai", &server.url, &[]).await.unwrap();
     let error = embedder.embed_texts(&many).await.unwrap_err();
-    assert_eq!(error.class, Class::Permanent, "{error}");
+    assert_eq!(error.class(), Class::Permanent, "{error}");
     assert!(server.asked().len() <= 4, "{}", server.asked().len());
     let server = Stub::start(|asked, _| {
         let is_refused = asked.texts.iter().any(|text| text.starts_with("7 "));
@@ -165,7 +165,7 @@ async fn one_refused_text_among_many_costs_few_requests_and_a_server_that_refuse
     .await;
     let embedder = open("openai", &server.url, &[]).await.unwrap();
     let error = embedder.embed_texts(&many).await.unwrap_err();
-    assert_eq!(error.class, Class::Permanent, "{error}");
+    assert_eq!(error.class(), Class::Permanent, "{error}");
     assert!(server.asked().len() <= 32, "{}", server.asked().len());
 }
 
@@ -267,7 +267,10 @@ async fn a_wrong_key_is_told_at_the_start_though_the_length_is_set() {
     for kind in ["openai", "tei", "pinecone"] {
         let error = open(kind, &server.url, &[SET]).await.err();
         let error = error.unwrap_or_else(|| panic!("{kind}: the wrong key went unnoticed"));
-        assert!(error.class == Class::Fatal && error.message.contains("embedder.api_key"), "{kind}: {error}");
+        assert!(
+            error.class() == Class::Fatal && error.message().contains("embedder.api_key"),
+            "{kind}: {error}"
+        );
     }
     let asked = server.asked().len();
     let set = settings(&[variables("openai", &server.url), vec![SET]].concat());
@@ -279,14 +282,14 @@ async fn a_wrong_key_is_told_at_the_start_though_the_length_is_set() {
 async fn a_server_that_is_not_up_yet_is_waited_for() {
     let nowhere = format!("http://127.0.0.1:{}", common::free_port());
     let embedder = open("openai", &nowhere, &[SET]).await.unwrap();
-    assert_eq!(one(&*embedder).await.unwrap_err().class, Class::Retryable);
+    assert_eq!(one(&*embedder).await.unwrap_err().class(), Class::Retryable);
     let busy = Stub::start(|_, _| status(503, "loading the model")).await;
     let embedder = open("openai", &busy.url, &[SET]).await.unwrap();
-    assert_eq!(one(&*embedder).await.unwrap_err().class, Class::Retryable);
+    assert_eq!(one(&*embedder).await.unwrap_err().class(), Class::Retryable);
     // What it would be named by is not known yet: another name would be another model.
     let unnamed = [SET, ("REFARCH_EMBEDDER_MODEL", "")];
     let error = open("tei", &busy.url, &unnamed).await.err().expect("the name is asked for");
-    assert_eq!(error.class, Class::Retryable, "{error}");
+    assert_eq!(error.class(), Class::Retryable, "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -299,12 +302,12 @@ async fn what_concerns_every_request_is_fatal_and_names_the_place_and_no_secret(
         let url = format!("{}/api/v1?code=hidden", server.url);
         let embedder = open("openai", &url, &[]).await.unwrap();
         let error = one(&*embedder).await.unwrap_err();
-        assert_eq!(error.class, Class::Fatal, "{error}");
+        assert_eq!(error.class(), Class::Fatal, "{error}");
         let place = format!("{}/api/v1/embeddings", server.url);
-        assert!(error.message.contains(&place) && error.message.contains("embedder."), "{error}");
+        assert!(error.message().contains(&place) && error.message().contains("embedder."), "{error}");
         assert!(!error.to_string().contains("hidden") && !error.to_string().contains(KEY), "{error}");
     }
     let nowhere = format!("http://127.0.0.1:{}/v1?code=hidden", common::free_port());
     let error = open("openai", &nowhere, &[]).await.err().unwrap();
-    assert!(error.message.contains("/v1/embeddings") && !error.message.contains("hidden"), "{error}");
+    assert!(error.message().contains("/v1/embeddings") && !error.message().contains("hidden"), "{error}");
 }

@@ -443,7 +443,7 @@ async fn of_two_databases_that_write_to_one_namespace_the_elder_stops() {
     let Renewed::Taken(error) = worker.renew(&postgres, target, &index).await.unwrap() else {
         panic!("the second's note was not noticed")
     };
-    assert!(error.class == Class::Fatal && error.message.contains("index.namespace"), "{error}");
+    assert!(error.class() == Class::Fatal && error.message().contains("index.namespace"), "{error}");
     assert_eq!(first.distrusted().await, (0, 0));
     // Started again it takes the namespace over, once; and it is not taken to and fro.
     first.ok(&["embed", "--until-idle", "--workers", "1"]).await;
@@ -498,7 +498,7 @@ async fn another_index_by_name_is_refused_before_it_is_made() {
     let (code, said) = shop.run(&["migrate"]).await;
     assert!(code == Some(1) && said.contains("index shop") && said.contains("index other"), "{said}");
     let error = control::host(&control_options(&double.url(), "other", DIMENSIONS)).await.unwrap_err();
-    assert!(error.message.contains("there is no index"), "{error}");
+    assert!(error.message().contains("there is no index"), "{error}");
     // By its host it is the same index.
     let shop = shop.with("REFARCH_INDEX_HOST", &host);
     shop.sync().await;

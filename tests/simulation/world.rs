@@ -13,7 +13,7 @@ use refarch::pipeline::catalog::{Hash, SourceRow};
 use refarch::pipeline::change::{Job, Lane, Op};
 use refarch::pipeline::clock::Clock;
 use refarch::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
-use refarch::pipeline::failure::{Error, Result};
+use refarch::pipeline::failure::{Error, FailureKind, Result};
 use refarch::pipeline::index::{
     Applied, Desired, FencedWrite, Listing, Match, Notes, PlainWrite, Planned, Record, Stored, VectorIndex,
     Writes,
@@ -392,7 +392,7 @@ impl View {
         let mut world = self.world();
         if world.chance(120) {
             world.count("database call lost");
-            return Err(Error::retryable("simulated", "connection lost before"));
+            return Err(Error::new(FailureKind::ConnectionLost, "simulated", "connection lost before"));
         }
         Ok(())
     }
@@ -403,7 +403,7 @@ impl View {
         let mut world = self.world();
         if world.chance(120) {
             world.count("database commit told as failed");
-            return Err(Error::retryable("simulated", "connection lost after"));
+            return Err(Error::new(FailureKind::ConnectionLost, "simulated", "connection lost after"));
         }
         Ok(value)
     }
@@ -830,10 +830,14 @@ impl View {
                 })
                 .collect();
             if texts.contains(&REFUSED) {
-                return Err(Error::permanent("simulated index", "400"));
+                return Err(Error::new(FailureKind::RefusedData, "simulated index", "400"));
             }
             if texts.contains(&FAILING) {
-                return Err(Error::doubtful("simulated index", "500 for this one always"));
+                return Err(Error::new(
+                    FailureKind::Overloaded,
+                    "simulated index",
+                    "500 for this one always",
+                ));
             }
             let fate = world.fate();
             let now = world.clock.now();
@@ -866,12 +870,16 @@ impl World {
         if !self.faults {
             return Fate::Done;
         }
-        let mut doubtful = Error::doubtful("simulated index", "5xx or timeout");
-        doubtful.doubtful = !self.planted(Plant::CleanCloseAfterDoubt);
+        let kind = if self.planted(Plant::CleanCloseAfterDoubt) {
+            FailureKind::Conflict
+        } else {
+            FailureKind::TimedOut
+        };
+        let doubtful = Error::new(kind, "simulated index", "5xx or timeout");
         match self.rng.random_range(0..40) {
             0 => {
                 self.count("index 429");
-                Fate::NotDone(Error::retryable("simulated index", "429"))
+                Fate::NotDone(Error::new(FailureKind::RateLimited, "simulated index", "429"))
             }
             1 => {
                 self.count("index 503, not done");
@@ -924,13 +932,13 @@ impl FencedWrite for View {
                 if planned.iter().any(
                     |plan| matches!(&plan.desired, Desired::Present { row, .. } if &*row.text == REFUSED),
                 ) {
-                    return Err(Error::permanent("simulated index", "refused"));
+                    return Err(Error::new(FailureKind::RefusedData, "simulated index", "refused"));
                 }
                 if planned.iter().any(
                     |plan| matches!(&plan.desired, Desired::Present { row, .. } if &*row.text == FAILING),
                 ) {
-                    let error = Error::retryable("simulated index", "fails for this one always");
-                    return Err(error.over_the_change());
+                    let said = "fails for this one always";
+                    return Err(Error::new(FailureKind::SuspectRows, "simulated index", said));
                 }
                 for plan in planned {
                     if world.planted(Plant::ConditionalUpsertAfterDelete) {

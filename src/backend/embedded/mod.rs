@@ -19,6 +19,7 @@ use std::time::Duration;
 use anyhow::Context;
 
 use crate::config::Settings;
+use crate::pipeline::failure::chain;
 use crate::secret::Secret;
 use place::Place;
 use server::Server;
@@ -224,7 +225,7 @@ fn keep_log_short(place: &Place) -> tokio::task::AbortHandle {
             tokio::time::sleep(LOG_CHECK).await;
             let place = place.clone();
             if let Ok(Err(error)) = tokio::task::spawn_blocking(move || place.shorten_log()).await {
-                tracing::warn!(error = format!("{error:#}"), "cannot shorten the private PostgreSQL's log");
+                tracing::warn!(error = chain(error.as_ref()), "cannot shorten the private PostgreSQL's log");
             }
         }
     })

@@ -8,6 +8,7 @@ use anyhow::Context;
 use super::guarded;
 use super::place::Place;
 use super::server::Server;
+use crate::pipeline::failure::chain;
 
 /// Serialises whatever starts or stops the server, across processes, while it lives.
 #[derive(Debug)]
@@ -74,7 +75,7 @@ impl Membership {
 impl Drop for Membership {
     fn drop(&mut self) {
         if let Err(error) = self.end() {
-            tracing::warn!(error = format!("{error:#}"), "cannot leave the private PostgreSQL");
+            tracing::warn!(error = chain(error.as_ref()), "cannot leave the private PostgreSQL");
         }
     }
 }

@@ -10,7 +10,7 @@ use super::provider::Purpose;
 use super::texts::{HALVINGS, SHORT, batches, cut, half, tokens};
 use super::{Failure, PROBE, Server};
 use crate::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// Texts that are handed over together at most, however many a request may hold: what is handed over together
 /// fails together.
@@ -84,7 +84,7 @@ impl HttpEmbedder {
                 Ok(mut made) => {
                     TOLD.call_once(|| {
                         tracing::warn!(
-                            refused = %refused.message,
+                            refused = %refused.message(),
                             text.bytes = text.len(),
                             sent.bytes = left.len(),
                             "a text that the embedding server finds too long is cut, as are others from now on \
@@ -140,6 +140,8 @@ impl Embedder for HttpEmbedder {
 
     async fn embed_query(&self, text: &Arc<str>) -> Result<Embedding> {
         let mut vectors = self.all(&[text], Purpose::Query).await?;
-        vectors.pop().ok_or_else(|| Error::retryable("embed a query", "no vector came"))
+        vectors
+            .pop()
+            .ok_or_else(|| Error::new(FailureKind::UnexpectedAnswer, "embed a query", "no vector came"))
     }
 }

@@ -18,9 +18,10 @@ use std::time::{Duration, Instant};
 use reqwest::Url;
 use tokio::sync::Semaphore;
 
+use crate::backend::http::unanswered;
 use crate::config::Settings;
 use crate::pipeline::clock::BootClock;
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::retry::Backoff;
 use crate::secret::{Secret, without_secrets};
 pub use embedder::HttpEmbedder;
@@ -81,7 +82,7 @@ impl Server {
     /// Looks at the server that the settings name: what it can take, and how long its vectors are.
     pub async fn open(settings: &Settings) -> Result<Self> {
         let set = &settings.embedder;
-        let wrong = |message: String| Error::fatal("use the embedder", message);
+        let wrong = |message: String| Error::new(FailureKind::WrongSetting, "use the embedder", message);
         let provider =
             Provider::of(set.kind).ok_or_else(|| wrong("a model on this machine has no server".into()))?;
         let address = match (provider, set.url.trim()) {
@@ -143,16 +144,16 @@ impl Server {
         let place = address::place(&self.url);
         let slow = || {
             let message = format!("{place} gave no answer within {} s", GREETING.as_secs());
-            Failure::from(Error::retryable("embed texts", message))
+            Failure::from(Error::new(FailureKind::TimedOut, "embed texts", message))
         };
         match greeted.unwrap_or_else(|_| Err(slow())) {
             Ok(_) => Ok(()),
-            Err(Failure { error, .. }) if error.class == Class::Retryable => {
+            Err(Failure { error, .. }) if error.class() == Class::Retryable => {
                 tracing::warn!(%error, "the embedding server does not answer yet; work is held until it does");
                 Ok(())
             }
             // It may be mended as it stands, without this process: the work is held as one fault meanwhile.
-            Err(Failure { error, .. }) if error.class == Class::Permanent => {
+            Err(Failure { error, .. }) if error.class() == Class::Permanent => {
                 tracing::warn!(%error, "the embedding server refuses a harmless text; work is held until it takes one");
                 Ok(())
             }
@@ -164,22 +165,27 @@ impl Server {
     async fn learn(&mut self, base: &Url) -> Result<()> {
         let url = address::info(base, self.provider);
         let request = self.provider.sign(self.client.get(url.clone()), self.api_key.expose());
-        let answer = request.send().await.map_err(|error| unanswered(&error, &url))?;
+        let answer = request.send().await.map_err(|error| unanswered(error, &url))?;
         let (status, headers) = (answer.status(), answer.headers().clone());
-        let body = answer.bytes().await.map_err(|error| unanswered(&error, &url))?;
+        let body = answer.bytes().await.map_err(|error| unanswered(error, &url))?;
         // Servers that speak its protocol without this are as good. One that can't tell just now is not: by
         // another name its model would be another model.
         let info = match status.as_u16() {
             200..=299 if body.trim_ascii_start().starts_with(b"{") => {
                 serde_json::from_slice(&body).map_err(|error| {
                     let message = format!("what {} says is cut or no JSON: {error}", address::place(&url));
-                    Error::retryable("ask the embedding server for its model", message)
+                    Error::new(
+                        FailureKind::UnexpectedAnswer,
+                        "ask the embedding server for its model",
+                        message,
+                    )
+                    .because(error)
                 })?
             }
             200..=299 | 400 | 404 | 405 | 410 | 422 | 501 => Info::default(),
             _ => {
                 let error = refusal(&url, self.api_key.expose(), status, &headers, &body);
-                return Err(Error { what: "ask the embedding server for its model".into(), ..error });
+                return Err(error.amid("ask the embedding server for its model"));
             }
         };
         if self.model.is_empty() {
@@ -224,7 +230,7 @@ impl Server {
             };
             let pause = backoff.next(&failure.error, &BootClock);
             let is_over = backoff.failures() >= TRIES || pause > MAX_PAUSE;
-            if failure.error.class != Class::Retryable || is_over {
+            if failure.error.class() != Class::Retryable || is_over {
                 return Err(failure);
             }
             tokio::time::sleep(pause).await;
@@ -232,7 +238,7 @@ impl Server {
     }
 
     async fn once(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>, Failure> {
-        let lost = |error: reqwest::Error| unanswered(&error, &self.url);
+        let lost = |error: reqwest::Error| unanswered(error, &self.url);
         let body = self.provider.body(&self.model, texts, self.asked, purpose);
         let request = self.provider.sign(self.client.post(self.url.clone()), self.api_key.expose());
         let mut answer = request.json(&body).send().await.map_err(lost)?;
@@ -242,12 +248,15 @@ impl Server {
             read.extend_from_slice(&chunk);
             if read.len() > MAX_ANSWER {
                 let message = format!("the answer of {} is too long", address::place(&self.url));
-                return Err(Failure { error: Error::permanent("embed texts", message), is_refusal: true });
+                return Err(Failure {
+                    error: Error::new(FailureKind::RefusedData, "embed texts", message),
+                    is_refusal: true,
+                });
             }
         }
         if !status.is_success() {
             let error = refusal(&self.url, self.api_key.expose(), status, &headers, &read);
-            return Err(Failure { is_refusal: error.class == Class::Permanent, error });
+            return Err(Failure { is_refusal: error.class() == Class::Permanent, error });
         }
         let vectors = self.provider.read(&read).map_err(|error| {
             let message = format!(
@@ -255,12 +264,12 @@ impl Server {
                 address::place(&self.url),
                 self.provider.name()
             );
-            Error::retryable("embed texts", message)
+            Error::new(FailureKind::UnexpectedAnswer, "embed texts", message).because(error)
         })?;
         if vectors.len() != texts.len() {
             let place = address::place(&self.url);
             let message = format!("{} vectors came from {place} for {} texts", vectors.len(), texts.len());
-            return Err(Error::retryable("embed texts", message).into());
+            return Err(Error::new(FailureKind::UnexpectedAnswer, "embed texts", message).into());
         }
         Ok(vectors.into_iter().map(|vector| self.checked(vector)).collect::<Result<_>>()?)
     }
@@ -274,11 +283,15 @@ impl Server {
                 vector.len(),
                 self.dimensions
             );
-            return Err(Error::fatal("embed texts", message));
+            return Err(Error::new(FailureKind::WrongShape, "embed texts", message));
         }
         let norm = vector.iter().map(|value| f64::from(*value) * f64::from(*value)).sum::<f64>().sqrt();
         if !norm.is_finite() || norm == 0.0 {
-            return Err(Error::permanent("embed texts", "the server made a vector that has no direction"));
+            return Err(Error::new(
+                FailureKind::RefusedData,
+                "embed texts",
+                "the server made a vector that has no direction",
+            ));
         }
         for value in &mut vector {
             *value = (f64::from(*value) / norm) as f32;
@@ -291,33 +304,21 @@ impl Server {
 /// refuse a request.
 fn at_the_start(failure: Failure) -> Error {
     match failure.error {
-        error if error.class == Class::Permanent => Error {
-            class: Class::Fatal,
-            message: format!("{}; it was asked to embed the word {PROBE:?}", error.message),
-            ..error
-        },
+        error if error.class() == Class::Permanent => {
+            let said = format!("{}; it was asked to embed the word {PROBE:?}", error.message());
+            Error::new(FailureKind::RefusesAll, error.what().to_owned(), said).because(error)
+        }
         error => error,
     }
 }
 
-/// Classes a request that got no answer.
-fn unanswered(error: &reqwest::Error, url: &Url) -> Error {
-    // The error's own text has the address with its query.
-    let mut text = format!("no answer from {}", address::place(url));
-    let mut cause = std::error::Error::source(error);
-    if cause.is_none() {
-        text = format!(
-            "{text}: {}",
-            if error.is_timeout() { "it took too long" } else { "the answer broke off" }
-        );
-    }
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    let text = without_secrets(&text);
-    if error.is_builder() {
-        return Error::fatal("embed texts", text);
-    }
-    Error::retryable("embed texts", text)
+/// A request that got no answer.
+fn unanswered(error: reqwest::Error, url: &Url) -> Error {
+    let place = address::place(url);
+    let reason = unanswered::reason(&error).unwrap_or_else(|| {
+        if error.is_timeout() { "it took too long".into() } else { "the answer broke off".into() }
+    });
+    let said = without_secrets(&format!("no answer from {place}: {reason}"));
+    let kind = if error.is_builder() { FailureKind::WrongSetting } else { unanswered::kind(&error) };
+    Error::new(kind, "embed texts", said).because(error.without_url())
 }

@@ -1,78 +1,63 @@
-//! What an answer that is no success means, and what the operator does about it: one table for all servers.
+//! What is told of an answer that is no success, and what the operator does about it.
 
 use std::fmt::Write as _;
 use std::ops::RangeInclusive;
-use std::time::{Duration, SystemTime};
 
-use jiff::Timestamp;
-use jiff::fmt::rfc2822;
-use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
+use reqwest::header::{HeaderMap, LOCATION};
 use reqwest::{StatusCode, Url};
 use serde_json::Value;
 
 use super::address::place;
-use crate::pipeline::failure::{Class, Error};
+use crate::backend::http::status;
+use crate::pipeline::failure::Error;
 
 /// Characters of an error's body that are told.
 const MAX_ERROR: usize = 500;
 
-/// Statuses, the class of such an answer, and what to do.
-type Rule = (RangeInclusive<u16>, Class, &'static str);
-
-/// The first rule that fits holds.
-///
-/// Permanent is what may be the texts' own fault. Fatal is what a setting must mend. All else passes, or is
-/// mended at the server or between: the work is held meanwhile, and tried again with pauses.
-const TABLE: &[Rule] = &[
-    (300..=399, Class::Retryable, "set embedder.url to the address that the server itself has"),
-    (400..=400, Class::Permanent, ""),
-    (401..=401, Class::Fatal, "is embedder.api_key right?"),
-    (402..=402, Class::Retryable, "is there credit left for the key in embedder.api_key?"),
-    (403..=403, Class::Fatal, "is embedder.api_key right, and may it use embedder.model?"),
-    (404..=404, Class::Fatal, "are embedder.url and embedder.model right?"),
-    (405..=405, Class::Fatal, "is embedder.url right, and embedder.kind?"),
-    (406..=406, Class::Fatal, "is embedder.kind right?"),
-    (407..=407, Class::Fatal, "a proxy asks who this is: is embedder.url right?"),
-    (408..=409, Class::Retryable, ""),
-    (410..=410, Class::Fatal, "are embedder.url and embedder.model right?"),
-    (411..=411, Class::Fatal, "is embedder.url right, and embedder.kind?"),
-    (413..=413, Class::Permanent, ""),
-    (414..=415, Class::Fatal, "is embedder.url right, and embedder.kind?"),
-    (422..=422, Class::Permanent, ""),
+/// What the operator does about a status; nothing where the server says it. The first line that fits holds.
+const REMEDIES: &[(RangeInclusive<u16>, &str)] = &[
+    (300..=399, "set embedder.url to the address that the server itself has"),
+    (400..=400, ""),
+    (401..=401, "is embedder.api_key right?"),
+    (402..=402, "is there credit left for the key in embedder.api_key?"),
+    (403..=403, "is embedder.api_key right, and may it use embedder.model?"),
+    (404..=404, "are embedder.url and embedder.model right?"),
+    (405..=405, "is embedder.url right, and embedder.kind?"),
+    (406..=406, "is embedder.kind right?"),
+    (407..=407, "a proxy asks who this is: is embedder.url right?"),
+    (408..=409, ""),
+    (410..=410, "are embedder.url and embedder.model right?"),
+    (411..=411, "is embedder.url right, and embedder.kind?"),
+    (413..=413, ""),
+    (414..=415, "is embedder.url right, and embedder.kind?"),
+    (422..=422, ""),
     // What its back end could not do, such as for want of memory.
-    (424..=424, Class::Retryable, "see the server's own log if this lasts"),
-    (
-        429..=429,
-        Class::Retryable,
-        "embedder.requests_per_minute and embedder.tokens_per_minute keep below a limit",
-    ),
-    (431..=431, Class::Fatal, "is embedder.api_key right?"),
-    (500..=599, Class::Retryable, "see the server's own log if this lasts"),
-    (0..=u16::MAX, Class::Retryable, "is embedder.url right?"),
+    (424..=424, "see the server's own log if this lasts"),
+    (429..=429, "embedder.requests_per_minute and embedder.tokens_per_minute keep below a limit"),
+    (431..=431, "is embedder.api_key right?"),
+    (500..=599, "see the server's own log if this lasts"),
+    (0..=u16::MAX, "is embedder.url right?"),
 ];
 
-/// The class of a status, and what to do about it.
-pub(super) fn rule(status: StatusCode) -> (Class, &'static str) {
+fn remedy(status: StatusCode) -> Option<&'static str> {
     let status = status.as_u16();
-    let rule = TABLE.iter().find(|(statuses, ..)| statuses.contains(&status));
-    rule.map_or((Class::Retryable, ""), |(_, class, remedy)| (*class, remedy))
+    let line = REMEDIES.iter().find(|(statuses, _)| statuses.contains(&status));
+    line.map(|(_, remedy)| *remedy).filter(|remedy| !remedy.is_empty())
 }
 
 /// An answer that is no success, as an error.
 pub(super) fn refusal(url: &Url, key: &str, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Error {
-    let (class, remedy) = rule(status);
     let mut message = format!("{} answered {status}", place(url));
     if let Some(target) = target(url, headers).filter(|_| status.is_redirection()) {
         let _ = write!(message, " and points to {target}, which is not followed");
     }
-    for part in [said(body, key).as_str(), remedy] {
-        if !part.is_empty() {
-            let _ = write!(message, "{} {part}", if part == remedy { ";" } else { ":" });
-        }
+    let said = said(body, key);
+    if !said.is_empty() {
+        let _ = write!(message, ": {said}");
     }
-    let retry_after = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok());
-    let retry_after = retry_after.and_then(|value| pause(value, SystemTime::now()));
-    Error { retry_after, ..Error::new(class, "embed texts", message) }
+    Error::new(status::kind(status), "embed texts", message)
+        .with_remedy(remedy(status))
+        .with_pause(status::retry_after(headers))
 }
 
 /// Where a redirect points to.
@@ -91,41 +76,26 @@ fn said(body: &[u8], key: &str) -> String {
     said.chars().take(MAX_ERROR).collect()
 }
 
-/// How long `Retry-After` asks for: seconds, or until a date.
-fn pause(value: &str, now: SystemTime) -> Option<Duration> {
-    let value = value.trim();
-    if let Ok(seconds) = value.parse::<f64>() {
-        return Duration::try_from_secs_f64(seconds).ok();
-    }
-    let then = rfc2822::parse(value).ok()?.timestamp();
-    let now = Timestamp::try_from(now).ok()?;
-    Some(Duration::try_from(then.duration_since(now)).unwrap_or_default())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::failure::Class;
 
     #[test]
-    fn every_status_has_one_class_and_what_asks_for_a_deed_says_which() {
-        let class = |status: u16| rule(StatusCode::from_u16(status).unwrap()).0;
-        for status in 100..=999 {
-            let wanted = match status {
-                400 | 413 | 422 => Class::Permanent,
-                401 | 403..=407 | 410 | 411 | 414 | 415 | 431 => Class::Fatal,
-                _ => Class::Retryable,
-            };
-            assert_eq!(class(status), wanted, "{status}");
-            let remedy = rule(StatusCode::from_u16(status).unwrap()).1;
-            assert!(wanted != Class::Fatal || remedy.contains("embedder."), "{status}: {remedy}");
+    fn what_asks_for_a_deed_says_which() {
+        for code in 100..=999 {
+            let status = StatusCode::from_u16(code).unwrap();
+            let remedy = remedy(status).unwrap_or_default();
+            let is_told = status::kind(status).class() != Class::Fatal || remedy.contains("embedder.");
+            assert!(is_told, "{status}: {remedy}");
         }
-        // Each rule is reached.
-        for (statuses, class, remedy) in TABLE {
-            let reached = statuses.clone().any(|status| {
-                let status = StatusCode::from_u16(status);
-                status.is_ok_and(|status| rule(status) == (*class, *remedy))
-            });
-            assert!(reached, "{statuses:?}");
+        // Each line is reached.
+        for (statuses, text) in REMEDIES {
+            let reached = statuses.clone().filter_map(|status| StatusCode::from_u16(status).ok());
+            assert!(
+                reached.clone().any(|status| remedy(status).unwrap_or_default() == *text),
+                "{statuses:?}"
+            );
         }
     }
 
@@ -147,17 +117,5 @@ mod tests {
         let to = HeaderMap::from_iter([(LOCATION, "../login?next=hidden".parse().unwrap())]);
         let told = tell(302, "", &to);
         assert!(told.contains("http://host/login,") && !told.contains("hidden"), "{told}");
-    }
-
-    #[test]
-    fn a_pause_is_asked_for_in_seconds_or_by_a_date() {
-        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_445_412_400);
-        let seconds = |value: &str| pause(value, now).map(|pause| pause.as_secs());
-        assert_eq!([seconds("7"), seconds(" 0 "), seconds("1.5")], [Some(7), Some(0), Some(1)]);
-        assert_eq!(seconds("Wed, 21 Oct 2015 07:28:00 GMT"), Some(80));
-        assert_eq!(seconds("Wed, 21 Oct 2015 07:26:00 GMT"), Some(0), "it has passed");
-        for nonsense in ["", "-1", "soon", "NaN", "1e300"] {
-            assert_eq!(seconds(nonsense), None, "{nonsense}");
-        }
     }
 }

@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime};
 use sha2::{Digest as _, Sha256};
 
 use crate::encoder::{BertConfig, Description, Pooling};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// Models that are known by name. The one that `scripts/setup` brings is named as it was before names covered
 /// more than its weights, so that what is indexed stays.
@@ -60,8 +60,7 @@ pub(super) fn name(weights: &Path, tokenizer: &Path, described: &Description) ->
 /// What the same folder was called when names covered no more than its own name and samples of the weights; none
 /// if it cannot be told from others by that.
 pub(super) fn former_name(weights: &Path) -> Result<Option<String>> {
-    let samples =
-        samples(weights).map_err(|error| Error::fatal(format!("read {}", weights.display()), error))?;
+    let samples = samples(weights).map_err(|error| unreadable(weights, error))?;
     if samples == FORMERLY_KNOWN {
         return Ok(None);
     }
@@ -107,8 +106,8 @@ fn hash(weights: &Path, tokenizer: &Path, described: &Description) -> Result<Str
     let mut digest = Sha256::new();
     for file in [weights, tokenizer] {
         let hash = of_file(file).map_err(|error| match error.kind() {
-            io::ErrorKind::ResourceBusy => Error::retryable("read the model", error),
-            _ => Error::fatal(format!("read {}", file.display()), error),
+            io::ErrorKind::ResourceBusy => Error::caused(FailureKind::Conflict, "read the model", error),
+            _ => unreadable(file, error),
         })?;
         digest.update(hash);
     }
@@ -154,6 +153,12 @@ impl From<&fs::Metadata> for Stamp {
             changed: (found.ctime(), found.ctime_nsec()),
         }
     }
+}
+
+/// A file of the model that cannot be read.
+pub(super) fn unreadable(file: &Path, error: io::Error) -> Error {
+    let what = format!("read {}", file.display());
+    Error::new(FailureKind::MissingResource, what, &error).because(error)
 }
 
 /// The hash of a whole file. A process hashes a file once, as long as nobody writes to it.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{MIN_GRAPH_VERSION, PgVector};
 use crate::backend::postgres::failure;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// A graph is dropped only for a reload of more changes than this, besides being larger than the
 /// table: below, building it anew would cost more than it saves.
@@ -99,7 +99,7 @@ impl PgVector {
     }
 
     async fn wanted(&self, backlog: u64) -> Result<Option<Action>> {
-        let fail = |error: tokio_postgres::Error| failure("look after the graph", &error);
+        let fail = |error: tokio_postgres::Error| failure("look after the graph", error);
         let client = self.postgres.client().await?;
         let state = client
             .query_opt(
@@ -131,7 +131,7 @@ impl PgVector {
     /// Builds or drops, unless somebody else is at it; whether it was built.
     async fn act(&self, action: &Action) -> Result<bool> {
         let what = "build the graph";
-        let fail = |error: tokio_postgres::Error| failure(what, &error);
+        let fail = |error: tokio_postgres::Error| failure(what, error);
         let graph = self.graph();
         // Not as it was at the start: it may have been updated since.
         let extension = self.installed().await?;
@@ -152,7 +152,8 @@ impl PgVector {
             Action::Drop => format!("DROP INDEX IF EXISTS refarch.{graph}"),
             Action::Build if extension.version < MIN_GRAPH_VERSION => {
                 let (major, minor, patch) = extension.version;
-                return Err(Error::permanent(
+                return Err(Error::new(
+                    FailureKind::Unsupported,
                     what,
                     format!(
                         "pgvector {major}.{minor}.{patch} has known corruption in graphs: install a newer one, then ALTER EXTENSION vector UPDATE"
@@ -170,7 +171,8 @@ impl PgVector {
         };
         // What a session sets through a pooler in transaction mode would be somebody else's.
         if !self.postgres.has_sessions().await? {
-            return Err(Error::permanent(
+            return Err(Error::new(
+                FailureKind::Unsupported,
                 what,
                 "database.url leads to a pooler in transaction mode: give it the server itself",
             ));

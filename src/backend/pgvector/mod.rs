@@ -20,7 +20,7 @@ use super::postgres::{Postgres, failure};
 use crate::pipeline::catalog::{ContentSalt, Hash, SourceRow};
 use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::embedder::Embedding;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::index::{
     Applied, Desired, FencedWrite, Listing, Match, Notes, Planned, Stored, VectorIndex, Writes,
 };
@@ -144,12 +144,12 @@ impl PgVector {
 
     /// A failure of SQL that names pgvector's schema. The extension may have moved to another one: then it is
     /// looked up at the next try, and no change is at fault.
-    fn failed(&self, what: &str, error: &tokio_postgres::Error) -> Error {
-        if !is_about_names(error) {
+    fn failed(&self, what: &str, error: tokio_postgres::Error) -> Error {
+        if !is_about_names(&error) {
             return failure(what, error);
         }
         *self.known_extension() = None;
-        Error::retryable(what, failure(what, error).message)
+        failure(what, error).of_kind(FailureKind::Conflict)
     }
 
     async fn installed(&self) -> Result<Extension> {
@@ -159,15 +159,19 @@ impl PgVector {
         let row = client
             .query_opt(sql, &[])
             .await
-            .map_err(|error| failure("look for pgvector", &error))?
+            .map_err(|error| failure("look for pgvector", error))?
             .ok_or_else(|| {
-                Error::fatal("look for pgvector", "the database has no extension vector: run refarch migrate")
+                Error::new(
+                    FailureKind::MissingResource,
+                    "look for pgvector",
+                    "the database has no extension vector: run refarch migrate",
+                )
             })?;
         Ok(Extension { schema: row.get(0), version: parse_version(row.get(1)) })
     }
 
     async fn search(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
-        let fail = |error: tokio_postgres::Error| self.failed("search", &error);
+        let fail = |error: tokio_postgres::Error| self.failed("search", error);
         let candidates = (self.options.ef_search as usize).max(top).to_string();
         let Extension { schema, version } = self.extension().await?;
         let distance = format!("embedding OPERATOR({schema}.<=>) $1");
@@ -199,7 +203,7 @@ impl PgVector {
              SET LOCAL lock_timeout = 0",
             self.table
         );
-        transaction.batch_execute(&sql).await.map_err(|error| failure("lock the vectors", &error))
+        transaction.batch_execute(&sql).await.map_err(|error| failure("lock the vectors", error))
     }
 }
 
@@ -227,7 +231,7 @@ impl VectorIndex for PgVector {
         let row = client
             .query_one(&format!("SELECT count(*) FROM {}", self.table), &[])
             .await
-            .map_err(|error| failure("count vectors", &error))?;
+            .map_err(|error| failure("count vectors", error))?;
         Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
     }
 
@@ -238,7 +242,7 @@ impl VectorIndex for PgVector {
         let rows = client
             .query(&sql, &[&cursor, &(limit as i64)])
             .await
-            .map_err(|error| failure("list vectors", &error))?;
+            .map_err(|error| failure("list vectors", error))?;
         let ids: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
         let next = ids.last().filter(|_| ids.len() == limit).cloned();
         Ok(Listing { ids, next })
@@ -247,7 +251,7 @@ impl VectorIndex for PgVector {
     async fn fetch(&self, ids: &[String]) -> Result<Vec<Stored>> {
         let client = self.postgres.client().await?;
         let sql = format!("SELECT id, content_hash, embedding FROM {} WHERE id = ANY ($1)", self.table);
-        let rows = client.query(&sql, &[&ids]).await.map_err(|error| failure("fetch vectors", &error))?;
+        let rows = client.query(&sql, &[&ids]).await.map_err(|error| failure("fetch vectors", error))?;
         Ok(rows
             .iter()
             .map(|row| Stored {
@@ -269,7 +273,7 @@ impl VectorIndex for PgVector {
         // As a change is written, ledger and index, so that what stops all changes stops this.
         let schema = self.extension().await?.schema;
         let mut client = self.postgres.client().await?;
-        let transaction = client.transaction().await.map_err(|error| failure(what, &error))?;
+        let transaction = client.transaction().await.map_err(|error| failure(what, error))?;
         self.lock(&transaction).await?;
         transaction
             .execute(
@@ -277,7 +281,7 @@ impl VectorIndex for PgVector {
                 &[&self.target, &PROBE_ID],
             )
             .await
-            .map_err(|error| failure(what, &error))?;
+            .map_err(|error| failure(what, error))?;
         let sql = format!(
             "INSERT INTO {table} (id, embedding, content_hash) \
              SELECT $1, array_fill(1 / sqrt(a.atttypmod), ARRAY[a.atttypmod])::real[]::{schema}.halfvec, sha256('probe') \
@@ -285,8 +289,8 @@ impl VectorIndex for PgVector {
              ON CONFLICT (id) DO UPDATE SET embedding = excluded.embedding, content_hash = excluded.content_hash",
             table = self.table
         );
-        transaction.execute(&sql, &[&PROBE_ID]).await.map_err(|error| self.failed(what, &error))?;
-        transaction.rollback().await.map_err(|error| failure(what, &error))?;
+        transaction.execute(&sql, &[&PROBE_ID]).await.map_err(|error| self.failed(what, error))?;
+        transaction.rollback().await.map_err(|error| failure(what, error))?;
         Ok(())
     }
 
@@ -334,7 +338,7 @@ impl PgVector {
         planned: &[Planned],
         impossible: &HashSet<String>,
     ) -> Result<Judged<Applied>> {
-        let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, &error);
+        let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, error);
         let again = "read rows again";
         let mut client = self.postgres.client().await?;
         let prepared = async {
@@ -457,7 +461,7 @@ impl PgVector {
             transaction
                 .execute(&format!("DELETE FROM {table} WHERE id = ANY ($1)"), &[&write.gone])
                 .await
-                .map_err(|error| failure("delete vectors", &error))?;
+                .map_err(|error| failure("delete vectors", error))?;
         }
         if !write.upsert_ids.is_empty() {
             let schema = self.extension().await?.schema;
@@ -469,7 +473,7 @@ impl PgVector {
             transaction
                 .execute(&sql, &[&write.upsert_ids, &write.vectors, &write.hashes])
                 .await
-                .map_err(|error| self.failed("upsert vectors", &error))?;
+                .map_err(|error| self.failed("upsert vectors", error))?;
         }
         Ok(())
     }

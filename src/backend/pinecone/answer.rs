@@ -1,11 +1,10 @@
 //! Answers, and what they mean.
 
-use std::time::Duration;
-
-use reqwest::{Method, RequestBuilder, StatusCode, header};
+use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::Value;
 
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::backend::http::{status, unanswered};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// Bytes of an error's body that are read.
 const MAX_ERROR_BODY: usize = 4_096;
@@ -25,7 +24,7 @@ pub(super) fn with_query(request: RequestBuilder, query: &[(&str, &str)]) -> Req
 
 /// Sends a request; any answer is one.
 pub(super) async fn ask(request: RequestBuilder, what: &str) -> Result<reqwest::Response> {
-    request.send().await.map_err(|error| failure(what, &error))
+    request.send().await.map_err(|error| failure(what, error))
 }
 
 /// An answer, if it is a success.
@@ -33,62 +32,30 @@ pub(super) async fn accepted(response: reqwest::Response, what: &str) -> Result<
     if response.status().is_success() { Ok(response) } else { Err(refusal(what, response).await) }
 }
 
-/// Classes a request that got no answer.
-pub(super) fn failure(what: &str, error: &reqwest::Error) -> Error {
-    let message = describe(error);
-    if error.is_builder() {
-        return Error::permanent(what, message);
-    }
-    // Nobody took the request, so nobody will apply it.
-    if error.is_connect() {
-        return Error::retryable(what, message);
-    }
-    Error::doubtful(what, message)
+/// A request that got no answer.
+pub(super) fn failure(what: &str, error: reqwest::Error) -> Error {
+    let kind = if error.is_builder() { FailureKind::RefusedData } else { unanswered::kind(&error) };
+    let said = match kind {
+        FailureKind::TimedOut => "no answer in time".into(),
+        _ => unanswered::reason(&error).unwrap_or_else(|| "no usable answer".into()),
+    };
+    Error::new(kind, what, said).because(error.without_url())
 }
 
-/// An error with what lies under it, and without the URL, which carries ids.
-fn describe(error: &reqwest::Error) -> String {
-    let mut text = String::new();
-    let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        if !text.is_empty() {
-            text.push_str(": ");
-        }
-        text.push_str(&inner.to_string());
-        cause = inner.source();
-    }
-    if error.is_timeout() {
-        text = "no answer in time".into();
-    }
-    if text.is_empty() { "no usable answer".into() } else { text }
-}
-
-/// Classes an answer that is no success.
+/// An answer that is no success.
 pub(super) async fn refusal(what: &str, response: reqwest::Response) -> Error {
     let status = response.status();
-    let retry_after = response
-        .headers()
-        .get(header::RETRY_AFTER)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|value| value.trim().parse().ok())
-        .map(Duration::from_secs);
+    let retry_after = status::retry_after(response.headers());
     let message = format!("{status}: {}", message(response).await);
-    let (class, doubtful) = class_of(status);
-    Error { retry_after, doubtful, ..Error::new(class, what, message) }
+    Error::new(kind_of(status), what, message).with_pause(retry_after)
 }
 
-/// What an answer's status means, and whether the request may have been done all the same. Only what
-/// is said of the request itself can be a change's own fault: an index that is gone, or a key that is
-/// refused, is everybody's.
-pub(super) fn class_of(status: StatusCode) -> (Class, bool) {
-    match status {
-        StatusCode::TOO_MANY_REQUESTS | StatusCode::CONFLICT => (Class::Retryable, false),
-        StatusCode::REQUEST_TIMEOUT => (Class::Retryable, true),
-        StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNPROCESSABLE_ENTITY => {
-            (Class::Permanent, false)
-        }
-        status if status.is_server_error() => (Class::Retryable, true),
-        _ => (Class::Fatal, false),
+/// What a status means. Only what is said of the request itself can be a change's own fault: an index that is
+/// gone, or a key that is refused, is everybody's. What Pinecone never answers is another server's answer.
+fn kind_of(status: StatusCode) -> FailureKind {
+    match status::kind(status) {
+        FailureKind::NoCredit | FailureKind::UnexpectedAnswer => FailureKind::WrongSetting,
+        kind => kind,
     }
 }
 
@@ -111,10 +78,14 @@ async fn message(mut response: reqwest::Response) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::failure::Class;
 
     #[test]
     fn only_what_is_said_of_the_request_is_the_changes_fault() {
-        let class = |status: u16| class_of(StatusCode::from_u16(status).unwrap());
+        let class = |status: u16| {
+            let kind = kind_of(StatusCode::from_u16(status).unwrap());
+            (kind.class(), kind.is_doubtful())
+        };
         for status in [400, 413, 422] {
             assert_eq!(class(status), (Class::Permanent, false), "{status}");
         }

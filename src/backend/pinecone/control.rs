@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::http::Http;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::secret::Secret;
 
 /// How long a new index may take to be ready.
@@ -87,25 +87,27 @@ async fn describe(http: &Http, name: &str) -> Result<Option<Described>> {
     match response {
         Ok(response) => {
             let read = response.json().await;
-            read.map(Some).map_err(|error| super::answer::failure(&what, &error))
+            read.map(Some).map_err(|error| super::answer::failure(&what, error))
         }
-        Err(error) if error.message.starts_with("404") => Ok(None),
+        Err(error) if error.kind() == FailureKind::MissingResource => Ok(None),
         Err(error) => Err(explained(error)),
     }
 }
 
 /// A refused key, with what to do about it.
-fn explained(mut error: Error) -> Error {
-    if error.message.starts_with("401") || error.message.starts_with("403") {
-        error.message.push_str("; is index.api_key (PINECONE_API_KEY) a key of the index's project?");
+fn explained(error: Error) -> Error {
+    match error.kind() {
+        FailureKind::RefusedCredentials => {
+            error.with_remedy("is index.api_key (PINECONE_API_KEY) a key of the index's project?")
+        }
+        _ => error,
     }
-    error
 }
 
 /// Refuses an index that can't hold the model's vectors.
 fn check(described: &Described, options: &Options) -> Result<()> {
     let (name, wanted) = (&options.name, options.dimensions);
-    let wrong = |message: String| Err(Error::fatal("check the index", message));
+    let wrong = |message: String| Err(Error::new(FailureKind::WrongShape, "check the index", message));
     match described.dimension() {
         Some(found) if found != wanted => {
             return wrong(format!(
@@ -130,7 +132,7 @@ pub async fn host(options: &Options) -> Result<String> {
             "there is no index {:?} in this project: run refarch migrate, which makes it",
             options.name
         );
-        Error::fatal("look for the index", message)
+        Error::new(FailureKind::MissingResource, "look for the index", message)
     };
     let described = describe(&http, &options.name).await?.ok_or_else(missing)?;
     ready(&http, described, options).await
@@ -146,10 +148,16 @@ async fn ready(http: &Http, mut described: Described, options: &Options) -> Resu
         }
         if started.elapsed() > READY_WITHIN {
             let message = format!("{} is {} after {READY_WITHIN:?}", options.name, described.status.state);
-            return Err(Error::retryable("wait for the index", message));
+            return Err(Error::new(FailureKind::TimedOut, "wait for the index", message));
         }
         tokio::time::sleep(LOOK_EVERY).await;
-        let gone = || Error::fatal("wait for the index", format!("{} is gone", options.name));
+        let gone = || {
+            Error::new(
+                FailureKind::MissingResource,
+                "wait for the index",
+                format!("{} is gone", options.name),
+            )
+        };
         described = describe(http, &options.name).await?.ok_or_else(gone)?;
     }
 }

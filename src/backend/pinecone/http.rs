@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use super::answer::{accepted, ask, failure};
 use super::pace::Pace;
 use crate::pipeline::clock::BootClock;
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::retry::Backoff;
 use crate::secret::{Secret, address_without_secrets};
 
@@ -28,7 +28,7 @@ pub(super) struct Http {
 
 /// An address, with or without a scheme; without one it is HTTPS.
 fn address(setting: &str, host: &str) -> Result<Url> {
-    let wrong = |message: String| Error::fatal("use the Pinecone index", message);
+    let wrong = |message: String| Error::new(FailureKind::WrongSetting, "use the Pinecone index", message);
     let host = host.trim();
     let shown = address_without_secrets(host);
     if host.is_empty() {
@@ -47,7 +47,8 @@ fn address(setting: &str, host: &str) -> Result<Url> {
 impl Http {
     /// A host that `setting` names. Nothing is asked of it yet.
     pub(super) fn new(setting: &str, host: &str, api_key: &Secret, timeout: Duration) -> Result<Self> {
-        let wrong = |message: String| Error::fatal("use the Pinecone index", message);
+        let wrong =
+            |message: String| Error::new(FailureKind::WrongSetting, "use the Pinecone index", message);
         let base = address(setting, host)?;
         let mut key = header::HeaderValue::from_str(api_key.expose())
             .map_err(|_| wrong("index.api_key holds characters that no key has".into()))?;
@@ -70,7 +71,9 @@ impl Http {
     }
 
     pub(super) fn request(&self, method: Method, path: &str) -> Result<RequestBuilder> {
-        let url = self.base.join(path).map_err(|error| Error::fatal("use the Pinecone index", error))?;
+        let url = self.base.join(path).map_err(|error| {
+            Error::new(FailureKind::WrongSetting, "use the Pinecone index", error).because(error)
+        })?;
         Ok(self.client.request(method, url))
     }
 
@@ -79,14 +82,15 @@ impl Http {
     async fn once(&self, request: RequestBuilder, what: &str) -> Result<reqwest::Response> {
         let started = Instant::now();
         let permit = tokio::time::timeout(self.timeout, self.pace.permit()).await;
-        let _permit = permit.map_err(|_| Error::retryable(what, "the index asks for fewer requests"))?;
+        let _permit = permit
+            .map_err(|_| Error::new(FailureKind::RateLimited, what, "the index asks for fewer requests"))?;
         let left = self.timeout.saturating_sub(started.elapsed()).max(Duration::from_millis(1));
         ask(request.timeout(left), what).await
     }
 
     fn learn(&self, result: &Result<reqwest::Response>, status: Option<StatusCode>) {
         match (result, status) {
-            (Err(error), Some(StatusCode::TOO_MANY_REQUESTS)) => self.pace.too_fast(error.retry_after),
+            (Err(error), Some(StatusCode::TOO_MANY_REQUESTS)) => self.pace.too_fast(error.retry_after()),
             (Ok(_), _) => self.pace.succeeded(),
             _ => {}
         }
@@ -122,7 +126,7 @@ impl Http {
             };
             let pause = backoff.next(&error, &BootClock);
             let over = backoff.failures() >= READ_TRIES || pause > self.timeout;
-            if error.class != Class::Retryable || over || !self.pace.may_try_again() {
+            if error.class() != Class::Retryable || over || !self.pace.may_try_again() {
                 return Err(error);
             }
             tokio::time::sleep(pause).await;
@@ -131,7 +135,7 @@ impl Http {
 
     /// The same, with the answer read.
     pub(super) async fn read<T: DeserializeOwned>(&self, request: RequestBuilder, what: &str) -> Result<T> {
-        self.ask(request, what).await?.json().await.map_err(|error| failure(what, &error))
+        self.ask(request, what).await?.json().await.map_err(|error| failure(what, error))
     }
 }
 

@@ -21,7 +21,7 @@ use serde_json::{Map, json};
 
 use crate::config::NOTES_NAMESPACE;
 use crate::pipeline::embedder::Embedding;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::index::{
     Listing, Match, Notes, PlainWrite, Record, Stored, VectorIndex, Visibility, Writes,
 };
@@ -128,7 +128,7 @@ impl Pinecone {
             let message = format!(
                 "it holds vectors of length {found}, and the model makes {wanted}: name another index, or another model"
             );
-            return Err(Error::fatal("check the index", message));
+            return Err(Error::new(FailureKind::WrongShape, "check the index", message));
         }
         self.checked.store(true, Ordering::Relaxed);
         Ok(())
@@ -166,7 +166,7 @@ impl Pinecone {
         if let Some(place) = place(&response, SEEN) {
             self.seen.fetch_max(place, Ordering::Relaxed);
         }
-        let answer: Matches = response.json().await.map_err(|error| answer::failure("search", &error))?;
+        let answer: Matches = response.json().await.map_err(|error| answer::failure("search", error))?;
         Ok(answer.matches.into_iter().map(|m| Match { id: m.id, score: m.score }).collect())
     }
 }

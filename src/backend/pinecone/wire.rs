@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::keys;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::index::Record;
 
 /// Bytes of a record's metadata, by Pinecone's limits.
@@ -107,7 +107,7 @@ pub(super) fn fetched_at_once(ids: &[String]) -> usize {
 /// embedded first.
 pub(super) fn sent<'a>(record: &'a Record, text: &[String]) -> Result<Sent<'a>> {
     let id = &record.row.id;
-    let wrong = |message: String| Error::permanent("upsert records", message);
+    let wrong = |message: String| Error::new(FailureKind::RefusedData, "upsert records", message);
     if id.is_empty() || id.chars().count() > MAX_ID {
         let message =
             format!("an id of {} characters, and Pinecone takes 1 to {MAX_ID}: {id:.60}", id.chars().count());

@@ -106,7 +106,7 @@ async fn run(postgres: Postgres, channel: &'static str, ring: watch::Sender<u64>
                 DEAF
             }
             Err(error) => {
-                warn(Some(super::failure("listen", &error)));
+                warn(Some(super::failure("listen", error)));
                 RECONNECT
             }
         };
@@ -152,7 +152,7 @@ impl Postgres {
         let rung = async {
             let client = self.client().await?;
             let sql = format!("NOTIFY {channel}");
-            client.batch_execute(&sql).await.map_err(|error| super::failure("ring", &error))
+            client.batch_execute(&sql).await.map_err(|error| super::failure("ring", error))
         };
         if let Err(error) = rung.await {
             tracing::debug!(channel, %error, "cannot ring");
@@ -161,7 +161,7 @@ impl Postgres {
 
     /// Whether a connection of ours is a session of its own: what it sets, locks and listens to is its.
     pub async fn has_sessions(&self) -> crate::pipeline::failure::Result<bool> {
-        let fail = |error: tokio_postgres::Error| super::failure("look for a pooler", &error);
+        let fail = |error: tokio_postgres::Error| super::failure("look for a pooler", error);
         // Of this process alone, so that nobody else's ring is taken for it.
         let channel = format!("refarch_probe_{}_{:08x}", std::process::id(), rand::random::<u32>());
         let (client, mut connection) = self.dedicated().await.map_err(fail)?;

@@ -12,7 +12,7 @@ use crate::pipeline::failure::{Class, Result};
 pub async fn unarmed(postgres: &Postgres, table: &SourceTable) -> Result<Vec<String>> {
     let mut client = postgres.client().await?;
     let transaction =
-        client.transaction().await.map_err(|error| failure("look at the capture triggers", &error))?;
+        client.transaction().await.map_err(|error| failure("look at the capture triggers", error))?;
     unarmed_in(&*transaction, table).await
 }
 
@@ -31,14 +31,14 @@ pub(super) async fn unarmed_in(client: &impl GenericClient, table: &SourceTable)
             &[&table.relation, &table.name],
         )
         .await
-        .map_err(|error| failure("look at the capture triggers", &error))?;
+        .map_err(|error| failure("look at the capture triggers", error))?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 /// What is armed against what should be: each difference as a sentence, with its cure. Cheap enough to be asked for
 /// every few seconds.
 pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<String>> {
-    let fail = |error: tokio_postgres::Error| failure("compare capture with the table", &error);
+    let fail = |error: tokio_postgres::Error| failure("compare capture with the table", error);
     let mut client = postgres.client().await?;
     let transaction = client.transaction().await.map_err(fail)?;
     let mut faults = Vec::new();
@@ -95,7 +95,7 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
                 ));
             }
         }
-        Err(error) if error.class == Class::Retryable => return Err(error),
+        Err(error) if error.class() == Class::Retryable => return Err(error),
         Err(error) => {
             faults.push(format!(
                 "{error}; changes are marked until the settings are mended and refarch migrate has run"
@@ -112,7 +112,7 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
 
 /// What of the table capture can't see, and what to do about it.
 pub(super) async fn warnings(client: &impl GenericClient, table: &SourceTable) -> Result<Vec<String>> {
-    let fail = |error: tokio_postgres::Error| failure("look for changes that capture can't see", &error);
+    let fail = |error: tokio_postgres::Error| failure("look for changes that capture can't see", error);
     let mut warnings = Vec::new();
     let foreign = client
         .query(

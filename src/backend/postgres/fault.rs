@@ -61,7 +61,7 @@ impl Written {
                 &[&worker, &ended, &kinds, &messages],
             )
             .await
-            .map_err(|error| failure("write a fault", &error))?;
+            .map_err(|error| failure("write a fault", error))?;
         (self.faults, self.beats) = (current, 0);
         Ok(())
     }
@@ -77,7 +77,7 @@ pub async fn read(postgres: &Postgres) -> Result<Vec<FaultStatus>> {
             &[&f64::from(WORKER_GONE_S)],
         )
         .await
-        .map_err(|error| failure("read the faults", &error))?;
+        .map_err(|error| failure("read the faults", error))?;
     Ok(rows
         .iter()
         .map(|row| FaultStatus {

@@ -30,7 +30,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::{Postgres, failure};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::index::{Notes, VectorIndex};
 
 /// How often a mark is made, and the note compared.
@@ -132,8 +132,7 @@ async fn read(postgres: &Postgres, target: i32) -> Result<State> {
            foreign_note, coalesce(changed_at > clock_timestamp() - interval '{SHOWN_AGAIN_FOR}', false), \
            coalesce(taken_at > clock_timestamp() - interval '{TAKEN_FOR}', false), incarnation, refarch.incarnation()"
     );
-    let row =
-        client.query_one(&sql, &[&target]).await.map_err(|error| failure("read the lineage", &error))?;
+    let row = client.query_one(&sql, &[&target]).await.map_err(|error| failure("read the lineage", error))?;
     Ok(State {
         name: row.get(0),
         mark: row.get(1),
@@ -178,7 +177,7 @@ pub async fn is_known(postgres: &Postgres, source: &str, index: &dyn VectorIndex
     let client = postgres.client().await?;
     let sql = "SELECT l.name FROM refarch.lineage l JOIN refarch.target t ON t.id = l.target \
                WHERE t.source = $1 AND t.state = 'active'";
-    let row = client.query_opt(sql, &[&source]).await.map_err(|error| failure("read the lineage", &error))?;
+    let row = client.query_opt(sql, &[&source]).await.map_err(|error| failure("read the lineage", error))?;
     let Some(name) = row.map(|row| row.get::<_, String>(0)) else { return Ok(false) };
     let note = notes.note().await?;
     Ok(note.is_some_and(|note| note.rsplit_once('/').is_some_and(|(noted, _)| noted == name)))
@@ -195,7 +194,7 @@ async fn grow(postgres: &Postgres, target: i32) -> Result<(String, i64)> {
             &[&target],
         )
         .await
-        .map_err(|error| failure("mark the lineage", &error))?;
+        .map_err(|error| failure("mark the lineage", error))?;
     Ok((row.get(0), row.get(1)))
 }
 
@@ -228,7 +227,7 @@ pub async fn claim(postgres: &Postgres, target: i32, index: &dyn VectorIndex) ->
 
 async fn take_over(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Result<()> {
     // A session of its own: the lock goes with it, however this ends.
-    let fail = |error: tokio_postgres::Error| failure("claim the index", &error);
+    let fail = |error: tokio_postgres::Error| failure("claim the index", error);
     let (session, connection) = postgres.dedicated().await.map_err(fail)?;
     let connection = tokio::spawn(connection);
     session
@@ -249,7 +248,10 @@ async fn take_over(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Resul
     }
     note(postgres, target, notes).await?;
     drop(session);
-    connection.await.map_err(|error| Error::retryable("claim the index", error))?.map_err(fail)
+    connection
+        .await
+        .map_err(|error| Error::caused(FailureKind::ConnectionLost, "claim the index", error))?
+        .map_err(fail)
 }
 
 fn shared(note: Option<&str>) -> Error {
@@ -258,7 +260,7 @@ fn shared(note: Option<&str>) -> Error {
          of its own (index.namespace), or stop the other's workers and start this one again in {TAKEN_FOR}",
         note.unwrap_or_default()
     );
-    Error::fatal("claim the index", message)
+    Error::new(FailureKind::WrongSetting, "claim the index", message)
 }
 
 /// Queues every row and every entry of the ledger as not to be trusted, and remembers why, in one transaction.
@@ -269,7 +271,7 @@ async fn distrust(
     note: Option<&str>,
     found: Found,
 ) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("queue every row", &error);
+    let fail = |error: tokio_postgres::Error| failure("queue every row", error);
     let has_moved = state.has_moved();
     // The index's records are this database's own, if of another time.
     let keep = matches!(found, Found::Ahead(_) | Found::Moved);
@@ -310,7 +312,7 @@ async fn distrust(
 
 /// Queues every id without distrusting anything, for vectors that went back with the database.
 async fn queue_all(postgres: &Postgres, target: i32, state: &State, seen: i64) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("queue every row", &error);
+    let fail = |error: tokio_postgres::Error| failure("queue every row", error);
     let mut client = postgres.client().await?;
     let transaction = client.transaction().await.map_err(fail)?;
     transaction.execute("SELECT refarch.queue_all($1)", &[&target]).await.map_err(fail)?;

@@ -29,7 +29,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use connection::Connection;
 
 use crate::config::Database;
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::secret::Secret;
 
 /// How long to wait for a connection of the pool: longer means that the pool is too small.
@@ -84,10 +84,11 @@ impl Postgres {
         let row = client
             .query_one("SELECT current_setting('server_version_num')::int", &[])
             .await
-            .map_err(|error| failure("ask the server's version", &error))?;
+            .map_err(|error| failure("ask the server's version", error))?;
         let version: i32 = row.get(0);
         if version < 150_000 {
-            return Err(Error::fatal(
+            return Err(Error::new(
+                FailureKind::WrongVersion,
                 "check the database",
                 format!("PostgreSQL 15 or later is needed, and this is {}", version / 10_000),
             ));
@@ -107,7 +108,7 @@ impl Postgres {
     pub async fn client(&self) -> Result<Connection> {
         match client(&self.pool).await {
             Ok(client) => Ok(Connection::new(client, Arc::clone(&self.settings))),
-            Err(error) => Err(Error { what: format!("connect to {}", self.address()), ..error }),
+            Err(error) => Err(error.amid(format!("connect to {}", self.address()))),
         }
     }
 
@@ -158,32 +159,20 @@ fn pool(
         .wait_timeout(Some(wait))
         .create_timeout(config.get_connect_timeout().copied())
         .build()
-        .map_err(|error| Error::fatal("make a connection pool", error))
+        .map_err(|error| {
+            Error::new(FailureKind::WrongSetting, "make a connection pool", &error).because(error)
+        })
 }
 
 /// A connection of a pool, with the pool's own failures classed.
 pub(crate) async fn client(pool: &Pool) -> Result<deadpool_postgres::Object> {
     use deadpool_postgres::PoolError;
-    pool.get().await.map_err(|error| match &error {
-        PoolError::Backend(inner) => failure("connect to the database", inner),
-        PoolError::Timeout(_) => Error::retryable("connect to the database", "no connection in time"),
-        _ => Error::retryable("connect to the database", error),
+    const WHAT: &str = "connect to the database";
+    pool.get().await.map_err(|error| match error {
+        PoolError::Backend(error) => failure(WHAT, error),
+        PoolError::Timeout(_) => Error::new(FailureKind::Overloaded, WHAT, "no connection in time"),
+        error => Error::new(FailureKind::Unreachable, WHAT, &error).because(error),
     })
-}
-
-/// An error's whole chain on one line: tokio-postgres says "db error" and keeps the reason inside.
-fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        let inner_text = inner.to_string();
-        if !text.ends_with(&inner_text) {
-            text.push_str(": ");
-            text.push_str(&inner_text);
-        }
-        source = inner.source();
-    }
-    text
 }
 
 /// Whether an error says that a row-level policy would have hidden rows from a read: the name of the
@@ -201,49 +190,77 @@ pub(crate) fn is_outdated(error: &tokio_postgres::Error) -> bool {
     })
 }
 
-/// Classes an error of PostgreSQL by its SQLSTATE.
-pub(crate) fn failure(what: &str, error: &tokio_postgres::Error) -> Error {
-    let message = describe(error);
+/// An error of PostgreSQL, by its SQLSTATE.
+pub(crate) fn failure(what: &str, error: tokio_postgres::Error) -> Error {
     // No other try makes a certificate good.
-    if error.code().is_none()
-        && let Some(hint) = tls::hint(&message)
-    {
-        return Error::fatal(what, format!("{message}; {hint}"));
+    if let Some(hint) = tls::hint(&error) {
+        return Error::caused(FailureKind::WrongSetting, what, error).with_remedy(hint);
     }
-    if hides_rows(error) {
+    if hides_rows(&error) {
         // Somebody may grant it at any time, and no change is at fault.
-        return Error::retryable(what, format!("{message}; refarch's role needs BYPASSRLS"));
+        let remedy = FailureKind::HiddenRows.remedy();
+        return Error::caused(FailureKind::HiddenRows, what, error).with_remedy(remedy);
     }
-    let class = match error.code() {
+    let kind = match error.code() {
         // Prepared anew, the statement does.
-        _ if is_outdated(error) => Class::Retryable,
+        _ if is_outdated(&error) => FailureKind::Conflict,
+        Some(code) => kind_of(code),
         // No SQLSTATE: the connection failed, or a value did not fit its parameter.
-        None if error.is_closed() => Class::Retryable,
+        None if error.is_closed() => FailureKind::ConnectionLost,
         None => {
-            let wrong_value = std::error::Error::source(error)
+            let wrong_value = std::error::Error::source(&error)
                 .is_some_and(|source| source.downcast_ref::<std::io::Error>().is_none());
-            if wrong_value { Class::Permanent } else { Class::Retryable }
+            if wrong_value { FailureKind::RefusedData } else { FailureKind::ConnectionLost }
         }
-        Some(code) => class_of(code),
     };
-    Error { about_change: error.code().is_some_and(is_about_rows), ..Error::new(class, what, message) }
+    Error::caused(kind, what, error)
 }
 
-/// Whether an error may come of the rows at hand: values and constraints, features and limits, what a trigger
-/// raises, and damage to what is stored. Never a lost connection, a lock, a deadlock, a want of resources or a stop.
-fn is_about_rows(code: &SqlState) -> bool {
-    matches!(&code.code()[..2], "0A" | "21" | "22" | "23" | "27" | "44" | "54" | "P0" | "XX")
-}
-
-fn class_of(code: &SqlState) -> Class {
+/// The kind of an SQLSTATE.
+pub(crate) fn kind_of(code: &SqlState) -> FailureKind {
     match code.code() {
-        // A wrong password, a missing database, a missing right, table, column or function.
-        "28P01" | "28000" | "3D000" | "42501" | "42P01" | "42703" | "42883" | "3F000" => Class::Fatal,
+        // A wrong password, or a missing right.
+        "28P01" | "28000" | "42501" => FailureKind::RefusedCredentials,
+        // A missing database, schema, table, column or function.
+        "3D000" | "3F000" | "42P01" | "42703" | "42883" => FailureKind::MissingResource,
+        // A statement that was stopped, by its timeout or by somebody.
+        "57014" => FailureKind::TimedOut,
         code => match &code[..2] {
-            // Data that a type or constraint refuses, and feature not supported.
-            "22" | "23" | "0A" | "42" => Class::Permanent,
-            // Connection, rollback, resources, operator intervention, system error, and the rest.
-            _ => Class::Retryable,
+            // Data that a type or a constraint refuses.
+            "22" | "23" => FailureKind::RefusedData,
+            "0A" | "42" => FailureKind::Unsupported,
+            // Rows that a statement or a check on a view does not expect, a limit of the server, and what a
+            // trigger raises.
+            "21" | "27" | "44" | "54" | "P0" => FailureKind::SuspectRows,
+            "XX" => FailureKind::DamagedData,
+            "08" | "57" => FailureKind::ConnectionLost,
+            "40" | "55" => FailureKind::Conflict,
+            "53" | "58" => FailureKind::Overloaded,
+            _ => FailureKind::UnexpectedAnswer,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::failure::Class;
+
+    #[test]
+    fn only_what_may_come_of_the_rows_at_hand_is_a_changes_fault() {
+        let kind = |code: &str| kind_of(&SqlState::from_code(code));
+        for code in ["22001", "22P02", "23505", "0A000", "42601", "42P07", "42704"] {
+            assert_eq!(kind(code).class(), Class::Permanent, "{code}");
+        }
+        for code in ["28P01", "28000", "3D000", "42501", "42P01", "42703", "42883", "3F000"] {
+            assert_eq!(kind(code).class(), Class::Fatal, "{code}");
+        }
+        for code in ["21000", "27000", "44000", "54000", "P0001", "XX001", "XX002"] {
+            assert!(kind(code).class() == Class::Retryable && kind(code).is_about_rows(), "{code}");
+        }
+        for code in ["08006", "40001", "40P01", "53300", "55P03", "57014", "57P01", "58030", "25P02", "F0000"]
+        {
+            assert!(kind(code).class() == Class::Retryable && !kind(code).is_about_rows(), "{code}");
+        }
     }
 }

@@ -44,7 +44,7 @@ impl PgRounds {
 }
 
 fn fail(what: &'static str) -> impl Fn(tokio_postgres::Error) -> Error {
-    move |error| failure(what, &error)
+    move |error| failure(what, error)
 }
 
 fn count(value: u64) -> i64 {

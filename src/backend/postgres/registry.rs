@@ -57,7 +57,7 @@ impl Worker {
                 &[&id, &role, &host, &pid, &(threads as i32)],
             )
             .await
-            .map_err(|error| failure("enter this worker", &error))?;
+            .map_err(|error| failure("enter this worker", error))?;
         drop(client);
         let (role, threads) = (role.to_owned(), threads as i32);
         Ok(Self { postgres, id, faults: Arc::default(), meter, role, host, pid, threads })
@@ -79,7 +79,7 @@ impl Worker {
     }
 
     async fn beat(&self, last: &mut Last) -> Result<()> {
-        let fail = |error: tokio_postgres::Error| failure("write a heartbeat", &error);
+        let fail = |error: tokio_postgres::Error| failure("write a heartbeat", error);
         let (applied, embedded) = self.meter.totals();
         let client = self.postgres.client().await?;
         // A database that was put back to an earlier state does not know a worker that joined later.
@@ -142,7 +142,7 @@ impl Worker {
                   events AS (DELETE FROM refarch.event WHERE at < now() - interval '{KEEP}' AND kind <> 'dead_letter') \
              INSERT INTO refarch.event (worker_id, kind) VALUES ($1, 'left')"
         );
-        client.execute(&sql, &[&self.id]).await.map_err(|error| failure("leave the books", &error))?;
+        client.execute(&sql, &[&self.id]).await.map_err(|error| failure("leave the books", error))?;
         Ok(())
     }
 }

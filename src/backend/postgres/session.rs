@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_postgres::SimpleQueryMessage;
 
 use super::{Postgres, failure};
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::lease::Lease;
 use crate::pipeline::retry::Backoff;
 
@@ -38,7 +38,7 @@ pub async fn keep(
             match postgres.has_sessions().await {
                 Ok(true) => looked = true,
                 Ok(false) => return Err(no_session()),
-                Err(error) if error.class == Class::Fatal => return Err(error),
+                Err(error) if error.class() == Class::Fatal => return Err(error),
                 // The database is away: the holding tells.
                 Err(_) => {}
             }
@@ -47,7 +47,7 @@ pub async fn keep(
             break;
         };
         let Err(error) = ended else { continue };
-        if error.class == Class::Fatal {
+        if error.class() == Class::Fatal {
             return Err(error);
         }
         let pause = backoff.next(&error, &**lease.clock());
@@ -59,7 +59,7 @@ pub async fn keep(
 
 /// Makes a session, and beats on it until it fails.
 async fn hold(postgres: &Postgres, worker: &str, lease: &Lease, backoff: &mut Backoff) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("keep the worker's session", &error);
+    let fail = |error: tokio_postgres::Error| failure("keep the worker's session", error);
     let (client, connection) = postgres.dedicated().await.map_err(fail)?;
     let connection = tokio::spawn(connection);
     // However this ends, nothing must keep the session.
@@ -80,7 +80,7 @@ async fn hold(postgres: &Postgres, worker: &str, lease: &Lease, backoff: &mut Ba
         let at = lease.clock().now();
         let answered = tokio::time::timeout(lease.length(), self::backend(&client))
             .await
-            .map_err(|_| Error::retryable("keep the worker's session", "no answer"))?
+            .map_err(|_| Error::new(FailureKind::TimedOut, "keep the worker's session", "no answer"))?
             .map_err(fail)?;
         if answered != backend {
             return Err(no_session());
@@ -99,7 +99,8 @@ async fn backend(client: &tokio_postgres::Client) -> Result<Option<String>, toki
 }
 
 fn no_session() -> Error {
-    Error::fatal(
+    Error::new(
+        FailureKind::WrongSetting,
         "keep the worker's session",
         "database.url leads to a pooler in transaction mode, behind which a worker can hold no lock: \
          give it the server itself, or the pooler's session mode",

@@ -173,7 +173,7 @@ async fn source_rows(
     settled: &Settled,
     counted: &Counted,
 ) -> Result<(u64, bool)> {
-    let fail = |error: tokio_postgres::Error| failure("count the rows", &error);
+    let fail = |error: tokio_postgres::Error| failure("count the rows", error);
     let client = postgres.client().await?;
     let size = client
         .query_one(
@@ -210,7 +210,7 @@ async fn source_rows(
 
 /// Whether rows that were there before capture, or that changed unseen, are still to be queued.
 async fn is_backfilling(postgres: &Postgres, source: &str) -> Result<bool> {
-    let fail = |error: tokio_postgres::Error| failure("look for rows that are to be queued", &error);
+    let fail = |error: tokio_postgres::Error| failure("look for rows that are to be queued", error);
     let client = postgres.client().await?;
     let there: bool = client
         .query_one(
@@ -237,7 +237,7 @@ pub async fn read(
     counted: &Counted,
     period: Option<Duration>,
 ) -> Result<Status> {
-    let fail = |error: tokio_postgres::Error| failure("read the status", &error);
+    let fail = |error: tokio_postgres::Error| failure("read the status", error);
     let table = &target.table;
     // What leaves one place for the next while we count must be seen twice rather than missed, so
     // that nothing outstanding passes for synced: places are read in the order that changes travel.
@@ -344,8 +344,7 @@ async fn freshness(postgres: &Postgres) -> Result<LaneFreshness> {
            SELECT true, * FROM unnest(s.bulk_buckets, s.bulk_counts)) AS b(is_bulk, bucket, count) \
          WHERE s.at > now() - interval '{FRESHNESS_WINDOW}' GROUP BY 1, 2"
     );
-    let rows =
-        client.query(&sql, &[]).await.map_err(|error| failure("read how fresh changes are", &error))?;
+    let rows = client.query(&sql, &[]).await.map_err(|error| failure("read how fresh changes are", error))?;
     let mut lanes = [Histogram::default(), Histogram::default()];
     for row in rows {
         let lane = usize::from(row.get::<_, bool>(0));

@@ -8,7 +8,7 @@ use super::{Postgres, failure};
 use crate::backend::pgvector;
 use crate::config;
 use crate::pipeline::catalog::ContentSalt;
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 
 /// The kind of index whose vectors are in this database.
 pub(super) const PGVECTOR: &str = "pgvector";
@@ -78,7 +78,7 @@ impl std::fmt::Display for Place {
 /// The place of a source's active target; none if there is no target, it has no place outside of the database, or
 /// the place was never recorded.
 pub async fn recorded_place(postgres: &Postgres, source: &str) -> Result<Option<Place>> {
-    let fail = |error: tokio_postgres::Error| failure("look for the index", &error);
+    let fail = |error: tokio_postgres::Error| failure("look for the index", error);
     let client = postgres.client().await?;
     // Before the first migration there is no schema, before an upgrade no such column.
     let there = client
@@ -112,7 +112,7 @@ pub(super) async fn settle_place(
     if shape.kind == PGVECTOR {
         return Ok(None);
     }
-    let fail = |error: tokio_postgres::Error| failure("compare the index's place", &error);
+    let fail = |error: tokio_postgres::Error| failure("compare the index's place", error);
     let sql = "SELECT name, host, namespace FROM refarch.target WHERE id = $1";
     let row = transaction.query_one(sql, &[&target]).await.map_err(fail)?;
     let place = &shape.place;
@@ -138,7 +138,7 @@ pub(super) async fn settle_model(
 ) -> Result<()> {
     let sql = "UPDATE refarch.target SET model = $2 WHERE id = $1 AND model <> $2";
     let done = transaction.execute(sql, &[&target, &shape.model]).await;
-    done.map(drop).map_err(|error| failure("record the model", &error))
+    done.map(drop).map_err(|error| failure("record the model", error))
 }
 
 /// Whether a target is still the one that is fed. A process that was started before `refarch migrate` made
@@ -149,7 +149,7 @@ pub async fn is_active(postgres: &Postgres, target: i32) -> Result<bool> {
         .await?
         .query_opt("SELECT FROM refarch.target WHERE id = $1 AND state = 'active'", &[&target])
         .await
-        .map_err(|error| failure("look for the index", &error))?;
+        .map_err(|error| failure("look for the index", error))?;
     Ok(row.is_some())
 }
 
@@ -175,7 +175,7 @@ pub(super) async fn retire(
     report: &mut Report,
 ) -> Result<()> {
     let sql = format!("DROP TABLE IF EXISTS {}", pgvector::table_name(target));
-    let fail = |error: tokio_postgres::Error| failure("retire the old index", &error);
+    let fail = |error: tokio_postgres::Error| failure("retire the old index", error);
     transaction.batch_execute(&sql).await.map_err(fail)?;
     transaction.execute("DELETE FROM refarch.target WHERE id = $1", &[&target]).await.map_err(fail)?;
     report
@@ -192,7 +192,7 @@ pub(super) async fn create(
     salt: &ContentSalt,
     report: &mut Report,
 ) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("create the index", &error);
+    let fail = |error: tokio_postgres::Error| failure("create the index", error);
     let dimensions = shape.dimensions as i32;
     let place = &shape.place;
     let is_outside = shape.kind != PGVECTOR;
@@ -240,14 +240,15 @@ pub(super) async fn create(
 pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexShape) -> Result<Target> {
     let fix = "run refarch migrate";
     let mut client = postgres.client().await?;
-    let client = client.transaction().await.map_err(|error| failure("look for the schema", &error))?;
+    let client = client.transaction().await.map_err(|error| failure("look for the schema", error))?;
     let there: bool = client
         .query_one("SELECT to_regclass('refarch.target') IS NOT NULL", &[])
         .await
-        .map_err(|error| failure("look for the schema", &error))?
+        .map_err(|error| failure("look for the schema", error))?
         .get(0);
     if !there {
-        return Err(Error::fatal(
+        return Err(Error::new(
+            FailureKind::MissingResource,
             "look for the schema",
             format!("there is no schema refarch in {}: {fix}", postgres.address()),
         ));
@@ -255,19 +256,20 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
     let version: i32 = client
         .query_one("SELECT coalesce(max(version), 0) FROM refarch.migration", &[])
         .await
-        .map_err(|error| failure("look for the schema", &error))?
+        .map_err(|error| failure("look for the schema", error))?
         .get(0);
     let needed = super::migrate::newest_version();
     if version < needed {
-        return Err(Error::fatal(
+        return Err(Error::new(
+            FailureKind::WrongVersion,
             "look for the schema",
             format!("the schema refarch is of version {version} and this build needs {needed}: {fix}"),
         ));
     }
     let table = match find_table(&client, source).await {
         // The settings are those that the schema was made with: somebody alters the table just now.
-        Err(error) if error.class == Class::Fatal && is_as_recorded(&client, source).await? => {
-            return Err(Error { class: Class::Retryable, ..error });
+        Err(error) if error.class() == Class::Fatal && is_as_recorded(&client, source).await? => {
+            return Err(error.of_kind(FailureKind::SourceChanged));
         }
         found => found?,
     };
@@ -280,19 +282,20 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
             &[&table.name, &source.id, &source.text, &table.relation],
         )
         .await
-        .map_err(|error| failure("look for the index", &error))?;
+        .map_err(|error| failure("look for the index", error))?;
     let Some(row) = row else {
         let message = format!("{} is not kept in step yet: {fix}", table.relation);
         return Err(if is_swapped(&client, &table.name).await? {
             // Another table has taken the name, as in a swap by rename. Whoever proves the index captures it soon.
-            Error::retryable("look for the index", message)
+            Error::new(FailureKind::SourceChanged, "look for the index", message)
         } else {
-            Error::fatal("look for the index", message)
+            Error::new(FailureKind::MissingResource, "look for the index", message)
         });
     };
     let (model, kind, same_columns): (String, String, bool) = (row.get(1), row.get(4), row.get(5));
     if !shape.is_of(&model) || kind != shape.kind || !same_columns {
-        return Err(Error::fatal(
+        return Err(Error::new(
+            FailureKind::WrongShape,
             "check the index",
             format!(
                 "it was made with model {model} and other text columns or another model are set now: {fix}"
@@ -304,7 +307,7 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
             "the index is {recorded}, and the settings name {}: name the old place again, or {fix}",
             shape.place
         );
-        return Err(Error::fatal("check the index", message));
+        return Err(Error::new(FailureKind::WrongShape, "check the index", message));
     }
     Ok(Target {
         id: row.get(0),
@@ -323,7 +326,7 @@ async fn is_as_recorded(transaction: &Transaction<'_>, source: &config::Source) 
             &[&source.name, &source.id, &source.text, &source.metadata],
         )
         .await
-        .map_err(|error| failure("look for the index", &error))?;
+        .map_err(|error| failure("look for the index", error))?;
     Ok(row.is_some_and(|row| row.get::<_, bool>(0)))
 }
 
@@ -336,7 +339,7 @@ async fn is_swapped(transaction: &Transaction<'_>, source: &str) -> Result<bool>
             &[&source],
         )
         .await
-        .map_err(|error| failure("look for the index", &error))?;
+        .map_err(|error| failure("look for the index", error))?;
     Ok(row.is_some_and(|row| row.get::<_, Option<bool>>(0).unwrap_or_default()))
 }
 
@@ -346,15 +349,15 @@ pub async fn follow_swap(postgres: &Postgres, source: &str) {
     let followed = async {
         let mut client = postgres.client().await?;
         let transaction =
-            client.transaction().await.map_err(|error| failure("look for the schema", &error))?;
+            client.transaction().await.map_err(|error| failure("look for the schema", error))?;
         if !is_swapped(&transaction, source).await? {
             return Ok(());
         }
         transaction
             .query_one("SELECT refarch.rearm($1)", &[&source])
             .await
-            .map_err(|error| failure("capture the table anew", &error))?;
-        transaction.commit().await.map_err(|error| failure("capture the table anew", &error))
+            .map_err(|error| failure("capture the table anew", error))?;
+        transaction.commit().await.map_err(|error| failure("capture the table anew", error))
     };
     if let Err::<(), Error>(error) = followed.await {
         tracing::debug!(%error, "cannot follow another table under the name");
@@ -366,7 +369,7 @@ pub(super) async fn find_table(
     transaction: &Transaction<'_>,
     source: &config::Source,
 ) -> Result<SourceTable> {
-    let fail = |error: tokio_postgres::Error| failure("look the source table up", &error);
+    let fail = |error: tokio_postgres::Error| failure("look the source table up", error);
     transaction.batch_execute("SET LOCAL search_path TO DEFAULT").await.map_err(fail)?;
     let table = SourceTable::find(transaction, source).await?;
     transaction.batch_execute("SET LOCAL search_path = pg_catalog, pg_temp").await.map_err(fail)?;

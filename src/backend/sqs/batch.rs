@@ -15,7 +15,7 @@ use super::Sqs;
 use super::failure::failure;
 use crate::pipeline::change::{Group, Job, Lane};
 use crate::pipeline::clock::BootClock;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::queue::Receipt;
 use crate::pipeline::retry::Backoff;
 
@@ -34,14 +34,16 @@ const TRIES: u32 = 5;
 
 /// A job's body, or those of its parts if it is longer than a message may be.
 pub(super) fn bodies(job: &Job, max: usize, to: &mut Vec<String>) -> Result<()> {
-    let body = serde_json::to_string(job).map_err(|error| Error::permanent("send jobs", error))?;
+    let body = serde_json::to_string(job)
+        .map_err(|error| Error::caused(FailureKind::Malformed, "send jobs", error))?;
     let body = sendable(body);
     if body.len() <= max {
         to.push(body);
         return Ok(());
     }
     let Some((left, right)) = halves(job) else {
-        return Err(Error::permanent(
+        return Err(Error::new(
+            FailureKind::RefusedData,
             "send jobs",
             format!(
                 "a single change makes a message of {} bytes, and the queue has MaximumMessageSize = {max}: raise it",
@@ -133,7 +135,7 @@ impl Doing {
         entries: &[String],
     ) -> Result<Vec<BatchResultErrorEntry>> {
         let what = self.describe();
-        let wrong = |error: BuildError| Error::permanent(what, error);
+        let wrong = |error: BuildError| Error::caused(FailureKind::Malformed, what, error);
         let numbered = entries.iter().enumerate().map(|(at, entry)| (at.to_string(), entry));
         match self {
             Self::Send => {
@@ -143,7 +145,7 @@ impl Doing {
                 let entries = numbered.map(entry).collect::<Result<Vec<_>, _>>().map_err(wrong)?;
                 let answer =
                     client.send_message_batch().queue_url(url).set_entries(Some(entries)).send().await;
-                answer.map(|answer| answer.failed).map_err(|error| failure(what, url, &error))
+                answer.map(|answer| answer.failed).map_err(|error| failure(what, url, error))
             }
             Self::Delete => {
                 let entry = |(id, handle): (String, &String)| {
@@ -152,7 +154,7 @@ impl Doing {
                 let entries = numbered.map(entry).collect::<Result<Vec<_>, _>>().map_err(wrong)?;
                 let answer =
                     client.delete_message_batch().queue_url(url).set_entries(Some(entries)).send().await;
-                answer.map(|answer| answer.failed).map_err(|error| failure(what, url, &error))
+                answer.map(|answer| answer.failed).map_err(|error| failure(what, url, error))
             }
             Self::Hide(seconds) => {
                 let entry = |(id, handle): (String, &String)| {
@@ -162,7 +164,7 @@ impl Doing {
                 let entries = numbered.map(entry).collect::<Result<Vec<_>, _>>().map_err(wrong)?;
                 let call = client.change_message_visibility_batch();
                 let answer = call.queue_url(url).set_entries(Some(entries)).send().await;
-                answer.map(|answer| answer.failed).map_err(|error| failure(what, url, &error))
+                answer.map(|answer| answer.failed).map_err(|error| failure(what, url, error))
             }
         }
     }
@@ -179,10 +181,10 @@ impl Doing {
             let mut failed = self.call(&client, &url, &left).await?;
             failed.retain(|entry| !self.is_over(entry.code()));
             if let Some(refused) = failed.iter().find(|entry| entry.sender_fault()) {
-                return Err(Error::permanent(what(), said(refused)));
+                return Err(Error::new(FailureKind::RefusedData, what(), said(refused)));
             }
             let Some(first) = failed.first() else { return Ok(()) };
-            let error = Error::retryable(what(), said(first));
+            let error = Error::new(FailureKind::Overloaded, what(), said(first));
             let pause = backoff.next(&error, &BootClock);
             if backoff.failures() >= TRIES {
                 return Err(error);

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::failure::failure;
 use super::{MAX_BYTES, Options, lacking};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// How long a connection may take to be made.
 const CONNECT: Duration = Duration::from_secs(3);
@@ -25,7 +25,8 @@ pub async fn connect(options: &Options) -> Result<Client> {
     let region = region_of(&options.url);
     for url in [&options.bulk_url, &options.dead_url].into_iter().flatten() {
         if region_of(url) != region {
-            return Err(Error::fatal(
+            return Err(Error::new(
+                FailureKind::WrongSetting,
                 "use the queues",
                 format!("{} and {url} are in different regions: use queues of one region", options.url),
             ));
@@ -39,7 +40,8 @@ pub async fn connect(options: &Options) -> Result<Client> {
     }
     let config = loader.load().await;
     if config.region().is_none() {
-        return Err(Error::fatal(
+        return Err(Error::new(
+            FailureKind::WrongSetting,
             "use the queues",
             format!("{} names no region: set AWS_REGION", options.url),
         ));
@@ -124,7 +126,7 @@ impl Queue {
 
 /// Looks at the queues, and refuses those that can't serve.
 pub(super) async fn look(client: &Client, options: &Options) -> Result<Looked> {
-    let wrong = |message: String| Err(Error::fatal("use the queues", message));
+    let wrong = |message: String| Err(Error::new(FailureKind::WrongSetting, "use the queues", message));
     let mut lanes = Vec::new();
     for url in std::iter::once(&options.url).chain(&options.bulk_url) {
         // Amazon's own ending, in lower case always.
@@ -202,7 +204,7 @@ async fn attributes(client: &Client, url: &str) -> Result<HashMap<QueueAttribute
         .set_attribute_names(Some(names.to_vec()))
         .send()
         .await
-        .map_err(|error| failure("look at the queue", url, &error))?;
+        .map_err(|error| failure("look at the queue", url, error))?;
     Ok(answer.attributes.unwrap_or_default())
 }
 
@@ -230,7 +232,11 @@ fn policy(text: &str, url: &str) -> Result<RedrivePolicy> {
         })
     };
     read().ok_or_else(|| {
-        Error::fatal("use the queues", format!("{url} has the redrive policy {text:?}, which names no queue"))
+        Error::new(
+            FailureKind::WrongSetting,
+            "use the queues",
+            format!("{url} has the redrive policy {text:?}, which names no queue"),
+        )
     })
 }
 
@@ -244,7 +250,7 @@ async fn url_of(client: &Client, arn: &str) -> Result<String> {
         .queue_owner_aws_account_id(account)
         .send()
         .await
-        .map_err(|error| failure("find the dead-letter queue", arn, &error))?
+        .map_err(|error| failure("find the dead-letter queue", arn, error))?
         .queue_url
         .ok_or_else(|| lacking("find the dead-letter queue", "QueueUrl"))
 }

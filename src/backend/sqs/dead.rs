@@ -15,7 +15,7 @@ use super::failure::failure;
 use super::intake::{number, receive};
 use super::{Sqs, client, decode, lacking};
 use crate::pipeline::change::{Job, Lane};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::queue::{DeadLetter, Message, Undecodable, Why};
 
 /// Letters that are looked at in one go: each is held in memory, and hidden from others meanwhile.
@@ -75,7 +75,7 @@ fn attribute(value: impl std::fmt::Display) -> Result<MessageAttributeValue> {
         .data_type("String")
         .string_value(sendable(&value.to_string(), MAX_ERROR))
         .build()
-        .map_err(|error| Error::permanent("write a dead letter", error))
+        .map_err(|error| Error::caused(FailureKind::Malformed, "write a dead letter", error))
 }
 
 fn attribute_of<'a>(raw: &'a Raw, name: &str) -> Option<&'a str> {
@@ -160,7 +160,7 @@ impl Sqs {
                 .message_attributes(CHANGES, attribute(changes)?)
                 .message_attributes(MESSAGE_ID, attribute(&message.id)?);
         }
-        call.send().await.map(drop).map_err(|error| failure("write a dead letter to", &self.dead_url, &error))
+        call.send().await.map(drop).map_err(|error| failure("write a dead letter to", &self.dead_url, error))
     }
 
     async fn note(&self, message: &Message, why: &Why) -> Result<()> {
@@ -172,7 +172,7 @@ impl Sqs {
             )
             .await
             .map(drop)
-            .map_err(|error| crate::backend::postgres::failure("note a dead letter", &error))
+            .map_err(|error| crate::backend::postgres::failure("note a dead letter", error))
     }
 
     /// Receives letters until there are none left, or `wanted` says that it has seen enough.
@@ -298,7 +298,7 @@ impl Sqs {
         let handle = match started {
             Ok(task) => task.task_handle.ok_or_else(|| lacking("move dead letters", "TaskHandle"))?,
             Err(error) => {
-                let error = failure("move dead letters of", &self.dead_url, &error);
+                let error = failure("move dead letters of", &self.dead_url, error);
                 tracing::info!(%error, "SQS does not move the dead letters itself; bringing them back one by one");
                 return Ok(None);
             }
@@ -311,7 +311,7 @@ impl Sqs {
                 .max_results(10)
                 .send()
                 .await
-                .map_err(|error| failure("follow the move of dead letters of", &self.dead_url, &error))?;
+                .map_err(|error| failure("follow the move of dead letters of", &self.dead_url, error))?;
             // Only a task that runs has a handle; the newest stands first.
             let running = answer.results().iter().any(|task| task.task_handle() == Some(&*handle));
             let Some(newest) = answer.results().first().filter(|_| !running) else {
@@ -320,7 +320,11 @@ impl Sqs {
             };
             if newest.status() == Some("FAILED") {
                 let why = newest.failure_reason().unwrap_or("it does not say why").to_owned();
-                return Err(Error::retryable(format!("move dead letters of {}", self.dead_url), why));
+                return Err(Error::new(
+                    FailureKind::Overloaded,
+                    format!("move dead letters of {}", self.dead_url),
+                    why,
+                ));
             }
             return Ok(Some(newest.approximate_number_of_messages_moved().max(0) as u64));
         }

@@ -1,9 +1,10 @@
-//! Errors of SQS, sorted into what is done about them.
+//! Errors of SQS, by their kind.
 
+use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_sqs::config::http::HttpResponse;
 use aws_sdk_sqs::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 
-use crate::pipeline::failure::{Class, Error};
+use crate::pipeline::failure::{Error, FailureKind, causes, chain};
 
 /// Codes that say that these credentials may not do this, and what to do about it.
 const REFUSED: &[(&str, &str)] = &[
@@ -22,88 +23,76 @@ const REFUSED: &[(&str, &str)] = &[
 
 /// What a code means; SQS has an older and a newer name for many, such as `AccessDenied` and
 /// `AccessDeniedException`, or `AWS.SimpleQueueService.NonExistentQueue` and `QueueDoesNotExist`.
-fn class_of(code: &str, status: Option<u16>) -> (Class, Option<&'static str>) {
+fn kind_of(code: &str, status: Option<u16>) -> (FailureKind, Option<&'static str>) {
     let code = code.rsplit(['.', '#']).next().unwrap_or(code);
     let code = code.strip_suffix("Exception").unwrap_or(code);
     if let Some((_, fix)) = REFUSED.iter().find(|(refused, _)| *refused == code) {
-        return (Class::Fatal, Some(fix));
+        return (FailureKind::RefusedCredentials, Some(fix));
     }
     match code {
         "QueueDoesNotExist" | "NonExistentQueue" => {
-            (Class::Fatal, Some("there is no such queue: are account, region and name in its URL right?"))
+            let fix = "there is no such queue: are account, region and name in its URL right?";
+            (FailureKind::MissingResource, Some(fix))
         }
-        "InvalidAddress" => (Class::Fatal, Some("is the region in the queue's URL right?")),
+        "InvalidAddress" => (FailureKind::WrongSetting, Some("is the region in the queue's URL right?")),
         "InvalidMessageContents"
         | "BatchRequestTooLong"
         | "InvalidParameterValue"
         | "InvalidAttributeName"
-        | "ReceiptHandleIsInvalid"
-        | "UnsupportedOperation" => (Class::Permanent, None),
+        | "ReceiptHandleIsInvalid" => (FailureKind::RefusedData, None),
+        "UnsupportedOperation" => (FailureKind::Unsupported, None),
         // Rate limits, too much in flight, and their own trouble.
-        _ if status.is_some_and(|status| status >= 500 || status == 429) => (Class::Retryable, None),
-        "OverLimit"
-        | "RequestThrottled"
-        | "Throttling"
-        | "ThrottlingException"
-        | "KmsThrottled"
-        | "QueueDeletedRecently"
-        | "PurgeQueueInProgress" => (Class::Retryable, None),
-        _ if status.is_some_and(|status| (400..500).contains(&status)) => (Class::Fatal, None),
-        _ => (Class::Retryable, None),
+        _ if status.is_some_and(|status| status >= 500) => (FailureKind::Overloaded, None),
+        _ if status == Some(429) => (FailureKind::RateLimited, None),
+        "OverLimit" | "RequestThrottled" | "Throttling" | "ThrottlingException" | "KmsThrottled" => {
+            (FailureKind::RateLimited, None)
+        }
+        "QueueDeletedRecently" | "PurgeQueueInProgress" => (FailureKind::Conflict, None),
+        _ if status.is_some_and(|status| (400..500).contains(&status)) => (FailureKind::WrongSetting, None),
+        _ => (FailureKind::UnexpectedAnswer, None),
     }
 }
 
-/// Classes what a call came to.
-pub(super) fn failure<E>(what: &str, url: &str, error: &SdkError<E, HttpResponse>) -> Error
+/// What a call came to.
+pub(super) fn failure<E>(what: &str, url: &str, error: SdkError<E, HttpResponse>) -> Error
 where
-    E: ProvideErrorMetadata + std::error::Error + 'static,
+    E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
 {
     let what = format!("{what} {url}");
     let status = error.raw_response().map(|response| response.status().as_u16());
-    match error {
+    match &error {
         SdkError::ServiceError(service) => {
             let code = service.err().code().unwrap_or("no code");
             let said = service.err().message().unwrap_or_default();
-            let (class, fix) = class_of(code, status);
-            let fix = fix.map(|fix| format!("; {fix}")).unwrap_or_default();
-            Error::new(class, what, format!("{code}: {said}{fix}"))
+            let (kind, fix) = kind_of(code, status);
+            Error::new(kind, what, format_args!("{code}: {said}")).with_remedy(fix).because(error)
         }
-        SdkError::ConstructionFailure(_) => Error::fatal(what, DisplayErrorContext(error)),
-        SdkError::TimeoutError(_) => Error::retryable(what, "no answer in time"),
-        _ => {
-            let text = DisplayErrorContext(error).to_string();
-            // The chain of providers was gone through, and none had any.
-            if text.contains("CredentialsNotLoaded")
-                || text.contains("no providers in chain provided credentials")
-            {
-                return Error::fatal(
-                    what,
-                    "there are no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, \
-                     or run where a role gives them",
-                );
-            }
-            Error::retryable(what, plain(error))
+        SdkError::ConstructionFailure(_) => {
+            Error::new(FailureKind::WrongSetting, what, DisplayErrorContext(&error)).because(error)
         }
+        SdkError::TimeoutError(_) => {
+            Error::new(FailureKind::TimedOut, what, "no answer in time").because(error)
+        }
+        _ if has_no_credentials(&error) => {
+            let said = "there are no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, \
+                        or run where a role gives them";
+            Error::new(FailureKind::RefusedCredentials, what, said).because(error)
+        }
+        _ => Error::new(FailureKind::ConnectionLost, what, chain(&error)).because(error),
     }
 }
 
-/// An error with what lies under it, without the SDK's own types.
-fn plain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut parts: Vec<String> = Vec::new();
-    let mut next = Some(error);
-    while let Some(cause) = next {
-        let text = cause.to_string();
-        if parts.last() != Some(&text) {
-            parts.push(text);
-        }
-        next = cause.source();
-    }
-    parts.join(": ")
+/// Whether the chain of providers was gone through, and none had any credentials.
+fn has_no_credentials(error: &(dyn std::error::Error + 'static)) -> bool {
+    causes(error).any(|cause| {
+        matches!(cause.downcast_ref::<CredentialsError>(), Some(CredentialsError::CredentialsNotLoaded(_)))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::failure::Class;
 
     #[test]
     fn a_code_means_the_same_by_either_of_its_names() {
@@ -112,19 +101,19 @@ mod tests {
             "AWS.SimpleQueueService.NonExistentQueue",
             "com.amazonaws.sqs#QueueDoesNotExist",
         ] {
-            assert_eq!(class_of(code, Some(400)).0, Class::Fatal, "{code}");
+            assert_eq!(kind_of(code, Some(400)).0.class(), Class::Fatal, "{code}");
         }
         for code in ["AccessDenied", "AccessDeniedException", "ExpiredTokenException", "InvalidClientTokenId"]
         {
-            let (class, fix) = class_of(code, Some(403));
-            assert!(class == Class::Fatal && fix.is_some(), "{code}");
+            let (kind, fix) = kind_of(code, Some(403));
+            assert!(kind.class() == Class::Fatal && fix.is_some(), "{code}");
         }
         for (code, status) in
             [("RequestThrottled", 400), ("OverLimit", 403), ("InternalError", 500), ("", 503)]
         {
-            assert_eq!(class_of(code, Some(status)).0, Class::Retryable, "{code}");
+            assert_eq!(kind_of(code, Some(status)).0.class(), Class::Retryable, "{code}");
         }
-        assert_eq!(class_of("InvalidMessageContents", Some(400)).0, Class::Permanent);
-        assert_eq!(class_of("SomethingNew", Some(400)).0, Class::Fatal);
+        assert_eq!(kind_of("InvalidMessageContents", Some(400)).0.class(), Class::Permanent);
+        assert_eq!(kind_of("SomethingNew", Some(400)).0.class(), Class::Fatal);
     }
 }

@@ -17,7 +17,7 @@ use super::client::ATTEMPT;
 use super::failure::failure;
 use super::{Sqs, decode};
 use crate::pipeline::change::Lane;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::queue::{Message, Receipt};
 
 /// Messages that are kept for the other lane at most: one poll's.
@@ -162,7 +162,9 @@ impl Sqs {
                 }
             }
         });
-        answered.await.map_err(|_| Error::retryable("receive jobs", "the receiving task ended"))?
+        answered
+            .await
+            .map_err(|_| Error::new(FailureKind::Overloaded, "receive jobs", "the receiving task ended"))?
     }
 }
 
@@ -195,7 +197,7 @@ pub(super) async fn receive(
         .config_override(aws_sdk_sqs::config::Builder::default().timeout_config(patience))
         .send()
         .await
-        .map_err(|error| failure("receive jobs from", url, &error))?;
+        .map_err(|error| failure("receive jobs from", url, error))?;
     Ok(answer.messages.unwrap_or_default())
 }
 

@@ -20,7 +20,7 @@ use jiff::Timestamp;
 
 use super::postgres::{self, Postgres};
 use crate::pipeline::change::{Job, Lane};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Why, decode};
 use failure::failure;
 use intake::Intake;
@@ -168,7 +168,7 @@ impl Sqs {
                 &[&self.options.source, &names],
             )
             .await
-            .map_err(|error| postgres::failure("read how messages are packed", &error))?;
+            .map_err(|error| postgres::failure("read how messages are packed", error))?;
         let number = |at| row.get::<_, i64>(at).max(0) as u64;
         Ok(Packing { messages: number(0), changes: number(1) })
     }
@@ -187,7 +187,7 @@ impl Sqs {
             .set_attribute_names(Some(names.to_vec()))
             .send()
             .await
-            .map_err(|error| failure("count the queue", url, &error))?;
+            .map_err(|error| failure("count the queue", url, error))?;
         let number = |name| -> u64 {
             answer
                 .attributes()
@@ -309,5 +309,5 @@ impl JobQueue for Sqs {
 
 /// A queue's answer that lacks what it must hold.
 fn lacking(what: &str, field: &str) -> Error {
-    Error::retryable(what, format!("the answer has no {field}"))
+    Error::new(FailureKind::UnexpectedAnswer, what, format!("the answer has no {field}"))
 }

@@ -26,7 +26,7 @@ use super::round::{Kept, ProofOptions, Round, Rounds, Walk};
 use super::suspect::{Letters, Look, Proving, Suspect};
 use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::queue::JobQueue;
@@ -230,7 +230,8 @@ impl Prover {
             }
             self.clock.sleep(LOOK_EVERY).await;
         }
-        Err(Error::retryable(
+        Err(Error::new(
+            FailureKind::SourceChanged,
             "prove the index",
             "rows that a page of the table shows are not found by their ids: nothing is compared",
         ))

@@ -87,7 +87,7 @@ pub(super) async fn rows_after(ledger: &dyn Ledger, after: Option<&str>, limit: 
 
 /// Whether one of the rows that were asked for may be at fault.
 fn may_be_of_a_row(error: &Error) -> bool {
-    error.class == Class::Permanent || error.about_change
+    error.class() == Class::Permanent || error.is_about_change()
 }
 
 /// Whether a row fails time and again though the database answers otherwise. Else another try may do.
@@ -124,7 +124,7 @@ pub(super) async fn peek(ledger: &dyn Ledger, ids: &[String]) -> Result<(Vec<Pee
                 rows.extend(peeked);
             }
             Err(error) if may_be_of_a_row(&error) && part.len() == 1 => {
-                if error.class != Class::Permanent && !fails_alone(ledger, part).await? {
+                if error.class() != Class::Permanent && !fails_alone(ledger, part).await? {
                     parts.push(part);
                     continue;
                 }

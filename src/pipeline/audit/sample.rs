@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Auditor, Difference, Kind, MAX_EXAMPLES, Peeked, Report, Stored};
 use crate::pipeline::embedder::Embedding;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// Vectors of one text that are less alike than this are not of the same model. A stored vector's
 /// rounding costs a ten-thousandth at most.
@@ -41,7 +41,11 @@ impl Auditor<'_> {
             let texts: Vec<Arc<str>> = part.iter().map(|one| one.text.clone()).collect();
             let vectors = embedder.embed_texts(&texts).await?;
             if vectors.len() != part.len() {
-                return Err(Error::retryable("embed a sample", "another number of vectors came back"));
+                return Err(Error::new(
+                    FailureKind::UnexpectedAnswer,
+                    "embed a sample",
+                    "another number of vectors came back",
+                ));
             }
             for (one, vector) in part.iter().zip(vectors) {
                 report.sampled += 1;

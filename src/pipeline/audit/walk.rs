@@ -20,7 +20,7 @@ impl Prover {
         let page = match self.index.list(round.cursor.as_deref(), self.options.page).await {
             Ok(page) => page,
             // A place in a listing may be good for a while only.
-            Err(error) if error.class == Class::Permanent && round.cursor.is_some() => {
+            Err(error) if error.class() == Class::Permanent && round.cursor.is_some() => {
                 tracing::debug!(%error, "the listing of the index begins anew");
                 (round.cursor, round.records) = (None, 0);
                 return Ok(Vec::new());

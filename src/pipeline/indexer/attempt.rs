@@ -46,7 +46,7 @@ use super::{Indexer, Round, is_in_sync};
 use crate::pipeline::catalog::{Hash, SourceRow};
 use crate::pipeline::change::Lane;
 use crate::pipeline::embedder::Embedding;
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::index::{PlainWrite, Record};
 use crate::pipeline::ledger::{Opened, Outcome};
 use crate::pipeline::retry::Backoff;
@@ -233,8 +233,9 @@ impl Indexer {
                 Some(row) => {
                     let embedding =
                         reused.remove(&row.id).or_else(|| batch.made.get(&row.content_hash).cloned());
-                    let embedding =
-                        embedding.ok_or_else(|| Error::retryable("embed texts", "a text was left out"))?;
+                    let embedding = embedding.ok_or_else(|| {
+                        Error::new(FailureKind::UnexpectedAnswer, "embed texts", "a text was left out")
+                    })?;
                     records.push(Record { embedding, row: row.clone(), version: version(&row.id) });
                 }
             }
@@ -321,10 +322,10 @@ impl Indexer {
                 Ok(()) => return Sent::Surely,
                 Err(error) => error,
             };
-            let error = Error { about_change: error.doubtful, ..error };
-            doubtful |= error.doubtful;
+            let error = if error.is_doubtful() { error.over_the_change() } else { error };
+            doubtful |= error.is_doubtful();
             let over = backoff.failures() + 1 >= REQUEST_TRIES || self.health.is_outage();
-            match error.class {
+            match error.class() {
                 // A refusal says nothing of an earlier try, and that one's ids must stay open.
                 Class::Permanent if !doubtful => return Sent::Refused(error),
                 Class::Retryable if !over => self.clock().sleep(backoff.next(&error, self.clock())).await,

@@ -33,7 +33,7 @@ use tokio::sync::RwLockWriteGuard;
 
 use super::{Hint, Indexer, Made, Stepped, is_in_sync};
 use crate::pipeline::change::{Group, Job, Lane};
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::queue::{Message, Reason, Receipt, Why};
 
 /// From this receive on, a message is worked change by change.
@@ -237,7 +237,7 @@ impl Indexer {
             let peeked = match self.ledger.peek(suspects).await {
                 Ok(peeked) => peeked,
                 // One of them cannot be read: they are tried one by one.
-                Err(error) if error.class == Class::Permanent || error.about_change => continue,
+                Err(error) if error.class() == Class::Permanent || error.is_about_change() => continue,
                 Err(error) => return Err(error),
             };
             for peeked in peeked.iter().filter(|one| is_in_sync(one)) {
@@ -284,10 +284,10 @@ impl Indexer {
             let at_embedder = batch.failed_at_embedder;
             let round = match round {
                 Ok(round) => round,
-                Err(error) if error.class == Class::Fatal => {
+                Err(error) if error.class() == Class::Fatal => {
                     // One text may be refused as a wrong setting has all of them refused. A change that stands
                     // alone is tried against a harmless one below.
-                    let may_be_its_own = error.about_change && !error.of_process;
+                    let may_be_its_own = error.is_about_change() && !error.is_of_process();
                     if may_be_its_own
                         && (group.len() == 1 || self.probe(lane, PROBES_A_REFUSAL).await.is_ok())
                     {
@@ -297,12 +297,12 @@ impl Indexer {
                     self.health.concerns_all(&error, at_embedder);
                     batch.groups.push_front(group);
                     // What ends this process now may be the change's own doing; a setting is not.
-                    if !error.of_process {
+                    if !error.is_of_process() {
                         self.take_back(batch).await;
                     }
                     return Err(error);
                 }
-                Err(error) if error.class == Class::Permanent => {
+                Err(error) if error.class() == Class::Permanent => {
                     self.refuse(lane, batch, group, &error).await?;
                     continue;
                 }
@@ -354,7 +354,11 @@ impl Indexer {
                 self.refuse(lane, batch, refused, &error).await?;
             }
             if conflicts >= CONFLICTS_IN_A_ROW {
-                return Err(Error::retryable("apply changes", "the rows kept changing meanwhile"));
+                return Err(Error::new(
+                    FailureKind::Conflict,
+                    "apply changes",
+                    "the rows kept changing meanwhile",
+                ));
             }
         }
         Ok(())
@@ -417,7 +421,7 @@ impl Indexer {
         if !counted {
             return Ok(());
         }
-        let others_go_through = error.about_change && self.probe(lane, PROBES).await.is_ok();
+        let others_go_through = error.is_about_change() && self.probe(lane, PROBES).await.is_ok();
         // What was counted before the try stands only if it is the change's own fault.
         if !others_go_through {
             self.take_back(batch).await;
@@ -455,12 +459,13 @@ impl Indexer {
                 self.index.probe().await
             };
             if let Err(error) = gone.await {
-                if error.class == Class::Retryable {
+                if error.class() == Class::Retryable {
                     self.health.failed(&error, at_embedder);
                     return Err(error);
                 }
                 self.health.concerns_all(&error, at_embedder);
-                return Err(Error { class: Class::Fatal, ..error });
+                let is_refusal = error.class() == Class::Permanent;
+                return Err(if is_refusal { error.of_kind(FailureKind::RefusesAll) } else { error });
             }
         }
         self.health.is_over();

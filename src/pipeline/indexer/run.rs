@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::Indexer;
 use super::batch::Batch;
 use crate::pipeline::change::{Lane, MAX_CHANGES_PER_JOB};
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::fault;
 use crate::pipeline::index::Writes;
 use crate::pipeline::ledger::Swept;
@@ -51,7 +51,7 @@ const MAINTAIN_EVERY: Duration = Duration::from_secs(1);
 
 /// What a batch's task came to; one that panicked is as bad as one that failed for good.
 fn ended_well(ended: Result<Result<()>, tokio::task::JoinError>) -> Result<()> {
-    ended.unwrap_or_else(|error| Err(Error::fatal("apply changes", error)))
+    ended.unwrap_or_else(|error| Err(Error::caused(FailureKind::ProcessBroken, "apply changes", error)))
 }
 
 /// A batch that is under way, for as long as this lives.
@@ -253,7 +253,8 @@ impl Indexer {
                 }
                 // A queue that was there comes back: a database that is restored, a right that is granted.
                 Err(error)
-                    if error.class == Class::Fatal && (error.of_process || until_idle || !has_received) =>
+                    if error.class() == Class::Fatal
+                        && (error.is_of_process() || until_idle || !has_received) =>
                 {
                     result = Err(error);
                     stop.cancel();
@@ -268,7 +269,7 @@ impl Indexer {
                     } else {
                         tracing::debug!(lane = lane.name(), %error, retry_in_ms, "cannot receive");
                     }
-                    if error.class == Class::Fatal || backoff.failures() >= fault::IN_A_ROW {
+                    if error.class() == Class::Fatal || backoff.failures() >= fault::IN_A_ROW {
                         self.faults.report(fault::QUEUE, format_args!("nothing can be received: {error}"));
                     }
                     stop.run_until_cancelled(tokio::time::sleep(pause)).await;
@@ -371,8 +372,8 @@ impl Indexer {
                     return Ok(());
                 }
                 Err(error)
-                    if error.class == Class::Fatal
-                        && (error.of_process || self.ends_when_idle.load(Ordering::Relaxed)) =>
+                    if error.class() == Class::Fatal
+                        && (error.is_of_process() || self.ends_when_idle.load(Ordering::Relaxed)) =>
                 {
                     return Err(error);
                 }

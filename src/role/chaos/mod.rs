@@ -38,6 +38,7 @@ use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::audit::{Auditor, Options, Report};
 use crate::pipeline::clock::BootClock;
+use crate::pipeline::failure::chain;
 use crate::shutdown;
 use crew::Crew;
 use double::{Counts, Faults};
@@ -296,7 +297,7 @@ async fn open(lab: &Lab, postgres: &Postgres, crew: &mut Crew) -> anyhow::Result
     loop {
         match lab.backends(postgres).await {
             Err(error) if started.elapsed() < STUCK_AFTER => {
-                tracing::debug!(error = format!("{error:#}"), "cannot open the backends yet");
+                tracing::debug!(error = chain(error.as_ref()), "cannot open the backends yet");
                 crew.tend()?;
                 tokio::time::sleep(LOOK_EVERY).await;
             }

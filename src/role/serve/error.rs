@@ -59,11 +59,11 @@ impl Refusal {
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         // The words of a back end may name its hosts, tables and texts.
-        if error.class == Class::Permanent && viewer::is_trusted() {
+        if error.class() == Class::Permanent && viewer::is_trusted() {
             return Self::bad_request(error.to_string());
         }
         let request_id = request_id();
-        match error.class {
+        match error.class() {
             Class::Permanent => {
                 tracing::warn!(request_id, %error, "request refused by a back end");
                 Self::bad_request(format!("this is refused; the log has more under request {request_id}"))

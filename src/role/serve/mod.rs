@@ -32,7 +32,7 @@ use crate::backend::postgres::registry::Worker;
 use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::config::Settings;
 use crate::pipeline::embedder::Embedder;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::index::VectorIndex;
 use crate::pipeline::ledger::Ledger as _;
 use crate::shutdown;
@@ -83,7 +83,7 @@ impl Probe for Backends {
             return Ok(());
         }
         let message = "refarch migrate has made another one since this process started: restart it";
-        Err(Error::fatal("look for the index", message))
+        Err(Error::new(FailureKind::WrongShape, "look for the index", message))
     }
 
     async fn status(&self) -> Result<Value> {

@@ -86,7 +86,7 @@ async fn look(app: &App) -> Found {
     match table {
         Some(Ok(())) => {}
         None => reasons.push(Reason::new("database", "it does not answer")),
-        Some(Err(error)) if error.class == Class::Retryable => {
+        Some(Err(error)) if error.class() == Class::Retryable => {
             reasons.push(Reason::failed("database", "it does not answer", &error));
         }
         Some(Err(error)) => {
@@ -100,7 +100,7 @@ async fn look(app: &App) -> Found {
     }
     // A database that does not answer is told of already.
     if let Some(Err(error)) = target
-        && error.class != Class::Retryable
+        && error.class() != Class::Retryable
     {
         reasons.push(Reason::failed("schema", "it is missing, or was migrated to another index", &error));
     }

@@ -6,7 +6,7 @@ use tokio_postgres::{Row, Transaction};
 
 use super::{PgLedger, fail};
 use crate::pipeline::catalog::Hash;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::ledger::Entry;
 
 /// Columns of an entry, as [`read_entry`] takes them.
@@ -97,7 +97,11 @@ pub(super) fn hash(row: &Row, at: usize, id: &str) -> Result<Option<Hash>> {
     row.get::<_, Option<&[u8]>>(at)
         .map(|bytes| {
             Hash::from_bytes(bytes).ok_or_else(|| {
-                Error::permanent("read the ledger", format!("row {id} has a hash of another length"))
+                Error::new(
+                    FailureKind::Malformed,
+                    "read the ledger",
+                    format!("row {id} has a hash of another length"),
+                )
             })
         })
         .transpose()

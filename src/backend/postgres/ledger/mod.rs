@@ -24,7 +24,7 @@ use super::source::{Judged, MAX_LOOKS, Source, SourceTable, restless};
 use super::{Postgres, failure};
 use crate::pipeline::catalog::{ContentSalt, Hash, SourceRow};
 use crate::pipeline::clock::{BootClock, Clock};
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peeked, Pending, Swept};
 
 /// A worker whose heartbeat is older is taken for dead even if its session seems to live: a host that
@@ -107,7 +107,7 @@ pub(crate) fn source_row(salt: &ContentSalt, id: String, text: &str, metadata: &
 }
 
 fn fail(what: &'static str) -> impl Fn(tokio_postgres::Error) -> Error {
-    move |error| failure(what, &error)
+    move |error| failure(what, error)
 }
 
 #[async_trait]
@@ -160,9 +160,9 @@ impl Ledger for PgLedger {
         let (rows, _) = match client.read_source(&table, &sql, &[&possible]).await {
             Ok(read) => read,
             Err(error) => {
-                let error = failure("ask for sizes", &error);
+                let error = failure("ask for sizes", error);
                 // Whoever reads the rows meets any other error too, and knows better what to say of it.
-                return if error.class == Class::Retryable { Err(error) } else { Ok(ids.len()) };
+                return if error.class() == Class::Retryable { Err(error) } else { Ok(ids.len()) };
             }
         };
         let sizes: HashMap<&str, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
@@ -260,9 +260,9 @@ impl Ledger for PgLedger {
         }
         ids.iter()
             .map(|id| {
-                opened
-                    .remove(id)
-                    .ok_or_else(|| Error::retryable("open an attempt", format!("no entry for {id}")))
+                opened.remove(id).ok_or_else(|| {
+                    Error::new(FailureKind::Conflict, "open an attempt", format!("no entry for {id}"))
+                })
             })
             .collect()
     }

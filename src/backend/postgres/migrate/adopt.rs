@@ -37,7 +37,7 @@ pub(super) struct Found {
 /// Looks for its triggers on the table, known by the function that they call.
 pub(super) async fn find(transaction: &Transaction<'_>, table: &SourceTable) -> Result<Found> {
     let fail =
-        |error: tokio_postgres::Error| failure("look for the reference architecture's triggers", &error);
+        |error: tokio_postgres::Error| failure("look for the reference architecture's triggers", error);
     let triggers = transaction
         .query(
             "WITH RECURSIVE tree(oid) AS ( \
@@ -87,7 +87,7 @@ pub(super) async fn take_over(transaction: &Transaction<'_>, found: &Found, rela
         transaction
             .batch_execute(&sql)
             .await
-            .map_err(|error| failure("take the reference architecture's triggers off", &error))?;
+            .map_err(|error| failure("take the reference architecture's triggers off", error))?;
     }
     Ok(())
 }

@@ -27,7 +27,7 @@ pub(super) async fn arm(
     expand: bool,
     report: &mut Report,
 ) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("arm change capture", &error);
+    let fail = |error: tokio_postgres::Error| failure("arm change capture", error);
     let (unarmed, taken_over) = session
         .attempt(None, true, async |transaction| {
             let found = adopt::find(transaction, table).await?;
@@ -73,13 +73,13 @@ pub(super) async fn strays(transaction: &Transaction<'_>, table: &SourceTable) -
             &[&table.name, &table.relation],
         )
         .await
-        .map_err(|error| failure("look for capture triggers on other tables", &error))?;
+        .map_err(|error| failure("look for capture triggers on other tables", error))?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 /// Takes the triggers off tables that are not kept in step any more, a table a transaction.
 pub(super) async fn disarm(session: &mut Session, table: &SourceTable, report: &mut Report) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("take the capture triggers off", &error);
+    let fail = |error: tokio_postgres::Error| failure("take the capture triggers off", error);
     let found = session.attempt(None, true, async |transaction| strays(transaction, table).await).await?;
     for leaf in found {
         session
@@ -95,7 +95,7 @@ pub(super) async fn disarm(session: &mut Session, table: &SourceTable, report: &
 
 /// Queues the rows that a request asks for, in short transactions, until there is no request.
 pub(super) async fn backfill(postgres: &Postgres, table: &SourceTable, report: &mut Report) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("queue the rows that are there", &error);
+    let fail = |error: tokio_postgres::Error| failure("queue the rows that are there", error);
     let mut moved = Instant::now();
     let mut told = Instant::now();
     loop {

@@ -8,7 +8,7 @@ use crate::backend::postgres::failure;
 use crate::backend::postgres::source::SourceTable;
 use crate::backend::postgres::target::{self, IndexShape};
 use crate::config;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// The source as it was written down, beside the one that is wanted.
 pub(super) struct Known {
@@ -43,7 +43,7 @@ impl Known {
                 &[&table.name, &table.relation, &source.id, &source.text],
             )
             .await
-            .map_err(|error| failure("read the source", &error))?;
+            .map_err(|error| failure("read the source", error))?;
         let Some(row) = row else { return Ok(None) };
         let (name, same): (String, bool) = (row.get(0), row.get(1));
         let (same_name, wanted): (bool, String) = (row.get(2), row.get(3));
@@ -89,7 +89,7 @@ pub(super) async fn settle_target(
     options: &Options,
     report: &mut Report,
 ) -> Result<bool> {
-    let fail = |error: tokio_postgres::Error| failure("look for the index", &error);
+    let fail = |error: tokio_postgres::Error| failure("look for the index", error);
     let active = transaction
         .query_opt(
             "SELECT id, kind, model, dimensions FROM refarch.target WHERE source = $1 AND state = 'active'",
@@ -128,7 +128,8 @@ pub(super) async fn settle_target(
             .get(0);
         let differences = differences.join("; ");
         if rows > 0 && !options.rebuild {
-            return Err(Error::fatal(
+            return Err(Error::new(
+                FailureKind::WrongShape,
                 "migrate",
                 format!(
                     "the settings ask for another index than the one that is there: {differences}. \

@@ -15,7 +15,7 @@ use super::target::{self, IndexShape};
 use super::{Postgres, capture, failure};
 use crate::backend::pgvector;
 use crate::config;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use content::Known;
 use patience::Session;
 
@@ -116,7 +116,7 @@ pub async fn plan(
     // Of a large table that takes long, and so holds nothing of the rehearsal's. A table that migrate makes is gone
     // again by now.
     if let Some(table) = counted {
-        let fail = |error: tokio_postgres::Error| failure("count the rows that are there", &error);
+        let fail = |error: tokio_postgres::Error| failure("count the rows that are there", error);
         let client = postgres.client().await?;
         let there = client.query_one("SELECT to_regclass($1) IS NOT NULL", &[&table]).await.map_err(fail)?;
         if there.get(0) {
@@ -172,7 +172,7 @@ async fn prepare(
     shape: &IndexShape,
     options: &Options,
 ) -> Result<Prepared> {
-    let fail = |error: tokio_postgres::Error| failure("prepare change capture", &error);
+    let fail = |error: tokio_postgres::Error| failure("prepare change capture", error);
     let mut report = Report::default();
     apply_migrations(transaction, &mut report).await?;
     create_products(transaction, source, &mut report).await?;
@@ -231,13 +231,13 @@ async fn write_source(
         )
         .await
         .map(drop)
-        .map_err(|error| failure("write the source down", &error))
+        .map_err(|error| failure("write the source down", error))
 }
 
 /// Gives roles of the database the rights that their parts need, and takes the right to call our functions from
 /// everybody else.
 async fn give_rights(transaction: &Transaction<'_>, options: &Options) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("give roles their rights", &error);
+    let fail = |error: tokio_postgres::Error| failure("give roles their rights", error);
     for (part, name) in &options.roles {
         let there: bool = transaction
             .query_one("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", &[name])
@@ -245,7 +245,8 @@ async fn give_rights(transaction: &Transaction<'_>, options: &Options) -> Result
             .map_err(fail)?
             .get(0);
         if !there {
-            return Err(Error::fatal(
+            return Err(Error::new(
+                FailureKind::MissingResource,
                 "give roles their rights",
                 format!("there is no role {name} in the database: CREATE ROLE {name} LOGIN"),
             ));
@@ -267,7 +268,7 @@ pub(super) fn newest_version() -> i32 {
 }
 
 async fn apply_migrations(transaction: &Transaction<'_>, report: &mut Report) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("migrate the schema", &error);
+    let fail = |error: tokio_postgres::Error| failure("migrate the schema", error);
     let there: bool = transaction
         .query_one("SELECT to_regclass('refarch.migration') IS NOT NULL", &[])
         .await
@@ -291,7 +292,8 @@ async fn apply_migrations(transaction: &Transaction<'_>, report: &mut Report) ->
         .get(0);
     let known = newest_version();
     if newest > known {
-        return Err(Error::fatal(
+        return Err(Error::new(
+            FailureKind::WrongVersion,
             "migrate the schema",
             format!("the database is at version {newest} and this build knows {known}: use a newer refarch"),
         ));
@@ -318,11 +320,12 @@ async fn refuse_another_owner(transaction: &Transaction<'_>) -> Result<()> {
         )
         .await
         .map(|row| (row.get(0), row.get(1)))
-        .map_err(|error| failure("look for the owner of the schema refarch", &error))?;
+        .map_err(|error| failure("look for the owner of the schema refarch", error))?;
     if owner == user {
         return Ok(());
     }
-    Err(Error::fatal(
+    Err(Error::new(
+        FailureKind::RefusedCredentials,
         "migrate the schema",
         format!(
             "what is in the schema refarch belongs to the role {owner}, and this is {user}: run refarch migrate as {owner}. \
@@ -340,7 +343,7 @@ async fn remember(transaction: &Transaction<'_>, what: &str, name: &str) -> Resu
         )
         .await
         .map(drop)
-        .map_err(|error| failure("remember what was made", &error))
+        .map_err(|error| failure("remember what was made", error))
 }
 
 async fn create_products(
@@ -348,7 +351,7 @@ async fn create_products(
     source: &config::Source,
     report: &mut Report,
 ) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("create the table of products", &error);
+    let fail = |error: tokio_postgres::Error| failure("create the table of products", error);
     if source.table != PRODUCTS_TABLE {
         return Ok(());
     }
@@ -365,7 +368,7 @@ async fn create_products(
 }
 
 async fn create_extension(transaction: &Transaction<'_>, report: &mut Report) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("create the extension vector", &error);
+    let fail = |error: tokio_postgres::Error| failure("create the extension vector", error);
     let version = "SELECT extversion FROM pg_extension WHERE extname = 'vector'";
     let mut row = transaction.query_opt(version, &[]).await.map_err(fail)?;
     if row.is_none() {
@@ -382,7 +385,8 @@ async fn create_extension(transaction: &Transaction<'_>, report: &mut Report) ->
     let found = pgvector::parse_version(&version);
     let (major, minor, patch) = pgvector::MIN_VERSION;
     if found < pgvector::MIN_VERSION {
-        return Err(Error::fatal(
+        return Err(Error::new(
+            FailureKind::WrongVersion,
             "check pgvector",
             format!(
                 "version {version} has no halfvec; {major}.{minor}.{patch} or later is needed: ALTER EXTENSION vector UPDATE"

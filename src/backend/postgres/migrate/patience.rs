@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tokio_postgres::{Client, Transaction};
 
 use crate::backend::postgres::{connection, failure};
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 
 /// How long a migration tries to get the locks that it needs.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -23,7 +23,7 @@ pub(super) struct Session {
 impl Session {
     pub(super) async fn open(postgres: &crate::backend::postgres::Postgres) -> Result<Self> {
         let (client, connection) =
-            postgres.dedicated().await.map_err(|error| failure("connect to the database", &error))?;
+            postgres.dedicated().await.map_err(|error| failure("connect to the database", error))?;
         Ok(Self { client, connection: tokio::spawn(connection) })
     }
 
@@ -48,12 +48,15 @@ impl Session {
                 Ok(done) => return Ok(done),
                 Err(error) => error,
             };
-            let again = error.class == Class::Retryable && !self.client.is_closed();
+            let again = error.class() == Class::Retryable && !self.client.is_closed();
             if !again || started.elapsed() > PATIENCE {
                 return Err(match table {
-                    Some(table) if again => {
-                        Error::retryable("migrate", format!("{error}; {}", self.users(table).await))
-                    }
+                    Some(table) if again => Error::new(
+                        FailureKind::Conflict,
+                        "migrate",
+                        format!("{error}; {}", self.users(table).await),
+                    )
+                    .because(error),
                     _ => error,
                 });
             }
@@ -75,7 +78,7 @@ impl Session {
         is_plan: bool,
         work: &impl AsyncFn(&Transaction<'_>) -> Result<T>,
     ) -> Result<T> {
-        let fail = |error: tokio_postgres::Error| failure("wait for other migrations", &error);
+        let fail = |error: tokio_postgres::Error| failure("wait for other migrations", error);
         let transaction = connection::begin(&mut self.client).await.map_err(fail)?;
         // Of the transaction, not the session: a pooler may give the session to others.
         transaction
@@ -84,7 +87,7 @@ impl Session {
             .map_err(fail)?;
         let done = work(&transaction).await?;
         let ended = if is_plan { transaction.rollback().await } else { transaction.commit().await };
-        ended.map_err(|error| failure("commit a migration", &error))?;
+        ended.map_err(|error| failure("commit a migration", error))?;
         Ok(done)
     }
 

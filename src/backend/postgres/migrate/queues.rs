@@ -7,7 +7,7 @@ use crate::backend::pgmq::Names;
 use crate::backend::postgres::failure;
 use crate::backend::postgres::source::quote_ident;
 use crate::config;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// pgmq, as its authors publish it.
 const PGMQ: &str = include_str!("../schema/pgmq.sql");
@@ -18,7 +18,7 @@ pub(super) async fn create(
     queue: &config::Queue,
     report: &mut Report,
 ) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("install pgmq", &error);
+    let fail = |error: tokio_postgres::Error| failure("install pgmq", error);
     let there: bool = transaction
         .query_one("SELECT to_regprocedure('pgmq.send_batch(text, jsonb[], jsonb[])') IS NOT NULL", &[])
         .await
@@ -39,7 +39,7 @@ pub(super) async fn create(
             transaction
                 .execute("SELECT pgmq.create($1)", &[&name])
                 .await
-                .map_err(|error| failure("create a queue", &error))?;
+                .map_err(|error| failure("create a queue", error))?;
             remember(transaction, uninstall::QUEUE, name).await?;
             report.created.push(name.into());
         }
@@ -54,7 +54,7 @@ pub(super) async fn switch(
     queue: &config::Queue,
     report: &mut Report,
 ) -> Result<bool> {
-    let fail = |error: tokio_postgres::Error| failure("look at the queue that was used", &error);
+    let fail = |error: tokio_postgres::Error| failure("look at the queue that was used", error);
     let (kind, name) = match queue.kind {
         config::QueueKind::Pgmq => ("pgmq", queue.name.as_str()),
         config::QueueKind::Sqs => ("sqs", queue.url.as_str()),
@@ -101,7 +101,7 @@ pub(super) async fn switch(
 
 /// Queues of pgmq that we made, and that the settings name no more, must be empty.
 async fn refuse_while_it_holds(transaction: &Transaction<'_>, queue: &config::Queue) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("look into the queue that was used", &error);
+    let fail = |error: tokio_postgres::Error| failure("look into the queue that was used", error);
     let there: bool =
         transaction.query_one("SELECT to_regclass('pgmq.meta') IS NOT NULL", &[]).await.map_err(fail)?.get(0);
     if !there {
@@ -126,7 +126,8 @@ async fn refuse_while_it_holds(transaction: &Transaction<'_>, queue: &config::Qu
         let sql = format!("SELECT count(*) FROM pgmq.{}", quote_ident(&relation));
         let messages: i64 = transaction.query_one(&sql, &[]).await.map_err(fail)?.get(0);
         if messages > 0 {
-            return Err(Error::fatal(
+            return Err(Error::new(
+                FailureKind::WrongSetting,
                 "use another queue",
                 format!(
                     "{messages} message(s) are left in the queue {name}: put queue.kind and queue.name back and let \

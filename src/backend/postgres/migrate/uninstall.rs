@@ -9,7 +9,7 @@ use crate::backend::postgres::registry::WORKER_GONE_S;
 use crate::backend::postgres::source::quote_ident;
 use crate::backend::postgres::{Postgres, failure};
 use crate::config;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// Kinds of things that are remembered as made by us.
 pub(super) const PGMQ: &str = "schema";
@@ -55,7 +55,7 @@ pub async fn uninstall(postgres: &Postgres, queue: &config::Queue, how: How) -> 
     for (name, relation) in &found {
         if !how.is_plan {
             let sql = format!("DROP TRIGGER IF EXISTS {} ON {relation}", quote_ident(name));
-            let fail = |error: tokio_postgres::Error| failure("take the capture triggers off", &error);
+            let fail = |error: tokio_postgres::Error| failure("take the capture triggers off", error);
             session
                 .attempt(Some(relation), false, async |transaction| {
                     transaction.batch_execute(&sql).await.map_err(fail)
@@ -75,7 +75,7 @@ pub async fn uninstall(postgres: &Postgres, queue: &config::Queue, how: How) -> 
 
 /// All but the triggers. A plan leaves the schema alone: with it, the triggers would have to go.
 async fn take_away(transaction: &Transaction<'_>, queue: &config::Queue, how: How) -> Result<Uninstalled> {
-    let fail = |error: tokio_postgres::Error| failure("uninstall", &error);
+    let fail = |error: tokio_postgres::Error| failure("uninstall", error);
     let mut done = Uninstalled::default();
     let made = made(transaction).await?;
     let granted = granted(transaction).await?;
@@ -101,7 +101,7 @@ async fn take_away(transaction: &Transaction<'_>, queue: &config::Queue, how: Ho
 
 /// Roles of the database that were given rights.
 async fn granted(transaction: &Transaction<'_>) -> Result<Vec<String>> {
-    let fail = |error: tokio_postgres::Error| failure("look for the rights that were given", &error);
+    let fail = |error: tokio_postgres::Error| failure("look for the rights that were given", error);
     let there: bool = transaction
         .query_one("SELECT to_regclass('refarch.granted') IS NOT NULL", &[])
         .await
@@ -120,7 +120,7 @@ async fn exists(transaction: &Transaction<'_>, schema: &str) -> Result<bool> {
         .query_one("SELECT to_regnamespace($1) IS NOT NULL", &[&schema])
         .await
         .map(|row| row.get(0))
-        .map_err(|error| failure("look for a schema", &error))
+        .map_err(|error| failure("look for a schema", error))
 }
 
 /// Refuses what takes something away from under roles that run.
@@ -136,17 +136,21 @@ pub(super) async fn refuse_while_running(
             &[&f64::from(WORKER_GONE_S)],
         )
         .await
-        .map_err(|error| failure("look for running roles", &error))?;
+        .map_err(|error| failure("look for running roles", error))?;
     if there.is_empty() {
         return Ok(());
     }
     let roles: Vec<String> = there.iter().map(|row| row.get(0)).collect();
-    Err(Error::fatal(what, format!("these roles are running: {}; {cure}", roles.join(", "))))
+    Err(Error::new(
+        FailureKind::WrongSetting,
+        what,
+        format!("these roles are running: {}; {cure}", roles.join(", ")),
+    ))
 }
 
 /// Kinds and names of what we made; none where that was not remembered yet.
 async fn made(transaction: &Transaction<'_>) -> Result<Option<Vec<(String, String)>>> {
-    let fail = |error: tokio_postgres::Error| failure("look for what was made", &error);
+    let fail = |error: tokio_postgres::Error| failure("look for what was made", error);
     let remembered: bool = transaction
         .query_one("SELECT to_regclass('refarch.made') IS NOT NULL", &[])
         .await
@@ -168,7 +172,7 @@ async fn triggers(transaction: &Transaction<'_>) -> Result<Vec<(String, String)>
             &[],
         )
         .await
-        .map_err(|error| failure("look for the capture triggers", &error))?;
+        .map_err(|error| failure("look for the capture triggers", error))?;
     Ok(triggers.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
@@ -182,7 +186,7 @@ async fn drop_queues(
     made: Option<&[(String, String)]>,
     done: &mut Uninstalled,
 ) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("drop the queues", &error);
+    let fail = |error: tokio_postgres::Error| failure("drop the queues", error);
     if !exists(transaction, "pgmq").await? {
         return Ok(());
     }
@@ -217,7 +221,7 @@ async fn drop_queues(
 
 /// Moves the extension out of our schema, with which everybody's columns of its types would go.
 async fn save_extension(transaction: &Transaction<'_>) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("move the extension vector out of our schema", &error);
+    let fail = |error: tokio_postgres::Error| failure("move the extension vector out of our schema", error);
     let ours: bool = transaction
         .query_one(
             "SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'vector' AND extnamespace = 'refarch'::regnamespace)",
@@ -240,7 +244,7 @@ async fn drop_extension(
     is_plan: bool,
     done: &mut Uninstalled,
 ) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("drop the extension vector", &error);
+    let fail = |error: tokio_postgres::Error| failure("drop the extension vector", error);
     if !is_made(made, EXTENSION, "vector") {
         return Ok(());
     }

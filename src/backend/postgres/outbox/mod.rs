@@ -17,7 +17,7 @@ use tokio_postgres::Transaction;
 use super::bell::{Bell, Waiter};
 use super::{Postgres, failure};
 use crate::pipeline::change::{Job, Lane, Op};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::outbox::{ClaimRequest, Outbox, OutboxRow, Pack, Transferred};
 use crate::pipeline::queue::JobQueue;
 use shipping::Shipping;
@@ -137,7 +137,7 @@ impl PgOutbox {
 
     /// Queues some rows of the table, if it is to be read anew and few changes wait.
     async fn backfill(&self) -> Result<()> {
-        let fail = |error: tokio_postgres::Error| failure("read the table anew", &error);
+        let fail = |error: tokio_postgres::Error| failure("read the table anew", error);
         let mut held_until = self.held_until.lock().await;
         if held_until.is_some_and(|until| Instant::now() < until) {
             return Ok(());
@@ -176,7 +176,7 @@ impl PgOutbox {
                 &[&asleep],
             )
             .await
-            .map_err(|error| failure("set the doorbell", &error))?;
+            .map_err(|error| failure("set the doorbell", error))?;
         Ok(())
     }
 }
@@ -193,7 +193,7 @@ pub async fn pending(postgres: &Postgres, source: &str) -> Result<u64> {
             &[&source],
         )
         .await
-        .map_err(|error| failure("count the outbox", &error))?;
+        .map_err(|error| failure("count the outbox", error))?;
     Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
 }
 
@@ -232,7 +232,7 @@ impl Outbox for PgOutbox {
             shipping.make_room().await?;
             shipping.take_left(&mut done).await?;
         }
-        let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, &error);
+        let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, error);
         let known = self.known_large.lock().await.clone();
         let (low, high) = gaps(&known);
         // Large transactions that are not wanted now are stepped over all the same.
@@ -361,7 +361,7 @@ impl PgOutbox {
                     &[&self.source, &after.0, &after.1, &TRUNCATE_PAGE],
                 )
                 .await
-                .map_err(|error| failure("expand a truncation", &error))?;
+                .map_err(|error| failure("expand a truncation", error))?;
             let Some(last) = page.last() else { return Ok(()) };
             after = (last.get(0), last.get(1));
             let ids: Vec<String> = page.iter().map(|row| row.get(1)).collect();
@@ -396,16 +396,22 @@ fn read(row: &tokio_postgres::Row) -> Result<Claimed> {
         "u" => Op::Upsert,
         "d" => Op::Delete,
         "t" => return Ok(Claimed::Truncate { seq, changed_at_us }),
-        other => return Err(Error::permanent("read the outbox", format!("row {seq} has op {other:?}"))),
+        other => {
+            return Err(Error::new(
+                FailureKind::Malformed,
+                "read the outbox",
+                format!("row {seq} has op {other:?}"),
+            ));
+        }
     };
     let xid = row.get::<_, &str>(3);
     Ok(Claimed::Row(OutboxRow {
         seq,
         op,
         ids: row.get(2),
-        xid: xid
-            .parse()
-            .map_err(|error| Error::permanent("read the outbox", format!("xid {xid}: {error}")))?,
+        xid: xid.parse().map_err(|error| {
+            Error::new(FailureKind::Malformed, "read the outbox", format!("xid {xid}: {error}"))
+        })?,
         changed_at_us,
         xid_changes: row.get::<_, i64>(5).max(0) as u64,
     }))

@@ -17,7 +17,7 @@ use tokio_postgres::Transaction;
 
 use crate::backend::postgres::{Postgres, failure};
 use crate::pipeline::change::{Job, Lane};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::outbox::Transferred;
 use crate::pipeline::queue::JobQueue;
 
@@ -134,14 +134,14 @@ impl Shipping {
             .iter()
             .map(serde_json::to_string)
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| Error::permanent("book a shipment", error))?;
+            .map_err(|error| Error::caused(FailureKind::Malformed, "book a shipment", error))?;
         let changes = jobs.iter().map(|job| job.changes() as i64).sum::<i64>();
         let oldest = jobs.iter().map(|job| job.oldest).min().unwrap_or(Timestamp::UNIX_EPOCH);
         transaction
             .query_one(BOOK, &[&self.source, &bodies, &changes, &oldest, &lease_s])
             .await
             .map(|row| row.get(0))
-            .map_err(|error| failure("book a shipment", &error))
+            .map_err(|error| failure("book a shipment", error))
     }
 
     /// Starts to send a shipment whose booking has been committed.
@@ -157,7 +157,7 @@ impl Shipping {
                 client
                     .execute(PUT_BACK, &[&shipment.id])
                     .await
-                    .map_err(|error| failure("put a shipment back", &error))?;
+                    .map_err(|error| failure("put a shipment back", error))?;
                 left.store(true, Ordering::Relaxed);
                 return sent;
             }
@@ -177,7 +177,7 @@ impl Shipping {
         let row = client
             .query_opt(TAKE_LEFT, &[&self.source, &LEASE_S])
             .await
-            .map_err(|error| failure("look for shipments that were left", &error))?;
+            .map_err(|error| failure("look for shipments that were left", error))?;
         let Some(row) = row else { return Ok(()) };
         // Where one was, others may be.
         self.left.store(true, Ordering::Relaxed);
@@ -186,7 +186,9 @@ impl Shipping {
             .iter()
             .map(|body| serde_json::from_str(body))
             .collect::<Result<Vec<Job>, _>>()
-            .map_err(|error| Error::fatal("read a shipment that was left", error))?;
+            .map_err(|error| {
+                Error::new(FailureKind::WrongVersion, "read a shipment that was left", &error).because(error)
+            })?;
         done.rows += 1;
         done.changes += jobs.iter().map(|job| job.changes() as u64).sum::<u64>();
         drop(client);
@@ -197,7 +199,7 @@ impl Shipping {
 
 /// Strikes off a shipment that the queue has taken, and remembers how it was packed.
 async fn strike_off(postgres: &Postgres, source: &str, shipment: &Shipment) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("strike off a shipment", &error);
+    let fail = |error: tokio_postgres::Error| failure("strike off a shipment", error);
     let mut client = postgres.client().await?;
     let transaction = client.transaction().await.map_err(fail)?;
     transaction.execute(STRIKE_OFF, &[&shipment.id]).await.map_err(fail)?;
@@ -215,5 +217,5 @@ async fn strike_off(postgres: &Postgres, source: &str, shipment: &Shipment) -> R
 }
 
 fn outcome(ended: Result<Result<()>, tokio::task::JoinError>) -> Result<()> {
-    ended.unwrap_or_else(|error| Err(Error::retryable("send a shipment", error)))
+    ended.unwrap_or_else(|error| Err(Error::caused(FailureKind::ConnectionLost, "send a shipment", error)))
 }

@@ -45,7 +45,7 @@ impl Products {
     pub async fn describe_by_sku(&self, sku: &str, description: &str) -> Result<EditedBySku> {
         check_text("sku", sku, Some(255))?;
         check_text("description", description, None)?;
-        let fail = |error: tokio_postgres::Error| failed(&error);
+        let fail = |error: tokio_postgres::Error| failed(error);
         let mut client = super::super::client(&self.pool).await?;
         let transaction = client.transaction().await.map_err(fail)?;
         transaction

@@ -10,7 +10,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
 use super::failure;
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::product::Product;
 pub use legacy::EditedBySku;
 use legacy::LEGACY;
@@ -101,7 +101,7 @@ impl Products {
         self.query(&format!("SELECT {COLUMNS}, {LEGACY} FROM {} p LIMIT 0", self.relation), &[]).await.map(drop).map_err(
             |error| {
                 let hint = "the page shows the reference architecture's columns id, created_at, name, sku, description, price, last_updated, uuid";
-                Error::fatal(format!("read {}", self.relation), format!("{}; {hint}", error.message))
+                Error::new(FailureKind::WrongShape, format!("read {}", self.relation), format!("{}; {hint}", error.message())).because(error)
             },
         )
     }
@@ -162,7 +162,7 @@ impl Products {
     pub async fn exact(&self, term: &str) -> Result<Option<Vec<(i64, Exact)>>> {
         match self.exact_within(EXACT_TIMEOUT, term, None).await {
             Ok(found) => Ok(Some(found)),
-            Err(error) if error.class == Class::Retryable => {
+            Err(error) if error.class() == Class::Retryable => {
                 tracing::debug!(%error, "looking for exact matches among the nearest only: indexes on lower(sku) and lower(name) would help");
                 Ok(None)
             }
@@ -207,7 +207,9 @@ impl Products {
         let values =
             [edit.name.flatten(), edit.sku.flatten(), edit.description.flatten(), edit.price.flatten()];
         let rows = self.query(&sql, &[&values[0], &values[1], &values[2], &values[3]]).await?;
-        rows.first().map(product).ok_or_else(|| Error::retryable("add a row", "nothing came back"))
+        rows.first()
+            .map(product)
+            .ok_or_else(|| Error::new(FailureKind::UnexpectedAnswer, "add a row", "nothing came back"))
     }
 
     /// Edits a row that is at `revision`.
@@ -275,7 +277,7 @@ impl Products {
         sql: &str,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>> {
-        let fail = |error: tokio_postgres::Error| failed(&error);
+        let fail = |error: tokio_postgres::Error| failed(error);
         let mut client = super::client(&self.pool).await?;
         let statement = client.prepare_cached(sql).await.map_err(fail)?;
         let transaction = client.transaction().await.map_err(fail)?;
@@ -291,18 +293,19 @@ impl Products {
 
 /// An error of the database. One that whoever asked can mend is told in the words of PostgreSQL, or of
 /// the table's own triggers.
-fn failed(error: &tokio_postgres::Error) -> Error {
-    let mut failure = failure("read or write products", error);
-    let Some(said) = error.as_db_error() else { return failure };
-    if said.code() == &SqlState::RAISE_EXCEPTION {
-        failure.class = Class::Permanent;
-    }
-    if failure.class == Class::Permanent {
+fn failed(error: tokio_postgres::Error) -> Error {
+    let said = error.as_db_error().map(|said| {
         let detail = said.detail().map(|detail| format!(" ({detail})"));
-        failure.what = "PostgreSQL refuses this".into();
-        failure.message = format!("{}{}", said.message(), detail.unwrap_or_default());
+        let text = format!("{}{}", said.message(), detail.unwrap_or_default());
+        (said.code() == &SqlState::RAISE_EXCEPTION, text)
+    });
+    let failure = failure("read or write products", error);
+    match said {
+        Some((is_raised, text)) if is_raised || failure.class() == Class::Permanent => {
+            Error::new(FailureKind::RefusedData, "PostgreSQL refuses this", text).because(failure)
+        }
+        _ => failure,
     }
-    failure
 }
 
 fn as_i64(value: u64) -> i64 {
@@ -339,12 +342,18 @@ fn check(edit: &Edit) -> Result<()> {
 
 fn check_text(column: &str, text: &str, limit: Option<usize>) -> Result<()> {
     if text.contains('\0') {
-        return Err(Error::permanent(format!("write {column}"), "text cannot hold the character NUL"));
+        return Err(Error::new(
+            FailureKind::RefusedData,
+            format!("write {column}"),
+            "text cannot hold the character NUL",
+        ));
     }
     match limit {
-        Some(limit) if text.chars().count() > limit => {
-            Err(Error::permanent(format!("write {column}"), format!("it is longer than {limit} characters")))
-        }
+        Some(limit) if text.chars().count() > limit => Err(Error::new(
+            FailureKind::RefusedData,
+            format!("write {column}"),
+            format!("it is longer than {limit} characters"),
+        )),
         _ => Ok(()),
     }
 }

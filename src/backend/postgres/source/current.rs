@@ -15,8 +15,8 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error as PgError, GenericClient, Row, Statement};
 
 use super::{PRINT, SourceTable, columns};
-use crate::backend::postgres::{Postgres, describe, failure, hides_rows};
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::backend::postgres::{Postgres, failure, hides_rows};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result, chain};
 
 /// Descriptions made anew within one read; more means that somebody alters the table all the time.
 pub(crate) const MAX_LOOKS: usize = 3;
@@ -107,15 +107,13 @@ impl Source {
             Err(error) => error,
         };
         let Some(code) = error.code().filter(|code| is_about_table(code)) else {
-            let is_about_row = error.code().is_some_and(may_be_about_row);
-            let failed = failure(what, &error);
-            return Err(if is_about_row { failed.over_the_change() } else { failed });
+            return Err(failure(what, error));
         };
         if self.look_again(what, table).await? {
             return Ok(Judged::Again);
         }
         if is_about_value(code) {
-            return Ok(Judged::Value(failure(what, &error)));
+            return Ok(Judged::Value(failure(what, error)));
         }
         let role = self.postgres.user();
         let cure = if hides_rows(&error) {
@@ -127,7 +125,7 @@ impl Source {
         } else {
             "nothing is taken for gone meanwhile".into()
         };
-        Err(hold(what, table, &format!("{}; {cure}", describe(&error))))
+        Err(hold(what, table, &format!("{}; {cure}", chain(&error))).because(error))
     }
 
     /// Describes the table anew, unless somebody has since `seen`. Whether it is another description.
@@ -136,16 +134,17 @@ impl Source {
             return Ok(true);
         }
         let mut client = self.postgres.client().await?;
-        let fail = |error: PgError| failure("look the source table up", &error);
+        let fail = |error: PgError| failure("look the source table up", error);
         let transaction = client.transaction().await.map_err(fail)?;
         let table = match SourceTable::find(&*transaction, &seen.settings).await {
             Ok(table) => table,
             // Whatever is missing may come back, and the changes are kept until it does.
-            Err(error) if error.class == Class::Retryable => return Err(error),
+            Err(error) if error.class() == Class::Retryable => return Err(error),
             Err(error) => {
                 let told = format!(
                     "{} ({}); nothing is taken for gone meanwhile: put it back, or mend the settings, run refarch migrate and restart",
-                    error.message, error.what
+                    error.message(),
+                    error.what()
                 );
                 return Err(hold(what, seen, &told));
             }
@@ -173,7 +172,7 @@ impl Source {
         while let Some(part) = parts.pop() {
             let Err(error) = client.query_one(&sql, &[&part]).await else { continue };
             if !error.code().is_some_and(is_about_value) {
-                return Err(failure("look at ids", &error));
+                return Err(failure("look at ids", error));
             }
             match part {
                 [one] => {
@@ -230,18 +229,13 @@ fn is_about_table(code: &SqlState) -> bool {
     matches!(&code.code()[..2], "42" | "0A" | "22")
 }
 
-/// Whether an error may be a row's own: damaged data (class XX), or a value beyond a limit of the server (54).
-fn may_be_about_row(code: &SqlState) -> bool {
-    matches!(&code.code()[..2], "XX" | "54")
-}
-
 /// Whether an error is about a value. Types of extensions raise syntax errors too, and our own SQL has none.
 fn is_about_value(code: &SqlState) -> bool {
     code.code().starts_with("22") || *code == SqlState::SYNTAX_ERROR
 }
 
 fn hold(what: &str, table: &SourceTable, message: &str) -> Error {
-    Error::retryable(format!("{what} of {}", table.relation), message)
+    Error::new(FailureKind::SourceChanged, format!("{what} of {}", table.relation), message)
 }
 
 /// That a table was altered more often than a read can follow.

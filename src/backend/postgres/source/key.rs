@@ -55,7 +55,7 @@ impl Key {
         let row = client
             .query_one(FIND, &[&type_id])
             .await
-            .map_err(|error| failure("look the id column's type up", &error))?;
+            .map_err(|error| failure("look the id column's type up", error))?;
         let name: String = row.get(0);
         if row.get(1) {
             return Ok(Err(format!("is of type {name}: an array or a row of values cannot be an id")));

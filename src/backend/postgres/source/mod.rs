@@ -10,7 +10,7 @@ use tokio_postgres::{GenericClient, Row};
 use super::failure;
 use crate::config;
 use crate::pipeline::catalog::ContentSalt;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 pub(crate) use current::{Judged, MAX_LOOKS, Source, restless};
 use key::Key;
 
@@ -60,8 +60,10 @@ pub struct SourceTable {
 impl SourceTable {
     /// Looks the table of the settings up and checks that it can be kept in step.
     pub async fn find(client: &impl GenericClient, source: &config::Source) -> Result<Self> {
-        let fail = |error: tokio_postgres::Error| failure("look the source table up", &error);
-        let wrong = |message: String| Error::fatal(format!("check source.table = {}", source.table), message);
+        let fail = |error: tokio_postgres::Error| failure("look the source table up", error);
+        let wrong = |message: String| {
+            Error::new(FailureKind::WrongSetting, format!("check source.table = {}", source.table), message)
+        };
         let found = name::find(client, &source.table).await?;
         if !matches!(found.kind.as_str(), "r" | "p") {
             return Err(wrong(

@@ -3,7 +3,7 @@
 use tokio_postgres::GenericClient;
 
 use crate::backend::postgres::failure;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// Where a table without a schema is looked for, after what the role's own search path names.
 const USUAL_SCHEMA: &str = "public";
@@ -28,8 +28,10 @@ type Reading = (Option<String>, String);
 
 /// Finds the table of a name.
 pub(super) async fn find(client: &impl GenericClient, name: &str) -> Result<Found> {
-    let fail = |error: tokio_postgres::Error| failure("look the source table up", &error);
-    let wrong = |message: String| Error::fatal(format!("check source.table = {name}"), message);
+    let fail = |error: tokio_postgres::Error| failure("look the source table up", error);
+    let wrong = |message: String| {
+        Error::new(FailureKind::WrongSetting, format!("check source.table = {name}"), message)
+    };
     let readings = readings(name).map_err(wrong)?;
     let mut searched = Vec::new();
     if readings.iter().any(|(schema, _)| schema.is_none()) {
@@ -64,7 +66,7 @@ pub(super) async fn find(client: &impl GenericClient, name: &str) -> Result<Foun
 /// Schemas in which a table without one is looked for. The session's own search path is ours, so the
 /// role's is read by setting it for a moment.
 async fn search_path(client: &impl GenericClient) -> Result<Vec<String>> {
-    let fail = |error: tokio_postgres::Error| failure("read the role's search path", &error);
+    let fail = |error: tokio_postgres::Error| failure("read the role's search path", error);
     let ours: String =
         client.query_one("SELECT pg_catalog.current_setting('search_path')", &[]).await.map_err(fail)?.get(0);
     client
@@ -158,7 +160,7 @@ async fn nearest(client: &impl GenericClient, readings: &[Reading]) -> Result<Ve
             &[&MAX_COMPARED],
         )
         .await
-        .map_err(|error| failure("look for tables of a like name", &error))?;
+        .map_err(|error| failure("look for tables of a like name", error))?;
     let mut near: Vec<(f64, String)> = rows
         .iter()
         .filter_map(|row| {

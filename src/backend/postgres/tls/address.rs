@@ -1,7 +1,7 @@
 //! A database's address: what it says of encryption and what is for other tools, taken out of it.
 
 use super::options::{Fate, fate, names_schema, nearest};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// An address and what was taken out of it.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -148,7 +148,7 @@ fn is_scheme(text: &str) -> bool {
 }
 
 fn refused(message: &str) -> Error {
-    Error::fatal("read database.url", message)
+    Error::new(FailureKind::WrongSetting, "read database.url", message)
 }
 
 /// A mode as libpq names it. Tools that have `ssl` mean by a plain yes that the certificate is looked at.

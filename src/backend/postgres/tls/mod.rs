@@ -7,6 +7,7 @@ mod address;
 mod options;
 mod verifier;
 
+use std::error::Error as StdError;
 use std::path::PathBuf;
 use std::sync::{Arc, Once};
 
@@ -15,12 +16,12 @@ use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{CertificateError, ClientConfig, RootCertStore};
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::config::Database;
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::{Error, FailureKind, Result, causes, chain};
 use crate::secret::Secret;
 use address::Parted;
 use verifier::{AnyName, Anyone};
@@ -60,7 +61,8 @@ impl Mode {
 
     fn read(text: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|mode| mode.name() == text).ok_or_else(|| {
-            Error::fatal(
+            Error::new(
+                FailureKind::WrongSetting,
                 "read database.url",
                 format!("sslmode = {text}: use disable, prefer, require, verify-ca or verify-full"),
             )
@@ -88,7 +90,9 @@ impl Wanted {
         let mut config: tokio_postgres::Config = rest
             .parse()
             // The parser's message names the key at fault, never its value.
-            .map_err(|error| Error::fatal("read database.url", super::describe(&error)))?;
+            .map_err(|error| {
+                Error::new(FailureKind::WrongSetting, "read database.url", chain(&error)).because(error)
+            })?;
         let said = sslmode.as_deref().or(Some(settings.sslmode.as_str()).filter(|mode| !mode.is_empty()));
         let mode = match said {
             Some(text) => Mode::read(text)?,
@@ -109,7 +113,7 @@ impl Wanted {
     /// What connects in that way.
     pub fn connector(&self) -> Result<MakeRustlsConnect> {
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let wrong = |message: String| Error::fatal("set encryption up", message);
+        let wrong = |message: String| Error::new(FailureKind::WrongSetting, "set encryption up", message);
         let file = self.root.as_ref().filter(|path| path.as_os_str() != SYSTEM);
         // As libpq has it: who gives certificates wants them looked at.
         let mode = match (self.mode, file) {
@@ -163,8 +167,13 @@ fn is_local(config: &tokio_postgres::Config) -> bool {
 
 /// The certificates of a file.
 fn roots(path: &PathBuf) -> Result<RootCertStore> {
-    let wrong =
-        |message: String| Error::fatal(format!("read database.sslrootcert = {}", path.display()), message);
+    let wrong = |message: String| {
+        Error::new(
+            FailureKind::WrongSetting,
+            format!("read database.sslrootcert = {}", path.display()),
+            message,
+        )
+    };
     let mut store = RootCertStore::empty();
     let certificates = CertificateDer::pem_file_iter(path).map_err(|error| wrong(error.to_string()))?;
     for certificate in certificates {
@@ -178,25 +187,39 @@ fn roots(path: &PathBuf) -> Result<RootCertStore> {
 }
 
 /// What to do about a failed handshake, if that is what an error is about.
-pub(super) fn hint(message: &str) -> Option<&'static str> {
-    [
-        (
-            "UnknownIssuer",
-            "nobody known here vouches for the server: set database.sslrootcert to its authority's certificates (for RDS, the bundle that it publishes)",
-        ),
-        (
-            "not valid for name",
-            "the server is not who was asked for: is the host in database.url right? sslmode=verify-ca takes any name",
-        ),
-        ("certificate expired", "the server's certificate has expired, or this machine's clock is wrong"),
-        ("invalid peer certificate", "the server's certificate is not to be trusted"),
-        (
-            "server does not support TLS",
-            "the server speaks no TLS: where the network is trusted, set database.sslmode to disable or prefer",
-        ),
-    ]
-    .into_iter()
-    .find_map(|(sign, hint)| message.contains(sign).then_some(hint))
+pub(super) fn hint(error: &tokio_postgres::Error) -> Option<&'static str> {
+    let refused = causes(error).find_map(certificate_error);
+    Some(match refused {
+        Some(CertificateError::UnknownIssuer) => {
+            "nobody known here vouches for the server: set database.sslrootcert to its authority's certificates (for RDS, the bundle that it publishes)"
+        }
+        Some(CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. }) => {
+            "the server is not who was asked for: is the host in database.url right? sslmode=verify-ca takes any name"
+        }
+        Some(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
+            "the server's certificate has expired, or this machine's clock is wrong"
+        }
+        Some(_) => "the server's certificate is not to be trusted",
+        None if speaks_no_tls(error) => {
+            "the server speaks no TLS: where the network is trusted, set database.sslmode to disable or prefer"
+        }
+        None => return None,
+    })
+}
+
+/// Why a certificate was refused. An I/O error keeps it inside, and does not give it as its source.
+fn certificate_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a CertificateError> {
+    let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    let error = inner.map_or(error, |inner| inner as _);
+    match error.downcast_ref::<rustls::Error>()? {
+        rustls::Error::InvalidCertificate(refused) => Some(refused),
+        _ => None,
+    }
+}
+
+/// Whether the server refused encryption. The driver has no code for that: its own sentence is all there is.
+fn speaks_no_tls(error: &tokio_postgres::Error) -> bool {
+    error.source().is_some_and(|source| source.to_string() == "server does not support TLS")
 }
 
 #[cfg(test)]
