@@ -91,7 +91,7 @@ pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>
     loop {
         match work().await {
             Err(error) if error.class() == Class::Retryable && started.elapsed() < patience => {
-                tokio::time::sleep(backoff.next(&error, &BootClock)).await;
+                tokio::time::sleep(backoff.next(&BootClock)).await;
             }
             result => return result,
         }

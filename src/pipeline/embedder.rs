@@ -83,6 +83,9 @@ pub trait Embedder: Send + Sync {
     /// How much is best handed to [`Self::embed`] at once.
     fn batch_size(&self) -> BatchSize;
 
+    /// Returns when the embedder may be asked: at once, unless it asked to be left alone for a while.
+    async fn ready(&self) {}
+
     /// Reads texts as the model does, in their order. Text past the model's maximal length is not read. Work
     /// that takes long is done on no thread of the async runtime.
     async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>>;

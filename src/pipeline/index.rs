@@ -133,7 +133,7 @@ pub struct Listing {
 
 /// An index that applies what it is sent, whenever that arrives.
 ///
-/// An error that is [`Error::doubtful`](super::failure::Error) may have been applied, or be applied
+/// An error that [is doubtful](super::failure::Error::is_doubtful) may have been applied, or be applied
 /// within the settling time; any other has done nothing and never will.
 #[async_trait]
 pub trait PlainWrite: Send + Sync {
@@ -164,6 +164,10 @@ pub enum Writes<'a> {
 /// A store of vectors that finds the nearest.
 #[async_trait]
 pub trait VectorIndex: Send + Sync {
+    /// Returns when the index may be asked: at once, unless it asked to be left alone for a while. What comes
+    /// sooner may fail, since a request that waits counts the waiting into the time that it may take.
+    async fn ready(&self) {}
+
     /// The `top` nearest records, best first.
     async fn query(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>>;
 

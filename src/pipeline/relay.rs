@@ -148,7 +148,7 @@ impl Relay {
                     return Err(error);
                 }
                 Err(error) => {
-                    let pause = backoff.next(&error, &*self.clock);
+                    let pause = backoff.next(&*self.clock);
                     let retry_in_ms = pause.as_millis() as u64;
                     // Told once, and shown for as long as it lasts.
                     if backoff.failures() == 1 {

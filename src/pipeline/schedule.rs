@@ -164,6 +164,8 @@ impl Scheduler {
             // The semaphore is never closed.
             let Ok(permit) = self.waiting.acquire().await else { return };
             permit.forget();
+            // What comes meanwhile may be live, and goes first.
+            self.embedder.ready().await;
             let Some(slice) = self.queues().take() else { continue };
             if slice.done.is_closed() {
                 continue;

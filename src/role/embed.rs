@@ -119,7 +119,7 @@ async fn claim(
             Ok(()) => break,
             Err(error) if error.class() != Class::Retryable => return Err(error.into()),
             Err(error) => {
-                let pause = backoff.next(&error, clock);
+                let pause = backoff.next(clock);
                 worker.faults.report(fault::HELD, format_args!("the index cannot be reached: {error}"));
                 if backoff.failures() == 1 {
                     tracing::warn!(%error, "cannot reach the index; trying again until it answers");

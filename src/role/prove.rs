@@ -62,7 +62,7 @@ async fn prove(prover: &mut Prover, backends: &Backends, worker: &str, look_ever
                 wait
             }
             Err(error) => {
-                let pause = backoff.next(&error, &clock);
+                let pause = backoff.next(&clock);
                 // Once; a database that is restarted is told of by others.
                 if backoff.failures() == 3 || error.class() == Class::Fatal && backoff.failures() == 1 {
                     tracing::warn!(%error, "the index cannot be compared with the table; trying again");

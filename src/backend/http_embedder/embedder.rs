@@ -8,7 +8,7 @@ use tokio::sync::Semaphore;
 
 use super::provider::Purpose;
 use super::texts::{HALVINGS, SHORT, batches, cut, half, tokens};
-use super::{Failure, PROBE, Server};
+use super::{PROBE, Server};
 use crate::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
@@ -24,7 +24,7 @@ pub struct HttpEmbedder {
 
 impl HttpEmbedder {
     /// One request, when it is its turn.
-    async fn one(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>, Failure> {
+    async fn one(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>> {
         // The semaphore is never closed.
         let _permit = self.requests.acquire().await;
         self.server.send(texts, purpose).await
@@ -34,10 +34,10 @@ impl HttpEmbedder {
     async fn batch(&self, texts: Vec<&str>, purpose: Purpose) -> Result<Vec<Vec<f32>>> {
         match self.one(&texts, purpose).await {
             Ok(vectors) => Ok(vectors),
-            Err(failure) if failure.is_refusal && texts.iter().any(|text| text.len() > SHORT) => {
-                self.in_parts(&texts, purpose, failure.error).await
+            Err(error) if is_refusal(&error) && texts.iter().any(|text| text.len() > SHORT) => {
+                self.in_parts(&texts, purpose, error).await
             }
-            Err(failure) => Err(failure.error),
+            Err(error) => Err(error),
         }
     }
 
@@ -45,8 +45,8 @@ impl HttpEmbedder {
     /// need be.
     async fn in_parts(&self, texts: &[&str], purpose: Purpose, refused: Error) -> Result<Vec<Vec<f32>>> {
         // A server that refuses everything is not asked for each text.
-        if let Err(failure) = self.one(&[PROBE], purpose).await {
-            return Err(if failure.is_refusal { refused } else { failure.error });
+        if let Err(error) = self.one(&[PROBE], purpose).await {
+            return Err(if is_refusal(&error) { refused } else { error });
         }
         let mut vectors = Vec::with_capacity(texts.len());
         let mut parts = vec![(texts, Some(refused))];
@@ -58,8 +58,8 @@ impl HttpEmbedder {
                         vectors.extend(made);
                         continue;
                     }
-                    Err(failure) if failure.is_refusal => failure.error,
-                    Err(failure) => return Err(failure.error),
+                    Err(error) if is_refusal(&error) => error,
+                    Err(error) => return Err(error),
                 },
             };
             if let [text] = part {
@@ -95,8 +95,8 @@ impl HttpEmbedder {
                         return Ok(vector);
                     }
                 }
-                Err(failure) if failure.is_refusal => {}
-                Err(failure) => return Err(failure.error),
+                Err(error) if is_refusal(&error) => {}
+                Err(error) => return Err(error),
             }
         }
         Err(refused)
@@ -114,6 +114,11 @@ impl HttpEmbedder {
     }
 }
 
+/// Whether the server refused what was sent, so that less of it may go through.
+fn is_refusal(error: &Error) -> bool {
+    error.kind() == FailureKind::RefusedData
+}
+
 #[async_trait]
 impl Embedder for HttpEmbedder {
     fn dimensions(&self) -> usize {
@@ -127,6 +132,10 @@ impl Embedder for HttpEmbedder {
     fn batch_size(&self) -> BatchSize {
         let limits = self.server.limits;
         BatchSize::Bounded { texts: limits.texts.min(MOST_TEXTS), tokens: limits.tokens }
+    }
+
+    async fn ready(&self) {
+        self.server.ready().await;
     }
 
     async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>> {

@@ -2,38 +2,36 @@
 //!
 //! Texts go in batches within the provider's limits, several requests at a time, no faster than allowed.
 //! What a server says of a request may be one text's fault, and is told so that the indexer can find which;
-//! what it says of the key or the model is everybody's ([`mod@refusal`] has the table). A text that the server
+//! what it says of the key or the model is everybody's ([`FailureKind`] has the table). A text that the server
 //! finds too long is cut until the server takes it.
 
 mod address;
 mod embedder;
 mod provider;
-mod rate;
 mod refusal;
 mod texts;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use reqwest::Url;
+use reqwest::header::HeaderMap;
 use tokio::sync::Semaphore;
 
-use crate::backend::http::unanswered;
+use crate::backend::http::client::client;
+use crate::backend::http::rate_limit::RateLimit;
+use crate::backend::http::retry::Retry;
+use crate::backend::http::{status, unanswered};
 use crate::config::Settings;
-use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
-use crate::pipeline::retry::Backoff;
 use crate::secret::{Secret, without_secrets};
 pub use embedder::HttpEmbedder;
 use provider::{Info, Limits, Provider, Purpose};
-use rate::Rate;
 use refusal::refusal;
 use texts::tokens;
 
-/// Tries of one request; the indexer sits out what lasts longer.
-const TRIES: u32 = 4;
-
-/// The longest that a provider may ask to be left alone within one request's tries.
+/// The longest that a request waits for a server that asks to be left alone. What holds work back waits for
+/// longer before it sends one.
 const MAX_PAUSE: Duration = Duration::from_secs(20);
 
 /// Bytes of an answer at most: of 2,048 vectors of 4,096 numbers.
@@ -62,20 +60,8 @@ pub struct Server {
     /// Whether it has embedded a text since it was opened.
     has_answered: bool,
     limits: Limits,
-    rate: Arc<Rate>,
-}
-
-/// Why a request came to nothing.
-struct Failure {
-    error: Error,
-    /// Whether the server refused what was sent, so that less of it may go through.
-    is_refusal: bool,
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self { error, is_refusal: false }
-    }
+    rate_limit: Arc<RateLimit>,
+    retry: Arc<Retry>,
 }
 
 impl Server {
@@ -91,11 +77,7 @@ impl Server {
         };
         let base = Url::parse(address).map_err(|error| wrong(format!("embedder.url: {error}")))?;
         let url = address::embedding(&base, provider);
-        let client = reqwest::Client::builder()
-            .timeout(Duration::from_millis(set.timeout_ms))
-            .user_agent(concat!("refarch/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
+        let client = client(HeaderMap::new(), Duration::from_millis(set.timeout_ms))
             .map_err(|error| wrong(error.to_string()))?;
         let api_key = match provider {
             Provider::Pinecone if set.api_key.is_empty() => settings.index.api_key.clone(),
@@ -112,7 +94,8 @@ impl Server {
             dimensions: set.dimensions,
             has_answered: false,
             limits: provider.limits(),
-            rate: Arc::new(Rate::new(set.requests_per_minute, set.tokens_per_minute)),
+            rate_limit: Arc::new(RateLimit::by_the_minute(set.requests_per_minute, set.tokens_per_minute)),
+            retry: Arc::new(Retry::within(MAX_PAUSE)),
         };
         if provider == Provider::Tei {
             server.learn(&base).await?;
@@ -139,25 +122,25 @@ impl Server {
         if self.has_answered {
             return Ok(());
         }
-        tokio::time::sleep(self.rate.reserve(tokens(PROBE) as u64, Instant::now())).await;
+        let _turn = self.rate_limit.turn(tokens(PROBE)).await;
         let greeted = tokio::time::timeout(GREETING, self.once(&[PROBE], Purpose::Passage)).await;
-        let place = address::place(&self.url);
-        let slow = || {
-            let message = format!("{place} gave no answer within {} s", GREETING.as_secs());
-            Failure::from(Error::new(FailureKind::TimedOut, "embed texts", message))
+        let slow = |_| {
+            let place = address::place(&self.url);
+            let said = format!("{place} gave no answer within {} s", GREETING.as_secs());
+            Error::new(FailureKind::TimedOut, "embed texts", said)
         };
-        match greeted.unwrap_or_else(|_| Err(slow())) {
-            Ok(_) => Ok(()),
-            Err(Failure { error, .. }) if error.class() == Class::Retryable => {
+        let Err(error) = greeted.map_err(slow).flatten() else { return Ok(()) };
+        match error.class() {
+            Class::Retryable => {
                 tracing::warn!(%error, "the embedding server does not answer yet; work is held until it does");
                 Ok(())
             }
             // It may be mended as it stands, without this process: the work is held as one fault meanwhile.
-            Err(Failure { error, .. }) if error.class() == Class::Permanent => {
+            Class::Permanent => {
                 tracing::warn!(%error, "the embedding server refuses a harmless text; work is held until it takes one");
                 Ok(())
             }
-            Err(Failure { error, .. }) => Err(error),
+            Class::Fatal => Err(error),
         }
     }
 
@@ -217,46 +200,44 @@ impl Server {
         HttpEmbedder { server: self.clone(), requests: Semaphore::new(at_once.max(1)) }
     }
 
-    /// One request, a few times if need be.
-    async fn send(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>, Failure> {
-        let tokens: usize = texts.iter().map(|text| tokens(text)).sum();
-        let mut backoff = Backoff::default();
-        loop {
-            let wait = self.rate.reserve(tokens as u64, Instant::now());
-            tokio::time::sleep(wait).await;
-            let failure = match self.once(texts, purpose).await {
-                Ok(vectors) => return Ok(vectors),
-                Err(failure) => failure,
-            };
-            let pause = backoff.next(&failure.error, &BootClock);
-            let is_over = backoff.failures() >= TRIES || pause > MAX_PAUSE;
-            if failure.error.class() != Class::Retryable || is_over {
-                return Err(failure);
-            }
-            tokio::time::sleep(pause).await;
-        }
+    /// Returns when the server may be asked: at once, unless it asked to be left alone.
+    async fn ready(&self) {
+        self.rate_limit.ready().await;
     }
 
-    async fn once(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>, Failure> {
+    /// One request, a few times if need be.
+    async fn send(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>> {
+        let tokens: usize = texts.iter().map(|text| tokens(text)).sum();
+        let once = || async {
+            let pause = self.rate_limit.pause();
+            if pause > self.retry.longest_pause() {
+                let place = address::place(&self.url);
+                let said = format!("{place} asks to be left alone for {} s more", pause.as_secs());
+                return Err(Error::new(FailureKind::RateLimited, "embed texts", said).with_pause(Some(pause)));
+            }
+            let _turn = self.rate_limit.turn(tokens).await;
+            self.once(texts, purpose).await
+        };
+        self.retry.run(&self.rate_limit, once).await
+    }
+
+    async fn once(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>> {
         let lost = |error: reqwest::Error| unanswered(error, &self.url);
         let body = self.provider.body(&self.model, texts, self.asked, purpose);
         let request = self.provider.sign(self.client.post(self.url.clone()), self.api_key.expose());
         let mut answer = request.json(&body).send().await.map_err(lost)?;
         let (status, headers) = (answer.status(), answer.headers().clone());
+        self.rate_limit.answered(status, status::retry_after(&headers));
         let mut read = Vec::new();
         while let Some(chunk) = answer.chunk().await.map_err(lost)? {
             read.extend_from_slice(&chunk);
             if read.len() > MAX_ANSWER {
                 let message = format!("the answer of {} is too long", address::place(&self.url));
-                return Err(Failure {
-                    error: Error::new(FailureKind::RefusedData, "embed texts", message),
-                    is_refusal: true,
-                });
+                return Err(Error::new(FailureKind::RefusedData, "embed texts", message));
             }
         }
         if !status.is_success() {
-            let error = refusal(&self.url, self.api_key.expose(), status, &headers, &read);
-            return Err(Failure { is_refusal: error.class() == Class::Permanent, error });
+            return Err(refusal(&self.url, self.api_key.expose(), status, &headers, &read));
         }
         let vectors = self.provider.read(&read).map_err(|error| {
             let message = format!(
@@ -269,9 +250,9 @@ impl Server {
         if vectors.len() != texts.len() {
             let place = address::place(&self.url);
             let message = format!("{} vectors came from {place} for {} texts", vectors.len(), texts.len());
-            return Err(Error::new(FailureKind::UnexpectedAnswer, "embed texts", message).into());
+            return Err(Error::new(FailureKind::UnexpectedAnswer, "embed texts", message));
         }
-        Ok(vectors.into_iter().map(|vector| self.checked(vector)).collect::<Result<_>>()?)
+        vectors.into_iter().map(|vector| self.checked(vector)).collect()
     }
 
     /// A vector of the right length, made a unit vector.
@@ -288,7 +269,7 @@ impl Server {
         let norm = vector.iter().map(|value| f64::from(*value) * f64::from(*value)).sum::<f64>().sqrt();
         if !norm.is_finite() || norm == 0.0 {
             return Err(Error::new(
-                FailureKind::RefusedData,
+                FailureKind::Malformed,
                 "embed texts",
                 "the server made a vector that has no direction",
             ));
@@ -302,8 +283,8 @@ impl Server {
 
 /// What goes wrong before any work was taken ends the role, unless it passes: a harmless text is no reason to
 /// refuse a request.
-fn at_the_start(failure: Failure) -> Error {
-    match failure.error {
+fn at_the_start(error: Error) -> Error {
+    match error {
         error if error.class() == Class::Permanent => {
             let said = format!("{}; it was asked to embed the word {PROBE:?}", error.message());
             Error::new(FailureKind::RefusesAll, error.what().to_owned(), said).because(error)

@@ -1,4 +1,4 @@
-//! Requests to one host of Pinecone's: headers, pace, time limits and tries.
+//! Requests to one host of Pinecone's: headers, turns, time limits and tries.
 
 use std::time::{Duration, Instant};
 
@@ -6,24 +6,24 @@ use reqwest::{Method, RequestBuilder, StatusCode, Url, header};
 use serde::de::DeserializeOwned;
 
 use super::answer::{accepted, ask, failure};
-use super::pace::Pace;
-use crate::pipeline::clock::BootClock;
-use crate::pipeline::failure::{Class, Error, FailureKind, Result};
-use crate::pipeline::retry::Backoff;
+use crate::backend::http::client::client;
+use crate::backend::http::rate_limit::RateLimit;
+use crate::backend::http::retry::Retry;
+use crate::backend::http::status;
+use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::secret::{Secret, address_without_secrets};
 
 /// The version of the API that is spoken: without one, the oldest that is supported answers.
 pub(super) const API_VERSION: &str = "2026-04";
-
-/// Tries of a request that changes nothing.
-const READ_TRIES: u32 = 4;
 
 /// A host, and how it is spoken to.
 pub(super) struct Http {
     client: reqwest::Client,
     base: Url,
     timeout: Duration,
-    pace: Pace,
+    limit: RateLimit,
+    /// For requests that change nothing.
+    retry: Retry,
 }
 
 /// An address, with or without a scheme; without one it is HTTPS.
@@ -56,14 +56,14 @@ impl Http {
         let mut headers = header::HeaderMap::new();
         headers.insert("Api-Key", key);
         headers.insert("X-Pinecone-Api-Version", header::HeaderValue::from_static(API_VERSION));
-        let client = reqwest::Client::builder()
-            .default_headers(headers)
-            .user_agent(concat!("refarch/", env!("CARGO_PKG_VERSION")))
-            .timeout(timeout)
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
-            .map_err(|error| wrong(error.to_string()))?;
-        Ok(Self { client, base, timeout, pace: Pace::new() })
+        let client = client(headers, timeout).map_err(|error| wrong(error.to_string()))?;
+        let retry = Retry::within(timeout).with_budget();
+        Ok(Self { client, base, timeout, limit: RateLimit::adaptive(), retry })
+    }
+
+    /// Returns when the host may be asked: at once, unless it asked to be left alone.
+    pub(super) async fn ready(&self) {
+        self.limit.ready().await;
     }
 
     pub(super) fn timeout(&self) -> Duration {
@@ -81,19 +81,16 @@ impl Http {
     /// reckons that it is over by then.
     async fn once(&self, request: RequestBuilder, what: &str) -> Result<reqwest::Response> {
         let started = Instant::now();
-        let permit = tokio::time::timeout(self.timeout, self.pace.permit()).await;
-        let _permit = permit
-            .map_err(|_| Error::new(FailureKind::RateLimited, what, "the index asks for fewer requests"))?;
+        let turn = tokio::time::timeout(self.timeout, self.limit.turn(0)).await;
+        let too_fast = |_| Error::new(FailureKind::RateLimited, what, "the index asks for fewer requests");
+        let _turn = turn.map_err(too_fast)?;
         let left = self.timeout.saturating_sub(started.elapsed()).max(Duration::from_millis(1));
-        ask(request.timeout(left), what).await
-    }
-
-    fn learn(&self, result: &Result<reqwest::Response>, status: Option<StatusCode>) {
-        match (result, status) {
-            (Err(error), Some(StatusCode::TOO_MANY_REQUESTS)) => self.pace.too_fast(error.retry_after()),
-            (Ok(_), _) => self.pace.succeeded(),
-            _ => {}
+        let response = ask(request.timeout(left), what).await?;
+        self.limit.answered(response.status(), status::retry_after(response.headers()));
+        if response.status().is_success() {
+            self.retry.succeeded();
         }
+        Ok(response)
     }
 
     /// Sends a request that changes something, once: whether it may be tried again is the caller's to say.
@@ -105,32 +102,17 @@ impl Http {
         also: Option<StatusCode>,
     ) -> Result<reqwest::Response> {
         let response = self.once(request, what).await?;
-        let status = response.status();
-        if Some(status) == also {
-            return Ok(response);
-        }
-        let result = accepted(response, what).await;
-        self.learn(&result, Some(status));
-        result
+        if Some(response.status()) == also { Ok(response) } else { accepted(response, what).await }
     }
 
     /// Sends a request that changes nothing, a few times if need be.
     pub(super) async fn ask(&self, request: RequestBuilder, what: &str) -> Result<reqwest::Response> {
-        let mut backoff = Backoff::default();
-        loop {
-            let again = request.try_clone();
-            let Some(now) = again else { return self.write(request, what, None).await };
-            let error = match self.write(now, what, None).await {
-                Ok(response) => return Ok(response),
-                Err(error) => error,
-            };
-            let pause = backoff.next(&error, &BootClock);
-            let over = backoff.failures() >= READ_TRIES || pause > self.timeout;
-            if error.class() != Class::Retryable || over || !self.pace.may_try_again() {
-                return Err(error);
-            }
-            tokio::time::sleep(pause).await;
-        }
+        let once = || async {
+            let unbuilt = || Error::new(FailureKind::Malformed, what, "the request cannot be built");
+            let request = request.try_clone().ok_or_else(unbuilt)?;
+            self.write(request, what, None).await
+        };
+        self.retry.run(&self.limit, once).await
     }
 
     /// The same, with the answer read.

@@ -8,7 +8,6 @@ pub mod control;
 mod http;
 mod keys;
 mod note;
-mod pace;
 pub mod place;
 mod wire;
 
@@ -213,6 +212,10 @@ impl PlainWrite for Pinecone {
 
 #[async_trait]
 impl VectorIndex for Pinecone {
+    async fn ready(&self) {
+        self.http.ready().await;
+    }
+
     async fn query(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
         self.search(embedding, top).await
     }

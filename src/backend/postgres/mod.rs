@@ -160,7 +160,7 @@ fn pool(
         .create_timeout(config.get_connect_timeout().copied())
         .build()
         .map_err(|error| {
-            Error::new(FailureKind::WrongSetting, "make a connection pool", &error).because(error)
+            Error::new(FailureKind::WrongSetting, "make a connection pool", error).because(error)
         })
 }
 

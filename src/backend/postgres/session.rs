@@ -50,7 +50,7 @@ pub async fn keep(
         if error.class() == Class::Fatal {
             return Err(error);
         }
-        let pause = backoff.next(&error, &**lease.clock());
+        let pause = backoff.next(&**lease.clock());
         tracing::debug!(worker.id = worker, %error, "the worker's session is gone");
         stop.run_until_cancelled(tokio::time::sleep(pause)).await;
     }

@@ -185,7 +185,7 @@ impl Doing {
             }
             let Some(first) = failed.first() else { return Ok(()) };
             let error = Error::new(FailureKind::Overloaded, what(), said(first));
-            let pause = backoff.next(&error, &BootClock);
+            let pause = backoff.next(&BootClock);
             if backoff.failures() >= TRIES {
                 return Err(error);
             }

@@ -137,8 +137,10 @@ impl FailureKind {
     const fn policy(self) -> Policy {
         match self {
             Self::Unreachable => retryable("is the backend up, and its address right?"),
-            Self::ConnectionLost => doubtful("see the backend's own log if this lasts"),
-            Self::TimedOut => doubtful("see the backend's own log if this lasts"),
+            Self::ConnectionLost => {
+                doubtful("see the network between, and the backend's own log, if this lasts")
+            }
+            Self::TimedOut => doubtful("is the backend slow, or the timeout too short?"),
             Self::RateLimited => retryable("ask the provider for a higher limit if this lasts"),
             Self::Overloaded => doubtful("see the backend's own log if this lasts"),
             Self::Conflict => retryable("wait, or see who holds the locks if this lasts"),

@@ -206,7 +206,7 @@ mod tests {
     fn an_error_keeps_its_source_and_tells_it_once() {
         let error = Error::caused(FailureKind::ConnectionLost, "read the ledger", outer());
         assert_eq!(error.to_string(), "read the ledger: the outer one: the inner one");
-        assert!(error.source().is_some_and(|source| source.is::<Outer>()));
+        assert!(matches!(error.source(), Some(source) if source.is::<Outer>()));
         assert_eq!(chain(&error), error.to_string(), "not again what it has told");
         let own = Error::new(FailureKind::WrongSetting, "use it", "mend it").because(outer());
         assert_eq!(own.to_string(), "use it: mend it");

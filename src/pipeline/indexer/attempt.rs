@@ -328,7 +328,7 @@ impl Indexer {
             match error.class() {
                 // A refusal says nothing of an earlier try, and that one's ids must stay open.
                 Class::Permanent if !doubtful => return Sent::Refused(error),
-                Class::Retryable if !over => self.clock().sleep(backoff.next(&error, self.clock())).await,
+                Class::Retryable if !over => self.clock().sleep(backoff.next(self.clock())).await,
                 _ => return Sent::Failed(doubtful, error),
             }
         }

@@ -261,7 +261,7 @@ impl Indexer {
                 }
                 Err(error) => {
                     drop(permit);
-                    let pause = backoff.next(&error, self.clock());
+                    let pause = backoff.next(self.clock());
                     let retry_in_ms = pause.as_millis() as u64;
                     // Told once, and shown for as long as it lasts.
                     if backoff.failures() == 1 {
@@ -381,7 +381,7 @@ impl Indexer {
                     if batch.done.applied > before {
                         backoff.reset();
                     }
-                    let pause = backoff.next(&error, self.clock());
+                    let pause = backoff.next(self.clock());
                     tracing::debug!(lane = lane.name(), %error, retry_in_ms = pause.as_millis() as u64, "cannot apply changes yet");
                     self.clock().sleep(pause).await;
                 }

@@ -1,6 +1,5 @@
 //! How many requests and tokens go out in a minute.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 const MINUTE_S: f64 = 60.0;
@@ -31,36 +30,31 @@ impl Bucket {
     }
 }
 
+/// Bounds on requests and tokens (Turner's leaky bucket as a meter, 1986): each request pays beforehand,
+/// and waits as long as it is in debt.
 #[derive(Debug)]
-struct State {
+pub(super) struct Throughput {
     requests: Option<Bucket>,
     tokens: Option<Bucket>,
     at: Instant,
 }
 
-/// Bounds on requests and tokens (Turner's leaky bucket as a meter, 1986): each request pays beforehand,
-/// and waits as long as it is in debt.
-#[derive(Debug)]
-pub(super) struct Rate(Mutex<State>);
-
-impl Rate {
+impl Throughput {
     /// Bounds by the minute; 0 is none.
     pub(super) fn new(requests: u32, tokens: u64) -> Self {
-        let state = State {
+        Self {
             requests: Bucket::new(f64::from(requests)),
             tokens: Bucket::new(tokens as f64),
             at: Instant::now(),
-        };
-        Self(Mutex::new(state))
+        }
     }
 
     /// How long a request of so many tokens must wait.
-    pub(super) fn reserve(&self, tokens: u64, now: Instant) -> Duration {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let passed = now.saturating_duration_since(state.at);
-        state.at = now;
-        let requests = state.requests.as_mut().map(|bucket| bucket.take(1.0, passed));
-        let tokens = state.tokens.as_mut().map(|bucket| bucket.take(tokens as f64, passed));
+    pub(super) fn reserve(&mut self, tokens: u64, now: Instant) -> Duration {
+        let passed = now.saturating_duration_since(self.at);
+        self.at = now;
+        let requests = self.requests.as_mut().map(|bucket| bucket.take(1.0, passed));
+        let tokens = self.tokens.as_mut().map(|bucket| bucket.take(tokens as f64, passed));
         requests.max(tokens).unwrap_or_default()
     }
 }
@@ -71,21 +65,21 @@ mod tests {
 
     #[test]
     fn a_minute_holds_no_more_than_is_allowed() {
-        let (rate, start) = (Rate::new(600, 0), Instant::now());
-        let waits: Vec<Duration> = (0..100).map(|_| rate.reserve(7, start)).collect();
+        let (mut throughput, start) = (Throughput::new(600, 0), Instant::now());
+        let waits: Vec<Duration> = (0..100).map(|_| throughput.reserve(7, start)).collect();
         // Ten at once, and then ten a second.
         assert!(waits[..10].iter().all(Duration::is_zero));
         assert!((waits[99].as_secs_f64() - 9.0).abs() < 0.01, "{:?}", waits[99]);
-        let later = rate.reserve(7, start + Duration::from_mins(1));
+        let later = throughput.reserve(7, start + Duration::from_mins(1));
         assert!(later.is_zero(), "time pays");
     }
 
     #[test]
     fn the_tighter_of_both_bounds_holds_and_none_is_none() {
-        let (rate, start) = (Rate::new(60_000, 6_000), Instant::now());
-        assert!(rate.reserve(100, start).is_zero());
-        assert!((rate.reserve(600, start).as_secs_f64() - 6.0).abs() < 0.01);
-        let free = Rate::new(0, 0);
+        let (mut throughput, start) = (Throughput::new(60_000, 6_000), Instant::now());
+        assert!(throughput.reserve(100, start).is_zero());
+        assert!((throughput.reserve(600, start).as_secs_f64() - 6.0).abs() < 0.01);
+        let mut free = Throughput::new(0, 0);
         assert!((0..1_000).all(|_| free.reserve(1_000_000, start).is_zero()));
     }
 }
