@@ -297,6 +297,7 @@ impl Indexer {
             return Ok(HashMap::new());
         }
         let ids: Vec<String> = wanted.keys().map(|id| (*id).to_owned()).collect();
+        self.index.ready().await;
         let stored = self.index.fetch(&ids).await?;
         Ok(stored
             .into_iter()
@@ -310,6 +311,8 @@ impl Indexer {
         let mut doubtful = false;
         let mut backoff = Backoff::default();
         loop {
+            // Not with the lease in hand: an index may ask to be left alone for longer than that lasts.
+            self.index.ready().await;
             if let Err(error) = self.lease.ensure(session, plain.request_timeout()).await {
                 return Sent::Failed(doubtful, error);
             }
@@ -328,7 +331,13 @@ impl Indexer {
             match error.class() {
                 // A refusal says nothing of an earlier try, and that one's ids must stay open.
                 Class::Permanent if !doubtful => return Sent::Refused(error),
-                Class::Retryable if !over => self.clock().sleep(backoff.next(self.clock())).await,
+                Class::Retryable if !over => {
+                    let pause = backoff.next(self.clock());
+                    // The index itself says when it is ready again.
+                    if error.kind() != FailureKind::RateLimited {
+                        self.clock().sleep(pause).await;
+                    }
+                }
                 _ => return Sent::Failed(doubtful, error),
             }
         }

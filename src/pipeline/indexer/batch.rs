@@ -456,6 +456,7 @@ impl Indexer {
                 at_embedder = true;
                 self.scheduler.embed(lane, vec![PROBE.into()]).await?;
                 at_embedder = false;
+                self.index.ready().await;
                 self.index.probe().await
             };
             if let Err(error) = gone.await {
