@@ -103,18 +103,13 @@ impl Loop {
         if let Some(role_settings) = role_settings {
             let name = format!("role_{}", database.name());
             let mut sql = format!("CREATE ROLE {name} LOGIN PASSWORD 'secret';");
-            for schema in ["refarch", "pgmq", "public"] {
-                let _ = write!(
-                    sql,
-                    "GRANT USAGE ON SCHEMA {schema} TO {name}; GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO {name}; \
-                     GRANT ALL ON ALL SEQUENCES IN SCHEMA {schema} TO {name}; \
-                     GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} TO {name};"
-                );
-            }
             for one in role_settings {
                 let _ = write!(sql, "ALTER ROLE {name} SET {one};");
             }
             client.batch_execute(&sql).await.unwrap();
+            let roles = ["listen", "embed"].map(|part| (part.to_owned(), name.clone())).into();
+            let options = migrate::Options { roles, ..migrate::Options::default() };
+            backend::migrate_with(&postgres, &settings, &options).await.unwrap();
             postgres = Postgres::new(&Secret::new(url_of(&database, &name)), &settings.database).unwrap();
             role = Some(name);
         }
