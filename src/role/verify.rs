@@ -65,7 +65,9 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
         };
         let backends = opened.await.inspect_err(|_| {
             // They may be why.
-            told.iter().for_each(|fault| eprintln!("not captured: {fault}"));
+            for fault in told {
+                eprintln!("not captured: {fault}");
+            }
         })?;
         verify(args, settings, &backends, faults?).await
     })

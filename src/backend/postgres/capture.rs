@@ -61,14 +61,14 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
                 .await
                 .map_err(fail)?;
             let name: String = row.get(3);
-            if row.get::<_, u32>(0) != captured {
+            if row.get::<_, u32>(0) == captured {
+                faults.extend(leaf_faults(&*transaction, &table, &name).await?);
+            } else {
                 columns.clear();
                 faults.push(format!(
                     "{name} is another table than the one that is captured, which is now {captured_name}: \
                      refarch verify --repair captures it and reads it anew"
                 ));
-            } else {
-                faults.extend(leaf_faults(&*transaction, &table, &name).await?);
             }
             if row.get(1) {
                 faults.push(format!(
