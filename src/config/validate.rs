@@ -246,5 +246,7 @@ fn address_fault(address: &str) -> Option<&'static str> {
     if !url.username().is_empty() || url.password().is_some() {
         return Some("leave user and password out of the address, and set embedder.api_key");
     }
-    url.fragment().is_some().then_some("leave out the # and the rest: HTTP does not send that part to the server")
+    url.fragment()
+        .is_some()
+        .then_some("leave out the # and the rest: HTTP does not send that part to the server")
 }
