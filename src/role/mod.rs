@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres::registry::Worker;
 use crate::backend::postgres::target;
-use crate::backend::{self, Backends, Database};
+use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::cli::{Cli, Command};
 use crate::config::Settings;
 use crate::secret::without_secrets;
@@ -78,18 +78,29 @@ async fn with_database<T>(
     result.and_then(|value| closed.map(|()| value))
 }
 
-/// Opens the backends. The private cluster is set up unasked; a database of the user's own is
-/// changed by `refarch migrate` only.
-async fn open(database: &Database, settings: &Settings) -> anyhow::Result<Backends> {
+/// Loads the model for work on this database.
+async fn load(database: &Database, settings: &Settings) -> anyhow::Result<LoadedModel> {
+    let loaded =
+        backend::patiently(settings, async || LoadedModel::load_known(&database.postgres, settings).await);
+    Ok(loaded.await?)
+}
+
+/// Opens the backends, for a model if the role has one. The private cluster is set up unasked; a database of the
+/// user's own is changed by `refarch migrate` only.
+async fn open(
+    database: &Database,
+    settings: &Settings,
+    model: Option<&LoadedModel>,
+) -> anyhow::Result<Backends> {
     if database.is_private() {
-        let report = backend::migrate(&database.postgres, settings).await?;
+        let report = backend::migrate_as_known(&database.postgres, settings).await?;
         for warning in report.warnings {
             tracing::warn!(warning, "migrated");
         }
     }
     let opened = backend::patiently(settings, async || {
         target::follow_swap(&database.postgres, &settings.source.name).await;
-        Backends::open(&database.postgres, settings).await
+        Backends::open_for(&database.postgres, settings, model).await
     });
     Ok(opened.await?)
 }

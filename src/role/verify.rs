@@ -40,7 +40,7 @@ impl Verified {
     fn code(&self) -> u8 {
         if self.report.differences() > 0 || !self.unarmed.is_empty() || self.foreign {
             DIFFERENT
-        } else if self.report.undecided > 0 || self.report.unreadable > 0 {
+        } else if self.report.is_partial() {
             UNDECIDED
         } else {
             0
@@ -51,8 +51,12 @@ impl Verified {
 /// Verifies, and exits with what came of it: an error means that it could not be told.
 pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<ExitCode> {
     let verified = super::with_database(settings, async |database: &Database| {
-        let backends = Backends::open(&database.postgres, settings).await?;
-        verify(args, settings, &backends).await
+        let model = match args.sample {
+            0 => None,
+            _ => Some(LoadedModel::load_known(&database.postgres, settings).await?),
+        };
+        let backends = Backends::open_for(&database.postgres, settings, model.as_ref()).await?;
+        verify(args, settings, &backends, model.as_ref()).await
     })
     .await;
     match verified {
@@ -70,20 +74,20 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
     }
 }
 
-async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) -> anyhow::Result<Verified> {
-    let embedder = if args.sample > 0 {
-        let model = LoadedModel::load(settings).await?;
-        Some(model.start(settings.indexer.worker_count()))
-    } else {
-        None
-    };
+async fn verify(
+    args: &cli::Verify,
+    settings: &Settings,
+    backends: &Backends,
+    model: Option<&LoadedModel>,
+) -> anyhow::Result<Verified> {
+    let embedder = model.map(|model| model.start(settings.indexer.worker_count()));
     let target = &backends.target;
     let unarmed = capture::unarmed(&backends.postgres, &target.table).await?;
     let foreign =
         lineage::compare(&backends.postgres, target.id, &*backends.index).await? == Standing::Foreign;
     if args.repair && !unarmed.is_empty() {
         // Before the walk, so that what changes during it is captured.
-        crate::backend::migrate(&backends.postgres, settings).await.context("arm change capture")?;
+        crate::backend::migrate_as_known(&backends.postgres, settings).await.context("arm change capture")?;
         eprintln!("repaired: change capture is armed on {}", unarmed.join(", "));
     }
     if args.repair && foreign {
@@ -128,11 +132,14 @@ fn text(verified: &Verified) -> String {
             "index and table differed: what did is queued; verify again once it is applied"
         }
         DIFFERENT => "index and table differ: --repair queues what differs",
-        _ if report.undecided == 0 => {
+        _ if report.undecided > 0 => {
+            "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)"
+        }
+        _ if report.unreadable > 0 => {
             "could not tell: rows cannot be read (they are named above); the others agree"
         }
         _ => {
-            "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)"
+            "could not tell: vectors were not compared (the reason is above; --sample 0 leaves them out); all else agrees"
         }
     };
     let _ = writeln!(text, "{verdict}");
