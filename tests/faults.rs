@@ -5,6 +5,8 @@
 //! `REFARCH_STORM_S`. Each test prints what it saw.
 
 mod common;
+#[path = "faults/refused.rs"]
+mod refused;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
