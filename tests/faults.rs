@@ -5,6 +5,8 @@
 //! `REFARCH_STORM_S`. Each test prints what it saw.
 
 mod common;
+#[path = "faults/hidden.rs"]
+mod hidden;
 #[path = "faults/refused.rs"]
 mod refused;
 
