@@ -3,7 +3,7 @@
 pub mod embedded;
 pub mod http_embedder;
 pub mod minilm;
-pub mod model;
+mod model;
 pub mod pgmq;
 pub mod pgvector;
 pub mod pinecone;

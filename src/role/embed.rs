@@ -23,11 +23,10 @@ use crate::shutdown;
 /// Runs the role in a process of its own.
 pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
-    super::with_database(settings, async |database: &Database| {
-        let model = super::load(database, settings).await?;
-        let backends = super::open(database, settings, Some(&model)).await?;
+    super::with_model(settings, async |database: &Database, model: &LoadedModel| {
+        let backends = super::open(database, settings, Some(model)).await?;
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");
-        work(&backends, settings, &model, &Arc::default(), &stop, args.until_idle).await
+        work(&backends, settings, model, &Arc::default(), &stop, args.until_idle).await
     })
     .await
 }

@@ -224,12 +224,11 @@ pub async fn bind(settings: &Settings) -> anyhow::Result<TcpListener> {
 pub async fn run(settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     let listener = bind(settings).await?;
-    super::with_database(settings, async |database: &Database| {
-        let model = super::load(database, settings).await?;
-        let backends = super::open(database, settings, Some(&model)).await?;
+    super::with_model(settings, async |database: &Database, model: &LoadedModel| {
+        let backends = super::open(database, settings, Some(model)).await?;
         let address = listener.local_addr()?;
         super::print(format!("refarch serves http://{address}\n").as_bytes())?;
-        work(listener, &backends, settings, &model, &stop).await
+        work(listener, &backends, settings, model, &stop).await
     })
     .await
 }
