@@ -545,7 +545,7 @@ async fn a_server_that_refuses_every_text_is_one_fault_and_no_dead_letter() {
     let moody = Moody::start(Mood::Status(400)).await;
     moody.rows(rows).await;
     let roles = [moody.refarch(&["listen"]).spawn().unwrap(), moody.refarch(&["embed"]).spawn().unwrap()];
-    eventually("many requests to be refused", PATIENCE, async || moody.texts.requests() > 25).await;
+    eventually("many requests to be refused", PATIENCE, async || moody.texts.requests() > 14).await;
     assert_eq!(moody.dead().await, 0);
     eventually("the fault to be shown", PATIENCE, async || moody.faults().await.len() == 1).await;
     let faults = moody.faults().await;
