@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres::registry::Worker;
 use crate::backend::postgres::{lineage, session};
-use crate::backend::{self, Backends, Database, LoadedModel};
+use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::clock::{BootClock, Clock};
@@ -23,11 +23,10 @@ use crate::shutdown;
 /// Runs the role in a process of its own.
 pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
-    let model = backend::patiently(settings, async || LoadedModel::load(settings).await).await?;
-    super::with_database(settings, async |database: &Database| {
-        let backends = super::open(database, settings).await?;
+    super::with_model(settings, async |database: &Database, model: &LoadedModel| {
+        let backends = super::open(database, settings, Some(model)).await?;
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");
-        work(&backends, settings, &model, &Arc::default(), &stop, args.until_idle).await
+        work(&backends, settings, model, &Arc::default(), &stop, args.until_idle).await
     })
     .await
 }

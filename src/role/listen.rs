@@ -18,7 +18,7 @@ use crate::shutdown;
 pub async fn run(args: &cli::Listen, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     super::with_database(settings, async |database: &Database| {
-        let backends = super::open(database, settings).await?;
+        let backends = super::open(database, settings, None).await?;
         tracing::info!(source = settings.source.name, table = settings.source.table, "capturing changes");
         work(&backends, settings, &stop, args.until_idle).await
     })

@@ -22,9 +22,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres::registry::Worker;
 use crate::backend::postgres::target;
-use crate::backend::{self, Backends, Database};
+use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::cli::{Cli, Command};
-use crate::config::Settings;
+use crate::config::{EmbedderKind, Settings};
 use crate::secret::without_secrets;
 
 /// Takes the role that the command line names, and tells how it ended where that is not just well.
@@ -78,18 +78,43 @@ async fn with_database<T>(
     result.and_then(|value| closed.map(|()| value))
 }
 
-/// Opens the backends. The private cluster is set up unasked; a database of the user's own is
-/// changed by `refarch migrate` only.
-async fn open(database: &Database, settings: &Settings) -> anyhow::Result<Backends> {
+/// The same with the model beside the database. A model on this machine that is missing is told before a database is
+/// started; what must be known of a server's model stands in the database.
+async fn with_model<T>(
+    settings: &Settings,
+    work: impl AsyncFnOnce(&Database, &LoadedModel) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let local = match settings.embedder.kind {
+        EmbedderKind::Minilm => Some(LoadedModel::load(settings).await?),
+        EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => None,
+    };
+    with_database(settings, async |database: &Database| {
+        let load = async || LoadedModel::load_known(&database.postgres, settings).await;
+        let model = match local {
+            Some(model) => model,
+            None => backend::patiently(settings, load).await?,
+        };
+        work(database, &model).await
+    })
+    .await
+}
+
+/// Opens the backends, for a model if the role has one. The private cluster is set up unasked; a database of the
+/// user's own is changed by `refarch migrate` only.
+async fn open(
+    database: &Database,
+    settings: &Settings,
+    model: Option<&LoadedModel>,
+) -> anyhow::Result<Backends> {
     if database.is_private() {
-        let report = backend::migrate(&database.postgres, settings).await?;
+        let report = backend::migrate_as_known(&database.postgres, settings).await?;
         for warning in report.warnings {
             tracing::warn!(warning, "migrated");
         }
     }
     let opened = backend::patiently(settings, async || {
         target::follow_swap(&database.postgres, &settings.source.name).await;
-        Backends::open(&database.postgres, settings).await
+        Backends::open_for(&database.postgres, settings, model).await
     });
     Ok(opened.await?)
 }

@@ -51,7 +51,7 @@ pub async fn run(args: &cli::Up, settings: &Settings) -> anyhow::Result<()> {
         for warning in report.warnings {
             tracing::warn!(warning, "migrated");
         }
-        let backends = Backends::open(&database.postgres, settings).await?;
+        let backends = Backends::open_for(&database.postgres, settings, Some(&model)).await?;
         run_roles(args, settings, &backends, model, listener, &stop).await
     })
     .await

@@ -43,7 +43,7 @@ impl Verified {
     fn code(&self) -> u8 {
         if self.report.differences() > 0 || !self.capture_faults.is_empty() || self.foreign {
             DIFFERENT
-        } else if self.report.undecided > 0 || self.report.unreadable > 0 {
+        } else if self.report.is_partial() {
             UNDECIDED
         } else {
             0
@@ -61,15 +61,20 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
                 // Before the walk, so that what changes during it is captured.
                 arm(&database.postgres, settings, told).await?;
             }
-            anyhow::Ok(Backends::open(&database.postgres, settings).await?)
+            let model = match args.sample {
+                0 => None,
+                _ => Some(LoadedModel::load_known(&database.postgres, settings).await?),
+            };
+            let backends = Backends::open_for(&database.postgres, settings, model.as_ref()).await?;
+            anyhow::Ok((backends, model))
         };
-        let backends = opened.await.inspect_err(|_| {
+        let (backends, model) = opened.await.inspect_err(|_| {
             // They may be why.
             for fault in told {
                 eprintln!("not captured: {fault}");
             }
         })?;
-        verify(args, settings, &backends, faults?).await
+        verify(args, settings, &backends, model.as_ref(), faults?).await
     })
     .await;
     match verified {
@@ -101,14 +106,10 @@ async fn verify(
     args: &cli::Verify,
     settings: &Settings,
     backends: &Backends,
+    model: Option<&LoadedModel>,
     capture_faults: Vec<String>,
 ) -> anyhow::Result<Verified> {
-    let embedder = if args.sample > 0 {
-        let model = LoadedModel::load(settings).await?;
-        Some(model.start(settings.indexer.worker_count()))
-    } else {
-        None
-    };
+    let embedder = model.map(|model| model.start(settings.indexer.worker_count()));
     let target = &backends.target;
     let foreign =
         lineage::compare(&backends.postgres, target.id, &*backends.index).await? == Standing::Foreign;
@@ -157,11 +158,14 @@ fn text(verified: &Verified) -> String {
             "index and table differed: what did is queued; verify again once it is applied"
         }
         DIFFERENT => "index and table differ: --repair queues what differs",
-        _ if report.undecided == 0 => {
+        _ if report.undecided > 0 => {
+            "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)"
+        }
+        _ if report.unreadable > 0 => {
             "could not tell: rows cannot be read (they are named above); the others agree"
         }
         _ => {
-            "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)"
+            "could not tell: vectors were not compared (the reason is above; --sample 0 leaves them out); all else agrees"
         }
     };
     let _ = writeln!(text, "{verdict}");

@@ -41,7 +41,7 @@ pub async fn run(args: &cli::Generate, settings: &Settings) -> anyhow::Result<()
     let progress = Progress::new("generating products", args.count);
     if args.load {
         return super::with_database(settings, async |database: &Database| {
-            let backends = super::open(database, settings).await?;
+            let backends = super::open(database, settings, None).await?;
             let client = backends.postgres.client().await?;
             load(&client, &backends.target.table.relation, args.count, args.seed, &progress).await?;
             progress.finish();
