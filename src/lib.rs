@@ -13,9 +13,9 @@
 //!
 //! - [`cli`], [`config`], [`secret`], [`telemetry`], [`shutdown`]: the start and the end of a process
 //! - [`pipeline`]: the contract and the two steps, independent of every backend
-//! - [`backend`]: one module for each backend: PostgreSQL, pgmq and SQS, pgvector and Pinecone, the model on this
-//!   machine and models on servers, the private cluster
-//! - [`encoder`]: the model's arithmetic, in a separate crate (`src/encoder/`), the only one with `unsafe` code
+//! - [`backend`]: one module for each backend: PostgreSQL, pgmq and SQS, pgvector and Pinecone, the model on
+//!   this machine and models on servers, the private cluster
+//! - [`encoder`]: the model's arithmetic, a separate crate (`src/encoder/`), the only one with `unsafe` code
 //! - [`role`]: one module for each subcommand
 //! - [`product`]: the rows of the reference architecture's table
 

@@ -19,7 +19,7 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
                 _ = terminate.recv() => {}
             }
             if forced {
-                tracing::warn!("second stop signal: exiting now; other workers receive the held messages again");
+                tracing::warn!("second stop signal: exiting now; the held messages become visible again");
                 std::process::exit(FORCED_EXIT);
             }
             tracing::info!("stopping: finishing the held messages; a second signal forces the exit");
