@@ -110,7 +110,7 @@ impl Server {
             if Instant::now() > deadline {
                 let tail = log::tail(this.place.open(&this.place.log()), 0);
                 return Err(problem).with_context(|| {
-                    format!("not ready after {} seconds; its log ends with:\n{tail}", BOUND.as_secs())
+                    format!("not ready after {} seconds; its log ends:\n{tail}", BOUND.as_secs())
                 });
             }
             tokio::time::sleep(POLL).await;
@@ -139,7 +139,7 @@ impl Server {
             && !matches!(self.state(), State::Stopped)
         {
             let tail = log::tail(self.place.open(&self.place.log()), log_size);
-            return Err(error).with_context(|| format!("the server does not stop; its log ends with:\n{tail}"));
+            return Err(error).with_context(|| format!("the server does not stop; its log ends:\n{tail}"));
         }
         self.remove_short_socket_dir();
         tracing::debug!("stopped the private PostgreSQL");
@@ -204,7 +204,7 @@ impl Server {
         if tail.contains("pre-existing shared memory block") {
             return Err(StartError::Remains);
         }
-        Err(StartError::Other(error.context(format!("the log of the server ends with:\n{tail}"))))
+        Err(StartError::Other(error.context(format!("the log of the server ends:\n{tail}"))))
     }
 
     /// Prepares the start: port, socket folder and settings. Returns the path of the log and its size.
