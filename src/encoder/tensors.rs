@@ -55,7 +55,7 @@ impl Tensors {
         let promised = header.data_len() as u64;
         if whole - start != promised {
             let why = format!(
-                "the file has {} bytes of weights, but its header says {promised}: copy the complete file again",
+                "the file has {} bytes of weights, but its header says {promised}: download the file again",
                 whole - start
             );
             return Err(malformed(why));
