@@ -184,7 +184,7 @@ Exit codes: 0 done (or nothing to do), 1 failed, 2 not uninstalled because --yes
 /// `refarch migrate`
 #[derive(Debug, Args)]
 #[command(after_help = MIGRATE_HELP)]
-#[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
+#[allow(clippy::struct_excessive_bools, reason = "each is a separate flag")]
 pub struct Migrate {
     /// Print what migrate would do, and change nothing
     #[arg(long)]

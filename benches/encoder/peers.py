@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 
 class Graph:
-    """Nodes and weights of a graph under construction. Operations return the name of their output."""
+    """Nodes and weights of a graph under construction. Operations return their output's name."""
 
     def __init__(self):
         self.nodes, self.weights, self.names = [], [], itertools.count()
@@ -44,7 +44,7 @@ class Graph:
 
 
 def build(folder):
-    """The encoder as standard ONNX, with ids and mask as inputs and unit vectors as output."""
+    """The encoder as standard ONNX: ids and mask in, unit vectors by mean or CLS pooling out."""
     config = json.loads((folder / "config.json").read_text())
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""

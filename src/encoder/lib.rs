@@ -12,7 +12,7 @@
 //!
 //! This is the only crate of refarch with `unsafe` code, for intrinsics, assembly and pointers to matrices.
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "some of it is for x86's kernels only"))]
-#![allow(clippy::inline_always, reason = "what is not inlined is compiled without the kernel's instructions")]
+#![allow(clippy::inline_always, reason = "code not inlined is compiled without the kernel's instructions")]
 
 mod attention;
 mod buffer;

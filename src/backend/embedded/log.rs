@@ -10,7 +10,7 @@ const MAX_BYTES: u64 = 16 << 20;
 /// Last lines of the log in an error message.
 const TAIL_LINES: usize = 12;
 
-/// These lines are looked for in so many bytes at the end of the log.
+/// The tail is taken from at most this many bytes at the end of the log.
 const TAIL_BYTES: u64 = 16 << 10;
 
 /// Whether the log is longer than `MAX_BYTES`.

@@ -316,7 +316,7 @@ unsafe fn dequantize(
     column: usize,
     before: __m512,
 ) -> __m512 {
-    // SAFETY: the caller's column lies in the panel.
+    // SAFETY: the caller's column is in the panel.
     unsafe {
         let least = _mm512_mul_ps(_mm512_loadu_ps(right.sums.add(column)), _mm512_set1_ps(row.least));
         let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(row.scale), least);

@@ -305,7 +305,7 @@ mod tests {
         let mut seen = HashSet::new();
         for seed in [0, 1, 2, (1 << 24) - 1] {
             for text in texts(seed, 50_000) {
-                assert!(seen.insert(text.sku.clone()), "{} comes again", text.sku);
+                assert!(seen.insert(text.sku.clone()), "{} is not unique", text.sku);
             }
         }
     }
