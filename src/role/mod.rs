@@ -1,4 +1,4 @@
-//! One module a subcommand.
+//! One module for each subcommand.
 
 pub mod chaos;
 pub mod embed;
@@ -27,7 +27,7 @@ use crate::cli::{Cli, Command};
 use crate::config::{EmbedderKind, Settings};
 use crate::secret::without_secrets;
 
-/// Takes the role that the command line names, and tells how it ended where that is not just well.
+/// Runs the role that the command line names, and returns the exit code of the process.
 pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCode> {
     let done = match command {
         Command::Verify(args) => return verify::run(&args, &settings).await,
@@ -51,14 +51,14 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCod
     done.map(|()| ExitCode::SUCCESS)
 }
 
-/// Writes a command's result. `print!` would panic when nobody reads it.
+/// Writes a command's result to standard output. `print!` would panic on a closed pipe.
 fn print(result: &[u8]) -> anyhow::Result<()> {
     let mut stdout = io::stdout();
     stdout.write_all(result)?;
     Ok(stdout.flush()?)
 }
 
-/// Whether the error is only that whoever read our output stopped reading.
+/// Whether the error means only that the reader of our output closed the pipe.
 #[must_use]
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
@@ -67,7 +67,7 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Opens the database, does the work, and closes it again whatever comes of the work.
+/// Opens the database, does the work, and closes the database, even if the work fails.
 async fn with_database<T>(
     settings: &Settings,
     work: impl AsyncFnOnce(&Database) -> anyhow::Result<T>,
@@ -99,8 +99,8 @@ async fn with_model<T>(
     .await
 }
 
-/// Opens the backends, for a model if the role has one. The private cluster is set up unasked; a database of the
-/// user's own is changed by `refarch migrate` only.
+/// Opens the backends, with a model if the role has one. A private cluster is migrated automatically. Only
+/// `refarch migrate` changes the schema of a configured database.
 async fn open(
     database: &Database,
     settings: &Settings,
@@ -119,7 +119,7 @@ async fn open(
     Ok(opened.await?)
 }
 
-/// Works with a heartbeat beside, which ends (and leaves the books) after the work.
+/// Sends heartbeats during the work. After the work, the worker leaves the worker registry.
 async fn while_beating<T>(
     worker: &Worker,
     work: impl Future<Output = anyhow::Result<T>>,

@@ -1,4 +1,4 @@
-//! `refarch verify`: whether index and table agree, row by row.
+//! `refarch verify`: compares index and table row by row.
 
 use std::fmt::Write as _;
 use std::process::ExitCode;
@@ -16,25 +16,25 @@ use crate::config::Settings;
 use crate::pipeline::audit::{Auditor, Options, Report};
 use crate::pipeline::clock::BootClock;
 
-/// Exit codes: see the command's help.
+/// Exit codes, as in the help of the command.
 const DIFFERENT: u8 = 1;
 const UNDECIDED: u8 = 2;
 
-/// Who is written down to have armed capture.
+/// The name under which the worker registry shows that `verify` armed capture.
 const WORKER: &str = "verify";
 
-/// The audit's report, with what else stands between table and index.
+/// The report of the audit, and further reasons why index and table may differ.
 #[derive(Debug, Serialize)]
 struct Verified {
     #[serde(flatten)]
     report: Report,
-    /// Changes in the dead letters.
+    /// Changes in the dead-letter queue.
     dead_letters: u64,
     /// Why changes were not all captured.
     capture_faults: Vec<String>,
     /// Whether the index belonged to another database, or to a later state of this one.
     foreign: bool,
-    /// Whether that was to be repaired.
+    /// Whether `--repair` was given.
     #[serde(skip)]
     repair: bool,
 }
@@ -51,7 +51,7 @@ impl Verified {
     }
 }
 
-/// Verifies, and exits with what came of it: an error means that it could not be told.
+/// Verifies, and returns the exit code for the result. A failure gives the code for "could not tell".
 pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<ExitCode> {
     let verified = super::with_database(settings, async |database: &Database| {
         let faults = capture::faults(&database.postgres, &settings.source).await;
@@ -83,7 +83,7 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
             super::print(if args.json { json } else { text(&verified) }.as_bytes())?;
             Ok(ExitCode::from(verified.code()))
         }
-        // Whoever scripts this must not take "could not look" for "they differ".
+        // The exit code of any other error is 1. A script would read 1 as "index and table differ".
         Err(error) if !super::is_broken_pipe(&error) => {
             eprintln!("error: could not tell whether index and table agree: {error:#}");
             Ok(ExitCode::from(UNDECIDED))
@@ -146,7 +146,7 @@ fn text(verified: &Verified) -> String {
     if *foreign {
         let _ = writeln!(
             text,
-            "foreign          the index belongs to another database or to a later state of this one"
+            "foreign          the index belongs to another database or to a later state of this database"
         );
     }
     let verdict = match verified.code() {
@@ -155,14 +155,14 @@ fn text(verified: &Verified) -> String {
             "what was compared agrees, and changes are not all captured: see above"
         }
         DIFFERENT if *repair => {
-            "index and table differed: what did is queued; verify again once it is applied"
+            "index and table differed: the differing rows are queued; verify again after they are applied"
         }
-        DIFFERENT => "index and table differ: --repair queues what differs",
+        DIFFERENT => "index and table differ: run verify --repair to queue the differing rows",
         _ if report.undecided > 0 => {
             "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)"
         }
         _ if report.unreadable > 0 => {
-            "could not tell: rows cannot be read (they are named above); the others agree"
+            "could not tell: the rows named above cannot be read; all other rows agree"
         }
         _ => {
             "could not tell: vectors were not compared (the reason is above; --sample 0 leaves them out); all else agrees"
