@@ -97,7 +97,7 @@ pub async fn recorded_place(postgres: &Postgres, source: &str) -> Result<Option<
     Ok(row.and_then(|row| place_of(&row, 0)))
 }
 
-/// The model that the index of a source was made with, and the length of its vectors; none before the first
+/// The model that the index of a source was made with, and its number of dimensions. None before the first
 /// migration.
 pub async fn recorded_model(postgres: &Postgres, source: &str) -> Result<Option<(String, usize)>> {
     let fail = |error: tokio_postgres::Error| failure("look for the index", &error);
@@ -112,7 +112,7 @@ pub async fn recorded_model(postgres: &Postgres, source: &str) -> Result<Option<
     Ok(row.map(|row| (row.get(0), usize::try_from(row.get::<_, i32>(1)).unwrap_or_default())))
 }
 
-/// Reads name, host and namespace from the column at `at` on.
+/// Reads name, host and namespace, beginning at column `at`.
 fn place_of(row: &tokio_postgres::Row, at: usize) -> Option<Place> {
     let host: Option<String> = row.get(at + 1);
     host.map(|host| Place { name: row.get(at), host, namespace: row.get(at + 2), is_known: false })
