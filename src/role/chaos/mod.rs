@@ -399,13 +399,13 @@ fn text(outcome: &Outcome) -> String {
     let Outcome { faults, written, report, .. } = outcome;
     let index = outcome.index.map_or_else(String::new, |index| {
         format!(
-            "index            {} requests: {} unavailable, {} rate limited, {} held, {} done but failed, {} done late, {} cut off\n",
+            "index            {} requests: {} unavailable, {} rate limited, {} delayed, {} applied but reported as failed, {} applied late, {} connections cut\n",
             index.requests, index.unavailable, index.rate_limited, index.hung, index.lied, index.late, index.dropped
         )
     });
     let calls = outcome.queue.map_or_else(String::new, |queue| {
         format!(
-            "queue's calls    {} send, {} receive, {} delete, {} extend: {} unavailable, {} throttled, {} done but failed, {} cut off, {} entries failed, {} delivered twice\n",
+            "queue's calls    {} send, {} receive, {} delete, {} extend: {} unavailable, {} throttled, {} applied but reported as failed, {} connections cut, {} entries failed, {} delivered twice\n",
             queue.send, queue.receive, queue.delete, queue.extend, queue.unavailable, queue.throttled, queue.lied,
             queue.dropped, queue.entries_failed, queue.duplicated
         )
@@ -413,7 +413,7 @@ fn text(outcome: &Outcome) -> String {
     let refused = outcome.configurations_refused;
     let operated = outcome.operated;
     let operations = format!(
-        "operators        {} columns added to the metadata, {} columns renamed, {} keys widened, {} tables swapped, {} times triggers disabled, {} times rows hidden ({} untold), {} databases restored, {} migrations ({} refused), {} fleets of two configurations ({refused} processes refused)\n",
+        "operators        {} columns added to the metadata, {} columns renamed, {} keys widened, {} tables swapped, {} times triggers disabled, {} times rows hidden ({} not reported), {} databases restored, {} migrations ({} refused), {} times other settings for half of the fleet ({refused} processes refused)\n",
         operated.metadata_added,
         operated.columns_renamed,
         operated.keys_widened,
@@ -433,7 +433,9 @@ fn text(outcome: &Outcome) -> String {
     });
     let proved = outcome.proved_s.map_or_else(String::new, |s| {
         let healed = outcome.proof_differences;
-        format!("proved           after {s:.1} s; {healed} differences were found and queued again\n")
+        format!(
+            "proved           after {s:.1} s; the proof found {healed} differences and queued them again\n"
+        )
     });
     let ended = if outcome.ended.is_empty() {
         String::new()
@@ -449,8 +451,8 @@ fn text(outcome: &Outcome) -> String {
         "chaos            {} minutes on {} products, seed {}\n\
          processes        {} kills, {} freezes\n\
          database         {} crashes, {} restarts, {} connections cut\n\
-         queue            {} messages duplicated, {} delayed, {} hurried, {} purged\n\
-         embedder         refused everything {} times\n\
+         queue            {} messages duplicated, {} delayed, {} made visible early, {} purged\n\
+         embedder         refused every text, {} times\n\
          {operations}{calls}{index}{ended}\
          written          {} statements: {} rows inserted, {} updated, {} deleted, {} inserted again, {} truncations; {} failed\n\
          {failures}\
@@ -458,7 +460,7 @@ fn text(outcome: &Outcome) -> String {
          {proved}\
          {report}\
          dead letters     {}\n\
-         writer's memory  {} rows otherwise in the table, {} records otherwise in the index\n\
+         writer's memory  {} rows differ in the table, {} records differ in the index\n\
          {verdict}\n",
         outcome.minutes,
         outcome.products,
