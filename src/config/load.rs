@@ -49,7 +49,7 @@ pub enum ConfigError {
     /// A key that does not exist.
     #[error("{origin}: there is no setting {key}{}", .nearest.as_deref().map(|n| format!("; did you mean {n}?")).unwrap_or_default())]
     UnknownKey {
-        /// Where it stands.
+        /// The file, variable or flag that set the key.
         origin: String,
         /// The key.
         key: String,
@@ -59,7 +59,7 @@ pub enum ConfigError {
     /// A value that the key does not accept.
     #[error("{origin}: {key} = {value}: {reason}")]
     Invalid {
-        /// Where it stands.
+        /// The file, variable or flag that set the key.
         origin: String,
         /// The key.
         key: String,
