@@ -223,7 +223,7 @@ async fn a_waiting_receiver_wakes_when_something_is_sent() {
     })
     .await;
     assert!(queue.receive(Lane::Live, 1).await.unwrap().is_empty());
-    // The ring for what came before LISTEN took hold.
+    // The wake-up for what came before LISTEN took hold.
     queue.wait(Lane::Live, Duration::from_millis(200)).await;
     assert!(queue.receive(Lane::Live, 1).await.unwrap().is_empty());
     let waiter = Arc::clone(&queue);

@@ -12,13 +12,13 @@ use serde_json::json;
 use tokio_postgres::types::Json;
 use tokio_postgres::{Row, Transaction};
 
-use super::postgres::bell::{Bell, Waiter};
+use super::postgres::listener::{Listener, WakeUp};
 use super::postgres::{Postgres, failure};
 use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::queue::{self, Backlog, DeadLetter, JobQueue, Message, Receipt, Undecodable, Why};
 
-/// Channel on which the relay rings the indexers.
+/// Channel on which the indexers are notified of messages.
 pub(crate) const CHANNEL: &str = "refarch_jobs";
 
 /// A header that counts more changes than this is not ours; the pattern in [`count`] says the same.
@@ -68,21 +68,22 @@ pub struct Pgmq {
     postgres: Postgres,
     names: Names,
     visibility: Duration,
-    _bell: Bell,
-    waiters: [tokio::sync::Mutex<Waiter>; 2],
+    _listener: Listener,
+    /// One for each lane.
+    wake_ups: [tokio::sync::Mutex<WakeUp>; 2],
 }
 
 impl Pgmq {
     /// The queues that begin with `prefix`. They must exist.
     #[must_use]
     pub fn new(postgres: Postgres, prefix: &str, visibility: Duration) -> Self {
-        let bell = Bell::listen(postgres.clone(), CHANNEL);
-        let waiters = [bell.waiter().into(), bell.waiter().into()];
-        Self { postgres, names: Names::new(prefix), visibility, _bell: bell, waiters }
+        let listener = Listener::start(postgres.clone(), CHANNEL);
+        let wake_ups = [listener.wake_up().into(), listener.wake_up().into()];
+        Self { postgres, names: Names::new(prefix), visibility, _listener: listener, wake_ups }
     }
 
-    fn waiter(&self, lane: Lane) -> &tokio::sync::Mutex<Waiter> {
-        &self.waiters[lane as usize]
+    fn wake_up(&self, lane: Lane) -> &tokio::sync::Mutex<WakeUp> {
+        &self.wake_ups[lane as usize]
     }
 }
 
@@ -119,7 +120,7 @@ impl JobQueue for Pgmq {
     }
 
     async fn receive(&self, lane: Lane, max: usize) -> Result<Vec<Message>> {
-        self.waiter(lane).lock().await.arm();
+        self.wake_up(lane).lock().await.arm();
         let fail = |error: tokio_postgres::Error| failure("receive jobs", &error);
         let client = self.postgres.client().await?;
         let statement = client
@@ -137,7 +138,7 @@ impl JobQueue for Pgmq {
     }
 
     async fn wait(&self, lane: Lane, timeout: Duration) {
-        self.waiter(lane).lock().await.wait(timeout).await;
+        self.wake_up(lane).lock().await.wait(timeout).await;
     }
 
     async fn acknowledge(&self, receipts: &[Receipt]) -> Result<()> {
