@@ -19,7 +19,7 @@ use crate::pipeline::embedder::Embedder;
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::outbox::Outbox;
-use crate::pipeline::queue::JobQueue;
+use crate::pipeline::queue::Queue;
 use crate::pipeline::retry::Backoff;
 use embedded::Cluster;
 use minilm::{MiniLm, Model};
@@ -310,17 +310,17 @@ fn control_options(settings: &Settings, dimensions: usize) -> pinecone::control:
     }
 }
 
-async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Arc<dyn JobQueue>> {
+async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Queue> {
     Ok(match settings.queue.kind {
-        QueueKind::Pgmq => Arc::new(Pgmq::new(
+        QueueKind::Pgmq => Queue::new(Arc::new(Pgmq::new(
             postgres.clone(),
             &settings.queue.name,
             Duration::from_secs(settings.queue.visibility_s),
-        )),
+        ))),
         QueueKind::Sqs => {
             let options = sqs_options(settings);
             let client = sqs::connect(&options).await?;
-            Arc::new(Sqs::open(client, postgres.clone(), options).await?)
+            Queue::new(Arc::new(Sqs::open(client, postgres.clone(), options).await?))
         }
     })
 }
@@ -351,8 +351,8 @@ pub struct Backends {
     pub target: Arc<Target>,
     /// Source and ledger, read together.
     pub ledger: Arc<PgLedger>,
-    /// The job queue.
-    pub queue: Arc<dyn JobQueue>,
+    /// The queue: its messages, its dead letters, and how full it is.
+    pub queue: Queue,
     /// The vector index.
     pub index: Arc<dyn VectorIndex>,
     /// Prefix of pgmq's queues, if that is the queue.
@@ -379,20 +379,11 @@ impl Backends {
     }
 
     /// Opens the backends around a queue that is open already.
-    pub async fn with_queue(
-        postgres: &Postgres,
-        settings: &Settings,
-        queue: Arc<dyn JobQueue>,
-    ) -> Result<Self> {
+    pub async fn with_queue(postgres: &Postgres, settings: &Settings, queue: Queue) -> Result<Self> {
         Self::around(postgres, settings, queue, false).await
     }
 
-    async fn around(
-        postgres: &Postgres,
-        settings: &Settings,
-        queue: Arc<dyn JobQueue>,
-        to_look: bool,
-    ) -> Result<Self> {
+    async fn around(postgres: &Postgres, settings: &Settings, queue: Queue, to_look: bool) -> Result<Self> {
         // A message of another service stays deleted when the database forgets what it did for it.
         let waiting = (settings.queue.kind != QueueKind::Pgmq).then(|| postgres.waiting_for_the_disk());
         let postgres = waiting.as_ref().unwrap_or(postgres);
@@ -448,7 +439,7 @@ impl Backends {
         let (postgres, source) = (self.postgres.clone(), &self.target.table.name);
         Arc::new(match &self.pgmq {
             Some(prefix) => PgOutbox::new(postgres, source, prefix),
-            None => PgOutbox::shipping(postgres, source, Arc::clone(&self.queue)),
+            None => PgOutbox::shipping(postgres, source, Arc::clone(&self.queue.jobs)),
         })
     }
 
@@ -461,7 +452,7 @@ impl Backends {
     /// Counts, backlog, freshness and workers.
     pub async fn status(&self) -> Result<postgres::status::Status> {
         let Self { postgres, source, target, queue, index, counted, proof_period, .. } = self;
-        postgres::status::read(postgres, source, target, &**queue, &**index, counted, *proof_period).await
+        postgres::status::read(postgres, source, target, queue, &**index, counted, *proof_period).await
     }
 
     /// How the proof stands.
