@@ -101,7 +101,7 @@ impl Run {
     }
 
     fn start_relay(&mut self) {
-        let view = Arc::new(self.view("relay"));
+        let view = self.view("relay");
         let options = relay::Options {
             source: "products".into(),
             pack: 3,
@@ -109,7 +109,8 @@ impl Run {
             live_bound: 1_000,
             poll: Duration::from_secs(1),
         };
-        let relay = Relay::new(view.clone() as _, view as _, Arc::clone(&self.clock) as _, options);
+        let outbox = Box::new(view.clone());
+        let mut relay = Relay::new(outbox, Arc::new(view), Arc::clone(&self.clock) as _, options);
         self.executor.spawn(RELAY, async move {
             let _ = relay.run(&CancellationToken::new(), false).await;
         });

@@ -622,7 +622,7 @@ impl Ledger for View {
 
 #[async_trait]
 impl Outbox for View {
-    async fn transfer(&self, _: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
+    async fn transfer(&mut self, _: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
         self.database().await?;
         let (jobs, claimed) = {
             let mut world = self.world();
@@ -660,7 +660,7 @@ impl Outbox for View {
         self.answer(done).await
     }
 
-    async fn wait(&self, timeout: Duration) {
+    async fn wait(&mut self, timeout: Duration) {
         let clock = Arc::clone(&self.world().clock);
         clock.sleep(timeout).await;
     }
