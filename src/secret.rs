@@ -2,12 +2,12 @@
 
 use std::{fmt, io};
 
-use serde::{Deserialize, Serialize, Serializer};
+use serde::Deserialize;
 
 /// What stands in place of a secret wherever one would be shown.
 const REDACTED: &str = "[redacted]";
 
-/// A password, key or URL with a password: `Debug`, `Display` and serialization show only whether it is set.
+/// A password, key or URL with a password: `Debug` and `Display` show only whether it is set.
 #[derive(Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
@@ -40,12 +40,6 @@ impl fmt::Debug for Secret {
 impl fmt::Display for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.0.is_empty() { "" } else { REDACTED })
-    }
-}
-
-impl Serialize for Secret {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
     }
 }
 
@@ -82,11 +76,6 @@ pub fn address_without_secrets(address: &str) -> String {
     let mut shown = String::with_capacity(address.len());
     push_address(address, &mut shown);
     shown
-}
-
-/// Serializes an address without what is secret in it.
-pub fn serialize_address<S: Serializer>(address: &str, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&address_without_secrets(address))
 }
 
 /// An address from its host on.
@@ -180,7 +169,7 @@ mod tests {
     #[test]
     fn nothing_of_a_secret_is_shown() {
         let secret = Secret::new("hunter2");
-        let shown = format!("{secret} {secret:?} {}", toml::Value::try_from(&secret).unwrap());
+        let shown = format!("{secret} {secret:?}");
         assert!(!shown.contains("hunter2"), "{shown}");
         assert_eq!(Secret::default().to_string(), "");
     }

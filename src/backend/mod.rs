@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::config::{EmbedderKind, IndexKind, QueueKind, Settings};
+use crate::config::{EmbedderKind, Index, PineconeIndex, QueueKind, Settings, SqsQueue};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::embedder::Embedder;
 use crate::pipeline::failure::{Class, Error, Result};
@@ -85,7 +85,7 @@ impl Database {
 /// a moment.
 pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>) -> Result<T> {
     let started = Instant::now();
-    let patience = Duration::from_secs(settings.database.connect_timeout_s);
+    let patience = settings.database.connect_timeout;
     let mut backoff = Backoff::default();
     loop {
         match work().await {
@@ -109,20 +109,20 @@ pub fn model_dir(settings: &Settings) -> PathBuf {
 /// What the index must hold under these settings. A model on this machine is read, but not loaded; a server
 /// is asked, if the settings don't say how long its vectors are.
 pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
-    let kind = match settings.index.kind {
-        IndexKind::Pgvector => "pgvector",
-        IndexKind::Pinecone => "pinecone",
+    let kind = match settings.index {
+        Index::Pgvector(_) => "pgvector",
+        Index::Pinecone(_) => "pinecone",
     };
-    let (model, former_model, dimensions) = match settings.embedder.kind {
-        EmbedderKind::Minilm => {
-            let (dir, precision) = (model_dir(settings), settings.embedder.precision);
+    let (model, former_model, dimensions) = match &settings.embedder.kind {
+        EmbedderKind::Minilm(local) => {
+            let (dir, precision) = (model_dir(settings), local.precision);
             // The whole model is read for its name.
             let read = tokio::task::spawn_blocking(move || minilm::Description::read(&dir, precision)).await;
             let description = read.map_err(|error| Error::fatal("read the model", error))??;
             (description.model, description.former_model, description.dimensions)
         }
-        EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
-            let server = http_embedder::Server::open(settings).await?;
+        _ => {
+            let server = http_embedder::Server::open(&settings.embedder).await?;
             (server.name().to_owned(), None, server.dimensions())
         }
     };
@@ -131,11 +131,8 @@ pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
 
 /// Where the settings have the index; `host` is where it was found by its name, if it is there.
 fn place(settings: &Settings, host: Option<String>) -> Place {
-    let index = &settings.index;
-    if index.kind != IndexKind::Pinecone {
-        return Place::default();
-    }
-    let (name, host) = match index.host.trim() {
+    let Index::Pinecone(index) = &settings.index else { return Place::default() };
+    let (name, host) = match index.host() {
         "" => (index.name.clone(), host.unwrap_or_default()),
         given => (String::new(), given.to_owned()),
     };
@@ -154,23 +151,29 @@ async fn compared_place(postgres: &Postgres, settings: &Settings, shape: &IndexS
     };
     let mut place = place(settings, host.clone());
     let source = &settings.source.name;
-    if let Some(recorded) = target::recorded_place(postgres, source).await?
+    if let Index::Pinecone(index) = &settings.index
+        && let Some(recorded) = target::recorded_place(postgres, source).await?
         && !recorded.is(&place)
         && !place.host.is_empty()
     {
-        let host = host.unwrap_or_else(|| settings.index.host.trim().to_owned());
-        let index = pinecone_at(settings, host, shape.dimensions)?;
+        let host = host.unwrap_or_else(|| index.host().to_owned());
+        let index = pinecone_at(settings, index, host, shape.dimensions)?;
         place.is_known = lineage::is_known(postgres, source, &index).await?;
     }
     Ok(place)
 }
 
-fn pinecone_at(settings: &Settings, host: String, dimensions: usize) -> Result<Pinecone> {
+fn pinecone_at(
+    settings: &Settings,
+    index: &PineconeIndex,
+    host: String,
+    dimensions: usize,
+) -> Result<Pinecone> {
     Pinecone::new(pinecone::Options {
         host,
-        api_key: settings.index.api_key.clone(),
-        namespace: settings.index.namespace.clone(),
-        timeout: Duration::from_millis(settings.index.timeout_ms),
+        api_key: index.api_key.clone(),
+        namespace: index.namespace.clone(),
+        timeout: index.timeout,
         dimensions,
         text: settings.source.text.clone(),
         metadata: settings.source.metadata.clone(),
@@ -188,18 +191,16 @@ pub enum LoadedModel {
 impl LoadedModel {
     /// Loads the model of the settings, or looks at its server.
     pub async fn load(settings: &Settings) -> Result<Self> {
-        Ok(match settings.embedder.kind {
-            EmbedderKind::Minilm => {
+        Ok(match &settings.embedder.kind {
+            EmbedderKind::Minilm(local) => {
                 let dir = model_dir(settings);
-                let options = minilm::Options {
-                    precision: settings.embedder.precision,
-                    instructions: settings.embedder.instructions,
-                };
+                let options =
+                    minilm::Options { precision: local.precision, instructions: local.instructions };
                 let loaded = tokio::task::spawn_blocking(move || Model::load(&dir, options)).await;
                 Self::Minilm(Arc::new(loaded.map_err(|error| Error::fatal("load the model", error))??))
             }
-            EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
-                let server = http_embedder::Server::open(settings).await?;
+            _ => {
+                let server = http_embedder::Server::open(&settings.embedder).await?;
                 server.greet().await?;
                 Self::Http(Box::new(server))
             }
@@ -262,15 +263,16 @@ pub async fn plan_migration(
 
 fn with_index(mut report: Report, settings: &Settings, made: bool) -> Report {
     if made {
-        report.created.push(format!("index {}", settings.index.name));
+        let name = settings.index.pinecone().map_or("", |index| &index.name);
+        report.created.push(format!("index {name}"));
     }
     report
 }
 
 /// Adds what the queues' own settings may lose. Who migrates need not be allowed to see the queues.
 async fn with_queues(mut report: Report, settings: &Settings) -> Report {
-    if settings.queue.kind == QueueKind::Sqs {
-        let options = sqs_options(settings);
+    if let QueueKind::Sqs(queue) = &settings.queue.kind {
+        let options = sqs_options(settings, queue);
         let remarks = async { sqs::remarks(&sqs::connect(&options).await?, &options).await };
         match tokio::time::timeout(LOOK_AT_QUEUES, remarks).await {
             Ok(Ok((warnings, notes))) => {
@@ -287,7 +289,7 @@ async fn with_queues(mut report: Report, settings: &Settings) -> Report {
 /// Takes everything of ours out of the database, but for the user's table.
 pub async fn uninstall(postgres: &Postgres, settings: &Settings, how: How) -> Result<Uninstalled> {
     let mut done = uninstall::uninstall(postgres, &settings.queue, how).await?;
-    if settings.index.kind == IndexKind::Pinecone && !done.removed.is_empty() {
+    if settings.index.pinecone().is_some() && !done.removed.is_empty() {
         done.notes.push("records in Pinecone stay: delete the index or its namespaces there".into());
     }
     Ok(done)
@@ -295,30 +297,23 @@ pub async fn uninstall(postgres: &Postgres, settings: &Settings, how: How) -> Re
 
 /// The index to find or make by its name; none if it is not a service's or is given by its host.
 fn named_index(settings: &Settings, dimensions: usize) -> Option<pinecone::control::Options> {
-    let is_named = settings.index.kind == IndexKind::Pinecone && settings.index.host.trim().is_empty();
-    is_named.then(|| control_options(settings, dimensions))
-}
-
-fn control_options(settings: &Settings, dimensions: usize) -> pinecone::control::Options {
-    pinecone::control::Options {
-        controller: settings.index.controller.clone(),
-        api_key: settings.index.api_key.clone(),
-        name: settings.index.name.clone(),
+    let index = settings.index.pinecone().filter(|index| index.host().is_empty())?;
+    Some(pinecone::control::Options {
+        controller: index.controller.clone(),
+        api_key: index.api_key.clone(),
+        name: index.name.clone(),
         dimensions,
-        cloud: settings.index.cloud.clone(),
-        region: settings.index.region.clone(),
-    }
+        cloud: index.cloud.clone(),
+        region: index.region.clone(),
+    })
 }
 
 async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Arc<dyn JobQueue>> {
-    Ok(match settings.queue.kind {
-        QueueKind::Pgmq => Arc::new(Pgmq::new(
-            postgres.clone(),
-            &settings.queue.name,
-            Duration::from_secs(settings.queue.visibility_s),
-        )),
-        QueueKind::Sqs => {
-            let options = sqs_options(settings);
+    let set = &settings.queue;
+    Ok(match &set.kind {
+        QueueKind::Pgmq => Arc::new(Pgmq::new(postgres.clone(), &set.name, set.visibility)),
+        QueueKind::Sqs(queue) => {
+            let options = sqs_options(settings, queue);
             let client = sqs::connect(&options).await?;
             Arc::new(Sqs::open(client, postgres.clone(), options).await?)
         }
@@ -327,17 +322,16 @@ async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Arc<dyn 
 
 /// What the queue on SQS needs of the settings.
 #[must_use]
-pub fn sqs_options(settings: &Settings) -> sqs::Options {
+pub fn sqs_options(settings: &Settings, queue: &SqsQueue) -> sqs::Options {
     let named = |url: &str| (!url.is_empty()).then(|| url.to_owned());
-    let queue = &settings.queue;
     sqs::Options {
         url: queue.url.clone(),
         bulk_url: named(&queue.bulk_url),
         dead_url: named(&queue.dead_url),
-        visibility: Duration::from_secs(queue.visibility_s),
-        wait: Duration::from_secs(queue.wait_s),
+        visibility: settings.queue.visibility,
+        wait: queue.wait,
         shared_bound: queue.shared_bound,
-        max_receives: queue.max_receives,
+        max_receives: settings.queue.max_receives,
         source: settings.source.name.clone(),
     }
 }
@@ -394,7 +388,7 @@ impl Backends {
         to_look: bool,
     ) -> Result<Self> {
         // A message of another service stays deleted when the database forgets what it did for it.
-        let waiting = (settings.queue.kind != QueueKind::Pgmq).then(|| postgres.waiting_for_the_disk());
+        let waiting = (!settings.queue.is_pgmq()).then(|| postgres.waiting_for_the_disk());
         let postgres = waiting.as_ref().unwrap_or(postgres);
         let mut shape = index_shape(settings).await?;
         let host = match named_index(settings, shape.dimensions) {
@@ -408,25 +402,25 @@ impl Backends {
                 }
                 found => found?,
             },
-            None => settings.index.host.trim().to_owned(),
+            None => settings.index.pinecone().map_or("", PineconeIndex::host).to_owned(),
         };
         shape.place = place(settings, Some(host.clone()));
         let target = target::find(postgres, &settings.source, &shape).await?;
         let table = Arc::new(target.table.clone());
-        let index: Arc<dyn VectorIndex> = match settings.index.kind {
-            IndexKind::Pgvector => Arc::new(PgVector::new(
+        let index: Arc<dyn VectorIndex> = match &settings.index {
+            Index::Pgvector(index) => Arc::new(PgVector::new(
                 postgres.clone(),
                 Arc::clone(&table),
                 target.salt.clone(),
                 target.id,
                 pgvector::Options {
-                    graph_min_rows: settings.index.graph_min_rows,
-                    graph_max_backlog: settings.index.graph_max_backlog,
-                    ef_search: settings.index.ef_search,
-                    acknowledged_in_same_log: settings.queue.kind == QueueKind::Pgmq,
+                    graph_min_rows: index.graph_min_rows,
+                    graph_max_backlog: index.graph_max_backlog,
+                    ef_search: index.ef_search,
+                    acknowledged_in_same_log: settings.queue.is_pgmq(),
                 },
             )),
-            IndexKind::Pinecone => Arc::new(pinecone_at(settings, host, target.dimensions)?),
+            Index::Pinecone(index) => Arc::new(pinecone_at(settings, index, host, target.dimensions)?),
         };
         let ledger = Arc::new(PgLedger::new(postgres.clone(), table, target.id, target.salt.clone()));
         Ok(Self {
@@ -435,10 +429,10 @@ impl Backends {
             ledger,
             queue,
             index,
-            pgmq: (settings.queue.kind == QueueKind::Pgmq).then(|| settings.queue.name.clone()),
+            pgmq: settings.queue.is_pgmq().then(|| settings.queue.name.clone()),
             source: Arc::new(settings.source.clone()),
             counted: Arc::default(),
-            proof_period: settings.audit.period(),
+            proof_period: settings.audit.period,
         })
     }
 

@@ -25,7 +25,6 @@ use crate::backend::postgres::target;
 use crate::backend::{self, Backends, Database};
 use crate::cli::{Cli, Command};
 use crate::config::Settings;
-use crate::secret::without_secrets;
 
 /// Takes the role that the command line names, and tells how it ended where that is not just well.
 pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCode> {
@@ -40,7 +39,7 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCod
         Command::Up(args) => up::run(&args, &settings).await,
         Command::Status(args) => status::run(&args, &settings).await,
         Command::Redrive(args) => redrive::run(&args, &settings).await,
-        Command::Config => print(without_secrets(&toml::to_string(&settings)?).as_bytes()),
+        Command::Config => print(settings.as_toml().as_bytes()),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "refarch", &mut script);

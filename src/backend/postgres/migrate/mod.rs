@@ -177,7 +177,7 @@ async fn prepare(
     apply_migrations(transaction, &mut report).await?;
     create_products(transaction, source, &mut report).await?;
     let left_behind = queues::switch(transaction, queue, &mut report).await?;
-    if queue.kind == config::QueueKind::Pgmq {
+    if queue.is_pgmq() {
         queues::create(transaction, queue, &mut report).await?;
     }
     if shape.kind == target::PGVECTOR {
