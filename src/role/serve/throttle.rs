@@ -2,7 +2,8 @@
 //!
 //! Clients behind one proxy may have one address, so that nobody can be shut out by address: somebody's wrong tokens
 //! would shut out whoever has the right one. Where many were wrong, one wrong token a second is looked at, and no
-//! more until the second is over. So guessing stays slow, and the right token passes between.
+//! more until the second is over. So guessing stays slow, and the right token passes between. By hand: rate limiters
+//! (governor, tower's) shut a key out whatever it sends, the right token too.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;

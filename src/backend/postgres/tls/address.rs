@@ -1,4 +1,5 @@
-//! A database's address: what it says of encryption and what is for other tools, taken out of it.
+//! A database's address: what it says of encryption and what is for other tools, taken out of it. By hand:
+//! tokio-postgres refuses an option that it does not know, and takes nothing out of an address.
 
 use super::options::{Fate, fate, names_schema, nearest};
 use crate::pipeline::failure::{Error, Result};
