@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio_postgres::Client;
@@ -11,7 +12,6 @@ use tokio_postgres::Client;
 use super::double::Double;
 use super::embedder_double::{self, EmbedderDouble};
 use super::queue_double::QueueDouble;
-use super::schedule::MAX_LATE;
 use super::writer;
 use crate::backend::Backends;
 use crate::backend::embedded::{Cluster, Options};
@@ -48,6 +48,8 @@ const TIMEOUT_MS: u64 = 1_000;
 /// More than any operation on the table lasts.
 const PATIENCE_S: u64 = 30;
 const LEASE_MS: u64 = 4_000;
+/// How long a write to the index's double may be late: less than what the roles are told to wait.
+pub const MAX_LATE: Duration = Duration::from_secs(3);
 /// More than the double is ever late.
 const SETTLE_MS: u64 = MAX_LATE.as_millis() as u64 + 2_000;
 

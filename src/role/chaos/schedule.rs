@@ -6,6 +6,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
 use super::double::Faults;
+use super::lab::MAX_LATE;
 use super::operator::Operation;
 use super::queue_double::QueueFaults;
 use crate::cli::ChaosFault;
@@ -66,9 +67,6 @@ impl Fault {
         }
     }
 }
-
-/// How long a write to the double may be late: less than what the roles are told to wait.
-pub const MAX_LATE: Duration = Duration::from_secs(3);
 
 /// How long the double holds an answer: longer than the roles wait for one.
 const HANG_FOR: Duration = Duration::from_millis(2_500);
