@@ -2,7 +2,8 @@
 
 use tokio_postgres::Transaction;
 
-use super::{Report, remember, uninstall};
+use super::report::Report;
+use super::{remember, uninstall};
 use crate::backend::pgmq::Names;
 use crate::backend::postgres::failure;
 use crate::backend::postgres::source::quote_ident;
