@@ -16,6 +16,7 @@
 //!   machine and those on servers, the private cluster
 //! - [`encoder`]: the model's arithmetic, a crate of its own (`src/encoder/`): it alone has `unsafe` code
 //! - [`role`]: one module a subcommand
+//! - [`double`]: doubles of Pinecone, SQS and an embedding server, for the drill, the tests and the benches
 //! - [`product`]: the rows of the reference architecture's table
 
 #![forbid(unsafe_code)]
@@ -23,6 +24,7 @@
 pub mod backend;
 pub mod cli;
 pub mod config;
+pub mod double;
 pub mod pipeline;
 pub mod product;
 pub mod role;

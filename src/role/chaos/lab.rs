@@ -9,9 +9,6 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio_postgres::Client;
 
-use super::double::Double;
-use super::embedder_double::{self, EmbedderDouble};
-use super::queue_double::QueueDouble;
 use super::writer;
 use crate::backend::Backends;
 use crate::backend::embedded::{Cluster, Options};
@@ -20,6 +17,9 @@ use crate::backend::sqs::{self, Sqs};
 use crate::backend::{self, model_dir};
 use crate::cli::{self, ChaosEmbedder, ChaosIndex, ChaosQueue};
 use crate::config::{ConfigError, EmbedderKind, QueueKind, Settings};
+use crate::double::embedder::{self, EmbedderDouble};
+use crate::double::pinecone::Double;
+use crate::double::sqs::QueueDouble;
 use crate::secret::Secret;
 
 /// The application's table.
@@ -121,8 +121,8 @@ impl Lab {
                 let double = EmbedderDouble::start().await.context("start the embedder double")?;
                 set.add("REFARCH_EMBEDDER_KIND", "openai");
                 set.add("REFARCH_EMBEDDER_URL", double.url());
-                set.add("REFARCH_EMBEDDER_MODEL", embedder_double::MODEL);
-                set.add("REFARCH_EMBEDDER_DIMENSIONS", embedder_double::DIMENSIONS);
+                set.add("REFARCH_EMBEDDER_MODEL", embedder::MODEL);
+                set.add("REFARCH_EMBEDDER_DIMENSIONS", embedder::DIMENSIONS);
                 Some(double)
             }
         };

@@ -5,11 +5,11 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
-use super::double::Faults;
 use super::lab::MAX_LATE;
 use super::operator::Operation;
-use super::queue_double::QueueFaults;
 use crate::cli::ChaosFault;
+use crate::double::pinecone::Faults;
+use crate::double::sqs::QueueFaults;
 
 /// Something that is done to the system.
 #[derive(Clone, Copy, Debug, PartialEq)]
