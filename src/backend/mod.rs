@@ -121,7 +121,7 @@ pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
             let description = read.map_err(|error| Error::fatal("read the model", error))??;
             (description.model, description.former_model, description.dimensions)
         }
-        _ => {
+        EmbedderKind::Openai(_) | EmbedderKind::Tei(_) | EmbedderKind::Pinecone(_) => {
             let server = http_embedder::Server::open(&settings.embedder).await?;
             (server.name().to_owned(), None, server.dimensions())
         }
@@ -199,7 +199,7 @@ impl LoadedModel {
                 let loaded = tokio::task::spawn_blocking(move || Model::load(&dir, options)).await;
                 Self::Minilm(Arc::new(loaded.map_err(|error| Error::fatal("load the model", error))??))
             }
-            _ => {
+            EmbedderKind::Openai(_) | EmbedderKind::Tei(_) | EmbedderKind::Pinecone(_) => {
                 let server = http_embedder::Server::open(&settings.embedder).await?;
                 server.greet().await?;
                 Self::Http(Box::new(server))

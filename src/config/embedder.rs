@@ -13,7 +13,7 @@ section! {
     /// `[embedder]`: what turns text into vectors.
     pub struct Embedder in "embedder" {
         /// What turns text into vectors: `minilm` (on this machine's CPU), or a server: `openai` (anything that
-        /// speaks OpenAI's `/v1/embeddings`), `tei` (text-embeddings-inference, `/embed`) or `pinecone` (its
+        /// speaks `OpenAI`'s `/v1/embeddings`), `tei` (text-embeddings-inference, `/embed`) or `pinecone` (its
         /// hosted models).
         kind: EmbedderKind = "minilm", OneOf(&["minilm", "openai", "tei", "pinecone"]);
         /// `minilm`: a model folder in the Hugging Face layout (`config.json`, `tokenizer.json`,

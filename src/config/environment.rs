@@ -13,7 +13,7 @@ const PREFIX: &str = "REFARCH_";
 /// Variables with our prefix that are not settings.
 const OTHER_VARIABLES: &[&str] = &["REFARCH_CONFIG"];
 
-/// The variable of OpenAI's own tools.
+/// The variable of `OpenAI`'s own tools.
 const OPENAI_KEY: &str = "OPENAI_API_KEY";
 
 /// Settings that the environment gives: where each comes from, its key, and its value. Later ones win:

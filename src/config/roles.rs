@@ -109,7 +109,7 @@ fn is_period(value: &Value) -> bool {
 section! {
     /// `[serve]`: the page and its API.
     pub struct Serve in "serve" {
-        /// Address of the web page. Anyone who can reach it can search; off loopback, edits need edit_token.
+        /// Address of the web page. Anyone who can reach it can search; off loopback, edits need `edit_token`.
         bind: SocketAddr = "127.0.0.1:3000";
         /// Bearer token that every edit needs, on loopback too. Empty: whoever is on this machine may edit, and
         /// edits are off for everybody else, and for what comes through a proxy.

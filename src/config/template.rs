@@ -24,7 +24,7 @@ fn rendered() -> String {
         if section != key.section {
             let _ = writeln!(text, "\n[{}]", key.section);
         } else if kinds != key.kinds {
-            let _ = writeln!(text, "\n# With kind = {:?}:\n", key.kinds.join("\" or \""));
+            let _ = writeln!(text, "\n# With kind = \"{}\":\n", key.kinds.join("\" or \""));
         }
         (section, kinds) = (key.section, key.kinds);
         for line in key.about {

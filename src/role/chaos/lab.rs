@@ -58,6 +58,7 @@ const SETTLE_MS: u64 = MAX_LATE.as_millis() as u64 + 2_000;
 struct Env(BTreeMap<String, String>);
 
 impl Env {
+    #[allow(clippy::needless_pass_by_value, reason = "numbers and texts alike, as they come")]
     fn add(&mut self, name: &str, value: impl ToString) {
         self.0.insert(name.into(), value.to_string());
     }
@@ -174,7 +175,7 @@ impl Lab {
         backend::migrate_with(&postgres, &settings, &options).await?;
         postgres.pool.close();
         let metadata = Mutex::new(settings.source.metadata.clone());
-        Ok(Self { settings, env, double, queue_double, embedder_double, dir, cluster, metadata })
+        Ok(Self { settings, double, queue_double, embedder_double, dir, cluster, env, metadata })
     }
 
     /// The roles' settings as they are now.

@@ -121,7 +121,7 @@ impl Outcome {
 pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     let lab = Lab::set_up(settings, args).await?;
-    let outcome = drill(args, &lab, &stop).await;
+    let outcome = Box::pin(drill(args, &lab, &stop)).await;
     let clean = outcome.as_ref().is_ok_and(|outcome| outcome.as_ref().is_none_or(|o| o.code() == 0));
     let dir = lab.dir.clone();
     lab.tear_down(!clean).await?;
