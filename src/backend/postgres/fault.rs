@@ -1,4 +1,4 @@
-//! Faults of workers, as `refarch status` finds them.
+//! Faults of workers, for `refarch status`.
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -7,20 +7,20 @@ use super::registry::WORKER_GONE_S;
 use super::{Postgres, failure};
 use crate::pipeline::failure::Result;
 
-/// A fault as it is shown: one, however many workers meet it.
+/// A fault as shown. The same fault of several workers is one.
 #[derive(Clone, Debug, Serialize)]
 pub struct FaultStatus {
-    /// What kind it is.
+    /// Its kind.
     pub kind: String,
-    /// What is wrong.
+    /// Its message.
     pub message: String,
-    /// Since when, by the database's clock.
+    /// When it began, by the database's clock.
     pub since: Timestamp,
-    /// Workers that meet it.
+    /// How many workers have it.
     pub workers: i64,
 }
 
-/// The faults of workers that live.
+/// The faults of workers with a recent heartbeat.
 pub async fn read(postgres: &Postgres) -> Result<Vec<FaultStatus>> {
     let client = postgres.client().await?;
     let rows = client

@@ -39,8 +39,8 @@ pub const APPLICATION_SEES: &str = "current_setting('app.tenant', true) = 'chaos
 /// What the application sets for that.
 const TENANT: &str = "-c app.tenant=chaos";
 
-/// A round of the continuous proof: a minute.
-pub const PROOF_PERIOD_H: f64 = 1.0 / 60.0;
+/// Minutes that a round of the continuous proof takes, unless the drill is shorter.
+const PROOF_PERIOD: f64 = 1.0;
 
 /// Timeouts of the drill's roles: short, so that much happens in a minute.
 const VISIBILITY_S: u64 = 6;
@@ -115,7 +115,10 @@ impl Lab {
         // A role that starts while a column has another name waits for it.
         set.add("REFARCH_DATABASE_CONNECT_TIMEOUT_S", PATIENCE_S);
         set.add("REFARCH_LOG_LEVEL", &settings.log.level);
-        set.add("REFARCH_AUDIT_PERIOD_H", if args.no_proof { 0.0 } else { PROOF_PERIOD_H });
+        set.add(
+            "REFARCH_AUDIT_PERIOD_H",
+            if args.no_proof { 0.0 } else { args.minutes.min(PROOF_PERIOD) / 60.0 },
+        );
         let embedder_double = match args.embedder {
             ChaosEmbedder::Minilm => None,
             ChaosEmbedder::Double => {

@@ -9,14 +9,15 @@ pub struct Report {
     pub applied: Vec<String>,
     /// Tables, queues and extensions made.
     pub created: Vec<String>,
-    /// What was taken off: triggers of a system that this one takes over from.
+    /// Triggers that were removed: those of a replaced system, and our own on tables that are no longer
+    /// indexed.
     pub removed: Vec<String>,
-    /// Tables on which capture was armed.
+    /// Tables on which capture triggers were installed.
     pub armed: Vec<String>,
-    /// Rows queued because they were there before capture was.
+    /// Rows queued because they existed before capture.
     pub queued: u64,
-    /// What is not kept in step, and why.
+    /// Changes and contents that are not covered, and why.
     pub warnings: Vec<String>,
-    /// What is left to the user to do or to know.
+    /// What the user should know or do.
     pub notes: Vec<String>,
 }

@@ -10,7 +10,7 @@ use super::report::Report;
 use crate::backend::postgres::failure;
 use crate::pipeline::failure::{Error, Result};
 
-/// The migrations of schema `refarch`, in order. One that has been released is never edited.
+/// The migrations of schema `refarch`, in order. A released migration is never edited.
 const MIGRATIONS: &[(i32, &str, &str)] = &[
     (1, "core", include_str!("../schema/0001_core.sql")),
     (2, "attempts", include_str!("../schema/0002_attempts.sql")),
@@ -20,6 +20,7 @@ const MIGRATIONS: &[(i32, &str, &str)] = &[
     (6, "faults", include_str!("../schema/0006_faults.sql")),
     (7, "proof", include_str!("../schema/0007_proof.sql")),
     (8, "ownership", include_str!("../schema/0008_ownership.sql")),
+    (9, "leaves", include_str!("../schema/0009_leaves.sql")),
     (10, "checksums", include_str!("../schema/0010_checksums.sql")),
 ];
 
@@ -74,7 +75,7 @@ pub(in crate::backend::postgres) async fn check(client: &Transaction<'_>) -> Res
         return Err(Error::fatal(
             what,
             format!(
-                "the schema refarch is of version {version} and this build needs {needed}: run refarch migrate"
+                "the schema refarch has version {version}, and this build needs version {needed}: run refarch migrate"
             ),
         ));
     }
@@ -106,7 +107,9 @@ pub(super) async fn apply(transaction: &Transaction<'_>, report: &mut Report) ->
     if newest > known {
         return Err(Error::fatal(
             what,
-            format!("the database is at version {newest} and this build knows {known}: use a newer refarch"),
+            format!(
+                "the schema refarch has version {newest}, and this build knows versions up to {known}: use a newer refarch"
+            ),
         ));
     }
     refuse_other_content(&applied, what)?;
@@ -133,8 +136,8 @@ pub(super) async fn apply(transaction: &Transaction<'_>, report: &mut Report) ->
         .map_err(fail)
 }
 
-/// Refuses a role that does not own what is there: functions that are replaced keep their owner, who may not write to
-/// tables that another role makes, and then the application's statements fail in the triggers.
+/// Refuses a role that does not own the existing schema. Replaced functions keep their owner, who may not
+/// write to tables that another role makes. The application's statements would then fail in the triggers.
 async fn refuse_another_owner(transaction: &Transaction<'_>) -> Result<()> {
     let (owner, user): (String, String) = transaction
         .query_one(
@@ -151,8 +154,8 @@ async fn refuse_another_owner(transaction: &Transaction<'_>) -> Result<()> {
     Err(Error::fatal(
         "migrate the schema",
         format!(
-            "what is in the schema refarch belongs to the role {owner}, and this is {user}: run refarch migrate as {owner}. \
-             If it may not create an extension, create that before as {user}"
+            "the schema refarch belongs to the role {owner}, and this login is {user}: run refarch migrate as {owner}. \
+             If {owner} may not create an extension that is missing, create the extension as {user} first"
         ),
     ))
 }
