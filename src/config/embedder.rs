@@ -12,13 +12,13 @@ use crate::secret::Secret;
 section! {
     /// `[embedder]`: what turns text into vectors.
     pub struct Embedder in "embedder" {
-        /// What turns text into vectors: `minilm` (on this machine's CPU), or a server: `openai` (anything that
-        /// speaks `OpenAI`'s `/v1/embeddings`), `tei` (text-embeddings-inference, `/embed`) or `pinecone` (its
-        /// hosted models).
+        /// What turns text into vectors: minilm (on this machine's CPU), or a server: openai (any server that
+        /// speaks `OpenAI`'s `/v1/embeddings`), tei (text-embeddings-inference, `/embed`) or pinecone (its hosted
+        /// models).
         kind: EmbedderKind = "minilm", OneOf(&["minilm", "openai", "tei", "pinecone"]);
-        /// `minilm`: a model folder in the Hugging Face layout (`config.json`, `tokenizer.json`,
-        /// `model.safetensors`); empty: the one that `scripts/setup` brings. A server: the model's name there;
-        /// `tei` serves one model, so that this only names it.
+        /// minilm: a model folder in the Hugging Face layout (`config.json`, `tokenizer.json`,
+        /// `model.safetensors`). Empty: the model that `scripts/setup` installs. A server: the model's name there.
+        /// tei serves one model, so there this is only a label.
         model: String = "";
     }
 }
@@ -39,13 +39,13 @@ pub enum EmbedderKind {
 section! {
     /// `[embedder]` of the kind `minilm`.
     pub struct LocalEmbedder in "embedder" of ["minilm"] {
-        /// How exactly it is computed. `auto`: bf16 where that is at least as fast, else f32, whose vectors agree,
-        /// so that machines of all kinds may share an index; or one of `f32` and `bf16`. `int8` is faster and
-        /// gives other vectors: changing to or from it embeds all rows anew, and the machines that share an index
-        /// should then be of one kind, since kinds of CPU round differently (`verify --sample` would take that for
-        /// a difference).
+        /// The precision of its arithmetic: auto, f32, bf16 or int8. auto: bf16 where it is at least as fast, else
+        /// f32. Their vectors agree, so machines of all kinds may share an index. int8 is faster and gives other
+        /// vectors: changing to or from it embeds all rows anew. With int8, machines that share an index should be
+        /// of one kind, because kinds of CPU round differently (`verify --sample` would report that as a
+        /// difference).
         precision: Precision = "auto";
-        /// The most that it uses of an x86 CPU's instructions: `auto` (all), `avx512`, `avx2` or `portable`.
+        /// The most advanced instructions that it uses of an x86 CPU: auto (all), avx512, avx2 or portable.
         instructions: Instructions = "auto";
     }
 }
@@ -54,25 +54,25 @@ section! {
     /// `[embedder]` of a kind that is a server.
     pub struct HttpEmbedder in "embedder" of ["openai", "tei", "pinecone"] {
         /// The server's address, such as `http://127.0.0.1:8080`, `https://host/api/v1` or
-        /// `https://host/v1?api-version=1`. A path and a query are kept: requests go to the path with
-        /// `/embeddings` (`openai`) or `/embed` (`tei`, `pinecone`) after it; without a path `openai` is asked at
-        /// `/v1/embeddings`. Empty with `pinecone`: `index.controller`.
+        /// `https://host/v1?api-version=1`. A path and a query are kept; requests go to the path followed by
+        /// `/embeddings` (openai) or `/embed` (tei, pinecone). Without a path openai is called at `/v1/embeddings`.
+        /// Empty with pinecone: `index.controller`.
         url: String = "", Address;
-        /// The key to it (`openai`: also `OPENAI_API_KEY`; `pinecone`: else `index.api_key`).
+        /// The server's API key. Empty: `OPENAI_API_KEY` (openai) or `index.api_key` (pinecone).
         api_key: Secret = "";
-        /// Length of the vectors; `openai` and `pinecone` are asked for that length. 0: what the model gives.
+        /// Dimensions of the vectors; openai and pinecone are asked for as many. 0: what the model gives.
         dimensions: usize = 0;
-        /// Texts in one request. 0: the provider's limit (`openai` 2048, `tei` 32, `pinecone` 96).
+        /// Texts in one request. 0: the provider's limit (openai 2048, tei 32, pinecone 96).
         batch_texts: usize = 0;
-        /// Tokens in one request, estimated at three bytes each. 0: the provider's limit (`openai` 300000, `tei`
-        /// 16384, `pinecone` no bound of its own).
+        /// Tokens in one request, estimated at three bytes each. 0: the provider's limit (openai 300000, tei 16384,
+        /// pinecone none).
         batch_tokens: usize = 0;
-        /// Tokens of one text; what is past it is not sent. 0: the provider's limit (`openai` 8191, `tei` 512,
-        /// `pinecone` 2048).
+        /// Tokens of one text; the rest of the text is not sent. 0: the provider's limit (openai 8191, tei 512,
+        /// pinecone 2048).
         text_tokens: usize = 0;
-        /// Requests that a process may send in a minute. 0: no bound.
+        /// Rate limit: requests that a process may send in a minute. 0: no limit.
         requests_per_minute: u32 = 0;
-        /// Tokens that a process may send in a minute. 0: no bound.
+        /// Rate limit: tokens that a process may send in a minute. 0: no limit.
         tokens_per_minute: u64 = 0;
         /// How long a request may take.
         timeout as "timeout_ms": Duration = 30000, AtLeast(1);
@@ -89,12 +89,12 @@ impl Setting for EmbedderKind {
         http.url = http.url.trim().to_owned();
         let is_pinecone = kind == "pinecone";
         if let Some(reason) = address_fault(&http.url).filter(|_| !(is_pinecone && http.url.is_empty())) {
-            // What is wrong with it may be that a secret is in it.
+            // The fault may be that the address contains a secret.
             let told = if http.url.is_empty() { "" } else { "[not shown]" };
             return Err(values.refused_as("embedder.url", told, reason));
         }
         if kind != "tei" && values.text("embedder.model").is_empty() {
-            return Err(values.refused("embedder.model", "name the model that the server is to use"));
+            return Err(values.refused("embedder.model", "set the name of the server's model"));
         }
         if is_pinecone {
             if http.url.is_empty() {
@@ -112,7 +112,7 @@ impl Setting for EmbedderKind {
     }
 }
 
-/// What is wrong with the address of an embedding server, if anything is.
+/// What is wrong with the address of an embedding server; none if the address is right.
 fn address_fault(address: &str) -> Option<&'static str> {
     let Ok(url) = reqwest::Url::parse(address) else {
         return Some("use the server's address, such as http://127.0.0.1:8080");
@@ -123,5 +123,7 @@ fn address_fault(address: &str) -> Option<&'static str> {
     if !url.username().is_empty() || url.password().is_some() {
         return Some("leave user and password out of the address, and set embedder.api_key");
     }
-    url.fragment().is_some().then_some("leave out what follows the #: no server is sent that")
+    url.fragment()
+        .is_some()
+        .then_some("leave out the # and the rest: HTTP does not send that part to the server")
 }

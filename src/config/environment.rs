@@ -1,4 +1,4 @@
-//! What environment variables set: ours by their names, and others that are customary.
+//! Settings from environment variables: refarch's own (`REFARCH_...`) and those of other tools.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -7,7 +7,7 @@ use super::declare::{Key, Rule};
 use super::error::ConfigError;
 use super::values::{Given, Values};
 
-/// Prefix of the environment variables that set a key.
+/// Prefix of refarch's own environment variables.
 const PREFIX: &str = "REFARCH_";
 
 /// Variables with our prefix that are not settings.
@@ -16,8 +16,8 @@ const OTHER_VARIABLES: &[&str] = &["REFARCH_CONFIG"];
 /// The variable of `OpenAI`'s own tools.
 const OPENAI_KEY: &str = "OPENAI_API_KEY";
 
-/// Settings that the environment gives: where each comes from, its key, and its value. Later ones win:
-/// a variable of ours over a customary one.
+/// The settings that the environment gives, each as origin, key and value. Later entries win: refarch's own
+/// variables over those of other tools.
 pub(super) fn given(keys: &[&Key], env: &BTreeMap<String, String>) -> Vec<(String, String, String)> {
     let mut given = Vec::new();
     let mut add = |variable: &str, path: &str, value: &str| {
@@ -45,8 +45,8 @@ pub(super) fn given(keys: &[&Key], env: &BTreeMap<String, String>) -> Vec<(Strin
     given
 }
 
-/// Gives the embedder the key that is customary for it. Only that of its own provider: a key must not go
-/// to somebody else's server.
+/// Uses the provider's usual variable if the embedder has no API key. Only the provider's own: a key must
+/// not go to another server.
 pub(super) fn lend_key(values: &mut Values, env: &BTreeMap<String, String>) -> Result<(), ConfigError> {
     match set(env, OPENAI_KEY) {
         Some(key) if values.kind("embedder") == "openai" && values.is_blank("embedder.api_key") => {
@@ -57,7 +57,7 @@ pub(super) fn lend_key(values: &mut Values, env: &BTreeMap<String, String>) -> R
     }
 }
 
-/// A variable that is set to something.
+/// A variable that is set and not empty.
 fn set<'a>(env: &'a BTreeMap<String, String>, name: &str) -> Option<&'a String> {
     env.get(name).filter(|value| !value.is_empty())
 }

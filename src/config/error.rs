@@ -13,36 +13,36 @@ pub enum ConfigError {
         /// Why.
         source: std::io::Error,
     },
-    /// A file is not TOML. Nothing of its text is told, which may be a password.
+    /// A file is not TOML. The error shows nothing of its text, which may be a password.
     #[error("{origin} is not valid TOML: {place}{message}")]
     Syntax {
         /// The file.
         origin: String,
-        /// Line and column, and the key there if it is one of ours.
+        /// Line and column, and the key there if refarch has such a setting.
         place: String,
-        /// What the parser says.
+        /// The parser's message.
         message: String,
     },
     /// A key that does not exist.
     #[error("{origin}: there is no setting {key}{}", .nearest.as_deref().map(|n| format!("; did you mean {n}?")).unwrap_or_default())]
     UnknownKey {
-        /// Where it stands.
+        /// The file, variable or flag that set the key.
         origin: String,
         /// The key.
         key: String,
         /// The nearest key that exists.
         nearest: Option<String>,
     },
-    /// A value that a key can't have.
+    /// A value that the key does not accept.
     #[error("{origin}: {key} = {value}: {reason}")]
     Invalid {
-        /// Where it stands.
+        /// The file, variable or flag that set the key.
         origin: String,
         /// The key.
         key: String,
         /// Its value.
         value: String,
-        /// What is wrong, and what would be right.
+        /// What is wrong, and which values are right.
         reason: String,
     },
 }

@@ -11,16 +11,16 @@ use super::read::{Section as _, Setting, section};
 use super::values::Values;
 use crate::secret::Secret;
 
-/// What keys of ours in a record's metadata begin with, so that no column's key meets them.
+/// Prefix of refarch's own keys in a record's metadata. No column may have a name with this prefix.
 pub const OWN_KEYS: &str = "_refarch_";
 
-/// The namespace of an index in which the notes stand that tell whose the others are.
+/// The namespace of an index that holds the ownership records of the other namespaces.
 pub const NOTES_NAMESPACE: &str = "refarch-notes";
 
 section! {
     /// `[index]`: where vectors are.
     pub struct Choice in "index" {
-        /// Where vectors are: `pgvector` (in the source's database) or `pinecone`.
+        /// The vector index: pgvector (in the source's database) or pinecone.
         kind: Index = "pgvector", OneOf(&["pgvector", "pinecone"]);
     }
 }
@@ -37,13 +37,13 @@ pub enum Index {
 section! {
     /// `[index]` of the kind `pgvector`.
     pub struct PgvectorIndex in "index" of ["pgvector"] {
-        /// Build the HNSW graph once there are this many vectors. Below, a search reads them all: some 40 ms for
-        /// 100,000 on two cores, and it misses nothing. A graph misses texts unlike all others: among 100,000
-        /// products, 16 of 100 edits to such texts were not found through it.
+        /// Build the HNSW graph once there are this many vectors. Below, a search reads all vectors and misses
+        /// nothing: some 40 ms for 100,000 on two cores. A graph misses texts that are unlike all others: among
+        /// 100,000 products, 16 of 100 edits to such texts were not found through it.
         graph_min_rows: u64 = 250000;
-        /// Build it only while fewer changes than this wait: a graph slows a load down fourfold.
+        /// Build the graph only while fewer changes than this wait, because a graph makes a load four times slower.
         graph_max_backlog: u64 = 1000;
-        /// Candidates that a search keeps while it walks the graph: more is slower and more exact.
+        /// Candidates that a search keeps while it walks the graph. More is slower and more exact.
         ef_search: u32 = 200, Between(1, 1000);
     }
 }
@@ -51,27 +51,27 @@ section! {
 section! {
     /// `[index]` of the kind `pinecone`.
     pub struct PineconeIndex in "index" of ["pinecone"] {
-        /// The index's host (`PINECONE_INDEX_HOST`). Empty: it is asked for by name.
+        /// The index's host (`PINECONE_INDEX_HOST`). Empty: it is looked up by `index.name`.
         host: String = "", Address, Chooses("PINECONE_INDEX_HOST", "pinecone");
-        /// The index's name (`PINECONE_INDEX`); either of the two chooses `pinecone`. `refarch migrate` makes the
-        /// index if there is none of that name.
+        /// The index's name (`PINECONE_INDEX`). Either of the two variables chooses pinecone. `refarch migrate`
+        /// creates the index if none has that name.
         name: String = "", Chooses("PINECONE_INDEX", "pinecone");
-        /// The key to it (`PINECONE_API_KEY`).
+        /// The API key (`PINECONE_API_KEY`).
         api_key: Secret = "", Variable("PINECONE_API_KEY"),
             Is(is_given, "set PINECONE_API_KEY to the key that Pinecone's console shows");
-        /// The namespace for the records (`PINECONE_NAMESPACE`). Empty: the default one.
+        /// The namespace for the records (`PINECONE_NAMESPACE`). Empty: the default namespace.
         namespace: String = "", Variable("PINECONE_NAMESPACE"),
-            Is(is_not_of_notes, "use another: the notes that tell whose an index is stand there");
-        /// Where `refarch migrate` makes a missing index: the cloud.
+            Is(is_not_of_notes, "use another namespace: refarch keeps its index ownership records in this one");
+        /// Where `refarch migrate` creates a missing index: the cloud.
         cloud: String = "aws";
-        /// Where `refarch migrate` makes a missing index: the cloud's region.
+        /// Where `refarch migrate` creates a missing index: the region.
         region: String = "us-east-1";
-        /// The address that indexes are made at and looked up by name.
+        /// The address of the control plane, which creates indexes and looks them up by name.
         controller: String = "https://api.pinecone.io", Address, Is(is_url, "use a URL");
-        /// How long a request may take; at most half of `indexer.lease_ms`.
+        /// How long a request may take. At most half of `indexer.lease_ms`.
         timeout as "timeout_ms": Duration = 5000, AtLeast(1);
-        /// How often, while changes are written, it is asked how far its queries are. Each time is a query that is
-        /// billed; freshness is measured no finer than this.
+        /// How often, while changes are written, a query learns which writes queries can see. Each is billed as a
+        /// query. Freshness is measured no finer than this.
         freshness as "freshness_ms": Duration = 1000, AtLeast(10);
     }
 }

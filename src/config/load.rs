@@ -1,4 +1,4 @@
-//! From files, environment and flags to settings.
+//! Loads settings from files, environment and flags.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ pub struct Override {
     pub flag: &'static str,
     /// The key, `section.key`.
     pub key: &'static str,
-    /// The value as it would stand in TOML or, for text, as it is.
+    /// The value as TOML writes it; text without quotes.
     pub value: String,
 }
 
@@ -28,7 +28,7 @@ pub struct Override {
 pub struct File {
     /// Name, for errors.
     pub path: PathBuf,
-    /// What it holds.
+    /// Its content.
     pub text: String,
 }
 

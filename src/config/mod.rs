@@ -1,4 +1,5 @@
-//! Settings: flags over environment over file over default, resolved once and validated.
+//! Settings: flags win over environment, environment over file, file over default. They are resolved once and
+//! validated.
 //!
 //! Loading is a pure function of a file's text, a map of environment variables and overrides from flags.
 //!
@@ -120,7 +121,7 @@ impl Settings {
         }
         let taken = |column: &&String| column.starts_with(OWN_KEYS) || column.starts_with('$');
         let Some(column) = self.source.metadata.iter().find(taken) else { return Ok(()) };
-        let reason = "name other columns: keys that begin with _refarch_ are ours in Pinecone's metadata, and those with $ Pinecone's";
+        let reason = "use other columns: in Pinecone's metadata, refarch reserves names that begin with _refarch_, and Pinecone those that begin with $";
         Err(values.refused_as("source.metadata", column, reason))
     }
 }

@@ -13,15 +13,16 @@ use super::values::Values;
 section! {
     /// `[queue]`: where jobs wait.
     pub struct Queue in "queue" {
-        /// Where jobs wait: `pgmq` (in the source's database) or `sqs`.
+        /// The queue: pgmq (in the source's database) or sqs.
         kind: QueueKind = "pgmq", OneOf(&["pgmq", "sqs"]);
         /// Prefix of pgmq's queues: `NAME_live`, `NAME_bulk`, `NAME_dead`.
         name: String = "refarch", Is(fits_as_name, NAME_RULE);
-        /// How long a received message stays invisible to others; it is extended while it is worked on.
+        /// Visibility timeout of a received message. It is extended while a worker holds the message.
         visibility as "visibility_s": Duration = 60, Seconds(1, 43_200);
-        /// From the third receive on a message's changes are tried one by one, and one that fails by itself four
-        /// times goes to the dead-letter queue alone. Of a message received more often than this, nothing is read
-        /// before its change is counted. On SQS the redrive policy should allow at least as many receives.
+        /// Receives of a message after which each of its changes is counted as a try before its row is read. This
+        /// finds a change that ends the process. (From the third receive on, changes are tried one by one. A change
+        /// that fails by itself four times becomes a dead letter alone.) On SQS the redrive policy should allow at
+        /// least as many receives.
         max_receives: u32 = 25, AtLeast(1);
     }
 }
@@ -38,21 +39,20 @@ pub enum QueueKind {
 section! {
     /// `[queue]` of the kind `sqs`.
     pub struct SqsQueue in "queue" of ["sqs"] {
-        /// URL of the queue for live changes (`SQS_QUEUE_URL`, which also chooses `sqs`).
+        /// URL of the queue for live changes. `SQS_QUEUE_URL` sets it, and also chooses sqs.
         url: String = "", Address, Chooses("SQS_QUEUE_URL", "sqs"), Is(is_url, URL_RULE), Is(is_bare, BARE_RULE);
-        /// URL of the queue for loads and backfills (`SQS_BULK_QUEUE_URL`). Empty: the one queue carries both
-        /// lanes.
+        /// URL of the queue for loads and backfills (`SQS_BULK_QUEUE_URL`). Empty: `queue.url` carries both lanes.
         bulk_url: String = "", Address, Variable("SQS_BULK_QUEUE_URL"), Is(is_bare, BARE_RULE),
             Is(is_url_if_any, URL_RULE);
-        /// URL of the dead-letter queue (`SQS_DEAD_LETTER_QUEUE_URL`). Empty: the one that the redrive policy of
-        /// queue.url names.
+        /// URL of the dead-letter queue (`SQS_DEAD_LETTER_QUEUE_URL`). Empty: the queue that the redrive policy of
+        /// `queue.url` names.
         dead_url: String = "", Address, Variable("SQS_DEAD_LETTER_QUEUE_URL"), Is(is_bare, BARE_RULE),
             Is(is_url_if_any, URL_RULE);
-        /// How long a receive waits for a message, 1 to 20 seconds. Each receive is a request that is billed,
-        /// empty or not; a message that comes meanwhile is had at once.
+        /// How long a receive waits for a message, 1 to 20 seconds. AWS bills each receive, also an empty one. A
+        /// message that arrives while the receive waits is returned at once.
         wait as "wait_s": Duration = 20, Seconds(1, 20);
-        /// With one queue for both lanes, a load waits in the outbox while more changes than this are in the
-        /// queue, so that live changes get through.
+        /// With one queue for both lanes, a load waits in the outbox while the queue holds more changes than this,
+        /// so that live changes get through.
         shared_bound: u64 = 10000, AtLeast(1);
     }
 }

@@ -13,26 +13,25 @@ use crate::secret::Secret;
 section! {
     /// `[database]`: where the source and the books about it are.
     pub struct Database in "database" {
-        /// PostgreSQL 15 or later, as `postgres://user:password@host:port/name`. Empty: `DATABASE_URL`, then
-        /// `POSTGRES_DB_HOST`/`PORT`/`NAME`/`USER`/`PASSWORD`, and else the private cluster under `runtime.dir`.
+        /// PostgreSQL 15 or later, as `postgres://user:password@host:port/name`. Empty: `DATABASE_URL`; if that is
+        /// not set, `POSTGRES_DB_HOST/PORT/NAME/USER/PASSWORD`; if these are not set, the private cluster under
+        /// `runtime.dir`.
         url: Secret = "";
-        /// How the connection is encrypted, as libpq means it: `disable`, `prefer`, `require`, `verify-ca` or
-        /// `verify-full`. Empty: `verify-full`, and `disable` where the host is this machine. A `sslmode` in the URL
-        /// wins; `PGSSLMODE` sets it too.
+        /// How the connection is encrypted, as in libpq: disable, prefer, require, verify-ca or verify-full. Empty:
+        /// verify-full, or disable if the host is this machine. A sslmode in the URL wins. PGSSLMODE sets it too.
         sslmode: String = "", Variable("PGSSLMODE"), Is(is_sslmode, SSLMODE_RULE);
-        /// A file of certificates (PEM) of the authorities that may vouch for the server, such as the bundle that
-        /// RDS publishes. Empty: those of this machine. A `sslrootcert` in the URL wins; `PGSSLROOTCERT` sets it
-        /// too.
+        /// A file with the certificates (PEM) of the authorities to trust, such as the bundle that RDS publishes.
+        /// Empty: this machine's certificates. A sslrootcert in the URL wins. PGSSLROOTCERT sets it too.
         sslrootcert: PathBuf = "", Variable("PGSSLROOTCERT");
-        /// Connections that a process holds at most. Each role works with a handful.
-        pool_size: usize = 12, Is(is_pool, "use at least 4: the roles hold that many at once");
+        /// Most connections that a process holds. Each role needs a handful.
+        pool_size: usize = 12, Is(is_pool, "use at least 4: the roles need that many connections at once");
         /// How long to try to reach the database before giving up.
         connect_timeout as "connect_timeout_s": Duration = 10;
     }
 }
 
 const SSLMODE_RULE: &str =
-    "use disable, prefer, require, verify-ca or verify-full; empty: verify-full unless the host is local";
+    "use disable, prefer, require, verify-ca or verify-full; empty: verify-full, or disable for a local host";
 
 fn is_sslmode(value: &Value) -> bool {
     let modes = ["", "disable", "prefer", "require", "verify-ca", "verify-full"];
@@ -46,16 +45,16 @@ fn is_pool(value: &Value) -> bool {
 section! {
     /// `[source]`: the table that is kept in step.
     pub struct Source in "source" {
-        /// Names the table in messages and tables of ours; change it only with a fresh schema.
+        /// The source's name in messages and in the tables of schema refarch. Change it only with a fresh schema.
         name: String = "products", Is(fits_as_name, NAME_RULE);
-        /// The table that is kept in step; optionally with its schema. As it stands, or, with a double quote in it,
-        /// as SQL writes it: `'public."My Notes"'`.
+        /// The table to keep in step, optionally with its schema. It is taken literally. If it contains a double
+        /// quote, it is read as SQL: `'public."My Notes"'`.
         table: String = "public.products_with_increment";
         /// Its primary key or another column that is unique and never null.
         id: String = "id";
-        /// Columns that are embedded, joined by line breaks. A row where all are null or blank has no vector.
+        /// Columns to embed, joined by line breaks. A row whose columns are all null or blank has no vector.
         text: Vec<String> = ["description"], Is(is_not_empty, "name at least one column to embed");
-        /// Columns that travel beside the vector. A change to any other column is not looked at.
+        /// Columns to store beside the vector. A change to any column outside of these lists is ignored.
         metadata: Vec<String> =
             ["id", "created_at", "name", "sku", "description", "price", "last_updated", "uuid"];
     }
@@ -80,9 +79,9 @@ fn is_not_empty(value: &Value) -> bool {
 section! {
     /// `[runtime]`: the process and its folder.
     pub struct Runtime in "runtime" {
-        /// Where the private PostgreSQL, the model and their state are.
+        /// The folder of the private PostgreSQL, the model and their state.
         dir: PathBuf = ".refarch";
-        /// After a stop signal, how long held work may take to finish.
+        /// Grace period: how long held work may take to finish after a stop signal.
         grace as "grace_s": Duration = 20;
     }
 }
@@ -90,9 +89,9 @@ section! {
 section! {
     /// `[log]`
     pub struct Log in "log" {
-        /// `text` or `json`. Empty: `text`.
+        /// text or json. Empty: text.
         format: String = "", Is(is_format, "use text or json");
-        /// What is logged, as in `RUST_LOG`: `error`, `warn`, `info`, `debug`, `trace`, or per module.
+        /// What to log, as in `RUST_LOG`: error, warn, info, debug, trace, or per module.
         level: String = "info";
     }
 }

@@ -10,10 +10,10 @@ use super::declare::{Key, Rule, plain};
 use super::error::ConfigError;
 use crate::secret::{address_without_secrets, without_secrets};
 
-/// Names further apart than this are not offered as what was meant.
+/// A name with a greater edit distance is not suggested.
 const MAX_EDIT_DISTANCE: usize = 4;
 
-/// A value, as it came.
+/// A value as it was given.
 pub(super) enum Given<'a> {
     Toml(Value),
     Text(&'a str),
@@ -147,8 +147,8 @@ impl Values {
         ConfigError::UnknownKey { origin: origin.into(), key: path.into(), nearest }
     }
 
-    /// That a text is not TOML, and where. The parser's own messages are fixed sentences; its display would print
-    /// the line.
+    /// The error and its place in a text that is not TOML. The parser's messages are fixed sentences; its
+    /// `Display` would print the line, which may hold a secret.
     pub(super) fn syntax(&self, origin: &str, text: &str, error: &toml::de::Error) -> ConfigError {
         let place = error.span().map(|span| {
             let mut at = span.start.min(text.len());
@@ -203,7 +203,7 @@ fn shown(key: &Key, value: &str) -> String {
     }
 }
 
-/// Reads text as the type that the default has; a list is comma-separated.
+/// Reads text as the type of the default. A list is comma-separated.
 fn parse_as(default: &Value, text: &str) -> Result<Value, String> {
     match default {
         Value::Integer(_) => text.trim().parse().map(Value::Integer).map_err(|_| "use a whole number".into()),
@@ -216,12 +216,12 @@ fn parse_as(default: &Value, text: &str) -> Result<Value, String> {
     }
 }
 
-/// Why a value is wrong, as serde says it, without the value. What it expected stands last.
+/// The end of serde's message, which tells what was expected. The rest may show the value.
 fn reason(message: &str) -> String {
     match message.rsplit_once("expected ") {
         Some((_, expected)) => format!("expected {}", expected.trim()),
-        // As of a socket address: these name no value.
+        // Messages such as that for a socket address show no value.
         None if !message.contains(['`', '"', '\'']) => message.trim().into(),
-        None => "it is of the wrong kind".into(),
+        None => "the value has the wrong type".into(),
     }
 }

@@ -1,5 +1,5 @@
-//! Where the drill takes place: a private database, a double of the index, and the settings that
-//! point the roles at them.
+//! The environment of `refarch chaos`: a private database, doubles of index, queue and embedder, and the
+//! settings that point the roles at them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -26,31 +26,31 @@ use crate::secret::Secret;
 const PRODUCTS: &str = include_str!("../../backend/postgres/schema/products.sql");
 const PRODUCTS_TABLE: &str = "public.products_with_increment";
 
-/// The role of the database that the roles' processes have: no superuser, no owner, no right but those that
-/// `refarch migrate --roles` gives.
+/// The database role of the roles' processes. It is no superuser and owns nothing. It has only the rights
+/// that `refarch migrate --roles` gives.
 pub const FLEET: &str = "chaos_fleet";
 
-/// The role of the database that the application has.
+/// The database role of the application.
 pub const APPLICATION: &str = "chaos_application";
 
 /// The condition of a policy that shows rows to the application only.
 pub const APPLICATION_SEES: &str = "current_setting('app.tenant', true) = 'chaos'";
 
-/// What the application sets for that.
+/// The connection option of the application that meets [`APPLICATION_SEES`].
 const TENANT: &str = "-c app.tenant=chaos";
 
-/// Minutes that a round of the continuous proof takes, unless the drill is shorter.
+/// Minutes of a round of the continuous proof. A shorter run uses its own length.
 const PROOF_PERIOD: f64 = 1.0;
 
-/// Timeouts of the drill's roles: short, so that much happens in a minute.
+/// Timeouts of the roles. They are short, so that much happens in a minute.
 const VISIBILITY_S: u64 = 6;
 const TIMEOUT_MS: u64 = 1_000;
-/// More than any operation on the table lasts.
+/// Longer than any operation on the table.
 const PATIENCE_S: u64 = 30;
 const LEASE_MS: u64 = 4_000;
-/// How long a write to the index's double may be late: less than what the roles are told to wait.
+/// Greatest delay of a write in the index's double. It is less than [`SETTLE_MS`].
 pub const MAX_LATE: Duration = Duration::from_secs(3);
-/// More than the double is ever late.
+/// Longer than the greatest delay of a write in the double.
 const SETTLE_MS: u64 = MAX_LATE.as_millis() as u64 + 2_000;
 
 /// Variables that make settings.
@@ -68,27 +68,27 @@ impl Env {
     }
 }
 
-/// The database, the index, and how the roles find them.
+/// The private database, the doubles, and the roles' settings.
 pub struct Lab {
     /// The roles' settings.
     pub settings: Settings,
-    /// The index, if it is the double.
+    /// The Pinecone double, if the index is one.
     pub double: Option<Double>,
-    /// The queue, if it is the double.
+    /// The SQS double, if the queue is one.
     pub queue_double: Option<QueueDouble>,
-    /// The embedding server, if it is the double.
+    /// The double of an embedding server, if the embedder is one.
     pub embedder_double: Option<EmbedderDouble>,
-    /// Where logs are.
+    /// The folder of the logs.
     pub dir: PathBuf,
     cluster: Cluster,
-    /// What the roles' settings are made of.
+    /// The variables that make the roles' settings.
     env: Env,
-    /// Columns that the roles send beside the vector; they get more.
+    /// Columns that the roles store beside the vector. The operator adds some.
     metadata: Mutex<Vec<String>>,
 }
 
 impl Lab {
-    /// Makes everything, in a folder of its own under the runtime folder.
+    /// Creates everything in a new folder under the runtime folder.
     pub async fn set_up(settings: &Settings, args: &cli::Chaos) -> anyhow::Result<Self> {
         let seed = args.seed;
         let runtime = std::path::absolute(&settings.runtime.dir)?;
@@ -96,13 +96,13 @@ impl Lab {
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let options = Options { dir: dir.join("postgres"), ..Options::in_runtime_dir(&runtime) };
         let cluster = Cluster::join(options).await?;
-        // The model on this machine: a server should not be tormented.
+        // The model on this machine: a real server should not receive this load.
         let mut of_model = settings.clone();
         if !matches!(settings.embedder.kind, EmbedderKind::Minilm(_)) {
             of_model.embedder = Env::default().settings()?.embedder;
         }
-        // The reference table and the usual names, whatever the user keeps in step: the drill and the roles'
-        // processes know what is set here only.
+        // The reference table and the default names, whatever table the user keeps in step: the drill and the
+        // roles' processes get only the settings below.
         let mut env = Env::default();
         let set = &mut env;
         set.add("REFARCH_RUNTIME_DIR", runtime.display());
@@ -112,7 +112,7 @@ impl Lab {
         set.add("REFARCH_INDEXER_LEASE_MS", LEASE_MS);
         set.add("REFARCH_INDEXER_SETTLE_MS", SETTLE_MS);
         set.add("REFARCH_INDEX_TIMEOUT_MS", TIMEOUT_MS);
-        // A role that starts while a column has another name waits for it.
+        // A role that starts while a column is renamed waits until the name is back.
         set.add("REFARCH_DATABASE_CONNECT_TIMEOUT_S", PATIENCE_S);
         set.add("REFARCH_LOG_LEVEL", &settings.log.level);
         set.add(
@@ -161,7 +161,7 @@ impl Lab {
         };
         let mut settings = set.settings()?;
         settings.database.url = cluster.url().clone();
-        // The key is narrow at first, as the reference architecture has it.
+        // The key is an integer at first, as in the reference architecture.
         let client = writer::connect(cluster.url()).await?;
         let narrow = "ALTER TABLE public.products_with_increment ALTER id TYPE integer";
         client.batch_execute(&format!("{PRODUCTS}; {narrow}")).await.context("make the table")?;
@@ -181,7 +181,7 @@ impl Lab {
         Ok(Self { settings, double, queue_double, embedder_double, dir, cluster, env, metadata })
     }
 
-    /// The roles' settings as they are now.
+    /// The roles' current settings.
     #[must_use]
     pub fn settings_now(&self) -> Settings {
         let mut settings = self.settings.clone();
@@ -189,13 +189,13 @@ impl Lab {
         settings
     }
 
-    /// The columns that the roles send beside the vector now.
+    /// The columns that the roles currently store beside the vector.
     #[must_use]
     pub fn metadata(&self) -> Vec<String> {
         self.metadata.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Sends a column more.
+    /// Adds a column to store beside the vector.
     pub fn add_metadata(&self, column: &str) {
         let mut metadata = self.metadata.lock().unwrap_or_else(PoisonError::into_inner);
         if !metadata.iter().any(|there| there == column) {
@@ -203,7 +203,7 @@ impl Lab {
         }
     }
 
-    /// The environment of the roles.
+    /// Environment variables of the roles' processes.
     #[must_use]
     pub fn env(&self) -> Vec<(String, String)> {
         let mut env = self.env.clone();
@@ -216,7 +216,7 @@ impl Lab {
         env
     }
 
-    /// The backends, as the roles have them.
+    /// The backends, as the roles open them.
     pub async fn backends(&self, postgres: &Postgres) -> anyhow::Result<Backends> {
         let settings = self.settings_now();
         let (Some(double), QueueKind::Sqs(queue)) = (&self.queue_double, &settings.queue.kind) else {
@@ -233,7 +233,7 @@ impl Lab {
         Secret::new(format!("{} options='{TENANT}'", self.url_of(APPLICATION)))
     }
 
-    /// The address for a role: of two users in it, the last counts.
+    /// The address for a database role. If an address names two users, the last one counts.
     fn url_of(&self, role: &str) -> String {
         format!("{} user={role}", self.url().expose())
     }
@@ -244,17 +244,17 @@ impl Lab {
         self.cluster.url()
     }
 
-    /// A connection of its own, of the superuser.
+    /// A new connection as the superuser.
     pub async fn client(&self) -> Result<Client, tokio_postgres::Error> {
         writer::connect(self.url()).await
     }
 
-    /// Restarts the database.
+    /// Restarts the database; with `crash`, without a clean shutdown.
     pub async fn restart_database(&self, crash: bool) -> anyhow::Result<()> {
         self.cluster.restart(crash).await
     }
 
-    /// Does something with the database's files while it is stopped.
+    /// Stops the database, runs `work` on its data directory, and starts it again.
     pub async fn while_database_is_stopped(
         &self,
         work: impl FnOnce(&Path) -> anyhow::Result<()> + Send + 'static,
@@ -262,7 +262,7 @@ impl Lab {
         self.cluster.while_stopped(false, work).await
     }
 
-    /// Removes everything; with `keep`, everything but the logs.
+    /// Removes everything; with `keep`, everything except the logs.
     pub async fn tear_down(self, keep: bool) -> anyhow::Result<()> {
         self.cluster.destroy().await?;
         if keep { Ok(()) } else { remove(&self.dir) }
