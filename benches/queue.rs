@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use refarch::backend;
 use refarch::backend::embedded::{Cluster, Options as ClusterOptions};
 use refarch::backend::pinecone::{self, Pinecone};
 use refarch::backend::postgres::Postgres;
@@ -22,6 +23,8 @@ use refarch::backend::postgres::session;
 use refarch::backend::postgres::target::{self, IndexShape, Place};
 use refarch::backend::sqs::{self, Sqs};
 use refarch::config::{QueueKind, Settings};
+use refarch::double::pinecone::Double;
+use refarch::double::sqs::{QueueCounts, QueueDouble, QueueFaults};
 use refarch::pipeline::clock::{BootClock, Clock};
 use refarch::pipeline::embedder::{Embedder, Embedding};
 use refarch::pipeline::failure::Result;
@@ -31,8 +34,6 @@ use refarch::pipeline::meter::Meter;
 use refarch::pipeline::queue::Queue;
 use refarch::pipeline::relay::{self, Relay};
 use refarch::pipeline::schedule::Scheduler;
-use refarch::role::chaos::double::Double;
-use refarch::role::chaos::queue_double::{QueueCounts, QueueDouble, QueueFaults};
 use refarch::secret::Secret;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -116,22 +117,15 @@ struct Bench {
 
 impl Bench {
     async fn new(cluster: &Cluster, rows: u64) -> Self {
-        let mut settings = Settings::load(None, &BTreeMap::new(), &[]).unwrap();
-        settings.queue.kind = QueueKind::Sqs;
+        let double = QueueDouble::start(1).await.unwrap();
+        let urls = double.create("bench", 50);
+        let variables = ["SQS_QUEUE_URL", "SQS_BULK_QUEUE_URL", "SQS_DEAD_LETTER_QUEUE_URL"];
+        let env: BTreeMap<_, _> = variables.map(str::to_owned).into_iter().zip(urls).collect();
+        let settings = Settings::load(None, &env, &[]).unwrap();
+        let QueueKind::Sqs(queue) = &settings.queue.kind else { unreachable!("the variables choose SQS") };
+        let options = backend::sqs_options(&settings, queue);
         let postgres = Postgres::new(cluster.url(), &settings.database).unwrap();
         migrate::migrate(&postgres, &settings.source, &settings.queue, &shape()).await.unwrap();
-        let double = QueueDouble::start(1).await.unwrap();
-        let [url, bulk, dead] = double.create("bench", 50);
-        let options = sqs::Options {
-            url,
-            bulk_url: Some(bulk),
-            dead_url: Some(dead),
-            visibility: Duration::from_secs(settings.queue.visibility_s),
-            wait: Duration::from_secs(settings.queue.wait_s),
-            shared_bound: settings.queue.shared_bound,
-            max_receives: settings.queue.max_receives,
-            source: settings.source.name.clone(),
-        };
         let queue = Sqs::open(sqs::connect_to(&double.url()), postgres.clone(), options).await.unwrap();
         Self { settings, postgres, double, queue: Queue::new(Arc::new(queue)), rows }
     }
@@ -177,7 +171,7 @@ impl Bench {
                 pack: set.pack,
                 bulk_threshold: set.bulk_threshold,
                 live_bound: set.live_bound,
-                poll: Duration::from_millis(set.poll_ms),
+                poll: set.poll,
             },
         );
         let started = Instant::now();
@@ -267,7 +261,7 @@ impl Bench {
         let table = Arc::new(found.table.clone());
         let ledger = PgLedger::new(self.postgres.clone(), table, found.id, found.salt.clone());
         let clock: Arc<dyn Clock> = Arc::new(BootClock);
-        let lease = Arc::new(Lease::new(Arc::clone(&clock), self.settings.indexer.lease()));
+        let lease = Arc::new(Lease::new(Arc::clone(&clock), self.settings.indexer.lease));
         let meter = Arc::new(Meter::default());
         let worker = Worker::join(self.postgres.clone(), "embed", 2, Arc::clone(&meter)).await.unwrap();
         let indexer = Arc::new(Indexer::new(
@@ -281,10 +275,10 @@ impl Bench {
                 source: "products".into(),
                 worker: worker.id.clone(),
                 workers: 2,
-                hold: Duration::from_millis(self.settings.indexer.hold_ms),
-                poll: Duration::from_millis(self.settings.indexer.poll_ms),
+                hold: self.settings.indexer.hold,
+                poll: self.settings.indexer.poll,
                 max_receives: self.settings.queue.max_receives,
-                settle: self.settings.indexer.settle(),
+                settle: self.settings.indexer.attempt(),
                 look: Duration::from_secs(1),
             },
         ));

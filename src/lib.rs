@@ -17,6 +17,7 @@
 //!   this machine and models on servers, the private cluster
 //! - [`encoder`]: the model's arithmetic, a separate crate (`src/encoder/`), the only one with `unsafe` code
 //! - [`role`]: one module for each subcommand
+//! - [`double`]: doubles of Pinecone, SQS and an embedding server, for the drill, the tests and the benches
 //! - [`product`]: the rows of the reference architecture's table
 
 #![forbid(unsafe_code)]
@@ -24,6 +25,7 @@
 pub mod backend;
 pub mod cli;
 pub mod config;
+pub mod double;
 pub mod pipeline;
 pub mod product;
 pub mod role;

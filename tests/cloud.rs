@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::Database;
 use common::python::Moto;
 use refarch::backend::sqs;
-use refarch::role::chaos::double::Double;
+use refarch::double::pinecone::Double;
 use serde_json::Value;
 use tokio::process::{Child, Command};
 

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use common::{Database, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use refarch::role::chaos::double::{Double, Faults};
+use refarch::double::pinecone::{Double, Faults};
 use serde_json::Value;
 use tokio::process::{Child, Command};
 

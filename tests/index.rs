@@ -20,10 +20,10 @@ use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::migrate;
 use refarch::backend::postgres::target::{self, IndexShape, Place};
 use refarch::config::Settings;
+use refarch::double::pinecone::{Double, Faults};
 use refarch::pipeline::catalog::{Hash, SourceRow};
 use refarch::pipeline::failure::{Class, Error};
 use refarch::pipeline::index::{Match, PlainWrite, Record, VectorIndex, Writes};
-use refarch::role::chaos::double::{Double, Faults};
 use refarch::secret::Secret;
 use serde_json::{Value, json};
 

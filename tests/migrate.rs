@@ -681,3 +681,40 @@ async fn a_role_may_reach_what_lies_in_schemas_and_queues_of_other_names() {
     articles.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
     assert_eq!((wrong, given), (Vec::new(), 1));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_is_recorded_with_its_checksum_and_another_one_under_its_number_is_refused() {
+    let (database, client) = reference().await;
+    migrate(&database, &[]).await;
+    let recorded = async || {
+        let sql = "SELECT version, checksum FROM refarch.migration ORDER BY version";
+        let rows = client.query(sql, &[]).await.unwrap();
+        rows.iter().map(|row| (row.get(0), row.get(1))).collect::<Vec<(i32, Option<String>)>>()
+    };
+    let first = recorded().await;
+    let sql = "SELECT encode(sha256(convert_to($1, 'UTF8')), 'hex')";
+    let file = include_str!("../src/backend/postgres/schema/0001_core.sql");
+    let checksum: String = client.query_one(sql, &[&file]).await.unwrap().get(0);
+    assert_eq!(first[0], (1, Some(checksum)));
+    assert!(first.iter().all(|(_, checksum)| checksum.is_some()), "{first:?}");
+
+    // As an earlier build leaves it.
+    let earlier = "ALTER TABLE refarch.migration DROP COLUMN checksum; \
+                   DELETE FROM refarch.migration WHERE name = 'checksums'";
+    client.batch_execute(earlier).await.unwrap();
+    let report = migrate(&database, &[]).await;
+    assert_eq!(report["applied"], serde_json::json!(["0010_checksums"]));
+    assert_eq!(recorded().await, first);
+
+    let other = "UPDATE refarch.migration SET checksum = repeat('0', 64) WHERE version = 5";
+    client.batch_execute(other).await.unwrap();
+    let commands: [&[&str]; 4] =
+        [&["migrate"], &["migrate", "--dry-run"], &["listen", "--until-idle"], &["status"]];
+    for args in commands {
+        let (code, _, stderr) = refarch(&database, args).await;
+        assert_eq!(code, Some(1), "{args:?}: {stderr}");
+        let says = "migration 0005_capture was applied to this database with other content than this build's";
+        assert!(stderr.contains(says), "{args:?}: {stderr}");
+    }
+    assert_eq!(number(&client, "SELECT count(*) FROM refarch.migration WHERE checksum IS NULL").await, 0);
+}

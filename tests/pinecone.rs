@@ -16,10 +16,10 @@ use axum::response::Response;
 use common::python::python;
 use common::{Database, eventually};
 use refarch::backend::pinecone::{self, Pinecone, control};
+use refarch::double::pinecone::{Double, Faults};
 use refarch::pipeline::catalog::{Hash, SourceRow};
 use refarch::pipeline::failure::Class;
 use refarch::pipeline::index::{PlainWrite, Record, VectorIndex};
-use refarch::role::chaos::double::{Double, Faults};
 use refarch::secret::Secret;
 use serde_json::{Map, Value, json};
 

@@ -22,11 +22,11 @@ use refarch::backend::postgres::outbox::PgOutbox;
 use refarch::backend::postgres::target::{IndexShape, Place};
 use refarch::backend::sqs::{self, Sqs};
 use refarch::config::Settings;
+use refarch::double::sqs::{QueueDouble, QueueFaults};
 use refarch::pipeline::change::{Job, Lane};
 use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::queue::{Backlog, DeadLetters as _, JobQueue, Queue, QueueStats};
 use refarch::pipeline::relay::{self, Relay};
-use refarch::role::chaos::queue_double::{QueueDouble, QueueFaults};
 use refarch::secret::Secret;
 
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -13,7 +13,7 @@ pub mod sqs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::config::{IndexKind, QueueKind, Settings};
+use crate::config::{Index, PineconeIndex, QueueKind, Settings, SqsQueue};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
@@ -85,7 +85,7 @@ impl Database {
 /// soon back.
 pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>) -> Result<T> {
     let started = Instant::now();
-    let patience = Duration::from_secs(settings.database.connect_timeout_s);
+    let patience = settings.database.connect_timeout;
     let mut backoff = Backoff::default();
     loop {
         match work().await {
@@ -100,11 +100,8 @@ pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>
 /// Where the index is by the settings. `host` is the host that was found by the index's name, if there is
 /// one.
 fn place(settings: &Settings, host: Option<String>) -> Place {
-    let index = &settings.index;
-    if index.kind != IndexKind::Pinecone {
-        return Place::default();
-    }
-    let (name, host) = match index.host.trim() {
+    let Index::Pinecone(index) = &settings.index else { return Place::default() };
+    let (name, host) = match index.host() {
         "" => (index.name.clone(), host.unwrap_or_default()),
         given => (String::new(), given.to_owned()),
     };
@@ -123,23 +120,29 @@ async fn compared_place(postgres: &Postgres, settings: &Settings, shape: &IndexS
     };
     let mut place = place(settings, host.clone());
     let source = &settings.source.name;
-    if let Some(recorded) = target::recorded_place(postgres, source).await?
+    if let Index::Pinecone(index) = &settings.index
+        && let Some(recorded) = target::recorded_place(postgres, source).await?
         && !recorded.is(&place)
         && !place.host.is_empty()
     {
-        let host = host.unwrap_or_else(|| settings.index.host.trim().to_owned());
-        let index = pinecone_at(settings, host, shape.dimensions)?;
+        let host = host.unwrap_or_else(|| index.host().to_owned());
+        let index = pinecone_at(settings, index, host, shape.dimensions)?;
         place.is_known = lineage::is_known(postgres, source, &index).await?;
     }
     Ok(place)
 }
 
-fn pinecone_at(settings: &Settings, host: String, dimensions: usize) -> Result<Pinecone> {
+fn pinecone_at(
+    settings: &Settings,
+    index: &PineconeIndex,
+    host: String,
+    dimensions: usize,
+) -> Result<Pinecone> {
     Pinecone::new(pinecone::Options {
         host,
-        api_key: settings.index.api_key.clone(),
-        namespace: settings.index.namespace.clone(),
-        timeout: Duration::from_millis(settings.index.timeout_ms),
+        api_key: index.api_key.clone(),
+        namespace: index.namespace.clone(),
+        timeout: index.timeout,
         dimensions,
         text: settings.source.text.clone(),
         metadata: settings.source.metadata.clone(),
@@ -208,7 +211,8 @@ pub async fn plan_migration(
 
 fn with_index(mut report: Report, settings: &Settings, made: bool) -> Report {
     if made {
-        report.created.push(format!("index {}", settings.index.name));
+        let name = settings.index.pinecone().map_or("", |index| &index.name);
+        report.created.push(format!("index {name}"));
     }
     report
 }
@@ -216,8 +220,8 @@ fn with_index(mut report: Report, settings: &Settings, made: bool) -> Report {
 /// Adds warnings about the queues' own configuration. The role that migrates need not have access to the
 /// queues.
 async fn with_queues(mut report: Report, settings: &Settings) -> Report {
-    if settings.queue.kind == QueueKind::Sqs {
-        let options = sqs_options(settings);
+    if let QueueKind::Sqs(queue) = &settings.queue.kind {
+        let options = sqs_options(settings, queue);
         let remarks = async { sqs::remarks(&sqs::connect(&options).await?, &options).await };
         match tokio::time::timeout(LOOK_AT_QUEUES, remarks).await {
             Ok(Ok((warnings, notes))) => {
@@ -234,7 +238,7 @@ async fn with_queues(mut report: Report, settings: &Settings) -> Report {
 /// Removes everything of ours from the database, except for the user's table.
 pub async fn uninstall(postgres: &Postgres, settings: &Settings, how: How) -> Result<Uninstalled> {
     let mut done = uninstall::uninstall(postgres, &settings.queue, how).await?;
-    if settings.index.kind == IndexKind::Pinecone && !done.removed.is_empty() {
+    if settings.index.pinecone().is_some() && !done.removed.is_empty() {
         done.notes.push("records in Pinecone stay: delete the index or its namespaces there".into());
     }
     Ok(done)
@@ -242,30 +246,23 @@ pub async fn uninstall(postgres: &Postgres, settings: &Settings, how: How) -> Re
 
 /// The index to find or make by its name. `None` for pgvector, or if the settings give the host.
 fn named_index(settings: &Settings, dimensions: usize) -> Option<pinecone::control::Options> {
-    let is_named = settings.index.kind == IndexKind::Pinecone && settings.index.host.trim().is_empty();
-    is_named.then(|| control_options(settings, dimensions))
-}
-
-fn control_options(settings: &Settings, dimensions: usize) -> pinecone::control::Options {
-    pinecone::control::Options {
-        controller: settings.index.controller.clone(),
-        api_key: settings.index.api_key.clone(),
-        name: settings.index.name.clone(),
+    let index = settings.index.pinecone().filter(|index| index.host().is_empty())?;
+    Some(pinecone::control::Options {
+        controller: index.controller.clone(),
+        api_key: index.api_key.clone(),
+        name: index.name.clone(),
         dimensions,
-        cloud: settings.index.cloud.clone(),
-        region: settings.index.region.clone(),
-    }
+        cloud: index.cloud.clone(),
+        region: index.region.clone(),
+    })
 }
 
 async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Queue> {
-    Ok(match settings.queue.kind {
-        QueueKind::Pgmq => Queue::new(Arc::new(Pgmq::new(
-            postgres.clone(),
-            &settings.queue.name,
-            Duration::from_secs(settings.queue.visibility_s),
-        ))),
-        QueueKind::Sqs => {
-            let options = sqs_options(settings);
+    let set = &settings.queue;
+    Ok(match &set.kind {
+        QueueKind::Pgmq => Queue::new(Arc::new(Pgmq::new(postgres.clone(), &set.name, set.visibility))),
+        QueueKind::Sqs(queue) => {
+            let options = sqs_options(settings, queue);
             let client = sqs::connect(&options).await?;
             Queue::new(Arc::new(Sqs::open(client, postgres.clone(), options).await?))
         }
@@ -274,17 +271,16 @@ async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Queue> {
 
 /// The settings of the queue on SQS.
 #[must_use]
-pub fn sqs_options(settings: &Settings) -> sqs::Options {
+pub fn sqs_options(settings: &Settings, queue: &SqsQueue) -> sqs::Options {
     let named = |url: &str| (!url.is_empty()).then(|| url.to_owned());
-    let queue = &settings.queue;
     sqs::Options {
         url: queue.url.clone(),
         bulk_url: named(&queue.bulk_url),
         dead_url: named(&queue.dead_url),
-        visibility: Duration::from_secs(queue.visibility_s),
-        wait: Duration::from_secs(queue.wait_s),
+        visibility: settings.queue.visibility,
+        wait: queue.wait,
         shared_bound: queue.shared_bound,
-        max_receives: queue.max_receives,
+        max_receives: settings.queue.max_receives,
         source: settings.source.name.clone(),
     }
 }
@@ -355,7 +351,7 @@ impl Backends {
     ) -> Result<Self> {
         // A message that was deleted in another service stays deleted, even if a crash of the database loses
         // the work that was done for it. So commits wait for the disk.
-        let waiting = (settings.queue.kind != QueueKind::Pgmq).then(|| postgres.waiting_for_the_disk());
+        let waiting = (!settings.queue.is_pgmq()).then(|| postgres.waiting_for_the_disk());
         let postgres = waiting.as_ref().unwrap_or(postgres);
         let host = match named_index(settings, shape.dimensions) {
             Some(options) => match pinecone::control::host(&options).await {
@@ -368,25 +364,25 @@ impl Backends {
                 }
                 found => found?,
             },
-            None => settings.index.host.trim().to_owned(),
+            None => settings.index.pinecone().map_or("", PineconeIndex::host).to_owned(),
         };
         shape.place = place(settings, Some(host.clone()));
         let target = target::find(postgres, &settings.source, &shape).await?;
         let table = Arc::new(target.table.clone());
-        let index: Arc<dyn VectorIndex> = match settings.index.kind {
-            IndexKind::Pgvector => Arc::new(PgVector::new(
+        let index: Arc<dyn VectorIndex> = match &settings.index {
+            Index::Pgvector(index) => Arc::new(PgVector::new(
                 postgres.clone(),
                 Arc::clone(&table),
                 target.salt.clone(),
                 target.id,
                 pgvector::Options {
-                    graph_min_rows: settings.index.graph_min_rows,
-                    graph_max_backlog: settings.index.graph_max_backlog,
-                    ef_search: settings.index.ef_search,
-                    acknowledged_in_same_log: settings.queue.kind == QueueKind::Pgmq,
+                    graph_min_rows: index.graph_min_rows,
+                    graph_max_backlog: index.graph_max_backlog,
+                    ef_search: index.ef_search,
+                    acknowledged_in_same_log: settings.queue.is_pgmq(),
                 },
             )),
-            IndexKind::Pinecone => Arc::new(pinecone_at(settings, host, target.dimensions)?),
+            Index::Pinecone(index) => Arc::new(pinecone_at(settings, index, host, target.dimensions)?),
         };
         let ledger = Arc::new(PgLedger::new(postgres.clone(), table, target.id, target.salt.clone()));
         Ok(Self {
@@ -395,10 +391,10 @@ impl Backends {
             ledger,
             queue,
             index,
-            pgmq: (settings.queue.kind == QueueKind::Pgmq).then(|| settings.queue.name.clone()),
+            pgmq: settings.queue.is_pgmq().then(|| settings.queue.name.clone()),
             source: Arc::new(settings.source.clone()),
             counted: Arc::default(),
-            proof_period: settings.audit.period(),
+            proof_period: settings.audit.period,
         })
     }
 

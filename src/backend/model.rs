@@ -7,7 +7,7 @@ use super::http_embedder::{self, Known};
 use super::minilm::{self, MiniLm, Model};
 use super::postgres::Postgres;
 use super::postgres::target::{self, IndexShape, Place};
-use crate::config::{EmbedderKind, IndexKind, Settings};
+use crate::config::{EmbedderKind, Index, Settings};
 use crate::pipeline::embedder::Embedder;
 use crate::pipeline::failure::{Error, Result};
 
@@ -23,9 +23,9 @@ pub fn model_dir(settings: &Settings) -> PathBuf {
 /// What the index must hold under these settings. A model on this machine is read, but not loaded; a server
 /// is asked, if the settings don't say how long its vectors are.
 pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
-    match settings.embedder.kind {
-        EmbedderKind::Minilm => {
-            let (dir, precision) = (model_dir(settings), settings.embedder.precision);
+    match &settings.embedder.kind {
+        EmbedderKind::Minilm(local) => {
+            let (dir, precision) = (model_dir(settings), local.precision);
             // The whole model is read for its name.
             let read = tokio::task::spawn_blocking(move || minilm::Description::read(&dir, precision)).await;
             let description = read.map_err(|error| Error::fatal("read the model", error))??;
@@ -34,8 +34,8 @@ pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
                 ..shape(settings, &description.model, description.dimensions)
             })
         }
-        EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
-            let server = http_embedder::Server::open(settings, None).await?;
+        EmbedderKind::Openai(_) | EmbedderKind::Tei(_) | EmbedderKind::Pinecone(_) => {
+            let server = http_embedder::Server::open(&settings.embedder, None).await?;
             Ok(shape(settings, server.name(), server.dimensions()))
         }
     }
@@ -52,17 +52,17 @@ pub(super) async fn known_shape(postgres: &Postgres, settings: &Settings) -> Res
 
 /// What the database knows of the server's model; none for a model on this machine.
 async fn known(postgres: &Postgres, settings: &Settings) -> Result<Option<Known>> {
-    if settings.embedder.kind == EmbedderKind::Minilm {
+    if matches!(settings.embedder.kind, EmbedderKind::Minilm(_)) {
         return Ok(None);
     }
     let recorded = target::recorded_model(postgres, &settings.source.name).await?;
-    Ok(recorded.and_then(|(model, dimensions)| Known::of(settings, &model, dimensions)))
+    Ok(recorded.and_then(|(model, dimensions)| Known::of(&settings.embedder, &model, dimensions)))
 }
 
 fn shape(settings: &Settings, model: &str, dimensions: usize) -> IndexShape {
-    let kind = match settings.index.kind {
-        IndexKind::Pgvector => "pgvector",
-        IndexKind::Pinecone => "pinecone",
+    let kind = match settings.index {
+        Index::Pgvector(_) => "pgvector",
+        Index::Pinecone(_) => "pinecone",
     };
     IndexShape {
         kind: kind.into(),
@@ -95,18 +95,16 @@ impl LoadedModel {
     }
 
     async fn load_as(settings: &Settings, known: Option<&Known>) -> Result<Self> {
-        Ok(match settings.embedder.kind {
-            EmbedderKind::Minilm => {
+        Ok(match &settings.embedder.kind {
+            EmbedderKind::Minilm(local) => {
                 let dir = model_dir(settings);
-                let options = minilm::Options {
-                    precision: settings.embedder.precision,
-                    instructions: settings.embedder.instructions,
-                };
+                let options =
+                    minilm::Options { precision: local.precision, instructions: local.instructions };
                 let loaded = tokio::task::spawn_blocking(move || Model::load(&dir, options)).await;
                 Self::Minilm(Arc::new(loaded.map_err(|error| Error::fatal("load the model", error))??))
             }
-            EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
-                let server = http_embedder::Server::open(settings, known).await?;
+            EmbedderKind::Openai(_) | EmbedderKind::Tei(_) | EmbedderKind::Pinecone(_) => {
+                let server = http_embedder::Server::open(&settings.embedder, known).await?;
                 server.greet().await?;
                 Self::Http(Box::new(server))
             }

@@ -45,32 +45,28 @@ pub async fn work(
     let workers = settings.indexer.worker_count();
     let worker = Worker::join(backends.postgres.clone(), "embed", workers, Arc::clone(meter)).await?;
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
-    let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease()));
+    let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease));
     let indexer = Indexer::new(
         backends.queue.clone(),
         Arc::clone(&backends.ledger) as _,
         Arc::clone(&backends.index),
-        Scheduler::new(
-            model.start(workers),
-            Duration::from_millis(settings.indexer.slice_ms),
-            Arc::clone(&clock),
-        ),
+        Scheduler::new(model.start(workers), settings.indexer.slice, Arc::clone(&clock)),
         Arc::clone(meter),
         Arc::clone(&lease),
         Options {
             source: settings.source.name.clone(),
             worker: worker.id.clone(),
             workers,
-            hold: Duration::from_millis(settings.indexer.hold_ms),
-            poll: Duration::from_millis(settings.indexer.poll_ms),
+            hold: settings.indexer.hold,
+            poll: settings.indexer.poll,
             max_receives: settings.queue.max_receives,
-            settle: settings.indexer.settle(),
-            look: Duration::from_millis(settings.index.freshness_ms),
+            settle: settings.indexer.attempt(),
+            look: settings.index.pinecone().map_or(Duration::ZERO, |index| index.freshness),
         },
     )
     .reporting(Arc::clone(&worker.faults));
     let indexer = Arc::new(indexer);
-    let abort = shutdown::after_grace(stop, settings.runtime.grace());
+    let abort = shutdown::after_grace(stop, settings.runtime.grace);
     let over = CancellationToken::new();
     let session = async {
         if backends.index_is_fenced() {

@@ -1,7 +1,6 @@
 //! `refarch listen`: relays committed changes from the outbox to the queue.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
@@ -42,7 +41,7 @@ pub async fn work(
             pack: settings.relay.pack,
             bulk_threshold: settings.relay.bulk_threshold,
             live_bound: settings.relay.live_bound,
-            poll: Duration::from_millis(settings.relay.poll_ms),
+            poll: settings.relay.poll,
         },
     )
     .reporting(Arc::clone(&worker.faults));

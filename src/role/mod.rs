@@ -25,7 +25,6 @@ use crate::backend::postgres::target;
 use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::cli::{Cli, Command};
 use crate::config::{EmbedderKind, Settings};
-use crate::secret::without_secrets;
 
 /// Runs the role that the command line names, and returns the exit code of the process.
 pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCode> {
@@ -40,7 +39,7 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCod
         Command::Up(args) => up::run(&args, &settings).await,
         Command::Status(args) => status::run(&args, &settings).await,
         Command::Redrive(args) => redrive::run(&args, &settings).await,
-        Command::Config => print(without_secrets(&toml::to_string(&settings)?).as_bytes()),
+        Command::Config => print(settings.as_toml().as_bytes()),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "refarch", &mut script);
@@ -85,8 +84,8 @@ async fn with_model<T>(
     work: impl AsyncFnOnce(&Database, &LoadedModel) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     let local = match settings.embedder.kind {
-        EmbedderKind::Minilm => Some(LoadedModel::load(settings).await?),
-        EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => None,
+        EmbedderKind::Minilm(_) => Some(LoadedModel::load(settings).await?),
+        EmbedderKind::Openai(_) | EmbedderKind::Tei(_) | EmbedderKind::Pinecone(_) => None,
     };
     with_database(settings, async |database: &Database| {
         let load = async || LoadedModel::load_known(&database.postgres, settings).await;

@@ -27,10 +27,10 @@ const MIN_PATIENCE: Duration = Duration::from_secs(30);
 /// other work waits for the proof.
 pub async fn keep(backends: &Backends, settings: &Settings, worker: &str, over: &CancellationToken) {
     let store = PgRounds::new(backends.postgres.clone(), backends.target.id, worker);
-    let visibility = Duration::from_secs(settings.queue.visibility_s);
-    let settle = if backends.index_is_fenced() { Duration::ZERO } else { settings.indexer.settle() };
+    let visibility = settings.queue.visibility;
+    let settle = if backends.index_is_fenced() { Duration::ZERO } else { settings.indexer.attempt() };
     let options = ProofOptions {
-        period: settings.audit.period(),
+        period: settings.audit.period,
         full: settings.audit.index == IndexCheck::Full,
         patience: settle.max(visibility * 2).max(MIN_PATIENCE),
         read_letters: backends.dead_letters_are_open(),
@@ -45,8 +45,7 @@ pub async fn keep(backends: &Backends, settings: &Settings, worker: &str, over: 
         Arc::new(store),
         options,
     );
-    let look_every = (settings.audit.armed_s > 0).then(|| Duration::from_secs(settings.audit.armed_s));
-    over.run_until_cancelled(prove(&mut prover, backends, worker, look_every)).await;
+    over.run_until_cancelled(prove(&mut prover, backends, worker, settings.audit.armed)).await;
     if let Err(error) = prover.release().await {
         tracing::debug!(%error, "cannot release the continuous proof: another worker takes it over later");
     }

@@ -17,7 +17,7 @@ use axum::response::{IntoResponse as _, Json, Response};
 use axum::{Router, routing};
 use common::Database;
 use refarch::backend::LoadedModel;
-use refarch::config::Settings;
+use refarch::config::{EmbedderKind, Settings};
 use refarch::pipeline::embedder::Embedder;
 use refarch::pipeline::failure::{Class, Error};
 use serde_json::{Value, json};
@@ -291,7 +291,10 @@ async fn a_customary_key_goes_to_its_own_provider_only() {
             ("REFARCH_EMBEDDER_MODEL", "m"),
             ("OPENAI_API_KEY", "lent"),
         ]);
-        set.embedder.api_key.expose().to_owned()
+        let (EmbedderKind::Openai(server) | EmbedderKind::Tei(server)) = set.embedder.kind else {
+            panic!("{kind} is a server")
+        };
+        server.api_key.expose().to_owned()
     };
     assert_eq!((key("openai").as_str(), key("tei").as_str()), ("lent", ""));
 }

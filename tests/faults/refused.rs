@@ -1,6 +1,6 @@
 //! Answers of an index that would concern everything, given to one record or to all.
 
-use refarch::role::chaos::double::Verb;
+use refarch::double::pinecone::Verb;
 use serde_json::{Value, json};
 use tokio::process::Child;
 

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::Settings;
 use crate::secret::Secret;
@@ -75,7 +76,7 @@ pub struct Cluster {
     url: Secret,
     tcp: Tcp,
     place: Place,
-    log_keeper: tokio::task::AbortHandle,
+    _log_keeper: AbortOnDropHandle<()>,
     membership: Membership,
 }
 
@@ -123,7 +124,7 @@ impl Cluster {
                 password,
             },
             url,
-            log_keeper: keep_log_short(&place),
+            _log_keeper: keep_log_short(&place),
             place,
             membership,
         })
@@ -201,12 +202,6 @@ impl Cluster {
     }
 }
 
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        self.log_keeper.abort();
-    }
-}
-
 /// The URL of the configured database. Without one, joins the private cluster: the caller must leave it.
 pub async fn database_url(settings: &Settings) -> anyhow::Result<(Secret, Option<Cluster>)> {
     if !settings.database.url.is_empty() {
@@ -216,9 +211,9 @@ pub async fn database_url(settings: &Settings) -> anyhow::Result<(Secret, Option
     Ok((cluster.url().clone(), Some(cluster)))
 }
 
-fn keep_log_short(place: &Place) -> tokio::task::AbortHandle {
+fn keep_log_short(place: &Place) -> AbortOnDropHandle<()> {
     let place = place.clone();
-    tokio::spawn(async move {
+    AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
             tokio::time::sleep(LOG_CHECK).await;
             let place = place.clone();
@@ -226,6 +221,5 @@ fn keep_log_short(place: &Place) -> tokio::task::AbortHandle {
                 tracing::warn!(error = format!("{error:#}"), "cannot shorten the private PostgreSQL's log");
             }
         }
-    })
-    .abort_handle()
+    }))
 }

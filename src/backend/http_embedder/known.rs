@@ -1,7 +1,7 @@
 //! What an index tells of the server's model that it was made with.
 
 use super::provider::Provider;
-use crate::config::Settings;
+use crate::config;
 
 /// A server's model as an index was made with it, so that the server need not be asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,12 +20,11 @@ pub(super) fn signature(provider: Provider, model: &str, dimensions: usize) -> S
 impl Known {
     /// The model of that name for the content hash; none if the settings name another one.
     #[must_use]
-    pub fn of(settings: &Settings, recorded: &str, dimensions: usize) -> Option<Self> {
-        let set = &settings.embedder;
-        let provider = Provider::of(set.kind)?;
+    pub fn of(settings: &config::Embedder, recorded: &str, dimensions: usize) -> Option<Self> {
+        let (provider, set) = Provider::of(&settings.kind)?;
         let model = recorded.strip_prefix(provider.name())?.strip_prefix(':')?;
         let model = model.strip_suffix(&dimensions.to_string())?.strip_suffix('@')?;
-        let is_named = set.model.is_empty() || set.model == model;
+        let is_named = settings.model.is_empty() || settings.model == model;
         let is_as_long = set.dimensions == 0 || set.dimensions == dimensions;
         (is_named && is_as_long).then(|| Self {
             model: model.to_owned(),
@@ -50,28 +49,25 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::EmbedderKind;
+    use crate::config::Settings;
 
     #[test]
     fn only_the_model_that_the_settings_name_is_known() {
-        let mut settings = Settings::load(None, &[].into(), &[]).unwrap();
-        settings.embedder.kind = EmbedderKind::Tei;
-        let of = |settings: &Settings, recorded: &str| {
-            Known::of(settings, recorded, 512).map(|known| (known.model, known.signature))
+        let of = |set: &[(&str, &str)], recorded: &str| {
+            let fixed = [("REFARCH_EMBEDDER_KIND", "tei"), ("REFARCH_EMBEDDER_URL", "http://x")];
+            let env = fixed.iter().chain(set).map(|(name, value)| ((*name).into(), (*value).into()));
+            let settings = Settings::load(None, &env.collect(), &[]).unwrap();
+            Known::of(&settings.embedder, recorded, 512).map(|known| (known.model, known.signature))
         };
         let recorded = signature(Provider::Tei, "a:b@c", 512);
         let known = Some(("a:b@c".to_owned(), recorded.clone()));
-        assert_eq!(of(&settings, &recorded), known, "any name, any length");
+        assert_eq!(of(&[], &recorded), known, "any name, any length");
         for other in ["tei:a:b@c@51", "openai:a:b@c@512", "tei:a:b@c", "all-minilm"] {
-            assert_eq!(of(&settings, other), None, "{other}");
+            assert_eq!(of(&[], other), None, "{other}");
         }
-        settings.embedder.model = "a:b@c".into();
-        settings.embedder.dimensions = 512;
-        assert_eq!(of(&settings, &recorded), known);
-        settings.embedder.dimensions = 256;
-        assert_eq!(of(&settings, &recorded), None);
-        settings.embedder.dimensions = 0;
-        settings.embedder.model = "other".into();
-        assert_eq!(of(&settings, &recorded), None);
+        let (model, length) = ("REFARCH_EMBEDDER_MODEL", "REFARCH_EMBEDDER_DIMENSIONS");
+        assert_eq!(of(&[(model, "a:b@c"), (length, "512")], &recorded), known);
+        assert_eq!(of(&[(model, "a:b@c"), (length, "256")], &recorded), None);
+        assert_eq!(of(&[(model, "other")], &recorded), None);
     }
 }

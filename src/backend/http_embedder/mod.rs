@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use reqwest::Url;
 use tokio::sync::Semaphore;
 
-use crate::config::Settings;
+use crate::config;
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::retry::Backoff;
@@ -88,34 +88,25 @@ impl From<Error> for Failure {
 impl Server {
     /// Looks at the server that the settings name: what it can take, and how long its vectors are. What is known
     /// of its model it need not tell now.
-    pub async fn open(settings: &Settings, known: Option<&Known>) -> Result<Self> {
-        let set = &settings.embedder;
+    pub async fn open(settings: &config::Embedder, known: Option<&Known>) -> Result<Self> {
         let wrong = |message: String| Error::fatal("use the embedder", message);
-        let provider =
-            Provider::of(set.kind).ok_or_else(|| wrong("a model on this machine has no server".into()))?;
-        let address = match (provider, set.url.trim()) {
-            (Provider::Pinecone, "") => &settings.index.controller,
-            (_, address) => address,
-        };
-        let base = Url::parse(address).map_err(|error| wrong(format!("embedder.url: {error}")))?;
+        let (provider, set) = Provider::of(&settings.kind)
+            .ok_or_else(|| wrong("a model on this machine has no server".into()))?;
+        let base = Url::parse(&set.url).map_err(|error| wrong(format!("embedder.url: {error}")))?;
         let url = address::embedding(&base, provider);
         let client = reqwest::Client::builder()
-            .timeout(Duration::from_millis(set.timeout_ms))
+            .timeout(set.timeout)
             .user_agent(concat!("refarch/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .build()
             .map_err(|error| wrong(error.to_string()))?;
-        let api_key = match provider {
-            Provider::Pinecone if set.api_key.is_empty() => settings.index.api_key.clone(),
-            _ => set.api_key.clone(),
-        };
         let mut server = Self {
             client,
             provider,
             base,
             url,
-            api_key,
-            model: set.model.clone(),
+            api_key: set.api_key.clone(),
+            model: settings.model.clone(),
             signature: String::new(),
             asked: (set.dimensions > 0 && provider != Provider::Tei).then_some(set.dimensions),
             dimensions: set.dimensions,

@@ -4,7 +4,7 @@ use reqwest::RequestBuilder;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::config::EmbedderKind;
+use crate::config::{EmbedderKind, HttpEmbedder};
 
 /// The version of Pinecone's API that is spoken.
 const PINECONE_VERSION: &str = "2026-04";
@@ -72,13 +72,13 @@ impl Info {
 }
 
 impl Provider {
-    /// None for a model on this machine.
-    pub(super) fn of(kind: EmbedderKind) -> Option<Self> {
+    /// The protocol and the server's settings; none for a model on this machine.
+    pub(super) fn of(kind: &EmbedderKind) -> Option<(Self, &HttpEmbedder)> {
         match kind {
-            EmbedderKind::Minilm => None,
-            EmbedderKind::Openai => Some(Self::OpenAi),
-            EmbedderKind::Tei => Some(Self::Tei),
-            EmbedderKind::Pinecone => Some(Self::Pinecone),
+            EmbedderKind::Minilm(_) => None,
+            EmbedderKind::Openai(set) => Some((Self::OpenAi, set)),
+            EmbedderKind::Tei(set) => Some((Self::Tei, set)),
+            EmbedderKind::Pinecone(set) => Some((Self::Pinecone, set)),
         }
     }
 

@@ -59,7 +59,7 @@ impl Postgres {
         let tls = wanted.connector()?;
         let mut config = wanted.config;
         if config.get_connect_timeout().is_none() {
-            config.connect_timeout(Duration::from_secs(settings.connect_timeout_s));
+            config.connect_timeout(settings.connect_timeout);
         }
         if config.get_application_name().is_none() {
             config.application_name("refarch");

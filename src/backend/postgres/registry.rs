@@ -5,15 +5,17 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::fault::Written;
-use super::{Postgres, failure};
+use super::{Connection, Postgres, failure};
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Class, Result};
-use crate::pipeline::fault::Board;
+use crate::pipeline::fault::{Board, Fault};
 use crate::pipeline::meter::Meter;
 
 /// How often a worker writes a heartbeat, and a sample if it did anything.
 const BEAT: Duration = Duration::from_secs(1);
+
+/// A fault that lasts is written again after this many heartbeats.
+const REFRESH_BEATS: u32 = 10;
 
 /// A worker whose last heartbeat is older is not shown. Seconds.
 pub const WORKER_GONE_S: i32 = 15;
@@ -150,6 +152,44 @@ impl Worker {
              INSERT INTO refarch.event (worker_id, kind) VALUES ($1, 'left')"
         );
         client.execute(&sql, &[&self.id]).await.map_err(|error| failure("leave the books", &error))?;
+        Ok(())
+    }
+}
+
+/// A worker's faults as they were last written to the database.
+#[derive(Debug, Default)]
+struct Written {
+    faults: Vec<Fault>,
+    beats: u32,
+}
+
+impl Written {
+    /// Writes a worker's faults if they changed, and once in a while that they go on. Kinds that others
+    /// write under the worker's name are left alone.
+    async fn keep(&mut self, client: &Connection, worker: &str, current: Vec<Fault>) -> Result<()> {
+        self.beats += 1;
+        if current == self.faults && (current.is_empty() || self.beats < REFRESH_BEATS) {
+            return Ok(());
+        }
+        let ended: Vec<&str> = self
+            .faults
+            .iter()
+            .map(|fault| fault.kind)
+            .filter(|kind| current.iter().all(|fault| fault.kind != *kind))
+            .collect();
+        let kinds: Vec<&str> = current.iter().map(|fault| fault.kind).collect();
+        let messages: Vec<&str> = current.iter().map(|fault| fault.message.as_str()).collect();
+        client
+            .execute(
+                "WITH ended AS (DELETE FROM refarch.fault WHERE worker_id = $1 AND kind = ANY ($2)) \
+                 INSERT INTO refarch.fault AS f (worker_id, kind, message) \
+                 SELECT $1, u.kind, u.message FROM unnest($3::text[], $4::text[]) AS u(kind, message) \
+                 ON CONFLICT (worker_id, kind) DO UPDATE SET message = excluded.message, seen_at = clock_timestamp()",
+                &[&worker, &ended, &kinds, &messages],
+            )
+            .await
+            .map_err(|error| failure("write a fault", &error))?;
+        (self.faults, self.beats) = (current, 0);
         Ok(())
     }
 }

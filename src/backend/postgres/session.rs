@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use tokio_postgres::SimpleQueryMessage;
 
@@ -61,9 +62,8 @@ pub async fn keep(
 async fn hold(postgres: &Postgres, worker: &str, lease: &Lease, backoff: &mut Backoff) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("keep the worker's session", &error);
     let (client, connection) = postgres.dedicated().await.map_err(fail)?;
-    let connection = tokio::spawn(connection);
     // Nothing may keep the session open after this function ends.
-    let _ended = AbortOnDrop(connection);
+    let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
     let at = lease.clock().now();
     let lock = client.prepare("SELECT pg_advisory_lock(hashtext($1), hashtext($2))").await.map_err(fail)?;
     // Waits while the server still keeps an earlier session of this worker, so the role's timeouts must not
@@ -104,12 +104,4 @@ fn no_session() -> Error {
         "database.url leads to a pooler in transaction mode, and a worker cannot hold a lock behind such a pooler: \
          use the address of the server itself, or of the pooler in session mode",
     )
-}
-
-struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
-
-impl<T> Drop for AbortOnDrop<T> {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
 }

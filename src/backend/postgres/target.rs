@@ -3,7 +3,7 @@
 
 use tokio_postgres::Transaction;
 
-use super::migrate::Report;
+use super::migrate::report::Report;
 use super::source::SourceTable;
 use super::{Postgres, failure};
 use crate::backend::pgvector;
@@ -268,18 +268,7 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
             format!("there is no schema refarch in {}: {fix}", postgres.address()),
         ));
     }
-    let version: i32 = client
-        .query_one("SELECT coalesce(max(version), 0) FROM refarch.migration", &[])
-        .await
-        .map_err(|error| failure("look for the schema", &error))?
-        .get(0);
-    let needed = super::migrate::newest_version();
-    if version < needed {
-        return Err(Error::fatal(
-            "look for the schema",
-            format!("the schema refarch has version {version}, and this build needs version {needed}: {fix}"),
-        ));
-    }
+    super::migrate::check(&client).await?;
     let table = match find_table(&client, source).await {
         // The settings are as recorded, so somebody is altering the table just now.
         Err(error) if error.class == Class::Fatal && is_as_recorded(&client, source).await? => {

@@ -10,11 +10,8 @@
 //! application has its own database role. `refarch chaos` itself connects as the superuser.
 
 mod crew;
-pub mod double;
-mod embedder_double;
 mod lab;
 mod operator;
-pub mod queue_double;
 mod schedule;
 mod torment;
 mod writer;
@@ -36,14 +33,14 @@ use crate::backend::postgres::Postgres;
 use crate::backend::{Backends, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
+use crate::double::pinecone::{Counts, Double, Faults};
+use crate::double::sqs::{QueueCounts, QueueDouble, QueueFaults};
 use crate::pipeline::audit::{Auditor, Options, Report};
 use crate::pipeline::clock::BootClock;
 use crate::shutdown;
 use crew::Crew;
-use double::{Counts, Faults};
 use lab::Lab;
 use operator::{Operated, Operator};
-use queue_double::{QueueCounts, QueueFaults};
 use torment::{Done, Torment};
 use writer::{Form, Model, Writer, Written};
 
@@ -195,8 +192,8 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
         double.refuse(Duration::ZERO);
     }
     crew.thaw_all();
-    let counts = lab.double.as_ref().map(double::Double::counts);
-    let queue_counts = lab.queue_double.as_ref().map(queue_double::QueueDouble::counts);
+    let counts = lab.double.as_ref().map(Double::counts);
+    let queue_counts = lab.queue_double.as_ref().map(QueueDouble::counts);
     let quiet = Instant::now();
     let postgres = Postgres::new(lab.url(), &lab.settings.database)?;
     let backends = open(lab, &postgres, &mut crew).await?;

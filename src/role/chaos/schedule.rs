@@ -5,10 +5,11 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
-use super::double::Faults;
+use super::lab::MAX_LATE;
 use super::operator::Operation;
-use super::queue_double::QueueFaults;
 use crate::cli::ChaosFault;
+use crate::double::pinecone::Faults;
+use crate::double::sqs::QueueFaults;
 
 /// A fault that is injected.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -66,9 +67,6 @@ impl Fault {
         }
     }
 }
-
-/// Greatest delay of a write in the double. It is less than the `indexer.settle_ms` of the roles.
-pub const MAX_LATE: Duration = Duration::from_secs(3);
 
 /// How long the double holds a response. It is longer than the roles' timeout.
 const HANG_FOR: Duration = Duration::from_millis(2_500);

@@ -259,7 +259,7 @@ pub async fn work(
     let bounds =
         Bounds::new(settings.serve.max_connections, settings.serve.pool_size + settings.database.pool_size);
     let worker = Worker::join(backends.postgres.clone(), "serve", 1, Arc::default()).await?;
-    let abort = shutdown::after_grace(stop, settings.runtime.grace());
+    let abort = shutdown::after_grace(stop, settings.runtime.grace);
     let server = serve(listener, router(Arc::new(app), guard), bounds, stop.clone());
     let result = super::while_beating(&worker, async {
         tokio::select! {

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tower_http::set_header::SetResponseHeaderLayer;
 
 use super::error::Refusal;
 use super::guard::{Guard, watch};
@@ -29,6 +30,10 @@ const LEGACY_PAGE: u64 = 10;
 
 /// Greatest page number, so that row offsets cannot overflow.
 const MAX_PAGE: u64 = 1_000_000_000;
+
+/// The page loads files from its own server only, and uses no inline scripts or styles.
+const CONTENT_SECURITY_POLICY: &str =
+    "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'";
 
 type Shared = State<Arc<App>>;
 type Answer<T> = Result<T, Refusal>;
@@ -81,7 +86,8 @@ impl From<PathRejection> for Refusal {
     }
 }
 
-/// All routes.
+/// All routes. Bodies are bounded by axum itself, whose limit the extractors tell of in our form. Nothing is compressed:
+/// answers are counted by their bytes, and a proxy compresses them where that is worth its time.
 pub fn router(app: Arc<App>, guard: Guard) -> Router {
     Router::new()
         .route("/api/v1/products", get(list).post(create))
@@ -104,9 +110,23 @@ pub fn router(app: Arc<App>, guard: Guard) -> Router {
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), time_out))
         .layer(middleware::from_fn_with_state(Arc::new(guard), watch))
+        .layer(always(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
+        .layer(always(header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY_POLICY))
+        .layer(always(header::REFERRER_POLICY, "no-referrer"))
+        .layer(SetResponseHeaderLayer::if_not_present(
+            header::CACHE_CONTROL,
+            HeaderValue::from_static("no-store"),
+        ))
         .with_state(app)
 }
 
+/// A header of every answer, refusals included.
+fn always(name: HeaderName, value: &'static str) -> SetResponseHeaderLayer<HeaderValue> {
+    SetResponseHeaderLayer::overriding(name, HeaderValue::from_static(value))
+}
+
+/// Ends what takes too long. By hand: `tower-http`'s layer answers with an empty body and one status, and here the
+/// answer depends on whether the client or the server was late.
 async fn time_out(State(app): Shared, request: axum::extract::Request, next: middleware::Next) -> Response {
     let watch = request.extensions().get::<Arc<Watch>>().cloned();
     if let Ok(response) = tokio::time::timeout(app.limits.request, next.run(request)).await {

@@ -3,7 +3,8 @@
 //! All clients behind one proxy may have the same address. So an address cannot be blocked: one client's
 //! wrong tokens would also block the client that has the right token. Instead, after some wrong tokens from
 //! an address, no token is checked for a second after each wrong one. So guessing stays slow, and the right
-//! token still gets through between two guesses.
+//! token still gets through between two guesses. Written by hand, because rate limiters (governor,
+//! tower's) block a key whatever it sends, the right token too.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;

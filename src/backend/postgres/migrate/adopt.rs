@@ -7,7 +7,7 @@
 
 use tokio_postgres::Transaction;
 
-use super::Report;
+use super::report::Report;
 use crate::backend::postgres::failure;
 use crate::backend::postgres::source::{SourceTable, quote_ident};
 use crate::pipeline::failure::Result;

@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::Transaction;
 
+use super::adopt;
 use super::patience::Session;
-use super::{Report, adopt};
+use super::report::Report;
 use crate::backend::postgres::source::SourceTable;
 use crate::backend::postgres::{Postgres, capture, failure};
 use crate::pipeline::failure::Result;

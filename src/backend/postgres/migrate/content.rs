@@ -2,8 +2,9 @@
 
 use tokio_postgres::Transaction;
 
+use super::Options;
+use super::report::Report;
 use super::uninstall::refuse_while_running;
-use super::{Options, Report};
 use crate::backend::postgres::failure;
 use crate::backend::postgres::source::SourceTable;
 use crate::backend::postgres::target::{self, IndexShape};

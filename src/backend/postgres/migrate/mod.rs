@@ -5,9 +5,10 @@ mod arming;
 mod content;
 mod patience;
 mod queues;
+pub(super) mod report;
 pub mod uninstall;
+mod versions;
 
-use serde::Serialize;
 use tokio_postgres::Transaction;
 
 use super::source::SourceTable;
@@ -18,19 +19,8 @@ use crate::config;
 use crate::pipeline::failure::{Error, Result};
 use content::Known;
 use patience::Session;
-
-/// The migrations of schema `refarch`, in order. A released migration is never edited.
-const MIGRATIONS: &[(i32, &str, &str)] = &[
-    (1, "core", include_str!("../schema/0001_core.sql")),
-    (2, "attempts", include_str!("../schema/0002_attempts.sql")),
-    (3, "shipments", include_str!("../schema/0003_shipments.sql")),
-    (4, "made", include_str!("../schema/0004_made.sql")),
-    (5, "capture", include_str!("../schema/0005_capture.sql")),
-    (6, "faults", include_str!("../schema/0006_faults.sql")),
-    (7, "proof", include_str!("../schema/0007_proof.sql")),
-    (8, "ownership", include_str!("../schema/0008_ownership.sql")),
-    (9, "leaves", include_str!("../schema/0009_leaves.sql")),
-];
+pub use report::Report;
+pub(super) use versions::check;
 
 /// The reference architecture's table.
 const PRODUCTS: &str = include_str!("../schema/products.sql");
@@ -49,26 +39,6 @@ pub struct Options {
     pub rebuild: bool,
     /// Roles of the database that get the rights of a part: pairs of part, from [`PARTS`], and role.
     pub roles: Vec<(String, String)>,
-}
-
-/// What a migration did.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Report {
-    /// Migrations applied, by name.
-    pub applied: Vec<String>,
-    /// Tables, queues and extensions made.
-    pub created: Vec<String>,
-    /// Triggers that were removed: those of a replaced system, and our own on tables that are no longer
-    /// indexed.
-    pub removed: Vec<String>,
-    /// Tables on which capture triggers were installed.
-    pub armed: Vec<String>,
-    /// Rows queued because they existed before capture.
-    pub queued: u64,
-    /// Changes and contents that are not covered, and why.
-    pub warnings: Vec<String>,
-    /// What the user should know or do.
-    pub notes: Vec<String>,
 }
 
 /// Brings the database up to date with this build and these settings.
@@ -176,10 +146,10 @@ async fn prepare(
 ) -> Result<Prepared> {
     let fail = |error: tokio_postgres::Error| failure("prepare change capture", &error);
     let mut report = Report::default();
-    apply_migrations(transaction, &mut report).await?;
+    versions::apply(transaction, &mut report).await?;
     create_products(transaction, source, &mut report).await?;
     let left_behind = queues::switch(transaction, queue, &mut report).await?;
-    if queue.kind == config::QueueKind::Pgmq {
+    if queue.is_pgmq() {
         queues::create(transaction, queue, &mut report).await?;
     }
     if shape.kind == target::PGVECTOR {
@@ -269,78 +239,6 @@ async fn give_rights(transaction: &Transaction<'_>, options: &Options) -> Result
             .map_err(fail)?;
     }
     transaction.execute("SELECT refarch.give_rights()", &[]).await.map(drop).map_err(fail)
-}
-
-/// The version of the schema that this build works with.
-pub(super) fn newest_version() -> i32 {
-    MIGRATIONS.last().map_or(0, |(version, _, _)| *version)
-}
-
-async fn apply_migrations(transaction: &Transaction<'_>, report: &mut Report) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("migrate the schema", &error);
-    let there: bool = transaction
-        .query_one("SELECT to_regclass('refarch.migration') IS NOT NULL", &[])
-        .await
-        .map_err(fail)?
-        .get(0);
-    if !there {
-        transaction
-            .batch_execute(
-                "CREATE SCHEMA IF NOT EXISTS refarch; \
-                 CREATE TABLE refarch.migration ( \
-                   version integer PRIMARY KEY, name text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())",
-            )
-            .await
-            .map_err(fail)?;
-    }
-    refuse_another_owner(transaction).await?;
-    let newest: i32 = transaction
-        .query_one("SELECT coalesce(max(version), 0) FROM refarch.migration", &[])
-        .await
-        .map_err(fail)?
-        .get(0);
-    let known = newest_version();
-    if newest > known {
-        return Err(Error::fatal(
-            "migrate the schema",
-            format!(
-                "the schema refarch has version {newest}, and this build knows versions up to {known}: use a newer refarch"
-            ),
-        ));
-    }
-    for (version, name, sql) in MIGRATIONS.iter().filter(|(version, _, _)| *version > newest) {
-        transaction.batch_execute(sql).await.map_err(fail)?;
-        transaction
-            .execute("INSERT INTO refarch.migration (version, name) VALUES ($1, $2)", &[version, name])
-            .await
-            .map_err(fail)?;
-        report.applied.push(format!("{version:04}_{name}"));
-    }
-    Ok(())
-}
-
-/// Refuses a role that does not own the existing schema. Replaced functions keep their owner, who may not
-/// write to tables that another role makes. The application's statements would then fail in the triggers.
-async fn refuse_another_owner(transaction: &Transaction<'_>) -> Result<()> {
-    let (owner, user): (String, String) = transaction
-        .query_one(
-            "SELECT r.rolname::text, current_user::text FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner \
-             WHERE c.oid = 'refarch.migration'::regclass",
-            &[],
-        )
-        .await
-        .map(|row| (row.get(0), row.get(1)))
-        .map_err(|error| failure("look for the owner of the schema refarch", &error))?;
-    if owner == user {
-        return Ok(());
-    }
-    Err(Error::fatal(
-        "migrate the schema",
-        format!(
-            "the schema refarch belongs to the role {owner}, and this login is {user}: run refarch migrate as {owner}. \
-             If {owner} may not create an extension that is missing, create the extension as {user} first"
-        ),
-    ))
 }
 
 /// Records an object that was made outside of our schema.

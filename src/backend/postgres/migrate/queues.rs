@@ -2,7 +2,8 @@
 
 use tokio_postgres::Transaction;
 
-use super::{Report, remember, uninstall};
+use super::report::Report;
+use super::{remember, uninstall};
 use crate::backend::pgmq::Names;
 use crate::backend::postgres::failure;
 use crate::backend::postgres::source::quote_ident;
@@ -55,9 +56,9 @@ pub(super) async fn switch(
     report: &mut Report,
 ) -> Result<bool> {
     let fail = |error: tokio_postgres::Error| failure("read which queue was used", &error);
-    let (kind, name) = match queue.kind {
+    let (kind, name) = match &queue.kind {
         config::QueueKind::Pgmq => ("pgmq", queue.name.as_str()),
-        config::QueueKind::Sqs => ("sqs", queue.url.as_str()),
+        config::QueueKind::Sqs(queue) => ("sqs", queue.url.as_str()),
     };
     let before = transaction
         .query_opt("SELECT kind, name FROM refarch.queue", &[])
@@ -110,10 +111,7 @@ async fn refuse_while_it_holds(transaction: &Transaction<'_>, queue: &config::Qu
         return Ok(());
     }
     let names = Names::new(&queue.name);
-    let used: Vec<&str> = match queue.kind {
-        config::QueueKind::Pgmq => names.all().into(),
-        config::QueueKind::Sqs => Vec::new(),
-    };
+    let used: Vec<&str> = if queue.is_pgmq() { names.all().into() } else { Vec::new() };
     let left = transaction
         .query(
             "SELECT m.name, c.relname::text FROM refarch.made m JOIN pgmq.meta q ON q.queue_name = m.name \

@@ -95,7 +95,7 @@ async fn take_away(transaction: &Transaction<'_>, queue: &config::Queue, how: Ho
             granted.join(", ")
         ));
     }
-    if queue.kind == config::QueueKind::Sqs {
+    if !queue.is_pgmq() {
         done.notes.push("messages in SQS stay: purge the queues if nothing else uses them".into());
     }
     Ok(done)

@@ -1,4 +1,5 @@
-//! A database's address: options of encryption and of other tools are removed from it.
+//! A database's address: options of encryption and of other tools are removed from it. By hand: tokio-postgres
+//! refuses an option that it does not know, and takes nothing out of an address.
 
 use super::options::{Fate, fate, names_schema, nearest};
 use crate::pipeline::failure::{Error, Result};

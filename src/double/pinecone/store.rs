@@ -5,40 +5,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::limits::{self, Parameters, Refused};
+use super::asked::{ByMetadata, Deleted, Parameters, Query, Refused, Update, Write, named};
 use super::{Record, filter};
-
-/// How the default namespace is called where it has a name.
-pub(super) const DEFAULT_NAMESPACE: &str = "__default__";
-
-/// A write that is within the limits.
-#[derive(Debug)]
-pub(super) enum Write {
-    Upsert { namespace: String, records: Vec<(String, Record)> },
-    Delete { namespace: String, what: Deleted },
-    Update(limits::Update),
-}
-
-/// What a delete means.
-#[derive(Debug)]
-pub(super) enum Deleted {
-    Ids(Vec<String>),
-    All,
-    Filter(Value),
-}
-
-impl Write {
-    pub(super) fn namespace(&self) -> &str {
-        match self {
-            Self::Upsert { namespace, .. } | Self::Delete { namespace, .. } => named(namespace),
-            Self::Update(update) => named(&update.namespace),
-        }
-    }
-}
-
-pub(super) fn named(namespace: &str) -> &str {
-    if namespace.is_empty() { DEFAULT_NAMESPACE } else { namespace }
-}
 
 /// A namespace: what readers see, and what they will.
 #[derive(Default)]
@@ -81,7 +49,7 @@ impl Namespace {
     }
 
     /// Merges, and does nothing for an id that is not there.
-    fn update(&mut self, update: limits::Update) {
+    fn update(&mut self, update: Update) {
         if let Some(record) = self.records.get_mut(&update.id) {
             if let Some(values) = update.values {
                 record.values = values;
@@ -135,7 +103,7 @@ impl Log {
         json!({ "vectors": vectors, "namespace": asked.namespace, "usage": { "readUnits": 1 } })
     }
 
-    pub(super) fn fetch_by_metadata(&mut self, asked: &limits::ByMetadata) -> Refused<Value> {
+    pub(super) fn fetch_by_metadata(&mut self, asked: &ByMetadata) -> Refused<Value> {
         let mut vectors = Map::new();
         let mut next = None;
         for (id, record) in self.read(&asked.namespace).into_iter().flat_map(|(_, records)| records) {
@@ -178,7 +146,7 @@ impl Log {
         answer
     }
 
-    pub(super) fn query(&mut self, asked: &limits::Query, vector: &[f32]) -> Refused<Value> {
+    pub(super) fn query(&mut self, asked: &Query, vector: &[f32]) -> Refused<Value> {
         let mut matches: Vec<(f64, &String, &Record)> = Vec::new();
         for (id, record) in self.read(&asked.namespace).into_iter().flat_map(|(_, records)| records) {
             if filter::matches(&asked.filter, &record.metadata)? {

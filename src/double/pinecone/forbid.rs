@@ -5,8 +5,8 @@ use std::sync::Mutex;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 
+use super::asked::{Deleted, Write};
 use super::lock;
-use super::store::{Deleted, Write};
 
 /// What is asked about a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use serde_json::{Map, Value};
 
-use super::limits::Refused;
+use super::asked::Refused;
 
 /// Whether metadata passes a filter.
 pub(super) fn matches(filter: &Value, metadata: &Map<String, Value>) -> Refused<bool> {

@@ -3,6 +3,7 @@
 //! It is written from Pinecone's documentation, apart from the client, so that the two agree only
 //! where both are right.
 
+mod asked;
 mod control;
 mod faults;
 mod filter;
@@ -28,12 +29,12 @@ use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use asked::{Refused, Write};
 use faults::Fate;
 pub use faults::{Counts, Faults};
 use forbid::Forbidden;
 pub use forbid::Verb;
-use limits::Refused;
-use store::{Log, Write};
+use store::Log;
 
 /// A write's place in the log of its namespace, and the place up to which a query has seen the log.
 const WRITTEN: &str = "x-pinecone-request-lsn";

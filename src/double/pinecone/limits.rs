@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::Record;
-use super::store::{Deleted, Write};
+use super::asked::{ByMetadata, Deleted, MAX_LISTED, Parameters, Query, Refused, Update, Write};
 
 const MAX_RECORDS: usize = 1_000;
 const MAX_UPSERT_BYTES: usize = 2 * 1024 * 1024;
@@ -13,10 +13,6 @@ const MAX_IDS: usize = 1_000;
 const MAX_ID_BYTES: usize = 512;
 const MAX_METADATA_BYTES: usize = 40 * 1024;
 const MAX_TOP: usize = 10_000;
-const MAX_LISTED: usize = 100;
-
-/// Why a request is refused.
-pub(super) type Refused<T> = Result<T, String>;
 
 #[derive(Deserialize)]
 struct Upsert {
@@ -43,66 +39,6 @@ struct Delete {
     #[serde(default, rename = "deleteAll")]
     all: bool,
     filter: Option<Value>,
-}
-
-/// A change of one record.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Update {
-    #[serde(default)]
-    pub(super) namespace: String,
-    pub(super) id: String,
-    pub(super) values: Option<Vec<f32>>,
-    #[serde(default)]
-    pub(super) set_metadata: Map<String, Value>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Query {
-    #[serde(default)]
-    pub(super) namespace: String,
-    #[serde(default)]
-    pub(super) vector: Vec<f32>,
-    pub(super) id: Option<String>,
-    pub(super) top_k: usize,
-    #[serde(default = "everything")]
-    pub(super) filter: Value,
-    #[serde(default)]
-    pub(super) include_values: bool,
-    #[serde(default)]
-    pub(super) include_metadata: bool,
-}
-
-/// A fetch of what passes a filter.
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct ByMetadata {
-    #[serde(default)]
-    pub(super) namespace: String,
-    #[serde(default = "everything")]
-    pub(super) filter: Value,
-    #[serde(default = "a_page")]
-    pub(super) limit: usize,
-    pub(super) pagination_token: Option<String>,
-}
-
-fn everything() -> Value {
-    Value::Object(Map::new())
-}
-
-fn a_page() -> usize {
-    MAX_LISTED
-}
-
-/// Parameters of a fetch or a listing.
-#[derive(Default)]
-pub(super) struct Parameters {
-    pub(super) namespace: String,
-    pub(super) ids: Vec<String>,
-    pub(super) limit: usize,
-    pub(super) after: Option<String>,
-    pub(super) prefix: String,
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Refused<T> {
