@@ -1,14 +1,13 @@
 //! The command line and the configuration, as a person or a script meets them: bad input gets a
 //! sentence that says what would be right, and the exit code that stands in `--help`.
 
-mod common;
-
 use std::io::Write;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{Database, refarch};
 use tempfile::TempDir;
+
+use crate::common::{self, Database, refarch};
 
 /// What a run printed, and its exit code.
 #[derive(Debug)]

@@ -1,12 +1,12 @@
 //! `scripts/setup` with input that it must refuse. The downloads themselves are tried by whatever
 //! runs these tests.
 
-mod common;
-
 use std::path::Path;
 use std::process::{Command, Output};
 
 use tempfile::TempDir;
+
+use crate::common;
 
 fn setup(runtime: &TempDir, args: &[&str]) -> Output {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/setup");

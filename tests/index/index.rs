@@ -1,16 +1,13 @@
 //! The vector index's contract, which every backend must keep, and how Pinecone's failures are classed.
 
-mod common;
-#[path = "index/fenced.rs"]
 mod fenced;
-#[path = "contract/fenced.rs"]
+#[path = "../contract/fenced.rs"]
 mod fenced_contract;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{Database, eventually};
 use futures::future::join_all;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -26,6 +23,8 @@ use refarch::pipeline::index::{Match, PlainWrite, Record, VectorIndex, Writes};
 use refarch::role::chaos::double::{Double, Faults};
 use refarch::secret::Secret;
 use serde_json::{Value, json};
+
+use crate::common::{self, Database, eventually};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

@@ -1,7 +1,5 @@
 //! Nearness to the real Pinecone: its own client, its published description, and what is its own.
 
-mod common;
-#[path = "pinecone/ownership.rs"]
 mod ownership;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,8 +11,6 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::response::Response;
-use common::python::python;
-use common::{Database, eventually};
 use refarch::backend::pinecone::{self, Pinecone, control};
 use refarch::pipeline::catalog::{Hash, SourceRow};
 use refarch::pipeline::failure::Class;
@@ -22,6 +18,9 @@ use refarch::pipeline::index::{PlainWrite, Record, VectorIndex};
 use refarch::role::chaos::double::{Double, Faults};
 use refarch::secret::Secret;
 use serde_json::{Map, Value, json};
+
+use crate::common::python::python;
+use crate::common::{Database, eventually};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

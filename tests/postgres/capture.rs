@@ -1,11 +1,8 @@
 //! What the triggers catch, what they don't, and what they cost the writer's own statement: nothing
 //! but time. Every statement runs for real, and the outbox is read back.
 
-mod common;
-
 use std::collections::BTreeMap;
 
-use common::Database;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::migrate::{self, Report};
 use refarch::backend::postgres::target::{IndexShape, Place};
@@ -13,6 +10,8 @@ use refarch::config::Settings;
 use refarch::pipeline::failure::Error;
 use refarch::secret::Secret;
 use tokio_postgres::Client;
+
+use crate::common::{self, Database};
 
 /// A database with the schema, and a session in it.
 struct Captured {

@@ -1,18 +1,17 @@
 //! The private cluster: joined by many, left by the last, and mended after what can happen to it.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::{connect, eventually, refarch};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 use refarch::backend::embedded::{Cluster, Options};
 use tempfile::TempDir;
+
+use crate::common::{self, connect, eventually, refarch};
 
 const SOON: Duration = Duration::from_secs(20);
 

@@ -1,7 +1,6 @@
 //! The ledger in PostgreSQL: the contract, and what only a real database can get wrong.
 
-mod common;
-#[path = "contract/ledger.rs"]
+#[path = "../contract/ledger.rs"]
 mod contract;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,7 +8,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use common::{Database, eventually};
 use contract::Bench;
 use futures::future::join_all;
 use rand::rngs::StdRng;
@@ -31,6 +29,8 @@ use refarch::secret::Secret;
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
+
+use crate::common::{Database, eventually};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

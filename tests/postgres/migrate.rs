@@ -1,20 +1,19 @@
 //! Coming and going: a database of the reference architecture taken over, a plan that changes nothing, and
 //! everything of ours taken away again; a table in use, roles with settings and few rights, and what is refused.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use common::Database;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use tokio_postgres::Client;
 
+use crate::common::{self, Database};
+
 /// Rows that the reference architecture holds.
 const ROWS: i64 = 3_000;
 
-const REFERENCE: &str = include_str!("fixtures/reference_schema.sql");
+const REFERENCE: &str = include_str!("../fixtures/reference_schema.sql");
 
 async fn refarch(database: &Database, args: &[&str]) -> (Option<i32>, String, String) {
     let output = database.refarch().args(args).output().await.unwrap();

@@ -1,8 +1,6 @@
 //! Reading the source's table as it is: keys of every type, tables that change, roles with settings of
 //! their own, and what must never be taken for "the row is gone".
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +8,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use common::{Database, eventually};
 use refarch::backend::pgvector::{self, PgVector};
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
@@ -32,6 +29,8 @@ use refarch::secret::Secret;
 use tokio::sync::OnceCell;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
+
+use crate::common::{self, Database, eventually};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(2);

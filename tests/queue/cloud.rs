@@ -3,16 +3,15 @@
 //!
 //! Small enough for the suite; `REFARCH_ROWS` makes it large. Prints what it saw.
 
-mod common;
-
 use std::time::{Duration, Instant};
 
-use common::Database;
-use common::python::Moto;
 use refarch::backend::sqs;
 use refarch::role::chaos::double::Double;
 use serde_json::Value;
 use tokio::process::{Child, Command};
+
+use crate::common::python::Moto;
+use crate::common::{self, Database};
 
 fn rows() -> u64 {
     std::env::var("REFARCH_ROWS").map_or(120, |text| text.parse().expect("a number"))

@@ -3,11 +3,8 @@
 //! On several threads, because a dropped database blocks its own until the server is rid of every
 //! connection, and one that the queue is just making would wait for that very thread.
 
-mod common;
-
 use std::time::Duration;
 
-use common::Database;
 use refarch::backend::pgmq::Pgmq;
 use refarch::backend::postgres::Postgres;
 use refarch::config::Settings;
@@ -15,6 +12,8 @@ use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
 use refarch::pipeline::queue::{Backlog, JobQueue, Reason, Why};
 use refarch::secret::Secret;
 use serde_json::{Value, json};
+
+use crate::common::Database;
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(2);

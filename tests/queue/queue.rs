@@ -3,8 +3,7 @@
 //! On several threads, because a dropped database blocks its own until the server is rid of every
 //! connection, and one that the queue is just making would wait for that very thread.
 
-mod common;
-#[path = "contract/queue.rs"]
+#[path = "../contract/queue.rs"]
 mod contract;
 
 use std::sync::Arc;
@@ -12,8 +11,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use common::Database;
-use common::python::{Moto, python};
 use contract::{Bench, VISIBILITY, job, receive_one};
 use refarch::backend::pgmq::Pgmq;
 use refarch::backend::postgres::Postgres;
@@ -28,6 +25,9 @@ use refarch::pipeline::queue::{Backlog, JobQueue};
 use refarch::pipeline::relay::{self, Relay};
 use refarch::role::chaos::queue_double::{QueueDouble, QueueFaults};
 use refarch::secret::Secret;
+
+use crate::common::python::{Moto, python};
+use crate::common::{self, Database};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

@@ -1,13 +1,10 @@
 //! Changes on their way from the outbox to a queue outside of the database.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use common::Database;
 use jiff::Timestamp;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::migrate;
@@ -22,6 +19,8 @@ use refarch::pipeline::relay::{Options, Relay};
 use refarch::secret::Secret;
 use tokio::sync::{Mutex, Notify};
 use tokio_util::sync::CancellationToken;
+
+use crate::common::{self, Database};
 
 /// A queue that keeps what it is sent, and fails or stalls when it is told to.
 #[derive(Default)]

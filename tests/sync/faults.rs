@@ -4,19 +4,18 @@
 //! Sizes are small enough for the suite; the environment makes them large: `REFARCH_ROWS` and
 //! `REFARCH_STORM_S`. Each test prints what it saw.
 
-mod common;
-
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{Database, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use refarch::role::chaos::double::{Double, Faults};
 use serde_json::Value;
 use tokio::process::{Child, Command};
+
+use crate::common::{self, Database, eventually};
 
 /// Longer than anything here takes on a busy machine, for a thousand rows.
 const PATIENCE: Duration = Duration::from_mins(3);

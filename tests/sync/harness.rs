@@ -1,10 +1,8 @@
 //! The test harness itself.
 
-mod common;
-
 use std::time::Duration;
 
-use common::{Database, eventually};
+use crate::common::{Database, eventually};
 
 #[tokio::test]
 async fn databases_are_apart_and_vanish() {

@@ -1,14 +1,11 @@
 //! The continuous proof: what it finds and mends without anybody asking, and what status says of it.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use common::{Database, eventually};
 use refarch::backend::Backends;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
@@ -23,6 +20,8 @@ use refarch::secret::Secret;
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
 use tokio_postgres::Client;
+
+use crate::common::{self, Database, eventually};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(2);

@@ -1,12 +1,9 @@
 //! The whole loop on real parts: PostgreSQL, pgmq, pgvector and the real model.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::Database;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::{self, Backends, LoadedModel};
 use refarch::config::Settings;
@@ -24,6 +21,8 @@ use tokio::process::Child;
 use tokio::sync::OnceCell;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
+
+use crate::common::{self, Database};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(2);

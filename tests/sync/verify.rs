@@ -1,7 +1,5 @@
 //! `refarch verify`: what it finds, what it repairs, and when it says that it can't tell.
 
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -9,7 +7,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use common::{Database, eventually};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use refarch::backend::Backends;
@@ -28,6 +25,8 @@ use serde_json::{Value, json};
 use tokio::process::{Child, Command};
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
+
+use crate::common::{self, Database, eventually};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(2);

@@ -2,8 +2,6 @@
 //!
 //! Debian's packages, which `scripts/test` installs: the private server's build has no TLS.
 
-mod common;
-
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -18,6 +16,8 @@ use refarch::pipeline::failure::{Class, Error};
 use refarch::secret::Secret;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::sync::Mutex;
+
+use crate::common;
 
 const PATIENCE: Duration = Duration::from_mins(1);
 

@@ -1,16 +1,15 @@
 //! The page in a real Chromium, driven over its `DevTools` protocol: typing, editing, reading.
 
-mod common;
-
 use std::process::Stdio;
 use std::time::Duration;
 
-use common::Database;
 use futures::{SinkExt as _, StreamExt as _};
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
+
+use crate::common::{self, Database};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(1);

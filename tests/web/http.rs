@@ -1,8 +1,6 @@
 //! The contract of the HTTP API in corners that the whole loop does not reach at will: an index that is
 //! away or orders ties otherwise, a locked row, rows deleted since they were indexed.
 
-mod common;
-
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -10,7 +8,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use common::Database;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::products::Products;
 use refarch::config::Settings;
@@ -27,10 +24,12 @@ use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
+use crate::common::{self, Database};
+
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-const TABLE: &str = include_str!("../src/backend/postgres/schema/products.sql");
+const TABLE: &str = include_str!("../../src/backend/postgres/schema/products.sql");
 
 /// Texts that share words point the same way.
 struct WordEmbedder;

@@ -1,7 +1,5 @@
 //! Embedders: what all keep, and servers that speak each of the protocols.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod identity;
 mod servers;
 mod stub;
@@ -15,13 +13,14 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::response::{IntoResponse as _, Json, Response};
 use axum::{Router, routing};
-use common::Database;
 use refarch::backend::LoadedModel;
 use refarch::config::Settings;
 use refarch::pipeline::embedder::Embedder;
 use refarch::pipeline::failure::{Class, Error};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
+
+use crate::common::{self, Database};
 
 /// What the key must be.
 const KEY: &str = "right-key";

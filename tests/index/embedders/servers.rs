@@ -7,9 +7,9 @@ use refarch::pipeline::embedder::Embedder;
 use refarch::pipeline::failure::{Class, Error};
 use serde_json::json;
 
+use super::stub::{Stub, status, vectors, with_header};
+use super::{KEY, open, settings, texts, variables};
 use crate::common::{self, Database};
-use crate::stub::{Stub, status, vectors, with_header};
-use crate::{KEY, open, settings, texts, variables};
 
 /// With the length of the vectors set, so that nobody needs to ask for it.
 const SET: (&str, &str) = ("REFARCH_EMBEDDER_DIMENSIONS", "4");

@@ -10,6 +10,7 @@ use refarch::config::Settings;
 use tokio_postgres::Client;
 
 use super::*;
+use crate::common;
 
 /// As many as the model's vectors have.
 const DIMENSIONS: usize = 384;

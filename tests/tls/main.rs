@@ -1,0 +1,6 @@
+//! A PostgreSQL with TLS, and a pooler before it.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod tls;
