@@ -1,9 +1,11 @@
-//! What the test binaries share: a database of its own for each test, and the executable.
+//! What the themes of tests share: a database of its own for each test, and the executable.
 
-// Each test binary uses its own part of this.
+// Each theme uses its own part of this.
 #![allow(dead_code)]
 
 pub mod python;
+pub mod source;
+pub mod steps;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -139,6 +141,16 @@ pub async fn connect(url: &str) -> Client {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
     tokio::spawn(connection);
     client
+}
+
+/// Runs statements, and fails with them.
+pub async fn run(client: &Client, sql: &str) {
+    client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+}
+
+/// The one number that a statement comes to.
+pub async fn number(client: &Client, sql: &str) -> i64 {
+    client.query_one(sql, &[]).await.unwrap_or_else(|error| panic!("{sql}: {error:?}")).get(0)
 }
 
 /// The runtime folder that `scripts/setup` fills: the model and PostgreSQL's binaries.

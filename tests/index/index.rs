@@ -11,12 +11,8 @@ use std::time::Duration;
 use futures::future::join_all;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use refarch::backend::pgvector::{self, PgVector};
+use refarch::backend::pgvector;
 use refarch::backend::pinecone::{self, Pinecone};
-use refarch::backend::postgres::Postgres;
-use refarch::backend::postgres::migrate;
-use refarch::backend::postgres::target::{self, IndexShape, Place};
-use refarch::config::Settings;
 use refarch::pipeline::catalog::{Hash, SourceRow};
 use refarch::pipeline::failure::{Class, Error};
 use refarch::pipeline::index::{Match, PlainWrite, Record, VectorIndex, Writes};
@@ -24,6 +20,7 @@ use refarch::role::chaos::double::{Double, Faults};
 use refarch::secret::Secret;
 use serde_json::{Value, json};
 
+use crate::common::source::{Migrated, settings};
 use crate::common::{self, Database, eventually};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -40,28 +37,11 @@ enum Keeper {
 }
 
 async fn on_pgvector() -> Bench {
-    let database = Database::create().await;
-    let settings = Settings::load(None, &BTreeMap::new(), &[]).unwrap();
-    let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-    let shape = IndexShape {
-        kind: "pgvector".into(),
-        model: "test".into(),
-        former_model: None,
-        dimensions: 3,
-        place: Place::default(),
-    };
-    migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
-    let target = target::find(&postgres, &settings.source, &shape).await.unwrap();
-    let options = pgvector::Options {
-        graph_min_rows: 1_000,
-        graph_max_backlog: 1_000,
-        ef_search: 100,
-        acknowledged_in_same_log: true,
-    };
-    let source = Arc::new(target.table);
-    let index = Arc::new(PgVector::new(postgres, source, target.salt, target.id, options));
-    let client = database.client().await;
+    let migrated = Migrated::new("", settings(&[]), "pgvector").await;
+    let target = migrated.target().await;
+    let index = Arc::new(migrated.pgvector(&target));
     let table = pgvector::table_name(target.id);
+    let Migrated { client, database, .. } = migrated;
     Bench { index, keeper: Keeper::Database { client, table, _database: database } }
 }
 

@@ -15,21 +15,18 @@ use rand::seq::SliceRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
-use refarch::backend::postgres::migrate;
 use refarch::backend::postgres::outbox::PgOutbox;
 use refarch::backend::postgres::session;
-use refarch::backend::postgres::target::{self, IndexShape, Place};
-use refarch::config::Settings;
 use refarch::pipeline::clock::{BootClock, Clock};
 use refarch::pipeline::failure::Class;
 use refarch::pipeline::lease::Lease;
 use refarch::pipeline::ledger::{Ledger, Opened, Outcome};
 use refarch::pipeline::outbox::{ClaimRequest, Outbox, OutboxRow};
-use refarch::secret::Secret;
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
+use crate::common::source::{ITEM, Migrated, settings};
 use crate::common::{Database, eventually};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -71,33 +68,12 @@ impl Real {
     }
 
     async fn with_ids(id_type: &str) -> Self {
-        let database = Database::create().await;
-        let client = database.client().await;
-        client
-            .batch_execute(&format!("CREATE TABLE item (id {id_type} PRIMARY KEY, body text)"))
-            .await
-            .unwrap();
-        let env = [
-            ("REFARCH_SOURCE_TABLE", "public.item"),
-            ("REFARCH_SOURCE_TEXT", "body"),
-            ("REFARCH_SOURCE_METADATA", "id"),
-        ];
-        let env = env.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
-        let settings = Settings::load(None, &env, &[]).unwrap();
-        let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-        let shape = IndexShape {
-            kind: "test".into(),
-            model: "test".into(),
-            former_model: None,
-            dimensions: 3,
-            place: Place::default(),
-        };
-        migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
-        let target = target::find(&postgres, &settings.source, &shape).await.unwrap();
+        let table = format!("CREATE TABLE item (id {id_type} PRIMARY KEY, body text)");
+        let migrated = Migrated::new(&table, settings(&ITEM), "test").await;
+        let target = migrated.target().await;
         let passed: Arc<Passed> = Arc::default();
-        let ledger = PgLedger::new(postgres.clone(), Arc::new(target.table), target.id, target.salt)
-            .with_clock(Arc::clone(&passed) as _);
-        let ledger = Arc::new(ledger);
+        let ledger = Arc::new(migrated.ledger(&target).with_clock(Arc::clone(&passed) as _));
+        let Migrated { postgres, client, database, .. } = migrated;
         Self { postgres, ledger, target: target.id, client, sessions: Mutex::default(), database, passed }
     }
 

@@ -6,5 +6,6 @@ mod common;
 mod capture;
 mod embedded;
 mod ledger;
+mod live;
 mod migrate;
 mod reading;

@@ -11,31 +11,23 @@ use async_trait::async_trait;
 use refarch::backend::pgvector::{self, PgVector};
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
-use refarch::backend::postgres::migrate;
-use refarch::backend::postgres::target::{self, IndexShape, Place};
-use refarch::backend::{self, Backends, LoadedModel};
-use refarch::config::Settings;
+use refarch::backend::{self, Backends};
 use refarch::pipeline::clock::{BootClock, Clock};
 use refarch::pipeline::failure::Class;
 use refarch::pipeline::index::{Desired, Planned, VectorIndex as _, Writes};
-use refarch::pipeline::indexer::{self, Indexer};
 use refarch::pipeline::lease::Lease;
 use refarch::pipeline::ledger::{Ledger as _, Outcome};
-use refarch::pipeline::meter::Meter;
-use refarch::pipeline::relay::{self, Relay};
-use refarch::pipeline::schedule::Scheduler;
 use refarch::role::chaos::double::Double;
 use refarch::secret::Secret;
-use tokio::sync::OnceCell;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
+use crate::common::source::{ITEM, settings};
+use crate::common::steps::Loop;
 use crate::common::{self, Database, eventually};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(2);
-
-static MODEL: OnceCell<LoadedModel> = OnceCell::const_new();
 
 /// Settings of a role that would spoil what relies on the usual ones.
 const ODD: &[&str] = &[
@@ -52,122 +44,32 @@ const ODD: &[&str] = &[
     "row_security = on",
 ];
 
-/// A migrated database with the steps of relay and indexer at hand.
-struct Loop {
-    database: Database,
-    settings: Settings,
-    postgres: Postgres,
-    backends: Backends,
-    client: Client,
-    indexer: Arc<Indexer>,
-    relay: Relay,
-    meter: Arc<Meter>,
-    role: Option<String>,
-}
-
-fn settings(env: &[(&str, &str)]) -> Settings {
-    let runtime = common::runtime_dir().display().to_string();
-    let mut all: BTreeMap<String, String> = [("REFARCH_RUNTIME_DIR".to_owned(), runtime)].into();
-    all.extend(env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
-    Settings::load(None, &all, &[]).unwrap()
-}
-
-/// A table of keys and texts.
-const ITEM: [(&str, &str); 3] = [
-    ("REFARCH_SOURCE_TABLE", "public.item"),
-    ("REFARCH_SOURCE_TEXT", "body"),
-    ("REFARCH_SOURCE_METADATA", "id"),
-];
-
 impl Loop {
-    /// On a table that `setup` makes.
-    async fn new(setup: &str, env: &[(&str, &str)]) -> Self {
-        Self::make(setup, env, None).await
-    }
-
     /// By a role without rights of its own, with these settings, that only reads and writes.
     async fn by_role(setup: &str, env: &[(&str, &str)], role_settings: &[&str]) -> Self {
-        Self::make(setup, env, Some(role_settings)).await
-    }
-
-    async fn make(setup: &str, env: &[(&str, &str)], role_settings: Option<&[&str]>) -> Self {
-        let settings = settings(env);
-        let database = Database::create().await;
-        let client = database.client().await;
-        client.batch_execute(setup).await.unwrap();
-        let owner = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-        backend::migrate(&owner, &settings).await.unwrap();
-        let mut role = None;
-        let mut postgres = owner;
-        if let Some(role_settings) = role_settings {
-            let name = format!("role_{}", database.name());
-            let mut sql = format!("CREATE ROLE {name} LOGIN PASSWORD 'secret';");
-            for schema in ["refarch", "pgmq", "public"] {
-                let _ = write!(
-                    sql,
-                    "GRANT USAGE ON SCHEMA {schema} TO {name}; GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO {name}; \
-                     GRANT ALL ON ALL SEQUENCES IN SCHEMA {schema} TO {name}; \
-                     GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} TO {name};"
-                );
-            }
-            for one in role_settings {
-                let _ = write!(sql, "ALTER ROLE {name} SET {one};");
-            }
-            client.batch_execute(&sql).await.unwrap();
-            postgres = Postgres::new(&Secret::new(url_of(&database, &name)), &settings.database).unwrap();
-            role = Some(name);
+        let it = Self::new(setup, env).await;
+        let name = it.role();
+        let mut sql = format!("CREATE ROLE {name} LOGIN PASSWORD 'secret';");
+        for schema in ["refarch", "pgmq", "public"] {
+            let _ = write!(
+                sql,
+                "GRANT USAGE ON SCHEMA {schema} TO {name}; GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO {name}; \
+                 GRANT ALL ON ALL SEQUENCES IN SCHEMA {schema} TO {name}; \
+                 GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} TO {name};"
+            );
         }
-        let backends = Backends::open(&postgres, &settings).await.unwrap();
-        let model = MODEL.get_or_init(async || LoadedModel::load(&settings).await.unwrap()).await;
-        let meter: Arc<Meter> = Arc::default();
-        let relay = Relay::new(
-            backends.outbox(),
-            Arc::clone(&backends.queue),
-            Arc::new(BootClock),
-            relay::Options {
-                source: "products".into(),
-                pack: 500,
-                bulk_threshold: 100,
-                live_bound: 5000,
-                poll: Duration::from_millis(100),
-            },
-        );
-        let indexer = Arc::new(Indexer::new(
-            Arc::clone(&backends.queue),
-            Arc::clone(&backends.ledger) as _,
-            Arc::clone(&backends.index),
-            Scheduler::new(model.start(1), Duration::from_millis(50), Arc::new(BootClock)),
-            Arc::clone(&meter),
-            Arc::new(Lease::new(Arc::new(BootClock), Duration::from_secs(10))),
-            indexer::Options {
-                source: "products".into(),
-                worker: "test".into(),
-                workers: 1,
-                hold: Duration::from_secs(2),
-                poll: Duration::from_millis(100),
-                max_receives: 1000,
-                settle: Duration::from_secs(10),
-                look: Duration::from_millis(50),
-            },
-        ));
-        Self { database, settings, postgres, backends, client, indexer, relay, meter, role }
+        for one in role_settings {
+            let _ = write!(sql, "ALTER ROLE {name} SET {one};");
+        }
+        it.run(&sql).await;
+        let url = Secret::new(url_of(&it.database, &name));
+        let postgres = Postgres::new(&url, &it.settings.database).unwrap();
+        it.by(postgres).await
     }
 
-    async fn run(&self, sql: &str) {
-        self.client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-    }
-
-    async fn relay(&self) {
-        while self.relay.step().await.unwrap().rows > 0 {}
-    }
-
-    /// Relays and indexes until nothing is left.
-    async fn settle(&self) {
-        self.relay().await;
-        let stop = CancellationToken::new();
-        self.indexer.run(&stop, &stop, true).await.unwrap();
-        let status = self.backends.status().await.unwrap();
-        assert_eq!((status.outstanding(), status.dead_letters), (0, 0));
+    /// The role of [`Self::by_role`].
+    fn role(&self) -> String {
+        format!("role_{}", self.database.name())
     }
 
     /// Starts to index in the background.
@@ -217,10 +119,9 @@ impl Loop {
 
     /// Takes the role away again.
     async fn end(&self) {
-        if let Some(role) = &self.role {
-            self.postgres.pool.close();
-            self.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
-        }
+        self.postgres.pool.close();
+        let role = self.role();
+        self.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
     }
 }
 
@@ -385,125 +286,6 @@ async fn six_hundred_keys_of_fixed_length_are_indexed_and_verified() {
     assert!(agrees && text.contains("indexed          599"), "{text}");
 }
 
-/// A server of Debian's, which has the extensions that the private build has not; without pgvector.
-struct Debian {
-    child: std::process::Child,
-    dir: tempfile::TempDir,
-    port: u16,
-}
-
-impl Debian {
-    fn lower(program: &str) -> std::process::Command {
-        use std::os::unix::process::CommandExt as _;
-        let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-        let found = versions
-            .map(|version| version.path().join("bin").join(program))
-            .filter(|path| path.is_file())
-            .max();
-        let found = found.unwrap_or_else(|| {
-            panic!("{program} is missing: run scripts/test, or install Debian's postgresql")
-        });
-        let mut command = std::process::Command::new(found);
-        if nix::unistd::Uid::effective().is_root() {
-            let user = nix::unistd::User::from_name("postgres").unwrap().expect("the package makes the user");
-            command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
-        }
-        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
-        command
-    }
-
-    async fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        if nix::unistd::Uid::effective().is_root() {
-            let user = nix::unistd::User::from_name("postgres").unwrap().unwrap();
-            std::os::unix::fs::chown(dir.path(), Some(user.uid.as_raw()), Some(user.gid.as_raw())).unwrap();
-        }
-        let data = dir.path().join("data");
-        let made = Self::lower("initdb")
-            .arg("-D")
-            .arg(&data)
-            .args(["-U", "refarch", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C"])
-            .status();
-        assert!(made.unwrap().success());
-        let port = common::free_port();
-        let mut command = Self::lower("postgres");
-        command.arg("-D").arg(&data).args([
-            "-p",
-            &port.to_string(),
-            "-h",
-            "127.0.0.1",
-            "-c",
-            "fsync=off",
-            "-c",
-        ]);
-        let child = command.arg(format!("unix_socket_directories={}", dir.path().display())).spawn().unwrap();
-        let server = Self { child, dir, port };
-        let url = server.url();
-        eventually("the server to answer", PATIENCE, async || {
-            tokio_postgres::connect(&url, tokio_postgres::NoTls).await.is_ok()
-        })
-        .await;
-        server
-    }
-
-    fn url(&self) -> String {
-        format!("postgres://refarch@127.0.0.1:{}/postgres", self.port)
-    }
-}
-
-impl Drop for Debian {
-    fn drop(&mut self) {
-        let data = self.dir.path().join("data");
-        let _ = Self::lower("pg_ctl").arg("-D").arg(data).args(["-m", "immediate", "stop"]).status();
-        let _ = self.child.wait();
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn keys_of_extensions_types_are_read() {
-    let server = Debian::start().await;
-    let client = common::connect(&server.url()).await;
-    let setup = "CREATE SCHEMA ext; CREATE EXTENSION citext SCHEMA ext; CREATE EXTENSION ltree SCHEMA ext; CREATE EXTENSION isn SCHEMA ext; \
-                 CREATE COLLATION public.folds (provider = icu, locale = 'und-u-ks-level2', deterministic = false)";
-    client.batch_execute(setup).await.unwrap();
-    let shape = IndexShape {
-        kind: "test".into(),
-        model: "test".into(),
-        former_model: None,
-        dimensions: 3,
-        place: Place::default(),
-    };
-    for (name, kind, value) in [
-        ("a", "ext.citext", "('Name' || g)::ext.citext"),
-        ("b", "ext.ltree", "('Top.Path.n' || g)::ext.ltree"),
-        ("c", "ext.isbn", "(ARRAY['0-306-40615-2', '1-4028-9462-7', '0-395-19395-8'])[g]::ext.isbn"),
-        ("d", "text COLLATE public.folds", "'Name' || g"),
-    ] {
-        client
-            .batch_execute(&format!(
-                "CREATE TABLE public.{name} (id {kind} PRIMARY KEY, body text); INSERT INTO public.{name} SELECT {value}, 'text' FROM generate_series(1, 3) g"
-            ))
-            .await
-            .unwrap();
-        let table = format!("public.{name}");
-        let set =
-            settings(&[("REFARCH_SOURCE_TABLE", &*table), ITEM[1], ITEM[2], ("REFARCH_SOURCE_NAME", name)]);
-        let postgres = Postgres::new(&Secret::new(server.url()), &set.database).unwrap();
-        migrate::migrate(&postgres, &set.source, &set.queue, &shape).await.unwrap();
-        let target = target::find(&postgres, &set.source, &shape).await.unwrap();
-        let ledger = PgLedger::new(postgres, Arc::new(target.table), target.id, target.salt);
-        let mut ids = Vec::new();
-        while let Some(peeked) = ledger.rows_after(ids.last().map(String::as_str), 1).await.unwrap().pop() {
-            ids.push(peeked.id);
-        }
-        assert_eq!(ids.len(), 3, "{kind}: {ids:?}");
-        let small = ids[0].to_lowercase();
-        let peeked = ledger.peek(&[&ids[..], &[small.clone(), "no id".into()]].concat()).await.unwrap();
-        let there: Vec<bool> = peeked.iter().map(|one| one.row.is_some()).collect();
-        assert_eq!(there, [true, true, true, small == ids[0], false], "{kind}: {ids:?}");
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_spellings_of_a_key_the_rows_own_is_the_row() {
     let setup = folded()
@@ -566,7 +348,7 @@ async fn rows_that_a_policy_hides_are_not_taken_for_gone() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, tenant text, body text); \
                  INSERT INTO item SELECT g, 't' || g % 2, 'text' FROM generate_series(1, 20) g";
     let it = Loop::by_role(setup, &ITEM, &[]).await;
-    let role = it.role.clone().unwrap();
+    let role = it.role();
     it.settle().await;
     it.run(
         "ALTER TABLE item ENABLE ROW LEVEL SECURITY; ALTER TABLE item FORCE ROW LEVEL SECURITY; \
@@ -775,7 +557,7 @@ async fn a_role_with_settings_of_its_own_reads_and_writes_as_any() {
     session.await.unwrap().unwrap();
     assert!(odd.postgres.has_sessions().await.unwrap());
     // And the graph, once its table is the role's.
-    let (role, target) = (odd.role.as_ref().unwrap(), &odd.backends.target);
+    let (role, target) = (odd.role(), &odd.backends.target);
     odd.run(&format!(
         "ALTER TABLE refarch.vector_{} OWNER TO {role}; GRANT CREATE ON SCHEMA refarch TO {role}",
         target.id
@@ -801,7 +583,7 @@ async fn nothing_that_is_set_outlives_its_transaction() {
     let read = async |client: &Client| -> Vec<String> {
         client.query(settings, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
     };
-    let fresh = common::connect(&url_of(&it.database, it.role.as_ref().unwrap())).await;
+    let fresh = common::connect(&url_of(&it.database, &it.role())).await;
     let expected = read(&fresh).await;
     // Each way to work once, on the one connection that the pool then has.
     let mut client = it.postgres.client().await.unwrap();
@@ -1009,8 +791,7 @@ async fn a_graph_that_cannot_be_built_is_told_once_and_tried_ever_more_seldom() 
     };
     // Of the owner's table, and the role may not ask for an index on it either.
     it.run("REVOKE EXECUTE ON FUNCTION refarch.build_graph FROM PUBLIC").await;
-    it.run(&format!("REVOKE EXECUTE ON FUNCTION refarch.build_graph FROM {}", it.role.as_ref().unwrap()))
-        .await;
+    it.run(&format!("REVOKE EXECUTE ON FUNCTION refarch.build_graph FROM {}", it.role())).await;
     let table = Arc::new(target.table.clone());
     let index = PgVector::new(it.postgres.clone(), table, target.salt.clone(), target.id, options)
         .with_clock(Arc::clone(&hand) as _);

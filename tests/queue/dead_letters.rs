@@ -6,14 +6,12 @@
 use std::time::Duration;
 
 use refarch::backend::pgmq::Pgmq;
-use refarch::backend::postgres::Postgres;
-use refarch::config::Settings;
 use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
 use refarch::pipeline::queue::{Backlog, JobQueue, Reason, Why};
-use refarch::secret::Secret;
 use serde_json::{Value, json};
 
 use crate::common::Database;
+use crate::common::source::settings;
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -53,9 +51,8 @@ impl Post {
     async fn new() -> Self {
         let database = Database::create().await;
         assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
-        let settings = Settings::load(None, &std::collections::BTreeMap::new(), &[]).unwrap();
-        let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-        let queue = Pgmq::new(postgres, &settings.queue.name, Duration::from_mins(1));
+        let settings = settings(&[]);
+        let queue = Pgmq::new(database.postgres(&settings), &settings.queue.name, Duration::from_mins(1));
         Self { database, queue }
     }
 

@@ -14,35 +14,22 @@ use async_trait::async_trait;
 use contract::{Bench, VISIBILITY, job, receive_one};
 use refarch::backend::pgmq::Pgmq;
 use refarch::backend::postgres::Postgres;
-use refarch::backend::postgres::migrate;
 use refarch::backend::postgres::outbox::PgOutbox;
-use refarch::backend::postgres::target::{IndexShape, Place};
 use refarch::backend::sqs::{self, Sqs};
-use refarch::config::Settings;
 use refarch::pipeline::change::{Job, Lane};
 use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::queue::{Backlog, JobQueue};
 use refarch::pipeline::relay::{self, Relay};
 use refarch::role::chaos::queue_double::{QueueDouble, QueueFaults};
-use refarch::secret::Secret;
 
 use crate::common::python::{Moto, python};
+use crate::common::source::{Migrated, settings};
 use crate::common::{self, Database};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
 async fn database() -> (Database, Postgres) {
-    let database = Database::create().await;
-    let settings = Settings::load(None, &std::collections::BTreeMap::new(), &[]).unwrap();
-    let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-    let shape = IndexShape {
-        kind: "pgvector".into(),
-        model: "test".into(),
-        former_model: None,
-        dimensions: 3,
-        place: Place::default(),
-    };
-    migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
+    let Migrated { database, postgres, .. } = Migrated::new("", settings(&[]), "pgvector").await;
     (database, postgres)
 }
 

@@ -7,19 +7,17 @@ use std::time::Duration;
 use async_trait::async_trait;
 use jiff::Timestamp;
 use refarch::backend::postgres::Postgres;
-use refarch::backend::postgres::migrate;
 use refarch::backend::postgres::outbox::{PgOutbox, pending};
-use refarch::backend::postgres::target::{IndexShape, Place};
-use refarch::config::{QueueKind, Settings};
+use refarch::config::QueueKind;
 use refarch::pipeline::change::{Job, Lane};
 use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::failure::{Error, Result};
 use refarch::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Why};
 use refarch::pipeline::relay::{Options, Relay};
-use refarch::secret::Secret;
 use tokio::sync::{Mutex, Notify};
 use tokio_util::sync::CancellationToken;
 
+use crate::common::source::{Migrated, settings};
 use crate::common::{self, Database};
 
 /// A queue that keeps what it is sent, and fails or stalls when it is told to.
@@ -116,18 +114,9 @@ struct Bench {
 
 impl Bench {
     async fn new() -> Self {
-        let database = Database::create().await;
-        let mut settings = Settings::load(None, &std::collections::BTreeMap::new(), &[]).unwrap();
+        let mut settings = settings(&[]);
         settings.queue.kind = QueueKind::Sqs;
-        let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-        let shape = IndexShape {
-            kind: "pinecone".into(),
-            model: "test".into(),
-            former_model: None,
-            dimensions: 3,
-            place: Place::default(),
-        };
-        let report = migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
+        let Migrated { postgres, report, database, .. } = Migrated::new("", settings, "pinecone").await;
         assert!(!report.created.iter().any(|name| name.contains("pgmq")), "{report:?}");
         Self { postgres, sink: Arc::default(), database }
     }
@@ -146,6 +135,15 @@ impl Bench {
                 poll: Duration::from_millis(20),
             },
         )
+    }
+
+    /// A relay whose first call to the queue goes unanswered.
+    async fn stalled(&self) -> Relay {
+        self.sink.stalls.store(true, Ordering::SeqCst);
+        let relay = self.relay();
+        relay.step().await.unwrap();
+        self.sink.stalled.notified().await;
+        relay
     }
 
     /// Relays until nothing is left.
@@ -219,10 +217,7 @@ async fn what_the_queue_does_not_take_is_kept_and_sent_later() {
 async fn a_relay_that_died_while_sending_loses_nothing_and_nobody_sends_before_its_lease_ends() {
     let bench = Bench::new().await;
     bench.insert(0..3).await;
-    bench.sink.stalls.store(true, Ordering::SeqCst);
-    let relay = bench.relay();
-    relay.step().await.unwrap();
-    bench.sink.stalled.notified().await;
+    let relay = bench.stalled().await;
     // With it go its tasks.
     drop(relay);
     bench.sink.stalls.store(false, Ordering::SeqCst);
@@ -240,10 +235,7 @@ async fn a_relay_that_died_while_sending_loses_nothing_and_nobody_sends_before_i
 async fn no_transaction_is_open_while_the_queue_is_called() {
     let bench = Bench::new().await;
     bench.insert(0..3).await;
-    bench.sink.stalls.store(true, Ordering::SeqCst);
-    let relay = bench.relay();
-    relay.step().await.unwrap();
-    bench.sink.stalled.notified().await;
+    let _relay = bench.stalled().await;
     let client = bench.database.client().await;
     let open: i64 = client
         .query_one(

@@ -6,5 +6,7 @@ mod common;
 mod faults;
 mod harness;
 mod proof;
+mod shop;
 mod sync;
+mod twisted;
 mod verify;

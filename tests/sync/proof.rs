@@ -1,125 +1,51 @@
 //! The continuous proof: what it finds and mends without anybody asking, and what status says of it.
 
-use std::collections::BTreeMap;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use refarch::backend::Backends;
-use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
 use refarch::backend::postgres::proof::PgRounds;
-use refarch::config::Settings;
-use refarch::pipeline::audit::{Auditor, Options, ProofOptions, Prover, Rounds as _, Walk};
-use refarch::pipeline::clock::{BootClock, Clock};
+use refarch::pipeline::audit::{ProofOptions, Prover, Rounds as _, Walk};
+use refarch::pipeline::clock::Clock;
 use refarch::pipeline::failure::{Class, Result};
-use refarch::pipeline::ledger::{Closed, Ledger, Opened, Outcome, Peeked, Pending, Swept};
-use refarch::role::chaos::double::Double;
-use refarch::secret::Secret;
+use refarch::pipeline::ledger::{Ledger as _, Peeked};
 use serde_json::{Value, json};
-use tokio::process::{Child, Command};
-use tokio_postgres::Client;
 
-use crate::common::{self, Database, eventually};
-
-/// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(2);
-
-/// As many as the model's vectors have.
-const DIMENSIONS: usize = 384;
-
-/// Rows of a filled shop; the last has no text.
-const ROWS: u64 = 30;
-
-const TABLE: &str = "products_with_increment";
-
-/// A database and an index of its own; without a double the index is pgvector's.
-struct Shop {
-    database: Database,
-    client: Client,
-    double: Option<Double>,
-    env: Vec<(&'static str, String)>,
-}
+use crate::common::{self, eventually};
+use crate::shop::{self, PATIENCE, ROWS, Shop, TABLE, Verified};
+use crate::twisted::{Twist, Twisted};
 
 async fn on_pgvector() -> Shop {
-    Shop::new(None).await
+    shop::on_pgvector().await.with(&VISIBILITY)
 }
 
 async fn on_pinecone() -> Shop {
-    Shop::new(Some(Double::start(DIMENSIONS, 1).await.unwrap())).await
+    shop::on_pinecone().await.with(&VISIBILITY)
 }
 
+/// A table `note`.
+const NOTE: [(&str, &str); 3] = [
+    ("REFARCH_SOURCE_TABLE", "public.note"),
+    ("REFARCH_SOURCE_TEXT", "title"),
+    ("REFARCH_SOURCE_METADATA", "id,extra"),
+];
+
+/// What a killed worker held is soon there again.
+const VISIBILITY: [(&str, &str); 1] = [("REFARCH_QUEUE_VISIBILITY_S", "2")];
+
 impl Shop {
-    async fn new(double: Option<Double>) -> Self {
-        let database = Database::create().await;
-        let mut env = vec![("REFARCH_QUEUE_VISIBILITY_S", "2".to_owned())];
-        if let Some(double) = &double {
-            env.extend([
-                ("REFARCH_INDEX_KIND", "pinecone".to_owned()),
-                ("REFARCH_INDEX_HOST", double.url()),
-                ("REFARCH_INDEX_API_KEY", "x".to_owned()),
-                ("REFARCH_INDEX_TIMEOUT_MS", "1000".to_owned()),
-                ("REFARCH_INDEXER_LEASE_MS", "4000".to_owned()),
-                ("REFARCH_INDEXER_SETTLE_MS", "2000".to_owned()),
-            ]);
-        }
-        let client = database.client().await;
-        Self { database, client, double, env }
-    }
-
     /// With rounds of some seconds.
-    fn proving(mut self, more: &[(&'static str, &str)]) -> Self {
-        self.env.push(("REFARCH_AUDIT_PERIOD_H", "0.001".to_owned()));
-        self.env.extend(more.iter().map(|(key, value)| (*key, (*value).to_owned())));
-        self
+    fn proving(self, more: &[(&'static str, &str)]) -> Self {
+        self.with(&[("REFARCH_AUDIT_PERIOD_H", "0.001")]).with(more)
     }
 
-    async fn filled(self) -> Self {
-        self.role(&["migrate"]).await;
-        self.sql(&format!(
-            "INSERT INTO {TABLE} (id, name, description) \
-             SELECT i, 'product ' || i, CASE WHEN i < {ROWS} THEN 'The ' || i || ' bottles of green glass' END \
-             FROM generate_series(1, {ROWS}) i"
-        ))
-        .await;
-        self.apply().await;
-        self
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = self.database.refarch();
-        command.args(args).envs(self.env.iter().cloned()).stdin(Stdio::null());
-        command
-    }
-
-    /// Runs a role to its end, and returns what it printed.
-    async fn role(&self, args: &[&str]) -> String {
-        let output = self.command(args).output().await.unwrap();
-        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    async fn apply(&self) {
-        let left = "SELECT EXISTS (SELECT FROM refarch.outbox) OR EXISTS (SELECT FROM refarch.attempt)";
-        eventually("all changes to be applied", PATIENCE, async || {
-            self.role(&["listen", "--until-idle"]).await;
-            self.role(&["embed", "--until-idle", "--workers", "1"]).await;
-            !self.client.query_one(left, &[]).await.unwrap().get::<_, bool>(0)
-        })
-        .await;
-    }
-
-    /// Starts the roles that keep the index in step.
-    fn start_roles(&self) -> [Child; 2] {
-        [&["listen"][..], &["embed", "--workers", "1"]].map(|args| self.command(args).spawn().unwrap())
-    }
-
-    async fn verify(&self, args: &[&str]) -> (Option<i32>, Value) {
-        let output = self.command(&["verify", "--json", "--sample", "0"]).args(args).output().await.unwrap();
-        let report = serde_json::from_slice(&output.stdout);
-        let report = report.unwrap_or_else(|_| json!(String::from_utf8_lossy(&output.stderr)));
-        (output.status.code(), report)
+    /// Compares without vectors: exit code, and report or what was logged.
+    async fn compare(&self, args: &[&str]) -> (Option<i32>, Value) {
+        let verified = self.verify(&[&["--sample", "0"], args].concat()).await;
+        let Verified { code, report, err } = verified;
+        (code, if report.is_null() { json!(err) } else { report })
     }
 
     async fn status(&self) -> Value {
@@ -135,48 +61,8 @@ impl Shop {
             .to_owned()
     }
 
-    async fn sql(&self, sql: &str) {
-        self.client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-    }
-
     async fn number(&self, sql: &str) -> i64 {
-        self.client.query_one(sql, &[]).await.unwrap_or_else(|error| panic!("{sql}: {error:?}")).get(0)
-    }
-
-    /// Runs statements over the table of vectors, which they call `{vectors}`.
-    async fn on_vectors(&self, sql: &str) {
-        let target: i32 = self.client.query_one("SELECT id FROM refarch.target", &[]).await.unwrap().get(0);
-        self.sql(&sql.replace("{vectors}", &format!("refarch.vector_{target}"))).await;
-    }
-
-    /// Takes a record out behind everybody's back.
-    async fn remove(&self, id: &str) {
-        match &self.double {
-            None => self.on_vectors(&format!("DELETE FROM {{vectors}} WHERE id = '{id}'")).await,
-            Some(double) => send(double, "delete", json!({ "ids": [id] })).await,
-        }
-    }
-
-    /// Makes a record of another id out of one, or spoils its hash.
-    async fn copy(&self, id: &str, to: &str, spoil: bool) {
-        match &self.double {
-            None => {
-                let hash = if spoil { "sha256('another text')" } else { "content_hash" };
-                self.on_vectors(&format!(
-                    "INSERT INTO {{vectors}} SELECT '{to}', embedding, {hash} FROM {{vectors}} WHERE id = '{id}' \
-                     ON CONFLICT (id) DO UPDATE SET content_hash = excluded.content_hash"
-                ))
-                .await;
-            }
-            Some(double) => {
-                let mut record = double.snapshot("")[id].clone();
-                if spoil {
-                    record.metadata["_refarch_content_hash"] = json!("a7".repeat(32));
-                }
-                let record = json!({ "id": to, "values": record.values, "metadata": record.metadata });
-                send(double, "upsert", json!({ "vectors": [record] })).await;
-            }
-        }
+        common::number(&self.client, sql).await
     }
 
     /// Sees to it that the queue loses an update of a row.
@@ -192,16 +78,6 @@ impl Shop {
                    FROM refarch.proof_round";
         let row = self.client.query_one(sql, &[]).await.unwrap();
         (row.get(0), row.get(1), row.get(2))
-    }
-
-    /// The backends, in this process.
-    async fn backends(&self) -> Backends {
-        let runtime = common::runtime_dir().display().to_string();
-        let mut env: BTreeMap<String, String> = [("REFARCH_RUNTIME_DIR".to_owned(), runtime)].into();
-        env.extend(self.env.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
-        let settings = Settings::load(None, &env, &[]).unwrap();
-        let postgres = Postgres::new(&Secret::new(self.database.url()), &settings.database).unwrap();
-        Backends::open(&postgres, &settings).await.unwrap()
     }
 }
 
@@ -253,12 +129,6 @@ fn prover(backends: &Backends, worker: &str) -> Timed {
     Timed(prover, clock)
 }
 
-async fn send(double: &Double, what: &str, body: Value) {
-    let url = format!("{}/vectors/{what}", double.url());
-    let request = reqwest::Client::new().post(url).header("Api-Key", "x").json(&body);
-    assert!(request.send().await.unwrap().status().is_success(), "{what}: {body}");
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn an_overestimate_of_rows_does_not_keep_up_from_ending() {
     let shop = on_pgvector().await.filled().await;
@@ -281,53 +151,21 @@ async fn an_empty_index_beside_rows_is_never_called_in_sync() {
     let line = shop.line("in sync").await;
     assert!(!line.contains("all of them") && line.contains("0 records"), "{line}");
     assert_eq!(shop.status().await["synced"], json!(false));
-    assert_eq!(shop.verify(&[]).await.0, Some(1));
+    assert_eq!(shop.compare(&[]).await.0, Some(1));
 }
 
 /// A ledger whose reads by id see no row: of a type that cuts the id, or under a policy.
 struct Blind(Arc<PgLedger>);
 
 #[async_trait]
-impl Ledger for Blind {
+impl Twist for Blind {
+    fn ledger(&self) -> &PgLedger {
+        &self.0
+    }
+
     async fn peek(&self, ids: &[String]) -> Result<Vec<Peeked>> {
         let seen = self.0.peek(ids).await?;
         Ok(seen.into_iter().map(|one| Peeked { row: None, entry: None, ..one }).collect())
-    }
-
-    async fn rows_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<Peeked>> {
-        self.0.rows_after(id, limit).await
-    }
-
-    async fn open(&self, attempt: &str, worker: &str, ids: &[String]) -> Result<Vec<Opened>> {
-        self.0.open(attempt, worker, ids).await
-    }
-
-    async fn close(&self, attempt: &str, worker: &str, closing: &[(Opened, Outcome)]) -> Result<Closed> {
-        self.0.close(attempt, worker, closing).await
-    }
-
-    async fn disown(&self, worker: &str, in_hand: &[String]) -> Result<u64> {
-        self.0.disown(worker, in_hand).await
-    }
-
-    async fn sweep(&self, settle: Duration, limit: usize) -> Result<Swept> {
-        self.0.sweep(settle, limit).await
-    }
-
-    async fn requeue(&self, ids: &[String]) -> Result<()> {
-        self.0.requeue(ids).await
-    }
-
-    async fn pending(&self) -> Result<Pending> {
-        self.0.pending().await
-    }
-
-    async fn count_try(&self, id: &str, by: i32) -> Result<u32> {
-        self.0.count_try(id, by).await
-    }
-
-    async fn park(&self, id: &str) -> Result<()> {
-        self.0.park(id).await
     }
 }
 
@@ -336,26 +174,13 @@ async fn rows_that_a_read_by_id_does_not_see_are_missing_and_not_gone() {
     let shop = on_pgvector().await.filled().await;
     shop.on_vectors("TRUNCATE {vectors}").await;
     let backends = shop.backends().await;
-    let auditor = Auditor {
-        ledger: &Blind(Arc::clone(&backends.ledger)),
-        index: &*backends.index,
-        queue: &*backends.queue,
-        embedder: None,
-        clock: &BootClock,
-        options: Options { sample: 0, wait: Duration::from_secs(1), repair: false },
-    };
-    let report = auditor.run(&|_| ()).await.unwrap();
+    let report = Twisted(Blind(Arc::clone(&backends.ledger))).audit(&backends).await;
     assert_eq!((report.missing, report.undecided), (ROWS - 1, 0), "{report:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_that_cannot_be_read_is_named_and_the_rest_compared() {
-    let mut shop = on_pgvector().await;
-    shop.env.extend([
-        ("REFARCH_SOURCE_TABLE", "public.note".to_owned()),
-        ("REFARCH_SOURCE_TEXT", "title".to_owned()),
-        ("REFARCH_SOURCE_METADATA", "id,extra".to_owned()),
-    ]);
+    let shop = on_pgvector().await.with(&NOTE);
     shop.sql(
         "CREATE TABLE note (id bigint PRIMARY KEY, title text, extra json); \
          INSERT INTO note SELECT i, 'Note number ' || i, '{}' FROM generate_series(1, 20) i",
@@ -368,13 +193,13 @@ async fn a_row_that_cannot_be_read_is_named_and_the_rest_compared() {
          UPDATE note SET extra = '{\"a\": \"\\u0000\"}' WHERE id IN (1, 7); ALTER TABLE note ENABLE TRIGGER ALL",
     )
     .await;
-    let (code, report) = shop.verify(&["--wait", "1"]).await;
+    let (code, report) = shop.compare(&["--wait", "1"]).await;
     assert_eq!((code, &report["unreadable"], &report["rows"]), (Some(2), &json!(2), &json!(20)), "{report}");
     let named = json!([{ "id": "1", "kind": "unreadable" }, { "id": "7", "kind": "unreadable" }]);
     assert_eq!(report["examples"], named);
     // What differs among the others is found all the same.
     shop.remove("8").await;
-    let (code, report) = shop.verify(&["--wait", "1"]).await;
+    let (code, report) = shop.compare(&["--wait", "1"]).await;
     assert_eq!(
         (code, &report["unreadable"], &report["missing"]),
         (Some(1), &json!(2), &json!(1)),
@@ -404,9 +229,9 @@ async fn freshness_is_told_for_each_lane() {
 /// Does all that makes an index differ behind the roles' back, and waits until nothing differs.
 async fn mends_whatever_differs(shop: Shop) {
     shop.remove("1").await;
-    shop.copy("2", "2", true).await;
-    shop.copy("4", "777", false).await;
-    shop.copy("4", "30", false).await;
+    shop.spoil_hash("2").await;
+    shop.copy("4", "777").await;
+    shop.copy("4", "30").await;
     shop.sql(&format!(
         "ALTER TABLE {TABLE} DISABLE TRIGGER ALL; UPDATE {TABLE} SET description = 'Unseen' WHERE id = 5; \
          DELETE FROM {TABLE} WHERE id = 6; ALTER TABLE {TABLE} ENABLE TRIGGER ALL"
@@ -429,7 +254,7 @@ async fn mends_whatever_differs(shop: Shop) {
     .await;
     let (_, differences, mended) = shop.rounds().await;
     assert_eq!((differences, mended), (9, 9));
-    assert_eq!(shop.verify(&[]).await.0, Some(0));
+    assert_eq!(shop.compare(&[]).await.0, Some(0));
     let line = shop.line("in sync").await;
     assert!(
         line.contains("29, all of them by the ledger; proved") && line.contains(": 0 differences"),
@@ -454,7 +279,7 @@ async fn whatever_differs_in_an_index_outside_is_mended_too() {
 async fn missing_and_orphaned_records_are_found_by_their_ids_alone() {
     let shop = on_pinecone().await.filled().await.proving(&[]);
     shop.remove("1").await;
-    shop.copy("4", "777", false).await;
+    shop.copy("4", "777").await;
     let _roles = shop.start_roles();
     let double = shop.double.clone().unwrap();
     eventually("the records to be as they should", PATIENCE, async || {
@@ -478,7 +303,7 @@ async fn a_column_that_is_rewritten_is_indexed_anew() {
     shop.sql(&format!("ALTER TABLE {TABLE} ALTER description TYPE text USING upper(description)")).await;
     let _roles = shop.start_roles();
     eventually("the rewritten rows to be found", PATIENCE, async || {
-        shop.rounds().await.1 >= ROWS as i64 - 1 && shop.verify(&[]).await.0 == Some(0)
+        shop.rounds().await.1 >= ROWS as i64 - 1 && shop.compare(&[]).await.0 == Some(0)
     })
     .await;
 }
@@ -636,7 +461,7 @@ async fn a_table_that_is_swapped_by_rename_is_captured_and_read_anew() {
     .await;
     shop.sql(&format!("UPDATE {TABLE} SET description = 'Edited afterwards' WHERE id = 21")).await;
     eventually("nothing to differ", PATIENCE, async || {
-        let (code, report) = shop.verify(&["--wait", "5"]).await;
+        let (code, report) = shop.compare(&["--wait", "5"]).await;
         code == Some(0) && report["rows"] == json!(41) && report["indexed"] == json!(41)
     })
     .await;
@@ -667,7 +492,7 @@ async fn rows_that_are_still_to_be_queued_are_no_differences() {
     let shop = on_pgvector().await.filled().await;
     shop.on_vectors("TRUNCATE {vectors}; DELETE FROM refarch.ledger").await;
     shop.sql("SELECT refarch.request_backfill('products', false, true)").await;
-    let (code, report) = shop.verify(&["--wait", "1"]).await;
+    let (code, report) = shop.compare(&["--wait", "1"]).await;
     assert_eq!((code, &report["undecided"]), (Some(2), &json!(29)), "{report}");
     let backends = shop.backends().await;
     let mut prover = prover(&backends, "first");
@@ -711,12 +536,7 @@ async fn a_process_with_other_columns_than_were_recorded_holds() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_row_is_named_and_the_rest_compared() {
-    let mut shop = on_pgvector().await;
-    shop.env.extend([
-        ("REFARCH_SOURCE_TABLE", "public.note".to_owned()),
-        ("REFARCH_SOURCE_TEXT", "title".to_owned()),
-        ("REFARCH_SOURCE_METADATA", "id,extra".to_owned()),
-    ]);
+    let shop = on_pgvector().await.with(&NOTE);
     shop.sql(
         "CREATE TYPE state AS ENUM ('good', 'bad'); \
          CREATE FUNCTION told(state) RETURNS json LANGUAGE plpgsql AS $$ BEGIN \
@@ -734,7 +554,7 @@ async fn a_damaged_row_is_named_and_the_rest_compared() {
     )
     .await;
     shop.remove("8").await;
-    let (code, report) = shop.verify(&["--wait", "1"]).await;
+    let (code, report) = shop.compare(&["--wait", "1"]).await;
     assert_eq!(
         (code, &report["unreadable"], &report["missing"]),
         (Some(1), &json!(1), &json!(1)),

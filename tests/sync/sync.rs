@@ -1,123 +1,23 @@
 //! The whole loop on real parts: PostgreSQL, pgmq, pgvector and the real model.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use refarch::backend::postgres::Postgres;
-use refarch::backend::{self, Backends, LoadedModel};
-use refarch::config::Settings;
 use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
-use refarch::pipeline::clock::BootClock;
-use refarch::pipeline::indexer::{self, Indexer};
-use refarch::pipeline::lease::Lease;
-use refarch::pipeline::meter::Meter;
-use refarch::pipeline::outbox::Transferred;
 use refarch::pipeline::queue::Backlog;
-use refarch::pipeline::relay::{self, Relay};
-use refarch::pipeline::schedule::Scheduler;
-use refarch::secret::Secret;
 use tokio::process::Child;
-use tokio::sync::OnceCell;
-use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
+use crate::common::steps::{self, Loop};
 use crate::common::{self, Database};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-static MODEL: OnceCell<LoadedModel> = OnceCell::const_new();
-
-/// A migrated database with the steps of relay and indexer at hand.
-struct Loop {
-    database: Database,
-    backends: Backends,
-    client: Client,
-    relay: Relay,
-    indexer: Arc<Indexer>,
-    meter: Arc<Meter>,
-}
-
-fn settings(extra: &[(&str, &str)]) -> Settings {
-    let runtime = common::runtime_dir().display().to_string();
-    let mut env: BTreeMap<String, String> = [("REFARCH_RUNTIME_DIR".to_owned(), runtime)].into();
-    env.extend(extra.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
-    Settings::load(None, &env, &[]).unwrap()
-}
-
 impl Loop {
-    async fn new() -> Self {
-        Self::with("", &[]).await
-    }
-
-    async fn with(setup: &str, extra: &[(&str, &str)]) -> Self {
-        let settings = settings(extra);
-        let database = Database::create().await;
-        let client = database.client().await;
-        client.batch_execute(setup).await.unwrap();
-        let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-        backend::migrate(&postgres, &settings).await.unwrap();
-        let backends = Backends::open(&postgres, &settings).await.unwrap();
-        let model = MODEL.get_or_init(async || LoadedModel::load(&settings).await.unwrap()).await;
-        let relay = Relay::new(
-            backends.outbox(),
-            Arc::clone(&backends.queue),
-            Arc::new(BootClock),
-            relay::Options {
-                source: "products".into(),
-                pack: 500,
-                bulk_threshold: 100,
-                live_bound: 5000,
-                poll: Duration::from_millis(100),
-            },
-        );
-        let meter: Arc<Meter> = Arc::default();
-        let indexer = Arc::new(Indexer::new(
-            Arc::clone(&backends.queue),
-            Arc::clone(&backends.ledger) as _,
-            Arc::clone(&backends.index),
-            Scheduler::new(model.start(1), Duration::from_millis(50), Arc::new(BootClock)),
-            Arc::clone(&meter),
-            Arc::new(Lease::new(Arc::new(BootClock), Duration::from_secs(10))),
-            indexer::Options {
-                source: "products".into(),
-                worker: "test".into(),
-                workers: 1,
-                hold: Duration::from_secs(2),
-                poll: Duration::from_millis(100),
-                max_receives: 10,
-                settle: Duration::from_secs(10),
-                look: Duration::from_millis(50),
-            },
-        ));
-        Self { database, backends, client, relay, indexer, meter }
-    }
-
-    async fn run(&self, sql: &str) {
-        self.client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-    }
-
-    async fn relay(&self) -> Transferred {
-        let mut sum = Transferred::default();
-        loop {
-            let done = self.relay.step().await.unwrap();
-            if done.rows == 0 {
-                return sum;
-            }
-            sum.changes += done.changes;
-            sum.live += done.live;
-            sum.bulk += done.bulk;
-        }
-    }
-
     /// Relays and indexes until nothing is left, and proves the outcome.
-    async fn settle(&self) {
-        self.relay().await;
-        let stop = CancellationToken::new();
-        self.indexer.run(&stop, &stop, true).await.unwrap();
-        let status = self.backends.status().await.unwrap();
-        assert_eq!(status.outstanding(), 0);
+    async fn converge(&self) {
+        self.settle().await;
         assert_eq!(self.differences().await, Vec::<String>::new());
     }
 
@@ -144,7 +44,7 @@ impl Loop {
     }
 
     async fn indexer_embed(&self, text: &str) -> Arc<[f32]> {
-        let embedder = MODEL.get().unwrap().start(1);
+        let embedder = steps::model(&self.settings).await.start(1);
         embedder.embed(&[Arc::from(text)]).await.unwrap().remove(0)
     }
 }
@@ -155,63 +55,63 @@ const KITCHEN: &str = "INSERT INTO products_with_increment (id, name, sku, descr
 
 #[tokio::test(flavor = "multi_thread")]
 async fn inserts_edits_deletes_and_truncations_reach_the_index() {
-    let it = Loop::new().await;
+    let it = Loop::new("", &[]).await;
     it.run(KITCHEN).await;
-    it.settle().await;
+    it.converge().await;
     assert_eq!(it.find("boil water").await[0], "1");
     it.run("UPDATE products_with_increment SET description = 'A stove that burns wood' WHERE id = 3").await;
     it.run("DELETE FROM products_with_increment WHERE id = 1").await;
-    it.settle().await;
+    it.converge().await;
     assert_eq!(it.find("fire").await[0], "3");
     assert!(!it.find("boil water").await.contains(&"1".to_owned()));
     it.run("TRUNCATE products_with_increment; INSERT INTO products_with_increment (id, description) VALUES (2, 'A garden hose')").await;
-    it.settle().await;
+    it.converge().await;
     assert_eq!(it.find("watering").await, ["2"]);
     it.run("TRUNCATE products_with_increment").await;
-    it.settle().await;
+    it.converge().await;
     assert_eq!(it.backends.index.count().await.unwrap(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_text_is_embedded_once_and_unchanged_text_not_at_all() {
-    let it = Loop::new().await;
+    let it = Loop::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'one of ' || i % 7 || ' texts' FROM generate_series(1, 300) i").await;
-    it.settle().await;
+    it.converge().await;
     assert_eq!(it.meter.totals(), (300, 7));
     it.run("UPDATE products_with_increment SET price = '$5'").await;
-    it.settle().await;
+    it.converge().await;
     assert_eq!(it.meter.totals(), (600, 7), "only metadata changed");
     it.run("UPDATE products_with_increment SET uuid = uuid; UPDATE products_with_increment SET description = 'x' WHERE id = 1; \
             UPDATE products_with_increment SET description = 'one of 1 texts' WHERE id = 1").await;
-    it.settle().await;
+    it.converge().await;
     assert_eq!(it.meter.totals(), (600, 7), "it is as it was");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_without_text_are_in_sync_without_a_vector() {
-    let it = Loop::new().await;
+    let it = Loop::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, name, description) VALUES (1, 'a', NULL), (2, 'b', ''), (3, NULL, E' \\n\\t'), (4, NULL, 'text')").await;
-    it.settle().await;
+    it.converge().await;
     assert_eq!(it.backends.index.count().await.unwrap(), 1);
     assert!(it.backends.status().await.unwrap().is_synced());
     it.run("UPDATE products_with_increment SET description = NULL WHERE id = 4").await;
-    it.settle().await;
+    it.converge().await;
     assert_eq!(it.backends.index.count().await.unwrap(), 0);
     assert!(it.backends.status().await.unwrap().is_synced());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn odd_texts_are_embedded_too() {
-    let it = Loop::new().await;
+    let it = Loop::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) VALUES (1, repeat('very long ', 120000)), (2, repeat('x', 1000000)), \
             (3, E'\\u0007 \\U0001F600 \\u202E'), (4, '[CLS] [SEP] [MASK]')").await;
-    it.settle().await;
+    it.converge().await;
     assert_eq!(it.backends.index.count().await.unwrap(), 4);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_loads_changes_are_bulk_and_edits_are_live() {
-    let it = Loop::new().await;
+    let it = Loop::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text' FROM generate_series(1, 250) i").await;
     it.run(
         "BEGIN; UPDATE products_with_increment SET description = 'a' WHERE id <= 60; \
@@ -228,7 +128,7 @@ async fn a_loads_changes_are_bulk_and_edits_are_live() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_live_change_is_claimed_ahead_of_an_importers_single_rows() {
-    let it = Loop::new().await;
+    let it = Loop::new("", &[]).await;
     let mut importer = it.database.client().await;
     let transaction = importer.transaction().await.unwrap();
     transaction
@@ -248,7 +148,7 @@ async fn a_live_change_is_claimed_ahead_of_an_importers_single_rows() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_nobody_can_read_is_kept_among_the_dead_letters_with_the_reason() {
-    let it = Loop::new().await;
+    let it = Loop::new("", &[]).await;
     it.run("SELECT pgmq.send('refarch_live', '{\"hello\": 1}'); SELECT pgmq.send('refarch_bulk', '{\"v\": 99}'); \
             SELECT pgmq.send('refarch_live', '{\"v\": 1, \"source\": \"products\"}')").await;
     let foreign = Job {
@@ -281,7 +181,7 @@ async fn what_nobody_can_read_is_kept_among_the_dead_letters_with_the_reason() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ids_that_no_row_can_have_are_harmless() {
-    let it = Loop::new().await;
+    let it = Loop::new("", &[]).await;
     it.run(KITCHEN).await;
     it.relay().await;
     let job = Job {
@@ -297,7 +197,7 @@ async fn ids_that_no_row_can_have_are_harmless() {
         }],
     };
     it.backends.queue.send(&[job]).await.unwrap();
-    it.settle().await;
+    it.converge().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -310,8 +210,8 @@ async fn a_table_of_ones_own_is_kept_in_step() {
         ("REFARCH_SOURCE_TEXT", "title,body"),
         ("REFARCH_SOURCE_METADATA", "tags"),
     ];
-    let it = Loop::with(setup, &env).await;
-    it.settle().await;
+    let it = Loop::new(setup, &env).await;
+    it.converge().await;
     let tax: String = it
         .client
         .query_one("SELECT \"The Id\"::text FROM \"My Notes\" WHERE title = 'Tax'", &[])
@@ -323,13 +223,13 @@ async fn a_table_of_ones_own_is_kept_in_step() {
         "UPDATE \"My Notes\" SET title = NULL, tags = '[1]'; DELETE FROM \"My Notes\" WHERE body LIKE 'It%'",
     )
     .await;
-    it.settle().await;
+    it.converge().await;
     assert_eq!(it.backends.index.count().await.unwrap(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn writers_and_several_workers_at_once_converge() {
-    let it = Loop::new().await;
+    let it = Loop::new("", &[]).await;
     let mut roles: Vec<Child> = Vec::new();
     for role in [
         &["listen"][..],
@@ -375,7 +275,7 @@ async fn writers_and_several_workers_at_once_converge() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_indexers_messages_come_again() {
-    let it = Loop::with("", &[]).await;
+    let it = Loop::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text ' || i FROM generate_series(1, 400) i").await;
     it.relay().await;
     let mut command = it.database.refarch();
@@ -390,13 +290,13 @@ async fn a_killed_indexers_messages_come_again() {
         it.backends.queue.backlog(Lane::Bulk).await.unwrap().in_flight == 0
     })
     .await;
-    it.settle().await;
+    it.converge().await;
     assert_eq!(it.backends.index.count().await.unwrap(), 400);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_indexer_holds_little_more_than_it_works_on() {
-    let it = Loop::new().await;
+    let it = Loop::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text ' || i FROM generate_series(1, 4000) i").await;
     it.relay().await;
     let mut indexer = it.database.refarch().args(["embed", "--workers", "1"]).spawn().unwrap();
@@ -413,13 +313,13 @@ async fn an_indexer_holds_little_more_than_it_works_on() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_graph_is_built_once_a_load_has_drained_and_dropped_for_a_larger_one() {
-    let it = Loop::with("", &[("REFARCH_INDEX_GRAPH_MIN_ROWS", "20")]).await;
+    let it = Loop::new("", &[("REFARCH_INDEX_GRAPH_MIN_ROWS", "20")]).await;
     let graph = async || -> bool {
         let sql = "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE c.relname LIKE 'vector%graph' AND indisvalid)";
         it.client.query_one(sql, &[]).await.unwrap().get(0)
     };
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text ' || i FROM generate_series(1, 40) i").await;
-    it.settle().await;
+    it.converge().await;
     // Settling takes long enough on a busy machine for the indexer to have built it.
     it.backends.index.maintain(50_000).await.unwrap();
     it.backends.index.maintain(5_000).await.unwrap();

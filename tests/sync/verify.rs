@@ -1,7 +1,6 @@
 //! `refarch verify`: what it finds, what it repairs, and when it says that it can't tell.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::process::Stdio;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -13,152 +12,18 @@ use refarch::backend::Backends;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
 use refarch::backend::postgres::lineage::{self, Standing};
-use refarch::config::Settings;
-use refarch::pipeline::audit::{Auditor, Options};
-use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::failure::Result;
 use refarch::pipeline::index::{Listing, Match, Notes, Stored, VectorIndex, Writes};
-use refarch::pipeline::ledger::{Closed, Ledger, Opened, Outcome, Peeked, Pending, Swept};
-use refarch::role::chaos::double::{Double, Record};
-use refarch::secret::Secret;
-use serde_json::{Value, json};
-use tokio::process::{Child, Command};
+use refarch::pipeline::ledger::{Ledger as _, Peeked};
+use serde_json::json;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
-use crate::common::{self, Database, eventually};
-
-/// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(2);
-
-/// As many as the model's vectors have.
-const DIMENSIONS: usize = 384;
-
-/// Rows of a filled shop; the last has no text.
-const ROWS: u64 = 30;
-
-/// The index of a shop, and how it is reached behind the roles' back.
-enum Index {
-    Pgvector,
-    Pinecone(Double),
-}
-
-/// A database and an index of its own.
-struct Shop {
-    database: Database,
-    client: Client,
-    index: Index,
-    env: Vec<(&'static str, String)>,
-}
-
-/// What a run of verify came to.
-#[derive(Debug)]
-struct Verified {
-    code: Option<i32>,
-    report: Value,
-    err: String,
-}
-
-impl Verified {
-    fn count(&self, key: &str) -> u64 {
-        self.report[key].as_u64().unwrap_or_else(|| panic!("no count {key}: {self:?}"))
-    }
-
-    /// The counts that are not zero, but for those of what was compared.
-    fn found(&self) -> Vec<(String, u64)> {
-        let counts = self.report.as_object().unwrap().iter();
-        counts
-            .filter(|(key, _)| !matches!(key.as_str(), "rows" | "indexed" | "sampled"))
-            .filter_map(|(key, value)| Some((key.clone(), value.as_u64().filter(|count| *count > 0)?)))
-            .collect()
-    }
-
-    #[track_caller]
-    fn assert(&self, code: i32, found: &[(&str, u64)]) {
-        let expected: BTreeSet<(String, u64)> =
-            found.iter().map(|(key, count)| ((*key).to_owned(), *count)).collect();
-        assert_eq!((self.code, self.found().into_iter().collect()), (Some(code), expected), "{self:?}");
-    }
-
-    fn examples(&self) -> BTreeSet<(&str, &str)> {
-        let examples = self.report["examples"].as_array().unwrap().iter();
-        examples.map(|one| (one["id"].as_str().unwrap(), one["kind"].as_str().unwrap())).collect()
-    }
-}
-
-async fn on_pgvector() -> Shop {
-    Shop::new(Database::create().await, Index::Pgvector).await
-}
-
-async fn on_pinecone() -> Shop {
-    Shop::new(Database::create().await, Index::Pinecone(Double::start(DIMENSIONS, 1).await.unwrap())).await
-}
+use crate::common;
+use crate::shop::{ROWS, Shop, on_pgvector, on_pinecone, rewrite};
+use crate::twisted::{Twist, Twisted};
 
 impl Shop {
-    async fn new(database: Database, index: Index) -> Self {
-        let mut env = Vec::new();
-        if let Index::Pinecone(double) = &index {
-            env.extend([
-                ("REFARCH_INDEX_KIND", "pinecone".to_owned()),
-                ("REFARCH_INDEX_HOST", double.url()),
-                ("REFARCH_INDEX_API_KEY", "x".to_owned()),
-                ("REFARCH_INDEX_TIMEOUT_MS", "1000".to_owned()),
-                ("REFARCH_INDEXER_LEASE_MS", "4000".to_owned()),
-                ("REFARCH_INDEXER_SETTLE_MS", "2000".to_owned()),
-            ]);
-        }
-        let client = database.client().await;
-        Self { database, client, index, env }
-    }
-
-    async fn filled(self) -> Self {
-        self.role(&["migrate"]).await;
-        self.sql(&format!(
-            "INSERT INTO products_with_increment (id, name, description) \
-             SELECT i, 'product ' || i, CASE WHEN i < {ROWS} THEN 'The ' || i || ' bottles of green glass' END \
-             FROM generate_series(1, {ROWS}) i"
-        ))
-        .await;
-        self.apply().await;
-        self
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = self.database.refarch();
-        command.args(args).envs(self.env.iter().cloned()).stdin(Stdio::null());
-        command
-    }
-
-    /// Runs a role to its end, and returns what it logged.
-    async fn role(&self, args: &[&str]) -> String {
-        let output = self.command(args).output().await.unwrap();
-        let err = String::from_utf8(output.stderr).unwrap();
-        assert!(output.status.success(), "{args:?}: {err}");
-        err
-    }
-
-    /// Applies what is pending. Changes of one row in both lanes may overlap, and then are queued again.
-    async fn apply(&self) {
-        let left = "SELECT EXISTS (SELECT FROM refarch.outbox) OR EXISTS (SELECT FROM refarch.attempt)";
-        eventually("all changes to be applied", PATIENCE, async || {
-            self.role(&["listen", "--until-idle"]).await;
-            self.role(&["embed", "--until-idle", "--workers", "1"]).await;
-            !self.client.query_one(left, &[]).await.unwrap().get::<_, bool>(0)
-        })
-        .await;
-    }
-
-    /// Starts the roles that keep the index in step.
-    fn start_roles(&self) -> [Child; 2] {
-        [&["listen"][..], &["embed", "--workers", "1"]].map(|args| self.command(args).spawn().unwrap())
-    }
-
-    async fn verify(&self, args: &[&str]) -> Verified {
-        let output = self.command(&["verify", "--json"]).args(args).output().await.unwrap();
-        let report = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        Verified { code: output.status.code(), report, err: String::from_utf8(output.stderr).unwrap() }
-    }
-
     /// The last line for people.
     async fn verdict(&self, args: &[&str]) -> String {
         let output = self.command(&["verify"]).args(args).output().await.unwrap();
@@ -166,91 +31,6 @@ impl Shop {
         assert!(text.starts_with("rows "), "{text} {}", String::from_utf8_lossy(&output.stderr));
         text.lines().last().unwrap().to_owned()
     }
-
-    /// The backends, in this process.
-    async fn backends(&self) -> Backends {
-        let runtime = common::runtime_dir().display().to_string();
-        let mut env: BTreeMap<String, String> = [("REFARCH_RUNTIME_DIR".to_owned(), runtime)].into();
-        env.extend(self.env.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
-        let settings = Settings::load(None, &env, &[]).unwrap();
-        let postgres = Postgres::new(&Secret::new(self.database.url()), &settings.database).unwrap();
-        Backends::open(&postgres, &settings).await.unwrap()
-    }
-
-    async fn sql(&self, sql: &str) {
-        self.client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-    }
-
-    /// Runs a statement over the table of vectors, which it calls `{vectors}`.
-    async fn on_vectors(&self, sql: &str) {
-        let target: i32 = self.client.query_one("SELECT id FROM refarch.target", &[]).await.unwrap().get(0);
-        let sql = sql.replace("{vectors}", &format!("refarch.vector_{target}"));
-        assert_eq!(self.client.execute(&sql, &[]).await.unwrap(), 1, "{sql}");
-    }
-
-    /// Takes a record out behind everybody's back.
-    async fn remove(&self, id: &str) {
-        match &self.index {
-            Index::Pgvector => self.on_vectors(&format!("DELETE FROM {{vectors}} WHERE id = '{id}'")).await,
-            Index::Pinecone(double) => send(double, "delete", json!({ "ids": [id] })).await,
-        }
-    }
-
-    /// Makes a record one of another text.
-    async fn spoil_hash(&self, id: &str) {
-        match &self.index {
-            Index::Pgvector => {
-                let sql = "UPDATE {vectors} SET content_hash = sha256('another text') WHERE id = ";
-                self.on_vectors(&format!("{sql}'{id}'")).await;
-            }
-            Index::Pinecone(double) => {
-                rewrite(double, id, id, |record| {
-                    record.metadata["_refarch_content_hash"] = json!("a7".repeat(32));
-                })
-                .await;
-            }
-        }
-    }
-
-    /// Gives a record another vector of length one, and leaves its hash.
-    async fn spoil_vector(&self, id: &str) {
-        let mut values = vec![0.0; DIMENSIONS];
-        values[7] = 1.0;
-        match &self.index {
-            Index::Pgvector => {
-                let sql = format!("UPDATE {{vectors}} SET embedding = '{values:?}' WHERE id = '{id}'");
-                self.on_vectors(&sql).await;
-            }
-            Index::Pinecone(double) => rewrite(double, id, id, |record| record.values = values).await,
-        }
-    }
-
-    /// Makes a record of another id out of one.
-    async fn copy(&self, id: &str, to: &str) {
-        match &self.index {
-            Index::Pgvector => {
-                let sql = format!(
-                    "INSERT INTO {{vectors}} SELECT '{to}', embedding, content_hash FROM {{vectors}} WHERE id = '{id}'"
-                );
-                self.on_vectors(&sql).await;
-            }
-            Index::Pinecone(double) => rewrite(double, id, to, |_| ()).await,
-        }
-    }
-}
-
-async fn send(double: &Double, what: &str, body: Value) {
-    let url = format!("{}/vectors/{what}", double.url());
-    let request = reqwest::Client::new().post(url).header("Api-Key", "x").json(&body);
-    assert!(request.send().await.unwrap().status().is_success(), "{what}: {body}");
-}
-
-/// Writes a record as the change leaves it, under the same id or another.
-async fn rewrite(double: &Double, id: &str, to: &str, change: impl FnOnce(&mut Record)) {
-    let mut record = double.snapshot("")[id].clone();
-    change(&mut record);
-    let record = json!({ "id": to, "values": record.values, "metadata": record.metadata });
-    send(double, "upsert", json!({ "vectors": [record] })).await;
 }
 
 /// Each test once an index.
@@ -317,7 +97,7 @@ async fn whatever_differs_is_told_apart_and_repaired(shop: Shop) {
         ("30", "orphaned"),
     ]
     .into();
-    if let Index::Pinecone(double) = &shop.index {
+    if let Some(double) = &shop.double {
         // pgvector keeps no metadata: it is in the table beside it.
         rewrite(double, "5", "5", |record| {
             record.metadata["_refarch_metadata_hash"] = json!("00".repeat(32));
@@ -484,7 +264,7 @@ async fn an_index_of_a_later_state_is_foreign_until_every_row_is_written_anew() 
     verified.assert(1, &[("missing", 1), ("orphaned", 1)]);
     assert_eq!(verified.report["foreign"], json!(true));
 
-    let logged = shop.role(&["embed", "--until-idle", "--workers", "1"]).await;
+    let logged = shop.logged(&["embed", "--until-idle", "--workers", "1"]).await;
     assert!(logged.contains("WARN") && logged.contains("every row is written anew"), "{logged}");
     let asked =
         "SELECT (SELECT count(*) FROM refarch.backfill), (SELECT count(*) FROM refarch.ledger WHERE dirty)";
@@ -510,15 +290,15 @@ async fn an_index_of_a_later_state_is_foreign_until_every_row_is_written_anew() 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_index_of_another_database_is_taken_over() {
     let first = on_pinecone().await.filled().await;
-    let Index::Pinecone(double) = &first.index else { unreachable!() };
-    let second = Shop::new(Database::create().await, Index::Pinecone(double.clone())).await;
+    let double = first.double.clone().unwrap();
+    let second = Shop::new(Some(double.clone())).await;
     second.role(&["migrate"]).await;
     second
         .sql("INSERT INTO products_with_increment (id, description) SELECT i, 'Shelf ' || i FROM generate_series(1, 20) i")
         .await;
     let verified = second.verify(&["--sample", "0", "--wait", "1"]).await;
     assert_eq!((verified.code, &verified.report["foreign"]), (Some(1), &json!(true)), "{verified:?}");
-    let logged = second.role(&["embed", "--until-idle", "--workers", "1"]).await;
+    let logged = second.logged(&["embed", "--until-idle", "--workers", "1"]).await;
     assert!(logged.contains("every row is written anew"), "{logged}");
     second.apply().await;
     // Records of rows that only the first database had.
@@ -578,7 +358,11 @@ impl Racing {
 }
 
 #[async_trait]
-impl Ledger for Racing {
+impl Twist for Racing {
+    fn ledger(&self) -> &PgLedger {
+        &self.ledger
+    }
+
     async fn peek(&self, ids: &[String]) -> Result<Vec<Peeked>> {
         // The first time is for the ids that the index holds.
         self.change_at(Moment::Look, 1).await;
@@ -588,38 +372,6 @@ impl Ledger for Racing {
     async fn rows_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<Peeked>> {
         self.change_at(Moment::Page, 0).await;
         self.ledger.rows_after(id, limit).await
-    }
-
-    async fn open(&self, attempt: &str, worker: &str, ids: &[String]) -> Result<Vec<Opened>> {
-        self.ledger.open(attempt, worker, ids).await
-    }
-
-    async fn close(&self, attempt: &str, worker: &str, closing: &[(Opened, Outcome)]) -> Result<Closed> {
-        self.ledger.close(attempt, worker, closing).await
-    }
-
-    async fn disown(&self, worker: &str, in_hand: &[String]) -> Result<u64> {
-        self.ledger.disown(worker, in_hand).await
-    }
-
-    async fn sweep(&self, settle: Duration, limit: usize) -> Result<Swept> {
-        self.ledger.sweep(settle, limit).await
-    }
-
-    async fn requeue(&self, ids: &[String]) -> Result<()> {
-        self.ledger.requeue(ids).await
-    }
-
-    async fn pending(&self) -> Result<Pending> {
-        self.ledger.pending().await
-    }
-
-    async fn count_try(&self, id: &str, by: i32) -> Result<u32> {
-        self.ledger.count_try(id, by).await
-    }
-
-    async fn park(&self, id: &str) -> Result<()> {
-        self.ledger.park(id).await
     }
 }
 
@@ -631,21 +383,13 @@ async fn a_change_amid_the_audit_is_waited_for() {
             shop.remove("1").await;
         }
         let backends = shop.backends().await;
-        let ledger = Racing {
+        let ledger = Twisted(Racing {
             ledger: Arc::clone(&backends.ledger),
             client: shop.database.client().await,
             moment,
             calls: AtomicU32::new(0),
-        };
-        let auditor = Auditor {
-            ledger: &ledger,
-            index: &*backends.index,
-            queue: &*backends.queue,
-            embedder: None,
-            clock: &BootClock,
-            options: Options { sample: 0, wait: Duration::from_secs(1), repair: false },
-        };
-        let report = auditor.run(&|_| ()).await.unwrap();
+        });
+        let report = ledger.audit(&backends).await;
         assert_eq!((report.differences(), report.undecided), (0, 1), "{moment:?}: {report:?}");
     }
 }

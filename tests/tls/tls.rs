@@ -1,39 +1,22 @@
 //! Encrypted connections, against a PostgreSQL that has TLS, and a pooler in transaction mode.
-//!
-//! Debian's packages, which `scripts/test` installs: the private server's build has no TLS.
 
-use std::os::unix::fs::{PermissionsExt as _, chown};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Stdio;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use nix::unistd::{Uid, User};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use refarch::backend::postgres::Postgres;
-use refarch::config::{Database, Settings};
+use refarch::config::Database;
 use refarch::pipeline::failure::{Class, Error};
 use refarch::secret::Secret;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::sync::Mutex;
 
 use crate::common;
+use crate::servers::{NAME, Pooler, Server};
 
 const PATIENCE: Duration = Duration::from_mins(1);
-
-/// The name that the good certificate is for, which every resolver takes for this machine.
-const NAME: &str = "localhost";
-
-/// A program of Debian's server packages. A missing one fails the test: what did not run has shown nothing.
-fn program(name: &str) -> PathBuf {
-    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let mut found: Vec<PathBuf> = versions.map(|version| version.path().join("bin").join(name)).collect();
-    found.push(Path::new("/usr/sbin").join(name));
-    let there = found.into_iter().filter(|path| path.is_file()).max();
-    there.unwrap_or_else(|| {
-        panic!("{name} is missing: run scripts/test, or install Debian's postgresql and pgbouncer")
-    })
-}
 
 /// Certificates that the tests make.
 struct Certificates {
@@ -74,80 +57,11 @@ impl Certificates {
     fn path(&self, name: &str) -> String {
         self.dir.path().join(name).display().to_string()
     }
-}
 
-/// A server with one of the certificates, or none.
-struct Server {
-    port: u16,
-    child: Child,
-    dir: tempfile::TempDir,
-}
-
-/// As root, the server must be somebody else.
-fn lower(command: &mut Command) -> &mut Command {
-    use std::os::unix::process::CommandExt as _;
-    if Uid::effective().is_root() {
-        let user = User::from_name("postgres").unwrap().expect("Debian's package makes the user postgres");
-        command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
-    }
-    command
-}
-
-fn hand_over(path: &Path) {
-    if Uid::effective().is_root() {
-        let user = User::from_name("postgres").unwrap().unwrap();
-        chown(path, Some(user.uid.as_raw()), Some(user.gid.as_raw())).unwrap();
-    }
-}
-
-impl Server {
-    async fn start(certificates: &Certificates, certificate: Option<&str>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        hand_over(dir.path());
-        let data = dir.path().join("data");
-        let made = lower(Command::new(program("initdb")).args(["-D"]).arg(&data))
-            .args(["-U", "refarch", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C"])
-            .stdout(Stdio::null())
-            .status()
-            .unwrap();
-        assert!(made.success());
-        let port = common::free_port();
-        let mut command = Command::new(program("postgres"));
-        command.arg("-D").arg(&data).args(["-p", &port.to_string(), "-h", NAME, "-c", "fsync=off"]);
-        command.arg("-c").arg(format!("unix_socket_directories={}", dir.path().display()));
-        if let Some(name) = certificate {
-            for (kind, setting) in [("crt", "ssl_cert_file"), ("key", "ssl_key_file")] {
-                let own = dir.path().join(format!("server.{kind}"));
-                std::fs::copy(certificates.path(&format!("{name}.{kind}")), &own).unwrap();
-                std::fs::set_permissions(&own, std::fs::Permissions::from_mode(0o600)).unwrap();
-                hand_over(&own);
-                command.arg("-c").arg(format!("{setting}={}", own.display()));
-            }
-            command.args(["-c", "ssl=on"]);
-        }
-        let child = lower(&mut command).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let server = Self { port, child, dir };
-        let plain = server.url("sslmode=disable");
-        common::eventually("the server to answer", PATIENCE, async || {
-            tokio_postgres::connect(&plain, tokio_postgres::NoTls).await.is_ok()
-        })
-        .await;
-        server
-    }
-
-    fn url(&self, query: &str) -> String {
-        format!("postgres://refarch@{NAME}:{}/postgres?{query}", self.port)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // At once, and without a checkpoint: nothing of it is kept.
-        let data = self.dir.path().join("data");
-        let _ = lower(Command::new(program("pg_ctl")).arg("-D").arg(data).args(["-m", "immediate", "stop"]))
-            .stdout(Stdio::null())
-            .status();
-        let _ = self.child.wait();
+    /// A server with one of the certificates.
+    async fn server(&self, name: &str) -> Server {
+        let file = |kind: &str| self.dir.path().join(format!("{name}.{kind}"));
+        Server::start(Some([file("crt"), file("key")])).await
     }
 }
 
@@ -170,10 +84,10 @@ impl Bench {
         }
         let certificates = Certificates::make();
         let (good, named, expired, plain) = tokio::join!(
-            Server::start(&certificates, Some("good")),
-            Server::start(&certificates, Some("named")),
-            Server::start(&certificates, Some("expired")),
-            Server::start(&certificates, None)
+            certificates.server("good"),
+            certificates.server("named"),
+            certificates.server("expired"),
+            Server::start(None)
         );
         let bench = Arc::new(Self { certificates, good, named, expired, plain });
         *shared = Arc::downgrade(&bench);
@@ -182,7 +96,7 @@ impl Bench {
 }
 
 fn settings() -> Database {
-    Settings::load(None, &std::collections::BTreeMap::new(), &[]).unwrap().database
+    common::source::settings(&[]).database
 }
 
 /// Whether the connection is encrypted, or why there is none.
@@ -291,50 +205,6 @@ async fn roles_work_over_a_verified_connection() {
     run(&["listen", "--until-idle"]).await;
     let queued: i64 = client.query_one("SELECT count(*) FROM pgmq.q_refarch_live", &[]).await.unwrap().get(0);
     assert_eq!(queued, 1);
-}
-
-/// pgbouncer in transaction mode before a server.
-struct Pooler {
-    child: Child,
-    port: u16,
-    _dir: tempfile::TempDir,
-}
-
-impl Pooler {
-    async fn before(server: &Server) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        hand_over(dir.path());
-        let port = common::free_port();
-        let file = dir.path().join("pgbouncer.ini");
-        let settings = format!(
-            "[databases]\n* = host={} port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nauth_type = any\n\
-             pool_mode = transaction\nunix_socket_dir =\nignore_startup_parameters = extra_float_digits\n",
-            server.dir.path().display(),
-            server.port
-        )
-        .replace("* = host", "postgres = user=refarch host");
-        std::fs::write(&file, settings).unwrap();
-        let mut command = Command::new(program("pgbouncer"));
-        let child = lower(command.arg(&file)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let pooler = Self { child, port, _dir: dir };
-        let url = pooler.url();
-        common::eventually("the pooler to answer", PATIENCE, async || {
-            tokio_postgres::connect(&url, tokio_postgres::NoTls).await.is_ok()
-        })
-        .await;
-        pooler
-    }
-
-    fn url(&self) -> String {
-        format!("postgres://refarch@127.0.0.1:{}/postgres", self.port)
-    }
-}
-
-impl Drop for Pooler {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

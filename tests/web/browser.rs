@@ -122,6 +122,20 @@ impl Page {
 
 const FIRST: &str = "document.querySelector('#rows tr')";
 
+/// Every role over a database, once the page can be opened, and its address.
+async fn up(database: &Database, env: &[(&str, &str)]) -> (Child, String) {
+    let address = format!("127.0.0.1:{}", common::free_port());
+    let mut command = database.refarch();
+    command.args(["up", "--products", "0", "--workers", "1", "--bind", &address]).envs(env.iter().copied());
+    let roles = command.stdout(Stdio::null()).spawn().unwrap();
+    let ready = format!("http://{address}/readyz");
+    common::eventually("the server to be ready", PATIENCE, async || {
+        reqwest::get(&ready).await.is_ok_and(|r| r.status().is_success())
+    })
+    .await;
+    (roles, format!("http://{address}/"))
+}
+
 #[tokio::test]
 async fn a_person_searches_edits_and_sees_it_become_searchable() {
     let database = Database::create().await;
@@ -136,20 +150,9 @@ async fn a_person_searches_edits_and_sees_it_become_searchable() {
         )
         .await
         .unwrap();
-    let port = common::free_port();
-    let mut roles = database
-        .refarch()
-        .args(["up", "--products", "0", "--workers", "1", "--bind", &format!("127.0.0.1:{port}")])
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
-    let ready = format!("http://127.0.0.1:{port}/readyz");
-    common::eventually("the server to be ready", PATIENCE, async || {
-        reqwest::get(&ready).await.is_ok_and(|r| r.status().is_success())
-    })
-    .await;
+    let (mut roles, url) = up(&database, &[]).await;
 
-    let mut page = Page::open(&format!("http://127.0.0.1:{port}/")).await;
+    let mut page = Page::open(&url).await;
     page.until("document.querySelectorAll('#rows tr').length === 3").await;
     page.until("document.querySelector('#s-sync').textContent === 'all'").await;
     assert_eq!(page.eval("document.querySelector('#rows b')").await, Value::Null, "markup in a row is text");
@@ -225,20 +228,8 @@ async fn an_edit_asks_for_the_token_once_and_keeps_it_for_the_session() {
         .batch_execute("INSERT INTO products_with_increment (id, name, description) VALUES (1, 'Kettle', 'An electric kettle')")
         .await
         .unwrap();
-    let port = common::free_port();
-    let mut roles = database
-        .refarch()
-        .args(["up", "--products", "0", "--workers", "1", "--bind", &format!("127.0.0.1:{port}")])
-        .env("REFARCH_SERVE_EDIT_TOKEN", "hush")
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
-    let ready = format!("http://127.0.0.1:{port}/readyz");
-    common::eventually("the server to be ready", PATIENCE, async || {
-        reqwest::get(&ready).await.is_ok_and(|r| r.status().is_success())
-    })
-    .await;
-    let mut page = Page::open(&format!("http://127.0.0.1:{port}/")).await;
+    let (mut roles, url) = up(&database, &[("REFARCH_SERVE_EDIT_TOKEN", "hush")]).await;
+    let mut page = Page::open(&url).await;
     page.until("document.querySelectorAll('#rows tr').length === 1").await;
     let edit = async |page: &mut Page, text: &str| {
         page.eval(&format!("{FIRST}.querySelector('.c-name .cell').click()")).await;

@@ -8,9 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::products::Products;
-use refarch::config::Settings;
 use refarch::pipeline::embedder::{Embedder, Embedding};
 use refarch::pipeline::failure::{Error, Result};
 use refarch::pipeline::index::{Listing, Match, Notes, Stored, VectorIndex, Writes};
@@ -24,6 +22,7 @@ use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
+use crate::common::source::settings;
 use crate::common::{self, Database};
 
 /// Longer than anything here takes on a busy machine.
@@ -210,8 +209,7 @@ impl Server {
         let database = Database::create().await;
         let sql = database.client().await;
         sql.batch_execute(TABLE).await.unwrap();
-        let settings = Settings::load(None, &[].into(), &[]).unwrap();
-        let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
+        let postgres = database.postgres(&settings(&[]));
         let products = Products::new(postgres.pool, "public.products_with_increment");
         let index = Arc::new(FlatIndex::default());
         let probe = Arc::new(ToldProbe::default());
@@ -892,8 +890,8 @@ async fn while_all_places_are_taken_others_are_told_to_come_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_clients_ask_has_connections_and_time_of_its_own() {
     let database = Database::create().await;
-    let settings = Settings::load(None, &[].into(), &[]).unwrap();
-    let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
+    let settings = settings(&[]);
+    let postgres = database.postgres(&settings);
     let mut held = Vec::new();
     for _ in 0..settings.database.pool_size {
         held.push(postgres.client().await.unwrap());

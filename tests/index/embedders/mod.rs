@@ -4,7 +4,6 @@ mod identity;
 mod servers;
 mod stub;
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -14,12 +13,12 @@ use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::response::{IntoResponse as _, Json, Response};
 use axum::{Router, routing};
 use refarch::backend::LoadedModel;
-use refarch::config::Settings;
 use refarch::pipeline::embedder::Embedder;
 use refarch::pipeline::failure::{Class, Error};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
+use crate::common::source::settings;
 use crate::common::{self, Database};
 
 /// What the key must be.
@@ -34,13 +33,6 @@ static MODEL: OnceCell<Arc<dyn Embedder>> = OnceCell::const_new();
 async fn real() -> Arc<dyn Embedder> {
     let start = async || LoadedModel::load(&settings(&[])).await.unwrap().start(1);
     Arc::clone(MODEL.get_or_init(start).await)
-}
-
-fn settings(extra: &[(&str, &str)]) -> Settings {
-    let runtime = common::runtime_dir().display().to_string();
-    let mut env: BTreeMap<String, String> = [("REFARCH_RUNTIME_DIR".to_owned(), runtime)].into();
-    env.extend(extra.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
-    Settings::load(None, &env, &[]).unwrap()
 }
 
 #[derive(Default)]

@@ -1,6 +1,7 @@
 //! pgvector keeps the contract of an index that writes only if nothing changed.
 
 use async_trait::async_trait;
+use refarch::backend::pgvector::PgVector;
 use refarch::backend::postgres::ledger::PgLedger;
 use refarch::pipeline::embedder::Embedding;
 use refarch::pipeline::ledger::Ledger;
@@ -8,6 +9,7 @@ use tokio_postgres::Client;
 
 use super::fenced_contract::{self, Bench};
 use super::*;
+use crate::common::source::ITEM;
 
 /// A table, its ledger and its vectors.
 struct Real {
@@ -19,37 +21,12 @@ struct Real {
 
 impl Real {
     async fn new() -> Self {
-        let database = Database::create().await;
-        let client = database.client().await;
         let table = "CREATE TABLE item (id bigint PRIMARY KEY, body text NOT NULL, note text)";
-        client.batch_execute(table).await.unwrap();
-        let env = [
-            ("REFARCH_SOURCE_TABLE", "public.item"),
-            ("REFARCH_SOURCE_TEXT", "body"),
-            ("REFARCH_SOURCE_METADATA", "note"),
-        ];
-        let env = env.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
-        let settings = Settings::load(None, &env, &[]).unwrap();
-        let postgres = Postgres::new(&Secret::new(database.url()), &settings.database).unwrap();
-        let shape = IndexShape {
-            kind: "pgvector".into(),
-            model: "test".into(),
-            former_model: None,
-            dimensions: 3,
-            place: Place::default(),
-        };
-        migrate::migrate(&postgres, &settings.source, &settings.queue, &shape).await.unwrap();
-        let target = target::find(&postgres, &settings.source, &shape).await.unwrap();
-        let options = pgvector::Options {
-            graph_min_rows: 1_000,
-            graph_max_backlog: 1_000,
-            ef_search: 100,
-            acknowledged_in_same_log: true,
-        };
-        let table = Arc::new(target.table);
-        let (salt, id) = (target.salt, target.id);
-        let index = PgVector::new(postgres.clone(), Arc::clone(&table), salt.clone(), id, options);
-        let ledger = PgLedger::new(postgres, table, id, salt);
+        let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "note")];
+        let migrated = Migrated::new(table, settings(&env), "pgvector").await;
+        let target = migrated.target().await;
+        let (index, ledger) = (migrated.pgvector(&target), migrated.ledger(&target));
+        let Migrated { client, database, .. } = migrated;
         Self { index, ledger, client, _database: database }
     }
 }

@@ -6,11 +6,11 @@ use std::collections::BTreeMap;
 use refarch::backend::Backends;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::lineage::{self, Known, Renewed, Standing};
-use refarch::config::Settings;
 use tokio_postgres::Client;
 
 use super::*;
 use crate::common;
+use crate::common::source::settings;
 
 /// As many as the model's vectors have.
 const DIMENSIONS: usize = 384;
@@ -129,8 +129,7 @@ impl Shop {
 
     /// The database and its target, in this process.
     async fn postgres(&self) -> (Postgres, i32) {
-        let settings = Settings::load(None, &BTreeMap::new(), &[]).unwrap();
-        let postgres = Postgres::new(&Secret::new(self.database.url()), &settings.database).unwrap();
+        let postgres = self.database.postgres(&settings(&[]));
         (postgres, self.client.query_one("SELECT id FROM refarch.target", &[]).await.unwrap().get(0))
     }
 }
@@ -463,9 +462,8 @@ async fn vectors_in_a_database_that_went_back_are_looked_at_and_not_made_again()
     // applied yet.
     let lost = "UPDATE item SET body = 'Lost by the queue' WHERE id = 2; DELETE FROM refarch.outbox";
     let (postgres, target) = shop.postgres().await;
-    let runtime = common::runtime_dir().display().to_string();
-    let env = shop.env.clone().into_iter().chain([("REFARCH_RUNTIME_DIR".to_owned(), runtime)]).collect();
-    let backends = Backends::open(&postgres, &Settings::load(None, &env, &[]).unwrap()).await.unwrap();
+    let env: Vec<_> = shop.env.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+    let backends = Backends::open(&postgres, &settings(&env)).await.unwrap();
     let mut worker = Known::new(&postgres, target).await.unwrap();
     for _ in 0..2 {
         worker.renew(&postgres, target, &*backends.index).await.unwrap();
