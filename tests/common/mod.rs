@@ -7,6 +7,7 @@ pub mod python;
 pub mod source;
 pub mod steps;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
@@ -188,6 +189,15 @@ pub fn browser() -> PathBuf {
     found.into_iter().find(|path| path.is_file()).expect(
         "browser tests need a Chromium: run scripts/test, install Debian's chromium, or set CHROMIUM to its path",
     )
+}
+
+/// Says why a test cannot run here, on the real standard error: the harness keeps a passing test's output to itself.
+/// Where `CI` is set it fails the test: a test that did not run has shown nothing.
+pub fn cannot_run(why: &str) {
+    let thread = std::thread::current();
+    let said = format!("NOT RUN: {}: {why}\n", thread.name().unwrap_or("a test"));
+    let _ = std::io::stderr().write_all(said.as_bytes());
+    assert!(std::env::var_os("CI").is_none_or(|ci| ci.is_empty()), "{said}");
 }
 
 /// A loopback port that was free just now.

@@ -11,7 +11,7 @@ use nix::unistd::{Pid, Uid};
 use refarch::backend::embedded::{Cluster, Options};
 use tempfile::TempDir;
 
-use crate::common::{self, connect, eventually, refarch};
+use crate::common::{self, cannot_run, connect, eventually, refarch};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -289,7 +289,7 @@ async fn the_server_holds_no_file_of_ours() {
 #[tokio::test]
 async fn root_keeps_the_files_elsewhere_when_the_servers_user_cannot_reach_the_project() {
     // Otherwise the server runs as us, and reaches what we reach.
-    if !is_root("root_keeps_the_files_elsewhere_when_the_servers_user_cannot_reach_the_project") {
+    if !is_root() {
         return;
     }
     let home = Home::within("project", 0o700);
@@ -390,7 +390,7 @@ async fn a_lost_password_is_named() {
 #[tokio::test]
 async fn a_copied_project_has_data_of_its_own() {
     // Only root's data can be outside the project.
-    if !is_root("a_copied_project_has_data_of_its_own") {
+    if !is_root() {
         return;
     }
     let home = Home::within("project", 0o700);
@@ -461,17 +461,17 @@ async fn try_join(home: &Home) -> String {
     }
 }
 
-fn is_root(test: &str) -> bool {
+fn is_root() -> bool {
     let root = Uid::effective().is_root();
     if !root {
-        eprintln!("skipped, since only root hands its server to another user: {test}");
+        cannot_run("only root hands its server to another user");
     }
     root
 }
 
 #[tokio::test]
 async fn root_touches_nothing_through_what_the_servers_user_planted() {
-    if !is_root("root_touches_nothing_through_what_the_servers_user_planted") {
+    if !is_root() {
         return;
     }
     let vault = Vault::new();
@@ -523,7 +523,7 @@ async fn root_touches_nothing_through_what_the_servers_user_planted() {
                 if target == "hard link" {
                     // Systems forbid links to files of others; an old one may stand there.
                     if fs::hard_link(vault.path("file"), &path).is_err() {
-                        eprintln!("no hard link can be made here");
+                        cannot_run("no hard link can be made here");
                         let _ = fs::rename(&saved, &path);
                         continue;
                     }
@@ -553,7 +553,7 @@ async fn root_touches_nothing_through_what_the_servers_user_planted() {
 
 #[tokio::test]
 async fn root_believes_no_location_that_it_did_not_write_and_gives_no_strange_folder_away() {
-    if !is_root("root_believes_no_location_that_it_did_not_write_and_gives_no_strange_folder_away") {
+    if !is_root() {
         return;
     }
     let vault = Vault::new();
