@@ -1,7 +1,7 @@
-//! `scripts/setup` with input that it must refuse. The downloads themselves are tried by whatever
-//! runs these tests.
+//! `scripts/setup` with input that it must refuse, and the themes of `scripts/test`. The downloads themselves are
+//! tried by whatever runs these tests.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use tempfile::TempDir;
@@ -70,4 +70,18 @@ fn a_second_setup_has_nothing_to_do() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(common::runtime_dir().exists() && output.status.success(), "{output:?}");
     assert!(!text.contains("downloading") && text.contains("done: "), "{text}");
+}
+
+#[test]
+fn every_theme_of_tests_is_told_by_the_help_of_the_script_that_runs_them() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let output = Command::new(root.join("scripts/test")).arg("--help").output().unwrap();
+    let help = String::from_utf8(output.stdout).unwrap();
+    let folders = std::fs::read_dir(root.join("tests")).unwrap().map(|entry| entry.unwrap().path());
+    let themes: Vec<PathBuf> = folders.filter(|path| path.join("main.rs").exists()).collect();
+    assert!(!themes.is_empty());
+    for theme in themes {
+        let name = theme.file_name().unwrap().to_str().unwrap();
+        assert!(help.lines().any(|line| line.split(' ').next() == Some(name)), "{name} is not in:\n{help}");
+    }
 }

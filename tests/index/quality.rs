@@ -1,7 +1,7 @@
 //! Search quality: questions that people ask, and what a right answer must be.
 //!
 //! The generated catalogue is embedded by the real model and searched exactly, so that what is
-//! measured is model and catalogue. `cargo test --test quality -- --nocapture` prints the table.
+//! measured is model and catalogue. `scripts/test index quality:: -- --nocapture` prints the table.
 
 use std::path::Path;
 use std::sync::Arc;
