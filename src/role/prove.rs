@@ -127,7 +127,10 @@ impl Guard<'_> {
         }
         match proof::rearm(postgres, source, self.worker, &faults).await {
             Ok(true) => {
-                tracing::warn!(table = source.table, "capture was armed again; every row is queued");
+                tracing::warn!(
+                    table = source.table,
+                    "capture was armed again; rows that may have changed unseen are queued"
+                );
                 Ok(())
             }
             Ok(false) => Ok(()),

@@ -8,9 +8,9 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::progress::Progress;
-use crate::backend::postgres::capture;
 use crate::backend::postgres::lineage::{self, Standing};
-use crate::backend::{Backends, Database, LoadedModel};
+use crate::backend::postgres::{Postgres, capture, proof};
+use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::audit::{Auditor, Options, Report};
@@ -20,6 +20,9 @@ use crate::pipeline::clock::BootClock;
 const DIFFERENT: u8 = 1;
 const UNDECIDED: u8 = 2;
 
+/// Who is written down to have armed capture.
+const WORKER: &str = "verify";
+
 /// The audit's report, with what else stands between table and index.
 #[derive(Debug, Serialize)]
 struct Verified {
@@ -27,8 +30,8 @@ struct Verified {
     report: Report,
     /// Changes in the dead letters.
     dead_letters: u64,
-    /// Tables whose changes were not captured.
-    unarmed: Vec<String>,
+    /// Why changes were not all captured.
+    capture_faults: Vec<String>,
     /// Whether the index belonged to another database, or to a later state of this one.
     foreign: bool,
     /// Whether that was to be repaired.
@@ -38,7 +41,7 @@ struct Verified {
 
 impl Verified {
     fn code(&self) -> u8 {
-        if self.report.differences() > 0 || !self.unarmed.is_empty() || self.foreign {
+        if self.report.differences() > 0 || !self.capture_faults.is_empty() || self.foreign {
             DIFFERENT
         } else if self.report.undecided > 0 || self.report.unreadable > 0 {
             UNDECIDED
@@ -51,8 +54,22 @@ impl Verified {
 /// Verifies, and exits with what came of it: an error means that it could not be told.
 pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<ExitCode> {
     let verified = super::with_database(settings, async |database: &Database| {
-        let backends = Backends::open(&database.postgres, settings).await?;
-        verify(args, settings, &backends).await
+        let faults = capture::faults(&database.postgres, &settings.source).await;
+        let told = faults.as_deref().unwrap_or_default();
+        let opened = async {
+            if args.repair && !told.is_empty() {
+                // Before the walk, so that what changes during it is captured.
+                arm(&database.postgres, settings, told).await?;
+            }
+            anyhow::Ok(Backends::open(&database.postgres, settings).await?)
+        };
+        let backends = opened.await.inspect_err(|_| {
+            // They may be why.
+            for fault in told {
+                eprintln!("not captured: {fault}");
+            }
+        })?;
+        verify(args, settings, &backends, faults?).await
     })
     .await;
     match verified {
@@ -70,7 +87,22 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
     }
 }
 
-async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) -> anyhow::Result<Verified> {
+/// Arms capture where that mends the faults, and asks for what may have changed unseen to be queued.
+async fn arm(postgres: &Postgres, settings: &Settings, faults: &[String]) -> anyhow::Result<()> {
+    let armed =
+        backend::patiently(settings, async || proof::rearm(postgres, &settings.source, WORKER, faults).await);
+    if armed.await.context("arm change capture")? {
+        eprintln!("repaired: change capture is armed; refarch listen queues what may have changed unseen");
+    }
+    Ok(())
+}
+
+async fn verify(
+    args: &cli::Verify,
+    settings: &Settings,
+    backends: &Backends,
+    capture_faults: Vec<String>,
+) -> anyhow::Result<Verified> {
     let embedder = if args.sample > 0 {
         let model = LoadedModel::load(settings).await?;
         Some(model.start(settings.indexer.worker_count()))
@@ -78,14 +110,8 @@ async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) ->
         None
     };
     let target = &backends.target;
-    let unarmed = capture::unarmed(&backends.postgres, &target.table).await?;
     let foreign =
         lineage::compare(&backends.postgres, target.id, &*backends.index).await? == Standing::Foreign;
-    if args.repair && !unarmed.is_empty() {
-        // Before the walk, so that what changes during it is captured.
-        crate::backend::migrate(&backends.postgres, settings).await.context("arm change capture")?;
-        eprintln!("repaired: change capture is armed on {}", unarmed.join(", "));
-    }
     if args.repair && foreign {
         lineage::claim(&backends.postgres, target.id, &*backends.index).await?;
         eprintln!("repaired: every row is queued");
@@ -106,15 +132,15 @@ async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) ->
     let report = auditor.run(&|seen| progress.set(seen)).await?;
     progress.finish();
     let dead_letters = backends.queue.dead_letters().await?;
-    Ok(Verified { report, dead_letters, unarmed, foreign, repair: args.repair })
+    Ok(Verified { report, dead_letters, capture_faults, foreign, repair: args.repair })
 }
 
 fn text(verified: &Verified) -> String {
-    let Verified { report, dead_letters, unarmed, foreign, repair } = verified;
+    let Verified { report, dead_letters, capture_faults, foreign, repair } = verified;
     let mut text = format!("{report}dead letters     {dead_letters}\n");
     // Writing to a string can't fail.
-    for table in unarmed {
-        let _ = writeln!(text, "not captured     {table}");
+    for fault in capture_faults {
+        let _ = writeln!(text, "not captured     {fault}");
     }
     if *foreign {
         let _ = writeln!(
@@ -124,6 +150,9 @@ fn text(verified: &Verified) -> String {
     }
     let verdict = match verified.code() {
         0 => "index and table agree",
+        DIFFERENT if report.differences() == 0 && !foreign => {
+            "what was compared agrees, and changes are not all captured: see above"
+        }
         DIFFERENT if *repair => {
             "index and table differed: what did is queued; verify again once it is applied"
         }

@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use refarch::backend::pgvector::{self, PgVector};
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
+use refarch::backend::postgres::migrate;
 use refarch::backend::{self, Backends};
 use refarch::pipeline::clock::{BootClock, Clock};
 use refarch::pipeline::failure::Class;
@@ -50,18 +51,13 @@ impl Loop {
         let it = Self::new(setup, env).await;
         let name = it.role();
         let mut sql = format!("CREATE ROLE {name} LOGIN PASSWORD 'secret';");
-        for schema in ["refarch", "pgmq", "public"] {
-            let _ = write!(
-                sql,
-                "GRANT USAGE ON SCHEMA {schema} TO {name}; GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO {name}; \
-                 GRANT ALL ON ALL SEQUENCES IN SCHEMA {schema} TO {name}; \
-                 GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} TO {name};"
-            );
-        }
         for one in role_settings {
             let _ = write!(sql, "ALTER ROLE {name} SET {one};");
         }
         it.run(&sql).await;
+        let roles = ["listen", "embed"].map(|part| (part.to_owned(), name.clone())).into();
+        let options = migrate::Options { roles, ..migrate::Options::default() };
+        backend::migrate_with(&it.postgres, &it.settings, &options).await.unwrap();
         let url = Secret::new(url_of(&it.database, &name));
         let postgres = Postgres::new(&url, &it.settings.database).unwrap();
         it.by(postgres).await
@@ -839,4 +835,56 @@ async fn an_older_pgvector_works_without_a_graph() {
     it.run("UPDATE pg_extension SET extversion = '0.6.2' WHERE extname = 'vector'").await;
     let error = backend::migrate(&it.postgres, &it.settings).await.unwrap_err();
     assert!(error.to_string().contains("0.6.2"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cast_of_another_roles_making_is_not_run() {
+    let setup = "CREATE TABLE seen (who name); GRANT INSERT ON seen TO PUBLIC; \
+                 CREATE TABLE item (id integer PRIMARY KEY, body text, more text); INSERT INTO item VALUES (1, 'text', 'x')";
+    let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "more")];
+    let it = Loop::by_role(setup, &env, &[]).await;
+    let owner = format!("owner_{}", it.database.name());
+    let enums = ["key", "note", "label"].map(|name| {
+        let body = "LANGUAGE plpgsql AS $$BEGIN INSERT INTO public.seen VALUES (current_user); RETURN";
+        format!(
+            "CREATE TYPE {name} AS ENUM ('1', 'text', 'x'); \
+             CREATE FUNCTION {name}_text({name}) RETURNS text {body} '1'; END$$; \
+             CREATE FUNCTION text_{name}(text) RETURNS {name} {body} '1'; END$$; \
+             CREATE FUNCTION {name}_json({name}) RETURNS json {body} '1'; END$$;"
+        )
+    });
+    it.run(&format!(
+        "CREATE ROLE {owner}; GRANT CREATE, USAGE ON SCHEMA public TO {owner}; ALTER TABLE item OWNER TO {owner}; \
+         SET ROLE {owner}; SET search_path = public; {} CREATE DOMAIN label_of AS label; \
+         ALTER TABLE item ALTER id TYPE key USING id::text::key, ALTER body TYPE note USING body::note, \
+           ALTER more TYPE label_of[] USING ARRAY[more::label]",
+        enums.concat()
+    ))
+    .await;
+    let mut wrong = Vec::new();
+    for (cast, other, told) in [
+        ("key AS text", "key_text(key)", "source.id"),
+        ("text AS key", "text_key(text)", "source.id"),
+        ("note AS text", "note_text(note)", "source.text"),
+        ("label AS json", "label_json(label)", "source.metadata"),
+    ] {
+        it.run(&format!("CREATE CAST ({cast}) WITH FUNCTION {other}")).await;
+        let opened = Backends::open(&it.postgres, &it.settings).await.map(drop);
+        let said = opened.map_or_else(|error| format!("{error:#}"), |()| "no error".to_owned());
+        if !(said.contains("drop that cast") && said.contains(told)) {
+            wrong.push(format!("{cast}: {said}"));
+        }
+        it.run(&format!("DROP CAST ({cast})")).await;
+    }
+    let opened = Backends::open(&it.postgres, &it.settings).await;
+    let read = match opened {
+        Ok(backends) => backends.ledger.peek(&strings(&["1"])).await.map(|peeked| peeked[0].row.is_some()),
+        Err(error) => panic!("without a cast: {error:#}"),
+    };
+    it.run("RESET ROLE").await;
+    let others = it.client.query_one("SELECT count(*) FROM seen WHERE who <> $1", &[&owner]).await.unwrap();
+    it.run(&format!("DROP OWNED BY {owner} CASCADE; DROP ROLE {owner}")).await;
+    assert_eq!((wrong, others.get::<_, i64>(0)), (Vec::new(), 0));
+    assert!(read.unwrap());
+    it.end().await;
 }

@@ -233,6 +233,14 @@ impl Verified {
         assert_eq!((self.code, self.found().into_iter().collect()), (Some(code), expected), "{self:?}");
     }
 
+    /// The only fault of capture.
+    pub fn fault(&self) -> &str {
+        match self.report["capture_faults"].as_array().map(Vec::as_slice) {
+            Some([Value::String(fault)]) => fault,
+            _ => panic!("not one fault: {self:?}"),
+        }
+    }
+
     pub fn examples(&self) -> BTreeSet<(&str, &str)> {
         let examples = self.report["examples"].as_array().unwrap().iter();
         examples.map(|one| (one["id"].as_str().unwrap(), one["kind"].as_str().unwrap())).collect()

@@ -7,28 +7,13 @@ use super::{Postgres, failure};
 use crate::config;
 use crate::pipeline::failure::{Class, Result};
 
-/// Tables of a source, down to every leaf, whose changes are not captured: a trigger is missing, is
-/// disabled, or calls something else.
-pub async fn unarmed(postgres: &Postgres, table: &SourceTable) -> Result<Vec<String>> {
-    let mut client = postgres.client().await?;
-    let transaction =
-        client.transaction().await.map_err(|error| failure("look at the capture triggers", &error))?;
-    unarmed_in(&*transaction, table).await
-}
-
-/// The same, as a transaction sees it.
+/// Tables of a source, down to every leaf, whose changes are not captured: they came to the table after capture was
+/// armed, or a trigger is missing, is disabled, or calls something else.
 pub(super) async fn unarmed_in(client: &impl GenericClient, table: &SourceTable) -> Result<Vec<String>> {
     let rows = client
         .query(
-            "SELECT c.relation::text FROM refarch.tree($1::text::regclass) c \
-             WHERE c.kind IN ('r', 'p') AND EXISTS ( \
-               SELECT FROM unnest(ARRAY['insert', 'update', 'delete', 'truncate']) AS kind WHERE NOT EXISTS ( \
-                 SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid \
-                 WHERE t.tgrelid = c.relation AND t.tgname = 'refarch_' || $2 || '_' || kind \
-                   AND p.proname = 'capture_' || $2 || '_' || kind \
-                   AND p.pronamespace = 'refarch'::regnamespace AND t.tgenabled IN ('O', 'A'))) \
-             ORDER BY 1",
-            &[&table.relation, &table.name],
+            "SELECT l.relation::text FROM refarch.leaves($1, $2::text::regclass) l WHERE l.state <> 'gone' ORDER BY 1",
+            &[&table.name, &table.relation],
         )
         .await
         .map_err(|error| failure("look at the capture triggers", &error))?;
@@ -46,8 +31,8 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
         .query_opt(
             "SELECT s.relation::oid, s.relation::text, \
                (s.id_column, s.text_columns) IS DISTINCT FROM ($2::text, $3::text[]) \
-                 OR NOT (s.metadata_columns @> $4::text[] AND s.metadata_columns <@ $4::text[]), b.held \
-             FROM refarch.source s LEFT JOIN refarch.backfill b ON b.source = s.name WHERE s.name = $1",
+                 OR NOT (s.metadata_columns @> $4::text[] AND s.metadata_columns <@ $4::text[]) \
+             FROM refarch.source s WHERE s.name = $1",
             &[&source.name, &source.id, &source.text, &source.metadata],
         )
         .await
@@ -76,7 +61,9 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
                 .await
                 .map_err(fail)?;
             let name: String = row.get(3);
-            if row.get::<_, u32>(0) != captured {
+            if row.get::<_, u32>(0) == captured {
+                faults.extend(leaf_faults(&*transaction, &table, &name).await?);
+            } else {
                 columns.clear();
                 faults.push(format!(
                     "{name} is another table than the one that is captured, which is now {captured_name}: \
@@ -89,11 +76,6 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
                     row.get::<_, String>(2)
                 ));
             }
-            for table in unarmed_in(&*transaction, &table).await? {
-                faults.push(format!(
-                    "changes of {table} are not captured, since a trigger is missing or disabled: refarch verify --repair arms it"
-                ));
-            }
         }
         Err(error) if error.class == Class::Retryable => return Err(error),
         Err(error) => {
@@ -104,10 +86,50 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
         }
     }
     faults.extend(columns.into_iter().map(|fault| format!("{captured_name}: {fault}: {cure}")));
-    if let Some(held) = noted.get::<_, Option<String>>(3) {
-        faults.push(format!("{captured_name} is to be read anew, and can't be: {held}"));
-    }
+    let held = transaction
+        .query(
+            "SELECT CASE b.leaf WHEN '-'::regclass THEN s.relation ELSE b.leaf END::text, b.held \
+             FROM refarch.backfill b JOIN refarch.source s ON s.name = b.source \
+             WHERE b.source = $1 AND b.held IS NOT NULL ORDER BY b.leaf",
+            &[&source.name],
+        )
+        .await
+        .map_err(fail)?;
+    faults.extend(held.iter().map(|row| {
+        let (table, held): (&str, &str) = (row.get(0), row.get(1));
+        format!("{table} is to be read anew, and can't be: {held}")
+    }));
     Ok(faults)
+}
+
+/// What is wrong with single tables of the tree under `root`.
+async fn leaf_faults(client: &impl GenericClient, table: &SourceTable, root: &str) -> Result<Vec<String>> {
+    let rows = client
+        .query(
+            "SELECT l.relation::text, l.state, EXISTS (SELECT FROM pg_class c WHERE c.oid = l.relation) \
+             FROM refarch.leaves($1, $2::text::regclass) l ORDER BY 2, 1",
+            &[&table.name, &table.relation],
+        )
+        .await
+        .map_err(|error| failure("look at the capture triggers", &error))?;
+    let told = rows.iter().map(|row| {
+        let (leaf, state, is_there): (&str, &str, bool) = (row.get(0), row.get(1), row.get(2));
+        match state {
+            "new" => format!(
+                "changes of {leaf} are not captured yet, since it became a part of {root} later: refarch verify --repair arms it"
+            ),
+            "gone" if is_there => format!(
+                "{leaf} is no part of {root} any more, and its rows are still in the index: refarch verify --repair queues them"
+            ),
+            "gone" => format!(
+                "a part of {root} was dropped, and its rows are still in the index: refarch verify --repair queues them"
+            ),
+            _ => format!(
+                "changes of {leaf} are not captured, since a trigger is missing or disabled: refarch verify --repair arms it"
+            ),
+        }
+    });
+    Ok(told.collect())
 }
 
 /// What of the table capture can't see, and what to do about it.

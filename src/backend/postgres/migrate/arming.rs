@@ -39,21 +39,17 @@ pub(super) async fn arm(
     tables.sort();
     tables.dedup();
     for leaf in tables {
-        let made = session
+        let made: bool = session
             .attempt(Some(&leaf), false, async |transaction| {
                 adopt::take_over(transaction, &taken_over, &leaf).await?;
-                let made: bool = transaction
-                    .query_one("SELECT refarch.put_triggers($1, $2::text::regclass)", &[&table.name, &leaf])
+                transaction
+                    .query_one(
+                        "SELECT refarch.arm_leaf($1, $2::text::regclass, $3::text::regclass, $4)",
+                        &[&table.name, &table.relation, &leaf, &expand],
+                    )
                     .await
-                    .map_err(fail)?
-                    .get(0);
-                if made {
-                    transaction
-                        .execute("SELECT refarch.request_backfill($1, true, $2)", &[&table.name, &expand])
-                        .await
-                        .map_err(fail)?;
-                }
-                Ok(made)
+                    .map(|row| row.get(0))
+                    .map_err(fail)
             })
             .await?;
         if made {
@@ -107,7 +103,10 @@ pub(super) async fn backfill(postgres: &Postgres, table: &SourceTable, report: &
             .get(0);
         report.queued += u64::try_from(step).unwrap_or_default();
         let left = client
-            .query_opt("SELECT held FROM refarch.backfill WHERE source = $1", &[&table.name])
+            .query_opt(
+                "SELECT held FROM refarch.backfill WHERE source = $1 ORDER BY held IS NULL, leaf LIMIT 1",
+                &[&table.name],
+            )
             .await
             .map_err(fail)?;
         drop(client);

@@ -29,6 +29,7 @@ const MIGRATIONS: &[(i32, &str, &str)] = &[
     (6, "faults", include_str!("../schema/0006_faults.sql")),
     (7, "proof", include_str!("../schema/0007_proof.sql")),
     (8, "ownership", include_str!("../schema/0008_ownership.sql")),
+    (9, "leaves", include_str!("../schema/0009_leaves.sql")),
 ];
 
 /// The reference architecture's table.
@@ -201,6 +202,14 @@ async fn prepare(
     // Rows may have gone unseen. Metadata columns alone take no row away, and ids that are queued twice could
     // be worked on twice at once, and then their texts are embedded anew.
     let unseen = left_behind || columns_changed || is_other;
+    let is_smaller: bool = transaction
+        .query_one("SELECT refarch.forget_gone($1, $2::text::regclass)", &[&table.name, &table.relation])
+        .await
+        .map_err(fail)?
+        .get(0);
+    if is_smaller && !unseen {
+        transaction.execute("SELECT refarch.expand_ledger($1)", &[&table.name]).await.map_err(fail)?;
+    }
     let asked = !stands || unseen || metadata_changed;
     if asked {
         transaction

@@ -1,5 +1,6 @@
 //! The table that is kept in step, and the SQL that reads it.
 
+mod casts;
 mod current;
 mod expression;
 mod key;
@@ -101,6 +102,9 @@ impl SourceTable {
                     return Err(wrong(format!("it has no column {name:?} ({setting})")));
                 }
             }
+        }
+        if let Some(refused) = casts::refused(client, oid, source).await? {
+            return Err(wrong(refused));
         }
         let key = Key::find(client, id.get(1))
             .await?
