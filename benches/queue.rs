@@ -1,7 +1,8 @@
-//! How fast changes travel from the outbox through SQS, and how many calls that takes.
+//! Measures the throughput from the outbox through SQS, and the number of SQS calls.
 //!
-//! SQS is the double of `refarch chaos`, in this process, with a latency for each call: so the machine's
-//! cores are shared by server, database and what is measured. The database is a private one. Run it by
+//! SQS is the test double of `refarch chaos`, in this process, with a latency for each call. So the double,
+//! the database and the measured code share the machine's cores. The database is a private one. Run this
+//! bench with
 //! `scripts/bench queue`.
 
 use std::collections::BTreeMap;
@@ -36,18 +37,18 @@ use refarch::secret::Secret;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-/// Length of the vectors: what embedding and index take is not measured here.
+/// Length of the vectors. Short, because the bench does not measure the embedder and the index.
 const DIMENSIONS: usize = 3;
 
-/// Latencies of a call.
+/// Latencies of an SQS call.
 const LATENCIES_MS: [u64; 3] = [0, 5, 20];
 
-/// How changes came about.
+/// The statements that made the changes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Load {
-    /// By one statement.
+    /// One statement for all rows.
     Bulk,
-    /// By as many statements as rows.
+    /// One statement for each row.
     Single,
 }
 
@@ -75,7 +76,7 @@ fn arguments() -> Arguments {
             "--rows" => arguments.rows = value().parse().expect("--rows takes a number"),
             "--runs" => arguments.runs = value().parse().expect("--runs takes a number"),
             "--json" => arguments.json = Some(value().into()),
-            // Cargo's own.
+            // Cargo passes this argument.
             "--bench" => {}
             other => panic!("unknown argument {other}: use --rows N, --runs N, --json FILE"),
         }
@@ -83,7 +84,7 @@ fn arguments() -> Arguments {
     arguments
 }
 
-/// Makes the same vector of every text, at once.
+/// An embedder that returns the same vector for every text, without delay.
 struct Constant;
 
 #[async_trait]
@@ -139,7 +140,7 @@ impl Bench {
         self.postgres.client().await.unwrap().batch_execute(sql).await.unwrap();
     }
 
-    /// Puts changes of all rows into an empty outbox, as statements would have.
+    /// Puts changes of all rows into an empty outbox, as the triggers would.
     async fn fill(&self, load: Load) {
         let rows = self.rows;
         self.sql("TRUNCATE refarch.outbox").await;
@@ -151,7 +152,7 @@ impl Bench {
                 ))
                 .await;
             }
-            // Each of a transaction of its own, which lies in the past.
+            // Each change belongs to its own past transaction.
             Load::Single => {
                 self.sql(&format!(
                     "INSERT INTO refarch.outbox (source, op, ids, xid) SELECT 'products', 'u', ARRAY[n::text], n::text::xid8 \
@@ -164,7 +165,7 @@ impl Bench {
         self.sql("CHECKPOINT").await;
     }
 
-    /// Moves all to the queue; returns how long that took.
+    /// Relays all changes to the queue. Returns the duration.
     async fn relay(&self) -> Duration {
         let set = &self.settings.relay;
         let relay = Relay::new(
@@ -192,7 +193,7 @@ impl Bench {
         }
     }
 
-    /// Rows a second from outbox to queue.
+    /// Measures rows per second from the outbox to the queue.
     async fn throughput(&self, load: Load, latency_ms: u64, runs: usize) -> Value {
         let mut speeds = Vec::new();
         let mut calls = 0;
@@ -217,7 +218,7 @@ impl Bench {
         json!({ "load": load.name(), "latency_ms": latency_ms, "rows_per_s": median, "send_calls": calls, "rows": self.rows })
     }
 
-    /// Calls of the whole way, from outbox to acknowledged.
+    /// Counts the SQS calls from the outbox to the acknowledged message.
     async fn calls(&self, load: Load) -> Value {
         self.double.set_faults(QueueFaults::default());
         self.purge().await;
@@ -249,7 +250,7 @@ impl Bench {
                 "extend": extend, "count": other, "billed": billed, "indexed_s": embedded.as_secs_f64() })
     }
 
-    /// Works the queue off, into a double of an index.
+    /// Applies all messages of the queue to a test double of an index. Returns the duration.
     async fn index(&self) -> Duration {
         let double = Double::start(DIMENSIONS, 1).await.unwrap();
         let found = target::find(&self.postgres, &self.settings.source, &shape()).await.unwrap();

@@ -3,26 +3,26 @@
 pub mod embedded;
 pub mod http_embedder;
 pub mod minilm;
+mod model;
 pub mod pgmq;
 pub mod pgvector;
 pub mod pinecone;
 pub mod postgres;
 pub mod sqs;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::config::{EmbedderKind, IndexKind, QueueKind, Settings};
+use crate::config::{IndexKind, QueueKind, Settings};
 use crate::pipeline::clock::BootClock;
-use crate::pipeline::embedder::Embedder;
-use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::outbox::Outbox;
 use crate::pipeline::queue::JobQueue;
 use crate::pipeline::retry::Backoff;
 use embedded::Cluster;
-use minilm::{MiniLm, Model};
+use model::known_shape;
+pub use model::{LoadedModel, index_shape, model_dir};
 use pgmq::Pgmq;
 use pgvector::PgVector;
 use pinecone::Pinecone;
@@ -97,38 +97,6 @@ pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>
     }
 }
 
-/// The model folder in use.
-#[must_use]
-pub fn model_dir(settings: &Settings) -> PathBuf {
-    match settings.embedder.model.as_str() {
-        "" => settings.runtime.dir.join("runtime/model"),
-        named => named.into(),
-    }
-}
-
-/// What the index must hold under these settings. A model on this machine is read, but not loaded; a server
-/// is asked, if the settings don't say how long its vectors are.
-pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
-    let kind = match settings.index.kind {
-        IndexKind::Pgvector => "pgvector",
-        IndexKind::Pinecone => "pinecone",
-    };
-    let (model, former_model, dimensions) = match settings.embedder.kind {
-        EmbedderKind::Minilm => {
-            let (dir, precision) = (model_dir(settings), settings.embedder.precision);
-            // The whole model is read for its name.
-            let read = tokio::task::spawn_blocking(move || minilm::Description::read(&dir, precision)).await;
-            let description = read.map_err(|error| Error::fatal("read the model", error))??;
-            (description.model, description.former_model, description.dimensions)
-        }
-        EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
-            let server = http_embedder::Server::open(settings).await?;
-            (server.name().to_owned(), None, server.dimensions())
-        }
-    };
-    Ok(IndexShape { kind: kind.into(), model, former_model, dimensions, place: Place::default() })
-}
-
 /// Where the settings have the index; `host` is where it was found by its name, if it is there.
 fn place(settings: &Settings, host: Option<String>) -> Place {
     let index = &settings.index;
@@ -177,45 +145,6 @@ fn pinecone_at(settings: &Settings, host: String, dimensions: usize) -> Result<P
     })
 }
 
-/// A loaded model, from which embedders with threads of their own are started.
-pub enum LoadedModel {
-    /// A `MiniLM`-class model on this machine's CPU.
-    Minilm(Arc<Model>),
-    /// A model on a server.
-    Http(Box<http_embedder::Server>),
-}
-
-impl LoadedModel {
-    /// Loads the model of the settings, or looks at its server.
-    pub async fn load(settings: &Settings) -> Result<Self> {
-        Ok(match settings.embedder.kind {
-            EmbedderKind::Minilm => {
-                let dir = model_dir(settings);
-                let options = minilm::Options {
-                    precision: settings.embedder.precision,
-                    instructions: settings.embedder.instructions,
-                };
-                let loaded = tokio::task::spawn_blocking(move || Model::load(&dir, options)).await;
-                Self::Minilm(Arc::new(loaded.map_err(|error| Error::fatal("load the model", error))??))
-            }
-            EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
-                let server = http_embedder::Server::open(settings).await?;
-                server.greet().await?;
-                Self::Http(Box::new(server))
-            }
-        })
-    }
-
-    /// Starts an embedder with `threads` threads, which share the weights, or so many requests at once.
-    #[must_use]
-    pub fn start(&self, threads: usize) -> Arc<dyn Embedder> {
-        match self {
-            Self::Minilm(model) => Arc::new(MiniLm::start(Arc::clone(model), threads)),
-            Self::Http(server) => Arc::new(server.start(threads)),
-        }
-    }
-}
-
 /// Brings the database up to date with these settings, and makes an index that is missing.
 pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report> {
     migrate_with(postgres, settings, &migrate::Options::default()).await
@@ -227,7 +156,22 @@ pub async fn migrate_with(
     settings: &Settings,
     options: &migrate::Options,
 ) -> Result<Report> {
-    let mut shape = index_shape(settings).await?;
+    migrate_to(postgres, settings, index_shape(settings).await?, options).await
+}
+
+/// The same where no other model is to be looked for: an embedding server is only asked for what the database does
+/// not know of its model.
+pub async fn migrate_as_known(postgres: &Postgres, settings: &Settings) -> Result<Report> {
+    let shape = known_shape(postgres, settings).await?;
+    migrate_to(postgres, settings, shape, &migrate::Options::default()).await
+}
+
+async fn migrate_to(
+    postgres: &Postgres,
+    settings: &Settings,
+    mut shape: IndexShape,
+    options: &migrate::Options,
+) -> Result<Report> {
     shape.place = compared_place(postgres, settings, &shape).await?;
     // The index first: one of the wrong shape must not cost the rows that are indexed so far. And before it, what
     // is refused.
@@ -366,16 +310,31 @@ pub struct Backends {
 }
 
 impl Backends {
-    /// Finds the active target and opens its backends.
+    /// Finds the active target and opens its backends. No embedding server is asked for what the database knows of
+    /// its model.
     pub async fn open(postgres: &Postgres, settings: &Settings) -> Result<Self> {
+        Self::open_for(postgres, settings, None).await
+    }
+
+    /// The same for a model that is loaded, if one is: an index of another model's vectors is refused.
+    pub async fn open_for(
+        postgres: &Postgres,
+        settings: &Settings,
+        model: Option<&LoadedModel>,
+    ) -> Result<Self> {
         let queue = open_queue(postgres, settings).await?;
-        Self::with_queue(postgres, settings, queue).await
+        let shape = match model {
+            Some(model) => model.shape(settings).await?,
+            None => known_shape(postgres, settings).await?,
+        };
+        Self::around(postgres, settings, queue, shape, false).await
     }
 
     /// The same, to look at: an index that nobody says the place of is taken to be where it was.
     pub async fn open_to_look(postgres: &Postgres, settings: &Settings) -> Result<Self> {
         let queue = open_queue(postgres, settings).await?;
-        Self::around(postgres, settings, queue, true).await
+        let shape = known_shape(postgres, settings).await?;
+        Self::around(postgres, settings, queue, shape, true).await
     }
 
     /// Opens the backends around a queue that is open already.
@@ -384,19 +343,20 @@ impl Backends {
         settings: &Settings,
         queue: Arc<dyn JobQueue>,
     ) -> Result<Self> {
-        Self::around(postgres, settings, queue, false).await
+        let shape = known_shape(postgres, settings).await?;
+        Self::around(postgres, settings, queue, shape, false).await
     }
 
     async fn around(
         postgres: &Postgres,
         settings: &Settings,
         queue: Arc<dyn JobQueue>,
+        mut shape: IndexShape,
         to_look: bool,
     ) -> Result<Self> {
         // A message of another service stays deleted when the database forgets what it did for it.
         let waiting = (settings.queue.kind != QueueKind::Pgmq).then(|| postgres.waiting_for_the_disk());
         let postgres = waiting.as_ref().unwrap_or(postgres);
-        let mut shape = index_shape(settings).await?;
         let host = match named_index(settings, shape.dimensions) {
             Some(options) => match pinecone::control::host(&options).await {
                 Err(error) if to_look => {

@@ -1,4 +1,4 @@
-//! `refarch listen`: committed changes to the queue.
+//! `refarch listen`: relays committed changes from the outbox to the queue.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,18 +14,18 @@ use crate::pipeline::meter::Meter;
 use crate::pipeline::relay::{Options, Relay};
 use crate::shutdown;
 
-/// Runs the role in a process of its own.
+/// Runs the role in its own process.
 pub async fn run(args: &cli::Listen, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     super::with_database(settings, async |database: &Database| {
-        let backends = super::open(database, settings).await?;
+        let backends = super::open(database, settings, None).await?;
         tracing::info!(source = settings.source.name, table = settings.source.table, "capturing changes");
         work(&backends, settings, &stop, args.until_idle).await
     })
     .await
 }
 
-/// Relays until `stop`.
+/// Relays changes until `stop`. With `until_idle`, ends as soon as nothing is pending.
 pub async fn work(
     backends: &Backends,
     settings: &Settings,

@@ -1,4 +1,4 @@
-//! `refarch redrive`: dead letters, listed or brought back into work.
+//! `refarch redrive`: lists the dead letters, or queues them again.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
@@ -12,30 +12,34 @@ use crate::config::Settings;
 use crate::pipeline::failure;
 use crate::pipeline::queue::{DeadLetter, JobQueue, Reason};
 
-/// Letters in memory at a time.
+/// Dead letters in memory at a time.
 const PAGE: usize = 500;
 
-/// Row ids that a letter shows to people.
+/// Row ids of a dead letter in the text output.
 const IDS: usize = 5;
 
-/// Characters of a body that cannot be read, as shown to people.
+/// Characters of an undecodable body in the text output.
 const BODY: usize = 300;
 
-/// What went back, or would go.
+/// The dead letters that were queued again, or would be in a dry run.
 #[derive(Debug, Default, Serialize)]
 struct Outcome {
-    /// Letters.
+    /// Number of dead letters.
     redriven: u64,
-    /// Changes in them.
+    /// Number of changes in these dead letters.
     changes: u64,
-    /// Ids asked for that are not there.
+    /// Requested ids that do not exist.
     missing: Vec<String>,
-    /// Whether all is as it was.
+    /// Whether nothing was changed.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     dry_run: bool,
 }
 
-/// Lists the dead letters, or brings some or all of them back.
+/// Lists the dead letters, or queues some or all of them again.
+///
+/// # Errors
+///
+/// Also if a requested id does not exist; the other dead letters are queued again then.
 pub async fn run(args: &cli::Redrive, settings: &Settings) -> anyhow::Result<()> {
     super::with_database(settings, async |database: &Database| {
         let backends = Backends::open(&database.postgres, settings).await?;
@@ -51,14 +55,14 @@ pub async fn run(args: &cli::Redrive, settings: &Settings) -> anyhow::Result<()>
         super::print(text.as_bytes())?;
         if !outcome.missing.is_empty() {
             let named = outcome.missing.join(", ");
-            bail!("no dead letter has the id {named}: refarch redrive lists those that are there");
+            bail!("no dead letter has the id {named}: refarch redrive lists the existing ids");
         }
         Ok(())
     })
     .await
 }
 
-/// The dead letters from the oldest on, page by page.
+/// The dead letters page by page, oldest first.
 struct Pages<'a> {
     queue: &'a dyn JobQueue,
     after: Option<String>,
@@ -69,7 +73,7 @@ impl<'a> Pages<'a> {
         Self { queue, after: None }
     }
 
-    /// The next page; none after the last one.
+    /// The next page; none after the last page.
     async fn next(&mut self) -> failure::Result<Option<Vec<DeadLetter>>> {
         let page = self.queue.read_dead_letters(self.after.as_deref(), PAGE).await?;
         let Some(last) = page.last() else { return Ok(None) };
@@ -101,8 +105,8 @@ async fn list(queue: &dyn JobQueue, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Brings back every letter that is there now. One that dies again at once has a new place behind
-/// them, and would be brought back for ever.
+/// Queues every present dead letter again, up to the one that is the newest now. A change that fails again at
+/// once becomes a new dead letter behind this one; without the bound the loop would never end.
 async fn all(queue: &dyn JobQueue, dry_run: bool) -> failure::Result<Outcome> {
     let mut there = Outcome { dry_run: true, ..Outcome::default() };
     let mut last = None;
@@ -122,7 +126,7 @@ async fn all(queue: &dyn JobQueue, dry_run: bool) -> failure::Result<Outcome> {
     let mut pages = Pages::of(queue);
     while let Some(mut page) = pages.next().await? {
         let end = page.iter().position(|letter| letter.id == last.id);
-        // Somebody else may have brought the last one back meanwhile.
+        // Another process may have redriven the last dead letter meanwhile.
         if end.is_none() && page[0].at > last.at {
             break;
         }
@@ -136,7 +140,7 @@ async fn all(queue: &dyn JobQueue, dry_run: bool) -> failure::Result<Outcome> {
     Ok(outcome)
 }
 
-/// Brings back the letters of these ids.
+/// Queues the dead letters with these ids again.
 async fn named(queue: &dyn JobQueue, ids: &[String], dry_run: bool) -> failure::Result<Outcome> {
     let mut wanted: HashSet<&str> = ids.iter().map(String::as_str).collect();
     let mut changes = HashMap::new();
@@ -163,7 +167,8 @@ async fn named(queue: &dyn JobQueue, ids: &[String], dry_run: bool) -> failure::
     Ok(outcome)
 }
 
-/// Brings letters back, given the changes in each; returns those that were still there.
+/// Queues dead letters again. `changes` holds the number of changes for each id. Returns the entries that
+/// still existed.
 async fn bring_back(
     queue: &dyn JobQueue,
     changes: &HashMap<String, u64>,
@@ -188,22 +193,22 @@ fn describe(outcome: &Outcome) -> String {
         "{} with {} {}\n",
         count(outcome.redriven, "dead letter"),
         count(outcome.changes, "change"),
-        if outcome.dry_run { "would go back into work" } else { "went back into work" }
+        if outcome.dry_run { "would be queued again" } else { "queued again" }
     )
 }
 
-/// A letter for people.
+/// A dead letter as text, one field on a line.
 fn block(letter: &DeadLetter) -> String {
     let times = |count: u32| if count == 1 { "once".to_owned() } else { format!("{count} times") };
     let mut text = format!(
         "id             {}\n\
          given up       {:.0}, in the {} lane\n\
          why            it {}\n\
-         tries          received {}, tried by itself {}\n",
+         tries          received {}, tried alone {}\n",
         letter.id,
         letter.at,
         letter.lane.name(),
-        letter.reason.map_or("was put there by somebody else", Reason::describe),
+        letter.reason.map_or("was put there by another program", Reason::describe),
         times(letter.receive_count),
         times(letter.tries),
     );
@@ -231,7 +236,7 @@ fn shortened(body: &str) -> String {
     }
 }
 
-/// Text from elsewhere on one line, with nothing in it that a terminal would obey.
+/// Foreign text on one line, without control characters, which a terminal would obey.
 fn line(text: &str) -> String {
     text.replace(char::is_control, " ")
 }

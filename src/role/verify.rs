@@ -1,4 +1,4 @@
-//! `refarch verify`: whether index and table agree, row by row.
+//! `refarch verify`: compares index and table row by row.
 
 use std::fmt::Write as _;
 use std::process::ExitCode;
@@ -16,25 +16,25 @@ use crate::config::Settings;
 use crate::pipeline::audit::{Auditor, Options, Report};
 use crate::pipeline::clock::BootClock;
 
-/// Exit codes: see the command's help.
+/// Exit codes, as in the help of the command.
 const DIFFERENT: u8 = 1;
 const UNDECIDED: u8 = 2;
 
-/// Who is written down to have armed capture.
+/// The name under which the worker registry shows that `verify` armed capture.
 const WORKER: &str = "verify";
 
-/// The audit's report, with what else stands between table and index.
+/// The report of the audit, and further reasons why index and table may differ.
 #[derive(Debug, Serialize)]
 struct Verified {
     #[serde(flatten)]
     report: Report,
-    /// Changes in the dead letters.
+    /// Changes in the dead-letter queue.
     dead_letters: u64,
     /// Why changes were not all captured.
     capture_faults: Vec<String>,
     /// Whether the index belonged to another database, or to a later state of this one.
     foreign: bool,
-    /// Whether that was to be repaired.
+    /// Whether `--repair` was given.
     #[serde(skip)]
     repair: bool,
 }
@@ -43,7 +43,7 @@ impl Verified {
     fn code(&self) -> u8 {
         if self.report.differences() > 0 || !self.capture_faults.is_empty() || self.foreign {
             DIFFERENT
-        } else if self.report.undecided > 0 || self.report.unreadable > 0 {
+        } else if self.report.is_partial() {
             UNDECIDED
         } else {
             0
@@ -51,7 +51,7 @@ impl Verified {
     }
 }
 
-/// Verifies, and exits with what came of it: an error means that it could not be told.
+/// Verifies, and returns the exit code for the result. A failure gives the code for "could not tell".
 pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<ExitCode> {
     let verified = super::with_database(settings, async |database: &Database| {
         let faults = capture::faults(&database.postgres, &settings.source).await;
@@ -61,15 +61,20 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
                 // Before the walk, so that what changes during it is captured.
                 arm(&database.postgres, settings, told).await?;
             }
-            anyhow::Ok(Backends::open(&database.postgres, settings).await?)
+            let model = match args.sample {
+                0 => None,
+                _ => Some(LoadedModel::load_known(&database.postgres, settings).await?),
+            };
+            let backends = Backends::open_for(&database.postgres, settings, model.as_ref()).await?;
+            anyhow::Ok((backends, model))
         };
-        let backends = opened.await.inspect_err(|_| {
+        let (backends, model) = opened.await.inspect_err(|_| {
             // They may be why.
             for fault in told {
                 eprintln!("not captured: {fault}");
             }
         })?;
-        verify(args, settings, &backends, faults?).await
+        verify(args, settings, &backends, model.as_ref(), faults?).await
     })
     .await;
     match verified {
@@ -78,7 +83,7 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
             super::print(if args.json { json } else { text(&verified) }.as_bytes())?;
             Ok(ExitCode::from(verified.code()))
         }
-        // Whoever scripts this must not take "could not look" for "they differ".
+        // The exit code of any other error is 1. A script would read 1 as "index and table differ".
         Err(error) if !super::is_broken_pipe(&error) => {
             eprintln!("error: could not tell whether index and table agree: {error:#}");
             Ok(ExitCode::from(UNDECIDED))
@@ -101,14 +106,10 @@ async fn verify(
     args: &cli::Verify,
     settings: &Settings,
     backends: &Backends,
+    model: Option<&LoadedModel>,
     capture_faults: Vec<String>,
 ) -> anyhow::Result<Verified> {
-    let embedder = if args.sample > 0 {
-        let model = LoadedModel::load(settings).await?;
-        Some(model.start(settings.indexer.worker_count()))
-    } else {
-        None
-    };
+    let embedder = model.map(|model| model.start(settings.indexer.worker_count()));
     let target = &backends.target;
     let foreign =
         lineage::compare(&backends.postgres, target.id, &*backends.index).await? == Standing::Foreign;
@@ -145,7 +146,7 @@ fn text(verified: &Verified) -> String {
     if *foreign {
         let _ = writeln!(
             text,
-            "foreign          the index belongs to another database or to a later state of this one"
+            "foreign          the index belongs to another database or to a later state of this database"
         );
     }
     let verdict = match verified.code() {
@@ -154,14 +155,17 @@ fn text(verified: &Verified) -> String {
             "what was compared agrees, and changes are not all captured: see above"
         }
         DIFFERENT if *repair => {
-            "index and table differed: what did is queued; verify again once it is applied"
+            "index and table differed: the differing rows are queued; verify again after they are applied"
         }
-        DIFFERENT => "index and table differ: --repair queues what differs",
-        _ if report.undecided == 0 => {
-            "could not tell: rows cannot be read (they are named above); the others agree"
+        DIFFERENT => "index and table differ: run verify --repair to queue the differing rows",
+        _ if report.undecided > 0 => {
+            "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)"
+        }
+        _ if report.unreadable > 0 => {
+            "could not tell: the rows named above cannot be read; all other rows agree"
         }
         _ => {
-            "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)"
+            "could not tell: vectors were not compared (the reason is above; --sample 0 leaves them out); all else agrees"
         }
     };
     let _ = writeln!(text, "{verdict}");

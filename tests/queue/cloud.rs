@@ -57,7 +57,7 @@ impl Cloud {
             ("AWS_SECRET_ACCESS_KEY", "test".to_owned()),
             ("REFARCH_QUEUE_WAIT_S", "2".to_owned()),
             // What a killed role's last receive took is back soon.
-            ("REFARCH_QUEUE_VISIBILITY_S", "10".to_owned()),
+            ("REFARCH_QUEUE_VISIBILITY_S", "5".to_owned()),
             ("PINECONE_INDEX", "shop".to_owned()),
             ("PINECONE_API_KEY", "test".to_owned()),
             ("REFARCH_INDEX_CONTROLLER", double.url()),

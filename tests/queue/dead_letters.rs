@@ -106,7 +106,7 @@ async fn no_dead_letters_are_said_and_nothing_is_brought_back() {
     let all = post.redrive(&["--all"]).await;
     assert_eq!(
         (all.code, all.out.as_str()),
-        (Some(0), "0 dead letters with 0 changes went back into work\n"),
+        (Some(0), "0 dead letters with 0 changes queued again\n"),
         "{all:?}"
     );
 }
@@ -126,7 +126,7 @@ async fn the_list_says_what_lies_there_and_why() {
         format!("id             {first}\n"),
         "Z, in the bulk lane\n".into(),
         "why            it was refused for good\n".into(),
-        "tries          received once, tried by itself once\n".into(),
+        "tries          received once, tried alone once\n".into(),
         "rows           1, 2, 3, 4, 5 and 495 more\n".into(),
         "error          the index refuses it".into(),
     ] {
@@ -157,7 +157,7 @@ async fn all_go_back_and_a_dry_run_changes_nothing() {
     let dry = post.redrive(&["--all", "--dry-run"]).await;
     assert_eq!(
         (dry.code, dry.out.as_str()),
-        (Some(0), "2 dead letters with 10 changes would go back into work\n"),
+        (Some(0), "2 dead letters with 10 changes would be queued again\n"),
         "{dry:?}"
     );
     let dry = post.redrive(&["--all", "--dry-run", "--json"]).await;
@@ -181,14 +181,14 @@ async fn only_the_named_go_back_and_one_that_is_not_there_fails() {
     let dry = post.redrive(&["--id", &ids[1], "--dry-run"]).await;
     assert_eq!(
         (dry.code, dry.out.as_str()),
-        (Some(0), "1 dead letter with 1 change would go back into work\n"),
+        (Some(0), "1 dead letter with 1 change would be queued again\n"),
         "{dry:?}"
     );
     assert_eq!(post.counts().await, (0, 0, 4));
     let two = post.redrive(&["--id", &ids[1], "--id", &ids[3], "--id", &ids[3]]).await;
     assert_eq!(
         (two.code, two.out.as_str()),
-        (Some(0), "2 dead letters with 2 changes went back into work\n"),
+        (Some(0), "2 dead letters with 2 changes queued again\n"),
         "{two:?}"
     );
     assert_eq!(post.counts().await, (2, 0, 2));

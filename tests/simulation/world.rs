@@ -911,6 +911,10 @@ impl PlainWrite for View {
     fn request_timeout(&self) -> Duration {
         REQUEST
     }
+
+    async fn probe_record(&self) -> Result<()> {
+        self.request(Vec::new()).await
+    }
 }
 
 #[async_trait]

@@ -84,7 +84,7 @@ async fn a_record_that_is_gone_is_missing(shop: Shop) {
     verified.assert(1, &[("missing", 1)]);
     assert_eq!(verified.examples(), [("1", "missing")].into());
     let verdict = shop.verdict(&["--sample", "0"]).await;
-    assert_eq!(verdict, "index and table differ: --repair queues what differs");
+    assert_eq!(verdict, "index and table differ: run verify --repair to queue the differing rows");
 }
 
 async fn whatever_differs_is_told_apart_and_repaired(shop: Shop) {

@@ -7,12 +7,14 @@
 
 mod address;
 mod embedder;
+mod known;
 mod provider;
 mod rate;
 mod refusal;
 mod texts;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use reqwest::Url;
@@ -24,6 +26,8 @@ use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::retry::Backoff;
 use crate::secret::{Secret, without_secrets};
 pub use embedder::HttpEmbedder;
+pub use known::Known;
+use known::signature;
 use provider::{Info, Limits, Provider, Purpose};
 use rate::Rate;
 use refusal::refusal;
@@ -49,6 +53,8 @@ const GREETING: Duration = Duration::from_secs(5);
 pub struct Server {
     client: reqwest::Client,
     provider: Provider,
+    /// The address of the settings, and the one that embeds.
+    base: Url,
     url: Url,
     api_key: Secret,
     /// The model's name for the server.
@@ -60,6 +66,8 @@ pub struct Server {
     dimensions: usize,
     /// Whether it has embedded a text since it was opened.
     has_answered: bool,
+    /// Whether the model's name is the index's, and the server has yet to say that it has this model.
+    is_assumed: Arc<AtomicBool>,
     limits: Limits,
     rate: Arc<Rate>,
 }
@@ -78,8 +86,9 @@ impl From<Error> for Failure {
 }
 
 impl Server {
-    /// Looks at the server that the settings name: what it can take, and how long its vectors are.
-    pub async fn open(settings: &Settings) -> Result<Self> {
+    /// Looks at the server that the settings name: what it can take, and how long its vectors are. What is known
+    /// of its model it need not tell now.
+    pub async fn open(settings: &Settings, known: Option<&Known>) -> Result<Self> {
         let set = &settings.embedder;
         let wrong = |message: String| Error::fatal("use the embedder", message);
         let provider =
@@ -103,6 +112,7 @@ impl Server {
         let mut server = Self {
             client,
             provider,
+            base,
             url,
             api_key,
             model: set.model.clone(),
@@ -110,11 +120,15 @@ impl Server {
             asked: (set.dimensions > 0 && provider != Provider::Tei).then_some(set.dimensions),
             dimensions: set.dimensions,
             has_answered: false,
+            is_assumed: Arc::default(),
             limits: provider.limits(),
             rate: Arc::new(Rate::new(set.requests_per_minute, set.tokens_per_minute)),
         };
-        if provider == Provider::Tei {
-            server.learn(&base).await?;
+        if provider == Provider::Tei
+            && let Err(error) = server.learn().await
+        {
+            let known = known.filter(|_| error.class == Class::Retryable).ok_or(error)?;
+            server.assume(known);
         }
         let given = |value: usize, default: usize| if value > 0 { value } else { default };
         server.limits = Limits {
@@ -122,12 +136,15 @@ impl Server {
             tokens: given(set.batch_tokens, server.limits.tokens),
             text_tokens: given(set.text_tokens, server.limits.text_tokens),
         };
+        if let Some(known) = known.filter(|known| known.model == server.model) {
+            server.dimensions = known.dimensions();
+        }
         if server.dimensions == 0 {
             let made = server.send(&[PROBE], Purpose::Passage).await.map_err(at_the_start)?;
             server.dimensions = made[0].len();
             server.has_answered = true;
         }
-        server.signature = format!("{}:{}@{}", provider.name(), server.model, server.dimensions);
+        server.signature = signature(provider, &server.model, server.dimensions);
         Ok(server)
     }
 
@@ -160,36 +177,68 @@ impl Server {
         }
     }
 
-    /// Takes the model's name and limits from a text-embeddings-inference server.
-    async fn learn(&mut self, base: &Url) -> Result<()> {
-        let url = address::info(base, self.provider);
+    /// What a text-embeddings-inference server tells of itself.
+    async fn info(&self) -> Result<Info> {
+        let url = address::info(&self.base, self.provider);
         let request = self.provider.sign(self.client.get(url.clone()), self.api_key.expose());
         let answer = request.send().await.map_err(|error| unanswered(&error, &url))?;
         let (status, headers) = (answer.status(), answer.headers().clone());
         let body = answer.bytes().await.map_err(|error| unanswered(&error, &url))?;
         // Servers that speak its protocol without this are as good. One that can't tell just now is not: by
         // another name its model would be another model.
-        let info = match status.as_u16() {
+        match status.as_u16() {
             200..=299 if body.trim_ascii_start().starts_with(b"{") => {
                 serde_json::from_slice(&body).map_err(|error| {
                     let message = format!("what {} says is cut or no JSON: {error}", address::place(&url));
                     Error::retryable("ask the embedding server for its model", message)
-                })?
+                })
             }
-            200..=299 | 400 | 404 | 405 | 410 | 422 | 501 => Info::default(),
+            200..=299 | 400 | 404 | 405 | 410 | 422 | 501 => Ok(Info::default()),
             _ => {
                 let error = refusal(&url, self.api_key.expose(), status, &headers, &body);
-                return Err(Error { what: "ask the embedding server for its model".into(), ..error });
+                Err(Error { what: "ask the embedding server for its model".into(), ..error })
             }
-        };
+        }
+    }
+
+    /// Takes the model's name and limits from a text-embeddings-inference server.
+    async fn learn(&mut self) -> Result<()> {
+        let info = self.info().await?;
         if self.model.is_empty() {
-            self.model = if info.model_id.is_empty() { "unnamed".into() } else { info.model_id };
+            info.name().clone_into(&mut self.model);
         }
         self.limits = Limits {
             texts: info.max_client_batch_size.unwrap_or(self.limits.texts),
             tokens: info.max_batch_tokens.unwrap_or(self.limits.tokens),
             text_tokens: info.max_input_length.unwrap_or(self.limits.text_tokens),
         };
+        Ok(())
+    }
+
+    /// Takes the model for the known one, if the settings name none, until the server tells.
+    fn assume(&mut self, known: &Known) {
+        if self.model.is_empty() {
+            self.model.clone_from(&known.model);
+            self.is_assumed = Arc::new(AtomicBool::new(true));
+        }
+    }
+
+    /// Asks which model the server has, if that was assumed: vectors of two models must not come into one index.
+    async fn confirm(&self) -> Result<()> {
+        if !self.is_assumed.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let info = self.info().await?;
+        if info.name() != self.model {
+            let message = format!(
+                "{} has the model {}, and the index was made with {}: run refarch migrate",
+                address::place(&self.base),
+                info.name(),
+                self.model
+            );
+            return Err(Error::fatal("ask the embedding server for its model", message));
+        }
+        self.is_assumed.store(false, Ordering::Relaxed);
         Ok(())
     }
 
@@ -232,6 +281,7 @@ impl Server {
     }
 
     async fn once(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>, Failure> {
+        self.confirm().await?;
         let lost = |error: reqwest::Error| unanswered(&error, &self.url);
         let body = self.provider.body(&self.model, texts, self.asked, purpose);
         let request = self.provider.sign(self.client.post(self.url.clone()), self.api_key.expose());
@@ -269,7 +319,7 @@ impl Server {
     fn checked(&self, mut vector: Vec<f32>) -> Result<Vec<f32>> {
         if self.dimensions > 0 && vector.len() != self.dimensions {
             let message = format!(
-                "vectors from {} have length {}, and {} is wanted: set embedder.dimensions to what the model gives, and run refarch migrate",
+                "vectors from {} have length {}, and {} is wanted: set embedder.dimensions to what the model gives, or to 0, and run refarch migrate",
                 address::place(&self.url),
                 vector.len(),
                 self.dimensions

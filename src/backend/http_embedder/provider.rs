@@ -64,6 +64,13 @@ pub(super) struct Info {
     pub(super) max_input_length: Option<usize>,
 }
 
+impl Info {
+    /// The model's name; servers without one have one that never changes.
+    pub(super) fn name(&self) -> &str {
+        if self.model_id.is_empty() { "unnamed" } else { &self.model_id }
+    }
+}
+
 impl Provider {
     /// None for a model on this machine.
     pub(super) fn of(kind: EmbedderKind) -> Option<Self> {

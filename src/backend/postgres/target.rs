@@ -96,6 +96,21 @@ pub async fn recorded_place(postgres: &Postgres, source: &str) -> Result<Option<
     Ok(row.and_then(|row| place_of(&row, 0)))
 }
 
+/// The model that the index of a source was made with, and the length of its vectors; none before the first
+/// migration.
+pub async fn recorded_model(postgres: &Postgres, source: &str) -> Result<Option<(String, usize)>> {
+    let fail = |error: tokio_postgres::Error| failure("look for the index", &error);
+    let client = postgres.client().await?;
+    let there =
+        client.query_one("SELECT to_regclass('refarch.target') IS NOT NULL", &[]).await.map_err(fail)?;
+    if !there.get::<_, bool>(0) {
+        return Ok(None);
+    }
+    let sql = "SELECT model, dimensions FROM refarch.target WHERE source = $1 AND state = 'active'";
+    let row = client.query_opt(sql, &[&source]).await.map_err(fail)?;
+    Ok(row.map(|row| (row.get(0), usize::try_from(row.get::<_, i32>(1)).unwrap_or_default())))
+}
+
 /// Reads name, host and namespace from the column at `at` on.
 fn place_of(row: &tokio_postgres::Row, at: usize) -> Option<Place> {
     let host: Option<String> = row.get(at + 1);

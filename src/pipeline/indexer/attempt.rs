@@ -296,7 +296,14 @@ impl Indexer {
             return Ok(HashMap::new());
         }
         let ids: Vec<String> = wanted.keys().map(|id| (*id).to_owned()).collect();
-        let stored = self.index.fetch(&ids).await?;
+        let stored = match self.index.fetch(&ids).await {
+            // Vectors that are not told are made anew. The write shows whether everything is refused.
+            Err(error) if error.class != Class::Retryable => {
+                tracing::debug!(%error, "cannot look for vectors that still stand");
+                return Ok(HashMap::new());
+            }
+            stored => stored?,
+        };
         Ok(stored
             .into_iter()
             .filter(|stored| stored.content_hash == wanted.get(stored.id.as_str()).copied())
@@ -321,7 +328,9 @@ impl Indexer {
                 Ok(()) => return Sent::Surely,
                 Err(error) => error,
             };
-            let error = Error { about_change: error.doubtful, ..error };
+            // What would concern everything may be said of this request only, as by a filter before the index.
+            let about_change = error.doubtful || error.class == Class::Fatal;
+            let error = Error { about_change, ..error };
             doubtful |= error.doubtful;
             let over = backoff.failures() + 1 >= REQUEST_TRIES || self.health.is_outage();
             match error.class {

@@ -39,8 +39,8 @@ pub const APPLICATION_SEES: &str = "current_setting('app.tenant', true) = 'chaos
 /// What the application sets for that.
 const TENANT: &str = "-c app.tenant=chaos";
 
-/// A round of the continuous proof: a minute.
-pub const PROOF_PERIOD_H: f64 = 1.0 / 60.0;
+/// Minutes that a round of the continuous proof takes, unless the drill is shorter.
+const PROOF_PERIOD: f64 = 1.0;
 
 /// Timeouts of the drill's roles: short, so that much happens in a minute.
 const VISIBILITY_S: u64 = 6;
@@ -150,7 +150,7 @@ impl Lab {
         backend::migrate_with(&postgres, &settings, &options).await?;
         postgres.pool.close();
         let metadata = Mutex::new(settings.source.metadata.clone());
-        let proof_period_h = if args.no_proof { 0.0 } else { PROOF_PERIOD_H };
+        let proof_period_h = if args.no_proof { 0.0 } else { args.minutes.min(PROOF_PERIOD) / 60.0 };
         Ok(Self { settings, double, queue_double, embedder_double, dir, cluster, proof_period_h, metadata })
     }
 

@@ -59,7 +59,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Rows whose vectors are compared.
 const SAMPLE: usize = 200;
 
-/// How long a round of the continuous proof may take, whose period is a minute here.
+/// How long a round of the continuous proof may take, whose period is a minute here at most.
 const PROOF_WAIT: Duration = Duration::from_mins(6);
 
 /// How long the audit waits for what is under way.
@@ -109,10 +109,11 @@ impl Outcome {
             + self.dead_letters
             + self.table_differs
             + self.index_differs
+            + self.operated.rows_hidden_untold
             + self.written.writes_failed;
         if differs > 0 || !self.ended.is_empty() {
             1
-        } else if self.report.undecided > 0 {
+        } else if self.report.undecided + self.report.unsampled > 0 {
             2
         } else {
             0
@@ -124,7 +125,7 @@ impl Outcome {
 pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     let lab = Lab::set_up(settings, args).await?;
-    let outcome = drill(args, &lab, &stop).await;
+    let outcome = Box::pin(drill(args, &lab, &stop)).await;
     let clean = outcome.as_ref().is_ok_and(|outcome| outcome.as_ref().is_none_or(|o| o.code() == 0));
     let dir = lab.dir.clone();
     lab.tear_down(!clean).await?;
@@ -409,13 +410,14 @@ fn text(outcome: &Outcome) -> String {
     let refused = outcome.configurations_refused;
     let operated = outcome.operated;
     let operations = format!(
-        "operators        {} columns added to the metadata, {} columns renamed, {} keys widened, {} tables swapped, {} times triggers disabled, {} times rows hidden, {} databases restored, {} migrations ({} refused), {} fleets of two configurations ({refused} processes refused)\n",
+        "operators        {} columns added to the metadata, {} columns renamed, {} keys widened, {} tables swapped, {} times triggers disabled, {} times rows hidden ({} untold), {} databases restored, {} migrations ({} refused), {} fleets of two configurations ({refused} processes refused)\n",
         operated.metadata_added,
         operated.columns_renamed,
         operated.keys_widened,
         operated.tables_swapped,
         operated.triggers_disabled,
         operated.rows_hidden,
+        operated.rows_hidden_untold,
         operated.databases_restored,
         operated.migrations,
         operated.migrations_refused,

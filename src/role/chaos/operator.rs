@@ -63,6 +63,8 @@ pub struct Operated {
     pub tables_swapped: u64,
     pub triggers_disabled: u64,
     pub rows_hidden: u64,
+    /// Times that no worker told of rows that were hidden.
+    pub rows_hidden_untold: u64,
     pub databases_restored: u64,
     pub migrations: u64,
     /// Runs of `migrate` that said no while roles ran.
@@ -134,12 +136,16 @@ impl Operator<'_> {
                 self.done.triggers_disabled += 1;
             }
             Operation::HideRows(long) => {
+                let hidden_at = self.database_time().await?;
                 self.sql(&format!(
                     "CREATE POLICY application ON {TABLE} USING ({APPLICATION_SEES}); \
                      ALTER TABLE {TABLE} ENABLE ROW LEVEL SECURITY; ALTER TABLE {TABLE} FORCE ROW LEVEL SECURITY"
                 ))
                 .await?;
                 pause(long).await;
+                // The index is as it was either way: only the fault tells whether the workers noticed.
+                let told = over.run_until_cancelled(self.is_told_of_hidden_rows(&hidden_at)).await;
+                self.done.rows_hidden_untold += u64::from(told == Some(false));
                 self.sql(&format!(
                     "DROP POLICY application ON {TABLE}; \
                      ALTER TABLE {TABLE} NO FORCE ROW LEVEL SECURITY; ALTER TABLE {TABLE} DISABLE ROW LEVEL SECURITY"
@@ -230,6 +236,39 @@ impl Operator<'_> {
                 error.code().is_none_or(|code| matches!(&code.code()[..2], "08" | "40" | "53" | "55" | "57"));
             if !passes || started.elapsed() > PATIENCE {
                 return Err(error).with_context(|| format!("the operator's statements: {statements}"));
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// The database's clock, as text.
+    async fn database_time(&self) -> anyhow::Result<String> {
+        let started = Instant::now();
+        loop {
+            let asked = async {
+                let row = self.lab.client().await?.query_one("SELECT clock_timestamp()::text", &[]).await?;
+                Ok::<_, tokio_postgres::Error>(row.get(0))
+            };
+            match asked.await {
+                Err(_) if started.elapsed() < PATIENCE => tokio::time::sleep(AGAIN).await,
+                time => return time.context("ask the database's time"),
+            }
+        }
+    }
+
+    /// Waits until a worker tells, later than that time, that rows are hidden from it; false if none does.
+    async fn is_told_of_hidden_rows(&self, since: &str) -> bool {
+        let sql = format!(
+            "SELECT EXISTS (SELECT FROM refarch.fault WHERE seen_at >= '{since}' AND message LIKE '%BYPASSRLS%')"
+        );
+        let started = Instant::now();
+        loop {
+            let asked = async { self.lab.client().await?.query_one(&sql, &[]).await };
+            if asked.await.is_ok_and(|row| row.get(0)) {
+                return true;
+            }
+            if started.elapsed() > PATIENCE {
+                return false;
             }
             tokio::time::sleep(AGAIN).await;
         }

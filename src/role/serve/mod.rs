@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::backend::postgres;
 use crate::backend::postgres::products::Products;
 use crate::backend::postgres::registry::Worker;
-use crate::backend::{self, Backends, Database, LoadedModel};
+use crate::backend::{Backends, Database, LoadedModel};
 use crate::config::Settings;
 use crate::pipeline::embedder::Embedder;
 use crate::pipeline::failure::{Error, Result};
@@ -224,12 +224,11 @@ pub async fn bind(settings: &Settings) -> anyhow::Result<TcpListener> {
 pub async fn run(settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     let listener = bind(settings).await?;
-    let model = backend::patiently(settings, async || LoadedModel::load(settings).await).await?;
-    super::with_database(settings, async |database: &Database| {
-        let backends = super::open(database, settings).await?;
+    super::with_model(settings, async |database: &Database, model: &LoadedModel| {
+        let backends = super::open(database, settings, Some(model)).await?;
         let address = listener.local_addr()?;
         super::print(format!("refarch serves http://{address}\n").as_bytes())?;
-        work(listener, &backends, settings, &model, &stop).await
+        work(listener, &backends, settings, model, &stop).await
     })
     .await
 }
@@ -243,7 +242,7 @@ pub async fn work(
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     let requests = backends.postgres.for_requests(settings.serve.pool_size, REQUEST_TIMEOUT)?;
-    let asked = Backends::open(&requests, settings).await?;
+    let asked = Backends::open_for(&requests, settings, Some(model)).await?;
     let products = Products::new(requests.pool.clone(), &asked.target.table.relation);
     products.check().await?;
     let guard = Guard::new(listener.local_addr()?, settings.serve.edit_token.clone())

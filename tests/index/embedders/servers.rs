@@ -1,6 +1,7 @@
 //! What servers answer when something is wrong, and what becomes of it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, SystemTime};
 
 use refarch::pipeline::embedder::Embedder;
@@ -10,6 +11,8 @@ use serde_json::json;
 use super::stub::{Stub, status, vectors, with_header};
 use super::{KEY, open, settings, texts, variables};
 use crate::common::{self, Database};
+
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// With the length of the vectors set, so that nobody needs to ask for it.
 const SET: (&str, &str) = ("REFARCH_EMBEDDER_DIMENSIONS", "4");
@@ -306,4 +309,86 @@ async fn what_concerns_every_request_is_fatal_and_names_the_place_and_no_secret(
     let nowhere = format!("http://127.0.0.1:{}/v1?code=hidden", common::free_port());
     let error = open("openai", &nowhere, &[]).await.err().unwrap();
     assert!(error.message.contains("/v1/embeddings") && !error.message.contains("hidden"), "{error}");
+}
+
+/// How the server of the next test is.
+const WELL: u8 = 0;
+const AWAY: u8 = 1;
+const OF_ANOTHER_MODEL: u8 = 2;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_server_is_away_all_goes_on_but_embedding() {
+    // Nobody sets the length of the vectors, and in the second case not even the model's name.
+    for (kind, name) in [("openai", "all-minilm"), ("tei", "")] {
+        let mood = Arc::new(AtomicU8::new(WELL));
+        let seen = Arc::clone(&mood);
+        let server = Stub::start(move |asked, _| match seen.load(Ordering::SeqCst) {
+            AWAY => status(503, "not now"),
+            OF_ANOTHER_MODEL if asked.is_get => status(200, r#"{"model_id": "another"}"#),
+            _ => vectors(asked),
+        })
+        .await;
+        let database = Database::create().await;
+        let nowhere = format!("http://127.0.0.1:{}", common::free_port());
+        let command = |args: &[&str], url: &str| {
+            let mut command = database.refarch();
+            command.args(args).envs(variables(kind, url)).env("REFARCH_EMBEDDER_MODEL", name);
+            command
+        };
+        let run = async |args: &[&str], url: &str| {
+            let output = command(args, url).output().await.unwrap();
+            let said = String::from_utf8_lossy(&output.stdout).into_owned()
+                + &String::from_utf8_lossy(&output.stderr);
+            println!("{kind} {args:?}: {said}");
+            (output.status.code().unwrap(), said)
+        };
+        assert_eq!(run(&["migrate"], &server.url).await.0, 0);
+        let client = database.client().await;
+        let insert = "INSERT INTO products_with_increment (description) VALUES ('a'), ('b')";
+        client.batch_execute(insert).await.unwrap();
+        assert_eq!(run(&["listen", "--until-idle"], &server.url).await.0, 0);
+        assert_eq!(run(&["embed", "--until-idle"], &server.url).await.0, 0);
+
+        assert_eq!(run(&["status"], &nowhere).await.0, 0);
+        let (code, said) = run(&["verify", "--sample", "0"], &nowhere).await;
+        assert!(code == 0 && said.contains("index and table agree"), "{said}");
+        let (code, said) = run(&["verify"], &nowhere).await;
+        assert!(code == 2 && said.contains("2 of them: ") && said.contains("all else agrees"), "{said}");
+        assert_eq!(run(&["redrive", "--all"], &nowhere).await.0, 0);
+        client.batch_execute(insert).await.unwrap();
+        assert_eq!(run(&["listen", "--until-idle"], &nowhere).await.0, 0);
+        let bind = format!("127.0.0.1:{}", common::free_port());
+        let mut serve = command(&["serve", "--bind", &bind], &nowhere).spawn().unwrap();
+        common::eventually("the page to be served", PATIENCE, async || {
+            let page = reqwest::get(format!("http://{bind}/")).await;
+            page.is_ok_and(|page| page.status().is_success())
+        })
+        .await;
+        serve.kill().await.unwrap();
+
+        let fault = async |part: &str| {
+            let like = format!("%{part}%");
+            let sql = "SELECT EXISTS (SELECT FROM refarch.fault WHERE kind = 'held' AND message LIKE $1)";
+            client.query_one(sql, &[&like]).await.unwrap().get::<_, bool>(0)
+        };
+        mood.store(AWAY, Ordering::SeqCst);
+        let mut embed = command(&["embed"], &server.url).spawn().unwrap();
+        common::eventually("the fault to be told", PATIENCE, async || fault("503").await).await;
+        if name.is_empty() {
+            mood.store(OF_ANOTHER_MODEL, Ordering::SeqCst);
+            common::eventually("the other model to be told", PATIENCE, async || fault("another").await).await;
+        }
+        mood.store(WELL, Ordering::SeqCst);
+        common::eventually("all to be in sync", PATIENCE, async || {
+            run(&["status"], &nowhere).await.1.contains("in sync        4,")
+        })
+        .await;
+        embed.kill().await.unwrap();
+        let (code, said) = run(&["verify"], &server.url).await;
+        assert!(code == 0 && said.contains("4 compared, 0 otherwise"), "{said}");
+        // Another model than the index's is still refused.
+        let other =
+            command(&["status"], &nowhere).env("REFARCH_EMBEDDER_MODEL", "other").output().await.unwrap();
+        assert_eq!(other.status.code(), Some(1));
+    }
 }

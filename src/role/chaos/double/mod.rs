@@ -6,6 +6,7 @@
 mod control;
 mod faults;
 mod filter;
+mod forbid;
 mod limits;
 mod store;
 
@@ -29,6 +30,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use faults::Fate;
 pub use faults::{Counts, Faults};
+use forbid::Forbidden;
+pub use forbid::Verb;
 use limits::Refused;
 use store::{Log, Write};
 
@@ -58,6 +61,7 @@ struct Index {
     dimensions: AtomicUsize,
     /// Whether no key is good any more.
     is_key_revoked: AtomicBool,
+    forbidden: Forbidden,
     indexes: Mutex<control::Indexes>,
     log: Mutex<Log>,
     chance: Mutex<Chance>,
@@ -83,6 +87,7 @@ impl Double {
             url: url.clone(),
             dimensions: AtomicUsize::new(dimensions),
             is_key_revoked: AtomicBool::new(false),
+            forbidden: Forbidden::default(),
             indexes: Mutex::default(),
             log: Mutex::default(),
             chance: Mutex::new(Chance {
@@ -124,6 +129,11 @@ impl Double {
     /// Refuses every key from now on.
     pub fn revoke_keys(&self) {
         self.index.is_key_revoked.store(true, Ordering::Relaxed);
+    }
+
+    /// Answers 403 from now on to requests with such a record in them, as a filter before the index may.
+    pub fn forbid(&self, is_forbidden: impl Fn(Verb, &str, &str) -> bool + Send + Sync + 'static) {
+        self.index.forbidden.set(is_forbidden);
     }
 
     /// How long a write takes from now on until readers see it.
@@ -174,6 +184,9 @@ async fn update(State(index): State<Arc<Index>>, body: Bytes) -> Response {
 }
 
 async fn fetch(State(index): State<Arc<Index>>, Query(query): Query<Vec<(String, String)>>) -> Response {
+    if index.forbidden.has_fetch(&query) {
+        return forbid::answer();
+    }
     index.read(|| Ok((lock(&index.log).fetch(&limits::fetch(query)?), None))).await
 }
 
@@ -240,6 +253,9 @@ impl Index {
             Ok(write) => write,
             Err(message) => return error(StatusCode::BAD_REQUEST, &message),
         };
+        if self.forbidden.has_write(&write) {
+            return forbid::answer();
+        }
         if let Write::Delete { namespace, .. } = &write
             && !lock(&self.log).contains(namespace)
         {
