@@ -1,4 +1,4 @@
-//! One module for each backend. Which of them the settings choose is decided here, and nowhere else by a role.
+//! One module for each backend. This module alone chooses the backends by the settings; no role does.
 
 pub mod embedded;
 pub mod http_embedder;
@@ -35,18 +35,18 @@ use postgres::outbox::PgOutbox;
 use postgres::target::{self, IndexShape, Place, Target};
 use sqs::Sqs;
 
-/// How long a migration waits for a look at the queues, which it can do without.
+/// How long a migration waits for a check of the queues. The migration does not need the check.
 const LOOK_AT_QUEUES: Duration = Duration::from_secs(15);
 
-/// The database in use, and the private cluster when it is ours.
+/// The database in use, and the private cluster if the settings name no database.
 pub struct Database {
-    /// Its connections.
+    /// The connections.
     pub postgres: Postgres,
     cluster: Option<Cluster>,
 }
 
 impl Database {
-    /// Connects to the configured database, or joins (and starts, when nobody has) the private one.
+    /// Connects to the configured database. Without one, joins the private cluster and starts it if needed.
     pub async fn open(settings: &Settings) -> anyhow::Result<Self> {
         let (url, cluster) = embedded::database_url(settings).await?;
         let opened = async {
@@ -65,13 +65,13 @@ impl Database {
         }
     }
 
-    /// Whether this is the private cluster, which is ours to set up unasked.
+    /// Whether this is the private cluster, which is set up without a request.
     #[must_use]
     pub fn is_private(&self) -> bool {
         self.cluster.is_some()
     }
 
-    /// Closes the connections; the last to leave the private cluster stops it.
+    /// Closes the connections. The last process that leaves the private cluster stops it.
     pub async fn close(self) -> anyhow::Result<()> {
         self.postgres.pool.close();
         match self.cluster {
@@ -81,8 +81,8 @@ impl Database {
     }
 }
 
-/// Tries for as long as `database.connect_timeout_s` allows: a database that is restarted is back in
-/// a moment.
+/// Repeats the work on retryable errors for at most `database.connect_timeout_s`: a database that restarts is
+/// soon back.
 pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>) -> Result<T> {
     let started = Instant::now();
     let patience = Duration::from_secs(settings.database.connect_timeout_s);
@@ -97,7 +97,8 @@ pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>
     }
 }
 
-/// Where the settings have the index; `host` is where it was found by its name, if it is there.
+/// Where the index is by the settings. `host` is the host that was found by the index's name, if there is
+/// one.
 fn place(settings: &Settings, host: Option<String>) -> Place {
     let index = &settings.index;
     if index.kind != IndexKind::Pinecone {
@@ -111,8 +112,8 @@ fn place(settings: &Settings, host: Option<String>) -> Place {
     Place { name, host: pinecone::place::host(&host), namespace, is_known: false }
 }
 
-/// The place in the settings, and whether the index there is the one that was written to, by its note, if its
-/// address is another.
+/// Where the index is by the settings. If the recorded address differs, the ownership record decides whether
+/// this is the index that was written to.
 async fn compared_place(postgres: &Postgres, settings: &Settings, shape: &IndexShape) -> Result<Place> {
     let host = match named_index(settings, shape.dimensions) {
         Some(options) if pinecone::control::exists(&options).await? => {
@@ -145,12 +146,12 @@ fn pinecone_at(settings: &Settings, host: String, dimensions: usize) -> Result<P
     })
 }
 
-/// Brings the database up to date with these settings, and makes an index that is missing.
+/// Brings the database up to date with these settings, and makes a missing index.
 pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report> {
     migrate_with(postgres, settings, &migrate::Options::default()).await
 }
 
-/// The same, with what it may do besides.
+/// The same with options.
 pub async fn migrate_with(
     postgres: &Postgres,
     settings: &Settings,
@@ -173,8 +174,9 @@ async fn migrate_to(
     options: &migrate::Options,
 ) -> Result<Report> {
     shape.place = compared_place(postgres, settings, &shape).await?;
-    // The index first: one of the wrong shape must not cost the rows that are indexed so far. And before it, what
-    // is refused.
+    // The index comes before the database, so that an index of the wrong shape does not cost the rows that
+    // are indexed so far. A rehearsal comes before the index, so that a migration that is refused makes no
+    // index.
     let made = match named_index(settings, shape.dimensions) {
         Some(named) => {
             migrate::rehearse(postgres, &settings.source, &settings.queue, &shape, options).await?;
@@ -188,7 +190,7 @@ async fn migrate_to(
     Ok(with_queues(with_index(report, settings, made), settings).await)
 }
 
-/// What [`migrate_with`] would do; nothing is changed.
+/// Reports what [`migrate_with`] would do. Nothing is changed.
 pub async fn plan_migration(
     postgres: &Postgres,
     settings: &Settings,
@@ -211,7 +213,8 @@ fn with_index(mut report: Report, settings: &Settings, made: bool) -> Report {
     report
 }
 
-/// Adds what the queues' own settings may lose. Who migrates need not be allowed to see the queues.
+/// Adds warnings about the queues' own configuration. The role that migrates need not have access to the
+/// queues.
 async fn with_queues(mut report: Report, settings: &Settings) -> Report {
     if settings.queue.kind == QueueKind::Sqs {
         let options = sqs_options(settings);
@@ -221,14 +224,14 @@ async fn with_queues(mut report: Report, settings: &Settings) -> Report {
                 report.warnings.extend(warnings);
                 report.notes.extend(notes);
             }
-            Ok(Err(error)) => report.warnings.push(format!("cannot look at the queues: {error}")),
-            Err(_) => report.warnings.push("cannot look at the queues: no answer in time".into()),
+            Ok(Err(error)) => report.warnings.push(format!("cannot check the queues: {error}")),
+            Err(_) => report.warnings.push("cannot check the queues: no answer in time".into()),
         }
     }
     report
 }
 
-/// Takes everything of ours out of the database, but for the user's table.
+/// Removes everything of ours from the database, except for the user's table.
 pub async fn uninstall(postgres: &Postgres, settings: &Settings, how: How) -> Result<Uninstalled> {
     let mut done = uninstall::uninstall(postgres, &settings.queue, how).await?;
     if settings.index.kind == IndexKind::Pinecone && !done.removed.is_empty() {
@@ -237,7 +240,7 @@ pub async fn uninstall(postgres: &Postgres, settings: &Settings, how: How) -> Re
     Ok(done)
 }
 
-/// The index to find or make by its name; none if it is not a service's or is given by its host.
+/// The index to find or make by its name. `None` for pgvector, or if the settings give the host.
 fn named_index(settings: &Settings, dimensions: usize) -> Option<pinecone::control::Options> {
     let is_named = settings.index.kind == IndexKind::Pinecone && settings.index.host.trim().is_empty();
     is_named.then(|| control_options(settings, dimensions))
@@ -269,7 +272,7 @@ async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Arc<dyn 
     })
 }
 
-/// What the queue on SQS needs of the settings.
+/// The settings of the queue on SQS.
 #[must_use]
 pub fn sqs_options(settings: &Settings) -> sqs::Options {
     let named = |url: &str| (!url.is_empty()).then(|| url.to_owned());
@@ -299,13 +302,13 @@ pub struct Backends {
     pub queue: Arc<dyn JobQueue>,
     /// The vector index.
     pub index: Arc<dyn VectorIndex>,
-    /// Prefix of pgmq's queues, if that is the queue.
+    /// The prefix of pgmq's queues, if the queue is pgmq.
     pgmq: Option<String>,
-    /// The source as the settings have it.
+    /// The source in the settings.
     pub source: Arc<crate::config::Source>,
-    /// The rows of a large table, for the status.
+    /// The last count of a large table's rows, for the status.
     counted: Arc<postgres::status::Counted>,
-    /// How long a round of the proof takes.
+    /// How long a round of the proof takes; `None`: the proof is off.
     proof_period: Option<Duration>,
 }
 
@@ -330,14 +333,14 @@ impl Backends {
         Self::around(postgres, settings, queue, shape, false).await
     }
 
-    /// The same, to look at: an index that nobody says the place of is taken to be where it was.
+    /// The same, for reading only. If the index's host cannot be found, the recorded place is used.
     pub async fn open_to_look(postgres: &Postgres, settings: &Settings) -> Result<Self> {
         let queue = open_queue(postgres, settings).await?;
         let shape = known_shape(postgres, settings).await?;
         Self::around(postgres, settings, queue, shape, true).await
     }
 
-    /// Opens the backends around a queue that is open already.
+    /// Opens the backends around an open queue.
     pub async fn with_queue(
         postgres: &Postgres,
         settings: &Settings,
@@ -354,7 +357,8 @@ impl Backends {
         mut shape: IndexShape,
         to_look: bool,
     ) -> Result<Self> {
-        // A message of another service stays deleted when the database forgets what it did for it.
+        // A message that was deleted in another service stays deleted, even if a crash of the database loses
+        // the work that was done for it. So commits wait for the disk.
         let waiting = (settings.queue.kind != QueueKind::Pgmq).then(|| postgres.waiting_for_the_disk());
         let postgres = waiting.as_ref().unwrap_or(postgres);
         let host = match named_index(settings, shape.dimensions) {
@@ -363,7 +367,7 @@ impl Backends {
                     let recorded = target::recorded_place(postgres, &settings.source.name).await?;
                     let recorded =
                         recorded.filter(|place| place.name == options.name && !place.host.is_empty());
-                    tracing::warn!(%error, "cannot look for the index");
+                    tracing::warn!(%error, "cannot look up the index: using its recorded host if there is one");
                     recorded.ok_or(error)?.host
                 }
                 found => found?,
@@ -402,7 +406,7 @@ impl Backends {
         })
     }
 
-    /// The outbox, feeding the queue. Listens for wake-ups for as long as it lives.
+    /// The outbox that feeds the queue. Listens for wake-ups for as long as it exists.
     #[must_use]
     pub fn outbox(&self) -> Arc<dyn Outbox> {
         let (postgres, source) = (self.postgres.clone(), &self.target.table.name);
@@ -412,7 +416,7 @@ impl Backends {
         })
     }
 
-    /// Whether the index is written to under a fence, so that no attempts are needed.
+    /// Whether writes to the index are transactional, so that no attempts are recorded.
     #[must_use]
     pub fn index_is_fenced(&self) -> bool {
         matches!(self.index.writes(), Writes::Fenced(_))
@@ -424,12 +428,12 @@ impl Backends {
         postgres::status::read(postgres, source, target, &**queue, &**index, counted, *proof_period).await
     }
 
-    /// How the proof stands.
+    /// The state of the proof.
     pub async fn proof(&self) -> Result<postgres::proof::Proof> {
         postgres::proof::Proof::read(&self.postgres, self.target.id, self.proof_period).await
     }
 
-    /// Whether dead letters can be read without keeping them from others for a while.
+    /// Whether dead letters can be read without hiding them from other readers for a while.
     #[must_use]
     pub fn dead_letters_are_open(&self) -> bool {
         self.pgmq.is_some()

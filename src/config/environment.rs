@@ -1,4 +1,4 @@
-//! What environment variables set: ours by their names, and others that are customary.
+//! Settings from environment variables: refarch's own (`REFARCH_...`) and those of other tools.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -6,17 +6,17 @@ use std::fmt::Write as _;
 use super::{EmbedderKind, Settings};
 use crate::secret::Secret;
 
-/// Prefix of the environment variables that set a key.
+/// Prefix of refarch's own environment variables.
 const PREFIX: &str = "REFARCH_";
 
 /// Variables with our prefix that are not settings.
 const OTHER_VARIABLES: &[&str] = &["REFARCH_CONFIG"];
 
-/// A variable that others use too, and what it says.
+/// A variable of another tool, and the setting that it gives.
 struct Customary {
     variable: &'static str,
     key: &'static str,
-    /// Who names a queue of SQS wants that one.
+    /// A second setting: a variable that names an SQS queue also chooses SQS.
     implies: Option<(&'static str, &'static str)>,
 }
 
@@ -46,8 +46,8 @@ const CUSTOMARY: &[Customary] = &[
     plain("PINECONE_NAMESPACE", "index.namespace"),
 ];
 
-/// Settings that the environment gives: where each comes from, its key, and its value. Later ones win:
-/// a variable of ours over a customary one.
+/// The settings that the environment gives, each as origin, key and value. Later entries win: refarch's own
+/// variables over those of other tools.
 pub(super) fn given(env: &BTreeMap<String, String>) -> Vec<(String, String, String)> {
     let mut given = Vec::new();
     let mut add = |variable: &str, key: &str, value: &str| {
@@ -72,8 +72,8 @@ pub(super) fn given(env: &BTreeMap<String, String>) -> Vec<(String, String, Stri
     given
 }
 
-/// Gives the embedder the key that is customary for it. Only that of its own provider: a key must not go
-/// to somebody else's server.
+/// Uses the provider's usual variable if the embedder has no API key. Only the provider's own: a key must
+/// not go to another server.
 pub(super) fn lend_key(settings: &mut Settings, env: &BTreeMap<String, String>) {
     if settings.embedder.kind == EmbedderKind::Openai
         && settings.embedder.api_key.is_empty()
@@ -83,7 +83,7 @@ pub(super) fn lend_key(settings: &mut Settings, env: &BTreeMap<String, String>) 
     }
 }
 
-/// A variable that is set to something.
+/// A variable that is set and not empty.
 fn set<'a>(env: &'a BTreeMap<String, String>, name: &str) -> Option<&'a String> {
     env.get(name).filter(|value| !value.is_empty())
 }

@@ -1,4 +1,4 @@
-//! From files, environment and flags to settings.
+//! Loads settings from files, environment and flags.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,11 +18,11 @@ pub const DEFAULT_FILE: &str = "refarch.toml";
 /// Keys whose values are never shown.
 const SECRETS: &[&str] = &["database.url", "embedder.api_key", "index.api_key", "serve.edit_token"];
 
-/// Keys whose values are addresses, which are shown without what is secret in them.
+/// Keys whose values are addresses. They are shown without the secrets in them.
 const ADDRESSES: &[&str] =
     &["queue.url", "queue.bulk_url", "queue.dead_url", "index.host", "index.controller", "embedder.url"];
 
-/// Names further apart than this are not offered as what was meant.
+/// A name with a greater edit distance is not suggested.
 const MAX_EDIT_DISTANCE: usize = 4;
 
 /// Why settings could not be loaded.
@@ -36,36 +36,36 @@ pub enum ConfigError {
         /// Why.
         source: std::io::Error,
     },
-    /// A file is not TOML. Nothing of its text is told, which may be a password.
+    /// A file is not TOML. The error shows nothing of its text, which may be a password.
     #[error("{origin} is not valid TOML: {place}{message}")]
     Syntax {
         /// The file.
         origin: String,
-        /// Line and column, and the key there if it is one of ours.
+        /// Line and column, and the key there if refarch has such a setting.
         place: String,
-        /// What the parser says.
+        /// The parser's message.
         message: String,
     },
     /// A key that does not exist.
     #[error("{origin}: there is no setting {key}{}", .nearest.as_deref().map(|n| format!("; did you mean {n}?")).unwrap_or_default())]
     UnknownKey {
-        /// Where it stands.
+        /// The file, variable or flag that set the key.
         origin: String,
         /// The key.
         key: String,
         /// The nearest key that exists.
         nearest: Option<String>,
     },
-    /// A value that a key can't have.
+    /// A value that the key does not accept.
     #[error("{origin}: {key} = {value}: {reason}")]
     Invalid {
-        /// Where it stands.
+        /// The file, variable or flag that set the key.
         origin: String,
         /// The key.
         key: String,
         /// Its value.
         value: String,
-        /// What is wrong, and what would be right.
+        /// What is wrong, and which values are right.
         reason: String,
     },
 }
@@ -77,7 +77,7 @@ pub struct Override {
     pub flag: &'static str,
     /// The key, `section.key`.
     pub key: &'static str,
-    /// The value as it would stand in TOML or, for text, as it is.
+    /// The value as TOML writes it; text without quotes.
     pub value: String,
 }
 
@@ -86,7 +86,7 @@ pub struct Override {
 pub struct File {
     /// Name, for errors.
     pub path: PathBuf,
-    /// What it holds.
+    /// Its content.
     pub text: String,
 }
 
@@ -157,8 +157,8 @@ pub(super) fn shown(key: &str, value: &str) -> String {
     }
 }
 
-/// Where a text stops to be TOML. The parser's own messages are fixed sentences; its display would print
-/// the line.
+/// The error and its place in a text that is not TOML. The parser's messages are fixed sentences; its
+/// `Display` would print the line, which may hold a secret.
 fn syntax(origin: &str, text: &str, error: &toml::de::Error) -> ConfigError {
     let place = error.span().map(|span| {
         let mut at = span.start.min(text.len());
@@ -190,17 +190,17 @@ fn key_at(text: &str, line: usize) -> Option<String> {
     defaults.get(section)?.get(name).is_some().then_some(key)
 }
 
-/// Why a value is wrong, as serde says it, without the value. What it expected stands last.
+/// The end of serde's message, which tells what was expected. The rest may show the value.
 fn reason(message: &str) -> String {
     match message.rsplit_once("expected ") {
         Some((_, expected)) => format!("expected {}", expected.trim()),
-        // As of a socket address: these name no value.
+        // Messages such as that for a socket address show no value.
         None if !message.contains(['`', '"', '\'']) => message.trim().into(),
-        None => "it is of the wrong kind".into(),
+        None => "the value has the wrong type".into(),
     }
 }
 
-/// A value, as it came.
+/// A value as it was given.
 enum Given<'a> {
     Toml(Value),
     Text(&'a str),
@@ -232,7 +232,7 @@ fn put(
     Ok(())
 }
 
-/// Reads text as the type that the default has; a list is comma-separated.
+/// Reads text as the type of the default. A list is comma-separated.
 fn parse_as(default: &Value, text: &str) -> Result<Value, String> {
     match default {
         Value::Integer(_) => text.trim().parse().map(Value::Integer).map_err(|_| "use a whole number".into()),
@@ -258,11 +258,11 @@ fn unknown(settings: &Table, origin: &str, key: &str) -> ConfigError {
     ConfigError::UnknownKey { origin: origin.into(), key: key.into(), nearest }
 }
 
-/// Reads each section by itself, so that an error can name its key and where that came from.
+/// Turns the table into settings. An error names the key at fault and its origin.
 fn typed(settings: &Table, origins: &BTreeMap<String, String>) -> Result<Settings, ConfigError> {
     Value::Table(settings.clone()).try_into::<Settings>().map_err(|error| {
         let message = reason(error.message());
-        // The key whose replacement by its default mends the error is the one at fault.
+        // The key at fault is the one that fails alone among the defaults.
         let defaults: Table = toml::from_str(DEFAULTS).unwrap_or_default();
         for (key, origin) in origins {
             let Some((section, name)) = key.split_once('.') else { continue };

@@ -1,7 +1,8 @@
-//! Settings: flags over environment over file over default, resolved once and validated.
+//! Settings: flags win over environment, environment over file, file over default. They are resolved once and
+//! validated.
 //!
 //! Loading is a pure function of a file's text, a map of environment variables and overrides from
-//! flags. `config/default.toml` is the one list of keys: a key that is not in there does not exist.
+//! flags. `config/default.toml` lists all keys: a key that is not in that file does not exist.
 
 mod environment;
 mod load;
@@ -90,10 +91,10 @@ pub enum QueueKind {
     Sqs,
 }
 
-/// What keys of ours in a record's metadata begin with, so that no column's key meets them.
+/// Prefix of refarch's own keys in a record's metadata. No column may have a name with this prefix.
 pub const OWN_KEYS: &str = "_refarch_";
 
-/// The namespace of an index in which the notes stand that tell whose the others are.
+/// The namespace of an index that holds the ownership records of the other namespaces.
 pub const NOTES_NAMESPACE: &str = "refarch-notes";
 
 /// `[index]`
@@ -255,7 +256,7 @@ impl Runtime {
 }
 
 impl Audit {
-    /// How long a round of the proof takes; none for no proof.
+    /// How long a round of the continuous proof takes; none if there is no proof.
     #[must_use]
     pub fn period(&self) -> Option<Duration> {
         (self.period_h > 0.0).then(|| Duration::from_secs_f64(self.period_h * 3_600.0))
@@ -269,14 +270,14 @@ impl Indexer {
         Duration::from_millis(self.lease_ms)
     }
 
-    /// How long an attempt of a dead worker stands: it may have written until its lease ended, and
-    /// what it wrote is applied within [`Self::settle_ms`].
+    /// How long a tracked write of a dead worker stays open. The worker may have written until its lease
+    /// ended, and its writes are applied within [`Self::settle_ms`].
     #[must_use]
     pub fn settle(&self) -> Duration {
         Duration::from_millis(self.lease_ms + self.settle_ms)
     }
 
-    /// Embedding threads: as set, or one for each core.
+    /// Number of embedding threads: as set, or one for each core.
     #[must_use]
     pub fn worker_count(&self) -> usize {
         if self.workers > 0 {

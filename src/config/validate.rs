@@ -1,4 +1,4 @@
-//! What settings must be to be of use.
+//! Checks the values of settings.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,10 +6,10 @@ use std::fmt;
 use super::load::shown;
 use super::{ConfigError, EmbedderKind, IndexKind, QueueKind, Settings};
 
-/// Whether a key's value is good; if not, the value and what would be right.
+/// Arguments: whether the value is good, its key, the value, and which values are right.
 type Check<'a> = dyn Fn(bool, &str, &dyn fmt::Display, &str) -> Result<(), ConfigError> + 'a;
 
-/// Whether a text is a host's name, perhaps with a port, perhaps with `*.` before it.
+/// Whether a text is a host name, optionally with a port and a leading `*.`.
 fn is_host(text: &str) -> bool {
     let name = match text.rsplit_once(':') {
         Some((name, port)) if !text.ends_with(']') => {
@@ -29,7 +29,7 @@ fn is_host(text: &str) -> bool {
 }
 
 impl Settings {
-    /// Checks every value, each with the place that it came from.
+    /// Checks every value. An error names the value's origin.
     pub(super) fn validate(&self, origins: &BTreeMap<String, String>) -> Result<(), ConfigError> {
         let check = |good: bool, key: &str, value: &dyn fmt::Display, reason: &str| {
             if good {
@@ -53,7 +53,7 @@ impl Settings {
             self.database.pool_size >= 4,
             "database.pool_size",
             &self.database.pool_size,
-            "use at least 4: the roles hold that many at once",
+            "use at least 4: the roles need that many connections at once",
         )?;
         check(name_fits(&self.source.name), "source.name", &self.source.name, name_rule)?;
         check(!self.source.text.is_empty(), "source.text", &"[]", "name at least one column to embed")?;
@@ -89,7 +89,7 @@ impl Settings {
             self.indexer.workers <= 1024,
             "indexer.workers",
             &self.indexer.workers,
-            "use 1 to 1024, or 0 for one each core",
+            "use 1 to 1024, or 0 for one for each core",
         )?;
         check(self.indexer.slice_ms >= 1, "indexer.slice_ms", &self.indexer.slice_ms, "use at least 1")?;
         check(self.indexer.hold_ms >= 1, "indexer.hold_ms", &self.indexer.hold_ms, "use at least 1")?;
@@ -128,7 +128,7 @@ impl Settings {
             "use text or json",
         )
     }
-    /// What the chosen services can't do without.
+    /// Checks the settings that the chosen services need.
     fn validate_services(&self, check: &Check<'_>) -> Result<(), ConfigError> {
         let is_url = |url: &str| url.starts_with("https://") || url.starts_with("http://");
         let modes = ["", "disable", "prefer", "require", "verify-ca", "verify-full"];
@@ -136,7 +136,7 @@ impl Settings {
             modes.contains(&self.database.sslmode.as_str()),
             "database.sslmode",
             &self.database.sslmode,
-            "use disable, prefer, require, verify-ca or verify-full; empty: verify-full unless the host is local",
+            "use disable, prefer, require, verify-ca or verify-full; empty: verify-full, or disable for a local host",
         )?;
         check(
             (1..=20).contains(&self.queue.wait_s),
@@ -200,11 +200,11 @@ impl Settings {
                 self.index.namespace != super::NOTES_NAMESPACE,
                 "index.namespace",
                 &self.index.namespace,
-                "use another: the notes that tell whose an index is stand there",
+                "use another namespace: refarch keeps its index ownership records in this one",
             )?;
             let taken = |column: &&String| column.starts_with(super::OWN_KEYS) || column.starts_with('$');
             if let Some(column) = self.source.metadata.iter().find(taken) {
-                let rule = "name other columns: keys that begin with _refarch_ are ours in Pinecone's metadata, and those with $ Pinecone's";
+                let rule = "use other columns: in Pinecone's metadata, refarch reserves names that begin with _refarch_, and Pinecone those that begin with $";
                 check(false, "source.metadata", column, rule)?;
             }
             check(is_url(&self.index.controller), "index.controller", &self.index.controller, "use a URL")?;
@@ -214,7 +214,7 @@ impl Settings {
         let has_url = self.embedder.kind != EmbedderKind::Minilm && !url.is_empty();
         if needs_url || has_url {
             let fault = address_fault(url);
-            // What is wrong with it may be that a secret is in it.
+            // The fault may be that the address contains a secret.
             let shown = if url.is_empty() { "" } else { "[not shown]" };
             check(fault.is_none(), "embedder.url", &shown, fault.unwrap_or_default())?;
         }
@@ -223,7 +223,7 @@ impl Settings {
                 !self.embedder.model.is_empty(),
                 "embedder.model",
                 &self.embedder.model,
-                "name the model that the server is to use",
+                "set the name of the server's model",
             )?;
         }
         check(
@@ -235,7 +235,7 @@ impl Settings {
     }
 }
 
-/// What is wrong with the address of an embedding server, if anything is.
+/// What is wrong with the address of an embedding server; none if the address is right.
 fn address_fault(address: &str) -> Option<&'static str> {
     let Ok(url) = reqwest::Url::parse(address) else {
         return Some("use the server's address, such as http://127.0.0.1:8080");
@@ -246,5 +246,7 @@ fn address_fault(address: &str) -> Option<&'static str> {
     if !url.username().is_empty() || url.password().is_some() {
         return Some("leave user and password out of the address, and set embedder.api_key");
     }
-    url.fragment().is_some().then_some("leave out what follows the #: no server is sent that")
+    url.fragment()
+        .is_some()
+        .then_some("leave out the # and the rest: HTTP does not send that part to the server")
 }

@@ -453,7 +453,7 @@ async fn a_column_that_was_renamed_loses_nothing() {
     assert_eq!(code, Some(1), "the settings name a column that is gone");
     live.set("REFARCH_SOURCE_TEXT", "headline,body");
     let said = live.done(&["migrate"]).await;
-    assert!(!said.contains("embedded anew"), "{said}");
+    assert!(!said.contains("embedded again"), "{said}");
     assert_eq!(live.number("SELECT max(id)::bigint FROM refarch.target").await, 1, "the same index");
     live.sync().await;
     live.done(&["verify", "--sample", "20"]).await;
@@ -868,7 +868,7 @@ async fn rows_of_a_new_partition_are_queued_once_those_who_write_to_it_are_throu
     assert_eq!(live.number(STEP).await, 0);
     let faults = live.faults().await.join("; ");
     assert!(
-        faults.contains("public.made is to be read anew") && faults.contains("1 transaction"),
+        faults.contains("public.made must be read again") && faults.contains("1 transaction"),
         "{faults}"
     );
     writer.batch_execute("COMMIT").await.unwrap();

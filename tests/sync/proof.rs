@@ -529,7 +529,10 @@ async fn a_process_with_other_columns_than_were_recorded_holds() {
     ] {
         let error = said.expect_err("an old process does not hold");
         assert_eq!(error.class, Class::Retryable, "{error}");
-        assert!(error.message.contains("metadata") && error.message.contains("restart it"), "{error}");
+        assert!(
+            error.message.contains("metadata") && error.message.contains("restart this process"),
+            "{error}"
+        );
     }
     shop.backends().await.ledger.peek(&["1".to_owned()]).await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! Faults of workers, where `refarch status` finds them.
+//! Faults of workers, for `refarch status`.
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -8,23 +8,23 @@ use super::{Connection, Postgres, failure};
 use crate::pipeline::failure::Result;
 use crate::pipeline::fault::Fault;
 
-/// Heartbeats after which a fault that goes on is written again.
+/// A fault that lasts is written again after this many heartbeats.
 const REFRESH_BEATS: u32 = 10;
 
-/// A fault as it is shown: one, however many workers meet it.
+/// A fault as shown. The same fault of several workers is one.
 #[derive(Clone, Debug, Serialize)]
 pub struct FaultStatus {
-    /// What kind it is.
+    /// Its kind.
     pub kind: String,
-    /// What is wrong.
+    /// Its message.
     pub message: String,
-    /// Since when, by the database's clock.
+    /// When it began, by the database's clock.
     pub since: Timestamp,
-    /// Workers that meet it.
+    /// How many workers have it.
     pub workers: i64,
 }
 
-/// What of a worker's faults the database knows.
+/// A worker's faults as they were last written to the database.
 #[derive(Debug, Default)]
 pub(super) struct Written {
     faults: Vec<Fault>,
@@ -32,8 +32,8 @@ pub(super) struct Written {
 }
 
 impl Written {
-    /// Writes a worker's faults if they changed, and once in a while that they go on. Kinds that others
-    /// write under the worker's name are left alone.
+    /// Writes a worker's faults if they changed, and now and then if they last. Faults of other kinds under
+    /// the worker's id are kept, since other code writes them.
     pub(super) async fn keep(
         &mut self,
         client: &Connection,
@@ -67,7 +67,7 @@ impl Written {
     }
 }
 
-/// The faults of workers that live.
+/// The faults of workers with a recent heartbeat.
 pub async fn read(postgres: &Postgres) -> Result<Vec<FaultStatus>> {
     let client = postgres.client().await?;
     let rows = client

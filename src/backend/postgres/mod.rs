@@ -1,4 +1,4 @@
-//! PostgreSQL: connections, schema, capture, outbox, ledger, and the books that the roles keep.
+//! PostgreSQL: connections, schema, capture, outbox, ledger, worker registry, and the state of the proof.
 
 pub mod bell;
 pub mod capture;
@@ -32,23 +32,23 @@ use crate::config::Database;
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::secret::Secret;
 
-/// How long to wait for a connection of the pool: longer means that the pool is too small.
+/// How long to wait for a connection of the pool. A longer wait means that the pool is too small.
 const POOL_WAIT: Duration = Duration::from_secs(30);
 
-/// How long a request waits for a connection: its client waits too.
+/// How long a request waits for a connection: its client waits meanwhile.
 const REQUEST_POOL_WAIT: Duration = Duration::from_secs(5);
 
 /// An encrypted stream to the server.
 type TlsStream = <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream;
 
-/// A database's address and its pool of connections.
+/// A database's address and its connection pool.
 #[derive(Clone)]
 pub struct Postgres {
     config: tokio_postgres::Config,
     tls: MakeRustlsConnect,
     /// Connections for short statements.
     pub pool: Pool,
-    /// What each transaction of ours begins with.
+    /// The settings with which each of our transactions begins.
     settings: Arc<str>,
 }
 
@@ -69,34 +69,37 @@ impl Postgres {
         Ok(Self { config, tls, pool, settings: connection::settings(0) })
     }
 
-    /// The same connections, for work that is acknowledged outside of the database: each transaction waits
-    /// until it is on the disk, whatever the role's own `synchronous_commit`. A crash would otherwise take
-    /// away what somebody else was told is done.
+    /// The same connections for work that is acknowledged outside of the database. Each commit waits for the
+    /// disk, whatever the role's own `synchronous_commit`: otherwise a crash could lose work that was
+    /// acknowledged.
     #[must_use]
     pub fn waiting_for_the_disk(&self) -> Self {
         let settings = format!("{}; {}", self.settings, connection::WAIT_FOR_THE_DISK).into();
         Self { settings, ..self.clone() }
     }
 
-    /// Connects once, so that a wrong address or password is told at the start.
+    /// Connects once, so that a wrong address or password fails at the start.
     pub async fn check(&self) -> Result<()> {
         let client = self.client().await?;
         let row = client
             .query_one("SELECT current_setting('server_version_num')::int", &[])
             .await
-            .map_err(|error| failure("ask the server's version", &error))?;
+            .map_err(|error| failure("read the server's version", &error))?;
         let version: i32 = row.get(0);
         if version < 150_000 {
             return Err(Error::fatal(
                 "check the database",
-                format!("PostgreSQL 15 or later is needed, and this is {}", version / 10_000),
+                format!(
+                    "PostgreSQL 15 or later is needed, and the server is PostgreSQL {}",
+                    version / 10_000
+                ),
             ));
         }
         Ok(())
     }
 
-    /// The same database through a pool of its own, for what clients ask: they then never take the
-    /// connections of the pipeline, and no statement of theirs takes longer than `statement_timeout`.
+    /// The same database through a separate pool, for requests of clients. They then never take connections
+    /// of the pipeline, and no statement takes longer than `statement_timeout`.
     pub fn for_requests(&self, connections: usize, statement_timeout: Duration) -> Result<Self> {
         let pool = pool(&self.config, &self.tls, connections, REQUEST_POOL_WAIT)?;
         let settings = connection::settings(statement_timeout.as_millis());
@@ -111,7 +114,7 @@ impl Postgres {
         }
     }
 
-    /// Host, port and database, for messages; no user, no password.
+    /// Host, port and database, for messages; without user and password.
     #[must_use]
     pub fn address(&self) -> String {
         let hosts = self.config.get_hosts().iter().map(|host| match host {
@@ -123,20 +126,20 @@ impl Postgres {
         format!("{host}:{port}/{}", self.config.get_dbname().unwrap_or("?"))
     }
 
-    /// The role of the database that this logs in as, for messages.
+    /// The role that logs in, for messages.
     #[must_use]
     pub fn user(&self) -> &str {
         self.config.get_user().unwrap_or("of this login")
     }
 
-    /// What begins a transaction of ours on a session that is not of the pool: it sets what the transaction
-    /// relies on, and nothing that outlives it.
+    /// The SQL that begins a transaction of ours on a session outside of the pool. Its settings end with the
+    /// transaction.
     pub(crate) fn begin(&self) -> String {
         connection::begun_by(&self.settings)
     }
 
-    /// A connection of its own, outside the pool, for LISTEN and for locks that outlive a transaction. It has
-    /// the role's own settings: work in it begins with [`Self::begin`].
+    /// A connection outside of the pool, for LISTEN and for locks that outlive a transaction. The session has
+    /// the role's own settings, so work on it begins with [`Self::begin`].
     pub(crate) async fn dedicated(
         &self,
     ) -> Result<(tokio_postgres::Client, tokio_postgres::Connection<Socket, TlsStream>), tokio_postgres::Error>
@@ -161,12 +164,12 @@ fn pool(
         .map_err(|error| Error::fatal("make a connection pool", error))
 }
 
-/// A connection of a pool, with the pool's own failures classed.
+/// A connection of a pool; errors of the pool itself are classed.
 pub(crate) async fn client(pool: &Pool) -> Result<deadpool_postgres::Object> {
     use deadpool_postgres::PoolError;
     pool.get().await.map_err(|error| match &error {
         PoolError::Backend(inner) => failure("connect to the database", inner),
-        PoolError::Timeout(_) => Error::retryable("connect to the database", "no connection in time"),
+        PoolError::Timeout(_) => Error::retryable("connect to the database", "no free connection in time"),
         _ => Error::retryable("connect to the database", error),
     })
 }
@@ -186,15 +189,15 @@ fn describe(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Whether an error says that a row-level policy would have hidden rows from a read: the name of the
-/// function that raises it is the same in every language.
+/// Whether an error says that a row-level policy would have hidden rows from a read. The check is by the name
+/// of the function that raises the error, which is the same in every language.
 pub(crate) fn hides_rows(error: &tokio_postgres::Error) -> bool {
     error.as_db_error().is_some_and(|said| {
         said.code() == &SqlState::INSUFFICIENT_PRIVILEGE && said.routine() == Some("check_enable_rls")
     })
 }
 
-/// Whether an error says that the plan of a prepared statement does not fit its tables any more.
+/// Whether an error says that a prepared statement's plan no longer fits its tables.
 pub(crate) fn is_outdated(error: &tokio_postgres::Error) -> bool {
     error.as_db_error().is_some_and(|said| {
         said.code() == &SqlState::FEATURE_NOT_SUPPORTED && said.routine() == Some("RevalidateCachedQuery")
@@ -204,18 +207,18 @@ pub(crate) fn is_outdated(error: &tokio_postgres::Error) -> bool {
 /// Classes an error of PostgreSQL by its SQLSTATE.
 pub(crate) fn failure(what: &str, error: &tokio_postgres::Error) -> Error {
     let message = describe(error);
-    // No other try makes a certificate good.
+    // Another attempt does not make a certificate valid.
     if error.code().is_none()
         && let Some(hint) = tls::hint(&message)
     {
         return Error::fatal(what, format!("{message}; {hint}"));
     }
     if hides_rows(error) {
-        // Somebody may grant it at any time, and no change is at fault.
+        // Retryable, since the right may be granted at any time, and no change causes the error.
         return Error::retryable(what, format!("{message}; refarch's role needs BYPASSRLS"));
     }
     let class = match error.code() {
-        // Prepared anew, the statement does.
+        // The statement succeeds when it is prepared again.
         _ if is_outdated(error) => Class::Retryable,
         // No SQLSTATE: the connection failed, or a value did not fit its parameter.
         None if error.is_closed() => Class::Retryable,
@@ -229,8 +232,9 @@ pub(crate) fn failure(what: &str, error: &tokio_postgres::Error) -> Error {
     Error { about_change: error.code().is_some_and(is_about_rows), ..Error::new(class, what, message) }
 }
 
-/// Whether an error may come of the rows at hand: values and constraints, features and limits, what a trigger
-/// raises, and damage to what is stored. Never a lost connection, a lock, a deadlock, a want of resources or a stop.
+/// Whether the rows at hand may cause an error: values and constraints, features and limits, errors that a
+/// trigger raises, and damaged data. Never a lost connection, a lock, a deadlock, a lack of resources or a
+/// shutdown.
 fn is_about_rows(code: &SqlState) -> bool {
     matches!(&code.code()[..2], "0A" | "21" | "22" | "23" | "27" | "44" | "54" | "P0" | "XX")
 }
@@ -240,7 +244,7 @@ fn class_of(code: &SqlState) -> Class {
         // A wrong password, a missing database, a missing right, table, column or function.
         "28P01" | "28000" | "3D000" | "42501" | "42P01" | "42703" | "42883" | "3F000" => Class::Fatal,
         code => match &code[..2] {
-            // Data that a type or constraint refuses, and feature not supported.
+            // Data that a type or constraint refuses, and features that are not supported.
             "22" | "23" | "0A" | "42" => Class::Permanent,
             // Connection, rollback, resources, operator intervention, system error, and the rest.
             _ => Class::Retryable,

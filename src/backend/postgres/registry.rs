@@ -1,4 +1,4 @@
-//! Who works, and how much: heartbeats, samples and events.
+//! The worker registry: heartbeats, samples and events of each process.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,21 +12,21 @@ use crate::pipeline::failure::Result;
 use crate::pipeline::fault::Board;
 use crate::pipeline::meter::Meter;
 
-/// How often a worker shows that it lives, and leaves a sample if there is something to tell.
+/// How often a worker writes a heartbeat, and a sample if it did anything.
 const BEAT: Duration = Duration::from_secs(1);
 
-/// A worker whose heartbeat is older is not shown.
+/// A worker whose last heartbeat is older is not shown. Seconds.
 pub const WORKER_GONE_S: i32 = 15;
 
 /// How long samples and events are kept.
 pub(super) const KEEP: &str = "1 hour";
 
-/// A process's entry in the books.
+/// A process's entry in the worker registry.
 pub struct Worker {
     postgres: Postgres,
-    /// Unique among all workers that ever were.
+    /// Unique among all workers, past ones included.
     pub id: String,
-    /// What this worker's parts report; each heartbeat writes it.
+    /// Faults that parts of this worker report. Each heartbeat writes them.
     pub faults: Arc<Board>,
     meter: Arc<Meter>,
     role: String,
@@ -35,7 +35,7 @@ pub struct Worker {
     threads: i32,
 }
 
-/// What the last heartbeat wrote.
+/// What the last heartbeat wrote, to see what is new.
 #[derive(Default)]
 struct Last {
     totals: (u64, u64),
@@ -43,7 +43,7 @@ struct Last {
 }
 
 impl Worker {
-    /// Enters a worker.
+    /// Registers a worker.
     pub async fn join(postgres: Postgres, role: &str, threads: usize, meter: Arc<Meter>) -> Result<Self> {
         let host = nix::unistd::gethostname()
             .map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned());
@@ -63,14 +63,14 @@ impl Worker {
         Ok(Self { postgres, id, faults: Arc::default(), meter, role, host, pid, threads })
     }
 
-    /// Beats until `stop`, then leaves.
+    /// Writes heartbeats until `stop`, then removes the entry.
     pub async fn run(&self, stop: &CancellationToken) {
         let mut tick = tokio::time::interval(BEAT);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut last = Last::default();
         while stop.run_until_cancelled(tick.tick()).await.is_some() {
             if let Err(error) = self.beat(&mut last).await {
-                tracing::debug!(worker.id = self.id, %error, "no heartbeat");
+                tracing::debug!(worker.id = self.id, %error, "cannot write a heartbeat");
             }
         }
         if let Err(error) = self.leave(&mut last).await {
@@ -82,7 +82,7 @@ impl Worker {
         let fail = |error: tokio_postgres::Error| failure("write a heartbeat", &error);
         let (applied, embedded) = self.meter.totals();
         let client = self.postgres.client().await?;
-        // A database that was put back to an earlier state does not know a worker that joined later.
+        // INSERT, since a database that was restored to an earlier state may not have this worker's row.
         client
             .execute(
                 "INSERT INTO refarch.worker (worker_id, role, host, pid, threads, heartbeat_at, applied, embedded) \
@@ -107,7 +107,7 @@ impl Worker {
             recent.buckets().map(|(bucket, count)| (bucket as i16, count as i64)).unzip()
         };
         let (live, bulk) = (recent(Lane::Live), recent(Lane::Bulk));
-        // Of an index whose queries are behind its writes, freshness is known some time after the last write.
+        // Freshness may arrive after the last write, if queries of the index lag behind its writes.
         let is_fresh = !live.0.is_empty() || !bulk.0.is_empty();
         if is_fresh || (applied, embedded) != last.totals {
             client

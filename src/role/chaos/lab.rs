@@ -1,5 +1,5 @@
-//! Where the drill takes place: a private database, a double of the index, and the settings that
-//! point the roles at them.
+//! The environment of `refarch chaos`: a private database, doubles of index, queue and embedder, and the
+//! settings that point the roles at them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -26,52 +26,52 @@ use crate::secret::Secret;
 const PRODUCTS: &str = include_str!("../../backend/postgres/schema/products.sql");
 const PRODUCTS_TABLE: &str = "public.products_with_increment";
 
-/// The role of the database that the roles' processes have: no superuser, no owner, no right but those that
-/// `refarch migrate --roles` gives.
+/// The database role of the roles' processes. It is no superuser and owns nothing. It has only the rights
+/// that `refarch migrate --roles` gives.
 pub const FLEET: &str = "chaos_fleet";
 
-/// The role of the database that the application has.
+/// The database role of the application.
 pub const APPLICATION: &str = "chaos_application";
 
 /// The condition of a policy that shows rows to the application only.
 pub const APPLICATION_SEES: &str = "current_setting('app.tenant', true) = 'chaos'";
 
-/// What the application sets for that.
+/// The connection option of the application that meets [`APPLICATION_SEES`].
 const TENANT: &str = "-c app.tenant=chaos";
 
-/// Minutes that a round of the continuous proof takes, unless the drill is shorter.
+/// Minutes of a round of the continuous proof. A shorter run uses its own length.
 const PROOF_PERIOD: f64 = 1.0;
 
-/// Timeouts of the drill's roles: short, so that much happens in a minute.
+/// Timeouts of the roles. They are short, so that much happens in a minute.
 const VISIBILITY_S: u64 = 6;
 const TIMEOUT_MS: u64 = 1_000;
-/// More than any operation on the table lasts.
+/// Longer than any operation on the table.
 const PATIENCE_S: u64 = 30;
 const LEASE_MS: u64 = 4_000;
-/// More than the double is ever late.
+/// Longer than the greatest delay of a write in the double.
 const SETTLE_MS: u64 = MAX_LATE.as_millis() as u64 + 2_000;
 
-/// The database, the index, and how the roles find them.
+/// The private database, the doubles, and the roles' settings.
 pub struct Lab {
     /// The roles' settings.
     pub settings: Settings,
-    /// The index, if it is the double.
+    /// The Pinecone double, if the index is one.
     pub double: Option<Double>,
-    /// The queue, if it is the double.
+    /// The SQS double, if the queue is one.
     pub queue_double: Option<QueueDouble>,
-    /// The embedding server, if it is the double.
+    /// The double of an embedding server, if the embedder is one.
     pub embedder_double: Option<EmbedderDouble>,
-    /// Where logs are.
+    /// The folder of the logs.
     pub dir: PathBuf,
     cluster: Cluster,
-    /// Hours that a round of the continuous proof takes; 0 for none.
+    /// Hours of a round of the continuous proof; 0 for no proof.
     proof_period_h: f64,
-    /// Columns that the roles send beside the vector; they get more.
+    /// Columns that the roles store beside the vector. The operator adds some.
     metadata: Mutex<Vec<String>>,
 }
 
 impl Lab {
-    /// Makes everything, in a folder of its own under the runtime folder.
+    /// Creates everything in a new folder under the runtime folder.
     pub async fn set_up(settings: &Settings, args: &cli::Chaos) -> anyhow::Result<Self> {
         let seed = args.seed;
         let runtime = std::path::absolute(&settings.runtime.dir)?;
@@ -83,11 +83,11 @@ impl Lab {
             runtime: settings.runtime.clone(),
             embedder: settings.embedder.clone(),
             log: settings.log.clone(),
-            // The reference table and the usual names, whatever the user keeps in step: the roles'
-            // processes are told of what is set below only.
+            // The reference table and the default names, whatever table the user keeps in step: the roles'
+            // processes get only the settings below.
             ..Settings::load(None, &BTreeMap::new(), &[])?
         };
-        // The model on this machine: a server should not be tormented.
+        // The model on this machine: a real server should not receive this load.
         if settings.embedder.kind != EmbedderKind::Minilm {
             settings.embedder = Settings::load(None, &BTreeMap::new(), &[])?.embedder;
         }
@@ -133,7 +133,7 @@ impl Lab {
                 Some(double)
             }
         };
-        // The key is narrow at first, as the reference architecture has it.
+        // The key is an integer at first, as in the reference architecture.
         let client = writer::connect(cluster.url()).await?;
         let narrow = "ALTER TABLE public.products_with_increment ALTER id TYPE integer";
         client.batch_execute(&format!("{PRODUCTS}; {narrow}")).await.context("make the table")?;
@@ -154,7 +154,7 @@ impl Lab {
         Ok(Self { settings, double, queue_double, embedder_double, dir, cluster, proof_period_h, metadata })
     }
 
-    /// The roles' settings as they are now.
+    /// The roles' current settings.
     #[must_use]
     pub fn settings_now(&self) -> Settings {
         let mut settings = self.settings.clone();
@@ -162,13 +162,13 @@ impl Lab {
         settings
     }
 
-    /// The columns that the roles send beside the vector now.
+    /// The columns that the roles currently store beside the vector.
     #[must_use]
     pub fn metadata(&self) -> Vec<String> {
         self.metadata.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Sends a column more.
+    /// Adds a column to store beside the vector.
     pub fn add_metadata(&self, column: &str) {
         let mut metadata = self.metadata.lock().unwrap_or_else(PoisonError::into_inner);
         if !metadata.iter().any(|there| there == column) {
@@ -176,7 +176,7 @@ impl Lab {
         }
     }
 
-    /// The environment of the roles.
+    /// Environment variables of the roles' processes.
     #[must_use]
     pub fn env(&self) -> Vec<(String, String)> {
         let set = &self.settings_now();
@@ -189,7 +189,7 @@ impl Lab {
             ("REFARCH_INDEXER_LEASE_MS".to_owned(), LEASE_MS.to_string()),
             ("REFARCH_INDEXER_SETTLE_MS".to_owned(), SETTLE_MS.to_string()),
             ("REFARCH_INDEX_TIMEOUT_MS".to_owned(), TIMEOUT_MS.to_string()),
-            // A role that starts while a column has another name waits for it.
+            // A role that starts while a column is renamed waits until the name is back.
             ("REFARCH_DATABASE_CONNECT_TIMEOUT_S".to_owned(), PATIENCE_S.to_string()),
             ("REFARCH_LOG_LEVEL".to_owned(), set.log.level.clone()),
             ("REFARCH_SOURCE_METADATA".to_owned(), set.source.metadata.join(",")),
@@ -230,7 +230,7 @@ impl Lab {
         env
     }
 
-    /// The backends, as the roles have them.
+    /// The backends, as the roles open them.
     pub async fn backends(&self, postgres: &Postgres) -> anyhow::Result<Backends> {
         let Some(double) = &self.queue_double else {
             return Ok(Backends::open(postgres, &self.settings_now()).await?);
@@ -246,7 +246,7 @@ impl Lab {
         Secret::new(format!("{} options='{TENANT}'", self.url_of(APPLICATION)))
     }
 
-    /// The address for a role: of two users in it, the last counts.
+    /// The address for a database role. If an address names two users, the last one counts.
     fn url_of(&self, role: &str) -> String {
         format!("{} user={role}", self.url().expose())
     }
@@ -257,17 +257,17 @@ impl Lab {
         self.cluster.url()
     }
 
-    /// A connection of its own, of the superuser.
+    /// A new connection as the superuser.
     pub async fn client(&self) -> Result<Client, tokio_postgres::Error> {
         writer::connect(self.url()).await
     }
 
-    /// Restarts the database.
+    /// Restarts the database; with `crash`, without a clean shutdown.
     pub async fn restart_database(&self, crash: bool) -> anyhow::Result<()> {
         self.cluster.restart(crash).await
     }
 
-    /// Does something with the database's files while it is stopped.
+    /// Stops the database, runs `work` on its data directory, and starts it again.
     pub async fn while_database_is_stopped(
         &self,
         work: impl FnOnce(&Path) -> anyhow::Result<()> + Send + 'static,
@@ -275,7 +275,7 @@ impl Lab {
         self.cluster.while_stopped(false, work).await
     }
 
-    /// Removes everything; with `keep`, everything but the logs.
+    /// Removes everything; with `keep`, everything except the logs.
     pub async fn tear_down(self, keep: bool) -> anyhow::Result<()> {
         self.cluster.destroy().await?;
         if keep { Ok(()) } else { remove(&self.dir) }

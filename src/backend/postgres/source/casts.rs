@@ -1,8 +1,9 @@
 //! Casts that a read of the table's columns may run.
 //!
-//! A read runs with the rights of the role that reads. A cast may be a function, and whoever owns a type may make
-//! casts of it: by one, the owner of a table could do what only refarch's roles may. Functions of PostgreSQL's own, of
-//! superusers, of the role that migrated and of the reading role itself are run; others are refused.
+//! A read has the rights of the reading role. A cast may be a function, and the owner of a type may create
+//! casts of that type. So through a cast, the owner of a table could do what only refarch's roles may do. A
+//! read may run functions that are PostgreSQL's own or belong to superusers, to the role that migrated, or to
+//! the reading role. Casts by any other function are refused.
 
 use tokio_postgres::GenericClient;
 
@@ -10,8 +11,9 @@ use crate::backend::postgres::failure;
 use crate::config;
 use crate::pipeline::failure::Result;
 
-/// Casts between the types of these columns, or types that they are made of, and what they are read as; and casts that
-/// PostgreSQL makes unasked. Each with its setting, its column, the cast, and whose the function is.
+/// Casts between the columns' types, or types that these consist of, and the types that the columns are read
+/// as; and casts that PostgreSQL runs implicitly. Each with its setting, its column, the cast, and the
+/// function's owner.
 const BY_OTHERS: &str = "WITH RECURSIVE used AS ( \
       SELECT w.setting, w.name, w.place, a.atttypid AS oid \
       FROM unnest($2::text[], $3::text[]) WITH ORDINALITY AS w(setting, name, place) \
@@ -33,7 +35,8 @@ const BY_OTHERS: &str = "WITH RECURSIVE used AS ( \
                       WHERE n.nspname = 'refarch' AND c.relname = 'source' AND c.relowner = p.proowner) \
     ORDER BY u.place, k.oid LIMIT 1";
 
-/// What is to be said of the first cast of another role's making that a read of these columns could run.
+/// The message about the first cast in a read of these columns that would run another role's function.
+/// `None`: there is no such cast.
 pub(super) async fn refused(
     client: &impl GenericClient,
     relation: u32,
@@ -55,7 +58,7 @@ pub(super) async fn refused(
     Ok(row.map(|row| {
         let [setting, name, from, to, owner] = [0, 1, 2, 3, 4].map(|at| row.get::<_, String>(at));
         format!(
-            "its column {name:?} ({setting}) would be read by the cast ({from} AS {to}), which is a function of another role, {owner}: drop that cast, or make the function that of the role that migrates"
+            "reading its column {name:?} ({setting}) would run the cast ({from} AS {to}), whose function belongs to another role, {owner}: drop that cast, or ALTER FUNCTION ... OWNER TO the role that migrates"
         )
     }))
 }

@@ -1,7 +1,7 @@
-//! How connections are encrypted: `sslmode` and `sslrootcert` as libpq means them.
+//! Encryption of connections: `sslmode` and `sslrootcert` with libpq's meaning.
 //!
-//! tokio-postgres knows three of the six modes and no file of certificates, so both are taken out of the
-//! address before it reads that, and so are the options of other tools.
+//! tokio-postgres knows three of the six modes and no file of certificates. So both options, and the options
+//! of other tools, are removed from the address before tokio-postgres reads it.
 
 mod address;
 mod options;
@@ -25,28 +25,29 @@ use crate::secret::Secret;
 use address::Parted;
 use verifier::{AnyName, Anyone};
 
-/// What a file of certificates is called that stands for those of this machine.
+/// The value of `sslrootcert` that stands for the certificates of this machine.
 const SYSTEM: &str = "system";
 
-/// What is asked of the encryption, from least to most.
+/// What a connection requires, from least to most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
-    /// None.
+    /// No encryption.
     Disable,
-    /// Encrypted if the server can, whoever it is.
+    /// Encryption if the server offers it; the certificate is not checked.
     Prefer,
-    /// Encrypted, whoever it is; with a file of certificates, as [`Self::VerifyCa`].
+    /// Encryption; the certificate is not checked. With a file of certificates, the same as
+    /// [`Self::VerifyCa`].
     Require,
-    /// Vouched for by a known authority, under any name.
+    /// A certificate of a known authority, for any host name.
     VerifyCa,
-    /// Vouched for, under the name that was asked for.
+    /// A certificate of a known authority, for the host name in the address.
     VerifyFull,
 }
 
 impl Mode {
     const ALL: [Self; 5] = [Self::Disable, Self::Prefer, Self::Require, Self::VerifyCa, Self::VerifyFull];
 
-    /// As libpq writes it.
+    /// The name in libpq.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -68,26 +69,26 @@ impl Mode {
     }
 }
 
-/// An address as tokio-postgres reads it, and how it is to be reached.
+/// An address for tokio-postgres, and the encryption of its connections.
 #[derive(Clone)]
 pub struct Wanted {
-    /// The address without what is said of encryption.
+    /// The address without options of encryption.
     pub config: tokio_postgres::Config,
-    /// How much is asked.
+    /// What a connection requires.
     pub mode: Mode,
-    /// A file of certificates; none for those of this machine.
+    /// A file of certificates; `None`: the certificates of this machine.
     pub root: Option<PathBuf>,
 }
 
 impl Wanted {
-    /// Reads an address and the settings beside it. What the address says wins.
+    /// Reads an address and the settings. An option in the address overrides a setting.
     pub fn read(url: &Secret, settings: &Database) -> Result<Self> {
         let parted = Parted::of(url.expose())?;
         warn_once(&parted);
         let Parted { rest, sslmode, sslrootcert, .. } = parted;
         let mut config: tokio_postgres::Config = rest
             .parse()
-            // The parser's message names the key at fault, never its value.
+            // The parser's message names the wrong key, never its value.
             .map_err(|error| Error::fatal("read database.url", super::describe(&error)))?;
         let said = sslmode.as_deref().or(Some(settings.sslmode.as_str()).filter(|mode| !mode.is_empty()));
         let mode = match said {
@@ -106,12 +107,12 @@ impl Wanted {
         Ok(Self { config, mode, root })
     }
 
-    /// What connects in that way.
+    /// The connector with this encryption.
     pub fn connector(&self) -> Result<MakeRustlsConnect> {
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let wrong = |message: String| Error::fatal("set encryption up", message);
+        let wrong = |message: String| Error::fatal("set up encryption", message);
         let file = self.root.as_ref().filter(|path| path.as_os_str() != SYSTEM);
-        // As libpq has it: who gives certificates wants them looked at.
+        // As in libpq: whoever gives certificates wants the server's certificate checked.
         let mode = match (self.mode, file) {
             (Mode::Require, Some(_)) => Mode::VerifyCa,
             (mode, _) => mode,
@@ -143,7 +144,7 @@ impl Wanted {
     }
 }
 
-/// Tells what was passed over, once a process, which reads its address several times.
+/// Warns of ignored options once in a process, since the address is read several times.
 fn warn_once(parted: &Parted) {
     static TOLD: Once = Once::new();
     if let Some(warning) = parted.warning() {
@@ -151,7 +152,7 @@ fn warn_once(parted: &Parted) {
     }
 }
 
-/// Whether every host is this machine, so that nothing leaves it.
+/// Whether every host is this machine, so that no data leaves the machine.
 fn is_local(config: &tokio_postgres::Config) -> bool {
     config.get_hosts().iter().all(|host| match host {
         Host::Unix(_) => true,
@@ -177,22 +178,22 @@ fn roots(path: &PathBuf) -> Result<RootCertStore> {
     Ok(store)
 }
 
-/// What to do about a failed handshake, if that is what an error is about.
+/// What to do about a failed handshake; `None` if the error is another one.
 pub(super) fn hint(message: &str) -> Option<&'static str> {
     [
         (
             "UnknownIssuer",
-            "nobody known here vouches for the server: set database.sslrootcert to its authority's certificates (for RDS, the bundle that it publishes)",
+            "no known authority signed the server's certificate: set database.sslrootcert to a file with the authority's certificates (for RDS, the bundle that AWS publishes)",
         ),
         (
             "not valid for name",
-            "the server is not who was asked for: is the host in database.url right? sslmode=verify-ca takes any name",
+            "the server's certificate is for another host name: correct the host in database.url, or set sslmode=verify-ca, which accepts any name",
         ),
-        ("certificate expired", "the server's certificate has expired, or this machine's clock is wrong"),
-        ("invalid peer certificate", "the server's certificate is not to be trusted"),
+        ("certificate expired", "renew the server's certificate, or correct this machine's clock"),
+        ("invalid peer certificate", "the server's certificate cannot be trusted: check the certificate and database.sslrootcert"),
         (
             "server does not support TLS",
-            "the server speaks no TLS: where the network is trusted, set database.sslmode to disable or prefer",
+            "the server does not offer TLS: turn TLS on at the server or, if the network is trusted, set database.sslmode to disable or prefer",
         ),
     ]
     .into_iter()
