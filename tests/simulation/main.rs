@@ -414,7 +414,9 @@ fn converges(name: &str, kind: IndexKind, poison: Poison) {
         println!("  schedule {seed}: {divergence}");
     }
     if let Some((seed, divergence)) = found.first() {
-        let test = std::thread::current().name().unwrap_or_default().to_owned();
+        // One thread alone runs all tests, and is not named for one.
+        let thread = std::thread::current();
+        let test = thread.name().filter(|name| *name != "main").unwrap_or_default();
         panic!(
             "{} of {count} diverged, such as {seed}: {divergence}\nthis one again: \
              REFARCH_FIRST_SEED={seed} REFARCH_SCHEDULES=1 scripts/test simulation {test} -- --nocapture",
