@@ -46,13 +46,14 @@ impl Loop {
         let client = database.client().await;
         client.batch_execute(setup).await.unwrap();
         let postgres = database.postgres(&settings);
-        backend::migrate(&postgres, &settings).await.unwrap();
-        Self::over(database, settings, client, postgres).await
+        // Boxed, since these futures are large.
+        Box::pin(backend::migrate(&postgres, &settings)).await.unwrap();
+        Box::pin(Self::over(database, settings, client, postgres)).await
     }
 
     /// By other connections to the same database.
     pub async fn by(self, postgres: Postgres) -> Self {
-        Self::over(self.database, self.settings, self.client, postgres).await
+        Box::pin(Self::over(self.database, self.settings, self.client, postgres)).await
     }
 
     async fn over(database: Database, settings: Settings, client: Client, postgres: Postgres) -> Self {

@@ -57,7 +57,8 @@ impl Loop {
         it.run(&sql).await;
         let roles = ["listen", "embed"].map(|part| (part.to_owned(), name.clone())).into();
         let options = migrate::Options { roles, ..migrate::Options::default() };
-        backend::migrate_with(&it.postgres, &it.settings, &options).await.unwrap();
+        // Boxed, since it is large.
+        Box::pin(backend::migrate_with(&it.postgres, &it.settings, &options)).await.unwrap();
         let url = Secret::new(url_of(&it.database, &name));
         let postgres = Postgres::new(&url, &it.settings.database).unwrap();
         it.by(postgres).await
