@@ -12,7 +12,7 @@ use refarch::pipeline::lease::Lease;
 use refarch::pipeline::meter::Meter;
 use refarch::pipeline::relay::{self, Relay};
 use refarch::pipeline::schedule::Scheduler;
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex, OnceCell};
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
@@ -34,7 +34,7 @@ pub struct Loop {
     pub backends: Backends,
     pub client: Client,
     pub indexer: Arc<Indexer>,
-    pub relay: Relay,
+    pub relay: Mutex<Relay>,
     pub meter: Arc<Meter>,
 }
 
@@ -59,9 +59,9 @@ impl Loop {
     async fn over(database: Database, settings: Settings, client: Client, postgres: Postgres) -> Self {
         let backends = Backends::open(&postgres, &settings).await.unwrap();
         let model = model(&settings).await;
-        let relay = Relay::new(
+        let relay = Mutex::new(Relay::new(
             backends.outbox(),
-            Arc::clone(&backends.queue),
+            Arc::clone(&backends.queue.stats),
             Arc::new(BootClock),
             relay::Options {
                 source: "products".into(),
@@ -70,10 +70,10 @@ impl Loop {
                 live_bound: 5000,
                 poll: Duration::from_millis(100),
             },
-        );
+        ));
         let meter: Arc<Meter> = Arc::default();
         let indexer = Arc::new(Indexer::new(
-            Arc::clone(&backends.queue),
+            backends.queue.clone(),
             Arc::clone(&backends.ledger) as _,
             Arc::clone(&backends.index),
             Scheduler::new(model.start(1), Duration::from_millis(50), Arc::new(BootClock)),
@@ -100,7 +100,7 @@ impl Loop {
 
     /// Relays until the outbox is empty.
     pub async fn relay(&self) {
-        while self.relay.step().await.unwrap().rows > 0 {}
+        while self.relay.lock().await.step().await.unwrap().rows > 0 {}
     }
 
     /// Relays and indexes until nothing is left.

@@ -34,7 +34,7 @@ impl<T: Twist> Twisted<T> {
         let auditor = Auditor {
             ledger: self,
             index: &*backends.index,
-            queue: &*backends.queue,
+            queue: &*backends.queue.stats,
             embedder: None,
             clock: &BootClock,
             options: Options { sample: 0, wait: Duration::from_secs(1), repair: false },
