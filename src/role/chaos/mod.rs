@@ -122,7 +122,7 @@ impl Outcome {
 /// Runs the command.
 pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
-    let lab = Lab::set_up(settings, args).await?;
+    let lab = Box::pin(Lab::set_up(settings, args)).await?;
     let outcome = Box::pin(drill(args, &lab, &stop)).await;
     let clean = outcome.as_ref().is_ok_and(|outcome| outcome.as_ref().is_none_or(|o| o.code() == 0));
     let dir = lab.dir.clone();
