@@ -1,15 +1,16 @@
-# refarch with its model and a private PostgreSQL. What it is started with, and what it keeps: README, "In a container".
+# refarch with its model and a private PostgreSQL. Usage: README, "In a container".
 #
 #   docker build -t refarch .
 #   docker run -p 127.0.0.1:3000:3000 refarch
 #
-# Both images can be others of the same distribution: the builder needs cargo, the runtime only a C library that is
-# no older than the builder's.
+# Both base images can be replaced by images of the same distribution. The builder needs cargo. The runtime
+# needs only a C library that is no older than the builder's.
 ARG RUST_IMAGE=rust:1.95-bookworm
 ARG RUNTIME_IMAGE=debian:bookworm-slim
 
 FROM ${RUST_IMAGE} AS tools
-# A C compiler for the linker and for aws-lc; pip for scripts/setup. Versions are those of the base image's distribution.
+# A C compiler for linking and for aws-lc; pip for scripts/setup. The base image's distribution decides the
+# versions.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
@@ -17,14 +18,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 
-# PostgreSQL with pgvector, and the model. They change only when the scripts do.
+# PostgreSQL with pgvector, and the model. This stage changes only when the scripts change.
 FROM tools AS parts
 COPY Cargo.toml ./
 COPY scripts/setup scripts/fetch_runtime.py scripts/
 RUN REFARCH_RUNTIME_DIR=/refarch scripts/setup
 
 FROM tools AS builder
-# The dependencies first, with sources that hold nothing, so that an edit to a source does not compile them again.
+# Compile the dependencies first, with empty sources, so that an edit to a source does not compile them again.
 COPY Cargo.toml Cargo.lock ./
 COPY src/encoder/Cargo.toml src/encoder/
 COPY benches/encoder/Cargo.toml benches/encoder/
@@ -34,13 +35,13 @@ RUN mkdir -p benches/encoder/src \
     && cargo build --release --locked
 COPY config config
 COPY src src
-# Cargo goes by times, and those of a checkout may be older than the build above.
+# Cargo compares file times, and the times of a checkout may be older than the build above.
 RUN touch src/lib.rs src/main.rs src/encoder/lib.rs \
     && cargo build --release --locked
 
 FROM ${RUNTIME_IMAGE}
-# Certificates for TLS, zlib for PostgreSQL. tini is process 1: it takes in the processes of a PostgreSQL whose parent
-# has ended, and hands on signals.
+# Certificates for TLS, zlib for PostgreSQL. tini is process 1: it reaps PostgreSQL's processes whose parent
+# has ended, and forwards signals.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates tini zlib1g \
@@ -57,11 +58,11 @@ ENV REFARCH_RUNTIME_DIR=/refarch \
     REFARCH_SERVE_BIND=0.0.0.0:3000
 USER refarch
 WORKDIR /refarch
-# The private PostgreSQL, which no role uses that has a DATABASE_URL.
+# The private PostgreSQL's data. A role with a DATABASE_URL does not use it.
 VOLUME ["/refarch/postgres"]
 EXPOSE 3000
 STOPSIGNAL SIGTERM
-# Roles without a page have nothing to ask.
+# Only up and serve answer /healthz. Other roles count as healthy.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=60s --retries=3 CMD ["/bin/bash", "-c", "\
     [[ \" $(tr '\\0' ' ' </proc/1/cmdline) \" =~ ' '(up|serve)' ' ]] || exit 0; \
     exec 3<>/dev/tcp/127.0.0.1/3000 || exit 1; \

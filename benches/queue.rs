@@ -1,7 +1,8 @@
-//! How fast changes travel from the outbox through SQS, and how many calls that takes.
+//! Measures the throughput from the outbox through SQS, and the number of SQS calls.
 //!
-//! SQS is the double of `refarch chaos`, in this process, with a latency for each call: so the machine's
-//! cores are shared by server, database and what is measured. The database is a private one. Run it by
+//! SQS is the test double of `refarch chaos`, in this process, with a latency for each call. So the double,
+//! the database and the measured code share the machine's cores. The database is a private one. Run this
+//! bench with
 //! `scripts/bench queue`.
 
 use std::collections::BTreeMap;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use refarch::backend;
 use refarch::backend::embedded::{Cluster, Options as ClusterOptions};
 use refarch::backend::pinecone::{self, Pinecone};
 use refarch::backend::postgres::Postgres;
@@ -21,33 +23,33 @@ use refarch::backend::postgres::session;
 use refarch::backend::postgres::target::{self, IndexShape, Place};
 use refarch::backend::sqs::{self, Sqs};
 use refarch::config::{QueueKind, Settings};
+use refarch::double::pinecone::Double;
+use refarch::double::sqs::{QueueCounts, QueueDouble, QueueFaults};
 use refarch::pipeline::clock::{BootClock, Clock};
 use refarch::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use refarch::pipeline::failure::Result;
 use refarch::pipeline::indexer::{self, Indexer};
 use refarch::pipeline::lease::Lease;
 use refarch::pipeline::meter::Meter;
-use refarch::pipeline::queue::JobQueue;
+use refarch::pipeline::queue::Queue;
 use refarch::pipeline::relay::{self, Relay};
 use refarch::pipeline::schedule::Scheduler;
-use refarch::role::chaos::double::Double;
-use refarch::role::chaos::queue_double::{QueueCounts, QueueDouble, QueueFaults};
 use refarch::secret::Secret;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-/// Length of the vectors: what embedding and index take is not measured here.
+/// Length of the vectors. Short, because the bench does not measure the embedder and the index.
 const DIMENSIONS: usize = 3;
 
-/// Latencies of a call.
+/// Latencies of an SQS call.
 const LATENCIES_MS: [u64; 3] = [0, 5, 20];
 
-/// How changes came about.
+/// The statements that made the changes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Load {
-    /// By one statement.
+    /// One statement for all rows.
     Bulk,
-    /// By as many statements as rows.
+    /// One statement for each row.
     Single,
 }
 
@@ -75,7 +77,7 @@ fn arguments() -> Arguments {
             "--rows" => arguments.rows = value().parse().expect("--rows takes a number"),
             "--runs" => arguments.runs = value().parse().expect("--runs takes a number"),
             "--json" => arguments.json = Some(value().into()),
-            // Cargo's own.
+            // Cargo passes this argument.
             "--bench" => {}
             other => panic!("unknown argument {other}: use --rows N, --runs N, --json FILE"),
         }
@@ -83,7 +85,7 @@ fn arguments() -> Arguments {
     arguments
 }
 
-/// Makes the same vector of every text, at once.
+/// An embedder that returns the same vector for every text, without delay.
 struct Constant;
 
 #[async_trait]
@@ -113,37 +115,30 @@ struct Bench {
     settings: Settings,
     postgres: Postgres,
     double: QueueDouble,
-    queue: Arc<dyn JobQueue>,
+    queue: Queue,
     rows: u64,
 }
 
 impl Bench {
     async fn new(cluster: &Cluster, rows: u64) -> Self {
-        let mut settings = Settings::load(None, &BTreeMap::new(), &[]).unwrap();
-        settings.queue.kind = QueueKind::Sqs;
+        let double = QueueDouble::start(1).await.unwrap();
+        let urls = double.create("bench", 50);
+        let variables = ["SQS_QUEUE_URL", "SQS_BULK_QUEUE_URL", "SQS_DEAD_LETTER_QUEUE_URL"];
+        let env: BTreeMap<_, _> = variables.map(str::to_owned).into_iter().zip(urls).collect();
+        let settings = Settings::load(None, &env, &[]).unwrap();
+        let QueueKind::Sqs(queue) = &settings.queue.kind else { unreachable!("the variables choose SQS") };
+        let options = backend::sqs_options(&settings, queue);
         let postgres = Postgres::new(cluster.url(), &settings.database).unwrap();
         migrate::migrate(&postgres, &settings.source, &settings.queue, &shape()).await.unwrap();
-        let double = QueueDouble::start(1).await.unwrap();
-        let [url, bulk, dead] = double.create("bench", 50);
-        let options = sqs::Options {
-            url,
-            bulk_url: Some(bulk),
-            dead_url: Some(dead),
-            visibility: Duration::from_secs(settings.queue.visibility_s),
-            wait: Duration::from_secs(settings.queue.wait_s),
-            shared_bound: settings.queue.shared_bound,
-            max_receives: settings.queue.max_receives,
-            source: settings.source.name.clone(),
-        };
         let queue = Sqs::open(sqs::connect_to(&double.url()), postgres.clone(), options).await.unwrap();
-        Self { settings, postgres, double, queue: Arc::new(queue), rows }
+        Self { settings, postgres, double, queue: Queue::new(Arc::new(queue)), rows }
     }
 
     async fn sql(&self, sql: &str) {
         self.postgres.client().await.unwrap().batch_execute(sql).await.unwrap();
     }
 
-    /// Puts changes of all rows into an empty outbox, as statements would have.
+    /// Puts changes of all rows into an empty outbox, as the triggers would.
     async fn fill(&self, load: Load) {
         let rows = self.rows;
         self.sql("TRUNCATE refarch.outbox").await;
@@ -155,7 +150,7 @@ impl Bench {
                 ))
                 .await;
             }
-            // Each of a transaction of its own, which lies in the past.
+            // Each change belongs to its own past transaction.
             Load::Single => {
                 self.sql(&format!(
                     "INSERT INTO refarch.outbox (source, op, ids, xid) SELECT 'products', 'u', ARRAY[n::text], n::text::xid8 \
@@ -168,19 +163,19 @@ impl Bench {
         self.sql("CHECKPOINT").await;
     }
 
-    /// Moves all to the queue; returns how long that took.
+    /// Relays all changes to the queue. Returns the duration.
     async fn relay(&self) -> Duration {
         let set = &self.settings.relay;
-        let relay = Relay::new(
-            Arc::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.queue))),
-            Arc::clone(&self.queue),
+        let mut relay = Relay::new(
+            Box::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.queue.jobs))),
+            Arc::clone(&self.queue.stats),
             Arc::new(BootClock),
             relay::Options {
                 source: "products".into(),
                 pack: set.pack,
                 bulk_threshold: set.bulk_threshold,
                 live_bound: set.live_bound,
-                poll: Duration::from_millis(set.poll_ms),
+                poll: set.poll,
             },
         );
         let started = Instant::now();
@@ -196,7 +191,7 @@ impl Bench {
         }
     }
 
-    /// Rows a second from outbox to queue.
+    /// Measures rows per second from the outbox to the queue.
     async fn throughput(&self, load: Load, latency_ms: u64, runs: usize) -> Value {
         let mut speeds = Vec::new();
         let mut calls = 0;
@@ -221,7 +216,7 @@ impl Bench {
         json!({ "load": load.name(), "latency_ms": latency_ms, "rows_per_s": median, "send_calls": calls, "rows": self.rows })
     }
 
-    /// Calls of the whole way, from outbox to acknowledged.
+    /// Counts the SQS calls from the outbox to the acknowledged message.
     async fn calls(&self, load: Load) -> Value {
         self.double.set_faults(QueueFaults::default());
         self.purge().await;
@@ -253,7 +248,7 @@ impl Bench {
                 "extend": extend, "count": other, "billed": billed, "indexed_s": embedded.as_secs_f64() })
     }
 
-    /// Works the queue off, into a double of an index.
+    /// Applies all messages of the queue to a test double of an index. Returns the duration.
     async fn index(&self) -> Duration {
         let double = Double::start(DIMENSIONS, 1).await.unwrap();
         let found = target::find(&self.postgres, &self.settings.source, &shape()).await.unwrap();
@@ -270,11 +265,11 @@ impl Bench {
         let table = Arc::new(found.table.clone());
         let ledger = PgLedger::new(self.postgres.clone(), table, found.id, found.salt.clone());
         let clock: Arc<dyn Clock> = Arc::new(BootClock);
-        let lease = Arc::new(Lease::new(Arc::clone(&clock), self.settings.indexer.lease()));
+        let lease = Arc::new(Lease::new(Arc::clone(&clock), self.settings.indexer.lease));
         let meter = Arc::new(Meter::default());
         let worker = Worker::join(self.postgres.clone(), "embed", 2, Arc::clone(&meter)).await.unwrap();
         let indexer = Arc::new(Indexer::new(
-            Arc::clone(&self.queue),
+            self.queue.clone(),
             Arc::new(ledger),
             Arc::new(index),
             Scheduler::new(Arc::new(Constant), Duration::from_millis(50), Arc::clone(&clock)),
@@ -284,10 +279,10 @@ impl Bench {
                 source: "products".into(),
                 worker: worker.id.clone(),
                 workers: 2,
-                hold: Duration::from_millis(self.settings.indexer.hold_ms),
-                poll: Duration::from_millis(self.settings.indexer.poll_ms),
+                hold: self.settings.indexer.hold,
+                poll: self.settings.indexer.poll,
                 max_receives: self.settings.queue.max_receives,
-                settle: self.settings.indexer.settle(),
+                settle: self.settings.indexer.attempt(),
                 look: Duration::from_secs(1),
             },
         ));

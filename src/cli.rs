@@ -9,86 +9,86 @@ use crate::config::Override;
 
 const AFTER_HELP: &str = "\
 Without a database setting, every role uses a private PostgreSQL under .refarch/ (see scripts/setup).
-With DATABASE_URL, or POSTGRES_DB_HOST, _PORT, _NAME, _USER and _PASSWORD, it uses that database.
+With DATABASE_URL, or POSTGRES_DB_HOST, _PORT, _NAME, _USER and _PASSWORD, every role uses that database.
 
 Start here:
-  refarch up                   everything on this machine, with 10,000 products
-  refarch status --watch       what is pending, in flight and in sync
-  refarch config               every setting and its value
+  refarch up                   run every role on this machine, with 10,000 generated products
+  refarch status --watch       show what is pending, in flight and in sync
+  refarch config               print every setting and its value
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 forced by a second stop signal.";
 
 const AFTER_REDRIVE_HELP: &str = "\
-A dead letter is a change (or a message) that was given up, with the reason. Mend the cause
-first, or what goes back comes to lie here again.
+A dead letter is a change (or a message) that refarch gave up, stored with the reason. Repair the
+cause first. Otherwise the change fails again and becomes a dead letter again.
 
-  refarch redrive                    what lies here, and why; the newest last
-  refarch redrive --all --dry-run    how much would go back
-  refarch redrive --all              bring back everything that lies here now
-  refarch redrive --id 7 --id 9      bring back these two only
+  refarch redrive                    list the dead letters with their reasons, newest last
+  refarch redrive --all --dry-run    show how many dead letters would be queued again
+  refarch redrive --all              queue all present dead letters again
+  refarch redrive --id 7 --id 9      queue only these two again
 
-What goes back is worked off by refarch embed or refarch up. Bringing a change back twice does
-no harm: the row is read anew. An --id that is not there fails, after the others went back.";
+refarch embed or refarch up then applies the changes. Queueing a change twice is safe: the row is
+read again. If an --id does not exist, the other dead letters are queued, and the exit code is 1.";
 
-/// Keeps a semantic search index in step with a PostgreSQL table, and proves that it is.
+/// Keeps a semantic search index in sync with a PostgreSQL table, and proves it row by row.
 #[derive(Debug, Parser)]
 #[command(name = "refarch", version, after_help = AFTER_HELP, propagate_version = true)]
 pub struct Cli {
-    /// Settings that hold for every role.
+    /// Settings for every role.
     #[command(flatten)]
     pub global: Global,
-    /// The role to take.
+    /// The role to run.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// Flags that every role takes.
+/// Flags of every role.
 #[derive(Debug, Args)]
 pub struct Global {
-    /// Configuration file (TOML) [default: refarch.toml, if there is one]
+    /// Configuration file (TOML) [default: refarch.toml, if it exists]
     #[arg(long, global = true, value_name = "FILE", env = "REFARCH_CONFIG", hide_env_values = true)]
     pub config: Option<PathBuf>,
-    /// How logs are written to standard error
+    /// Format of the log on standard error
     #[arg(long, global = true, value_enum, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
-    /// What is logged: error, warn, info, debug, trace, or per module as in refarch=debug,warn
+    /// Log level: error, warn, info, debug or trace; or one per module, as in refarch=debug,warn
     #[arg(long, global = true, value_name = "FILTER")]
     pub log_level: Option<String>,
 }
 
-/// How logs are written.
+/// Format of the log.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum LogFormat {
-    /// One line an event, for people.
+    /// One line for each event, for people.
     Text,
-    /// One JSON object an event, for machines.
+    /// One JSON object for each event, for programs.
     Json,
 }
 
 /// The roles.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run every role in one process: fill an empty table, embed it, serve the page
+    /// Run every role in one process: fill an empty table, embed its rows, serve the web page
     Up(Up),
     /// Serve the web page and the HTTP API
     Serve(Serve),
-    /// Capture committed changes from PostgreSQL and put jobs on the queue
+    /// Read committed changes from PostgreSQL and send them to the queue
     Listen(Listen),
-    /// Take jobs, embed texts, upsert or delete vectors
+    /// Receive changes from the queue, embed texts, upsert and delete vectors
     Embed(Embed),
-    /// Make fake products, as CSV or straight into the table
+    /// Generate fake products, as CSV or directly into the table
     Generate(Generate),
     /// Create or update the schema, and arm change capture on the table
     Migrate(Migrate),
     /// Show counts, backlog, freshness and workers
     Status(Status),
-    /// Prove that index and table agree, row by row, and repair what does not
+    /// Compare index and table row by row, and repair differences on request
     Verify(Verify),
-    /// Let everything go wrong on a private database, and prove that index and table agree afterwards
+    /// Inject faults on a private database, then prove that index and table agree
     Chaos(Chaos),
-    /// List the dead letters, or bring them back into work
+    /// List the dead letters, or queue them again
     Redrive(Redrive),
-    /// Print the resolved settings as TOML, secrets hidden
+    /// Print the settings in use as TOML, without secrets
     Config,
     /// Open psql on the database in use
     Psql(Psql),
@@ -102,16 +102,16 @@ pub enum Command {
 /// `refarch up`
 #[derive(Debug, Args)]
 pub struct Up {
-    /// Products to generate when the table is empty [default: 10000]
+    /// Number of products to generate if the table is empty [default: 10000]
     #[arg(long, value_name = "N")]
     pub products: Option<u64>,
-    /// Embedding threads [default: one for each core]
+    /// Number of embedding threads [default: one for each core]
     #[arg(long, value_name = "N", value_parser = workers)]
     pub workers: Option<usize>,
     /// Address of the web page [default: 127.0.0.1:3000]
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub bind: Option<SocketAddr>,
-    /// Print a summary and exit once every row is searchable
+    /// Print a summary and exit as soon as every row is searchable
     #[arg(long)]
     pub until_synced: bool,
     /// With --until-synced: print the summary as JSON
@@ -130,7 +130,7 @@ pub struct Serve {
 /// `refarch listen`
 #[derive(Debug, Args)]
 pub struct Listen {
-    /// Work until nothing is pending, then exit
+    /// Exit as soon as no change is pending
     #[arg(long)]
     pub until_idle: bool,
 }
@@ -138,10 +138,10 @@ pub struct Listen {
 /// `refarch embed`
 #[derive(Debug, Args)]
 pub struct Embed {
-    /// Embedding threads [default: one for each core]
+    /// Number of embedding threads [default: one for each core]
     #[arg(long, value_name = "N", value_parser = workers)]
     pub workers: Option<usize>,
-    /// Work until the queue is empty, then exit
+    /// Exit as soon as the queue is empty
     #[arg(long)]
     pub until_idle: bool,
 }
@@ -149,62 +149,62 @@ pub struct Embed {
 /// `refarch generate`
 #[derive(Debug, Args)]
 pub struct Generate {
-    /// How many products
+    /// Number of products
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     pub count: u64,
-    /// Same seed, same bytes
+    /// Random seed; the same seed gives the same bytes
     #[arg(long, value_name = "S", default_value_t = 1)]
     pub seed: u64,
-    /// Where the CSV goes; - is standard output
+    /// CSV file to write; - is standard output
     #[arg(long, short, value_name = "FILE", default_value = "products.csv", conflicts_with = "load")]
     pub output: PathBuf,
-    /// Load into the table by COPY, with no file in between
+    /// Load the products into the table with COPY, without a file
     #[arg(long)]
     pub load: bool,
 }
 
 const MIGRATE_HELP: &str = "\
-Safe to run again and again, and on a table in use: what is as it should be is left alone, no writer waits
-longer than a second or two, and rows that are there already are queued at the end, in many short steps.
-A database of Pinecone's reference architecture is taken over: its triggers come off the table in
-the transaction that puts refarch's on, and every row is queued once.
+Safe to repeat, and safe on a table in use. Migrate changes only what is not up to date. No writer waits
+longer than one or two seconds. Migrate queues existing rows at the end, in many short steps.
+Migrate also converts a database of Pinecone's reference architecture: one transaction removes the old
+triggers from the table and adds the triggers of refarch. Then every row is queued once.
 
-  refarch migrate --dry-run            what would be done
+  refarch migrate --dry-run            print what migrate would do
   refarch migrate                      do it
-  refarch migrate --rebuild            also when the settings ask for another index than the one there:
-                                       that one is taken away, and filled anew
+  refarch migrate --rebuild            also replace the index if the settings ask for another one:
+                                       the old index is removed, and every row is indexed again
   refarch migrate --roles listen=a,embed=b,serve=c,verify=d
-                                       give roles of the database the rights that they need, and no more;
-                                       edit=c as well if the page may change rows
-  refarch migrate --uninstall          what would be taken away again
-  refarch migrate --uninstall --yes    take it away; the table and its rows stay
+                                       grant database roles the rights that they need, and no more;
+                                       add edit=c if the web page may change rows
+  refarch migrate --uninstall          print what uninstall would remove
+  refarch migrate --uninstall --yes    remove it; the table and its rows stay
 
-Exit codes: 0 done (or nothing to do), 1 failed, 2 not uninstalled, since --yes was missing.";
+Exit codes: 0 done (or nothing to do), 1 failed, 2 not uninstalled because --yes was missing.";
 
 /// `refarch migrate`
 #[derive(Debug, Args)]
 #[command(after_help = MIGRATE_HELP)]
-#[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
+#[allow(clippy::struct_excessive_bools, reason = "each is a separate flag")]
 pub struct Migrate {
-    /// Print what would be done, and change nothing
+    /// Print what migrate would do, and change nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Take the index away if the settings ask for another one: other model, text columns, table
+    /// Remove the index if the settings ask for another one: another model, text column or table
     #[arg(long, conflicts_with = "uninstall")]
     pub rebuild: bool,
-    /// Give these roles of the database the rights of listen, embed, serve, verify or edit
+    /// Grant the database role NAME the rights of ROLE: listen, embed, serve, verify or edit
     #[arg(long, value_name = "ROLE=NAME", value_delimiter = ',', value_parser = grant, conflicts_with = "uninstall")]
     pub roles: Vec<(String, String)>,
-    /// Take everything of refarch out of the database again, but for the table and its rows
+    /// Remove refarch from the database; the table and its rows stay
     #[arg(long)]
     pub uninstall: bool,
-    /// With --uninstall: do it; without, it is only printed what would go
+    /// With --uninstall: do it; without --yes, only print what would be removed
     #[arg(long, requires = "uninstall", conflicts_with = "dry_run")]
     pub yes: bool,
-    /// With --uninstall: also while roles are running
+    /// With --uninstall: uninstall even while roles are running
     #[arg(long, requires = "uninstall")]
     pub force: bool,
-    /// Print what was done as JSON
+    /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
 }
@@ -221,10 +221,10 @@ pub struct Status {
 }
 
 const CHAOS_HELP: &str = "\
-Works on a private database of its own, which is removed afterwards; nothing of yours is touched. Kills,
-freezes and restarts the roles, restarts the database, cuts connections, duplicates, delays and reorders
-messages, and makes the index fail and lie, while a writer inserts, updates, deletes and truncates. Then
-all is quiet, and every row and record is compared.
+Runs on a private database, which is removed afterwards. Your own data is not touched. Chaos kills,
+freezes and restarts the roles, restarts the database and cuts connections. It duplicates, delays and
+reorders messages. It makes the index fail and return wrong answers. Meanwhile a writer inserts, updates,
+deletes and truncates. Then the faults and the writes stop, and every row and record is compared.
 
 Exit codes: 0 nothing is missing, stale or orphaned, 1 something is, 2 could not tell.";
 
@@ -232,30 +232,30 @@ Exit codes: 0 nothing is missing, stale or orphaned, 1 something is, 2 could not
 #[derive(Debug, Args)]
 #[command(after_help = CHAOS_HELP)]
 pub struct Chaos {
-    /// Products in the table at the start
+    /// Number of products in the table at the start
     #[arg(long, value_name = "N", default_value_t = 2_000)]
     pub products: u64,
-    /// How long things go wrong
+    /// Duration of the faults, in minutes
     #[arg(long, value_name = "M", default_value_t = 2.0, value_parser = minutes)]
     pub minutes: f64,
-    /// The same seed gives the same schedule of faults
+    /// Random seed; the same seed gives the same schedule of faults
     #[arg(long, value_name = "S", default_value_t = 1)]
     pub seed: u64,
-    /// The index that is written to
+    /// Vector index to write to
     #[arg(long, value_enum, value_name = "KIND", default_value = "pinecone")]
     pub index: ChaosIndex,
-    /// The queue that changes travel on
+    /// Queue between listen and embed
     #[arg(long, value_enum, value_name = "KIND", default_value = "pgmq")]
     pub queue: ChaosQueue,
-    /// What turns text into vectors
+    /// Embedder that turns text into vectors
     #[arg(long, value_enum, value_name = "KIND", default_value = "minilm")]
     pub embedder: ChaosEmbedder,
-    /// Only these kinds of faults, by commas; all unless given
+    /// Only these kinds of faults, separated by commas [default: all]
     #[arg(long, value_enum, value_name = "KINDS", value_delimiter = ',')]
     pub faults: Vec<ChaosFault>,
-    /// No continuous proof
-    // With the proof, nearly every mistake is healed before the comparison. Without it a message that was lost
-    // stays lost, so that one can see that the drill notices.
+    /// Run without the continuous proof
+    // The continuous proof repairs nearly every mistake before the comparison. Without the proof, a lost
+    // message stays lost, which shows that the drill notices the loss.
     #[arg(long, hide = true)]
     pub no_proof: bool,
     /// Print one JSON object
@@ -263,94 +263,94 @@ pub struct Chaos {
     pub json: bool,
 }
 
-/// The indexes that chaos can be tried on.
+/// Vector indexes for `refarch chaos`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ChaosIndex {
-    /// A double of Pinecone's in this process, which fails, lies and is late
+    /// Test double of Pinecone in this process, which fails, answers late and answers wrongly
     Pinecone,
     /// pgvector, in the private database
     Pgvector,
 }
 
-/// The embedders that chaos can be tried on.
+/// Embedders for `refarch chaos`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ChaosEmbedder {
     /// The model on this machine
     Minilm,
-    /// A double of a server in this process, whose vectors mean nothing, and which can refuse every text
+    /// Test double of an embedding server in this process, with meaningless vectors; can refuse every text
     Double,
 }
 
-/// What chaos can do.
+/// Faults that `refarch chaos` injects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ChaosFault {
-    /// Processes are killed
+    /// Kill processes
     Kill,
-    /// Processes are frozen for a while
+    /// Freeze processes for a while
     Freeze,
-    /// The database crashes or is restarted
+    /// Crash or restart the database
     Restart,
-    /// Connections to the database are cut
+    /// Cut connections to the database
     Cut,
-    /// Messages are queued twice
+    /// Queue messages twice
     Duplicate,
-    /// Messages are delayed
+    /// Delay messages
     Delay,
-    /// Messages that are held can be received by others
+    /// Make messages visible while a worker holds them
     Hurry,
-    /// The index fails more than usual
+    /// Make the index fail more often than usual
     Storm,
-    /// The table is truncated
+    /// Truncate the table
     Truncate,
-    /// A column is added to the table and to the metadata
+    /// Add a column to the table and to the metadata
     Metadata,
-    /// The embedded column is renamed for a while
+    /// Rename the embedded column for a while
     Rename,
-    /// The key is widened
+    /// Widen the type of the key
     Widen,
-    /// The table is swapped for a copy
+    /// Swap the table for a copy
     Swap,
-    /// Triggers are disabled for a while
+    /// Disable the triggers for a while
     Disable,
-    /// The database is put back to an earlier state (index outside the database)
+    /// Restore the database to an earlier state (only if the index is outside the database)
     Restore,
-    /// A policy shows rows to the application only, for a while
+    /// Hide rows from refarch with a row security policy for a while
     RowSecurity,
-    /// `refarch migrate` runs
+    /// Run `refarch migrate`
     Migrate,
-    /// Half of the fleet has other settings for a while
+    /// Give half of the processes other settings for a while
     Configurations,
-    /// The queue is purged (sqs)
+    /// Purge the queue (only sqs)
     Purge,
-    /// The embedder refuses every text for a while (embedder double)
+    /// Make the embedder refuse every text for a while (only the embedder double)
     Refuse,
 }
 
-/// The queues that chaos can be tried on.
+/// Queues for `refarch chaos`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ChaosQueue {
     /// pgmq, in the private database
     Pgmq,
-    /// A double of SQS in this process, which fails, lies and delivers twice
+    /// Test double of SQS in this process, which fails, answers wrongly and delivers twice
     Sqs,
 }
 
 const VERIFY_HELP: &str = "\
-Safe while writes go on: what differs is looked at again until its changes are through.
+Safe while writes go on: rows that differ are compared again until their changes are applied.
 
-Exit codes: 0 index and table agree, 1 they differ (also when it was repaired), 2 could not tell.";
+Exit codes: 0 index and table agree, 1 they differ (even if repaired), 2 could not tell.";
 
 /// `refarch verify`
 #[derive(Debug, Args)]
 #[command(after_help = VERIFY_HELP)]
 pub struct Verify {
-    /// Embed this many rows anew and compare the vectors
+    /// Embed this many rows again and compare their vectors with the index
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub sample: usize,
-    /// Queue what differs, to be done again; arm capture where it is not
+    /// Queue every row that differs, and arm change capture where it is not armed
     #[arg(long)]
     pub repair: bool,
-    /// Wait up to this long for changes that are under way
+    /// Wait up to this long for changes in the outbox and the queue
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     pub wait: u64,
     /// Print one JSON object
@@ -362,16 +362,16 @@ pub struct Verify {
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_REDRIVE_HELP, group(ArgGroup::new("letters").args(["id", "all"])))]
 pub struct Redrive {
-    /// Bring back the dead letter with this id; may be given several times
+    /// Queue the dead letter with this id again; can be repeated
     #[arg(long, value_name = "ID")]
     pub id: Vec<String>,
-    /// Bring back every dead letter that is there now
+    /// Queue all present dead letters again
     #[arg(long)]
     pub all: bool,
-    /// Say what would go back, and change nothing
+    /// Print what would be queued, and change nothing
     #[arg(long, requires = "letters")]
     pub dry_run: bool,
-    /// Print one JSON object; for the list, one a line
+    /// Print one JSON object; in a list, one object for each dead letter
     #[arg(long)]
     pub json: bool,
 }
@@ -388,14 +388,14 @@ fn grant(text: &str) -> Result<(String, String), String> {
     let parts = crate::backend::postgres::migrate::PARTS;
     match text.split_once('=') {
         Some((part, name)) if parts.contains(&part) && !name.is_empty() => Ok((part.into(), name.into())),
-        _ => Err(format!("use ROLE=NAME, with one of {} as the role", parts.join(", "))),
+        _ => Err(format!("use ROLE=NAME, where ROLE is one of {}", parts.join(", "))),
     }
 }
 
 fn minutes(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(minutes) if (0.05..=10_000.0).contains(&minutes) => Ok(minutes),
-        _ => Err("use 0.05 to 10000 minutes".into()),
+        _ => Err("use a number of minutes from 0.05 to 10000".into()),
     }
 }
 
@@ -407,7 +407,7 @@ fn workers(text: &str) -> Result<usize, String> {
 }
 
 impl Cli {
-    /// The settings that flags set, each for its key.
+    /// The settings that the flags set.
     #[must_use]
     pub fn overrides(&self) -> Vec<Override> {
         let mut list = Vec::new();
@@ -434,7 +434,7 @@ impl Cli {
         list
     }
 
-    /// Whether the command's output is its result, so that only warnings are logged.
+    /// Whether the command's standard output is its result. Then only warnings are logged.
     #[must_use]
     pub fn is_quiet(&self) -> bool {
         !matches!(self.command, Command::Up(_) | Command::Serve(_) | Command::Listen(_) | Command::Embed(_))

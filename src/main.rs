@@ -25,7 +25,7 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let file = File::find(cli.global.config.as_deref())?;
-    // Variables that are not UTF-8 can't be settings of ours.
+    // No setting of refarch has a name or a value that is not UTF-8.
     let env = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();

@@ -1,13 +1,13 @@
-//! A string that shows nothing of itself, and texts without what is secret in their addresses.
+//! A string that is never printed, and the removal of secrets from addresses in text.
 
 use std::{fmt, io};
 
-use serde::{Deserialize, Serialize, Serializer};
+use serde::Deserialize;
 
-/// What stands in place of a secret wherever one would be shown.
+/// Text that replaces a secret in output.
 const REDACTED: &str = "[redacted]";
 
-/// A password, key or URL with a password: `Debug`, `Display` and serialization show only whether it is set.
+/// A password, a key or a URL with a password. `Debug` and `Display` show only whether the value is set.
 #[derive(Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
@@ -18,13 +18,13 @@ impl Secret {
         Self(value.into())
     }
 
-    /// The value itself, for the one place that needs it.
+    /// The value itself. Call this only where the value is used.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// Whether nothing is set.
+    /// Whether the value is empty, that is, not set.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -43,21 +43,15 @@ impl fmt::Display for Secret {
     }
 }
 
-impl Serialize for Secret {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-/// Parts of the names of parameters whose values are secret, in lower case.
+/// A parameter is secret if its name, in lower case, contains one of these parts.
 const SECRET_PARAMETERS: &[&str] = &["key", "token", "secret", "pass", "pwd", "sig", "auth", "cred"];
 
-/// What ends an address in a text.
+/// Whether the character ends an address in a text.
 fn ends_address(c: char) -> bool {
     c.is_whitespace() || matches!(c, '"' | '\'' | '<' | '>' | '`' | '\\')
 }
 
-/// A text with the user, the password and the secret parameters of every address in it hidden.
+/// Replaces the user, the password and the secret parameters of every address in a text by `[redacted]`.
 #[must_use]
 pub fn without_secrets(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
@@ -73,7 +67,7 @@ pub fn without_secrets(text: &str) -> String {
     shown
 }
 
-/// The same for a text that is an address itself, with or without a scheme.
+/// Does the same for a text that is one address, with or without a scheme.
 #[must_use]
 pub fn address_without_secrets(address: &str) -> String {
     if address.contains("://") {
@@ -84,18 +78,13 @@ pub fn address_without_secrets(address: &str) -> String {
     shown
 }
 
-/// Serializes an address without what is secret in it.
-pub fn serialize_address<S: Serializer>(address: &str, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&address_without_secrets(address))
-}
-
-/// An address from its host on.
+/// Appends an address, without scheme and without secrets, to `to`.
 fn push_address(address: &str, to: &mut String) {
     let authority = address.find(['/', '?', '#']).unwrap_or(address.len());
     let has_port = |host: &str| {
         host.rsplit_once(':').is_none_or(|(_, port)| port.chars().all(|c| c.is_ascii_digit() || c == ']'))
     };
-    // A password may hold a slash that nobody encoded.
+    // A password may contain a slash that is not percent-encoded.
     let user = match address[..authority].rfind('@') {
         None if !has_port(&address[..authority]) => address.rfind('@'),
         user => user,
@@ -130,7 +119,7 @@ fn is_secret(name: &str) -> bool {
     SECRET_PARAMETERS.iter().any(|part| name.contains(part))
 }
 
-/// A writer that hides what is secret in the addresses of each text that is written to it at once.
+/// A writer that removes secrets from addresses. Each call of `write` must hold whole addresses.
 pub struct Redacting<W>(pub W);
 
 impl<W: io::Write> io::Write for Redacting<W> {
@@ -180,7 +169,7 @@ mod tests {
     #[test]
     fn nothing_of_a_secret_is_shown() {
         let secret = Secret::new("hunter2");
-        let shown = format!("{secret} {secret:?} {}", toml::Value::try_from(&secret).unwrap());
+        let shown = format!("{secret} {secret:?}");
         assert!(!shown.contains("hunter2"), "{shown}");
         assert_eq!(Secret::default().to_string(), "");
     }

@@ -1,4 +1,4 @@
-//! Stop signals: the first drains, the second forces the exit.
+//! Stop signals: the first one drains the process, the second one forces the exit.
 
 use tokio_util::sync::CancellationToken;
 
@@ -19,17 +19,17 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
                 _ = terminate.recv() => {}
             }
             if forced {
-                tracing::warn!("second stop signal: leaving held work to others");
+                tracing::warn!("second stop signal: exiting now; the held messages become visible again");
                 std::process::exit(FORCED_EXIT);
             }
-            tracing::info!("stopping: finishing held work; a second signal forces the exit");
+            tracing::info!("stopping: finishing the held messages; a second signal forces the exit");
             token.cancel();
         }
     });
     Ok(stop)
 }
 
-/// A token that is cancelled when `grace` has passed since `stop`.
+/// A token that is cancelled as soon as `grace` has passed since `stop`.
 #[must_use]
 pub fn after_grace(stop: &CancellationToken, grace: std::time::Duration) -> CancellationToken {
     let abort = CancellationToken::new();
@@ -38,7 +38,7 @@ pub fn after_grace(stop: &CancellationToken, grace: std::time::Duration) -> Canc
         stop.cancelled().await;
         tokio::time::sleep(grace).await;
         if !token.is_cancelled() {
-            tracing::warn!(grace_s = grace.as_secs(), "grace period is over: releasing held work");
+            tracing::warn!(grace_s = grace.as_secs(), "grace period is over: releasing the held messages");
             token.cancel();
         }
     });

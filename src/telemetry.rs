@@ -8,8 +8,12 @@ use tracing_subscriber::EnvFilter;
 use crate::config::Log;
 use crate::secret::Redacting;
 
-/// Installs the process's log subscriber. `quiet` raises the default level to warnings, for commands
-/// whose output is their result.
+/// Installs the log subscriber of the process. `quiet` raises the default level to warnings, for commands
+/// whose standard output is their result.
+///
+/// # Errors
+///
+/// If `log.level` is not a valid filter.
 pub fn init(log: &Log, quiet: bool) -> anyhow::Result<()> {
     let level = if quiet && log.level == "info" { "warn" } else { &log.level };
     let filter = EnvFilter::try_new(level).with_context(|| {
@@ -25,7 +29,7 @@ pub fn init(log: &Log, quiet: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether standard error takes colour: a terminal, and `NO_COLOR` not set.
+/// Whether standard error takes colour: it is a terminal, and `NO_COLOR` is not set.
 #[must_use]
 pub fn wants_color() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())

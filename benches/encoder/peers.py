@@ -1,14 +1,15 @@
-"""One engine from PyPI on the texts that the bench gives, driven line by line over standard input.
+"""Runs one engine from PyPI on texts of the bench, controlled by lines on standard input.
 
-Started with the engine's name, the model folder, a folder for files and a number of threads, it says what
-it is in a line of JSON, and answers each line with another:
+Arguments: the engine's name, the model folder, a folder for files, and the number of threads.
+The script first prints its version and precision as a line of JSON. Then it answers each line
+with a line of JSON:
 
-    corpus PATH   token ids, a JSON list of lists   ->  {"texts": N}
-    batch N       how many texts go together        ->  {"batches": N}
-    run           embeds the corpus, timed          ->  {"seconds": S}
-    vectors PATH  those of the last run, as f32     ->  {"dimensions": D}
+    corpus PATH   reads token ids, a JSON list of lists      ->  {"texts": N}
+    batch N       sets the number of texts in a batch        ->  {"batches": N}
+    run           embeds the corpus, and measures the time   ->  {"seconds": S}
+    vectors PATH  writes the vectors of the last run as f32  ->  {"dimensions": D}
 
-The ONNX graph is built here from the same safetensors that the others read.
+The script builds the ONNX graph from the safetensors file that all engines read.
 """
 
 import concurrent.futures
@@ -26,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 
 class Graph:
-    """Nodes and weights of a graph under construction; every operation returns its output's name."""
+    """Nodes and weights of a graph under construction. Operations return their output's name."""
 
     def __init__(self):
         self.nodes, self.weights, self.names = [], [], itertools.count()
@@ -119,10 +120,10 @@ def build(folder):
 
 
 def quantized(model, folder):
-    """The same graph with its weights as int8 and its activations quantized as they come."""
+    """The same graph with int8 weights and dynamically quantized activations."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # It advises a step that would find nothing to do in this graph.
+    # quantize_dynamic warns about a preprocessing step that would change nothing in this graph.
     logging.getLogger().setLevel(logging.ERROR)
     plain, small = folder / "plain.onnx", folder / "int8.onnx"
     onnx.save(model, plain)
@@ -131,7 +132,7 @@ def quantized(model, folder):
 
 
 class OnnxRuntime:
-    """One session of one thread for each thread here: two threads in one batch wait for each other."""
+    """One session for each thread, because two threads in one batch wait for each other."""
 
     precision = "f32"
 
@@ -153,7 +154,7 @@ class OnnxRuntime:
         queue = iter(batches)
 
         def work(session):
-            # next() of a list's iterator is one step under the interpreter's lock.
+            # next() on a list iterator is atomic under the interpreter's lock.
             for texts, ids, mask in queue:
                 vectors[texts] = session.run(None, {"ids": ids, "mask": mask})[0]
 
@@ -162,7 +163,7 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """As many streams as threads, in the precision that is asked for."""
+    """As many streams as threads, in the requested precision."""
 
     def __init__(self, model, precision, threads):
         import openvino
@@ -179,7 +180,7 @@ class OpenVino:
                 "INFERENCE_PRECISION_HINT": precision,
             },
         )
-        # It says what it computes in, which without bf16 instructions is f32.
+        # The precision in use. On a CPU without bf16 instructions it is f32.
         in_use = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self.precision = {"f32": "f32", "bf16": "bf16"}.get(in_use, in_use)
         self.queue = openvino.AsyncInferQueue(compiled, threads)
@@ -204,11 +205,11 @@ def open_engine(name, model, scratch, threads):
             return engine
         case "openvino-f32" | "openvino-bf16":
             return OpenVino(model, name.removeprefix("openvino-"), threads)
-    raise SystemExit(f"no engine is named {name}")
+    raise SystemExit(f"unknown engine: {name}")
 
 
 def padded(corpus, size):
-    """Batches of like length, filled up to the longest text in each."""
+    """Batches of texts of similar length, each padded to its longest text."""
     order = sorted(range(len(corpus)), key=lambda text: len(corpus[text]))
     batches = []
     for start in range(0, len(order), size):
@@ -251,7 +252,7 @@ def main():
                 vectors.tofile(argument)
                 answer = {"dimensions": width}
             case _:
-                raise SystemExit(f"not understood: {line!r}")
+                raise SystemExit(f"unknown line on standard input: {line!r}")
         print(json.dumps(answer), flush=True)
 
 

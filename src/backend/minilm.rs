@@ -1,8 +1,8 @@
-//! all-MiniLM-L6-v2, and any BERT of its shape, on this machine's CPU by [`crate::encoder`].
+//! The embedder for all-MiniLM-L6-v2 and other BERT models on this machine's CPU, with [`crate::encoder`].
 //!
-//! The weights are loaded once and shared; each embedding thread computes alone, since two threads
-//! on one batch of short texts wait for each other more than they work. Only what somebody searches for
-//! has two threads, since somebody waits for it.
+//! The weights are loaded once and shared. Each embedding thread computes alone, because two threads on one
+//! batch of short texts wait for each other more than they work. Only the text of a search uses two threads,
+//! because a person waits for the result.
 
 mod identity;
 
@@ -18,23 +18,24 @@ use crate::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use identity::{Stamp, unreadable};
 
-/// A text's tokens past this many bytes are not looked for: the model reads 256 tokens, and tokens of
-/// English are some four bytes long.
+/// Only this many bytes of a text are tokenized. The model reads 256 tokens, and an English token has about
+/// four bytes.
 const MAX_TEXT_BYTES: usize = 64 * 1024;
 
-/// What a model folder holds, without its weights.
+/// Description of a model folder, without the weights.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Description {
-    /// Name and precision, such as `all-MiniLM-L6-v2/f32`: all that decides the vectors decides the name.
+    /// Name and precision, such as `all-MiniLM-L6-v2/f32`. Everything that decides the vectors is part of the
+    /// name.
     pub model: String,
-    /// What releases before this one called it, if they called it otherwise.
+    /// The name in earlier releases, if it was different.
     pub former_model: Option<String>,
     /// Length of a vector.
     pub dimensions: usize,
 }
 
 impl Description {
-    /// Reads a model folder in the Hugging Face layout.
+    /// Reads a model folder in the Hugging Face layout. Hashes the weights, but does not load them.
     pub fn read(dir: &Path, precision: Precision) -> Result<Self> {
         let described = encoder::Description::read(dir).map_err(explain)?;
         let weights = encoder::file(dir, "model.safetensors").map_err(explain)?;
@@ -50,12 +51,12 @@ impl Description {
     }
 }
 
-/// How the model is to be computed.
+/// Options of the computation.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
-    /// How exactly.
+    /// Precision of the arithmetic.
     pub precision: Precision,
-    /// By which instructions, at most.
+    /// The newest instructions that may be used.
     pub instructions: Instructions,
 }
 
@@ -67,9 +68,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a model folder in the Hugging Face layout: `config.json`, `tokenizer.json`,
-    /// `model.safetensors`, and where there are `1_Pooling/config.json` and
-    /// `sentence_bert_config.json`.
+    /// Loads a model folder in the Hugging Face layout: `config.json`, `tokenizer.json`, `model.safetensors`
+    /// and, if they exist, `1_Pooling/config.json` and `sentence_bert_config.json`.
     pub fn load(dir: &Path, options: Options) -> Result<Self> {
         let stamps = || -> Result<Vec<Stamp>> {
             let stamp = |name| {
@@ -92,7 +92,7 @@ impl Model {
         let file = encoder::file(dir, "tokenizer.json").map_err(explain)?;
         let mut tokenizer = Tokenizer::from_file(file).map_err(unfit)?;
         let encoder = Encoder::load(dir, kind).map_err(explain)?;
-        // The file's own padding to 128 tokens would make every text as slow as the longest.
+        // The file asks for padding to 128 tokens, which would make every text as slow as a long one.
         tokenizer.with_padding(None);
         let max_length = encoder.description().max_tokens;
         let truncation = tokenizers::TruncationParams { max_length, ..Default::default() };
@@ -100,18 +100,18 @@ impl Model {
         let vocabulary = encoder.description().bert.vocab_size;
         let last = tokenizer.get_vocab(true).into_values().max().unwrap_or_default();
         if last as usize >= vocabulary {
-            return Err(unfit(format!("it has a token {last}, and the model only {vocabulary}").into()));
+            return Err(unfit(format!("it has token {last}, but the model only {vocabulary} tokens").into()));
         }
-        // The name must be that of what was loaded.
+        // The name must belong to the loaded files.
         if stamps()? != before {
-            let message = format!("the files in {} changed meanwhile", dir.display());
+            let message = format!("the files in {} changed during the load", dir.display());
             return Err(Error::new(FailureKind::Conflict, "load the model", message));
         }
         tracing::info!(model = description.model, kernel = %kind, "model loaded");
         Ok(Self { description, encoder, tokenizer })
     }
 
-    /// Memory for a thread that embeds by this model.
+    /// Memory for a thread that embeds with this model.
     #[must_use]
     pub fn worker(&self) -> Worker {
         self.encoder.worker()
@@ -141,15 +141,15 @@ impl Model {
     }
 }
 
-/// A loading error, with what to do about it.
+/// Converts an error of the encoder. Adds the remedy for a missing file.
 fn explain(error: encoder::Error) -> Error {
     match error {
         encoder::Error::Missing { .. } => Error::new(
             FailureKind::MissingResource,
             "find the model",
             format!(
-                "{error}: run scripts/setup, or name a model folder with config.json, tokenizer.json and \
-                 model.safetensors in embedder.model"
+                "{error}: run scripts/setup, or set embedder.model to a folder with config.json, \
+                 tokenizer.json and model.safetensors"
             ),
         ),
         encoder::Error::Cpu(_) => {
@@ -183,11 +183,11 @@ struct Request {
     answer: oneshot::Sender<Result<Vec<Embedding>>>,
 }
 
-/// Embedding threads over a shared model. Dropping it ends the threads.
+/// Embedding threads with a shared model. A drop ends the threads.
 pub struct MiniLm {
     model: Arc<Model>,
     requests: mpsc::Sender<Request>,
-    /// Two threads for one query at a time, once somebody has searched.
+    /// Two threads for one query at a time. Started by the first search.
     queries: OnceLock<mpsc::Sender<Request>>,
 }
 
@@ -225,7 +225,7 @@ fn serve(model: &Model, mut worker: Worker, receiver: &Mutex<mpsc::Receiver<Requ
         let request = receiver.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
         let Some(Request { batch, answer }) = request else { return };
         if !answer.is_closed() {
-            // Whoever asked may have gone meanwhile.
+            // The caller may have been cancelled meanwhile.
             let _ = answer.send(batch.embed(model, &mut worker));
         }
     }
@@ -262,7 +262,8 @@ impl Embedder for MiniLm {
 
     async fn embed_query(&self, text: &Arc<str>) -> Result<Embedding> {
         let mut vectors = ask(self.queries(), Batch::Query(Arc::clone(text))).await?;
-        vectors.pop().ok_or_else(|| Error::new(FailureKind::ProcessBroken, "embed a query", "no vector came"))
+        let none = || Error::new(FailureKind::ProcessBroken, "embed a query", "the model returned no vector");
+        vectors.pop().ok_or_else(none)
     }
 
     async fn embed(&self, batch: Vec<Tokens>) -> Result<Vec<Embedding>> {
@@ -278,9 +279,10 @@ fn prefix(text: &str, bytes: usize) -> &str {
     &text[..text.floor_char_boundary(bytes)]
 }
 
-/// A text's first words, with all that stands between them. Each word that is counted has an ASCII letter
-/// or digit and so gives a token at least, whatever a normalizer takes away: as many words as the model reads
-/// tokens are enough for its tokenizer, which looks at one word at a time. Twice as many, for others.
+/// The beginning of a text, up to `count` words. A word counts only if it contains an ASCII letter or digit,
+/// so that it gives at least one token, even if a normalizer removes characters. The model's tokenizer works
+/// on one word at a time, so it needs no more words than the model reads tokens. Callers pass twice that
+/// number, for other tokenizers.
 fn words(text: &str, count: usize) -> &str {
     let mut left = count;
     let mut in_word = false;

@@ -1,29 +1,29 @@
-//! One module for each backend. Which of them the settings choose is decided here, and nowhere else by a role.
+//! One module for each backend. This module alone chooses the backends by the settings; no role does.
 
 pub mod embedded;
 mod http;
 pub mod http_embedder;
 pub mod minilm;
+mod model;
 pub mod pgmq;
 pub mod pgvector;
 pub mod pinecone;
 pub mod postgres;
 pub mod sqs;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::config::{EmbedderKind, IndexKind, QueueKind, Settings};
+use crate::config::{Index, PineconeIndex, QueueKind, Settings, SqsQueue};
 use crate::pipeline::clock::BootClock;
-use crate::pipeline::embedder::Embedder;
-use crate::pipeline::failure::{Class, Error, FailureKind, Result};
+use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::outbox::Outbox;
-use crate::pipeline::queue::JobQueue;
+use crate::pipeline::queue::Queue;
 use crate::pipeline::retry::Backoff;
 use embedded::Cluster;
-use minilm::{MiniLm, Model};
+use model::known_shape;
+pub use model::{LoadedModel, index_shape, model_dir};
 use pgmq::Pgmq;
 use pgvector::PgVector;
 use pinecone::Pinecone;
@@ -36,18 +36,18 @@ use postgres::outbox::PgOutbox;
 use postgres::target::{self, IndexShape, Place, Target};
 use sqs::Sqs;
 
-/// How long a migration waits for a look at the queues, which it can do without.
+/// How long a migration waits for a check of the queues. The migration does not need the check.
 const LOOK_AT_QUEUES: Duration = Duration::from_secs(15);
 
-/// The database in use, and the private cluster when it is ours.
+/// The database in use, and the private cluster if the settings name no database.
 pub struct Database {
-    /// Its connections.
+    /// The connections.
     pub postgres: Postgres,
     cluster: Option<Cluster>,
 }
 
 impl Database {
-    /// Connects to the configured database, or joins (and starts, when nobody has) the private one.
+    /// Connects to the configured database. Without one, joins the private cluster and starts it if needed.
     pub async fn open(settings: &Settings) -> anyhow::Result<Self> {
         let (url, cluster) = embedded::database_url(settings).await?;
         let opened = async {
@@ -66,13 +66,13 @@ impl Database {
         }
     }
 
-    /// Whether this is the private cluster, which is ours to set up unasked.
+    /// Whether this is the private cluster, which is set up without a request.
     #[must_use]
     pub fn is_private(&self) -> bool {
         self.cluster.is_some()
     }
 
-    /// Closes the connections; the last to leave the private cluster stops it.
+    /// Closes the connections. The last process that leaves the private cluster stops it.
     pub async fn close(self) -> anyhow::Result<()> {
         self.postgres.pool.close();
         match self.cluster {
@@ -82,11 +82,11 @@ impl Database {
     }
 }
 
-/// Tries for as long as `database.connect_timeout_s` allows: a database that is restarted is back in
-/// a moment.
+/// Repeats the work on retryable errors for at most `database.connect_timeout_s`: a database that restarts is
+/// soon back.
 pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>) -> Result<T> {
     let started = Instant::now();
-    let patience = Duration::from_secs(settings.database.connect_timeout_s);
+    let patience = settings.database.connect_timeout;
     let mut backoff = Backoff::default();
     loop {
         match work().await {
@@ -98,46 +98,11 @@ pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>
     }
 }
 
-/// The model folder in use.
-#[must_use]
-pub fn model_dir(settings: &Settings) -> PathBuf {
-    match settings.embedder.model.as_str() {
-        "" => settings.runtime.dir.join("runtime/model"),
-        named => named.into(),
-    }
-}
-
-/// What the index must hold under these settings. A model on this machine is read, but not loaded; a server
-/// is asked, if the settings don't say how long its vectors are.
-pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
-    let kind = match settings.index.kind {
-        IndexKind::Pgvector => "pgvector",
-        IndexKind::Pinecone => "pinecone",
-    };
-    let (model, former_model, dimensions) = match settings.embedder.kind {
-        EmbedderKind::Minilm => {
-            let (dir, precision) = (model_dir(settings), settings.embedder.precision);
-            // The whole model is read for its name.
-            let read = tokio::task::spawn_blocking(move || minilm::Description::read(&dir, precision)).await;
-            let description =
-                read.map_err(|error| Error::caused(FailureKind::ProcessBroken, "read the model", error))??;
-            (description.model, description.former_model, description.dimensions)
-        }
-        EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
-            let server = http_embedder::Server::open(settings).await?;
-            (server.name().to_owned(), None, server.dimensions())
-        }
-    };
-    Ok(IndexShape { kind: kind.into(), model, former_model, dimensions, place: Place::default() })
-}
-
-/// Where the settings have the index; `host` is where it was found by its name, if it is there.
+/// Where the index is by the settings. `host` is the host that was found by the index's name, if there is
+/// one.
 fn place(settings: &Settings, host: Option<String>) -> Place {
-    let index = &settings.index;
-    if index.kind != IndexKind::Pinecone {
-        return Place::default();
-    }
-    let (name, host) = match index.host.trim() {
+    let Index::Pinecone(index) = &settings.index else { return Place::default() };
+    let (name, host) = match index.host() {
         "" => (index.name.clone(), host.unwrap_or_default()),
         given => (String::new(), given.to_owned()),
     };
@@ -145,8 +110,8 @@ fn place(settings: &Settings, host: Option<String>) -> Place {
     Place { name, host: pinecone::place::host(&host), namespace, is_known: false }
 }
 
-/// The place in the settings, and whether the index there is the one that was written to, by its note, if its
-/// address is another.
+/// Where the index is by the settings. If the recorded address differs, the ownership record decides whether
+/// this is the index that was written to.
 async fn compared_place(postgres: &Postgres, settings: &Settings, shape: &IndexShape) -> Result<Place> {
     let host = match named_index(settings, shape.dimensions) {
         Some(options) if pinecone::control::exists(&options).await? => {
@@ -156,87 +121,66 @@ async fn compared_place(postgres: &Postgres, settings: &Settings, shape: &IndexS
     };
     let mut place = place(settings, host.clone());
     let source = &settings.source.name;
-    if let Some(recorded) = target::recorded_place(postgres, source).await?
+    if let Index::Pinecone(index) = &settings.index
+        && let Some(recorded) = target::recorded_place(postgres, source).await?
         && !recorded.is(&place)
         && !place.host.is_empty()
     {
-        let host = host.unwrap_or_else(|| settings.index.host.trim().to_owned());
-        let index = pinecone_at(settings, host, shape.dimensions)?;
+        let host = host.unwrap_or_else(|| index.host().to_owned());
+        let index = pinecone_at(settings, index, host, shape.dimensions)?;
         place.is_known = lineage::is_known(postgres, source, &index).await?;
     }
     Ok(place)
 }
 
-fn pinecone_at(settings: &Settings, host: String, dimensions: usize) -> Result<Pinecone> {
+fn pinecone_at(
+    settings: &Settings,
+    index: &PineconeIndex,
+    host: String,
+    dimensions: usize,
+) -> Result<Pinecone> {
     Pinecone::new(pinecone::Options {
         host,
-        api_key: settings.index.api_key.clone(),
-        namespace: settings.index.namespace.clone(),
-        timeout: Duration::from_millis(settings.index.timeout_ms),
+        api_key: index.api_key.clone(),
+        namespace: index.namespace.clone(),
+        timeout: index.timeout,
         dimensions,
         text: settings.source.text.clone(),
         metadata: settings.source.metadata.clone(),
     })
 }
 
-/// A loaded model, from which embedders with threads of their own are started.
-pub enum LoadedModel {
-    /// A `MiniLM`-class model on this machine's CPU.
-    Minilm(Arc<Model>),
-    /// A model on a server.
-    Http(Box<http_embedder::Server>),
-}
-
-impl LoadedModel {
-    /// Loads the model of the settings, or looks at its server.
-    pub async fn load(settings: &Settings) -> Result<Self> {
-        Ok(match settings.embedder.kind {
-            EmbedderKind::Minilm => {
-                let dir = model_dir(settings);
-                let options = minilm::Options {
-                    precision: settings.embedder.precision,
-                    instructions: settings.embedder.instructions,
-                };
-                let loaded = tokio::task::spawn_blocking(move || Model::load(&dir, options)).await;
-                Self::Minilm(Arc::new(
-                    loaded.map_err(|error| {
-                        Error::caused(FailureKind::ProcessBroken, "load the model", error)
-                    })??,
-                ))
-            }
-            EmbedderKind::Openai | EmbedderKind::Tei | EmbedderKind::Pinecone => {
-                let server = http_embedder::Server::open(settings).await?;
-                server.greet().await?;
-                Self::Http(Box::new(server))
-            }
-        })
-    }
-
-    /// Starts an embedder with `threads` threads, which share the weights, or so many requests at once.
-    #[must_use]
-    pub fn start(&self, threads: usize) -> Arc<dyn Embedder> {
-        match self {
-            Self::Minilm(model) => Arc::new(MiniLm::start(Arc::clone(model), threads)),
-            Self::Http(server) => Arc::new(server.start(threads)),
-        }
-    }
-}
-
-/// Brings the database up to date with these settings, and makes an index that is missing.
+/// Brings the database up to date with these settings, and makes a missing index.
 pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report> {
     migrate_with(postgres, settings, &migrate::Options::default()).await
 }
 
-/// The same, with what it may do besides.
+/// The same with options.
 pub async fn migrate_with(
     postgres: &Postgres,
     settings: &Settings,
     options: &migrate::Options,
 ) -> Result<Report> {
-    let mut shape = index_shape(settings).await?;
+    migrate_to(postgres, settings, index_shape(settings).await?, options).await
+}
+
+/// The same where no other model is to be looked for: an embedding server is only asked for what the database does
+/// not know of its model.
+pub async fn migrate_as_known(postgres: &Postgres, settings: &Settings) -> Result<Report> {
+    let shape = known_shape(postgres, settings).await?;
+    migrate_to(postgres, settings, shape, &migrate::Options::default()).await
+}
+
+async fn migrate_to(
+    postgres: &Postgres,
+    settings: &Settings,
+    mut shape: IndexShape,
+    options: &migrate::Options,
+) -> Result<Report> {
     shape.place = compared_place(postgres, settings, &shape).await?;
-    // The index first: one of the wrong shape must not cost the rows that are indexed so far. And before it, what
-    // is refused.
+    // The index comes before the database, so that an index of the wrong shape does not cost the rows that
+    // are indexed so far. A rehearsal comes before the index, so that a migration that is refused makes no
+    // index.
     let made = match named_index(settings, shape.dimensions) {
         Some(named) => {
             migrate::rehearse(postgres, &settings.source, &settings.queue, &shape, options).await?;
@@ -250,7 +194,7 @@ pub async fn migrate_with(
     Ok(with_queues(with_index(report, settings, made), settings).await)
 }
 
-/// What [`migrate_with`] would do; nothing is changed.
+/// Reports what [`migrate_with`] would do. Nothing is changed.
 pub async fn plan_migration(
     postgres: &Postgres,
     settings: &Settings,
@@ -268,82 +212,76 @@ pub async fn plan_migration(
 
 fn with_index(mut report: Report, settings: &Settings, made: bool) -> Report {
     if made {
-        report.created.push(format!("index {}", settings.index.name));
+        let name = settings.index.pinecone().map_or("", |index| &index.name);
+        report.created.push(format!("index {name}"));
     }
     report
 }
 
-/// Adds what the queues' own settings may lose. Who migrates need not be allowed to see the queues.
+/// Adds warnings about the queues' own configuration. The role that migrates need not have access to the
+/// queues.
 async fn with_queues(mut report: Report, settings: &Settings) -> Report {
-    if settings.queue.kind == QueueKind::Sqs {
-        let options = sqs_options(settings);
+    if let QueueKind::Sqs(queue) = &settings.queue.kind {
+        let options = sqs_options(settings, queue);
         let remarks = async { sqs::remarks(&sqs::connect(&options).await?, &options).await };
         match tokio::time::timeout(LOOK_AT_QUEUES, remarks).await {
             Ok(Ok((warnings, notes))) => {
                 report.warnings.extend(warnings);
                 report.notes.extend(notes);
             }
-            Ok(Err(error)) => report.warnings.push(format!("cannot look at the queues: {error}")),
-            Err(_) => report.warnings.push("cannot look at the queues: no answer in time".into()),
+            Ok(Err(error)) => report.warnings.push(format!("cannot check the queues: {error}")),
+            Err(_) => report.warnings.push("cannot check the queues: no answer in time".into()),
         }
     }
     report
 }
 
-/// Takes everything of ours out of the database, but for the user's table.
+/// Removes everything of ours from the database, except for the user's table.
 pub async fn uninstall(postgres: &Postgres, settings: &Settings, how: How) -> Result<Uninstalled> {
     let mut done = uninstall::uninstall(postgres, &settings.queue, how).await?;
-    if settings.index.kind == IndexKind::Pinecone && !done.removed.is_empty() {
+    if settings.index.pinecone().is_some() && !done.removed.is_empty() {
         done.notes.push("records in Pinecone stay: delete the index or its namespaces there".into());
     }
     Ok(done)
 }
 
-/// The index to find or make by its name; none if it is not a service's or is given by its host.
+/// The index to find or make by its name. `None` for pgvector, or if the settings give the host.
 fn named_index(settings: &Settings, dimensions: usize) -> Option<pinecone::control::Options> {
-    let is_named = settings.index.kind == IndexKind::Pinecone && settings.index.host.trim().is_empty();
-    is_named.then(|| control_options(settings, dimensions))
-}
-
-fn control_options(settings: &Settings, dimensions: usize) -> pinecone::control::Options {
-    pinecone::control::Options {
-        controller: settings.index.controller.clone(),
-        api_key: settings.index.api_key.clone(),
-        name: settings.index.name.clone(),
+    let index = settings.index.pinecone().filter(|index| index.host().is_empty())?;
+    Some(pinecone::control::Options {
+        controller: index.controller.clone(),
+        api_key: index.api_key.clone(),
+        name: index.name.clone(),
         dimensions,
-        cloud: settings.index.cloud.clone(),
-        region: settings.index.region.clone(),
-    }
+        cloud: index.cloud.clone(),
+        region: index.region.clone(),
+    })
 }
 
-async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Arc<dyn JobQueue>> {
-    Ok(match settings.queue.kind {
-        QueueKind::Pgmq => Arc::new(Pgmq::new(
-            postgres.clone(),
-            &settings.queue.name,
-            Duration::from_secs(settings.queue.visibility_s),
-        )),
-        QueueKind::Sqs => {
-            let options = sqs_options(settings);
+async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Queue> {
+    let set = &settings.queue;
+    Ok(match &set.kind {
+        QueueKind::Pgmq => Queue::new(Arc::new(Pgmq::new(postgres.clone(), &set.name, set.visibility))),
+        QueueKind::Sqs(queue) => {
+            let options = sqs_options(settings, queue);
             let client = sqs::connect(&options).await?;
-            Arc::new(Sqs::open(client, postgres.clone(), options).await?)
+            Queue::new(Arc::new(Sqs::open(client, postgres.clone(), options).await?))
         }
     })
 }
 
-/// What the queue on SQS needs of the settings.
+/// The settings of the queue on SQS.
 #[must_use]
-pub fn sqs_options(settings: &Settings) -> sqs::Options {
+pub fn sqs_options(settings: &Settings, queue: &SqsQueue) -> sqs::Options {
     let named = |url: &str| (!url.is_empty()).then(|| url.to_owned());
-    let queue = &settings.queue;
     sqs::Options {
         url: queue.url.clone(),
         bulk_url: named(&queue.bulk_url),
         dead_url: named(&queue.dead_url),
-        visibility: Duration::from_secs(queue.visibility_s),
-        wait: Duration::from_secs(queue.wait_s),
+        visibility: settings.queue.visibility,
+        wait: queue.wait,
         shared_bound: queue.shared_bound,
-        max_receives: queue.max_receives,
+        max_receives: settings.queue.max_receives,
         source: settings.source.name.clone(),
     }
 }
@@ -357,82 +295,95 @@ pub struct Backends {
     pub target: Arc<Target>,
     /// Source and ledger, read together.
     pub ledger: Arc<PgLedger>,
-    /// The job queue.
-    pub queue: Arc<dyn JobQueue>,
+    /// The queue: its messages, its dead letters, and how full it is.
+    pub queue: Queue,
     /// The vector index.
     pub index: Arc<dyn VectorIndex>,
-    /// Prefix of pgmq's queues, if that is the queue.
+    /// The prefix of pgmq's queues, if the queue is pgmq.
     pgmq: Option<String>,
-    /// The source as the settings have it.
+    /// The source in the settings.
     pub source: Arc<crate::config::Source>,
-    /// The rows of a large table, for the status.
+    /// The last count of a large table's rows, for the status.
     counted: Arc<postgres::status::Counted>,
-    /// How long a round of the proof takes.
+    /// How long a round of the proof takes; `None`: the proof is off.
     proof_period: Option<Duration>,
 }
 
 impl Backends {
-    /// Finds the active target and opens its backends.
+    /// Finds the active target and opens its backends. No embedding server is asked for what the database knows of
+    /// its model.
     pub async fn open(postgres: &Postgres, settings: &Settings) -> Result<Self> {
-        let queue = open_queue(postgres, settings).await?;
-        Self::with_queue(postgres, settings, queue).await
+        Self::open_for(postgres, settings, None).await
     }
 
-    /// The same, to look at: an index that nobody says the place of is taken to be where it was.
-    pub async fn open_to_look(postgres: &Postgres, settings: &Settings) -> Result<Self> {
-        let queue = open_queue(postgres, settings).await?;
-        Self::around(postgres, settings, queue, true).await
-    }
-
-    /// Opens the backends around a queue that is open already.
-    pub async fn with_queue(
+    /// The same for a model that is loaded, if one is: an index of another model's vectors is refused.
+    pub async fn open_for(
         postgres: &Postgres,
         settings: &Settings,
-        queue: Arc<dyn JobQueue>,
+        model: Option<&LoadedModel>,
     ) -> Result<Self> {
-        Self::around(postgres, settings, queue, false).await
+        let queue = open_queue(postgres, settings).await?;
+        let shape = match model {
+            Some(model) => model.shape(settings).await?,
+            None => known_shape(postgres, settings).await?,
+        };
+        Self::around(postgres, settings, queue, shape, false).await
+    }
+
+    /// The same, for reading only. If the index's host cannot be found, the recorded place is used.
+    pub async fn open_to_look(postgres: &Postgres, settings: &Settings) -> Result<Self> {
+        let queue = open_queue(postgres, settings).await?;
+        let shape = known_shape(postgres, settings).await?;
+        Self::around(postgres, settings, queue, shape, true).await
+    }
+
+    /// Opens the backends around an open queue.
+    pub async fn with_queue(postgres: &Postgres, settings: &Settings, queue: Queue) -> Result<Self> {
+        let shape = known_shape(postgres, settings).await?;
+        Self::around(postgres, settings, queue, shape, false).await
     }
 
     async fn around(
         postgres: &Postgres,
         settings: &Settings,
-        queue: Arc<dyn JobQueue>,
+        queue: Queue,
+        mut shape: IndexShape,
         to_look: bool,
     ) -> Result<Self> {
-        // A message of another service stays deleted when the database forgets what it did for it.
-        let waiting = (settings.queue.kind != QueueKind::Pgmq).then(|| postgres.waiting_for_the_disk());
+        // A message that was deleted in another service stays deleted, even if a crash of the database loses
+        // the work that was done for it. So commits wait for the disk.
+        let waiting = (!settings.queue.is_pgmq()).then(|| postgres.waiting_for_the_disk());
         let postgres = waiting.as_ref().unwrap_or(postgres);
-        let mut shape = index_shape(settings).await?;
         let host = match named_index(settings, shape.dimensions) {
             Some(options) => match pinecone::control::host(&options).await {
                 Err(error) if to_look => {
                     let recorded = target::recorded_place(postgres, &settings.source.name).await?;
                     let recorded =
                         recorded.filter(|place| place.name == options.name && !place.host.is_empty());
-                    tracing::warn!(%error, "cannot look for the index");
+                    tracing::warn!(%error, "cannot look up the index: using its recorded host if there is one");
                     recorded.ok_or(error)?.host
                 }
                 found => found?,
             },
-            None => settings.index.host.trim().to_owned(),
+            None => settings.index.pinecone().map_or("", PineconeIndex::host).to_owned(),
         };
         shape.place = place(settings, Some(host.clone()));
         let target = target::find(postgres, &settings.source, &shape).await?;
         let table = Arc::new(target.table.clone());
-        let index: Arc<dyn VectorIndex> = match settings.index.kind {
-            IndexKind::Pgvector => Arc::new(PgVector::new(
+        let index: Arc<dyn VectorIndex> = match &settings.index {
+            Index::Pgvector(index) => Arc::new(PgVector::new(
                 postgres.clone(),
                 Arc::clone(&table),
                 target.salt.clone(),
                 target.id,
                 pgvector::Options {
-                    graph_min_rows: settings.index.graph_min_rows,
-                    graph_max_backlog: settings.index.graph_max_backlog,
-                    ef_search: settings.index.ef_search,
-                    acknowledged_in_same_log: settings.queue.kind == QueueKind::Pgmq,
+                    graph_min_rows: index.graph_min_rows,
+                    graph_max_backlog: index.graph_max_backlog,
+                    ef_search: index.ef_search,
+                    acknowledged_in_same_log: settings.queue.is_pgmq(),
                 },
             )),
-            IndexKind::Pinecone => Arc::new(pinecone_at(settings, host, target.dimensions)?),
+            Index::Pinecone(index) => Arc::new(pinecone_at(settings, index, host, target.dimensions)?),
         };
         let ledger = Arc::new(PgLedger::new(postgres.clone(), table, target.id, target.salt.clone()));
         Ok(Self {
@@ -441,24 +392,24 @@ impl Backends {
             ledger,
             queue,
             index,
-            pgmq: (settings.queue.kind == QueueKind::Pgmq).then(|| settings.queue.name.clone()),
+            pgmq: settings.queue.is_pgmq().then(|| settings.queue.name.clone()),
             source: Arc::new(settings.source.clone()),
             counted: Arc::default(),
-            proof_period: settings.audit.period(),
+            proof_period: settings.audit.period,
         })
     }
 
-    /// The outbox, feeding the queue. Listens for wake-ups for as long as it lives.
+    /// The outbox that feeds the queue. Listens for wake-ups for as long as it exists.
     #[must_use]
-    pub fn outbox(&self) -> Arc<dyn Outbox> {
+    pub fn outbox(&self) -> Box<dyn Outbox> {
         let (postgres, source) = (self.postgres.clone(), &self.target.table.name);
-        Arc::new(match &self.pgmq {
+        Box::new(match &self.pgmq {
             Some(prefix) => PgOutbox::new(postgres, source, prefix),
-            None => PgOutbox::shipping(postgres, source, Arc::clone(&self.queue)),
+            None => PgOutbox::shipping(postgres, source, Arc::clone(&self.queue.jobs)),
         })
     }
 
-    /// Whether the index is written to under a fence, so that no attempts are needed.
+    /// Whether writes to the index are transactional, so that no attempts are recorded.
     #[must_use]
     pub fn index_is_fenced(&self) -> bool {
         matches!(self.index.writes(), Writes::Fenced(_))
@@ -467,15 +418,15 @@ impl Backends {
     /// Counts, backlog, freshness and workers.
     pub async fn status(&self) -> Result<postgres::status::Status> {
         let Self { postgres, source, target, queue, index, counted, proof_period, .. } = self;
-        postgres::status::read(postgres, source, target, &**queue, &**index, counted, *proof_period).await
+        postgres::status::read(postgres, source, target, queue, &**index, counted, *proof_period).await
     }
 
-    /// How the proof stands.
+    /// The state of the proof.
     pub async fn proof(&self) -> Result<postgres::proof::Proof> {
         postgres::proof::Proof::read(&self.postgres, self.target.id, self.proof_period).await
     }
 
-    /// Whether dead letters can be read without keeping them from others for a while.
+    /// Whether dead letters can be read without hiding them from other readers for a while.
     #[must_use]
     pub fn dead_letters_are_open(&self) -> bool {
         self.pgmq.is_some()

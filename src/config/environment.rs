@@ -1,66 +1,39 @@
-//! What environment variables set: ours by their names, and others that are customary.
+//! Settings from environment variables: refarch's own (`REFARCH_...`) and those of other tools.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use super::{EmbedderKind, Settings};
-use crate::secret::Secret;
+use super::declare::{Key, Rule};
+use super::error::ConfigError;
+use super::values::{Given, Values};
 
-/// Prefix of the environment variables that set a key.
+/// Prefix of refarch's own environment variables.
 const PREFIX: &str = "REFARCH_";
 
 /// Variables with our prefix that are not settings.
 const OTHER_VARIABLES: &[&str] = &["REFARCH_CONFIG"];
 
-/// A variable that others use too, and what it says.
-struct Customary {
-    variable: &'static str,
-    key: &'static str,
-    /// Who names a queue of SQS wants that one.
-    implies: Option<(&'static str, &'static str)>,
-}
+/// The variable of `OpenAI`'s own tools.
+const OPENAI_KEY: &str = "OPENAI_API_KEY";
 
-const fn plain(variable: &'static str, key: &'static str) -> Customary {
-    Customary { variable, key, implies: None }
-}
-
-const fn choosing(
-    variable: &'static str,
-    key: &'static str,
-    implied: &'static str,
-    value: &'static str,
-) -> Customary {
-    Customary { variable, key, implies: Some((implied, value)) }
-}
-
-/// Variables of libpq, of the reference architecture and of vendors' own tools.
-const CUSTOMARY: &[Customary] = &[
-    plain("PGSSLMODE", "database.sslmode"),
-    plain("PGSSLROOTCERT", "database.sslrootcert"),
-    choosing("SQS_QUEUE_URL", "queue.url", "queue.kind", "sqs"),
-    plain("SQS_BULK_QUEUE_URL", "queue.bulk_url"),
-    plain("SQS_DEAD_LETTER_QUEUE_URL", "queue.dead_url"),
-    plain("PINECONE_API_KEY", "index.api_key"),
-    choosing("PINECONE_INDEX", "index.name", "index.kind", "pinecone"),
-    choosing("PINECONE_INDEX_HOST", "index.host", "index.kind", "pinecone"),
-    plain("PINECONE_NAMESPACE", "index.namespace"),
-];
-
-/// Settings that the environment gives: where each comes from, its key, and its value. Later ones win:
-/// a variable of ours over a customary one.
-pub(super) fn given(env: &BTreeMap<String, String>) -> Vec<(String, String, String)> {
+/// The settings that the environment gives, each as origin, key and value. Later entries win: refarch's own
+/// variables over those of other tools.
+pub(super) fn given(keys: &[&Key], env: &BTreeMap<String, String>) -> Vec<(String, String, String)> {
     let mut given = Vec::new();
-    let mut add = |variable: &str, key: &str, value: &str| {
-        given.push((format!("environment variable {variable}"), key.to_owned(), value.to_owned()));
+    let mut add = |variable: &str, path: &str, value: &str| {
+        given.push((format!("environment variable {variable}"), path.to_owned(), value.to_owned()));
     };
     if let Some((variable, value)) = database_url(env) {
         add(variable, "database.url", &value);
     }
-    for Customary { variable, key, implies } in CUSTOMARY {
-        let Some(value) = set(env, variable) else { continue };
-        add(variable, key, value);
-        if let Some((key, value)) = implies {
-            add(variable, key, value);
+    for key in keys {
+        for rule in key.rules {
+            let (Rule::Variable(variable) | Rule::Chooses(variable, _)) = rule else { continue };
+            let Some(value) = set(env, variable) else { continue };
+            add(variable, key.path, value);
+            if let Rule::Chooses(_, kind) = rule {
+                add(variable, &format!("{}.kind", key.section), kind);
+            }
         }
     }
     for (variable, value) in env {
@@ -72,18 +45,19 @@ pub(super) fn given(env: &BTreeMap<String, String>) -> Vec<(String, String, Stri
     given
 }
 
-/// Gives the embedder the key that is customary for it. Only that of its own provider: a key must not go
-/// to somebody else's server.
-pub(super) fn lend_key(settings: &mut Settings, env: &BTreeMap<String, String>) {
-    if settings.embedder.kind == EmbedderKind::Openai
-        && settings.embedder.api_key.is_empty()
-        && let Some(key) = set(env, "OPENAI_API_KEY")
-    {
-        settings.embedder.api_key = Secret::new(key.clone());
+/// Uses the provider's usual variable if the embedder has no API key. Only the provider's own: a key must
+/// not go to another server.
+pub(super) fn lend_key(values: &mut Values, env: &BTreeMap<String, String>) -> Result<(), ConfigError> {
+    match set(env, OPENAI_KEY) {
+        Some(key) if values.kind("embedder") == "openai" && values.is_blank("embedder.api_key") => {
+            let origin = format!("environment variable {OPENAI_KEY}");
+            values.put(&origin, "embedder.api_key", Given::Text(key))
+        }
+        _ => Ok(()),
     }
 }
 
-/// A variable that is set to something.
+/// A variable that is set and not empty.
 fn set<'a>(env: &'a BTreeMap<String, String>, name: &str) -> Option<&'a String> {
     env.get(name).filter(|value| !value.is_empty())
 }

@@ -1,74 +1,16 @@
-//! From files, environment and flags to settings.
+//! Loads settings from files, environment and flags.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
-use super::Settings;
-use super::environment;
-use crate::secret::{address_without_secrets, without_secrets};
-
-/// The built-in defaults, and the list of every key.
-pub const DEFAULTS: &str = include_str!("../../config/default.toml");
+use super::error::ConfigError;
+use super::values::{Given, Values};
+use super::{Settings, environment, keys};
 
 /// Where configuration is looked for when no `--config` is given.
 pub const DEFAULT_FILE: &str = "refarch.toml";
-
-/// Keys whose values are never shown.
-const SECRETS: &[&str] = &["database.url", "embedder.api_key", "index.api_key", "serve.edit_token"];
-
-/// Keys whose values are addresses, which are shown without what is secret in them.
-const ADDRESSES: &[&str] =
-    &["queue.url", "queue.bulk_url", "queue.dead_url", "index.host", "index.controller", "embedder.url"];
-
-/// Names further apart than this are not offered as what was meant.
-const MAX_EDIT_DISTANCE: usize = 4;
-
-/// Why settings could not be loaded.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// A file that was named can't be read.
-    #[error("cannot read the configuration file {path}")]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A file is not TOML. Nothing of its text is told, which may be a password.
-    #[error("{origin} is not valid TOML: {place}{message}")]
-    Syntax {
-        /// The file.
-        origin: String,
-        /// Line and column, and the key there if it is one of ours.
-        place: String,
-        /// What the parser says.
-        message: String,
-    },
-    /// A key that does not exist.
-    #[error("{origin}: there is no setting {key}{}", .nearest.as_deref().map(|n| format!("; did you mean {n}?")).unwrap_or_default())]
-    UnknownKey {
-        /// Where it stands.
-        origin: String,
-        /// The key.
-        key: String,
-        /// The nearest key that exists.
-        nearest: Option<String>,
-    },
-    /// A value that a key can't have.
-    #[error("{origin}: {key} = {value}: {reason}")]
-    Invalid {
-        /// Where it stands.
-        origin: String,
-        /// The key.
-        key: String,
-        /// Its value.
-        value: String,
-        /// What is wrong, and what would be right.
-        reason: String,
-    },
-}
 
 /// A value given by a flag, for one key such as `serve.bind`.
 #[derive(Clone, Debug)]
@@ -77,7 +19,7 @@ pub struct Override {
     pub flag: &'static str,
     /// The key, `section.key`.
     pub key: &'static str,
-    /// The value as it would stand in TOML or, for text, as it is.
+    /// The value as TOML writes it; text without quotes.
     pub value: String,
 }
 
@@ -86,7 +28,7 @@ pub struct Override {
 pub struct File {
     /// Name, for errors.
     pub path: PathBuf,
-    /// What it holds.
+    /// Its content.
     pub text: String,
 }
 
@@ -110,184 +52,42 @@ impl Settings {
         env: &BTreeMap<String, String>,
         flags: &[Override],
     ) -> Result<Self, ConfigError> {
-        let mut settings: Table =
-            toml::from_str(DEFAULTS).map_err(|error| syntax("config/default.toml", DEFAULTS, &error))?;
-        let mut origins = BTreeMap::new();
+        let mut values = Values::defaults(keys().collect())?;
         if let Some(file) = file {
-            let origin = file.path.display().to_string();
-            let table: Table =
-                toml::from_str(&file.text).map_err(|error| syntax(&origin, &file.text, &error))?;
-            for (section, value) in table {
-                let Value::Table(keys) = value else {
-                    return Err(unknown(&settings, &origin, &section));
-                };
-                if !settings.contains_key(&section) {
-                    return Err(unknown(&settings, &origin, &section));
-                }
-                for (key, value) in keys {
-                    put(
-                        &mut settings,
-                        &mut origins,
-                        &origin,
-                        &format!("{section}.{key}"),
-                        Given::Toml(value),
-                    )?;
-                }
-            }
+            put_file(&mut values, file)?;
         }
-        for (origin, key, value) in environment::given(env) {
-            put(&mut settings, &mut origins, &origin, &key, Given::Text(&value))?;
+        for (origin, path, value) in environment::given(values.keys(), env) {
+            values.put(&origin, &path, Given::Text(&value))?;
         }
         for flag in flags {
-            put(&mut settings, &mut origins, flag.flag, flag.key, Given::Text(&flag.value))?;
+            values.put(flag.flag, flag.key, Given::Text(&flag.value))?;
         }
-        let mut settings = typed(&settings, &origins)?;
-        environment::lend_key(&mut settings, env);
-        settings.validate(&origins)?;
-        Ok(settings)
+        environment::lend_key(&mut values, env)?;
+        Self::read(&values)
     }
 }
 
-/// A key's value as it may be shown.
-pub(super) fn shown(key: &str, value: &str) -> String {
-    match key {
-        _ if SECRETS.contains(&key) => "[redacted]".into(),
-        _ if ADDRESSES.contains(&key) => address_without_secrets(value),
-        _ => without_secrets(value),
-    }
-}
-
-/// Where a text stops to be TOML. The parser's own messages are fixed sentences; its display would print
-/// the line.
-fn syntax(origin: &str, text: &str, error: &toml::de::Error) -> ConfigError {
-    let place = error.span().map(|span| {
-        let mut at = span.start.min(text.len());
-        while !text.is_char_boundary(at) {
-            at -= 1;
+fn put_file(values: &mut Values, file: &File) -> Result<(), ConfigError> {
+    let origin = file.path.display().to_string();
+    let table: Table =
+        toml::from_str(&file.text).map_err(|error| values.syntax(&origin, &file.text, &error))?;
+    for (section, value) in table {
+        let is_known = values.keys().iter().any(|key| key.section == section);
+        let Value::Table(given) = value else { return Err(values.unknown(&origin, &section)) };
+        if !is_known {
+            return Err(values.unknown(&origin, &section));
         }
-        let before = &text[..at];
-        let line_start = before.rfind('\n').map_or(0, |end| end + 1);
-        let line = before.matches('\n').count() + 1;
-        let column = text[line_start..at].chars().count() + 1;
-        let key = key_at(text, line).map(|key| format!(", at {key}")).unwrap_or_default();
-        format!("line {line}, column {column}{key}: ")
-    });
-    ConfigError::Syntax {
-        origin: origin.into(),
-        place: place.unwrap_or_default(),
-        message: error.message().into(),
+        for (name, value) in given {
+            values.put(&origin, &format!("{section}.{name}"), Given::Toml(value))?;
+        }
     }
-}
-
-/// The setting that a line sets, if there is one of that name.
-fn key_at(text: &str, line: usize) -> Option<String> {
-    let lines: Vec<&str> = text.lines().take(line).collect();
-    let (name, _) = lines.last()?.split_once('=')?;
-    let header = lines.iter().rev().find_map(|line| line.trim().strip_prefix('['))?;
-    let key = format!("{}.{}", header.split(']').next()?.trim(), name.trim());
-    let defaults: Table = toml::from_str(DEFAULTS).ok()?;
-    let (section, name) = key.split_once('.')?;
-    defaults.get(section)?.get(name).is_some().then_some(key)
-}
-
-/// Why a value is wrong, as serde says it, without the value. What it expected stands last.
-fn reason(message: &str) -> String {
-    match message.rsplit_once("expected ") {
-        Some((_, expected)) => format!("expected {}", expected.trim()),
-        // As of a socket address: these name no value.
-        None if !message.contains(['`', '"', '\'']) => message.trim().into(),
-        None => "it is of the wrong kind".into(),
-    }
-}
-
-/// A value, as it came.
-enum Given<'a> {
-    Toml(Value),
-    Text(&'a str),
-}
-
-fn put(
-    settings: &mut Table,
-    origins: &mut BTreeMap<String, String>,
-    origin: &str,
-    key: &str,
-    given: Given<'_>,
-) -> Result<(), ConfigError> {
-    let nearest = || unknown(settings, origin, key);
-    let (section, name) = key.split_once('.').ok_or_else(nearest)?;
-    let default = settings.get(section).and_then(|s| s.get(name)).ok_or_else(nearest)?;
-    let value = match given {
-        Given::Toml(value) => value,
-        Given::Text(text) => parse_as(default, text).map_err(|reason| ConfigError::Invalid {
-            origin: origin.into(),
-            key: key.into(),
-            value: shown(key, text),
-            reason,
-        })?,
-    };
-    if let Some(Value::Table(keys)) = settings.get_mut(section) {
-        keys.insert(name.into(), value);
-    }
-    origins.insert(key.into(), origin.into());
     Ok(())
-}
-
-/// Reads text as the type that the default has; a list is comma-separated.
-fn parse_as(default: &Value, text: &str) -> Result<Value, String> {
-    match default {
-        Value::Integer(_) => text.trim().parse().map(Value::Integer).map_err(|_| "use a whole number".into()),
-        Value::Float(_) => text.trim().parse().map(Value::Float).map_err(|_| "use a number".into()),
-        Value::Boolean(_) => text.trim().parse().map(Value::Boolean).map_err(|_| "use true or false".into()),
-        Value::Array(_) => Ok(Value::Array(
-            text.split(',').map(str::trim).filter(|t| !t.is_empty()).map(Value::from).collect(),
-        )),
-        _ => Ok(Value::from(text)),
-    }
-}
-
-fn unknown(settings: &Table, origin: &str, key: &str) -> ConfigError {
-    let keys = settings.iter().flat_map(|(section, value)| {
-        let inner = value.as_table().into_iter().flatten();
-        std::iter::once(section.clone()).chain(inner.map(move |(name, _)| format!("{section}.{name}")))
-    });
-    let nearest = keys
-        .map(|candidate| (strsim::damerau_levenshtein(&candidate, key), candidate))
-        .min()
-        .filter(|(distance, _)| *distance <= MAX_EDIT_DISTANCE)
-        .map(|(_, candidate)| candidate);
-    ConfigError::UnknownKey { origin: origin.into(), key: key.into(), nearest }
-}
-
-/// Reads each section by itself, so that an error can name its key and where that came from.
-fn typed(settings: &Table, origins: &BTreeMap<String, String>) -> Result<Settings, ConfigError> {
-    Value::Table(settings.clone()).try_into::<Settings>().map_err(|error| {
-        let message = reason(error.message());
-        // The key whose replacement by its default mends the error is the one at fault.
-        let defaults: Table = toml::from_str(DEFAULTS).unwrap_or_default();
-        for (key, origin) in origins {
-            let Some((section, name)) = key.split_once('.') else { continue };
-            let mut mended = defaults.clone();
-            let value = settings.get(section).and_then(|s| s.get(name)).cloned();
-            if let (Some(Value::Table(keys)), Some(value)) = (mended.get_mut(section), value.clone()) {
-                keys.insert(name.into(), value);
-            }
-            if Value::Table(mended).try_into::<Settings>().is_err() {
-                return ConfigError::Invalid {
-                    origin: origin.clone(),
-                    key: key.clone(),
-                    value: shown(key, &value.map(|v| v.to_string()).unwrap_or_default()),
-                    reason: message,
-                };
-            }
-        }
-        ConfigError::Syntax { origin: "configuration".into(), place: String::new(), message }
-    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{IndexKind, QueueKind};
+    use crate::config::{Index, QueueKind};
 
     fn load(file: &str, env: &[(&str, &str)], flags: &[Override]) -> Result<Settings, ConfigError> {
         let file = File { path: "test.toml".into(), text: file.into() };
@@ -327,25 +127,6 @@ mod tests {
     }
 
     #[test]
-    fn secrets_and_addresses_are_known_by_their_keys() {
-        let defaults: Table = toml::from_str(DEFAULTS).unwrap();
-        let texts = defaults.iter().flat_map(|(section, keys)| {
-            let keys = keys.as_table().unwrap().iter().filter(|(_, value)| value.is_str());
-            keys.map(move |(name, _)| (section.clone(), name.clone()))
-        });
-        for (section, name) in texts {
-            let mut settings = defaults.clone();
-            let keys = settings.get_mut(&section).and_then(Value::as_table_mut).unwrap();
-            keys.insert(name.clone(), "u:p@host".into());
-            let key = format!("{section}.{name}");
-            let Ok(settings) = Value::Table(settings).try_into::<Settings>() else { continue };
-            let shown = Table::try_from(&settings).unwrap()[&section][&name].as_str().unwrap().to_owned();
-            assert_eq!(shown == "[redacted]", SECRETS.contains(&key.as_str()), "{key}");
-            assert_eq!(shown == "[redacted]@host", ADDRESSES.contains(&key.as_str()), "{key}");
-        }
-    }
-
-    #[test]
     fn the_reference_architectures_variables_make_a_database_url() {
         let env = [
             ("POSTGRES_DB_HOST", "db"),
@@ -368,12 +149,14 @@ mod tests {
             ("PGSSLMODE", "require"),
         ];
         let settings = load("", &env, &[]).unwrap();
-        assert_eq!((settings.queue.kind, settings.index.kind), (QueueKind::Sqs, IndexKind::Pinecone));
+        assert!(matches!(settings.queue.kind, QueueKind::Sqs(_)));
+        assert!(matches!(settings.index, Index::Pinecone(_)));
         assert_eq!(settings.database.sslmode, "require");
         assert!(!format!("{settings:?}").contains("hidden"));
         let ours = [&env[..], &[("REFARCH_QUEUE_KIND", "pgmq"), ("REFARCH_INDEX_NAME", "other")]].concat();
         let settings = load("", &ours, &[]).unwrap();
-        assert_eq!((settings.queue.kind, settings.index.name.as_str()), (QueueKind::Pgmq, "other"));
+        assert!(settings.queue.is_pgmq());
+        assert_eq!(settings.index.pinecone().unwrap().name, "other");
     }
 
     #[test]
@@ -396,7 +179,7 @@ mod tests {
         let env = [("DATABASE_URL", "postgres://u:hidden@h/x"), ("POSTGRES_DB_HOST", "other")];
         let settings = load("", &env, &[]).unwrap();
         assert!(settings.database.url.expose().contains("@h/x"));
-        assert!(!toml::to_string(&settings).unwrap().contains("hidden"));
+        assert!(!settings.as_toml().contains("hidden"));
         assert!(!format!("{settings:?}").contains("hidden"));
     }
 }

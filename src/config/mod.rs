@@ -1,27 +1,72 @@
-//! Settings: flags over environment over file over default, resolved once and validated.
+//! Settings: flags win over environment, environment over file, file over default. They are resolved once and
+//! validated.
 //!
-//! Loading is a pure function of a file's text, a map of environment variables and overrides from
-//! flags. `config/default.toml` is the one list of keys: a key that is not in there does not exist.
+//! Loading is a pure function of a file's text, a map of environment variables and overrides from flags.
+//!
+//! A setting is declared once, in the file of its section: name and unit, type, default, meaning, the variables that
+//! other tools know it by, and what it must be. `config/default.toml` is made of these declarations (a test compares
+//! them), and so are the variables `REFARCH_<SECTION>_<KEY>`. Users write flat keys; where a section has several kinds,
+//! those of the kind that is chosen become the fields of an enum's variant.
 
+mod declare;
+mod embedder;
 mod environment;
+mod error;
+mod index;
 mod load;
-mod validate;
+mod queue;
+mod read;
+mod roles;
+mod system;
+#[cfg(test)]
+mod template;
+mod values;
 
-use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::time::Duration;
+pub use embedder::{Embedder, EmbedderKind, HttpEmbedder, LocalEmbedder};
+pub use error::ConfigError;
+pub use index::{Index, NOTES_NAMESPACE, OWN_KEYS, PgvectorIndex, PineconeIndex};
+pub use load::{DEFAULT_FILE, File, Override};
+pub use queue::{Queue, QueueKind, SqsQueue};
+pub use roles::{Audit, IndexCheck, Indexer, Relay, Serve, Up};
+pub use system::{Database, Log, Runtime, Source};
 
-use serde::{Deserialize, Serialize};
+use declare::Key;
+use index::Choice;
+use read::Section;
+use values::Values;
 
-use crate::encoder::{Instructions, Precision};
-use crate::secret::Secret;
+/// The defaults as users read them.
+pub const DEFAULTS: &str = include_str!("../../config/default.toml");
 
-pub use load::{ConfigError, DEFAULT_FILE, DEFAULTS, File, Override};
+/// Every section, in the order in which it is shown.
+const SECTIONS: [&[Key]; 17] = [
+    Database::KEYS,
+    Source::KEYS,
+    Queue::KEYS,
+    SqsQueue::KEYS,
+    Choice::KEYS,
+    PgvectorIndex::KEYS,
+    PineconeIndex::KEYS,
+    Embedder::KEYS,
+    LocalEmbedder::KEYS,
+    HttpEmbedder::KEYS,
+    Relay::KEYS,
+    Indexer::KEYS,
+    Audit::KEYS,
+    Serve::KEYS,
+    Up::KEYS,
+    Runtime::KEYS,
+    Log::KEYS,
+];
+
+/// Every key that there is.
+fn keys() -> impl Iterator<Item = &'static Key> {
+    SECTIONS.iter().copied().flatten()
+}
 
 /// The system's settings. Each key is described in `config/default.toml`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
+#[derive(Clone, Debug)]
+#[allow(missing_docs, reason = "each is a section's name, and its type tells about it")]
 pub struct Settings {
     pub database: Database,
     pub source: Source,
@@ -35,253 +80,48 @@ pub struct Settings {
     pub up: Up,
     pub runtime: Runtime,
     pub log: Log,
+    /// Every key, also those of kinds that were not chosen.
+    shown: String,
 }
 
-/// `[database]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Database {
-    pub url: Secret,
-    pub sslmode: String,
-    pub sslrootcert: PathBuf,
-    pub pool_size: usize,
-    pub connect_timeout_s: u64,
-}
-
-/// `[source]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Source {
-    pub name: String,
-    pub table: String,
-    pub id: String,
-    pub text: Vec<String>,
-    pub metadata: Vec<String>,
-}
-
-/// `[queue]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Queue {
-    pub kind: QueueKind,
-    pub name: String,
-    #[serde(serialize_with = "crate::secret::serialize_address")]
-    pub url: String,
-    #[serde(serialize_with = "crate::secret::serialize_address")]
-    pub bulk_url: String,
-    #[serde(serialize_with = "crate::secret::serialize_address")]
-    pub dead_url: String,
-    pub wait_s: u64,
-    pub shared_bound: u64,
-    pub visibility_s: u64,
-    pub max_receives: u32,
-}
-
-/// The queues that can be chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum QueueKind {
-    /// pgmq in the source's database.
-    Pgmq,
-    /// Amazon SQS.
-    Sqs,
-}
-
-/// What keys of ours in a record's metadata begin with, so that no column's key meets them.
-pub const OWN_KEYS: &str = "_refarch_";
-
-/// The namespace of an index in which the notes stand that tell whose the others are.
-pub const NOTES_NAMESPACE: &str = "refarch-notes";
-
-/// `[index]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Index {
-    pub kind: IndexKind,
-    #[serde(serialize_with = "crate::secret::serialize_address")]
-    pub host: String,
-    pub name: String,
-    pub api_key: Secret,
-    pub namespace: String,
-    pub cloud: String,
-    pub region: String,
-    #[serde(serialize_with = "crate::secret::serialize_address")]
-    pub controller: String,
-    pub freshness_ms: u64,
-    pub timeout_ms: u64,
-    pub graph_min_rows: u64,
-    pub graph_max_backlog: u64,
-    pub ef_search: u32,
-}
-
-/// The indexes that can be chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum IndexKind {
-    /// pgvector in the source's database.
-    Pgvector,
-    /// A Pinecone index.
-    Pinecone,
-}
-
-/// `[embedder]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Embedder {
-    pub kind: EmbedderKind,
-    pub model: String,
-    pub precision: Precision,
-    pub instructions: Instructions,
-    #[serde(serialize_with = "crate::secret::serialize_address")]
-    pub url: String,
-    pub api_key: Secret,
-    pub dimensions: usize,
-    pub batch_texts: usize,
-    pub batch_tokens: usize,
-    pub text_tokens: usize,
-    pub requests_per_minute: u32,
-    pub tokens_per_minute: u64,
-    pub timeout_ms: u64,
-}
-
-/// The embedders that can be chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum EmbedderKind {
-    /// A `MiniLM`-class model on this machine's CPU.
-    Minilm,
-    /// A server that speaks `/v1/embeddings`, as `OpenAI` does.
-    Openai,
-    /// A text-embeddings-inference server, by `/embed`.
-    Tei,
-    /// Pinecone's hosted models, by `/embed`.
-    Pinecone,
-}
-
-/// `[relay]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Relay {
-    pub poll_ms: u64,
-    pub pack: usize,
-    pub bulk_threshold: u64,
-    pub live_bound: u64,
-}
-
-/// `[indexer]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Indexer {
-    pub workers: usize,
-    pub slice_ms: u64,
-    pub hold_ms: u64,
-    pub poll_ms: u64,
-    pub lease_ms: u64,
-    pub settle_ms: u64,
-}
-
-/// `[audit]`
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Audit {
-    pub period_h: f64,
-    pub index: IndexCheck,
-    pub armed_s: u64,
-}
-
-/// How much of an index outside of the database the proof compares.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum IndexCheck {
-    /// The ids of all records, and some records.
-    Sample,
-    /// Every record.
-    Full,
-}
-
-/// `[serve]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Serve {
-    pub bind: SocketAddr,
-    pub edit_token: Secret,
-    pub allowed_hosts: Vec<String>,
-    pub page_size: u32,
-    pub max_connections: usize,
-    pub pool_size: usize,
-}
-
-/// `[up]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Up {
-    pub products: u64,
-}
-
-/// `[runtime]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Runtime {
-    pub dir: PathBuf,
-    pub grace_s: u64,
-}
-
-/// `[log]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct Log {
-    pub format: String,
-    pub level: String,
-}
-
-impl Runtime {
-    /// [`Self::grace_s`] as a duration.
+impl Settings {
+    /// Every setting as TOML, secrets hidden.
     #[must_use]
-    pub fn grace(&self) -> Duration {
-        Duration::from_secs(self.grace_s)
-    }
-}
-
-impl Audit {
-    /// How long a round of the proof takes; none for no proof.
-    #[must_use]
-    pub fn period(&self) -> Option<Duration> {
-        (self.period_h > 0.0).then(|| Duration::from_secs_f64(self.period_h * 3_600.0))
-    }
-}
-
-impl Indexer {
-    /// [`Self::lease_ms`] as a duration.
-    #[must_use]
-    pub fn lease(&self) -> Duration {
-        Duration::from_millis(self.lease_ms)
+    pub fn as_toml(&self) -> &str {
+        &self.shown
     }
 
-    /// How long an attempt of a dead worker stands: it may have written until its lease ended, and
-    /// what it wrote is applied within [`Self::settle_ms`].
-    #[must_use]
-    pub fn settle(&self) -> Duration {
-        Duration::from_millis(self.lease_ms + self.settle_ms)
+    fn read(values: &Values) -> Result<Self, ConfigError> {
+        let settings = Self {
+            database: Database::read(values)?,
+            source: Source::read(values)?,
+            queue: Queue::read(values)?,
+            index: Choice::read(values)?.kind,
+            embedder: Embedder::read(values)?,
+            relay: Relay::read(values)?,
+            indexer: Indexer::read(values)?,
+            audit: Audit::read(values)?,
+            serve: Serve::read(values)?,
+            up: Up::read(values)?,
+            runtime: Runtime::read(values)?,
+            log: Log::read(values)?,
+            shown: values.shown(),
+        };
+        settings.check_sections_together(values)?;
+        Ok(settings)
     }
 
-    /// Embedding threads: as set, or one for each core.
-    #[must_use]
-    pub fn worker_count(&self) -> usize {
-        if self.workers > 0 {
-            return self.workers;
+    /// Checks what depends on several sections.
+    fn check_sections_together(&self, values: &Values) -> Result<(), ConfigError> {
+        let Index::Pinecone(pinecone) = &self.index else { return Ok(()) };
+        if pinecone.timeout * 2 > self.indexer.lease {
+            let reason =
+                "use at least 1, and at most half of indexer.lease_ms: a request must end within the lease";
+            return Err(values.refused("index.timeout_ms", reason));
         }
-        std::thread::available_parallelism().map_or(1, usize::from)
+        let taken = |column: &&String| column.starts_with(OWN_KEYS) || column.starts_with('$');
+        let Some(column) = self.source.metadata.iter().find(taken) else { return Ok(()) };
+        let reason = "use other columns: in Pinecone's metadata, refarch reserves names that begin with _refarch_, and Pinecone those that begin with $";
+        Err(values.refused_as("source.metadata", column, reason))
     }
 }

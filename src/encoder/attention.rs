@@ -1,8 +1,8 @@
 //! Attention within one sequence.
 //!
-//! Keys and values of a head are laid out as panels, scores are products with the keys, and the context is
-//! their softmax' product with the values. The softmax is in `f32`; its weights are divided by their sum
-//! only at the end, when they are fewer.
+//! The keys and values of a head are laid out as panels. Scores are the products of queries and keys. The
+//! context is the product of their softmax and the values. The softmax is computed in `f32`. The division by
+//! its sum comes last, on the context, which has fewer numbers.
 
 use super::buffer::Buffer;
 use super::kernel::{Float, Right, SLACK, Sums, as_they_are};
@@ -10,18 +10,18 @@ use super::lanes::{Element, Lanes};
 use super::math;
 use super::packed::Tiles;
 
-/// Rows of queries that go together; all of their scores stay in a near cache.
+/// Rows of queries that are computed together: few enough that their scores stay in a near cache.
 const QUERIES: usize = 32;
 
-/// What a kernel needs of one sequence: queries, keys and values side by side in each row.
+/// One sequence: queries, keys and values side by side in each row.
 pub(super) struct Sequence<E> {
-    /// Of the sequence's first row.
+    /// First row of the sequence.
     pub(super) projected: *const E,
     /// Elements from a row to the next.
     pub(super) stride: usize,
     /// Elements from a query to its key, and from a key to its value.
     pub(super) part: usize,
-    /// Rows.
+    /// Number of rows.
     pub(super) length: usize,
 }
 
@@ -34,13 +34,13 @@ pub(super) struct Workspace<A: Float> {
     context: Buffer<f32>,
 }
 
-/// Keys after filling up: what panels and depths of any kernel divide.
+/// Number of keys with padding, a multiple that suits the panels and depths of all kernels.
 fn filled_up(length: usize) -> usize {
     length.next_multiple_of(32)
 }
 
 impl<A: Float> Workspace<A> {
-    /// For sequences of at most `length`, and heads `width` wide.
+    /// Memory for sequences of at most `length` tokens, and heads of width `width`.
     pub(super) fn new(length: usize, width: usize) -> Self {
         let keys = filled_up(length);
         Self {
@@ -52,13 +52,14 @@ impl<A: Float> Workspace<A> {
         }
     }
 
-    /// Writes the context of the head that begins at element `head` of each part and is `width` wide to
-    /// rows of `to`, `to_stride` apart.
+    /// Writes the context of one head to the rows of `to`, which are `to_stride` apart. The head begins at
+    /// element
+    /// `head` of each part and has width `width`.
     ///
     /// # Safety
     ///
-    /// As [`Lanes`]; the sequence and `to` have the rows and columns, the sequence with slack, and the
-    /// workspace was made for them.
+    /// As [`Lanes`]. The sequence and `to` must have these rows and columns, the sequence with slack. The
+    /// workspace must be large enough for them.
     #[inline(always)]
     pub(super) unsafe fn head<E: Element>(
         &mut self,
@@ -68,7 +69,7 @@ impl<A: Float> Workspace<A> {
         to: *mut E,
         to_stride: usize,
     ) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let Sequence { projected, stride, part, length } = *sequence;
             let keys = filled_up(length);
@@ -114,11 +115,12 @@ impl<A: Float> Workspace<A> {
         }
     }
 
-    /// Panels of keys: a key a column. As words of [`Kernel::GROUP`](super::kernel::Kernel::GROUP) elements this is a transposition.
+    /// Lays out keys in panels, one key in each column. On words of
+    /// [`Kernel::GROUP`](super::kernel::Kernel::GROUP) elements this is a transposition.
     #[inline(always)]
     unsafe fn lay_out_keys(&mut self, keys: *const A::Element, stride: usize, length: usize, width: usize) {
         let lanes = A::Lanes::LANES;
-        // SAFETY: the caller's. Rows past the last key are slack; what they score is not looked at.
+        // SAFETY: guaranteed by the caller. Rows past the last key are slack; their scores are not used.
         unsafe {
             for panel in (0..filled_up(length)).step_by(A::NARROW) {
                 let to = self.keys.as_mut_ptr().add(panel * width);
@@ -139,8 +141,8 @@ impl<A: Float> Workspace<A> {
         }
     }
 
-    /// Panels of values: a dimension a column, and keys in depth. Past the last key there are zeros, so
-    /// that nothing becomes of a weight of 0.
+    /// Lays out values in panels, one dimension in each column, and keys in depth. Past the last key the
+    /// panel holds zeros, so that a weight of 0 adds nothing.
     #[inline(always)]
     unsafe fn lay_out_values(
         &mut self,
@@ -150,7 +152,7 @@ impl<A: Float> Workspace<A> {
         width: usize,
     ) {
         let keys = filled_up(length);
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             for panel in (0..width).step_by(A::NARROW) {
                 let to = self.values.as_mut_ptr().add(panel * keys);
@@ -175,12 +177,12 @@ fn narrow<A: Float>(data: *const A::Weight, depth: usize) -> Right<A> {
     Right { data, depth, columns: A::NARROW, scales: std::ptr::null(), sums: std::ptr::null() }
 }
 
-/// Powers of two of the scores less the largest, as elements, zeros past the last key; gives back one over
-/// their sum.
+/// Writes 2 to the power of (score - largest score) as elements, and zeros past the last key. Returns 1
+/// divided by their sum.
 #[inline(always)]
 unsafe fn soften<A: Float>(scores: *const f32, weights: *mut A::Element, length: usize, keys: usize) -> f32 {
     let lanes = A::Lanes::LANES;
-    // SAFETY: the caller's rows have `keys` numbers.
+    // SAFETY: the rows of the caller have `keys` numbers.
     unsafe {
         let none = A::Lanes::splat(f32::NEG_INFINITY);
         let mut largest = none;

@@ -1,13 +1,13 @@
-//! Memory that begins at a cache line.
+//! Memory aligned to cache lines.
 
 use std::marker::PhantomData;
 
-/// A cache line, and the widest register.
+/// A cache line, which is also the size of the widest register.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// Plain numbers, of which any bytes are a valid value.
+/// Plain numbers. All byte patterns are valid values.
 ///
 /// # Safety
 ///
@@ -25,7 +25,7 @@ unsafe impl Plain for i8 {}
 // SAFETY: primitive numbers.
 unsafe impl Plain for i16 {}
 
-/// A fixed number of zeros to begin with, aligned to 64 bytes.
+/// A fixed number of values, aligned to 64 bytes and initially zero.
 pub(super) struct Buffer<T: Plain> {
     lines: Vec<Line>,
     len: usize,
@@ -33,35 +33,35 @@ pub(super) struct Buffer<T: Plain> {
 }
 
 impl<T: Plain> Buffer<T> {
-    /// Room for `len` numbers, all zero.
+    /// A buffer of `len` zeros.
     pub(super) fn zeroed(len: usize) -> Self {
         let lines = (len * size_of::<T>()).div_ceil(size_of::<Line>());
         Self { lines: vec![Line([0; 64]); lines], len, numbers: PhantomData }
     }
 
-    /// How many numbers.
+    /// Number of values.
     pub(super) fn len(&self) -> usize {
         self.len
     }
 
-    /// All of them.
+    /// All values.
     pub(super) fn as_slice(&self) -> &[T] {
-        // SAFETY: the lines hold at least `len` numbers, are aligned for them, and any bytes are valid.
+        // SAFETY: the lines hold at least `len` values and are aligned for them, and all bytes are valid.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
     }
 
-    /// All of them, to be written.
+    /// All values, for writing.
     pub(super) fn as_mut_slice(&mut self) -> &mut [T] {
-        // SAFETY: as above, and borrowed exclusively.
+        // SAFETY: as above, and the borrow is exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
 
-    /// The first of them.
+    /// Pointer to the first value.
     pub(super) fn as_ptr(&self) -> *const T {
         self.lines.as_ptr().cast()
     }
 
-    /// The first of them, to be written.
+    /// Pointer to the first value, for writing.
     pub(super) fn as_mut_ptr(&mut self) -> *mut T {
         self.lines.as_mut_ptr().cast()
     }

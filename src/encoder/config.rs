@@ -1,4 +1,4 @@
-//! What a model folder says about its model.
+//! The settings in a model folder.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,14 +7,14 @@ use serde::Deserialize;
 
 use super::Error;
 
-/// Tokens read of a text when the model folder does not say.
+/// Maximum number of tokens in a text if the model folder has no such setting.
 const DEFAULT_MAX_TOKENS: usize = 256;
 
-/// Fewer tokens than this are no text: two mark its begin and end.
+/// A text has at least this many tokens, because two tokens mark its start and end.
 const MIN_TOKENS: usize = 3;
 
-/// Sizes are at most this: several times what any BERT has, and little enough that no sum or product of them
-/// is too large a number.
+/// Maximum sizes. They are several times the sizes of any known BERT model, and small enough that no sum or
+/// product of sizes overflows.
 const MAX_HIDDEN: usize = 1 << 14;
 const MAX_LAYERS: usize = 256;
 const MAX_HEADS: usize = 256;
@@ -22,34 +22,34 @@ const MAX_INNER: usize = 1 << 17;
 const MAX_POSITIONS: usize = 1 << 16;
 const MAX_VOCABULARY: usize = 1 << 22;
 
-/// Bytes of a file of settings at most.
+/// Maximum size of a JSON file in bytes.
 const MAX_JSON: u64 = 16 << 20;
 
-/// How the vectors of a text's tokens become one.
+/// How the vectors of a text's tokens become one vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pooling {
     /// Their mean.
     Mean,
-    /// The first token's.
+    /// The vector of the first token.
     Cls,
 }
 
-/// A BERT's shape: `config.json` in the Hugging Face layout.
+/// The shape of a BERT model: `config.json` in the Hugging Face layout.
 #[derive(Clone, Debug, Deserialize)]
 pub struct BertConfig {
-    /// Length of a token's vector, and of a text's.
+    /// Length of the vectors of tokens and texts.
     pub hidden_size: usize,
-    /// Layers.
+    /// Number of layers.
     pub num_hidden_layers: usize,
-    /// Heads of attention in each layer; they divide the hidden size.
+    /// Number of attention heads in each layer. It divides the hidden size.
     pub num_attention_heads: usize,
-    /// Width of the layer between.
+    /// Width of the inner dense layer.
     pub intermediate_size: usize,
-    /// Positions that have an embedding.
+    /// Number of positions with an embedding.
     pub max_position_embeddings: usize,
-    /// Tokens that have an embedding.
+    /// Number of tokens with an embedding.
     pub vocab_size: usize,
-    /// Added to a variance before its root is taken.
+    /// Added to a variance before its square root is computed.
     pub layer_norm_eps: f32,
     #[serde(default)]
     hidden_act: Option<String>,
@@ -73,19 +73,19 @@ struct SentenceConfig {
     max_seq_length: Option<usize>,
 }
 
-/// All that a model folder says about its model.
+/// All settings in a model folder.
 #[derive(Clone, Debug)]
 pub struct Description {
-    /// Shape.
+    /// Shape of the model.
     pub bert: BertConfig,
-    /// How a text's vector is made of its tokens'.
+    /// How the vectors of a text's tokens become one vector.
     pub pooling: Pooling,
-    /// Tokens read of a text.
+    /// Maximum number of tokens in a text. Longer texts are cut.
     pub max_tokens: usize,
 }
 
 impl Description {
-    /// Reads `config.json` of a folder, and where there are `1_Pooling/config.json` and
+    /// Reads `config.json` of a folder and, if they exist, `1_Pooling/config.json` and
     /// `sentence_bert_config.json`.
     pub fn read(dir: &Path) -> Result<Self, Error> {
         let bert: BertConfig = read_json(dir, "config.json")?;
@@ -94,7 +94,7 @@ impl Description {
             None | Some(PoolingConfig { pooling_mode_mean_tokens: true, .. }) => Pooling::Mean,
             Some(PoolingConfig { pooling_mode_cls_token: true, .. }) => Pooling::Cls,
             Some(_) => {
-                let why = "only mean and CLS pooling are known".into();
+                let why = "only mean and CLS pooling are supported".into();
                 return Err(Error::Unsupported { file: dir.join("1_Pooling/config.json"), why });
             }
         };
@@ -104,7 +104,7 @@ impl Description {
             .min(bert.max_position_embeddings);
         if max_tokens < MIN_TOKENS {
             let why =
-                format!("max_seq_length is {max_tokens}, and a text needs {MIN_TOKENS} tokens at least");
+                format!("max_seq_length is {max_tokens}, but a text needs at least {MIN_TOKENS} tokens");
             return Err(Error::Unsupported { file: dir.join("sentence_bert_config.json"), why });
         }
         Ok(Self { bert, pooling, max_tokens })
@@ -116,14 +116,14 @@ impl BertConfig {
         let is = |value: &Option<String>, wanted: &str| value.as_deref().is_none_or(|value| value == wanted);
         let named = |value: &Option<String>| value.clone().unwrap_or_default();
         if !is(&self.model_type, "bert") {
-            return Err(format!("model_type is {:?}, and only bert is known", named(&self.model_type)));
+            return Err(format!("model_type is {:?}, but only bert is supported", named(&self.model_type)));
         }
         if !is(&self.hidden_act, "gelu") {
-            return Err(format!("hidden_act is {:?}, and only gelu is known", named(&self.hidden_act)));
+            return Err(format!("hidden_act is {:?}, but only gelu is supported", named(&self.hidden_act)));
         }
         if !is(&self.position_embedding_type, "absolute") {
             let named = named(&self.position_embedding_type);
-            return Err(format!("position_embedding_type is {named:?}, and only absolute is known"));
+            return Err(format!("position_embedding_type is {named:?}, but only absolute is supported"));
         }
         for (name, size, most) in [
             ("hidden_size", self.hidden_size, MAX_HIDDEN),
@@ -134,12 +134,12 @@ impl BertConfig {
             ("vocab_size", self.vocab_size, MAX_VOCABULARY),
         ] {
             if !(1..=most).contains(&size) {
-                return Err(format!("{name} is {size}, and must be 1 to {most}"));
+                return Err(format!("{name} is {size}, but must be 1 to {most}"));
             }
         }
         if !(self.layer_norm_eps > 0.0 && self.layer_norm_eps < 1.0) {
             return Err(format!(
-                "layer_norm_eps is {}, and must be more than 0 and less than 1",
+                "layer_norm_eps is {}, but must be more than 0 and less than 1",
                 self.layer_norm_eps
             ));
         }
@@ -153,7 +153,11 @@ impl BertConfig {
     }
 }
 
-/// A file of a model folder, checked to be there.
+/// The path of a file in a model folder.
+///
+/// # Errors
+///
+/// [`Error::Missing`] if the file does not exist.
 pub fn file(dir: &Path, name: &str) -> Result<PathBuf, Error> {
     let path = dir.join(name);
     if path.is_file() { Ok(path) } else { Err(Error::Missing { file: path }) }
@@ -164,7 +168,7 @@ fn read_json<T: for<'de> Deserialize<'de>>(dir: &Path, name: &str) -> Result<T, 
     let unreadable = |source| Error::Unreadable { file: file.clone(), source };
     let length = fs::metadata(&file).map_err(unreadable)?.len();
     if length > MAX_JSON {
-        let why = format!("it is {length} bytes long, and more than {MAX_JSON} are not read");
+        let why = format!("the file has {length} bytes, but at most {MAX_JSON} are allowed");
         return Err(Error::Malformed { file, why });
     }
     let text = fs::read_to_string(&file).map_err(unreadable)?;

@@ -1,4 +1,4 @@
-//! The kernels there are, and which of them a CPU gets.
+//! The kernels, and the choice of a kernel for a CPU.
 
 use std::fmt;
 
@@ -8,41 +8,41 @@ use super::Error;
 #[cfg(target_arch = "x86_64")]
 use super::kernel::amx;
 
-/// Which instructions, at most, an encoder uses.
+/// The newest instructions that an encoder may use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Instructions {
-    /// Those that any CPU of this architecture has, NEON on aarch64.
+    /// Instructions of every CPU of this architecture, with NEON on aarch64.
     Portable,
     /// AVX2 and FMA.
     Avx2,
-    /// AVX-512 with what the CPU has of bf16 and VNNI.
+    /// AVX-512, with bf16 and VNNI if the CPU has them.
     Avx512,
-    /// AMX as well: the best there is.
+    /// The best instructions of the CPU, AMX included.
     #[default]
     Auto,
 }
 
-/// How exact an encoder computes.
+/// Precision of an encoder's arithmetic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// bf16 where it is at least as fast, `f32` elsewhere: their vectors agree to a cosine of 0.9999.
+    /// bf16 if it is at least as fast as `f32`, otherwise `f32`. Their vectors agree to a cosine of 0.9999.
     #[default]
     Auto,
     /// 32 bits.
     F32,
-    /// 16 bits for weights and, where the CPU multiplies such numbers, for what they are multiplied with; 32 in
-    /// sums.
+    /// 16 bits for weights and, if the CPU multiplies bf16, for the numbers that they are multiplied with. 32
+    /// bits for sums.
     Bf16,
-    /// 8 bits in the products of dense layers: faster, and other vectors, which on CPUs of different kinds
-    /// agree no better than with `f32`'s.
+    /// 8 bits in the products of dense layers. Faster, but the vectors differ from `f32`, and on different
+    /// kinds of CPUs they differ from each other as much.
     Int8,
 }
 
 impl Precision {
-    /// What counts in a vector's origin: `f32` and bf16 as one, since machines of both kinds may share an
-    /// index.
+    /// The class of precision in a model's name. `f32` and bf16 are one class, so that machines with either
+    /// can share an index.
     #[must_use]
     pub fn class(self) -> &'static str {
         match self {
@@ -57,26 +57,26 @@ impl Precision {
 pub enum KernelKind {
     /// `f32` on any CPU.
     Portable,
-    /// `f32` by AVX2 and FMA.
+    /// `f32` with AVX2 and FMA.
     Avx2,
-    /// `f32` by AVX2 and FMA, with weights held as bf16.
+    /// `f32` with AVX2 and FMA, with weights stored as bf16.
     Avx2Bf16,
-    /// Bytes by AVX2, which multiplies them as words; attention in `f32`.
+    /// Bytes with AVX2, multiplied as words; attention in `f32`.
     Avx2Int8,
-    /// `f32` by AVX-512.
+    /// `f32` with AVX-512.
     Avx512,
-    /// bf16 by AVX-512.
+    /// bf16 with AVX-512.
     Avx512Bf16,
-    /// Bytes by AVX-512, attention in the best float.
+    /// Bytes with AVX-512; attention in bf16 if the CPU has it, otherwise in `f32`.
     Avx512Int8,
-    /// bf16 by AMX.
+    /// bf16 with AMX.
     AmxBf16,
-    /// Bytes by AMX, attention in bf16.
+    /// Bytes with AMX; attention in bf16.
     AmxInt8,
 }
 
 impl KernelKind {
-    /// All of them.
+    /// All kernels.
     pub const ALL: [Self; 9] = [
         Self::Portable,
         Self::Avx2,
@@ -89,7 +89,7 @@ impl KernelKind {
         Self::AmxInt8,
     ];
 
-    /// Its name, such as `avx512-bf16`.
+    /// The name, such as `avx512-bf16`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -105,7 +105,7 @@ impl KernelKind {
         }
     }
 
-    /// What it computes in.
+    /// The precision of the kernel.
     #[must_use]
     pub fn precision(self) -> Precision {
         match self {
@@ -115,7 +115,7 @@ impl KernelKind {
         }
     }
 
-    /// What it needs.
+    /// The instructions that the kernel needs.
     #[must_use]
     pub fn instructions(self) -> Instructions {
         match self {
@@ -126,7 +126,7 @@ impl KernelKind {
         }
     }
 
-    /// Whether this CPU and system have it.
+    /// Whether this CPU and system support the kernel.
     #[cfg(target_arch = "x86_64")]
     #[must_use]
     pub fn is_supported(self) -> bool {
@@ -150,17 +150,21 @@ impl KernelKind {
         }
     }
 
-    /// Whether this CPU and system have it.
+    /// Whether this CPU and system support the kernel.
     #[cfg(not(target_arch = "x86_64"))]
     #[must_use]
     pub fn is_supported(self) -> bool {
         self == Self::Portable
     }
 
-    /// The fastest kernel of this precision that this machine has, with no more than these instructions.
+    /// The fastest kernel of this machine with this precision that uses at most these instructions.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Cpu`] if there is none.
     pub fn choose(precision: Precision, most: Instructions) -> Result<Self, Error> {
         let wanted: &[Self] = match precision {
-            // By AVX2, bf16 multiplies no faster than `f32`, but a single text need not wait for so much memory.
+            // With AVX2, bf16 multiplies no faster than `f32`, but a single text reads less memory.
             Precision::Auto => {
                 &[Self::AmxBf16, Self::Avx512Bf16, Self::Avx512, Self::Avx2Bf16, Self::Portable]
             }
@@ -175,8 +179,8 @@ impl KernelKind {
                 _ => ("bf16", "AVX2, AVX512-BF16 or AMX"),
             };
             Error::Cpu(format!(
-                "embedder.precision = \"{name}\" needs {needs}, which this CPU has not or \
-                 embedder.instructions rules out: use \"auto\""
+                "embedder.precision = \"{name}\" needs {needs}, but this CPU does not have them or \
+                 embedder.instructions excludes them: use \"auto\""
             ))
         })
     }

@@ -1,18 +1,18 @@
-//! A BERT encoder for the CPU: texts' tokens in, unit vectors out.
+//! A BERT encoder for the CPU. Input: the tokens of texts. Output: unit vectors.
 //!
-//! Made for models of `MiniLM`'s class, whose weights nearly fit the caches: any BERT with mean or CLS
-//! pooling loads by its `config.json`. Sequences are packed end to end, without padding; every stage but
-//! attention works on their tokens alike, and attention on one sequence at a time. So a text's vector is
-//! the same to the bit whatever it is embedded together with, as long as the kernel is the same.
+//! The encoder is made for models of the size of `MiniLM`, whose weights nearly fit the caches. It loads any
+//! BERT model with mean or CLS pooling by its `config.json`. Sequences are packed one after the other,
+//! without padding. Attention works on one sequence at a time; all other stages work on all tokens in the
+//! same way. So with the same kernel, a text's vector is the same to the bit, whichever texts are embedded
+//! together with it.
 //!
-//! Weights are read from a safetensors file and laid out once for the kernel, which is chosen by what the CPU
-//! has (see [`KernelKind`]). Nothing of the file is needed afterwards. Any number of [`Worker`]s share them, each on a thread of its
-//! own: that wastes no time on waiting for each other.
+//! Weights are read from a safetensors file and laid out once for the kernel. The CPU's features decide the
+//! kernel (see [`KernelKind`]). The file is not needed afterwards. Any number of [`Worker`]s share the
+//! weights, each on its own thread, so that no thread waits for another one.
 //!
-//! This is the only crate here with `unsafe` code: the instructions are reached by intrinsics and assembly, and
-//! matrices by pointers.
+//! This is the only crate of refarch with `unsafe` code, for intrinsics, assembly and pointers to matrices.
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "some of it is for x86's kernels only"))]
-#![allow(clippy::inline_always, reason = "what is not inlined is compiled without the kernel's instructions")]
+#![allow(clippy::inline_always, reason = "code not inlined is compiled without the kernel's instructions")]
 
 mod attention;
 mod buffer;
@@ -41,40 +41,40 @@ use tensors::Tensors;
 use worker::Laid;
 pub use worker::Worker;
 
-/// Why there is no encoder.
+/// Reason why a model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file of the model folder is not there.
+    /// A file of the model folder does not exist.
     #[error("there is no {}", .file.display())]
     Missing {
-        /// Where it should be.
+        /// Expected path.
         file: PathBuf,
     },
     /// A file of the model folder cannot be read.
     #[error("cannot read {}: {source}", .file.display())]
     Unreadable {
-        /// Which.
+        /// Path of the file.
         file: PathBuf,
-        /// Why.
+        /// Cause.
         source: std::io::Error,
     },
-    /// A file of the model folder is not what it should be.
+    /// A file of the model folder is damaged, or has another format.
     #[error("{}: {why}", .file.display())]
     Malformed {
-        /// Which.
+        /// Path of the file.
         file: PathBuf,
-        /// What is wrong.
+        /// The defect.
         why: String,
     },
-    /// The model is of another kind.
+    /// The encoder does not support this kind of model.
     #[error("{}: {why}", .file.display())]
     Unsupported {
-        /// The file that says so.
+        /// The file with the unsupported setting.
         file: PathBuf,
-        /// What is not known.
+        /// The unsupported setting.
         why: String,
     },
-    /// The CPU cannot do what the settings ask for.
+    /// The CPU has no kernel for the settings.
     #[error("{0}")]
     Cpu(String),
 }
@@ -87,8 +87,9 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// Loads a model folder in the Hugging Face layout: `config.json`, `model.safetensors` and, where there
-    /// are, `1_Pooling/config.json` and `sentence_bert_config.json`.
+    /// Loads a model folder in the Hugging Face layout: `config.json`, `model.safetensors` and, if they
+    /// exist,
+    /// `1_Pooling/config.json` and `sentence_bert_config.json`.
     pub fn load(dir: &Path, kind: KernelKind) -> Result<Self, Error> {
         if !kind.is_supported() {
             return Err(Error::Cpu(format!("this CPU or system has no {kind}")));
@@ -99,7 +100,7 @@ impl Encoder {
         Ok(Self { description, kind, laid })
     }
 
-    /// What the folder says.
+    /// The settings in the model folder.
     #[must_use]
     pub fn description(&self) -> &Description {
         &self.description
@@ -117,8 +118,8 @@ impl Encoder {
         self.start(false)
     }
 
-    /// Memory for a thread that embeds one short text at a time, and a second thread that helps it: most
-    /// of that time goes into reading the weights, which two cores do sooner. Vectors are the same.
+    /// Memory for a thread that embeds one short text at a time, and a second thread that helps. Most of the
+    /// time goes into reading the weights, and two cores read faster. The vectors are the same.
     #[must_use]
     pub fn pair(&self) -> Worker {
         self.start(true)
@@ -131,7 +132,7 @@ impl Encoder {
     }
 }
 
-/// One arm a kernel: with the one for its dense layers, and the one for attention.
+/// Lays out the weights for the kernel's dense layers and for its attention. One arm for each kernel.
 fn lay_out(description: &Description, tensors: &Tensors, kind: KernelKind) -> Result<Arc<dyn Laid>, Error> {
     fn network<D: Kernel, A: Float>(
         description: &Description,

@@ -1,4 +1,4 @@
-//! A BERT's weights, laid out for a pair of kernels.
+//! The weights of a BERT model, laid out for two kernels: one for dense layers, one for attention.
 
 use super::Error;
 use super::buffer::Buffer;
@@ -7,24 +7,25 @@ use super::kernel::{ALIGNMENT, Float, Kernel};
 use super::packed::Dense;
 use super::tensors::{Table, Tensors};
 
-/// Widths after filling up to what all kernels divide. What fills up is zero everywhere.
+/// Widths, padded to a multiple that suits all kernels. The padding is zero everywhere.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Widths {
-    /// Of a token's vector, before and after filling up.
+    /// Width of a token's vector: `hidden` without padding, `filled` with padding.
     pub(super) hidden: usize,
     pub(super) filled: usize,
     pub(super) heads: usize,
     pub(super) head: usize,
-    /// Of all heads.
+    /// Width of all heads together.
     pub(super) context: usize,
     pub(super) inner: usize,
 }
 
-/// Scale and shift of a layer normalisation, and what is added for the product that follows.
+/// Scale and shift of a layer normalisation, and the bias of the product that follows.
 pub(super) struct Norm {
     pub(super) weight: Buffer<f32>,
     pub(super) bias: Buffer<f32>,
-    /// The bias of the next dense layer that adds to the same numbers, so that it need not.
+    /// The bias of the next dense layer that adds to the same numbers. The norm adds it, so the layer does
+    /// not.
     pub(super) next: Buffer<f32>,
 }
 
@@ -37,13 +38,13 @@ pub(super) struct Layer<D: Kernel> {
     pub(super) fed: Norm,
 }
 
-/// A BERT for one kernel `D` in dense layers and one `A` in attention.
+/// A BERT model with kernel `D` for dense layers and kernel `A` for attention.
 pub(super) struct Network<D: Kernel, A: Float> {
     pub(super) widths: Widths,
     pub(super) epsilon: f32,
     pub(super) pooling: Pooling,
     pub(super) words: Table,
-    /// Of each position, with the first token type's added.
+    /// The embedding of each position, plus the embedding of the first token type.
     pub(super) positions: Buffer<f32>,
     pub(super) embedded: Norm,
     pub(super) layers: Vec<Layer<D>>,
@@ -68,7 +69,7 @@ impl<D: Kernel, A: Float> Network<D, A> {
         let reader = Reader { tensors, widths, inner: bert.intermediate_size };
         let mut layers = Vec::with_capacity(bert.num_hidden_layers);
         let mut next = Buffer::zeroed(widths.filled);
-        // From the last one back: each norm wants to know the bias that comes after it.
+        // From the last layer to the first, because each norm needs the bias of the layer after it.
         for number in (0..bert.num_hidden_layers).rev() {
             let (layer, bias) = reader.layer::<D>(&format!("encoder.layer.{number}."), next)?;
             layers.push(layer);
@@ -91,8 +92,8 @@ impl<D: Kernel, A: Float> Network<D, A> {
     }
 }
 
-/// Compares the sizes that a description claims with the tensors that there are, so that memory is asked for
-/// only as far as the file itself goes.
+/// Compares the sizes in the description with the tensors in the file, so that a wrong description cannot
+/// make the process allocate more memory than the file needs.
 fn check(bert: &BertConfig, tensors: &Tensors) -> Result<(), Error> {
     let BertConfig { hidden_size: hidden, intermediate_size: inner, .. } = *bert;
     tensors.check("embeddings.word_embeddings.weight", &[bert.vocab_size, hidden])?;
@@ -104,7 +105,7 @@ fn check(bert: &BertConfig, tensors: &Tensors) -> Result<(), Error> {
     Ok(())
 }
 
-/// Reads weights and fills them up.
+/// Reads weights and pads them.
 struct Reader<'a> {
     tensors: &'a Tensors,
     pub(super) widths: Widths,
@@ -112,17 +113,17 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// A layer, and the bias of its attention's output, which the norm before it adds.
+    /// Reads a layer. Also returns the bias of its attention output, which the norm before the layer adds.
     fn layer<D: Kernel>(&self, name: &str, next: Buffer<f32>) -> Result<(Layer<D>, Buffer<f32>), Error> {
         let Widths { hidden, filled, heads, head, context, inner } = self.widths;
         let dimensions = hidden / heads;
-        // Where the numbers of a head go.
+        // Padded position of a head's number.
         let of_heads = |at: usize| at / dimensions * head + at % dimensions;
         let mut project = Matrix::zeroed(3 * context, filled);
         for (part, which) in ["query", "key", "value"].into_iter().enumerate() {
             let weight = self.read(&format!("{name}attention.self.{which}.weight"), &[hidden, hidden])?;
             let bias = self.read(&format!("{name}attention.self.{which}.bias"), &[hidden])?;
-            // Scores are divided by the root of the dimensions, and powers of two are cheaper than of e.
+            // Attention divides scores by the square root of the dimensions, and exp2 is cheaper than exp.
             let factor = match part {
                 0 => std::f32::consts::LOG2_E / (dimensions as f32).sqrt(),
                 _ => 1.0,
@@ -184,7 +185,7 @@ impl Reader<'_> {
     fn positions(&self, count: usize) -> Result<Buffer<f32>, Error> {
         let Widths { hidden, filled, .. } = self.widths;
         let positions = self.read("embeddings.position_embeddings.weight", &[count, hidden])?;
-        // Texts are of the first type; how many there are differs.
+        // Texts have the first token type. The number of types differs between models.
         let types = self.tensors.read_first_row("embeddings.token_type_embeddings.weight", hidden)?;
         let mut table = Buffer::zeroed(count * filled);
         let rows = table.as_mut_slice().chunks_exact_mut(filled).zip(positions.chunks_exact(hidden));
@@ -201,7 +202,7 @@ impl Reader<'_> {
     }
 }
 
-/// A dense layer before it is laid out: column after column.
+/// A dense layer before the layout, column after column.
 struct Matrix {
     numbers: Vec<f32>,
     depth: usize,
@@ -225,7 +226,7 @@ impl Matrix {
         Dense::new(&self.numbers, self.depth, self.bias)
     }
 
-    /// The layer, and the bias for whoever adds it before.
+    /// The layer without its bias, and the bias, which the norm before the layer adds.
     fn without_bias<D: Kernel>(self) -> (Dense<D>, Buffer<f32>) {
         let none = Buffer::zeroed(self.bias.len());
         (Dense::new(&self.numbers, self.depth, none), self.bias)

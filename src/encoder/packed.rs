@@ -1,4 +1,4 @@
-//! Weights as a kernel multiplies them, and products with them.
+//! Weights in a kernel's layout, and products with them.
 
 use super::buffer::Buffer;
 use super::kernel::{Kernel, Left, Right, Sums};
@@ -6,17 +6,19 @@ use super::lanes::{Element, Lanes};
 use super::math;
 
 /// A dense layer: weights in panels, and biases.
+///
+/// `scales` and `sums` are empty unless the kernel is quantized.
 pub(super) struct Dense<K: Kernel> {
     weights: Buffer<K::Weight>,
     /// Depth of the product, a multiple of [`Kernel::DEPTH`].
     depth: usize,
     /// Columns of the product, a multiple of 32.
     columns: usize,
-    /// One a column.
+    /// One bias for each column.
     pub(super) bias: Buffer<f32>,
-    /// Of quantized kernels, one a column.
+    /// One scale for each column.
     scales: Buffer<f32>,
-    /// Of quantized kernels, one a column for each part in depth.
+    /// For each part in depth, one sum for each column.
     sums: Buffer<f32>,
 }
 
@@ -49,7 +51,7 @@ impl<K: Kernel> Dense<K> {
         Self { weights, depth, columns, bias, scales, sums }
     }
 
-    /// Panels, each of which is a unit of work.
+    /// Number of panels. Each panel is a unit of work.
     #[inline(always)]
     pub(super) fn panels(&self) -> usize {
         self.columns.div_ceil(K::COLUMNS)
@@ -74,11 +76,12 @@ impl<K: Kernel> Dense<K> {
         }
     }
 
-    /// Adds the product with one panel to `totals`, whose rows are `stride` apart. Biases are not added.
+    /// Adds the product with one panel to `totals`, whose rows are `stride` apart. Does not add biases.
     ///
     /// # Safety
     ///
-    /// `left` has `rows` rows as deep as this layer, `totals` as many of its columns, both with slack.
+    /// `left` must have `rows` rows with the depth of this layer. `totals` must have `rows` rows with the
+    /// columns of this layer. Both must have slack.
     #[inline(always)]
     pub(super) unsafe fn add_to(
         &self,
@@ -88,7 +91,7 @@ impl<K: Kernel> Dense<K> {
         totals: *mut f32,
         stride: usize,
     ) {
-        // SAFETY: the caller's; tiles stay within the rows.
+        // SAFETY: guaranteed by the caller; tiles stay within the rows.
         unsafe {
             let (first, _) = self.span(panel);
             for from in (0..self.depth).step_by(K::CHUNK) {
@@ -101,8 +104,8 @@ impl<K: Kernel> Dense<K> {
         }
     }
 
-    /// Hands the product with one panel, biases added, to `finish` by row and column. `partial` has room
-    /// for the rows, and slack, of one panel.
+    /// Passes the product with one panel, with biases added, to `finish` by row and column. `partial` must
+    /// have room for the rows of one panel, with slack.
     ///
     /// # Safety
     ///
@@ -116,14 +119,15 @@ impl<K: Kernel> Dense<K> {
         partial: *mut f32,
         finish: &F,
     ) {
-        // SAFETY: the caller's; tiles stay within the rows.
+        // SAFETY: guaranteed by the caller; tiles stay within the rows.
         unsafe {
             let (first, width) = self.span(panel);
             for from in (0..self.depth).step_by(K::CHUNK) {
                 let right = self.part(panel, from);
                 let is_last = from + right.depth == self.depth;
                 for (row, count) in Tiles::new::<K>(rows) {
-                    // One part only: the sums stay in the nearest cache.
+                    // With only one part, all tiles use the same place, so that the sums stay in the nearest
+                    // cache.
                     let place = if right.depth == self.depth { 0 } else { row };
                     let data = partial.add(place * width);
                     K::tile(left.at(row, from), count, &right, Sums { data, stride: width, add: from > 0 });
@@ -142,7 +146,8 @@ impl<K: Kernel> Dense<K> {
     }
 }
 
-/// Nearly equal tiles over rows, so that none is filled up: first row and number of rows.
+/// Divides rows into tiles of nearly equal size, so that no tile needs padding. Yields first row and number
+/// of rows.
 pub(super) struct Tiles {
     row: usize,
     rows: usize,
@@ -174,13 +179,13 @@ impl Iterator for Tiles {
     }
 }
 
-/// What becomes of a product's numbers.
+/// Receiver of the numbers of a product.
 pub(super) trait Finish<V: Lanes> {
-    /// Takes a register's worth of numbers, from `column` on.
+    /// Takes one register of numbers, from `column` on.
     unsafe fn finish(&self, row: usize, column: usize, numbers: V);
 }
 
-/// Stores them as elements.
+/// Stores the numbers as elements.
 pub(super) struct Store<E> {
     pub(super) to: *mut E,
     pub(super) stride: usize,
@@ -189,12 +194,12 @@ pub(super) struct Store<E> {
 impl<E: Element, V: Lanes> Finish<V> for Store<E> {
     #[inline(always)]
     unsafe fn finish(&self, row: usize, column: usize, numbers: V) {
-        // SAFETY: the caller's matrix has the row and columns.
+        // SAFETY: the caller's matrix has this row and these columns.
         unsafe { E::put(numbers, self.to.add(row * self.stride + column)) }
     }
 }
 
-/// Stores their [`math::gelu`] as elements.
+/// Stores the [`math::gelu`] of the numbers as elements.
 pub(super) struct Gelu<E> {
     pub(super) to: *mut E,
     pub(super) stride: usize,
@@ -203,7 +208,7 @@ pub(super) struct Gelu<E> {
 impl<E: Element, V: Lanes> Finish<V> for Gelu<E> {
     #[inline(always)]
     unsafe fn finish(&self, row: usize, column: usize, numbers: V) {
-        // SAFETY: the caller's matrix has the row and columns.
+        // SAFETY: the caller's matrix has this row and these columns.
         unsafe { E::put(math::gelu::<E, V>(numbers), self.to.add(row * self.stride + column)) }
     }
 }

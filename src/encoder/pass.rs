@@ -1,4 +1,4 @@
-//! One pass of packed sequences through the model.
+//! One pass of a batch of packed sequences through the model.
 
 use super::attention::{self, Sequence};
 use super::buffer::Buffer;
@@ -10,21 +10,21 @@ use super::packed::{Gelu, Store};
 use super::team::Team;
 use super::worker::Batch;
 
-/// Rows that stages between the products take at a time.
+/// Rows in a unit of the stages between the products.
 const ROWS: usize = 16;
 
-/// Stages of a pass: a layer's products, attention, norms and, for quantized kernels, their operands; and
-/// one at either end.
+/// Number of stages of a pass. Each layer has products, attention, norms and, for quantized kernels, the
+/// preparation of operands. One more stage is at the start, and one at the end.
 pub(super) fn stages<D: Kernel, A: Float>(network: &Network<D, A>) -> usize {
     let of_a_layer = if D::QUANTIZED { 9 } else { 7 };
     2 + of_a_layer * network.layers.len()
 }
 
-/// What the threads of one pass share: all tokens' numbers at one stage or another.
+/// Memory that the threads of one pass share: the numbers of all tokens, at different stages.
 pub(super) struct Shared<D: Kernel, A: Float> {
-    /// Sums of what layers add.
+    /// The sum of the outputs of the layers so far.
     residual: Buffer<f32>,
-    /// The same, normalised, for products.
+    /// The residual after normalisation, as input of products.
     normal: Buffer<D::Element>,
     projected: Buffer<A::Element>,
     context: Buffer<D::Element>,
@@ -34,7 +34,7 @@ pub(super) struct Shared<D: Kernel, A: Float> {
 }
 
 impl<D: Kernel, A: Float> Shared<D, A> {
-    /// Room for passes of at most `tokens`.
+    /// Memory for passes of at most `tokens` tokens.
     pub(super) fn new(network: &Network<D, A>, tokens: usize) -> Self {
         let Widths { filled, context, inner, .. } = network.widths;
         let rows = tokens + SLACK;
@@ -50,7 +50,7 @@ impl<D: Kernel, A: Float> Shared<D, A> {
         }
     }
 
-    /// Where it all lies.
+    /// Pointers to all buffers.
     pub(super) fn places(&mut self) -> Places<D, A> {
         Places {
             residual: self.residual.as_mut_ptr(),
@@ -64,7 +64,7 @@ impl<D: Kernel, A: Float> Shared<D, A> {
     }
 }
 
-/// Where [`Shared`] lies, for threads that write to different parts of it.
+/// Pointers into [`Shared`], for threads that write to different parts.
 pub(super) struct Places<D: Kernel, A: Float> {
     residual: *mut f32,
     normal: *mut D::Element,
@@ -83,18 +83,18 @@ impl<D: Kernel, A: Float> Clone for Places<D, A> {
 
 impl<D: Kernel, A: Float> Copy for Places<D, A> {}
 
-// SAFETY: threads write to parts of their own, as the units of a stage divide them, and a stage begins
-// when the one before it has ended.
+// SAFETY: each unit of a stage has its own part of the memory, one thread does the unit, and a stage begins
+// after the end of the stage before it.
 unsafe impl<D: Kernel, A: Float> Send for Places<D, A> {}
 
-/// What each thread of a pass has for itself.
+/// Memory of one thread of a pass.
 pub(super) struct Own<A: Float> {
     partial: Buffer<f32>,
     attention: attention::Workspace<A>,
 }
 
 impl<A: Float> Own<A> {
-    /// Room for passes of at most `tokens` with sequences of at most `length`.
+    /// Memory for passes of at most `tokens` tokens, with sequences of at most `length` tokens.
     pub(super) fn new<D: Kernel>(network: &Network<D, A>, tokens: usize, length: usize) -> Self {
         Self {
             partial: Buffer::zeroed((tokens + SLACK) * D::COLUMNS),
@@ -103,14 +103,14 @@ impl<A: Float> Own<A> {
     }
 }
 
-/// One pass: a thread's part of it.
+/// The part of one thread in one pass.
 pub(super) struct Pass<'a, D: Kernel, A: Float> {
     pub(super) network: &'a Network<D, A>,
     pub(super) batch: &'a Batch,
     pub(super) places: Places<D, A>,
     pub(super) own: &'a mut Own<A>,
     pub(super) team: &'a Team,
-    /// Room for a vector for each sequence, one after the other.
+    /// Memory for one vector for each sequence, one after the other.
     pub(super) vectors: *mut f32,
 }
 
@@ -119,7 +119,7 @@ impl<D: Kernel, A: Float> Op for Pass<'_, D, A> {
 
     #[inline(always)]
     unsafe fn run(mut self) {
-        // SAFETY: the caller has seen the instructions; the places have room for the batch.
+        // SAFETY: the caller has checked the CPU features; the places have room for the batch.
         unsafe {
             let mut stage = 0;
             self.embed(&mut stage);
@@ -133,7 +133,7 @@ impl<D: Kernel, A: Float> Op for Pass<'_, D, A> {
 }
 
 impl<D: Kernel, A: Float> Pass<'_, D, A> {
-    /// Embeddings of tokens and positions, normalised.
+    /// Computes the normalised embeddings of tokens and positions.
     #[inline(always)]
     unsafe fn embed(&mut self, stage: &mut usize) {
         let Widths { hidden, filled, .. } = self.network.widths;
@@ -143,7 +143,7 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
             let rows = block * ROWS..tokens.min((block + 1) * ROWS);
             for row in rows.clone() {
                 let position = self.batch.positions[row] as usize * filled;
-                // SAFETY: the row is this unit's alone, and there is room for it.
+                // SAFETY: only this unit uses the row, and there is room for it.
                 let to =
                     unsafe { std::slice::from_raw_parts_mut(self.places.residual.add(row * filled), filled) };
                 to.copy_from_slice(&self.network.positions.as_slice()[position..][..filled]);
@@ -168,7 +168,7 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
         let Batch { ids, starts, .. } = self.batch;
         let (rows, places) = (ids.len(), self.places);
         let partial = self.own.partial.as_mut_ptr();
-        // SAFETY: the places have room for the rows; units write to panels, heads or rows of their own.
+        // SAFETY: the places have room for the rows; each unit writes only to its own panel, head or rows.
         unsafe {
             let left = D::left(places.normal, filled, places.operands, places.quantizations);
             let store = Store { to: places.projected, stride: 3 * context };
@@ -216,7 +216,7 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
         }
     }
 
-    /// Operands of all rows of a matrix, where they are not its elements.
+    /// Makes the operands of all rows of a matrix, if the kernel is quantized.
     #[inline(always)]
     unsafe fn prepare(&mut self, elements: *const D::Element, width: usize, stage: &mut usize) {
         if !D::QUANTIZED {
@@ -226,7 +226,7 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
         let blocks = tokens.div_ceil(ROWS);
         for block in self.team.units(*stage, blocks) {
             let (first, rows) = (block * ROWS, ROWS.min(tokens - block * ROWS));
-            // SAFETY: the caller's; the rows are this unit's alone.
+            // SAFETY: guaranteed by the caller; only this unit uses the rows.
             unsafe {
                 let operands = self.places.operands.add(first * width);
                 let quantizations = self.places.quantizations.add(first);
@@ -241,18 +241,18 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
         let tokens = self.batch.ids.len();
         let blocks = tokens.div_ceil(ROWS);
         for block in self.team.units(*stage, blocks) {
-            // SAFETY: the caller's; the rows are this unit's alone.
+            // SAFETY: guaranteed by the caller; only this unit uses the rows.
             unsafe { self.normalise(norm, block * ROWS, ROWS.min(tokens - block * ROWS)) };
         }
         self.finish_stage(stage, blocks);
     }
 
-    /// Layer normalisation of some rows of the residual, in place with the next bias, and as operands.
+    /// Normalises some rows of the residual. Writes them back with the next bias added, and makes operands.
     #[inline(always)]
     unsafe fn normalise(&self, norm: &Norm, first: usize, rows: usize) {
         let Widths { hidden, filled, .. } = self.network.widths;
         let lanes = D::Lanes::LANES;
-        // SAFETY: the caller's; the norm's buffers are as wide as a row.
+        // SAFETY: guaranteed by the caller; the buffers of the norm have the width of a row.
         unsafe {
             let zero = D::Lanes::splat(0.0);
             for row in first..first + rows {
@@ -287,7 +287,7 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
         }
     }
 
-    /// One unit vector a sequence.
+    /// Computes one unit vector for each sequence.
     #[inline(always)]
     unsafe fn pool(&mut self, stage: &mut usize) {
         let Widths { hidden, filled, .. } = self.network.widths;
@@ -298,7 +298,7 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
                 Pooling::Mean => self.batch.starts[sequence + 1] - first,
                 Pooling::Cls => 1,
             };
-            // SAFETY: the vector is this unit's alone; the rows are there.
+            // SAFETY: only this unit uses the vector; the rows exist.
             unsafe {
                 let vector = std::slice::from_raw_parts_mut(self.vectors.add(sequence * hidden), hidden);
                 vector.fill(0.0);
@@ -308,7 +308,7 @@ impl<D: Kernel, A: Float> Pass<'_, D, A> {
                         *to += number;
                     }
                 }
-                // A vector's length takes care of the mean's divisor.
+                // The mean needs no division, because the vector is scaled to length 1.
                 let length = vector.iter().map(|number| number * number).sum::<f32>().sqrt();
                 let factor = if length > 0.0 { 1.0 / length } else { 0.0 };
                 for number in vector {

@@ -1,15 +1,15 @@
-//! Who shares the work of one pass through the model.
+//! Shares the work of one pass through the model between threads.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Spins before a waiting thread lets others run.
+/// Spins of a waiting thread before it yields the CPU.
 const SPINS: usize = 2_000;
 
-/// Those who go through one pass together: one thread, or two for the sake of a single text.
+/// The threads of one pass: one thread, or two threads to embed a single text faster.
 ///
-/// Each stage is cut into units, which are the same whoever does them, and everybody takes part in every
-/// stage in the same order, taking the next unit that nobody has. So nobody waits for a thread that does
-/// not run, unless it has stopped in the middle of a unit.
+/// Each stage is divided into units. A unit gives the same result on every thread. All threads take part in
+/// all stages, in the same order. Each thread takes the next free unit. So no thread waits for a thread that
+/// is not running, unless that thread was stopped in the middle of a unit.
 pub(super) struct Team {
     stages: Vec<Stage>,
 }
@@ -22,29 +22,29 @@ struct Stage {
 }
 
 impl Team {
-    /// For passes of so many stages.
+    /// A team for passes with this number of stages.
     pub(super) fn new(stages: usize) -> Self {
         Self { stages: (0..stages).map(|_| Stage::default()).collect() }
     }
 
-    /// Before a pass, when nobody is in one.
+    /// Prepares the next pass. No thread may be in a pass.
     pub(super) fn reset(&mut self) {
         for stage in &mut self.stages {
             *stage = Stage::default();
         }
     }
 
-    /// The units of stage `stage` that fall to the caller, one by one as they are done.
+    /// The units of a stage for the calling thread. Each call of `next` marks the previous unit as done.
     #[inline(always)]
     pub(super) fn units(&self, stage: usize, count: usize) -> Units<'_> {
         Units { stage: &self.stages[stage], count, holds: false }
     }
 
-    /// Waits until all units of the stage are done, whoever does them.
+    /// Waits until all units of the stage are done by any thread.
     #[inline(always)]
     pub(super) fn wait(&self, stage: usize, count: usize) {
         let mut spins = 0;
-        // Acquire: what others wrote in this stage is read in the next.
+        // Acquire: the next stage reads the data that other threads wrote in this stage.
         while self.stages[stage].done.load(Ordering::Acquire) < count {
             spins += 1;
             if spins < SPINS {
@@ -56,7 +56,7 @@ impl Team {
     }
 }
 
-/// Units that the caller takes one by one.
+/// Units that the calling thread takes one by one.
 pub(super) struct Units<'a> {
     stage: &'a Stage,
     count: usize,
@@ -69,7 +69,7 @@ impl Iterator for Units<'_> {
     #[inline(always)]
     fn next(&mut self) -> Option<usize> {
         if self.holds {
-            // Release: what was written for the unit is there for whoever sees the count.
+            // Release: a thread that reads the new count also sees the data of the unit.
             self.stage.done.fetch_add(1, Ordering::Release);
         }
         let unit = self.stage.taken.fetch_add(1, Ordering::Relaxed);

@@ -1,6 +1,7 @@
-//! Weights out of a safetensors file.
+//! Reads weights from a safetensors file.
 //!
-//! The file is read and never mapped, so that nothing that happens to it later can harm a process that loaded it.
+//! The file is read and never memory-mapped, so that a later change of the file cannot harm a running
+//! process.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -11,18 +12,18 @@ use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::Error;
 
-/// Bytes before the header: its length.
+/// Size of the header's length, before the header, in bytes.
 const LENGTH: u64 = 8;
 
-/// Bytes of a header at most, as safetensors has it.
+/// Maximum size of a header in bytes, as in the safetensors crate.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// An open file of named tensors. Its header is read, and agrees with the file's length.
+/// An open file of named tensors. The header was read and matches the length of the file.
 pub(super) struct Tensors {
     path: PathBuf,
     file: File,
     header: Metadata,
-    /// Where the numbers begin in the file.
+    /// Offset of the numbers in the file.
     start: u64,
     prefix: &'static str,
 }
@@ -35,25 +36,26 @@ impl Tensors {
         let file = File::open(path).map_err(unreadable)?;
         let whole = file.metadata().map_err(unreadable)?.len();
         if whole < LENGTH {
-            return Err(malformed(format!("a file of {whole} bytes is no safetensors file")));
+            return Err(malformed(format!("a file of {whole} bytes is not a safetensors file")));
         }
         let mut length = [0; LENGTH as usize];
         file.read_exact_at(&mut length, 0).map_err(unreadable)?;
         let length = u64::from_le_bytes(length);
         if length > MAX_HEADER.min(whole - LENGTH) {
-            let why = format!("its header would be {length} bytes long, and the file has {whole}");
+            let why = format!("not a safetensors file: header of {length} bytes in a file of {whole} bytes");
             return Err(malformed(why));
         }
         let mut text = vec![0; length as usize];
         file.read_exact_at(&mut text, LENGTH).map_err(unreadable)?;
-        // This checks offsets too: each tensor begins where the one before it ends, and is as long as its shape.
+        // This also checks the offsets: each tensor begins at the end of the tensor before it, and its length
+        // matches its shape.
         let header: Metadata =
-            serde_json::from_slice(&text).map_err(|error| malformed(format!("its header: {error}")))?;
+            serde_json::from_slice(&text).map_err(|error| malformed(format!("bad header: {error}")))?;
         let start = LENGTH + length;
         let promised = header.data_len() as u64;
         if whole - start != promised {
             let why = format!(
-                "it has {} bytes of weights, and its header says {promised}: it was cut, or is not whole yet",
+                "the file has {} bytes of weights, but its header says {promised}: download the file again",
                 whole - start
             );
             return Err(malformed(why));
@@ -71,28 +73,28 @@ impl Tensors {
         let name = format!("{}{name}", self.prefix);
         match self.header.info(&name) {
             Some(info) => Ok((name, info)),
-            None => Err(self.malformed(format!("there is no tensor {name}"))),
+            None => Err(self.malformed(format!("the file has no tensor {name}"))),
         }
     }
 
-    /// Checks that there is a tensor of this shape, before memory is asked for.
+    /// Checks that the tensor exists and has this shape, before memory is allocated.
     pub(super) fn check(&self, name: &str, shape: &[usize]) -> Result<(), Error> {
         self.shaped(name, shape).map(|_| ())
     }
 
-    /// A tensor of this shape, and bytes of a number of it.
+    /// The tensor, after a check of its shape, and the size of one of its numbers in bytes.
     fn shaped(&self, name: &str, shape: &[usize]) -> Result<(&TensorInfo, usize), Error> {
         let (name, info) = self.find(name)?;
         if info.shape != shape {
-            return Err(self.malformed(format!("{name} is {:?} large, not {shape:?}", info.shape)));
+            return Err(self.malformed(format!("{name} has shape {:?}, not {shape:?}", info.shape)));
         }
         match size(info.dtype) {
             Some(size) => Ok((info, size)),
-            None => Err(self.malformed(format!("{name} is of type {:?}, not f32, f16 or bf16", info.dtype))),
+            None => Err(self.malformed(format!("{name} has type {:?}, not f32, f16 or bf16", info.dtype))),
         }
     }
 
-    /// The first so many bytes of a tensor.
+    /// The first `length` bytes of a tensor.
     fn bytes(&self, info: &TensorInfo, length: usize) -> Result<Vec<u8>, Error> {
         let mut bytes = vec![0; length];
         self.file
@@ -101,14 +103,14 @@ impl Tensors {
         Ok(bytes)
     }
 
-    /// A tensor as `f32`, row by row. Its shape must be as given.
+    /// A tensor of the given shape as `f32`, row by row.
     pub(super) fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
         let (info, _) = self.shaped(name, shape)?;
         let (start, end) = info.data_offsets;
         Ok(numbers(info.dtype, &self.bytes(info, end - start)?))
     }
 
-    /// The first row of a tensor of rows, as `f32`.
+    /// The first row of a matrix, as `f32`.
     pub(super) fn read_first_row(&self, name: &str, width: usize) -> Result<Vec<f32>, Error> {
         let (full, info) = self.find(name)?;
         let rows = info.shape.first().copied().unwrap_or(0);
@@ -119,7 +121,7 @@ impl Tensors {
         Ok(numbers(info.dtype, &self.bytes(info, width * size)?))
     }
 
-    /// A table of rows, as it is in the file.
+    /// A matrix in the number type of the file.
     pub(super) fn table(&self, name: &str, shape: [usize; 2]) -> Result<Table, Error> {
         let (info, size) = self.shaped(name, &shape)?;
         let (start, end) = info.data_offsets;
@@ -128,7 +130,8 @@ impl Tensors {
     }
 }
 
-/// A table whose rows are wanted one at a time: in the file's own type, which is never larger than `f32`.
+/// A matrix whose rows are read one at a time. The numbers keep the type of the file, never larger than
+/// `f32`.
 pub(super) struct Table {
     bytes: Vec<u8>,
     dtype: Dtype,
@@ -137,11 +140,11 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Adds a row to as many numbers.
+    /// Adds a row to the numbers of `to`.
     ///
     /// # Panics
     ///
-    /// If there is no such row.
+    /// If the row does not exist.
     #[inline]
     pub(super) fn add_row(&self, row: usize, to: &mut [f32]) {
         assert!(row < self.rows, "a row of the table");
@@ -160,7 +163,7 @@ fn add<const BYTES: usize>(to: &mut [f32], from: &[u8], number: impl Fn([u8; BYT
     }
 }
 
-/// Bytes of a number, of the types that are known.
+/// Size of a number in bytes, for the supported types.
 fn size(dtype: Dtype) -> Option<usize> {
     match dtype {
         Dtype::F32 => Some(4),
@@ -169,7 +172,7 @@ fn size(dtype: Dtype) -> Option<usize> {
     }
 }
 
-/// Numbers of a type that has a [`size`].
+/// Converts numbers of a type that has a [`size`].
 fn numbers(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     let halves = || bytes.as_chunks::<2>().0.iter().map(|bytes| u16::from_le_bytes(*bytes));
     match dtype {

@@ -1,4 +1,4 @@
-//! Threads that embed: each alone, or two for the sake of one short text.
+//! Threads that embed: one thread alone, or two threads to embed one short text faster.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,17 +9,17 @@ use super::network::Network;
 use super::pass::{self, Own, Pass, Places, Shared};
 use super::team::Team;
 
-/// Tokens that go through the model together. With fewer, reading the weights takes longer than
-/// multiplying by them; with more, what the stages hand to each other no longer fits the cache.
+/// Tokens in a pass. With fewer tokens, reading the weights takes longer than multiplying by them. With more
+/// tokens, the data between the stages no longer fits the cache.
 const PASS: usize = 320;
 
 /// Sequences packed end to end.
 pub(super) struct Batch {
-    /// Tokens.
+    /// Token ids.
     pub(super) ids: Vec<u32>,
-    /// Each token's place in its sequence.
+    /// Position of each token in its sequence.
     pub(super) positions: Vec<u32>,
-    /// Where sequences begin, and the end of the last.
+    /// Start of each sequence, and the end of the last sequence.
     pub(super) starts: Vec<usize>,
 }
 
@@ -47,13 +47,13 @@ impl Batch {
 
 /// A model laid out for a kernel.
 pub(super) trait Laid: Send + Sync {
-    /// Memory for texts of at most `length` tokens, and with `helped` a second thread.
+    /// Memory for texts of at most `length` tokens. With `helped`, also starts a second thread.
     fn worker(self: Arc<Self>, length: usize, helped: bool) -> Box<dyn Run>;
 }
 
-/// A thread's own memory, and the model that it goes through.
+/// The memory of a thread, and the model.
 pub(super) trait Run: Send {
-    /// One vector a sequence of the batch.
+    /// Computes one vector for each sequence of the batch.
     fn run(&mut self, batch: &Batch, vectors: &mut [f32]);
 }
 
@@ -89,14 +89,14 @@ impl<D: Kernel, A: Float> Run for Passes<D, A> {
             team: &raw const self.team,
             vectors: vectors.as_mut_ptr(),
         };
-        // Before the helper may begin, so that whatever happens here waits until it has ended.
+        // The guard waits on drop until the helper has left the pass, even if this function panics.
         let _help = self.helper.as_ref().map(|helper| helper.offer(part));
-        // SAFETY: what the part points to lives until this function ends.
+        // SAFETY: the targets of the part's pointers live until the end of this function.
         unsafe { part.take(&mut self.own) };
     }
 }
 
-/// What a thread needs to take part in a pass.
+/// The data of a pass, for a thread that takes part.
 struct Part<D: Kernel, A: Float> {
     network: *const Network<D, A>,
     batch: *const Batch,
@@ -113,19 +113,20 @@ impl<D: Kernel, A: Float> Clone for Part<D, A> {
 
 impl<D: Kernel, A: Float> Copy for Part<D, A> {}
 
-// SAFETY: what is pointed to is shared between the threads of a pass, who write to parts of their own.
+// SAFETY: the threads of a pass share the targets of the pointers, and each thread writes only to its own
+// parts.
 unsafe impl<D: Kernel, A: Float> Send for Part<D, A> {}
 
 impl<D: Kernel, A: Float> Part<D, A> {
-    /// Goes through the pass.
+    /// Takes part in the pass.
     ///
     /// # Safety
     ///
-    /// What is pointed to must live until this ends.
+    /// The targets of the pointers must live until this function returns.
     unsafe fn take(self, own: &mut Own<A>) {
-        // SAFETY: the caller's. The CPU's instructions were looked at when the kernel was chosen; batches
-        // are within `PASS` and the model's longest text, for which there is room, and one vector a
-        // sequence.
+        // SAFETY: guaranteed by the caller. The CPU features were checked when the kernel was chosen. A batch
+        // has at most `PASS` tokens, or one text of the model's maximum length. There is room for both, and
+        // for one vector for each sequence.
         unsafe {
             D::vectorize(Pass {
                 network: &*self.network,
@@ -139,7 +140,7 @@ impl<D: Kernel, A: Float> Part<D, A> {
     }
 }
 
-/// A thread that takes part in another's passes, if it comes in time.
+/// A thread that takes part in the passes of another thread, if it wakes up in time.
 struct Helper<D: Kernel, A: Float> {
     desk: Arc<Desk<D, A>>,
     thread: Option<JoinHandle<()>>,
@@ -147,7 +148,7 @@ struct Helper<D: Kernel, A: Float> {
 
 struct Desk<D: Kernel, A: Float> {
     offered: Mutex<Option<Part<D, A>>>,
-    /// Set while the lock is held, so that who finds nothing offered sees it.
+    /// Set under the lock, so that a thread that finds no offer sees this flag.
     busy: AtomicBool,
     over: AtomicBool,
 }
@@ -164,7 +165,7 @@ impl<D: Kernel, A: Float> Desk<D, A> {
 }
 
 impl<D: Kernel, A: Float> Helper<D, A> {
-    /// None if there can be no more threads: passes then take longer.
+    /// None if the system cannot start a thread. Passes then take longer.
     fn start(mut own: Own<A>) -> Option<Self> {
         let desk = Arc::new(Desk {
             offered: Mutex::new(None),
@@ -176,7 +177,7 @@ impl<D: Kernel, A: Float> Helper<D, A> {
             while !help.over.load(Ordering::Acquire) {
                 match help.take(true) {
                     Some(part) => {
-                        // SAFETY: whoever offered it waits until it is no longer busy.
+                        // SAFETY: the thread that made the offer waits until `busy` is false.
                         unsafe { part.take(&mut own) };
                         help.busy.store(false, Ordering::Release);
                     }
@@ -187,7 +188,7 @@ impl<D: Kernel, A: Float> Helper<D, A> {
         match thread::Builder::new().name("embed-help".into()).spawn(work) {
             Ok(thread) => Some(Self { desk, thread: Some(thread) }),
             Err(error) => {
-                tracing::warn!(%error, "cannot start a second thread for single texts");
+                tracing::warn!(%error, "cannot start a second thread: embedding a single text takes longer");
                 None
             }
         }
@@ -207,13 +208,13 @@ impl<D: Kernel, A: Float> Drop for Helper<D, A> {
         self.desk.over.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
             thread.thread().unpark();
-            // It has said what it panicked about.
+            // The panic hook has already printed a panic of the thread.
             let _ = thread.join();
         }
     }
 }
 
-/// Help that was asked for. Dropping it takes the offer back, or waits until the helper has left the pass.
+/// An offer to the helper. On drop, withdraws the offer, or waits until the helper has left the pass.
 struct Help<'a, D: Kernel, A: Float>(&'a Desk<D, A>);
 
 impl<D: Kernel, A: Float> Drop for Help<'_, D, A> {
@@ -226,7 +227,7 @@ impl<D: Kernel, A: Float> Drop for Help<'_, D, A> {
     }
 }
 
-/// One thread's memory for embedding.
+/// Memory of one thread for embedding.
 pub struct Worker {
     run: Box<dyn Run>,
     batch: Batch,
@@ -240,12 +241,13 @@ impl Worker {
         Self { run, batch: Batch::new(), dimensions, most, vocabulary }
     }
 
-    /// Embeds sequences of token ids: one unit vector each, end to end, in their order. Of longer sequences
-    /// than the model reads, the beginning is embedded; of an empty one comes a zero vector.
+    /// Embeds sequences of token ids. Returns one unit vector for each sequence, one after the other, in the
+    /// same order. Cuts a sequence that is longer than the model's maximum. An empty sequence gives a zero
+    /// vector.
     ///
     /// # Panics
     ///
-    /// If a token is not in the model's vocabulary.
+    /// If a token id is not in the model's vocabulary.
     pub fn embed(&mut self, sequences: &[&[u32]]) -> Vec<f32> {
         let mut vectors = vec![0.0; sequences.len() * self.dimensions];
         let mut first = 0;

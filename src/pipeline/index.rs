@@ -151,6 +151,11 @@ pub trait PlainWrite: Send + Sync {
 
     /// The longest that a request can take before it is given up.
     fn request_timeout(&self) -> Duration;
+
+    /// Whether a record can be written among the others: writes a harmless one, and takes it out again. A query may
+    /// find it in between, so that this is only asked before a refusal that would concern everything is blamed on
+    /// one record.
+    async fn probe_record(&self) -> Result<()>;
 }
 
 /// How an index is written to.

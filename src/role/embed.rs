@@ -1,4 +1,4 @@
-//! `refarch embed`: jobs into the index.
+//! `refarch embed`: applies changes from the queue to the index.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres::registry::Worker;
 use crate::backend::postgres::{lineage, session};
-use crate::backend::{self, Backends, Database, LoadedModel};
+use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::clock::{BootClock, Clock};
@@ -20,19 +20,20 @@ use crate::pipeline::retry::Backoff;
 use crate::pipeline::schedule::Scheduler;
 use crate::shutdown;
 
-/// Runs the role in a process of its own.
+/// Runs the role in its own process.
 pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
-    let model = backend::patiently(settings, async || LoadedModel::load(settings).await).await?;
-    super::with_database(settings, async |database: &Database| {
-        let backends = super::open(database, settings).await?;
+    super::with_model(settings, async |database: &Database, model: &LoadedModel| {
+        let backends = super::open(database, settings, Some(model)).await?;
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");
-        work(&backends, settings, &model, &Arc::default(), &stop, args.until_idle).await
+        work(&backends, settings, model, &Arc::default(), &stop, args.until_idle).await
     })
     .await
 }
 
-/// Indexes until `stop`, then finishes what is held within the grace period.
+/// Applies changes until `stop`, then finishes the held messages within the grace period.
+///
+/// With `until_idle`, ends as soon as the queue is empty.
 pub async fn work(
     backends: &Backends,
     settings: &Settings,
@@ -44,32 +45,28 @@ pub async fn work(
     let workers = settings.indexer.worker_count();
     let worker = Worker::join(backends.postgres.clone(), "embed", workers, Arc::clone(meter)).await?;
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
-    let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease()));
+    let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease));
     let indexer = Indexer::new(
-        Arc::clone(&backends.queue),
+        backends.queue.clone(),
         Arc::clone(&backends.ledger) as _,
         Arc::clone(&backends.index),
-        Scheduler::new(
-            model.start(workers),
-            Duration::from_millis(settings.indexer.slice_ms),
-            Arc::clone(&clock),
-        ),
+        Scheduler::new(model.start(workers), settings.indexer.slice, Arc::clone(&clock)),
         Arc::clone(meter),
         Arc::clone(&lease),
         Options {
             source: settings.source.name.clone(),
             worker: worker.id.clone(),
             workers,
-            hold: Duration::from_millis(settings.indexer.hold_ms),
-            poll: Duration::from_millis(settings.indexer.poll_ms),
+            hold: settings.indexer.hold,
+            poll: settings.indexer.poll,
             max_receives: settings.queue.max_receives,
-            settle: settings.indexer.settle(),
-            look: Duration::from_millis(settings.index.freshness_ms),
+            settle: settings.indexer.attempt(),
+            look: settings.index.pinecone().map_or(Duration::ZERO, |index| index.freshness),
         },
     )
     .reporting(Arc::clone(&worker.faults));
     let indexer = Arc::new(indexer);
-    let abort = shutdown::after_grace(stop, settings.runtime.grace());
+    let abort = shutdown::after_grace(stop, settings.runtime.grace);
     let over = CancellationToken::new();
     let session = async {
         if backends.index_is_fenced() {
@@ -85,7 +82,7 @@ pub async fn work(
         result
     };
     let proof = async {
-        // Work that ends by itself is no service.
+        // The continuous proof needs a process that keeps running.
         if !until_idle {
             super::prove::keep(backends, settings, &worker.id, &over).await;
         }
@@ -95,7 +92,7 @@ pub async fn work(
         stop.cancel();
         kept
     };
-    // On the heap: the roles' futures lie within each other.
+    // On the heap, because the futures of the roles are nested.
     let both = Box::pin(async {
         claim(backends, &worker, &*clock, stop).await?;
         let (done, alive, ours, ()) = tokio::join!(work, session, marks, Box::pin(proof));
@@ -106,7 +103,7 @@ pub async fn work(
     result
 }
 
-/// Sees to it that the index is this database's, however long that takes.
+/// Claims the ownership of the index for this database. Retries until the index answers or `stop`.
 async fn claim(
     backends: &Backends,
     worker: &Worker,
@@ -122,7 +119,7 @@ async fn claim(
                 let pause = backoff.next(clock);
                 worker.faults.report(fault::HELD, format_args!("the index cannot be reached: {error}"));
                 if backoff.failures() == 1 {
-                    tracing::warn!(%error, "cannot reach the index; trying again until it answers");
+                    tracing::warn!(%error, "cannot reach the index; retrying until it answers");
                 }
                 stop.run_until_cancelled(clock.sleep(pause)).await;
             }

@@ -1,7 +1,6 @@
-//! `refarch listen`: committed changes to the queue.
+//! `refarch listen`: relays committed changes from the outbox to the queue.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
@@ -14,18 +13,18 @@ use crate::pipeline::meter::Meter;
 use crate::pipeline::relay::{Options, Relay};
 use crate::shutdown;
 
-/// Runs the role in a process of its own.
+/// Runs the role in its own process.
 pub async fn run(args: &cli::Listen, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     super::with_database(settings, async |database: &Database| {
-        let backends = super::open(database, settings).await?;
+        let backends = super::open(database, settings, None).await?;
         tracing::info!(source = settings.source.name, table = settings.source.table, "capturing changes");
         work(&backends, settings, &stop, args.until_idle).await
     })
     .await
 }
 
-/// Relays until `stop`.
+/// Relays changes until `stop`. With `until_idle`, ends as soon as nothing is pending.
 pub async fn work(
     backends: &Backends,
     settings: &Settings,
@@ -33,16 +32,16 @@ pub async fn work(
     until_idle: bool,
 ) -> anyhow::Result<()> {
     let worker = Worker::join(backends.postgres.clone(), "listen", 1, Arc::new(Meter::default())).await?;
-    let relay = Relay::new(
+    let mut relay = Relay::new(
         backends.outbox(),
-        Arc::clone(&backends.queue),
+        Arc::clone(&backends.queue.stats),
         Arc::new(BootClock),
         Options {
             source: settings.source.name.clone(),
             pack: settings.relay.pack,
             bulk_threshold: settings.relay.bulk_threshold,
             live_bound: settings.relay.live_bound,
-            poll: Duration::from_millis(settings.relay.poll_ms),
+            poll: settings.relay.poll,
         },
     )
     .reporting(Arc::clone(&worker.faults));

@@ -1,4 +1,4 @@
-//! `refarch migrate`: the schema, capture armed on the table, and the way back.
+//! `refarch migrate`: creates the schema, arms change capture on the table, and uninstalls both.
 
 use std::fmt::Write as _;
 use std::process::ExitCode;
@@ -9,10 +9,10 @@ use crate::backend::{self, Database};
 use crate::cli;
 use crate::config::Settings;
 
-/// Exit code of an uninstallation that was not told to go on.
+/// Exit code of `--uninstall` without `--yes`.
 const NOT_DONE: u8 = 2;
 
-/// Migrates, or uninstalls, and says what was done or would be.
+/// Migrates or uninstalls, and prints the steps that were done, or would be done in a dry run.
 pub async fn run(args: &cli::Migrate, settings: &Settings) -> anyhow::Result<ExitCode> {
     super::with_database(settings, async |database: &Database| {
         if args.uninstall {
@@ -59,7 +59,7 @@ async fn uninstall(
     if args.yes || args.dry_run || done.removed.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("nothing was removed: add --yes to do it");
+    eprintln!("nothing was removed: add --yes to uninstall");
     Ok(ExitCode::from(NOT_DONE))
 }
 
@@ -97,7 +97,7 @@ fn text(report: &Report, address: &str, is_plan: bool) -> String {
 
 fn text_of_uninstalled(done: &Uninstalled, address: &str, is_plan: bool) -> String {
     if done.removed.is_empty() {
-        return format!("nothing to do: there is nothing of refarch in {address}\n");
+        return format!("nothing to do: refarch is not installed in {address}\n");
     }
     let mut text = String::new();
     for name in &done.removed {

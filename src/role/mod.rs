@@ -1,4 +1,4 @@
-//! One module a subcommand.
+//! One module for each subcommand.
 
 pub mod chaos;
 pub mod embed;
@@ -22,12 +22,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres::registry::Worker;
 use crate::backend::postgres::target;
-use crate::backend::{self, Backends, Database};
+use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::cli::{Cli, Command};
-use crate::config::Settings;
-use crate::secret::without_secrets;
+use crate::config::{EmbedderKind, Settings};
 
-/// Takes the role that the command line names, and tells how it ended where that is not just well.
+/// Runs the role that the command line names, and returns the exit code of the process.
 pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCode> {
     let done = match command {
         Command::Verify(args) => return verify::run(&args, &settings).await,
@@ -40,7 +39,7 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCod
         Command::Up(args) => up::run(&args, &settings).await,
         Command::Status(args) => status::run(&args, &settings).await,
         Command::Redrive(args) => redrive::run(&args, &settings).await,
-        Command::Config => print(without_secrets(&toml::to_string(&settings)?).as_bytes()),
+        Command::Config => print(settings.as_toml().as_bytes()),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "refarch", &mut script);
@@ -51,14 +50,14 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCod
     done.map(|()| ExitCode::SUCCESS)
 }
 
-/// Writes a command's result. `print!` would panic when nobody reads it.
+/// Writes a command's result to standard output. `print!` would panic on a closed pipe.
 fn print(result: &[u8]) -> anyhow::Result<()> {
     let mut stdout = io::stdout();
     stdout.write_all(result)?;
     Ok(stdout.flush()?)
 }
 
-/// Whether the error is only that whoever read our output stopped reading.
+/// Whether the error means only that the reader of our output closed the pipe.
 #[must_use]
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
@@ -67,7 +66,7 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Opens the database, does the work, and closes it again whatever comes of the work.
+/// Opens the database, does the work, and closes the database, even if the work fails.
 async fn with_database<T>(
     settings: &Settings,
     work: impl AsyncFnOnce(&Database) -> anyhow::Result<T>,
@@ -78,23 +77,48 @@ async fn with_database<T>(
     result.and_then(|value| closed.map(|()| value))
 }
 
-/// Opens the backends. The private cluster is set up unasked; a database of the user's own is
-/// changed by `refarch migrate` only.
-async fn open(database: &Database, settings: &Settings) -> anyhow::Result<Backends> {
+/// The same with the model beside the database. A model on this machine that is missing is told before a database is
+/// started; what must be known of a server's model stands in the database.
+async fn with_model<T>(
+    settings: &Settings,
+    work: impl AsyncFnOnce(&Database, &LoadedModel) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let local = match settings.embedder.kind {
+        EmbedderKind::Minilm(_) => Some(LoadedModel::load(settings).await?),
+        EmbedderKind::Openai(_) | EmbedderKind::Tei(_) | EmbedderKind::Pinecone(_) => None,
+    };
+    with_database(settings, async |database: &Database| {
+        let load = async || LoadedModel::load_known(&database.postgres, settings).await;
+        let model = match local {
+            Some(model) => model,
+            None => backend::patiently(settings, load).await?,
+        };
+        work(database, &model).await
+    })
+    .await
+}
+
+/// Opens the backends, with a model if the role has one. A private cluster is migrated automatically. Only
+/// `refarch migrate` changes the schema of a configured database.
+async fn open(
+    database: &Database,
+    settings: &Settings,
+    model: Option<&LoadedModel>,
+) -> anyhow::Result<Backends> {
     if database.is_private() {
-        let report = backend::migrate(&database.postgres, settings).await?;
+        let report = backend::migrate_as_known(&database.postgres, settings).await?;
         for warning in report.warnings {
             tracing::warn!(warning, "migrated");
         }
     }
     let opened = backend::patiently(settings, async || {
         target::follow_swap(&database.postgres, &settings.source.name).await;
-        Backends::open(&database.postgres, settings).await
+        Backends::open_for(&database.postgres, settings, model).await
     });
     Ok(opened.await?)
 }
 
-/// Works with a heartbeat beside, which ends (and leaves the books) after the work.
+/// Sends heartbeats during the work. After the work, the worker leaves the worker registry.
 async fn while_beating<T>(
     worker: &Worker,
     work: impl Future<Output = anyhow::Result<T>>,

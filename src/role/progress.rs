@@ -1,4 +1,4 @@
-//! Progress of long work: a bar on a terminal, a plain line now and then elsewhere.
+//! Progress of long work: a bar on a terminal, otherwise a plain line every few seconds.
 
 use std::io::IsTerminal as _;
 use std::sync::Mutex;
@@ -6,20 +6,20 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// How often a plain line is printed.
+/// Time between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
 /// Progress towards a total, on standard error.
 pub struct Progress {
     label: &'static str,
     bar: ProgressBar,
-    /// When the last plain line was printed; none on a terminal.
+    /// Time of the last plain line; none on a terminal.
     plain: Option<Mutex<Instant>>,
     started: Instant,
 }
 
 impl Progress {
-    /// Progress from 0 to `total`. The bar is coloured by the terminal's own rules (`NO_COLOR`).
+    /// Progress from 0 to `total`. The colour of the bar obeys `NO_COLOR`.
     #[must_use]
     pub fn new(label: &'static str, total: u64) -> Self {
         let terminal = std::io::stderr().is_terminal();
@@ -33,12 +33,12 @@ impl Progress {
         Self { label, bar, plain: (!terminal).then(|| Mutex::new(now)), started: now }
     }
 
-    /// Corrects the total.
+    /// Sets a new total.
     pub fn set_total(&self, total: u64) {
         self.bar.set_length(total);
     }
 
-    /// Shows how far the work is.
+    /// Sets the position, and shows it.
     pub fn set(&self, position: u64) {
         self.bar.set_position(position);
         let Some(plain) = &self.plain else { return };
@@ -49,7 +49,7 @@ impl Progress {
         }
     }
 
-    /// Ends the display, leaving its last state where it is.
+    /// Ends the display. The last state stays visible.
     pub fn finish(&self) {
         if self.plain.is_some() {
             self.line();

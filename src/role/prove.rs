@@ -1,5 +1,5 @@
-//! The continuous proof beside an embedder's work, and what the same worker looks after: capture, and what
-//! may be forgotten.
+//! The continuous proof, which runs in an embed worker. The same worker checks change capture, and deletes
+//! old rows of the ledger, the freshness samples and the events.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,22 +14,23 @@ use crate::pipeline::clock::{BootClock, Clock as _};
 use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::retry::Backoff;
 
-/// Rows of a page.
+/// Rows in a page.
 const PAGE: usize = 500;
 
-/// Of how many looks after capture one also prunes the ledger, which has to be read for it: one an hour.
+/// Capture checks between two prunings of the ledger: an hour, because pruning reads the ledger.
 const LOOKS_A_PRUNE: u32 = 60;
 
-/// The least time that a difference must last until it is taken for a lost message.
+/// A difference counts as a lost message only after it has lasted at least this long.
 const MIN_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Proves until `over`, if no other worker does. What fails is tried again: nobody else waits for it.
+/// Runs the continuous proof until `over`, unless another worker runs it. Retries after a failure, because no
+/// other work waits for the proof.
 pub async fn keep(backends: &Backends, settings: &Settings, worker: &str, over: &CancellationToken) {
     let store = PgRounds::new(backends.postgres.clone(), backends.target.id, worker);
-    let visibility = Duration::from_secs(settings.queue.visibility_s);
-    let settle = if backends.index_is_fenced() { Duration::ZERO } else { settings.indexer.settle() };
+    let visibility = settings.queue.visibility;
+    let settle = if backends.index_is_fenced() { Duration::ZERO } else { settings.indexer.attempt() };
     let options = ProofOptions {
-        period: settings.audit.period(),
+        period: settings.audit.period,
         full: settings.audit.index == IndexCheck::Full,
         patience: settle.max(visibility * 2).max(MIN_PATIENCE),
         read_letters: backends.dead_letters_are_open(),
@@ -38,15 +39,15 @@ pub async fn keep(backends: &Backends, settings: &Settings, worker: &str, over: 
     let mut prover = Prover::new(
         Arc::clone(&backends.ledger) as _,
         Arc::clone(&backends.index),
-        Arc::clone(&backends.queue),
+        Arc::clone(&backends.queue.stats),
+        Arc::clone(&backends.queue.dead_letters),
         Arc::new(BootClock),
         Arc::new(store),
         options,
     );
-    let look_every = (settings.audit.armed_s > 0).then(|| Duration::from_secs(settings.audit.armed_s));
-    over.run_until_cancelled(prove(&mut prover, backends, worker, look_every)).await;
+    over.run_until_cancelled(prove(&mut prover, backends, worker, settings.audit.armed)).await;
     if let Err(error) = prover.release().await {
-        tracing::debug!(%error, "cannot give the proof back: another worker takes it over in a while");
+        tracing::debug!(%error, "cannot release the continuous proof: another worker takes it over later");
     }
 }
 
@@ -63,9 +64,9 @@ async fn prove(prover: &mut Prover, backends: &Backends, worker: &str, look_ever
             }
             Err(error) => {
                 let pause = backoff.next(&clock);
-                // Once; a database that is restarted is told of by others.
+                // Log once, and not before the third failure: a restart of the database is logged elsewhere.
                 if backoff.failures() == 3 || error.class() == Class::Fatal && backoff.failures() == 1 {
-                    tracing::warn!(%error, "the index cannot be compared with the table; trying again");
+                    tracing::warn!(%error, "the continuous proof cannot compare index and table; retrying");
                 }
                 pause
             }
@@ -74,10 +75,10 @@ async fn prove(prover: &mut Prover, backends: &Backends, worker: &str, look_ever
             if prover.is_ours() && clock.now() >= next_look {
                 next_look = clock.now() + every;
                 if let Err(error) = guard.look().await {
-                    tracing::warn!(%error, "cannot look after change capture");
+                    tracing::warn!(%error, "cannot check change capture");
                 }
                 if let Err(error) = guard.prune().await {
-                    tracing::debug!(%error, "cannot delete what is old");
+                    tracing::debug!(%error, "cannot delete old rows of the ledger, the samples and the events");
                 }
             }
             if prover.is_ours() {
@@ -88,13 +89,13 @@ async fn prove(prover: &mut Prover, backends: &Backends, worker: &str, look_ever
     }
 }
 
-/// Looks whether changes are captured, and arms what is not.
+/// Checks that changes are captured, and arms capture where a trigger is missing or disabled.
 struct Guard<'a> {
     backends: &'a Backends,
     worker: &'a str,
-    /// Faults that were told.
+    /// Faults that are already logged.
     told: Vec<String>,
-    /// Looks until the ledger is pruned again.
+    /// Checks until the ledger is pruned again.
     looks: u32,
 }
 
@@ -127,7 +128,10 @@ impl Guard<'_> {
         }
         match proof::rearm(postgres, source, self.worker, &faults).await {
             Ok(true) => {
-                tracing::warn!(table = source.table, "capture was armed again; every row is queued");
+                tracing::warn!(
+                    table = source.table,
+                    "capture was armed again; rows that may have changed unseen are queued"
+                );
                 Ok(())
             }
             Ok(false) => Ok(()),

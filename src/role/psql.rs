@@ -18,11 +18,11 @@ use crate::backend::postgres::tls::Wanted;
 use crate::cli::Psql;
 use crate::config::Settings;
 
-/// Variables of libpq that would override what we set, or be mixed with it.
+/// Variables of libpq that would override our variables or conflict with them.
 const FOREIGN: &[&str] =
     &["PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE", "PGPASSFILE", "PGOPTIONS", "PGTARGETSESSIONATTRS"];
 
-/// Runs psql to its end, and ends this process with its exit code if that is not 0.
+/// Runs psql. If the exit code of psql is not 0, ends this process with the same code.
 pub async fn run(psql: Psql, settings: &Settings) -> anyhow::Result<()> {
     let bundled = settings.runtime.dir.join("runtime/postgres/bin/psql");
     let status = if settings.database.url.is_empty() {
@@ -32,7 +32,7 @@ pub async fn run(psql: Psql, settings: &Settings) -> anyhow::Result<()> {
         status?
     } else {
         let variables = of_url(&Wanted::read(&settings.database.url, &settings.database)?);
-        // The bundled one has no TLS, which a database elsewhere may want.
+        // The bundled psql has no TLS, and a remote database may require TLS.
         attend(&find([on_path(), Some(bundled)])?, &psql.args, variables).await?
     };
     match exit_code(status) {
@@ -44,7 +44,7 @@ pub async fn run(psql: Psql, settings: &Settings) -> anyhow::Result<()> {
 fn find(candidates: [Option<PathBuf>; 2]) -> anyhow::Result<PathBuf> {
     match candidates.into_iter().flatten().find(|path| path.is_file()) {
         Some(path) => Ok(path),
-        None => bail!("there is no psql: run scripts/setup, or install PostgreSQL's client programs"),
+        None => bail!("there is no psql: run scripts/setup, or install the client programs of PostgreSQL"),
     }
 }
 
@@ -58,7 +58,7 @@ async fn attend(
     args: &[OsString],
     variables: BTreeMap<&str, String>,
 ) -> anyhow::Result<ExitStatus> {
-    // Ctrl-C is psql's: it cancels a query there. Listening to it keeps it from ending us first.
+    // In psql, Ctrl-C cancels a query. This handler keeps the same Ctrl-C from ending our process.
     let _interrupts = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut command = Command::new(program);
@@ -83,7 +83,7 @@ async fn attend(
 }
 
 fn exit_code(status: ExitStatus) -> i32 {
-    // As shells report a signal.
+    // Shells report a signal in the same way.
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
@@ -94,7 +94,7 @@ fn of_cluster(tcp: &Tcp) -> BTreeMap<&'static str, String> {
         ("PGUSER", tcp.user.clone()),
         ("PGPASSWORD", tcp.password.expose().to_owned()),
         ("PGDATABASE", tcp.dbname.clone()),
-        // A choice for other servers, in the caller's environment, must not fail here.
+        // A PGSSLMODE in the environment is meant for another server, and could fail here.
         ("PGSSLMODE", "prefer".to_owned()),
     ])
 }

@@ -1,4 +1,4 @@
-//! `refarch redrive`: dead letters, listed or brought back into work.
+//! `refarch redrive`: lists the dead letters, or queues them again.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
@@ -10,76 +10,80 @@ use crate::backend::{Backends, Database};
 use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::failure;
-use crate::pipeline::queue::{DeadLetter, JobQueue, Reason};
+use crate::pipeline::queue::{DeadLetter, DeadLetters, Reason};
 
-/// Letters in memory at a time.
+/// Dead letters in memory at a time.
 const PAGE: usize = 500;
 
-/// Row ids that a letter shows to people.
+/// Row ids of a dead letter in the text output.
 const IDS: usize = 5;
 
-/// Characters of a body that cannot be read, as shown to people.
+/// Characters of an undecodable body in the text output.
 const BODY: usize = 300;
 
-/// What went back, or would go.
+/// The dead letters that were queued again, or would be in a dry run.
 #[derive(Debug, Default, Serialize)]
 struct Outcome {
-    /// Letters.
+    /// Number of dead letters.
     redriven: u64,
-    /// Changes in them.
+    /// Number of changes in these dead letters.
     changes: u64,
-    /// Ids asked for that are not there.
+    /// Requested ids that do not exist.
     missing: Vec<String>,
-    /// Whether all is as it was.
+    /// Whether nothing was changed.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     dry_run: bool,
 }
 
-/// Lists the dead letters, or brings some or all of them back.
+/// Lists the dead letters, or queues some or all of them again.
+///
+/// # Errors
+///
+/// Also if a requested id does not exist; the other dead letters are queued again then.
 pub async fn run(args: &cli::Redrive, settings: &Settings) -> anyhow::Result<()> {
     super::with_database(settings, async |database: &Database| {
         let backends = Backends::open(&database.postgres, settings).await?;
-        let queue = &*backends.queue;
+        let dead_letters = &*backends.queue.dead_letters;
         let outcome = if args.all {
-            all(queue, args.dry_run).await?
+            all(dead_letters, args.dry_run).await?
         } else if args.id.is_empty() {
-            return list(queue, args.json).await;
+            return list(dead_letters, args.json).await;
         } else {
-            named(queue, &args.id, args.dry_run).await?
+            named(dead_letters, &args.id, args.dry_run).await?
         };
         let text = if args.json { serde_json::to_string(&outcome)? + "\n" } else { describe(&outcome) };
         super::print(text.as_bytes())?;
         if !outcome.missing.is_empty() {
             let named = outcome.missing.join(", ");
-            bail!("no dead letter has the id {named}: refarch redrive lists those that are there");
+            bail!("no dead letter has the id {named}: refarch redrive lists the existing ids");
         }
         Ok(())
     })
     .await
 }
 
-/// The dead letters from the oldest on, page by page.
+/// The dead letters page by page, oldest first.
 struct Pages<'a> {
-    queue: &'a dyn JobQueue,
+    dead_letters: &'a dyn DeadLetters,
     after: Option<String>,
 }
 
 impl<'a> Pages<'a> {
-    fn of(queue: &'a dyn JobQueue) -> Self {
-        Self { queue, after: None }
+    fn of(dead_letters: &'a dyn DeadLetters) -> Self {
+        Self { dead_letters, after: None }
     }
 
-    /// The next page; none after the last one.
+    /// The next page; none after the last page.
     async fn next(&mut self) -> failure::Result<Option<Vec<DeadLetter>>> {
-        let page = self.queue.read_dead_letters(self.after.as_deref(), PAGE).await?;
+        let page = self.dead_letters.list(self.after.as_deref(), PAGE).await?;
         let Some(last) = page.last() else { return Ok(None) };
         self.after = Some(last.id.clone());
         Ok(Some(page))
     }
 }
 
-async fn list(queue: &dyn JobQueue, json: bool) -> anyhow::Result<()> {
-    let mut pages = Pages::of(queue);
+async fn list(dead_letters: &dyn DeadLetters, json: bool) -> anyhow::Result<()> {
+    let mut pages = Pages::of(dead_letters);
     let mut is_first = true;
     while let Some(page) = pages.next().await? {
         let mut text = String::new();
@@ -101,12 +105,12 @@ async fn list(queue: &dyn JobQueue, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Brings back every letter that is there now. One that dies again at once has a new place behind
-/// them, and would be brought back for ever.
-async fn all(queue: &dyn JobQueue, dry_run: bool) -> failure::Result<Outcome> {
+/// Queues every present dead letter again, up to the one that is the newest now. A change that fails again at
+/// once becomes a new dead letter behind this one; without the bound the loop would never end.
+async fn all(dead_letters: &dyn DeadLetters, dry_run: bool) -> failure::Result<Outcome> {
     let mut there = Outcome { dry_run: true, ..Outcome::default() };
     let mut last = None;
-    let mut pages = Pages::of(queue);
+    let mut pages = Pages::of(dead_letters);
     while let Some(mut page) = pages.next().await? {
         there.redriven += page.len() as u64;
         there.changes += page.iter().map(|letter| letter.changes).sum::<u64>();
@@ -115,20 +119,20 @@ async fn all(queue: &dyn JobQueue, dry_run: bool) -> failure::Result<Outcome> {
     let Some(last) = last.filter(|_| !dry_run) else {
         return Ok(Outcome { dry_run, ..there });
     };
-    if let Some(redriven) = queue.redrive_all().await? {
+    if let Some(redriven) = dead_letters.redrive_all().await? {
         return Ok(Outcome { redriven, changes: there.changes, ..Outcome::default() });
     }
     let mut outcome = Outcome::default();
-    let mut pages = Pages::of(queue);
+    let mut pages = Pages::of(dead_letters);
     while let Some(mut page) = pages.next().await? {
         let end = page.iter().position(|letter| letter.id == last.id);
-        // Somebody else may have brought the last one back meanwhile.
+        // Another process may have redriven the last dead letter meanwhile.
         if end.is_none() && page[0].at > last.at {
             break;
         }
         page.truncate(end.map_or(page.len(), |end| end + 1));
         let changes = page.into_iter().map(|letter| (letter.id, letter.changes)).collect();
-        bring_back(queue, &changes, &mut outcome).await?;
+        bring_back(dead_letters, &changes, &mut outcome).await?;
         if end.is_some() {
             break;
         }
@@ -136,11 +140,11 @@ async fn all(queue: &dyn JobQueue, dry_run: bool) -> failure::Result<Outcome> {
     Ok(outcome)
 }
 
-/// Brings back the letters of these ids.
-async fn named(queue: &dyn JobQueue, ids: &[String], dry_run: bool) -> failure::Result<Outcome> {
+/// Queues the dead letters with these ids again.
+async fn named(dead_letters: &dyn DeadLetters, ids: &[String], dry_run: bool) -> failure::Result<Outcome> {
     let mut wanted: HashSet<&str> = ids.iter().map(String::as_str).collect();
     let mut changes = HashMap::new();
-    let mut pages = Pages::of(queue);
+    let mut pages = Pages::of(dead_letters);
     while !wanted.is_empty()
         && let Some(page) = pages.next().await?
     {
@@ -155,7 +159,7 @@ async fn named(queue: &dyn JobQueue, ids: &[String], dry_run: bool) -> failure::
         outcome.redriven = changes.len() as u64;
         outcome.changes = changes.values().sum();
     } else {
-        changes = bring_back(queue, &changes, &mut outcome).await?;
+        changes = bring_back(dead_letters, &changes, &mut outcome).await?;
     }
     let mut seen = HashSet::new();
     outcome.missing =
@@ -163,16 +167,17 @@ async fn named(queue: &dyn JobQueue, ids: &[String], dry_run: bool) -> failure::
     Ok(outcome)
 }
 
-/// Brings letters back, given the changes in each; returns those that were still there.
+/// Queues dead letters again. `changes` holds the number of changes for each id. Returns the entries that
+/// still existed.
 async fn bring_back(
-    queue: &dyn JobQueue,
+    dead_letters: &dyn DeadLetters,
     changes: &HashMap<String, u64>,
     outcome: &mut Outcome,
 ) -> failure::Result<HashMap<String, u64>> {
     let ids: Vec<String> = changes.keys().cloned().collect();
     let mut back = HashMap::new();
     for ids in ids.chunks(PAGE) {
-        for id in queue.redrive(ids).await? {
+        for id in dead_letters.redrive(ids).await? {
             let changes = changes.get(&id).copied().unwrap_or_default();
             outcome.redriven += 1;
             outcome.changes += changes;
@@ -188,22 +193,22 @@ fn describe(outcome: &Outcome) -> String {
         "{} with {} {}\n",
         count(outcome.redriven, "dead letter"),
         count(outcome.changes, "change"),
-        if outcome.dry_run { "would go back into work" } else { "went back into work" }
+        if outcome.dry_run { "would be queued again" } else { "queued again" }
     )
 }
 
-/// A letter for people.
+/// A dead letter as text, one field on a line.
 fn block(letter: &DeadLetter) -> String {
     let times = |count: u32| if count == 1 { "once".to_owned() } else { format!("{count} times") };
     let mut text = format!(
         "id             {}\n\
          given up       {:.0}, in the {} lane\n\
          why            it {}\n\
-         tries          received {}, tried by itself {}\n",
+         tries          received {}, tried alone {}\n",
         letter.id,
         letter.at,
         letter.lane.name(),
-        letter.reason.map_or("was put there by somebody else", Reason::describe),
+        letter.reason.map_or("was put there by another program", Reason::describe),
         times(letter.receive_count),
         times(letter.tries),
     );
@@ -231,7 +236,7 @@ fn shortened(body: &str) -> String {
     }
 }
 
-/// Text from elsewhere on one line, with nothing in it that a terminal would obey.
+/// Foreign text on one line, without control characters, which a terminal would obey.
 fn line(text: &str) -> String {
     text.replace(char::is_control, " ")
 }

@@ -1,4 +1,4 @@
-//! `refarch status`: what is pending, in flight and in sync.
+//! `refarch status`: how many rows are pending, in flight and in sync.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use crate::cli;
 use crate::config::Settings;
 use crate::shutdown;
 
-/// How often `--watch` prints.
+/// Time between two outputs of `--watch`.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
 /// Prints the status, once or until stopped.
@@ -29,7 +29,7 @@ pub async fn run(args: &cli::Status, settings: &Settings) -> anyhow::Result<()> 
     .await
 }
 
-/// What the ledger's count is worth.
+/// How far the index confirms the ledger's count of rows in sync.
 fn by_the_ledger(status: &Status) -> String {
     if status.lacking() > 0 {
         let (indexed, expected) = (status.indexed.unwrap_or_default(), status.expected);
@@ -40,7 +40,7 @@ fn by_the_ledger(status: &Status) -> String {
     if status.is_synced() { ", all of them by the ledger".into() } else { String::new() }
 }
 
-/// How many vectors there are, or why nobody can tell.
+/// The number of vectors in the index, or why it is unknown.
 fn indexed(status: &Status) -> String {
     match (status.indexed, &status.indexed_error) {
         (Some(count), _) => format!("{count} vectors"),
@@ -49,7 +49,7 @@ fn indexed(status: &Status) -> String {
     }
 }
 
-/// The status for people.
+/// The status as text, one value on a line.
 #[must_use]
 pub fn text(status: &Status) -> String {
     let about = |estimated| if estimated { "about " } else { "" };
@@ -64,7 +64,7 @@ pub fn text(status: &Status) -> String {
          queue, bulk    {} visible, {} in flight\n\
          dead letters   {}\n\
          freshness      p50 {}, p99 {} (last 5 minutes)\n\
-         of loads       p50 {}, p99 {}\n",
+         bulk freshness p50 {}, p99 {}\n",
         about(status.source_rows_estimated),
         status.source_rows,
         about(status.in_sync_estimated),

@@ -17,33 +17,33 @@ use crate::config::Settings;
 use crate::pipeline::meter::Meter;
 use crate::shutdown;
 
-/// How often the progress line looks at the status.
+/// Time between two reads of the status for the progress line.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
-/// The products of an empty table are always the same ones.
+/// Seed of the products for an empty table, so that the products are always the same.
 const SEED: u64 = 1;
 
-/// What `--until-synced` prints.
+/// The output of `--until-synced`.
 #[derive(Debug, Serialize)]
 struct Summary {
     /// Rows in the table, all of them searchable.
     rows: u64,
-    /// From the start of loading to the last row searchable.
+    /// Time from the start of the load until the last row is searchable.
     seconds: f64,
-    /// Texts that went through the model.
+    /// Texts that the model embedded.
     embedded: u64,
-    /// Those by the seconds.
+    /// Embedded texts per second.
     docs_per_s: f64,
-    /// From statement to searchable.
+    /// Time from statement to searchable.
     freshness_ms: crate::backend::postgres::status::Freshness,
-    /// The process's largest resident set.
+    /// Largest resident set of the process.
     peak_memory_mib: u64,
 }
 
 /// Runs all roles until a stop signal, or with `--until-synced` until every row is searchable.
 pub async fn run(args: &cli::Up, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
-    // Both can fail for a plain reason, which should come before a database is started.
+    // Both can fail because of a setting. That error should come before a database is started.
     let listener = super::serve::bind(settings).await?;
     let model = LoadedModel::load(settings).await?;
     super::with_database(settings, async |database: &Database| {
@@ -51,7 +51,7 @@ pub async fn run(args: &cli::Up, settings: &Settings) -> anyhow::Result<()> {
         for warning in report.warnings {
             tracing::warn!(warning, "migrated");
         }
-        let backends = Backends::open(&database.postgres, settings).await?;
+        let backends = Backends::open_for(&database.postgres, settings, Some(&model)).await?;
         run_roles(args, settings, &backends, model, listener, &stop).await
     })
     .await
@@ -69,7 +69,7 @@ async fn run_roles(
     let model = Arc::new(model);
     let meter: Arc<Meter> = Arc::default();
     let mut roles: JoinSet<anyhow::Result<()>> = JoinSet::new();
-    // Roles that depend on nobody's stop but this function's: when one fails, all stop.
+    // A token of its own, so that this function can stop all roles if one role fails.
     let stop = stop.child_token();
     {
         let (backends, settings, stop) = (backends.clone(), settings.clone(), stop.clone());
@@ -109,7 +109,7 @@ async fn run_roles(
         result = foreground => result,
         Some(ended) = roles.join_next() => match ended {
             Ok(Ok(())) if stop.is_cancelled() => Ok(()),
-            Ok(Ok(())) => Err(anyhow!("a role ended by itself")),
+            Ok(Ok(())) => Err(anyhow!("a role (listen, embed or serve) ended without a stop signal")),
             Ok(Err(error)) => Err(error),
             Err(error) => Err(error.into()),
         },
@@ -121,12 +121,12 @@ async fn run_roles(
     result
 }
 
-/// Fills an empty table.
+/// Loads products if the table is empty.
 async fn fill(settings: &Settings, backends: &Backends, stop: &CancellationToken) -> anyhow::Result<()> {
     let table = &backends.target.table.relation;
     let client = backends.postgres.client().await?;
     let sql = format!("SELECT NOT EXISTS (SELECT FROM {table})");
-    let empty: bool = client.query_one(&sql, &[]).await.context("look whether the table is empty")?.get(0);
+    let empty: bool = client.query_one(&sql, &[]).await.context("check whether the table is empty")?.get(0);
     if !empty || settings.up.products == 0 {
         return Ok(());
     }
@@ -139,7 +139,7 @@ async fn fill(settings: &Settings, backends: &Backends, stop: &CancellationToken
     Ok(())
 }
 
-/// Shows progress until all is searchable.
+/// Shows progress until every row is searchable, or only dead letters are left.
 async fn sync(backends: &Backends, stop: &CancellationToken) -> anyhow::Result<()> {
     let mut status = backends.status().await?;
     if status.is_synced() {
@@ -147,11 +147,11 @@ async fn sync(backends: &Backends, stop: &CancellationToken) -> anyhow::Result<(
     }
     let progress = Progress::new("making rows searchable", status.source_rows);
     while !status.is_synced() {
-        // What stands in the dead letters does not become searchable by waiting.
+        // Waiting does not help: a dead letter becomes searchable only after a redrive.
         if status.dead_letters > 0 && status.outstanding() == 0 {
             progress.finish();
             eprintln!(
-                "{} of {} rows are searchable; {} changes stand in the dead letters",
+                "{} of {} rows are searchable; {} changes are dead letters: refarch redrive lists them",
                 status.in_sync, status.source_rows, status.dead_letters
             );
             return Ok(());
@@ -182,7 +182,7 @@ async fn summarize(args: &cli::Up, backends: &Backends, meter: &Meter, took: Dur
     };
     anyhow::ensure!(
         status.is_synced(),
-        "{} of {} rows are in sync, and {} changes stand in the dead letters",
+        "{} of {} rows are in sync; {} changes are dead letters: refarch redrive lists them",
         status.in_sync,
         status.source_rows,
         status.dead_letters
@@ -207,7 +207,7 @@ async fn summarize(args: &cli::Up, backends: &Backends, meter: &Meter, took: Dur
 
 fn peak_memory_mib() -> anyhow::Result<u64> {
     use nix::sys::resource::{UsageWho, getrusage};
-    let peak = getrusage(UsageWho::RUSAGE_SELF).context("ask for the peak memory")?.max_rss();
+    let peak = getrusage(UsageWho::RUSAGE_SELF).context("read the peak memory")?.max_rss();
     // Linux counts in KiB, macOS in bytes.
     let per_mib = if cfg!(target_os = "macos") { 1024 * 1024 } else { 1024 };
     Ok(u64::try_from(peak).unwrap_or_default() / per_mib)

@@ -1,4 +1,4 @@
-//! `refarch verify`: whether index and table agree, row by row.
+//! `refarch verify`: compares index and table row by row.
 
 use std::fmt::Write as _;
 use std::process::ExitCode;
@@ -8,40 +8,43 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::progress::Progress;
-use crate::backend::postgres::capture;
 use crate::backend::postgres::lineage::{self, Standing};
-use crate::backend::{Backends, Database, LoadedModel};
+use crate::backend::postgres::{Postgres, capture, proof};
+use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::audit::{Auditor, Options, Report};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::chain;
 
-/// Exit codes: see the command's help.
+/// Exit codes, as in the help of the command.
 const DIFFERENT: u8 = 1;
 const UNDECIDED: u8 = 2;
 
-/// The audit's report, with what else stands between table and index.
+/// The name under which the worker registry shows that `verify` armed capture.
+const WORKER: &str = "verify";
+
+/// The report of the audit, and further reasons why index and table may differ.
 #[derive(Debug, Serialize)]
 struct Verified {
     #[serde(flatten)]
     report: Report,
-    /// Changes in the dead letters.
+    /// Changes in the dead-letter queue.
     dead_letters: u64,
-    /// Tables whose changes were not captured.
-    unarmed: Vec<String>,
+    /// Why changes were not all captured.
+    capture_faults: Vec<String>,
     /// Whether the index belonged to another database, or to a later state of this one.
     foreign: bool,
-    /// Whether that was to be repaired.
+    /// Whether `--repair` was given.
     #[serde(skip)]
     repair: bool,
 }
 
 impl Verified {
     fn code(&self) -> u8 {
-        if self.report.differences() > 0 || !self.unarmed.is_empty() || self.foreign {
+        if self.report.differences() > 0 || !self.capture_faults.is_empty() || self.foreign {
             DIFFERENT
-        } else if self.report.undecided > 0 || self.report.unreadable > 0 {
+        } else if self.report.is_partial() {
             UNDECIDED
         } else {
             0
@@ -49,11 +52,30 @@ impl Verified {
     }
 }
 
-/// Verifies, and exits with what came of it: an error means that it could not be told.
+/// Verifies, and returns the exit code for the result. A failure gives the code for "could not tell".
 pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<ExitCode> {
     let verified = super::with_database(settings, async |database: &Database| {
-        let backends = Backends::open(&database.postgres, settings).await?;
-        verify(args, settings, &backends).await
+        let faults = capture::faults(&database.postgres, &settings.source).await;
+        let told = faults.as_deref().unwrap_or_default();
+        let opened = async {
+            if args.repair && !told.is_empty() {
+                // Before the walk, so that what changes during it is captured.
+                arm(&database.postgres, settings, told).await?;
+            }
+            let model = match args.sample {
+                0 => None,
+                _ => Some(LoadedModel::load_known(&database.postgres, settings).await?),
+            };
+            let backends = Backends::open_for(&database.postgres, settings, model.as_ref()).await?;
+            anyhow::Ok((backends, model))
+        };
+        let (backends, model) = opened.await.inspect_err(|_| {
+            // They may be why.
+            for fault in told {
+                eprintln!("not captured: {fault}");
+            }
+        })?;
+        verify(args, settings, &backends, model.as_ref(), faults?).await
     })
     .await;
     match verified {
@@ -62,7 +84,7 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
             super::print(if args.json { json } else { text(&verified) }.as_bytes())?;
             Ok(ExitCode::from(verified.code()))
         }
-        // Whoever scripts this must not take "could not look" for "they differ".
+        // The exit code of any other error is 1. A script would read 1 as "index and table differ".
         Err(error) if !super::is_broken_pipe(&error) => {
             eprintln!("error: could not tell whether index and table agree: {}", chain(error.as_ref()));
             Ok(ExitCode::from(UNDECIDED))
@@ -71,22 +93,27 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
     }
 }
 
-async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) -> anyhow::Result<Verified> {
-    let embedder = if args.sample > 0 {
-        let model = LoadedModel::load(settings).await?;
-        Some(model.start(settings.indexer.worker_count()))
-    } else {
-        None
-    };
+/// Arms capture where that mends the faults, and asks for what may have changed unseen to be queued.
+async fn arm(postgres: &Postgres, settings: &Settings, faults: &[String]) -> anyhow::Result<()> {
+    let armed =
+        backend::patiently(settings, async || proof::rearm(postgres, &settings.source, WORKER, faults).await);
+    if armed.await.context("arm change capture")? {
+        eprintln!("repaired: change capture is armed; refarch listen queues what may have changed unseen");
+    }
+    Ok(())
+}
+
+async fn verify(
+    args: &cli::Verify,
+    settings: &Settings,
+    backends: &Backends,
+    model: Option<&LoadedModel>,
+    capture_faults: Vec<String>,
+) -> anyhow::Result<Verified> {
+    let embedder = model.map(|model| model.start(settings.indexer.worker_count()));
     let target = &backends.target;
-    let unarmed = capture::unarmed(&backends.postgres, &target.table).await?;
     let foreign =
         lineage::compare(&backends.postgres, target.id, &*backends.index).await? == Standing::Foreign;
-    if args.repair && !unarmed.is_empty() {
-        // Before the walk, so that what changes during it is captured.
-        crate::backend::migrate(&backends.postgres, settings).await.context("arm change capture")?;
-        eprintln!("repaired: change capture is armed on {}", unarmed.join(", "));
-    }
     if args.repair && foreign {
         lineage::claim(&backends.postgres, target.id, &*backends.index).await?;
         eprintln!("repaired: every row is queued");
@@ -99,41 +126,47 @@ async fn verify(args: &cli::Verify, settings: &Settings, backends: &Backends) ->
     let auditor = Auditor {
         ledger: &*backends.ledger,
         index: &*backends.index,
-        queue: &*backends.queue,
+        queue: &*backends.queue.stats,
         embedder,
         clock: &BootClock,
         options: Options { sample: args.sample, wait: Duration::from_secs(args.wait), repair: args.repair },
     };
     let report = auditor.run(&|seen| progress.set(seen)).await?;
     progress.finish();
-    let dead_letters = backends.queue.dead_letters().await?;
-    Ok(Verified { report, dead_letters, unarmed, foreign, repair: args.repair })
+    let dead_letters = backends.queue.dead_letters.count().await?;
+    Ok(Verified { report, dead_letters, capture_faults, foreign, repair: args.repair })
 }
 
 fn text(verified: &Verified) -> String {
-    let Verified { report, dead_letters, unarmed, foreign, repair } = verified;
+    let Verified { report, dead_letters, capture_faults, foreign, repair } = verified;
     let mut text = format!("{report}dead letters     {dead_letters}\n");
     // Writing to a string can't fail.
-    for table in unarmed {
-        let _ = writeln!(text, "not captured     {table}");
+    for fault in capture_faults {
+        let _ = writeln!(text, "not captured     {fault}");
     }
     if *foreign {
         let _ = writeln!(
             text,
-            "foreign          the index belongs to another database or to a later state of this one"
+            "foreign          the index belongs to another database or to a later state of this database"
         );
     }
     let verdict = match verified.code() {
         0 => "index and table agree",
-        DIFFERENT if *repair => {
-            "index and table differed: what did is queued; verify again once it is applied"
+        DIFFERENT if report.differences() == 0 && !foreign => {
+            "what was compared agrees, and changes are not all captured: see above"
         }
-        DIFFERENT => "index and table differ: --repair queues what differs",
-        _ if report.undecided == 0 => {
-            "could not tell: rows cannot be read (they are named above); the others agree"
+        DIFFERENT if *repair => {
+            "index and table differed: the differing rows are queued; verify again after they are applied"
+        }
+        DIFFERENT => "index and table differ: run verify --repair to queue the differing rows",
+        _ if report.undecided > 0 => {
+            "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)"
+        }
+        _ if report.unreadable > 0 => {
+            "could not tell: the rows named above cannot be read; all other rows agree"
         }
         _ => {
-            "could not tell: changes are under way; wait longer (--wait), or look for stopped workers (refarch status)"
+            "could not tell: vectors were not compared (the reason is above; --sample 0 leaves them out); all else agrees"
         }
     };
     let _ = writeln!(text, "{verdict}");

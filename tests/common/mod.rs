@@ -1,10 +1,13 @@
-//! What the test binaries share: a database of its own for each test, and the executable.
+//! What the themes of tests share: a database of its own for each test, and the executable.
 
-// Each test binary uses its own part of this.
+// Each theme uses its own part of this.
 #![allow(dead_code)]
 
 pub mod python;
+pub mod source;
+pub mod steps;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
@@ -141,6 +144,16 @@ pub async fn connect(url: &str) -> Client {
     client
 }
 
+/// Runs statements, and fails with them.
+pub async fn run(client: &Client, sql: &str) {
+    client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+}
+
+/// The one number that a statement comes to.
+pub async fn number(client: &Client, sql: &str) -> i64 {
+    client.query_one(sql, &[]).await.unwrap_or_else(|error| panic!("{sql}: {error:?}")).get(0)
+}
+
 /// The runtime folder that `scripts/setup` fills: the model and PostgreSQL's binaries.
 pub fn runtime_dir() -> PathBuf {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(".refarch");
@@ -176,6 +189,15 @@ pub fn browser() -> PathBuf {
     found.into_iter().find(|path| path.is_file()).expect(
         "browser tests need a Chromium: run scripts/test, install Debian's chromium, or set CHROMIUM to its path",
     )
+}
+
+/// Says why a test cannot run here, on the real standard error: the harness keeps a passing test's output to itself.
+/// Where `CI` is set it fails the test: a test that did not run has shown nothing.
+pub fn cannot_run(why: &str) {
+    let thread = std::thread::current();
+    let said = format!("NOT RUN: {}: {why}\n", thread.name().unwrap_or("a test"));
+    let _ = std::io::stderr().write_all(said.as_bytes());
+    assert!(std::env::var_os("CI").is_none_or(|ci| ci.is_empty()), "{said}");
 }
 
 /// A loopback port that was free just now.

@@ -6,7 +6,8 @@
 //! once everything is quiet the index must equal the table. A rule of the protocol that is left out
 //! must show: each such plant has a test that fails when nothing diverges.
 //!
-//! `REFARCH_SCHEDULES` sets how many schedules are run; the same seeds always give the same ones.
+//! `REFARCH_SCHEDULES` sets how many schedules are run, and `REFARCH_FIRST_SEED` the seed of the first; the same seeds
+//! always give the same ones.
 
 #[path = "../contract/ledger.rs"]
 mod contract;
@@ -16,6 +17,7 @@ mod fenced;
 mod fenced_contract;
 mod ledger;
 mod split;
+mod visibility;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,6 +31,7 @@ use refarch::pipeline::change::Lane;
 use refarch::pipeline::clock::Clock;
 use refarch::pipeline::indexer::{self, Indexer};
 use refarch::pipeline::lease::Lease;
+use refarch::pipeline::queue::Queue;
 use refarch::pipeline::relay::{self, Relay};
 use refarch::pipeline::schedule::Scheduler;
 use tokio_util::sync::CancellationToken;
@@ -39,6 +42,9 @@ const SCHEDULES: u64 = 3_000;
 
 /// Schedules within which a planted bug must show.
 const PLANT_WITHIN: u64 = 40_000;
+
+/// So many schedules may pass without some kind of fault.
+const FEW: u64 = 100;
 
 /// Polls after which a schedule that is not quiet never will be.
 const MAX_STEPS: u32 = 60_000;
@@ -100,7 +106,7 @@ impl Run {
     }
 
     fn start_relay(&mut self) {
-        let view = Arc::new(self.view("relay"));
+        let view = self.view("relay");
         let options = relay::Options {
             source: "products".into(),
             pack: 3,
@@ -108,7 +114,8 @@ impl Run {
             live_bound: 1_000,
             poll: Duration::from_secs(1),
         };
-        let relay = Relay::new(view.clone() as _, view as _, Arc::clone(&self.clock) as _, options);
+        let outbox = Box::new(view.clone());
+        let mut relay = Relay::new(outbox, Arc::new(view), Arc::clone(&self.clock) as _, options);
         self.executor.spawn(RELAY, async move {
             let _ = relay.run(&CancellationToken::new(), false).await;
         });
@@ -132,7 +139,7 @@ impl Run {
                         clock.sleep(Duration::from_secs(2)).await;
                         continue;
                     }
-                    let _ = indexer.hold(lane, &received, &never).await;
+                    let _ = indexer.process_with_visibility(lane, &received, &never).await;
                 }
             });
         }
@@ -235,7 +242,7 @@ fn indexer(view: &View, clock: &Arc<SimClock>) -> (Arc<Indexer>, Arc<Lease>) {
     let clock: Arc<dyn Clock> = Arc::clone(clock) as _;
     let lease = Arc::new(Lease::new(Arc::clone(&clock), LEASE));
     let indexer = Indexer::new(
-        view.clone() as _,
+        Queue::new(Arc::clone(&view)),
         view.clone() as _,
         view as _,
         Scheduler::new(Arc::new(world::Instant), Duration::from_millis(50), clock),
@@ -409,8 +416,20 @@ fn converges(name: &str, kind: IndexKind, poison: Poison) {
     for (seed, divergence) in found.iter().take(20) {
         println!("  schedule {seed}: {divergence}");
     }
-    assert!(found.is_empty(), "{} of {count} diverged, such as {:?}", found.len(), found.first());
-    // A world in which nothing goes wrong has shown nothing.
+    if let Some((seed, divergence)) = found.first() {
+        // One thread alone runs all tests, and is not named for one.
+        let thread = std::thread::current();
+        let test = thread.name().filter(|name| *name != "main").unwrap_or_default();
+        panic!(
+            "{} of {count} diverged, such as {seed}: {divergence}\nthis one again: \
+             REFARCH_FIRST_SEED={seed} REFARCH_SCHEDULES=1 scripts/test simulation {test} -- --nocapture",
+            found.len()
+        );
+    }
+    // A world in which nothing goes wrong has shown nothing. In a few schedules not everything does.
+    if count < FEW {
+        return;
+    }
     for what in ["worker killed", "worker frozen", "duplicated message", "database commit told as failed"] {
         assert!(totals.contains_key(what), "no {what}");
     }

@@ -1,19 +1,20 @@
-//! How near an engine's vectors are to the reference's.
+//! Compares an engine's vectors with the vectors of the reference.
 
-/// Texts whose neighbours are looked at.
+/// Number of texts whose neighbours are compared.
 const QUERIES: usize = 1_000;
 
-/// Neighbours that are looked at.
+/// Number of neighbours that are compared for each text.
 const TOP: usize = 10;
 
 pub struct Fit {
     pub cosine_min: f64,
     pub cosine_mean: f64,
-    /// Share of the reference's ten nearest neighbours of a text that are among this engine's, on average.
+    /// Share of the ten nearest neighbours by the reference that are also among the ten nearest by this
+    /// engine, on average over the texts.
     pub overlap_at_10: f64,
 }
 
-/// Compares `count` vectors of each, end to end.
+/// Compares two lists of `count` vectors, stored one after the other.
 pub fn compare(reference: &[f32], vectors: &[f32], count: usize) -> Fit {
     assert_eq!(reference.len(), vectors.len(), "as many vectors of the same length");
     let width = vectors.len() / count;
@@ -37,7 +38,7 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
-/// The nearest other vectors of each of the first.
+/// For each of the first vectors, the numbers of its nearest other vectors.
 fn neighbours(vectors: &[f32], width: usize) -> Vec<Vec<usize>> {
     let count = vectors.len() / width;
     vectors

@@ -1,4 +1,4 @@
-//! Texts, and what the model's tokenizer makes of them.
+//! Texts, and their tokens by the model's tokenizer.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,14 +8,14 @@ use refarch::role::generate::catalogue::{Catalogue, Text};
 use serde_json::{Value, json};
 use tokenizers::{Tokenizer, TruncationParams};
 
-/// Long texts: their tokens, at least, and how many short ones there are for each.
+/// Kinds of long texts: name, minimum number of tokens, and number of short texts for each long text.
 const LONG: [(&str, usize, usize); 2] = [("long-100", 100, 20), ("long-512", 512, 100)];
 
-/// Of long texts there are at least as many, for neighbours to be told apart.
+/// Minimum number of long texts, so that a comparison of neighbours makes sense.
 const LEAST_LONG: usize = 20;
 
-/// A model folder that reads texts of as many tokens as the model has positions, as its own settings may
-/// not.
+/// A copy of a model folder with another maximum text length: as many tokens as the model has positions. The
+/// model's own settings may allow less.
 pub struct Folder {
     pub path: PathBuf,
     pub tokenizer: Tokenizer,
@@ -36,7 +36,7 @@ impl Folder {
         }
         let read = std::fs::read_to_string(path.join("config.json"));
         let config: Value = serde_json::from_str(&read.with_context(|| {
-            format!("there is no model in {}: run scripts/setup, or give --model", model.display())
+            format!("there is no model in {}: run scripts/setup, or use --model DIR", model.display())
         })?)?;
         let size = |name: &str| {
             config[name]
@@ -56,7 +56,7 @@ impl Folder {
     }
 }
 
-/// Texts of about one length.
+/// Texts of similar length.
 pub struct Corpus {
     pub name: &'static str,
     pub texts: Arc<[Arc<str>]>,
@@ -70,7 +70,7 @@ impl Corpus {
         Ok(Self { name, texts: texts.into(), ids })
     }
 
-    /// Leaves out what is past so many tokens of a text.
+    /// Cuts each text after `limit` tokens.
     pub fn cut(&mut self, limit: usize) {
         self.ids = self.ids.iter().map(|ids| ids[..ids.len().min(limit)].to_vec()).collect();
     }
@@ -84,13 +84,13 @@ impl Corpus {
     }
 }
 
-/// The tokens that the model reads of a text.
+/// The tokens of a text, cut to the model's maximum.
 pub fn tokens(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     let encoding = tokenizer.encode_fast(text, true).map_err(|error| anyhow!("cannot tokenize: {error}"))?;
     Ok(encoding.get_ids().to_vec())
 }
 
-/// Descriptions of products, short as they are and long as several together.
+/// Descriptions of generated products as short texts, and several of them joined as long texts.
 pub fn generated(folder: &Folder, count: usize) -> Result<Vec<Corpus>> {
     let catalogue = Catalogue::new(1);
     let mut text = Text::default();
@@ -103,7 +103,7 @@ pub fn generated(folder: &Folder, count: usize) -> Result<Vec<Corpus>> {
     all(folder, short)
 }
 
-/// The same, with descriptions of somebody's own.
+/// As [`generated`], but with descriptions from a CSV file.
 pub fn from_csv(folder: &Folder, file: &Path, count: usize) -> Result<Vec<Corpus>> {
     let context = || format!("cannot read {}", file.display());
     let mut reader = csv::Reader::from_path(file).with_context(context)?;
@@ -114,7 +114,7 @@ pub fn from_csv(folder: &Folder, file: &Path, count: usize) -> Result<Vec<Corpus
     for record in reader.records().take(count) {
         short.push(record.with_context(context)?.get(column).unwrap_or_default().into());
     }
-    ensure!(short.len() > 10, "{} has {} rows, and more than 10 are needed", file.display(), short.len());
+    ensure!(short.len() > 10, "{} has {} rows, but more than 10 are needed", file.display(), short.len());
     all(folder, short)
 }
 
@@ -122,7 +122,7 @@ fn all(folder: &Folder, short: Vec<Arc<str>>) -> Result<Vec<Corpus>> {
     let short = Corpus::new(folder, "short", short)?;
     let mut corpora = Vec::new();
     for (name, least, share) in LONG {
-        // Another text to begin with each time, so that no two are alike.
+        // Each long text starts with another short text, so that no two long texts are equal.
         let count = (short.len() / share).max(LEAST_LONG).min(short.len());
         let mut texts = Vec::new();
         for first in 0..count {
@@ -131,7 +131,7 @@ fn all(folder: &Folder, short: Vec<Arc<str>>) -> Result<Vec<Corpus>> {
             while tokens < least.min(folder.positions) {
                 text.push_str(&short.texts[next]);
                 text.push(' ');
-                // Without the two that stand around a text.
+                // Without the two special tokens at the start and the end of a text.
                 tokens += short.ids[next].len() - 2;
                 next = (next + count) % short.len();
             }

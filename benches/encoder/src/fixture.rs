@@ -1,4 +1,4 @@
-//! Real texts with the vectors that candle gives them, for the encoder's tests.
+//! Writes texts with candle's vectors, for the tests of the encoder.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::corpus::{Corpus, Folder};
 use crate::engine::Engine as _;
 use crate::through_candle;
 
-/// Short ones, odd ones and long ones.
+/// Short, unusual and long texts.
 const TEXTS: [&str; 10] = [
     "",
     "lamp",
@@ -26,7 +26,7 @@ const TEXTS: [&str; 10] = [
     "once more ",
 ];
 
-/// Times that the last text is repeated, so that it is longer than the model reads.
+/// The last text is repeated this often, so that it is longer than the model's maximum.
 const REPEATED: usize = 200;
 
 pub fn write(folder: &Folder, file: &Path, limit: usize) -> Result<()> {

@@ -1,11 +1,11 @@
-//! What this is measured on.
+//! The machine of the measurement.
 
-/// Threads that can run at once.
+/// Number of threads that can run at the same time.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// The CPU's name and which instructions for matrices it has.
+/// The CPU's name, and its instructions for matrix products.
 pub fn cpu() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |name: &str| {

@@ -1,9 +1,10 @@
-//! The encoder beside other engines: the same texts, in the same run, on as many threads.
+//! Compares the encoder with other engines: the same texts, in the same run, with the same number of threads.
 //!
-//! Every engine is loaded before anything is measured, and rounds go through all of them, so that whatever
-//! else slows the machine slows them alike; figures are medians over the rounds. Each engine but ours takes
-//! padded batches, of the size that it is fastest with. What vectors are compared with is candle in f32.
-//! Run it by `scripts/bench encoder`.
+//! Every engine is loaded before the measurement. Each round runs all engines, so that other load on the
+//! machine slows all of them alike. The figures are medians over the rounds. Each engine except ours takes
+//! padded batches, of the size with which it is fastest. Vectors are compared with those of candle in f32.
+//! Run this bench with
+//! `scripts/bench encoder`.
 
 #![forbid(unsafe_code)]
 
@@ -29,40 +30,40 @@ use serde_json::{Value, json};
 use corpus::{Corpus, Folder};
 use engine::{Engine, Label};
 
-/// What all-MiniLM-L6-v2 reads of a text.
+/// Maximum number of tokens in a text for all-MiniLM-L6-v2.
 const FIXTURE_TOKENS: usize = 256;
 
-/// Measures the encoder beside other engines
+/// Compares the speed and the vectors of the encoder with other engines
 #[derive(Parser)]
 struct Arguments {
     /// Also write the figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Rounds, of which medians are taken
+    /// Number of rounds; the figures are medians over the rounds
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     runs: u16,
-    /// Short texts: descriptions of generated products
+    /// Number of short texts, which are descriptions of generated products
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(11..))]
     texts: u32,
     /// Take the short texts from the column "description" of this CSV file instead
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
-    /// Threads of each engine [default: one a core]
+    /// Number of threads of each engine [default: one for each core]
     #[arg(long)]
     threads: Option<usize>,
     /// Only engines whose name and precision, such as "refarch bf16", contain one of these
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// The model folder [default: the one that scripts/setup brings]
+    /// Model folder [default: the model of scripts/setup]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Write texts with candle's vectors to this file, for the encoder's tests, and measure nothing
+    /// Write texts and candle's vectors to this file, for the tests of the encoder, and measure nothing
     #[arg(long, value_name = "FILE")]
     fixture: Option<PathBuf>,
-    /// What this program starts to measure one process
+    /// Measure one kernel in this process; this program starts itself with this flag
     #[arg(long, hide = true)]
     process: Option<String>,
-    /// Cargo's own
+    /// Ignored; cargo passes this flag
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -95,7 +96,7 @@ fn main() -> Result<()> {
     };
     let python = runtime.join("runtime/peers/bin/python");
     let mut engines = engines(&folder, &python, scratch.path(), threads)?;
-    // The reference stays: vectors are compared with its own.
+    // Keep the reference, because all vectors are compared with its vectors.
     let mut number = 0;
     engines.retain(|engine| {
         number += 1;
@@ -122,7 +123,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// All that there are on this machine; candle, with whose vectors others are compared, is the first.
+/// All engines for this machine. The first is candle, the reference for the vectors.
 fn engines(folder: &Folder, python: &Path, scratch: &Path, threads: usize) -> Result<Vec<Box<dyn Engine>>> {
     let mut engines: Vec<Box<dyn Engine>> = vec![Box::new(through_candle::load(folder, threads)?)];
     for ours in ours::all(folder, threads)? {
@@ -140,7 +141,7 @@ fn engines(folder: &Folder, python: &Path, scratch: &Path, threads: usize) -> Re
             engines.push(Box::new(peer));
         } else {
             println!(
-                "{name} {precision}: left out, since on this CPU it computes in {}",
+                "{name} {precision}: left out, because on this CPU it computes in {}",
                 peer.label().precision
             );
         }
@@ -148,7 +149,7 @@ fn engines(folder: &Folder, python: &Path, scratch: &Path, threads: usize) -> Re
     Ok(engines)
 }
 
-/// One corpus through all engines, in rounds.
+/// Measures all engines on one corpus, in rounds.
 fn measure(corpus: &Corpus, engines: &mut [Box<dyn Engine>], runs: usize) -> Result<Vec<Value>> {
     println!(
         "\n{:<12} {:<5} {:<14} {:>5} {:>9} {:>15} {:>10} {:>10} {:>10}   runs",
@@ -189,7 +190,7 @@ fn measure(corpus: &Corpus, engines: &mut [Box<dyn Engine>], runs: usize) -> Res
     Ok(rows)
 }
 
-/// The middle one, or the mean of the two in the middle.
+/// The middle number, or the mean of the two middle numbers.
 fn median(numbers: &[f64]) -> f64 {
     let mut sorted = numbers.to_vec();
     sorted.sort_by(f64::total_cmp);

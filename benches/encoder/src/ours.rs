@@ -1,4 +1,4 @@
-//! refarch's own encoder, each kernel that this CPU has.
+//! The encoder of refarch, with each kernel that this CPU supports.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -12,7 +12,7 @@ use crate::corpus::{Corpus, Folder};
 use crate::engine::{Engine, Label};
 use crate::padded::share;
 
-/// Tokens that a thread takes at a time, about.
+/// Approximate number of tokens that a thread takes at a time.
 const PART_TOKENS: usize = 1_280;
 
 pub struct Ours {
@@ -21,12 +21,12 @@ pub struct Ours {
     workers: Vec<Worker>,
     texts: Arc<[Arc<str>]>,
     ids: Arc<[Vec<u32>]>,
-    /// First and last but one text of each part.
+    /// First text of each part, and the text after its last one.
     parts: Vec<(usize, usize)>,
     vectors: Vec<f32>,
 }
 
-/// How each kernel is asked for.
+/// The supported kernels, each with the options that choose it.
 pub fn kernels() -> impl Iterator<Item = (KernelKind, Options)> {
     KernelKind::ALL
         .into_iter()
@@ -34,7 +34,7 @@ pub fn kernels() -> impl Iterator<Item = (KernelKind, Options)> {
         .map(|kind| (kind, Options { precision: kind.precision(), instructions: kind.instructions() }))
 }
 
-/// Precision by the name that figures have.
+/// The precision's name in the figures.
 pub fn precision(kind: KernelKind) -> &'static str {
     match kind.precision() {
         refarch::encoder::Precision::Bf16 => "bf16",
@@ -61,7 +61,7 @@ pub fn all(folder: &Folder, threads: usize) -> Result<Vec<Ours>> {
 }
 
 impl Ours {
-    /// Embeds all parts by `embed`, on all workers.
+    /// Embeds all parts with `embed`, on all workers. Returns the duration in seconds.
     fn go(&mut self, embed: impl Fn(&mut Worker, usize, usize) -> Result<Vec<f32>> + Sync) -> Result<f64> {
         let started = Instant::now();
         let parts = &self.parts;

@@ -10,20 +10,20 @@ use tokenizers::Tokenizer;
 use crate::corpus::{Corpus, tokens};
 use crate::engine::{Engine, Label};
 
-/// A model that one batch at a time goes through.
+/// A model that embeds one batch at a time on each thread.
 pub trait Model: Sync {
-    /// What each thread has for itself.
+    /// State of one thread.
     type Thread: Send;
 
     fn label(&self) -> Label;
 
-    /// A unit vector of [`Model::width`] for each text of the batch, end to end.
+    /// A unit vector of length [`Model::width`] for each text of the batch, one after the other.
     fn embed(&self, thread: &mut Self::Thread, batch: &Batch) -> Result<Vec<f32>>;
 
     fn width(&self) -> usize;
 }
 
-/// Such a model on several threads, each of which takes the next batch that nobody has.
+/// A [`Model`] on several threads. Each thread takes the next free batch.
 pub struct Padded<M: Model> {
     model: M,
     threads: Vec<M::Thread>,
@@ -31,7 +31,7 @@ pub struct Padded<M: Model> {
     texts: Arc<[Arc<str>]>,
     batches: Vec<Batch>,
     vectors: Vec<f32>,
-    /// Of the last run.
+    /// Duration of the last run.
     seconds: f64,
 }
 
@@ -86,23 +86,23 @@ impl<M: Model> Engine for Padded<M> {
     }
 }
 
-/// Batch sizes that are tried.
+/// Batch sizes to try.
 pub const SIZES: [usize; 5] = [4, 8, 16, 32, 64];
 
-/// Texts that batch sizes are tried with, in tokens.
+/// Approximate number of tokens in the texts for this trial.
 const TRIAL_TOKENS: usize = 8_000;
 
-/// Texts of like length, filled up to the longest.
+/// Texts of similar length, padded to the longest.
 pub struct Batch {
-    /// Where the texts stand in the corpus.
+    /// Positions of the texts in the corpus.
     pub texts: Vec<usize>,
     pub longest: usize,
     pub ids: Vec<u32>,
-    /// 1 for a token, 0 for what fills up.
+    /// 1 for a token, 0 for padding.
     pub mask: Vec<f32>,
 }
 
-/// All texts, sorted by length so that little is filled up.
+/// All texts in batches, sorted by length so that there is little padding.
 pub fn batches(ids: &[Vec<u32>], size: usize) -> Vec<Batch> {
     let mut order: Vec<usize> = (0..ids.len()).collect();
     order.sort_by_key(|text| ids[*text].len());
@@ -121,16 +121,16 @@ pub fn batches(ids: &[Vec<u32>], size: usize) -> Vec<Batch> {
         .collect()
 }
 
-/// Some of a corpus' texts, spread evenly.
+/// A sample of the texts of a corpus, evenly spread.
 pub fn sample(corpus: &Corpus) -> Vec<Vec<u32>> {
     let step = (corpus.mean_tokens() * corpus.len() as f64 / TRIAL_TOKENS as f64).ceil().max(1.0);
     corpus.ids.iter().step_by(step as usize).cloned().collect()
 }
 
-/// The size with which `run` takes the least seconds.
+/// The batch size with which `run` is fastest.
 pub fn fastest(mut run: impl FnMut(usize) -> Result<f64>) -> Result<usize> {
     let mut best = (f64::INFINITY, SIZES[0]);
-    // What the first run sets up is not the first size's fault.
+    // A first run that does not count, because it may include setup work.
     run(SIZES[0])?;
     for size in SIZES {
         let seconds = run(size)?;
@@ -141,7 +141,7 @@ pub fn fastest(mut run: impl FnMut(usize) -> Result<f64>) -> Result<usize> {
     Ok(best.1)
 }
 
-/// Runs `work` for each number below `count`, on each of the threads' own state.
+/// Runs `work` for each number below `count`, on one thread for each state.
 pub fn share<S: Send>(
     states: &mut [S],
     count: usize,
@@ -167,7 +167,7 @@ pub fn share<S: Send>(
     })
 }
 
-/// Tokenizes all texts on so many threads; returns the seconds that it took.
+/// Tokenizes all texts on `threads` threads. Returns the duration in seconds.
 pub fn tokenize(tokenizer: &Tokenizer, texts: &[Arc<str>], threads: usize) -> Result<f64> {
     /// Texts that a thread takes at a time.
     const PART: usize = 64;

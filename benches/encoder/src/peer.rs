@@ -1,4 +1,5 @@
-//! Engines in Python, each in a process of its own that waits while others are measured (see `peers.py`).
+//! Engines in Python, each in its own process. A process waits while other engines are measured (see
+//! `peers.py`).
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
@@ -13,12 +14,12 @@ use crate::corpus::{Corpus, Folder};
 use crate::engine::{Engine, Label};
 use crate::padded::{fastest, sample, tokenize};
 
-/// What is run.
+/// Path of the Python script.
 fn script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("peers.py")
 }
 
-/// Writes the graph into `scratch`, as f32 and as int8.
+/// Writes the ONNX graph into `scratch`, as f32 and as int8.
 pub fn export(python: &Path, folder: &Folder, scratch: &Path) -> Result<()> {
     let status = Command::new(python)
         .arg(script())
@@ -26,7 +27,7 @@ pub fn export(python: &Path, folder: &Folder, scratch: &Path) -> Result<()> {
         .stdin(Stdio::null())
         .status()
         .with_context(|| format!("cannot run {}: use scripts/bench encoder", python.display()))?;
-    ensure!(status.success(), "the graph could not be made: {status}");
+    ensure!(status.success(), "peers.py could not write the ONNX graph: {status}");
     Ok(())
 }
 
@@ -39,7 +40,7 @@ pub struct Peer {
     tokenizer: Tokenizer,
     threads: usize,
     texts: Arc<[Arc<str>]>,
-    /// Of the last run.
+    /// Duration of the last run.
     seconds: f64,
 }
 
@@ -78,7 +79,7 @@ impl Peer {
         let mut line = String::new();
         self.output.read_line(&mut line)?;
         serde_json::from_str(&line)
-            .with_context(|| format!("{} {} said {line:?}", self.label.engine, self.label.precision))
+            .with_context(|| format!("{} {} answered {line:?}", self.label.engine, self.label.precision))
     }
 
     fn ask(&mut self, question: &str) -> Result<Value> {
@@ -134,7 +135,7 @@ impl Engine for Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // It has nothing to lose.
+        // The process has no state to save.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,4 +1,4 @@
-//! What a process with two workers takes: the time to load, and memory at its peak.
+//! Measures a process with two workers: load time and peak memory.
 
 use std::path::Path;
 use std::process::Command;
@@ -15,13 +15,13 @@ use serde_json::{Value, json};
 use crate::engine::Label;
 use crate::{median, ours};
 
-/// Workers of the process.
+/// Number of workers in the process.
 const WORKERS: usize = 2;
 
-/// Texts that each embeds.
+/// Number of texts that each worker embeds.
 const TEXTS: u64 = 500;
 
-/// Each kernel in processes of its own.
+/// Measures each kernel in separate processes.
 pub fn measure(model: &Path, runs: usize, wanted: &dyn Fn(&Label) -> bool) -> Result<Vec<Value>> {
     let mut rows = Vec::new();
     for (kind, _) in ours::kernels().filter(|(kind, _)| wanted(&ours::label(*kind))) {
@@ -38,7 +38,7 @@ pub fn measure(model: &Path, runs: usize, wanted: &dyn Fn(&Label) -> bool) -> Re
         }
         let (load, peak) = (median(&load_ms), median(&peak_mib));
         println!(
-            "a process with {WORKERS} workers by {:<14} loads in {load:.0} ms, {peak:.0} MiB at its peak",
+            "a process with {WORKERS} workers with {:<14} loads in {load:.0} ms, peak memory {peak:.0} MiB",
             kind.name()
         );
         rows.push(json!({ "engine": "refarch", "precision": ours::precision(kind), "kernel": kind.name(),
@@ -47,7 +47,7 @@ pub fn measure(model: &Path, runs: usize, wanted: &dyn Fn(&Label) -> bool) -> Re
     Ok(rows)
 }
 
-/// Such a process: loads, embeds, and prints its figures.
+/// The measured process: loads the model, embeds, and prints its figures as JSON.
 pub fn be_one(model: &Path, kernel: &str) -> Result<()> {
     let (_, options) =
         ours::kernels().find(|(kind, _)| kind.name() == kernel).context("no such kernel on this CPU")?;
@@ -76,7 +76,7 @@ pub fn be_one(model: &Path, kernel: &str) -> Result<()> {
     Ok(())
 }
 
-/// This process' memory at its peak. What `getrusage` says begins, on Linux, with the parent's peak.
+/// The peak memory of this process in MiB. On Linux, `getrusage` would include the parent's peak.
 fn peak_mib() -> Result<f64> {
     if let Ok(status) = std::fs::read_to_string("/proc/self/status") {
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;

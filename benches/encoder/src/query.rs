@@ -1,4 +1,4 @@
-//! How long somebody who searches waits for a vector: one short text, tokenizing and threads included.
+//! Measures the time to embed one short search text, with tokenizing and threads.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,13 +13,13 @@ use crate::corpus::Corpus;
 use crate::engine::Label;
 use crate::ours;
 
-/// Searches that are timed, after as many again that are not.
+/// Number of timed searches. The same number of searches runs before them, untimed.
 const QUERIES: usize = 1_000;
 
-/// Words of a search.
+/// Words in a search.
 const WORDS: usize = 6;
 
-/// Each kernel on the beginnings of some texts.
+/// Measures each kernel. The searches are the first words of the texts.
 pub fn measure(model: &Path, corpus: &Corpus, wanted: &dyn Fn(&Label) -> bool) -> Result<Vec<Value>> {
     let queries: Vec<Arc<str>> = corpus
         .texts
@@ -56,7 +56,7 @@ pub fn measure(model: &Path, corpus: &Corpus, wanted: &dyn Fn(&Label) -> bool) -
         let (p50, p99) = (pair[QUERIES / 2], pair[QUERIES * 99 / 100]);
         let one_thread = alone[QUERIES / 2];
         println!(
-            "one query by {:<14} p50 {p50:.2} ms, p99 {p99:.2} ms; on one thread p50 {one_thread:.2} ms",
+            "one query with {:<14} p50 {p50:.2} ms, p99 {p99:.2} ms; on one thread p50 {one_thread:.2} ms",
             kind.name()
         );
         rows.push(json!({ "engine": "refarch", "precision": ours::precision(kind), "kernel": kind.name(),

@@ -1,4 +1,4 @@
-//! candle's BERT, in f32.
+//! The BERT of candle, in f32.
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
@@ -26,7 +26,7 @@ pub fn load(folder: &Folder, threads: usize) -> Result<Padded<Candle>> {
         is_cls: pooling["pooling_mode_cls_token"] == true,
         width: config.hidden_size,
     };
-    // candle spreads its work over the pool that it is called in: one thread each.
+    // candle uses all threads of the rayon pool that calls it. So each pool has one thread.
     let pool = || rayon::ThreadPoolBuilder::new().num_threads(1).build();
     let pools = (0..threads).map(|_| pool()).collect::<Result<_, _>>()?;
     Ok(Padded::new(candle, pools, folder.tokenizer.clone()))

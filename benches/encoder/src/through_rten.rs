@@ -1,4 +1,4 @@
-//! rten, on the graph that is exported for it.
+//! The engine rten, on the exported ONNX graph.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -45,7 +45,7 @@ impl Model for Rten {
         let inputs = vec![(self.inputs[0], ids.into()), (self.inputs[1], mask.into())];
         let [vectors] = self.model.run_n(inputs, [self.output], Some(options))?;
         let vectors: NdTensor<f32, 2> =
-            vectors.try_into().map_err(|error| anyhow!("the graph's output is no matrix: {error}"))?;
+            vectors.try_into().map_err(|error| anyhow!("the graph's output is not a matrix: {error}"))?;
         Ok(vectors.to_vec())
     }
 

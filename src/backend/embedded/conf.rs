@@ -1,22 +1,22 @@
-//! The settings of a private server.
+//! The settings of a private PostgreSQL server.
 
 use std::fmt::Write as _;
 use std::path::Path;
 
-/// What parallel index builds may want of `/dev/shm`; containers often have 64 MB of it.
+/// Size of `/dev/shm` that parallel index builds may need. In containers it is often only 64 MB.
 #[cfg(target_os = "linux")]
 const SHM_MIN_BYTES: u64 = 512 << 20;
 
-/// Same for every private server: sized for a laptop that also embeds, and for bulk loads.
+/// Settings of every private server. The sizes suit a laptop that also embeds, and bulk loads.
 const FIXED: &[(&str, &str)] = &[
     ("listen_addresses", "127.0.0.1"),
-    // Every role's pool, and room for a person.
+    // Enough for the connection pool of every role, and for a person with psql.
     ("max_connections", "100"),
     ("password_encryption", "scram-sha-256"),
     ("shared_buffers", "256MB"),
     ("maintenance_work_mem", "256MB"),
     ("work_mem", "16MB"),
-    // Loads are checkpointed by size, and spread.
+    // During a load, the size of the WAL triggers the checkpoints, and each checkpoint is spread over time.
     ("max_wal_size", "2GB"),
     ("min_wal_size", "256MB"),
     ("checkpoint_timeout", "15min"),
@@ -30,7 +30,7 @@ const FIXED: &[(&str, &str)] = &[
     ("log_checkpoints", "off"),
 ];
 
-/// The text of `postgresql.conf`. Later lines win, so `extra` does.
+/// The text of `postgresql.conf`. The lines of `extra` come last, and later lines win.
 pub fn text(port: u16, socket_dir: &Path, extra: &[(String, String)]) -> String {
     let mut text = String::from("# Written by refarch at every start.\n");
     let mut set = |name: &str, value: &str| {

@@ -1,8 +1,8 @@
-//! Files in folders that may belong to another user.
+//! Safe access to files in folders that may belong to another user.
 //!
-//! Root shares the cluster's folder with the server's unprivileged user, who can put a link in the place of
-//! any file there. So root follows no link, believes only files of the right owner, and has everything that
-//! is written there written by a process of that user.
+//! Root shares the cluster's folder with the server's unprivileged user. This user can replace any file there
+//! by a link. So root follows no link, reads only files of the right owner, and writes there only through a
+//! process of that user.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -11,17 +11,20 @@ use std::path::Path;
 
 use nix::libc::{O_DIRECTORY, O_NOFOLLOW, O_NONBLOCK};
 
-/// Opens a plain file to be read, by no link; with `owner`, only one of that user's that has no other name.
-/// It does not wait for the other end of a pipe.
+/// Opens a regular file for reading. Does not follow a link, and does not wait for the other end of a pipe.
+///
+/// # Errors
+///
+/// With `owner`, also if the file belongs to another user or has more than one name (hard link).
 pub(super) fn open(path: &Path, owner: Option<u32>) -> io::Result<File> {
     let file = OpenOptions::new().read(true).custom_flags(O_NOFOLLOW | O_NONBLOCK).open(path)?;
     let found = file.metadata()?;
     if !found.is_file() {
-        return Err(io::Error::other("it is not a plain file"));
+        return Err(io::Error::other("it is not a regular file"));
     }
     if owner.is_some_and(|owner| found.uid() != owner || found.nlink() != 1) {
         return Err(io::Error::other(format!(
-            "it belongs to uid {} and has {} names: somebody put another file in its place",
+            "it belongs to uid {} and has {} names: another user may have replaced it; check the folder",
             found.uid(),
             found.nlink()
         )));
@@ -29,21 +32,21 @@ pub(super) fn open(path: &Path, owner: Option<u32>) -> io::Result<File> {
     Ok(file)
 }
 
-/// Reads a file that [`open`] opens.
+/// Reads a file with the checks of [`open`].
 pub(super) fn read(path: &Path, owner: Option<u32>) -> io::Result<String> {
     let mut text = String::new();
     open(path, owner)?.read_to_string(&mut text)?;
     Ok(text)
 }
 
-/// Opens a file to be locked, and makes it if there is none.
+/// Opens a lock file, and creates it if it does not exist.
 pub(super) fn open_lock(path: &Path) -> io::Result<File> {
     loop {
         match open(path, None) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             opened => return opened,
         }
-        // Never by a link, even one that leads nowhere.
+        // `create_new` does not follow a link, not even a dangling one.
         match OpenOptions::new().read(true).write(true).create_new(true).open(path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             made => return made,
@@ -51,7 +54,7 @@ pub(super) fn open_lock(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Writes a file of this process's own in the place of whatever has that name.
+/// Removes the file with that name, and writes a new file that belongs to this process.
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -60,7 +63,7 @@ pub(super) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     OpenOptions::new().write(true).create_new(true).open(path)?.write_all(bytes)
 }
 
-/// Opens a folder itself, by no link.
+/// Opens a folder. Does not follow a link.
 pub(super) fn open_folder(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(O_DIRECTORY | O_NOFOLLOW).open(path)
 }

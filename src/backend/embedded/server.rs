@@ -1,4 +1,4 @@
-//! Initialising, starting, finding and stopping the server. All of it within a transition.
+//! Initialises, starts, finds and stops the server, always within a transition.
 
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
@@ -16,22 +16,22 @@ use super::place::{Place, hex, short_hash};
 use super::{NAME, conf, log};
 use crate::secret::Secret;
 
-/// How long a start may take, crash recovery included, and how long a stop, its checkpoint included.
+/// Maximum time of a start with crash recovery, and of a stop with its checkpoint.
 const BOUND: Duration = Duration::from_mins(1);
 
-/// How often something that takes time is looked at.
+/// Time between two checks of the server's state.
 const POLL: Duration = Duration::from_millis(25);
 
-/// How often another port is tried when the one found free was taken before the server had it.
+/// Attempts with another port, if a free port is taken before the server binds it.
 const PORT_TRIES: usize = 5;
 
-/// Longest path of a Unix socket: macOS has room for this many bytes, Linux for four more.
+/// Longest path of a Unix socket in bytes on macOS. Linux allows four more.
 const SOCKET_PATH_MAX: usize = 103;
 
-/// What the server appends to its socket folder's path.
+/// The server appends a name of at most this length to the path of its socket folder.
 const SOCKET_NAME: &str = "/.s.PGSQL.65535";
 
-/// How a running server is reached.
+/// The address of a running server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     /// Loopback port.
@@ -49,17 +49,17 @@ impl Endpoint {
     }
 }
 
-/// What the server's pid file says, checked against the processes.
+/// The server's state: the content of the pid file, checked against the running processes.
 enum State {
     Stopped,
     Changing,
     Ready(Endpoint),
 }
 
-/// Why a start failed, where that decides what is tried next.
+/// Reason for a failed start. The caller retries the first two.
 enum StartError {
     PortTaken,
-    /// Children of a killed server have not yet ended.
+    /// Child processes of a killed server still run.
     Remains,
     Other(anyhow::Error),
 }
@@ -74,7 +74,7 @@ impl Server {
         Self { place }
     }
 
-    /// Sees to it that the server runs, takes connections and has our database.
+    /// Makes sure that the server runs, accepts connections and has our database.
     pub async fn ensure_ready(self) -> anyhow::Result<Endpoint> {
         let this = std::sync::Arc::new(self);
         let blocking = this.clone();
@@ -88,10 +88,10 @@ impl Server {
                     Ok(()) => return Ok(endpoint),
                     Err(error) if may_pass(&error) => anyhow!(error),
                     Err(error) => {
-                        return Err(error).context("its server runs, but can't be used");
+                        return Err(error).context("the server runs, but refarch cannot use it");
                     }
                 },
-                State::Changing => anyhow!("it is neither up nor down"),
+                State::Changing => anyhow!("the server is still starting or stopping"),
                 State::Stopped => {
                     let blocking = this.clone();
                     let fresh_port = ports_tried > 0;
@@ -101,8 +101,8 @@ impl Server {
                             ports_tried += 1;
                             continue;
                         }
-                        Err(StartError::PortTaken) => bail!("every port that was free is taken again"),
-                        Err(StartError::Remains) => anyhow!("a killed server's processes still run"),
+                        Err(StartError::PortTaken) => bail!("other programs took every port that was tried"),
+                        Err(StartError::Remains) => anyhow!("processes of a killed server still run"),
                         Err(StartError::Other(error)) => return Err(error),
                     }
                 }
@@ -117,12 +117,12 @@ impl Server {
         }
     }
 
-    /// Stops the server if it runs; what is committed is on the disk when this returns.
+    /// Stops the server if it runs. After that, all committed data is on disk.
     pub fn stop(&self) -> anyhow::Result<()> {
         self.stop_by("fast")
     }
 
-    /// Stops the server as a crash would.
+    /// Stops the server without a clean shutdown, like a crash.
     pub fn crash(&self) -> anyhow::Result<()> {
         self.stop_by("immediate")
     }
@@ -146,13 +146,13 @@ impl Server {
         Ok(())
     }
 
-    /// Makes the data directory if there is none.
+    /// Creates the data directory if it does not exist.
     fn initialise(&self) -> anyhow::Result<()> {
         let (home, data) = (&self.place.home, self.place.data());
         for entry in fs::read_dir(home)? {
             let entry = entry?;
             if entry.file_name().as_bytes().starts_with(b"data.new") {
-                // Somebody was killed while initialising.
+                // A process was killed during initialisation.
                 fs::remove_dir_all(entry.path())?;
             }
         }
@@ -181,12 +181,12 @@ impl Server {
         Ok(path)
     }
 
-    /// Starts the stopped server, and waits until it takes connections.
+    /// Starts the stopped server, and waits until it accepts connections.
     fn start(&self, fresh_port: bool) -> Result<(), StartError> {
         let began = Instant::now();
         let (log_path, log_size) = self.prepare_start(fresh_port).map_err(StartError::Other)?;
         let mut command = self.place.program("pg_ctl");
-        // pg_ctl gives the server a session of its own, away from our terminal's signals.
+        // pg_ctl starts the server in its own session, so that signals of our terminal do not reach it.
         command.args(["start", "--silent", "--wait"]).arg(format!("--timeout={}", BOUND.as_secs()));
         command.arg("--pgdata").arg(self.place.data()).arg("--log").arg(&log_path);
         let Err(error) = run(&mut command) else {
@@ -204,21 +204,22 @@ impl Server {
         if tail.contains("pre-existing shared memory block") {
             return Err(StartError::Remains);
         }
-        Err(StartError::Other(error.context(format!("the server's log ends:\n{tail}"))))
+        Err(StartError::Other(error.context(format!("the log of the server ends:\n{tail}"))))
     }
 
-    /// Everything but the start itself. Returns the log and its size.
+    /// Prepares the start: port, socket folder and settings. Returns the path of the log and its size.
     fn prepare_start(&self, fresh_port: bool) -> anyhow::Result<(PathBuf, u64)> {
         self.check_version()?;
         let (home, data, log_path) = (&self.place.home, self.place.data(), self.place.log());
         let socket_dir = self.socket_dir()?;
         let pid_file = data.join("postmaster.pid");
         if fs::symlink_metadata(&pid_file).is_ok() {
-            // The server would refuse to start if its pid is taken by now, or not yet reaped.
+            // The server refuses to start if another process now has this pid, or if the old process is not
+            // reaped.
             tracing::info!("the private PostgreSQL was killed; recovering");
             self.place.as_server("rm -f -- \"$0\"", &pid_file, "")?;
         }
-        // What a killed server left: sockets, and lock files with its pid.
+        // A killed server leaves sockets, and lock files with its pid.
         self.place.as_server("rm -f -- \"$0\"/.s.PGSQL.*", &socket_dir, "")?;
         let port_file = home.join("port");
         let remembered = self.place.read(&port_file).ok().and_then(|text| text.trim().parse().ok());
@@ -237,15 +238,15 @@ impl Server {
         let data = self.place.data();
         let path = data.join("PG_VERSION");
         let found = self.place.read(&path).with_context(|| {
-            format!("{} is not PostgreSQL's: cannot read {}", data.display(), path.display())
+            format!("{} is not a PostgreSQL data directory: cannot read {}", data.display(), path.display())
         })?;
         let printed = run(self.place.program("postgres").arg("--version"))?;
-        // As in: postgres (PostgreSQL) 18.4
+        // The output is like: postgres (PostgreSQL) 18.4
         let ours = printed.split_whitespace().nth(2).and_then(|v| v.split('.').next()).unwrap_or_default();
         if found.trim() != ours {
             bail!(
                 "{} was made by PostgreSQL {}, and this is PostgreSQL {ours}: \
-                 move {} away to begin anew, or bring that version back",
+                 move {} away to start with an empty database, or install the old version again",
                 data.display(),
                 found.trim(),
                 self.place.home.display()
@@ -254,10 +255,10 @@ impl Server {
         Ok(())
     }
 
-    /// The folder for the socket: the home if the path is short enough, else one under `/tmp`.
+    /// The folder for the socket: the home if its path is short enough, otherwise a folder under `/tmp`.
     fn socket_dir(&self) -> anyhow::Result<PathBuf> {
         let home = self.place.home.as_os_str().as_bytes();
-        // A comma would make two hosts of it.
+        // A client would read a path with a comma as two hosts.
         let fits = home.len() + SOCKET_NAME.len() <= SOCKET_PATH_MAX
             && std::str::from_utf8(home).is_ok_and(|text| !text.contains(',') && !text.contains('"'));
         if fits {
@@ -278,7 +279,7 @@ impl Server {
         Ok(dir)
     }
 
-    /// Whether a folder under `/tmp` is still there and nobody else's.
+    /// Whether a folder under `/tmp` still exists, belongs to the server's user, and is closed to all others.
     fn is_private(&self, dir: &Path) -> bool {
         let Ok(data) = fs::symlink_metadata(self.place.data()) else { return false };
         fs::symlink_metadata(dir)
@@ -288,7 +289,7 @@ impl Server {
     fn remove_short_socket_dir(&self) {
         let remembered = self.place.home.join("socket");
         if let Ok(dir) = self.place.read(&remembered) {
-            // Only ever an empty folder; it is made again at the next start.
+            // `rmdir` removes only an empty folder. The next start creates the folder again.
             let _ = self.place.as_server("rmdir -- \"$0\"", Path::new(&dir), "");
             let _ = fs::remove_file(remembered);
         }
@@ -297,7 +298,7 @@ impl Server {
     fn state(&self) -> State {
         let data = self.place.data();
         let Ok(text) = self.place.read(&data.join("postmaster.pid")) else { return State::Stopped };
-        // pid, data directory, start time, port, socket folder, address, shared memory, status
+        // Lines: pid, data directory, start time, port, socket folder, address, shared memory, status
         let lines: Vec<_> = text.lines().map(str::trim).collect();
         let pid = lines.first().and_then(|pid| pid.parse::<u32>().ok());
         if !pid.is_some_and(|pid| is_server(pid, &data)) {
@@ -311,7 +312,7 @@ impl Server {
     }
 }
 
-/// Whether that process is a PostgreSQL server on that data directory, its working directory.
+/// Whether the process is a PostgreSQL server with this data directory, which is its working directory.
 fn is_server(pid: u32, data: &Path) -> bool {
     if cfg!(target_os = "linux") {
         return fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data);
@@ -323,12 +324,12 @@ fn is_server(pid: u32, data: &Path) -> bool {
     line.contains("postgres") && line.contains(&*data.to_string_lossy())
 }
 
-/// The port, or for 0 one that is free, if it can be bound now.
+/// The port, if it can be bound now; for 0, a free port.
 fn bindable(port: u16) -> std::io::Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, port))?.local_addr()?.port())
 }
 
-/// Whether a failure to connect may be over in a moment.
+/// Whether a failed connect may succeed a moment later.
 fn may_pass(error: &tokio_postgres::Error) -> bool {
     match error.code() {
         Some(code) => *code == SqlState::CANNOT_CONNECT_NOW || *code == SqlState::TOO_MANY_CONNECTIONS,
@@ -349,7 +350,8 @@ async fn ensure_database(endpoint: &Endpoint, password: &Secret) -> Result<(), t
     Ok(())
 }
 
-/// Runs a program to its end. Its standard error is the error.
+/// Runs a program to its end, and returns its standard output. On failure, its standard error is in the
+/// error.
 fn run(command: &mut Command) -> anyhow::Result<String> {
     let program = Path::new(command.get_program()).to_owned();
     let name = program.file_name().unwrap_or_default().to_string_lossy();

@@ -1,4 +1,4 @@
-//! Who uses the cluster: "last one out turns off the light", by file locks alone.
+//! The users of the cluster, counted by file locks only. The last user stops the server.
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -10,14 +10,14 @@ use super::place::Place;
 use super::server::Server;
 use crate::pipeline::failure::chain;
 
-/// Serialises whatever starts or stops the server, across processes, while it lives.
+/// A lock for the start or stop of the server, across processes. Released on drop.
 #[derive(Debug)]
 pub struct Transition {
     _lock: File,
 }
 
 impl Transition {
-    /// Waits for its turn.
+    /// Takes the lock. Waits while another process holds it.
     pub fn begin(dir: &Path) -> anyhow::Result<Self> {
         let path = dir.join("transition.lock");
         let lock = open(&path)?;
@@ -35,21 +35,21 @@ impl Transition {
     }
 }
 
-/// One user of the cluster. Ends when dropped, at the latest.
+/// One use of the cluster by this process. Ends at the latest on drop.
 #[derive(Debug)]
 pub struct Membership {
     dir: PathBuf,
     place: Place,
-    /// Holds the shared lock; gone once ended.
+    /// Holds the shared lock; none after the end.
     lock: Option<File>,
 }
 
 impl Membership {
-    /// Becomes a user, within a transition.
+    /// Registers a user, within a transition.
     pub fn enter(dir: &Path, place: Place, _within: &Transition) -> anyhow::Result<Self> {
         let path = dir.join("users.lock");
         let lock = open(&path)?;
-        // Nobody holds it exclusively outside a transition, and this one is ours.
+        // This does not block: a process holds this lock exclusively only within its own transition.
         lock.lock_shared().with_context(|| format!("cannot lock {}", path.display()))?;
         Ok(Self { dir: dir.to_owned(), place, lock: Some(lock) })
     }
@@ -59,7 +59,7 @@ impl Membership {
         &self.dir
     }
 
-    /// Stops being a user, and stops the server if there is no other.
+    /// Unregisters the user. Stops the server if there is no other user.
     pub fn end(&mut self) -> anyhow::Result<()> {
         let Some(lock) = self.lock.take() else { return Ok(()) };
         let _transition = Transition::begin(&self.dir)?;
@@ -80,7 +80,7 @@ impl Drop for Membership {
     }
 }
 
-/// A lock needs no more than reading, so that it can be shared with whoever made the file.
+/// Opens a lock file. Read access is enough for a lock, so a file of another user works too.
 fn open(path: &Path) -> anyhow::Result<File> {
     guarded::open_lock(path).with_context(|| format!("cannot open {}", path.display()))
 }

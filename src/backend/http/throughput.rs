@@ -1,4 +1,5 @@
-//! How many requests and tokens go out in a minute.
+//! How many requests and tokens go out in a minute. By hand: governor refuses a request that is larger than its burst,
+//! and here it goes out and pays afterwards.
 
 use std::time::{Duration, Instant};
 

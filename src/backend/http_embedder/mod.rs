@@ -7,11 +7,13 @@
 
 mod address;
 mod embedder;
+mod known;
 mod provider;
 mod refusal;
 mod texts;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use reqwest::Url;
@@ -22,10 +24,12 @@ use crate::backend::http::client::client;
 use crate::backend::http::rate_limit::RateLimit;
 use crate::backend::http::retry::Retry;
 use crate::backend::http::{status, unanswered};
-use crate::config::Settings;
+use crate::config;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::secret::{Secret, without_secrets};
 pub use embedder::HttpEmbedder;
+pub use known::Known;
+use known::signature;
 use provider::{Info, Limits, Provider, Purpose};
 use refusal::refusal;
 use texts::tokens;
@@ -48,6 +52,8 @@ const GREETING: Duration = Duration::from_secs(5);
 pub struct Server {
     client: reqwest::Client,
     provider: Provider,
+    /// The address of the settings, and the one that embeds.
+    base: Url,
     url: Url,
     api_key: Secret,
     /// The model's name for the server.
@@ -59,46 +65,44 @@ pub struct Server {
     dimensions: usize,
     /// Whether it has embedded a text since it was opened.
     has_answered: bool,
+    /// Whether the model's name is the index's, and the server has yet to say that it has this model.
+    is_assumed: Arc<AtomicBool>,
     limits: Limits,
     rate_limit: Arc<RateLimit>,
     retry: Arc<Retry>,
 }
 
 impl Server {
-    /// Looks at the server that the settings name: what it can take, and how long its vectors are.
-    pub async fn open(settings: &Settings) -> Result<Self> {
-        let set = &settings.embedder;
+    /// Looks at the server that the settings name: what it can take, and how long its vectors are. What is known
+    /// of its model it need not tell now.
+    pub async fn open(settings: &config::Embedder, known: Option<&Known>) -> Result<Self> {
         let wrong = |message: String| Error::new(FailureKind::WrongSetting, "use the embedder", message);
-        let provider =
-            Provider::of(set.kind).ok_or_else(|| wrong("a model on this machine has no server".into()))?;
-        let address = match (provider, set.url.trim()) {
-            (Provider::Pinecone, "") => &settings.index.controller,
-            (_, address) => address,
-        };
-        let base = Url::parse(address).map_err(|error| wrong(format!("embedder.url: {error}")))?;
+        let (provider, set) = Provider::of(&settings.kind)
+            .ok_or_else(|| wrong("a model on this machine has no server".into()))?;
+        let base = Url::parse(&set.url).map_err(|error| wrong(format!("embedder.url: {error}")))?;
         let url = address::embedding(&base, provider);
-        let client = client(HeaderMap::new(), Duration::from_millis(set.timeout_ms))
-            .map_err(|error| wrong(error.to_string()))?;
-        let api_key = match provider {
-            Provider::Pinecone if set.api_key.is_empty() => settings.index.api_key.clone(),
-            _ => set.api_key.clone(),
-        };
+        let client = client(HeaderMap::new(), set.timeout).map_err(|error| wrong(error.to_string()))?;
         let mut server = Self {
             client,
             provider,
+            base,
             url,
-            api_key,
-            model: set.model.clone(),
+            api_key: set.api_key.clone(),
+            model: settings.model.clone(),
             signature: String::new(),
             asked: (set.dimensions > 0 && provider != Provider::Tei).then_some(set.dimensions),
             dimensions: set.dimensions,
             has_answered: false,
+            is_assumed: Arc::default(),
             limits: provider.limits(),
             rate_limit: Arc::new(RateLimit::by_the_minute(set.requests_per_minute, set.tokens_per_minute)),
             retry: Arc::new(Retry::within(MAX_PAUSE)),
         };
-        if provider == Provider::Tei {
-            server.learn(&base).await?;
+        if provider == Provider::Tei
+            && let Err(error) = server.learn().await
+        {
+            let known = known.filter(|_| error.class() == Class::Retryable).ok_or(error)?;
+            server.assume(known);
         }
         let given = |value: usize, default: usize| if value > 0 { value } else { default };
         server.limits = Limits {
@@ -106,12 +110,15 @@ impl Server {
             tokens: given(set.batch_tokens, server.limits.tokens),
             text_tokens: given(set.text_tokens, server.limits.text_tokens),
         };
+        if let Some(known) = known.filter(|known| known.model == server.model) {
+            server.dimensions = known.dimensions();
+        }
         if server.dimensions == 0 {
             let made = server.send(&[PROBE], Purpose::Passage).await.map_err(at_the_start)?;
             server.dimensions = made[0].len();
             server.has_answered = true;
         }
-        server.signature = format!("{}:{}@{}", provider.name(), server.model, server.dimensions);
+        server.signature = signature(provider, &server.model, server.dimensions);
         Ok(server)
     }
 
@@ -144,16 +151,17 @@ impl Server {
         }
     }
 
-    /// Takes the model's name and limits from a text-embeddings-inference server.
-    async fn learn(&mut self, base: &Url) -> Result<()> {
-        let url = address::info(base, self.provider);
+    /// What a text-embeddings-inference server tells of itself.
+    async fn info(&self) -> Result<Info> {
+        let url = address::info(&self.base, self.provider);
         let request = self.provider.sign(self.client.get(url.clone()), self.api_key.expose());
         let answer = request.send().await.map_err(|error| unanswered(error, &url))?;
         let (status, headers) = (answer.status(), answer.headers().clone());
+        self.rate_limit.answered(status, status::retry_after(&headers));
         let body = answer.bytes().await.map_err(|error| unanswered(error, &url))?;
         // Servers that speak its protocol without this are as good. One that can't tell just now is not: by
         // another name its model would be another model.
-        let info = match status.as_u16() {
+        match status.as_u16() {
             200..=299 if body.trim_ascii_start().starts_with(b"{") => {
                 serde_json::from_slice(&body).map_err(|error| {
                     let message = format!("what {} says is cut or no JSON: {error}", address::place(&url));
@@ -163,22 +171,58 @@ impl Server {
                         message,
                     )
                     .because(error)
-                })?
+                })
             }
-            200..=299 | 400 | 404 | 405 | 410 | 422 | 501 => Info::default(),
+            200..=299 | 400 | 404 | 405 | 410 | 422 | 501 => Ok(Info::default()),
             _ => {
                 let error = refusal(&url, self.api_key.expose(), status, &headers, &body);
-                return Err(error.amid("ask the embedding server for its model"));
+                Err(error.amid("ask the embedding server for its model"))
             }
-        };
+        }
+    }
+
+    /// Takes the model's name and limits from a text-embeddings-inference server.
+    async fn learn(&mut self) -> Result<()> {
+        let info = self.info().await?;
         if self.model.is_empty() {
-            self.model = if info.model_id.is_empty() { "unnamed".into() } else { info.model_id };
+            info.name().clone_into(&mut self.model);
         }
         self.limits = Limits {
             texts: info.max_client_batch_size.unwrap_or(self.limits.texts),
             tokens: info.max_batch_tokens.unwrap_or(self.limits.tokens),
             text_tokens: info.max_input_length.unwrap_or(self.limits.text_tokens),
         };
+        Ok(())
+    }
+
+    /// Takes the model for the known one, if the settings name none, until the server tells.
+    fn assume(&mut self, known: &Known) {
+        if self.model.is_empty() {
+            self.model.clone_from(&known.model);
+            self.is_assumed = Arc::new(AtomicBool::new(true));
+        }
+    }
+
+    /// Asks which model the server has, if that was assumed: vectors of two models must not come into one index.
+    async fn confirm(&self) -> Result<()> {
+        if !self.is_assumed.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let info = self.info().await?;
+        if info.name() != self.model {
+            let message = format!(
+                "{} has the model {}, and the index was made with {}: run refarch migrate",
+                address::place(&self.base),
+                info.name(),
+                self.model
+            );
+            return Err(Error::new(
+                FailureKind::WrongShape,
+                "ask the embedding server for its model",
+                message,
+            ));
+        }
+        self.is_assumed.store(false, Ordering::Relaxed);
         Ok(())
     }
 
@@ -222,6 +266,7 @@ impl Server {
     }
 
     async fn once(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>> {
+        self.confirm().await?;
         let lost = |error: reqwest::Error| unanswered(error, &self.url);
         let body = self.provider.body(&self.model, texts, self.asked, purpose);
         let request = self.provider.sign(self.client.post(self.url.clone()), self.api_key.expose());
@@ -259,7 +304,7 @@ impl Server {
     fn checked(&self, mut vector: Vec<f32>) -> Result<Vec<f32>> {
         if self.dimensions > 0 && vector.len() != self.dimensions {
             let message = format!(
-                "vectors from {} have length {}, and {} is wanted: set embedder.dimensions to what the model gives, and run refarch migrate",
+                "vectors from {} have length {}, and {} is wanted: set embedder.dimensions to what the model gives, or to 0, and run refarch migrate",
                 address::place(&self.url),
                 vector.len(),
                 self.dimensions

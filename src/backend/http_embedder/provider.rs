@@ -4,7 +4,7 @@ use reqwest::RequestBuilder;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::config::EmbedderKind;
+use crate::config::{EmbedderKind, HttpEmbedder};
 
 /// The version of Pinecone's API that is spoken.
 const PINECONE_VERSION: &str = "2026-04";
@@ -64,14 +64,21 @@ pub(super) struct Info {
     pub(super) max_input_length: Option<usize>,
 }
 
+impl Info {
+    /// The model's name; servers without one have one that never changes.
+    pub(super) fn name(&self) -> &str {
+        if self.model_id.is_empty() { "unnamed" } else { &self.model_id }
+    }
+}
+
 impl Provider {
-    /// None for a model on this machine.
-    pub(super) fn of(kind: EmbedderKind) -> Option<Self> {
+    /// The protocol and the server's settings; none for a model on this machine.
+    pub(super) fn of(kind: &EmbedderKind) -> Option<(Self, &HttpEmbedder)> {
         match kind {
-            EmbedderKind::Minilm => None,
-            EmbedderKind::Openai => Some(Self::OpenAi),
-            EmbedderKind::Tei => Some(Self::Tei),
-            EmbedderKind::Pinecone => Some(Self::Pinecone),
+            EmbedderKind::Minilm(_) => None,
+            EmbedderKind::Openai(set) => Some((Self::OpenAi, set)),
+            EmbedderKind::Tei(set) => Some((Self::Tei, set)),
+            EmbedderKind::Pinecone(set) => Some((Self::Pinecone, set)),
         }
     }
 

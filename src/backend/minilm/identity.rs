@@ -1,8 +1,9 @@
-//! What a model is called: by all that decides its vectors, so that another model never passes for it.
+//! The name of a model. Everything that decides the vectors is part of the name, so that two models never
+//! have the same name.
 //!
-//! Vectors of two models can't be compared, and the name is part of every content hash. So it covers the weights
-//! to the last byte, the tokenizer, and what the folder says about layers, pooling and the length of a text. Where
-//! the folder is does not matter.
+//! Vectors of two models cannot be compared, and the name is part of every content hash. So the name covers
+//! every byte of the weights, the tokenizer, and the folder's settings for layers, pooling and text length.
+//! The path of the folder is not part of the name.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -19,35 +20,35 @@ use sha2::{Digest as _, Sha256};
 use crate::encoder::{BertConfig, Description, Pooling};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// Models that are known by name. The one that `scripts/setup` brings is named as it was before names covered
-/// more than its weights, so that what is indexed stays.
+/// Hashes with a fixed name. The model of `scripts/setup` keeps the name that it had when names covered only
+/// the weights, so that existing indexes stay valid.
 const KNOWN: &[(&str, &str)] =
     &[("6ebea6ed6d2fead70169f2d77453388842aaeb599cdaa6ca020f540eeb196e32", "all-MiniLM-L6-v2")];
 
-/// Weights that had a name of their own when names covered samples of the weights only. It does not tell what stood
-/// beside them.
+/// Weights that had a fixed name when names covered only samples of the weights. That name says nothing about
+/// the other files of the folder.
 const FORMERLY_KNOWN: &str = "528c6c412808";
 
-/// Samples of the weights that a former name covers, evenly spread, and the length of one.
+/// Number of samples of the weights in a former name, evenly spread, and the size of a sample in bytes.
 const SAMPLES: u64 = 64;
 const SAMPLE_BYTES: u64 = 4_096;
 
-/// Digits of a hash that stand in a name: enough that no two models of one user are ever alike in them.
+/// Digits of the hash in a name: enough to tell all models of one user apart.
 const DIGITS: usize = 16;
 
-/// A file is hashed in blocks of this size, by several threads.
+/// Several threads hash a file, in blocks of this size in bytes.
 const BLOCK: u64 = 4 << 20;
 
-/// Threads that hash: as many as read a file from memory faster than they hash it.
+/// Maximum number of threads that hash. More threads would hash faster than a cached file can be read.
 const MAX_THREADS: usize = 4;
 
-/// A file that changed later than this before it was hashed is hashed again the next time: its clock may not have
-/// moved on since.
+/// The hash of a file is kept only if the last change is older than this. A later change could have the same
+/// timestamp, because file timestamps are coarse.
 const SETTLED: Duration = Duration::from_secs(2);
 
 type Hash = [u8; 32];
 
-/// A model's name: a known one, or its shape and the hash of all that decides its vectors.
+/// The name of a model: a fixed name, or its shape and a hash of everything that decides the vectors.
 pub(super) fn name(weights: &Path, tokenizer: &Path, described: &Description) -> Result<String> {
     let BertConfig { hidden_size, num_hidden_layers, .. } = described.bert;
     let hash = hash(weights, tokenizer, described)?;
@@ -57,8 +58,8 @@ pub(super) fn name(weights: &Path, tokenizer: &Path, described: &Description) ->
     })
 }
 
-/// What the same folder was called when names covered no more than its own name and samples of the weights; none
-/// if it cannot be told from others by that.
+/// The former name of the folder, which covered only the folder's name and samples of the weights. None if
+/// that name does not identify the model.
 pub(super) fn former_name(weights: &Path) -> Result<Option<String>> {
     let samples = samples(weights).map_err(|error| unreadable(weights, error))?;
     if samples == FORMERLY_KNOWN {
@@ -69,7 +70,7 @@ pub(super) fn former_name(weights: &Path) -> Result<Option<String>> {
     Ok(Some(format!("{folder}@{samples}")))
 }
 
-/// SHA-256, shortened, of the file's length and of samples all over it.
+/// Shortened SHA-256 of the file's length and of samples from the whole file.
 fn samples(path: &Path) -> io::Result<String> {
     let mut weights = File::open(path)?;
     let length = weights.metadata()?.len();
@@ -87,7 +88,8 @@ fn samples(path: &Path) -> io::Result<String> {
 }
 
 fn hash(weights: &Path, tokenizer: &Path, described: &Description) -> Result<String> {
-    // All fields, so that a new one is not forgotten here. Those without a name below have one value that is known.
+    // This names all fields, so that a new field cannot be forgotten. Fields without a name in `shape` have
+    // only one supported value.
     let Description { bert, pooling, max_tokens } = described;
     let pooling = match pooling {
         Pooling::Mean => "mean",
@@ -119,14 +121,14 @@ fn hash(weights: &Path, tokenizer: &Path, described: &Description) -> Result<Str
     }))
 }
 
-/// What tells whether a file is the one that it was, and has not been written to.
+/// Metadata that shows whether a file was replaced or written to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stamp {
     device: u64,
     inode: u64,
     length: u64,
     modified: (i64, i64),
-    /// No program can set this one.
+    /// Time of the last status change (ctime), which no program can set.
     changed: (i64, i64),
 }
 
@@ -161,7 +163,7 @@ pub(super) fn unreadable(file: &Path, error: io::Error) -> Error {
     Error::new(FailureKind::MissingResource, what, &error).because(error)
 }
 
-/// The hash of a whole file. A process hashes a file once, as long as nobody writes to it.
+/// The hash of a whole file. A process hashes a file only once, unless the file changes.
 fn of_file(path: &Path) -> io::Result<Hash> {
     static HASHED: Mutex<Vec<(Stamp, Hash)>> = Mutex::new(Vec::new());
     let file = File::open(path)?;
@@ -172,7 +174,7 @@ fn of_file(path: &Path) -> io::Result<Hash> {
     }
     let hash = of_blocks(&file, stamp.length)?;
     if Stamp::from(&file.metadata()?) != stamp {
-        let message = format!("{} is being written to", path.display());
+        let message = format!("{} changed while it was read", path.display());
         return Err(io::Error::new(io::ErrorKind::ResourceBusy, message));
     }
     if stamp.is_settled() {
@@ -205,7 +207,7 @@ fn of_blocks(file: &File, length: u64) -> io::Result<Hash> {
         let helping: Vec<_> = (0..helpers).map(|_| scope.spawn(work)).collect();
         let mut hashes = work()?;
         for helper in helping {
-            let panicked = |_| io::Error::other("a thread that hashes the model has ended");
+            let panicked = |_| io::Error::other("a thread that hashes the model panicked");
             hashes.extend(helper.join().map_err(panicked)??);
         }
         io::Result::Ok(hashes)

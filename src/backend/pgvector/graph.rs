@@ -1,5 +1,5 @@
-//! When the HNSW graph over the vectors is built, and when it is dropped: loading into a graph is some four times
-//! slower than loading and then building it.
+//! Builds and drops the HNSW graph over the vectors. Loading into a graph is about four times slower than
+//! loading first and building the graph afterwards.
 
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
@@ -8,39 +8,39 @@ use super::{MIN_GRAPH_VERSION, PgVector};
 use crate::backend::postgres::failure;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// A graph is dropped only for a reload of more changes than this, besides being larger than the
-/// table: below, building it anew would cost more than it saves.
+/// A graph is dropped only before a load of more changes than this, and only if the load has more changes
+/// than the table has rows. Below that, building the graph again would cost more than it saves.
 const MIN_RELOAD: u64 = 10_000;
 
-/// Neighbours of a vector in the graph, and candidates for them while it is built. Among 10,000
-/// products, one or two of 100 rows whose new text was unlike all others were not found with
-/// pgvector's defaults (16 and 64) and 100 candidates in a search, and none with these and 200. Among
-/// 100,000 some are missed all the same, which is why a graph is built for larger tables only.
+/// Neighbours of a vector in the graph, and candidates for them during the build. Measured among 10,000
+/// products: of 100 rows whose new text was unlike all other texts, one or two were not found with pgvector's
+/// defaults (16 and 64) and 100 candidates in a search. With these values and 200 candidates, all were found.
+/// Among 100,000 products some are missed all the same, so a graph is built for larger tables only.
 const GRAPH_DEGREE: u32 = 32;
 const GRAPH_CANDIDATES: u32 = 128;
 
-/// Pause after a build that failed; it doubles with each.
+/// Pause after a failed build; it doubles with each failure.
 const FIRST_PAUSE: Duration = Duration::from_secs(10);
 const LONGEST_PAUSE: Duration = Duration::from_hours(1);
 
-/// What a session that builds sets: nothing of this can be set for the statement alone, which runs in no
+/// Settings of the session that builds. They cannot be set for the statement alone, which runs outside of a
 /// transaction.
 const SESSION: &str = "SET search_path = pg_catalog, pg_temp; SET statement_timeout = 0; SET lock_timeout = 0; \
     SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
     SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) IS NOT NULL";
 
-/// How builds went.
+/// Failures of past builds.
 #[derive(Debug, Default)]
 pub(super) struct Builds {
     failures: u32,
-    /// No build before this.
+    /// No build starts before this time.
     not_before: Duration,
-    /// The reason that was told last.
+    /// The reason that was logged last.
     told: Option<String>,
 }
 
 impl Builds {
-    /// A build failed: how long to wait, and whether the reason is news.
+    /// Records a failed build. Returns the pause before the next build, and whether the reason is new.
     fn failed(&mut self, reason: &str, now: Duration) -> (Duration, bool) {
         let pause = FIRST_PAUSE.saturating_mul(1 << self.failures.min(16)).min(LONGEST_PAUSE);
         self.failures += 1;
@@ -51,7 +51,7 @@ impl Builds {
     }
 }
 
-/// What is to be done about the graph.
+/// The next step for the graph.
 enum Action {
     Build,
     Drop,
@@ -66,8 +66,8 @@ impl PgVector {
         self.builds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Drops it before a large load, and builds it once the load has drained. A graph that cannot be built is
-    /// told once with the reason, and tried ever more seldom: searches read all vectors meanwhile.
+    /// Drops the graph before a large load, and builds it after the load. If a build fails, the reason is
+    /// logged once, and the pauses between attempts grow. Searches read all vectors meanwhile.
     pub(super) async fn look_after_graph(&self, backlog: u64) -> Result<()> {
         if self.clock.now() < self.builds().not_before {
             return Ok(());
@@ -88,7 +88,7 @@ impl PgVector {
                         table = self.table,
                         reason,
                         retry_in_s,
-                        "cannot build the graph: searches read all vectors until it can be"
+                        "cannot build the graph: searches read all vectors until a build succeeds"
                     );
                 } else {
                     tracing::debug!(table = self.table, reason, retry_in_s, "cannot build the graph");
@@ -99,7 +99,7 @@ impl PgVector {
     }
 
     async fn wanted(&self, backlog: u64) -> Result<Option<Action>> {
-        let fail = |error: tokio_postgres::Error| failure("look after the graph", error);
+        let fail = |error: tokio_postgres::Error| failure("check the graph", error);
         let client = self.postgres.client().await?;
         let state = client
             .query_opt(
@@ -122,20 +122,20 @@ impl PgVector {
             {
                 None
             }
-            // Left over by a build that was cut off.
+            // An interrupted build left an invalid index.
             Some(false) => Some(Action::Drop),
             None => Some(Action::Build),
         })
     }
 
-    /// Builds or drops, unless somebody else is at it; whether it was built.
+    /// Builds or drops the graph, unless another worker does. Returns whether the graph was built.
     async fn act(&self, action: &Action) -> Result<bool> {
         let what = "build the graph";
         let fail = |error: tokio_postgres::Error| failure(what, error);
         let graph = self.graph();
-        // Not as it was at the start: it may have been updated since.
+        // Looked up again, since the extension may have been updated after the start.
         let extension = self.installed().await?;
-        // Only its owner can index a table; another role asks the database to.
+        // Only a table's owner can index it; another role calls a function of the owner.
         let is_owned: bool = self
             .postgres
             .client()
@@ -156,7 +156,7 @@ impl PgVector {
                     FailureKind::Unsupported,
                     what,
                     format!(
-                        "pgvector {major}.{minor}.{patch} has known corruption in graphs: install a newer one, then ALTER EXTENSION vector UPDATE"
+                        "pgvector {major}.{minor}.{patch} has bugs that corrupt HNSW graphs: install a newer version, then run ALTER EXTENSION vector UPDATE"
                     ),
                 ));
             }
@@ -169,15 +169,16 @@ impl PgVector {
                 self.table, extension.schema
             ),
         };
-        // What a session sets through a pooler in transaction mode would be somebody else's.
+        // Through a pooler in transaction mode, the settings of this session could end up in another
+        // client's.
         if !self.postgres.has_sessions().await? {
             return Err(Error::new(
                 FailureKind::Unsupported,
                 what,
-                "database.url leads to a pooler in transaction mode: give it the server itself",
+                "database.url leads to a pooler in transaction mode: use the address of the server itself",
             ));
         }
-        // A session of its own: the advisory lock goes with it, however this ends.
+        // A session of its own: the session's end releases the advisory lock, whatever happens.
         let (session, connection) = self.postgres.dedicated().await.map_err(fail)?;
         let connection = tokio::spawn(connection);
         session.batch_execute(SESSION).await.map_err(fail)?;
@@ -192,7 +193,7 @@ impl PgVector {
             tracing::info!(
                 statement,
                 duration_ms = started.elapsed().as_millis() as u64,
-                "looked after the graph"
+                "built or dropped the graph"
             );
         }
         drop(session);

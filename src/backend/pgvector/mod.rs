@@ -1,7 +1,7 @@
-//! The vector index on pgvector, in the source's database, which lets every write be fenced.
+//! The vector index on pgvector, in the source's database, so that every write can be part of a transaction.
 //!
-//! A table a target: `refarch.vector_N (id, embedding halfvec(d), content_hash)`. Without a graph a
-//! search is exact; when there is an HNSW graph is told in `graph`.
+//! Each target has a table: `refarch.vector_N (id, embedding halfvec(d), content_hash)`. Without a graph a
+//! search is exact. The submodule says when an HNSW graph is built.
 
 mod graph;
 
@@ -31,37 +31,38 @@ pub type Version = (u32, u32, u32);
 /// The oldest pgvector that has `halfvec`.
 pub const MIN_VERSION: Version = (0, 7, 0);
 
-/// The oldest pgvector whose graphs are known to be sound (its changelog, 0.8.2 to 0.8.4): under an older one
+/// The oldest pgvector whose graphs are known to be sound (its changelog, 0.8.2 to 0.8.4). With an older one,
 /// no graph is built, and searches read all vectors.
 pub const MIN_GRAPH_VERSION: Version = (0, 8, 4);
 
-/// The oldest pgvector that goes on with a search whose first candidates were too few.
+/// The oldest pgvector that continues a search if the first candidates were too few.
 const MIN_ITERATIVE_VERSION: Version = (0, 8, 0);
 
-/// pgvector's own bound on `hnsw.ef_search`, and so on what a search returns.
+/// pgvector's own limit for `hnsw.ef_search`, which also limits the results of a search.
 const MAX_TOP: usize = 1_000;
 
-/// How long a write waits for a lock on the table of vectors, in milliseconds, before it is tried later.
+/// How long a write waits for a lock on the table of vectors, in milliseconds. After that it fails and is
+/// retried.
 const LOCK_WAIT_MS: u32 = 1_000;
 
-/// An id that is written and taken back to see whether writes go through. No row has it.
+/// The id of a canary: it is written and rolled back, to see whether writes succeed. No row has this id.
 const PROBE_ID: &str = "\u{1}probe";
 
-/// What the index needs of the settings.
+/// Settings of the index.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// A graph is worth it from this many vectors on.
+    /// From this many vectors on, a graph is built.
     pub graph_min_rows: u64,
-    /// A graph is built while fewer changes wait.
+    /// A graph is built if at most this many changes wait.
     pub graph_max_backlog: u64,
-    /// Candidates kept during a search.
+    /// Candidates that a search keeps.
     pub ef_search: u32,
-    /// Whether a write is acknowledged in the same database after it, so that a crash which takes the write
-    /// away takes the acknowledgement away too.
+    /// Whether a write is acknowledged in the same database after the write, so that a crash that loses the
+    /// write loses the acknowledgement too.
     pub acknowledged_in_same_log: bool,
 }
 
-/// pgvector as it is installed.
+/// The installed pgvector.
 #[derive(Clone, Debug)]
 struct Extension {
     /// The schema of its types and operators, quoted.
@@ -69,7 +70,7 @@ struct Extension {
     version: Version,
 }
 
-/// Vectors of one target.
+/// The vectors of one target.
 pub struct PgVector {
     postgres: Postgres,
     source: Source,
@@ -121,7 +122,7 @@ impl PgVector {
         }
     }
 
-    /// Takes the pauses between builds of the graph by this clock.
+    /// Measures the pauses between builds of the graph by this clock.
     #[must_use]
     pub fn with_clock(self, clock: Arc<dyn Clock>) -> Self {
         Self { clock, ..self }
@@ -131,7 +132,7 @@ impl PgVector {
         self.extension.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// pgvector as it is installed, looked up once, and again after [`Self::failed`].
+    /// The installed pgvector. It is looked up once, and again after [`Self::failed`].
     async fn extension(&self) -> Result<Extension> {
         let known = self.known_extension().clone();
         if let Some(known) = known {
@@ -142,8 +143,8 @@ impl PgVector {
         Ok(installed)
     }
 
-    /// A failure of SQL that names pgvector's schema. The extension may have moved to another one: then it is
-    /// looked up at the next try, and no change is at fault.
+    /// An error of SQL that names pgvector's schema. If the extension may have moved to another schema, it is
+    /// looked up again at the next attempt, and no change is blamed.
     fn failed(&self, what: &str, error: tokio_postgres::Error) -> Error {
         if !is_about_names(&error) {
             return failure(what, error);
@@ -195,8 +196,9 @@ impl PgVector {
         Ok(rows.iter().map(|row| Match { id: row.get(0), score: row.get::<_, f64>(1) as f32 }).collect())
     }
 
-    /// Locks the vectors for writing, before anything else is touched. A build of the graph may hold a lock for
-    /// minutes: whoever waited for it with a lock on the source's table would make the application wait, too.
+    /// Locks the table of vectors for writing, before anything else is locked. A build of the graph may hold
+    /// its lock for minutes. A write that waited for that lock while it held a lock on the source's table
+    /// would make the application wait too.
     async fn lock(&self, transaction: &Transaction<'_>) -> Result<()> {
         let sql = format!(
             "SET LOCAL lock_timeout = '{LOCK_WAIT_MS}ms'; LOCK TABLE {} IN ROW EXCLUSIVE MODE; \
@@ -207,7 +209,7 @@ impl PgVector {
     }
 }
 
-/// Whether an error says that a type, an operator or a schema is not there.
+/// Whether an error says that a type, an operator or a schema does not exist.
 fn is_about_names(error: &tokio_postgres::Error) -> bool {
     use tokio_postgres::error::SqlState;
     let missing = [SqlState::UNDEFINED_OBJECT, SqlState::UNDEFINED_FUNCTION, SqlState::INVALID_SCHEMA_NAME];
@@ -219,7 +221,7 @@ impl VectorIndex for PgVector {
     async fn query(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
         let top = top.clamp(1, MAX_TOP);
         let found = self.search(embedding, top).await;
-        // Forgotten by a search that failed: the extension may have moved.
+        // The failed search cleared the extension, since it may have moved to another schema.
         if found.is_err() && self.known_extension().is_none() {
             return self.search(embedding, top).await;
         }
@@ -264,13 +266,14 @@ impl VectorIndex for PgVector {
     }
 
     fn notes(&self) -> Option<&dyn Notes> {
-        // The vectors are restored with rows and ledger, and can't be ahead of them; see `lineage` for what can.
+        // The vectors are restored together with rows and ledger and cannot be ahead of them. `lineage` says
+        // more.
         None
     }
 
     async fn probe(&self) -> Result<()> {
         let what = "try a write";
-        // As a change is written, ledger and index, so that what stops all changes stops this.
+        // Writes ledger and index as for a change, so that whatever stops all changes stops the canary too.
         let schema = self.extension().await?.schema;
         let mut client = self.postgres.client().await?;
         let transaction = client.transaction().await.map_err(|error| failure(what, error))?;
@@ -331,7 +334,7 @@ impl FencedWrite for PgVector {
 }
 
 impl PgVector {
-    /// One try by one description of the source. Nothing is written unless it is true of the table.
+    /// One attempt with one description of the source. Nothing is written unless the table is as described.
     async fn apply_by(
         &self,
         table: &SourceTable,
@@ -354,8 +357,8 @@ impl PgVector {
         };
         let transaction = client.transaction().await.map_err(fail("begin a write"))?;
         if self.options.acknowledged_in_same_log {
-            // Not waiting for the disk is safe: what a crash takes away is the end of the log, and the
-            // acknowledgement comes after this commit in it.
+            // The commit need not wait for the disk: a crash loses the end of the log, and the
+            // acknowledgement comes after this commit in the same log.
             transaction
                 .batch_execute("SET LOCAL synchronous_commit = off")
                 .await
@@ -380,12 +383,12 @@ impl PgVector {
         let mut entries = ledger.lock(&transaction, &ids).await?;
         let possible: Vec<&str> =
             ids.iter().copied().filter(|id| table.can_hold(id) && !impossible.contains(*id)).collect();
-        // After the locks, in a snapshot of its own: the newest committed state of each row.
+        // Read after the locks, in a new snapshot: the newest committed state of each row.
         let read = Source::read(&*transaction, table, &select, &[&possible], &check).await;
         let rows = match read {
             Ok((rows, seen)) if table.is_as_seen(seen.as_ref()) => rows,
             read => {
-                // Nothing is locked and no connection held while the table is looked at.
+                // No lock and no connection is held while the table is looked up again.
                 let _ = transaction.rollback().await;
                 drop(client);
                 return Ok(self.source.judge(again, table, read).await?.without_rows());
@@ -427,7 +430,7 @@ impl PgVector {
     }
 }
 
-/// What one fenced write makes of the vectors, column by column, and the versions for the ledger.
+/// The changes of one write to the table of vectors, by column, and the versions for the ledger.
 #[derive(Default)]
 struct Write<'a> {
     gone: Vec<&'a str>,

@@ -139,6 +139,12 @@ impl Pinecone {
         self.http.write(request, "upsert records", None).await
     }
 
+    /// Writes the record that no row has.
+    async fn upsert_probe(&self, namespace: &str) -> Result<()> {
+        let vector = Sent { id: PROBE_ID, values: &self.first_axis(), metadata: Map::new() };
+        self.upsert_into(namespace, &[vector]).await.map(drop)
+    }
+
     fn note_written(&self, response: &reqwest::Response) {
         if let Some(place) = place(response, WRITTEN) {
             self.written.fetch_max(place, Ordering::Relaxed);
@@ -208,6 +214,13 @@ impl PlainWrite for Pinecone {
     fn request_timeout(&self) -> Duration {
         self.http.timeout()
     }
+
+    async fn probe_record(&self) -> Result<()> {
+        let written = self.upsert_probe(&self.namespace).await;
+        // It may be there though the index said no.
+        let taken_out = self.delete(&[PROBE_ID.to_owned()]).await;
+        written.and(taken_out)
+    }
 }
 
 #[async_trait]
@@ -272,8 +285,7 @@ impl VectorIndex for Pinecone {
     async fn probe(&self) -> Result<()> {
         // Among the records a delete of what can't be there, and an upsert beside them.
         self.delete(&[PROBE_ID.to_owned()]).await?;
-        let vector = Sent { id: PROBE_ID, values: &self.first_axis(), metadata: Map::new() };
-        self.upsert_into(NOTES_NAMESPACE, &[vector]).await.map(drop)
+        self.upsert_probe(NOTES_NAMESPACE).await
     }
 
     fn visibility(&self) -> Option<&dyn Visibility> {

@@ -1,4 +1,4 @@
-//! Capture: the triggers on the source's table, and what they can't see.
+//! Capture: the triggers on the source's table, and the changes that triggers cannot see.
 
 use tokio_postgres::GenericClient;
 
@@ -7,36 +7,21 @@ use super::{Postgres, failure};
 use crate::config;
 use crate::pipeline::failure::{Class, Result};
 
-/// Tables of a source, down to every leaf, whose changes are not captured: a trigger is missing, is
-/// disabled, or calls something else.
-pub async fn unarmed(postgres: &Postgres, table: &SourceTable) -> Result<Vec<String>> {
-    let mut client = postgres.client().await?;
-    let transaction =
-        client.transaction().await.map_err(|error| failure("look at the capture triggers", error))?;
-    unarmed_in(&*transaction, table).await
-}
-
-/// The same, as a transaction sees it.
+/// Tables of a source, down to every leaf, whose changes are not captured: they were attached after the
+/// triggers were installed, or a trigger is missing, is disabled, or calls another function.
 pub(super) async fn unarmed_in(client: &impl GenericClient, table: &SourceTable) -> Result<Vec<String>> {
     let rows = client
         .query(
-            "SELECT c.relation::text FROM refarch.tree($1::text::regclass) c \
-             WHERE c.kind IN ('r', 'p') AND EXISTS ( \
-               SELECT FROM unnest(ARRAY['insert', 'update', 'delete', 'truncate']) AS kind WHERE NOT EXISTS ( \
-                 SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid \
-                 WHERE t.tgrelid = c.relation AND t.tgname = 'refarch_' || $2 || '_' || kind \
-                   AND p.proname = 'capture_' || $2 || '_' || kind \
-                   AND p.pronamespace = 'refarch'::regnamespace AND t.tgenabled IN ('O', 'A'))) \
-             ORDER BY 1",
-            &[&table.relation, &table.name],
+            "SELECT l.relation::text FROM refarch.leaves($1, $2::text::regclass) l WHERE l.state <> 'gone' ORDER BY 1",
+            &[&table.name, &table.relation],
         )
         .await
-        .map_err(|error| failure("look at the capture triggers", error))?;
+        .map_err(|error| failure("read the capture triggers", error))?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
-/// What is armed against what should be: each difference as a sentence, with its cure. Cheap enough to be asked for
-/// every few seconds.
+/// Compares the triggers and recorded columns with the table: each difference is a sentence that says what to
+/// do. Cheap enough to be called every few seconds.
 pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<String>> {
     let fail = |error: tokio_postgres::Error| failure("compare capture with the table", error);
     let mut client = postgres.client().await?;
@@ -46,26 +31,28 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
         .query_opt(
             "SELECT s.relation::oid, s.relation::text, \
                (s.id_column, s.text_columns) IS DISTINCT FROM ($2::text, $3::text[]) \
-                 OR NOT (s.metadata_columns @> $4::text[] AND s.metadata_columns <@ $4::text[]), b.held \
-             FROM refarch.source s LEFT JOIN refarch.backfill b ON b.source = s.name WHERE s.name = $1",
+                 OR NOT (s.metadata_columns @> $4::text[] AND s.metadata_columns <@ $4::text[]) \
+             FROM refarch.source s WHERE s.name = $1",
             &[&source.name, &source.id, &source.text, &source.metadata],
         )
         .await
         .map_err(fail)?;
     let Some(noted) = noted else {
-        return Ok(vec![format!("{} is not kept in step yet: run refarch migrate", source.table)]);
+        return Ok(vec![format!("{} is not indexed yet: run refarch migrate", source.table)]);
     };
     let (captured, captured_name): (u32, String) = (noted.get(0), noted.get(1));
     if noted.get::<_, bool>(2) {
-        faults
-            .push("the settings name other columns than those that are captured: run refarch migrate".into());
+        faults.push(
+            "the settings name other columns than those whose changes are captured: run refarch migrate"
+                .into(),
+        );
     }
     let columns = transaction
         .query("SELECT f FROM refarch.column_faults($1, $2::oid::regclass) f", &[&source.name, &captured])
         .await
         .map_err(fail)?;
     let mut columns: Vec<String> = columns.iter().map(|row| row.get(0)).collect();
-    let mut cure = "refarch verify --repair reads the table anew";
+    let mut cure = "refarch verify --repair reads the table again";
     match super::target::find_table(&transaction, source).await {
         Ok(table) => {
             let row = transaction
@@ -76,43 +63,80 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
                 .await
                 .map_err(fail)?;
             let name: String = row.get(3);
-            if row.get::<_, u32>(0) != captured {
+            if row.get::<_, u32>(0) == captured {
+                faults.extend(leaf_faults(&*transaction, &table, &name).await?);
+            } else {
                 columns.clear();
                 faults.push(format!(
-                    "{name} is another table than the one that is captured, which is now {captured_name}: \
-                     refarch verify --repair captures it and reads it anew"
+                    "{name} is another table than the one whose changes are captured, which is now {captured_name}: \
+                     refarch verify --repair captures changes of {name} and reads it"
                 ));
             }
             if row.get(1) {
                 faults.push(format!(
-                    "row security on {name} hides rows from the role {0}: ALTER ROLE {0} BYPASSRLS, or make a policy for it",
+                    "row security on {name} hides rows from the role {0}: run ALTER ROLE {0} BYPASSRLS; or, unless the table has FORCE ROW LEVEL SECURITY, GRANT its owner TO {0}",
                     row.get::<_, String>(2)
-                ));
-            }
-            for table in unarmed_in(&*transaction, &table).await? {
-                faults.push(format!(
-                    "changes of {table} are not captured, since a trigger is missing or disabled: refarch verify --repair arms it"
                 ));
             }
         }
         Err(error) if error.class() == Class::Retryable => return Err(error),
         Err(error) => {
             faults.push(format!(
-                "{error}; changes are marked until the settings are mended and refarch migrate has run"
+                "{error}; until the settings are corrected and refarch migrate has run, capture records no ids, and the table is read again afterwards"
             ));
-            cure = "put the right name into the settings and run refarch migrate";
+            cure = "correct the name in the settings and run refarch migrate";
         }
     }
     faults.extend(columns.into_iter().map(|fault| format!("{captured_name}: {fault}: {cure}")));
-    if let Some(held) = noted.get::<_, Option<String>>(3) {
-        faults.push(format!("{captured_name} is to be read anew, and can't be: {held}"));
-    }
+    let held = transaction
+        .query(
+            "SELECT CASE b.leaf WHEN '-'::regclass THEN s.relation ELSE b.leaf END::text, b.held \
+             FROM refarch.backfill b JOIN refarch.source s ON s.name = b.source \
+             WHERE b.source = $1 AND b.held IS NOT NULL ORDER BY b.leaf",
+            &[&source.name],
+        )
+        .await
+        .map_err(fail)?;
+    faults.extend(held.iter().map(|row| {
+        let (table, held): (&str, &str) = (row.get(0), row.get(1));
+        format!("{table} must be read again, but can't be: {held}")
+    }));
     Ok(faults)
 }
 
-/// What of the table capture can't see, and what to do about it.
+/// Faults of single tables in the tree under `root`.
+async fn leaf_faults(client: &impl GenericClient, table: &SourceTable, root: &str) -> Result<Vec<String>> {
+    let rows = client
+        .query(
+            "SELECT l.relation::text, l.state, EXISTS (SELECT FROM pg_class c WHERE c.oid = l.relation) \
+             FROM refarch.leaves($1, $2::text::regclass) l ORDER BY 2, 1",
+            &[&table.name, &table.relation],
+        )
+        .await
+        .map_err(|error| failure("read the capture triggers", error))?;
+    let told = rows.iter().map(|row| {
+        let (leaf, state, is_there): (&str, &str, bool) = (row.get(0), row.get(1), row.get(2));
+        match state {
+            "new" => format!(
+                "changes of {leaf} are not captured yet, since it became a part of {root} later: refarch verify --repair installs the triggers"
+            ),
+            "gone" if is_there => format!(
+                "{leaf} is no part of {root} any more, and its rows are still in the index: refarch verify --repair queues them"
+            ),
+            "gone" => format!(
+                "a part of {root} was dropped, and its rows are still in the index: refarch verify --repair queues them"
+            ),
+            _ => format!(
+                "changes of {leaf} are not captured, since a trigger is missing or disabled: refarch verify --repair installs the triggers"
+            ),
+        }
+    });
+    Ok(told.collect())
+}
+
+/// Changes of the table that capture cannot see, and what to do about them.
 pub(super) async fn warnings(client: &impl GenericClient, table: &SourceTable) -> Result<Vec<String>> {
-    let fail = |error: tokio_postgres::Error| failure("look for changes that capture can't see", error);
+    let fail = |error: tokio_postgres::Error| failure("look for changes that capture cannot see", error);
     let mut warnings = Vec::new();
     let foreign = client
         .query(
@@ -125,7 +149,7 @@ pub(super) async fn warnings(client: &impl GenericClient, table: &SourceTable) -
         .map_err(fail)?;
     for row in foreign {
         warnings.push(format!(
-            "{}: a foreign table, whose changes triggers here don't see",
+            "{} is a foreign table: its changes are not captured, since triggers here do not see them",
             row.get::<_, String>(0)
         ));
     }
@@ -139,7 +163,7 @@ pub(super) async fn warnings(client: &impl GenericClient, table: &SourceTable) -
         .get(0);
     if subscribed {
         warnings.push(format!(
-            "{}: filled by logical replication, which fires no statement triggers; run refarch where the rows are written",
+            "{} is filled by logical replication, which fires no statement triggers, so changes are not captured: run refarch on the database where the rows are written",
             table.relation
         ));
     }

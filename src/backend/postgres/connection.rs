@@ -1,12 +1,12 @@
-//! A connection of the pool whose every transaction sets what it relies on.
+//! A connection of the pool. Every transaction on it sets the settings that it relies on.
 //!
 //! A role of the database may have settings of its own (`search_path`, `statement_timeout`, `TimeZone`,
-//! `default_transaction_isolation`, `row_security`), and a pooler in transaction mode hands one session to
-//! many clients. So nothing is set for a session: each transaction begins with `SET LOCAL`, and a single
-//! statement gets a transaction of its own. Its three messages are sent together, so that it costs one
-//! round trip, as it would alone.
+//! `default_transaction_isolation`, `row_security`), and a pooler in transaction mode gives one session to
+//! many clients. So nothing is set for a session. Each transaction begins with `SET LOCAL`, and a single
+//! statement gets its own transaction. The three messages of such a transaction are sent together, so it
+//! costs one round trip, like the statement alone.
 //!
-//! SQL that runs here names the schema of everything that is not in `pg_catalog`.
+//! SQL that runs here names the schema of everything outside of `pg_catalog`.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -19,14 +19,14 @@ use tokio_postgres::{Error, IsolationLevel, Row, Statement};
 
 use super::source::{Source, SourceTable};
 
-/// How long a transaction may wait for its process, in milliseconds: none of ours does anything but
-/// talk to the database while one is open, and a process that freezes must not lock rows for ever.
+/// How long a transaction may wait for its process, in milliseconds. Our transactions only talk to the
+/// database, so they are never idle for long, and a process that freezes must not lock rows for ever.
 const IDLE_IN_TRANSACTION_MS: u32 = 60_000;
 
-/// What a transaction of ours sets. Values have one spelling, whatever the role's settings; a row-level
-/// policy that would hide rows raises an error; no timeout of the role's cuts it off (`transaction_timeout`
-/// is known from PostgreSQL 17 on); and plans are made for the parameters at hand, because one
-/// kept from when the ledger was empty reads all of it for each id.
+/// The settings of each transaction. Values have one spelling, whatever the role's settings. A row-level
+/// policy that would hide rows raises an error. No timeout of the role cuts the transaction off
+/// (`transaction_timeout` exists since PostgreSQL 17). Plans are made for the given parameters, because a
+/// plan from a time when the ledger was empty reads the whole ledger for each id.
 pub(super) fn settings(statement_timeout_ms: u128) -> Arc<str> {
     format!(
         "SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL row_security = off; \
@@ -40,13 +40,13 @@ pub(super) fn settings(statement_timeout_ms: u128) -> Arc<str> {
     .into()
 }
 
-/// What begins a transaction of ours.
+/// The SQL that begins a transaction with these settings.
 pub(super) fn begun_by(settings: &str) -> String {
     format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {settings}")
 }
 
-/// Begins a transaction on a session outside of the pool, with the settings of one in it. It waits for a lock
-/// for a second: what stands in line for a lock on a table makes all who come later wait, too.
+/// Begins a transaction on a session outside of the pool, with the same settings. It waits one second for a
+/// lock, since a statement that waits for a table lock makes every later statement on the table wait too.
 pub(super) async fn begin(
     client: &mut tokio_postgres::Client,
 ) -> Result<tokio_postgres::Transaction<'_>, Error> {
@@ -60,18 +60,18 @@ pub(super) async fn begin(
     transaction.batch_execute(&format!("{settings}; SET LOCAL lock_timeout = '1s'")).await?;
     Ok(transaction)
 }
-/// Makes a transaction wait for the disk where the role's own setting would not. A setting that waits for
-/// standbys too, or for none of them, stays.
+/// Makes commits wait for the disk if the role's own `synchronous_commit` is off. Any other value, with or
+/// without waiting for standbys, is kept.
 pub(super) const WAIT_FOR_THE_DISK: &str = "SELECT set_config('synchronous_commit', 'on', true) \
     WHERE current_setting('synchronous_commit') = 'off'";
 
 /// SQL as text, or prepared.
 #[async_trait]
 pub trait Sql: Sync {
-    /// The statement on this connection; text is prepared once a connection.
+    /// The prepared statement on this connection. Text is prepared once for each connection.
     async fn prepared(&self, client: &ClientWrapper) -> Result<Statement, Error>;
 
-    /// Takes it out of what is prepared on this connection; whether it can be prepared again.
+    /// Removes the statement from the connection's cache. True if it can be prepared again.
     fn forget(&self, client: &ClientWrapper) -> bool;
 }
 
@@ -110,7 +110,7 @@ impl Sql for Statement {
     }
 }
 
-/// A connection of the pool, which it goes back to when this is dropped.
+/// A connection of the pool, which goes back to the pool on drop.
 pub struct Connection {
     client: Object,
     settings: Arc<str>,
@@ -186,7 +186,7 @@ impl Connection {
         self.alone(self.client.batch_execute(sql)).await
     }
 
-    /// Reads the source's table by a description, with the look at the catalog that tells whether it is true.
+    /// Reads the source's table by a description, and the catalog to check that description.
     pub(crate) async fn read_source(
         &self,
         table: &SourceTable,
@@ -216,13 +216,14 @@ impl Connection {
         Ok(transaction)
     }
 
-    /// Whether a statement failed because a table was altered since it was prepared, and is to be prepared anew.
+    /// Whether the statement failed because a table was altered after it was prepared. It is then prepared
+    /// again.
     fn is_outdated<T>(&self, sql: &(impl Sql + ?Sized), result: &Result<T, Error>) -> bool {
         result.as_ref().is_err_and(super::is_outdated) && sql.forget(&self.client)
     }
 
-    /// Sends the transaction's begin, the work and the commit at once: each is put on the wire when it is
-    /// first polled, in this order. After an error the commit rolls back.
+    /// Sends the beginning of the transaction, the work and the commit at once: each is sent when it is first
+    /// polled, in this order. After an error, the commit rolls back.
     async fn alone<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         let opening = begun_by(&self.settings);
         let (begun, done, ended) =
@@ -234,8 +235,8 @@ impl Connection {
     }
 }
 
-/// What is not wrapped above runs without these settings: COPY into the user's table, whose own triggers
-/// see the role's settings, as they would for anybody.
+/// Methods that are not wrapped above run without these settings: COPY into the user's table, whose triggers
+/// then run with the role's own settings, as for any other client.
 impl Deref for Connection {
     type Target = ClientWrapper;
 

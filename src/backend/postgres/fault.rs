@@ -1,73 +1,26 @@
-//! Faults of workers, where `refarch status` finds them.
+//! Faults of workers, for `refarch status`.
 
 use jiff::Timestamp;
 use serde::Serialize;
 
 use super::registry::WORKER_GONE_S;
-use super::{Connection, Postgres, failure};
+use super::{Postgres, failure};
 use crate::pipeline::failure::Result;
-use crate::pipeline::fault::Fault;
 
-/// Heartbeats after which a fault that goes on is written again.
-const REFRESH_BEATS: u32 = 10;
-
-/// A fault as it is shown: one, however many workers meet it.
+/// A fault as shown. The same fault of several workers is one.
 #[derive(Clone, Debug, Serialize)]
 pub struct FaultStatus {
-    /// What kind it is.
+    /// Its kind.
     pub kind: String,
-    /// What is wrong.
+    /// Its message.
     pub message: String,
-    /// Since when, by the database's clock.
+    /// When it began, by the database's clock.
     pub since: Timestamp,
-    /// Workers that meet it.
+    /// How many workers have it.
     pub workers: i64,
 }
 
-/// What of a worker's faults the database knows.
-#[derive(Debug, Default)]
-pub(super) struct Written {
-    faults: Vec<Fault>,
-    beats: u32,
-}
-
-impl Written {
-    /// Writes a worker's faults if they changed, and once in a while that they go on. Kinds that others
-    /// write under the worker's name are left alone.
-    pub(super) async fn keep(
-        &mut self,
-        client: &Connection,
-        worker: &str,
-        current: Vec<Fault>,
-    ) -> Result<()> {
-        self.beats += 1;
-        if current == self.faults && (current.is_empty() || self.beats < REFRESH_BEATS) {
-            return Ok(());
-        }
-        let ended: Vec<&str> = self
-            .faults
-            .iter()
-            .map(|fault| fault.kind)
-            .filter(|kind| current.iter().all(|fault| fault.kind != *kind))
-            .collect();
-        let kinds: Vec<&str> = current.iter().map(|fault| fault.kind).collect();
-        let messages: Vec<&str> = current.iter().map(|fault| fault.message.as_str()).collect();
-        client
-            .execute(
-                "WITH ended AS (DELETE FROM refarch.fault WHERE worker_id = $1 AND kind = ANY ($2)) \
-                 INSERT INTO refarch.fault AS f (worker_id, kind, message) \
-                 SELECT $1, u.kind, u.message FROM unnest($3::text[], $4::text[]) AS u(kind, message) \
-                 ON CONFLICT (worker_id, kind) DO UPDATE SET message = excluded.message, seen_at = clock_timestamp()",
-                &[&worker, &ended, &kinds, &messages],
-            )
-            .await
-            .map_err(|error| failure("write a fault", error))?;
-        (self.faults, self.beats) = (current, 0);
-        Ok(())
-    }
-}
-
-/// The faults of workers that live.
+/// The faults of workers with a recent heartbeat.
 pub async fn read(postgres: &Postgres) -> Result<Vec<FaultStatus>> {
     let client = postgres.client().await?;
     let rows = client

@@ -1,29 +1,32 @@
-//! Which database, and which state of it, an index outside of it belongs to.
+//! Index ownership: which database, and which epoch of that database, an index outside of the database
+//! belongs to.
 //!
-//! A restore to an earlier point leaves the index ahead of the ledger: rows that the ledger calls
-//! settled may be anything there. So the database has a name and a mark that grows, and the index
-//! keeps a note of both, written after the database committed them. When a worker starts, and at each mark
-//! after that, the note is compared:
+//! After a restore to an earlier point, the index is ahead of the ledger: the index may hold anything for a
+//! row that the ledger calls settled. So the database has an epoch: a name, and a number that grows. The
+//! index keeps an ownership record with the same two, written after the database committed them. A worker
+//! compares the record with the database when the worker starts, and each time that the number grows:
 //!
-//! - *another name*: the index was written to by another database. A worker that starts takes it over: no
-//!   entry of the ledger is trusted, and every text is embedded. A worker that was running ends: two databases
-//!   that write to one namespace would do the other's work over for ever;
-//! - *no note*, though something was written: the index was made anew. Likewise;
-//! - *a higher mark*: this database went back (a restore, or a failover to a replica that was behind). Every
-//!   row is sent again; a record that carries the row's content hash lends its vector;
-//! - *the same note, on another server or timeline* (see `refarch.incarnation`): a failover or a restore that
-//!   may have lost what came after the last mark. The rows and the ledger went back together, so nothing in
-//!   them tells which records are ahead. Every row is sent again in the same way, which costs
-//!   requests and no embedding. The database gets a new name, so that the server that it came from, if that
-//!   still runs, is told apart.
+//! - *Another name*: another database wrote to the index. A worker that starts takes the index over: it
+//!   trusts no entry of the ledger, and every text is embedded. A worker that was running ends, since two
+//!   databases that write to one namespace would overwrite each other for ever.
+//! - *No record*, though something was written: the index was created again. The worker does the same.
+//! - *A higher number*: this database went back to an earlier state (a restore, or a failover to a replica
+//!   that was behind). Every row is sent again. A record that carries the row's content hash supplies its
+//!   vector.
+//! - *The same record, on another server or timeline* (see `refarch.incarnation`): a failover or a restore,
+//!   which may have lost what came after the number last grew. Rows and ledger went back together, so they do
+//!   not show which records are ahead. Every row is sent again in the same way, which costs requests and no
+//!   embedding. The database gets a new name. So the old server, if it still runs, is recognised as another
+//!   database.
 //!
-//! In none of these is a record found whose id this database never knew: the proof and `verify`, which list
-//! the index, find it.
+//! None of these cases finds a record whose id this database never had. The proof and `verify`, which list
+//! the index, find such a record.
 //!
-//! pgvector keeps no note: its vectors are restored with rows and ledger, and agree with them. But a queue outside
-//! of the database is not restored: it may have delivered, and forgotten, what the restored outbox does not hold any
-//! more. So a mark is made there too, and where the database went back (another server or timeline, or a mark lower
-//! than one that this process made) every id is queued; what agrees costs a look.
+//! pgvector keeps no ownership record: its vectors are restored together with rows and ledger, and agree with
+//! them. But a queue outside of the database is not restored: it may have delivered and deleted messages
+//! about changes that the restored outbox does not hold any more. So the number grows with pgvector too. If
+//! the database went back (another server or timeline, or a number lower than one that this process set),
+//! every id is queued. A row that agrees with the index costs one comparison.
 
 use std::time::Duration;
 
@@ -33,64 +36,66 @@ use super::{Postgres, failure};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::index::{Notes, VectorIndex};
 
-/// How often a mark is made, and the note compared.
+/// How often the database epoch grows, and the ownership record is compared.
 const MARK_EVERY: Duration = Duration::from_mins(1);
 
-/// After this database changed its name, how long one of its workers may still write a note with the old one.
+/// After this database changed its name, how long one of its workers may still write a record with the old
+/// name.
 const SHOWN_AGAIN_FOR: &str = "2 minutes";
 
-/// An index is not taken over twice within this time: whoever had it before is alive.
+/// An index is not taken over twice within this time: its previous owner still runs.
 const TAKEN_FOR: &str = "10 minutes";
 
-/// A note that is missing is looked for so often, a second apart, before that is believed: an index may show what
-/// was written some time later.
+/// How many times a missing record is looked for, a second apart, before it counts as missing: an index may
+/// show a write some time later.
 const LOOKS_FOR_MISSING: u32 = 4;
 
-/// How an index and the database stand to each other.
+/// Whether the index belongs to the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// The index is this database's.
+    /// The index belongs to this database.
     Ours,
-    /// The index holds no note, and nothing was written to it as far as the ledger knows.
+    /// The index holds no record, and the ledger knows of no write to the index.
     New,
-    /// The index belongs to another database, or to a later state of this one, or was made anew.
+    /// The index belongs to another database or to a later state of this one, or it was created again.
     Foreign,
 }
 
-/// The same, with what to do about it.
+/// The same in more detail: it decides what is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Found {
     Ours,
     New,
-    /// The note is ours, and the database is on another server or timeline.
+    /// The record has this database's name, and the database is on another server or timeline.
     Moved,
-    /// The note is ours, and has a mark that the database does not have.
+    /// The record has this database's name and a higher number.
     Ahead(i64),
-    /// The note has another name.
+    /// The record has another name.
     Another,
-    /// There is no note where one must be.
+    /// There is no record, though something was written.
     Missing,
 }
 
-/// What the database knows.
+/// The database epoch, and what the database recorded about the index.
 #[derive(Clone, Debug, Default)]
 struct State {
     name: String,
     mark: i64,
-    /// Whether the index was ever written to as far as the ledger knows.
+    /// Whether the index was ever written to, by the ledger.
     written: bool,
     foreign_note: Option<String>,
-    /// Whether this database changed its name just now.
+    /// Whether this database changed its name within [`SHOWN_AGAIN_FOR`].
     changed_now: bool,
-    /// Whether an index of another database was taken over lately.
+    /// Whether an index of another database was taken over within [`TAKEN_FOR`].
     taken_lately: bool,
-    /// Server and timeline at the last mark, and now.
+    /// Server and timeline when the epoch last grew, and now.
     recorded: Option<String>,
     current: String,
 }
 
 impl State {
-    /// Whether server or timeline are others than at the last mark. A part that is not known says nothing.
+    /// Whether server or timeline differ from those of the last epoch. A part that is unknown is not
+    /// compared.
     fn has_moved(&self) -> bool {
         let parts = |text: &str| {
             text.split_once('/').map(|(system, timeline)| [system.to_owned(), timeline.to_owned()])
@@ -101,7 +106,7 @@ impl State {
         then.iter().zip(&now).any(|(then, now)| !then.is_empty() && !now.is_empty() && then != now)
     }
 
-    /// Whether a note of another name is one that was dealt with.
+    /// Whether a record of another name was handled already.
     fn knows(&self, note: &str) -> bool {
         let Some(known) = self.foreign_note.as_deref() else { return false };
         let name = |note: &str| note.rsplit_once('/').map(|(name, _)| name.to_owned());
@@ -110,7 +115,7 @@ impl State {
 
     fn stand(&self, note: Option<&str>) -> Found {
         let Some(note) = note else {
-            // A mark alone says nothing: the note that goes with it may have failed.
+            // The number in the database alone proves nothing: writing the record may have failed.
             return if self.written { Found::Missing } else { Found::New };
         };
         let parsed = note.rsplit_once('/').and_then(|(name, mark)| Some((name, mark.parse::<i64>().ok()?)));
@@ -145,12 +150,12 @@ async fn read(postgres: &Postgres, target: i32) -> Result<State> {
     })
 }
 
-/// Reads the note and compares it.
+/// Reads the record and compares it.
 async fn look(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Result<(State, Option<String>, Found)> {
     let before = read(postgres, target).await?;
     let note = notes.note().await?;
-    // A worker may make a mark meanwhile. The note that was read is not ahead of what is read after
-    // it, and one that was missing is missed only if something was written before.
+    // A worker may advance the epoch meanwhile. So the database is read again after the record: the record is
+    // not ahead of that state. A missing record counts as missing only if something was written before.
     let state = match note {
         Some(_) => State { written: before.written, ..read(postgres, target).await? },
         None => before,
@@ -159,19 +164,20 @@ async fn look(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Result<(St
     Ok((state, note, found))
 }
 
-/// Compares the index's note with the database.
+/// Compares the ownership record of the index with the database.
 pub async fn compare(postgres: &Postgres, target: i32, index: &dyn VectorIndex) -> Result<Standing> {
     let Some(notes) = index.notes() else { return Ok(Standing::Ours) };
     Ok(match look(postgres, target, notes).await?.2 {
-        // What is ahead of the ledger then is for whoever compares records to find.
+        // After a change of server, records may be ahead of the ledger. The caller compares records and finds
+        // them.
         Found::Ours | Found::Moved => Standing::Ours,
         Found::New => Standing::New,
         Found::Ahead(_) | Found::Another | Found::Missing => Standing::Foreign,
     })
 }
 
-/// Whether an index holds a note of the source's database, so that it is the index that was written to,
-/// whatever its address is now.
+/// Whether the index holds a record of the source's database: then this database wrote to the index, whatever
+/// the address of the index is now.
 pub async fn is_known(postgres: &Postgres, source: &str, index: &dyn VectorIndex) -> Result<bool> {
     let Some(notes) = index.notes() else { return Ok(false) };
     let client = postgres.client().await?;
@@ -183,7 +189,7 @@ pub async fn is_known(postgres: &Postgres, source: &str, index: &dyn VectorIndex
     Ok(note.is_some_and(|note| note.rsplit_once('/').is_some_and(|(noted, _)| noted == name)))
 }
 
-/// Makes a mark in the database; returns it with the name.
+/// Advances the epoch in the database. Returns name and number.
 async fn grow(postgres: &Postgres, target: i32) -> Result<(String, i64)> {
     let client = postgres.client().await?;
     let row = client
@@ -198,12 +204,12 @@ async fn grow(postgres: &Postgres, target: i32) -> Result<(String, i64)> {
     Ok((row.get(0), row.get(1)))
 }
 
-/// Makes a mark, first in the database and then in the index, if the index is still this database's; takes the
-/// index over if it is not.
+/// Advances the epoch, first in the database and then in the index, if the index still belongs to this
+/// database. Takes the index over otherwise.
 pub async fn mark(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Result<()> {
     match look(postgres, target, notes).await?.2 {
         Found::Ours | Found::New => note(postgres, target, notes).await,
-        // Others of the fleet may have seen it too: one of them deals with it.
+        // Another worker may have seen the same: the lock lets one worker handle it.
         _ => take_over(postgres, target, notes).await,
     }
 }
@@ -213,7 +219,7 @@ async fn note(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Result<()>
     notes.set_note(&format!("{name}/{mark}")).await
 }
 
-/// Sees to it that the index is this database's, before anything is written to it.
+/// Makes sure that the index belongs to this database, before anything is written to the index.
 pub async fn claim(postgres: &Postgres, target: i32, index: &dyn VectorIndex) -> Result<()> {
     if let Some(notes) = index.notes() {
         return take_over(postgres, target, notes).await;
@@ -226,7 +232,7 @@ pub async fn claim(postgres: &Postgres, target: i32, index: &dyn VectorIndex) ->
 }
 
 async fn take_over(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Result<()> {
-    // A session of its own: the lock goes with it, however this ends.
+    // A session of its own: the session's end releases the lock, whatever happens.
     let fail = |error: tokio_postgres::Error| failure("claim the index", error);
     let (session, connection) = postgres.dedicated().await.map_err(fail)?;
     let connection = tokio::spawn(connection);
@@ -256,14 +262,15 @@ async fn take_over(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Resul
 
 fn shared(note: Option<&str>) -> Error {
     let message = format!(
-        "another database writes to this namespace too, and left the note {:?} there: give each database a namespace \
-         of its own (index.namespace), or stop the other's workers and start this one again in {TAKEN_FOR}",
+        "another database writes to this namespace too; its ownership record is {:?}. Give each database a namespace \
+         of its own (index.namespace). Or stop the other database's workers and start this worker again in {TAKEN_FOR}",
         note.unwrap_or_default()
     );
     Error::new(FailureKind::WrongSetting, "claim the index", message)
 }
 
-/// Queues every row and every entry of the ledger as not to be trusted, and remembers why, in one transaction.
+/// Marks every row and every entry of the ledger as not to be trusted, queues them, and records why, in one
+/// transaction.
 async fn distrust(
     postgres: &Postgres,
     target: i32,
@@ -273,14 +280,15 @@ async fn distrust(
 ) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("queue every row", error);
     let has_moved = state.has_moved();
-    // The index's records are this database's own, if of another time.
+    // This database wrote the records of the index, at another time.
     let keep = matches!(found, Found::Ahead(_) | Found::Moved);
     let seen = if let Found::Ahead(seen) = found { seen } else { 0 };
     let mut client = postgres.client().await?;
     let transaction = client.transaction().await.map_err(fail)?;
     let row =
         transaction.query_one("SELECT refarch.distrust($1, $2)", &[&target, &keep]).await.map_err(fail)?;
-    // Beyond the mark that was seen: a note of before is then no news, however late the index shows it.
+    // Higher than the number that was seen: an older record that the index shows later is then not handled
+    // again.
     transaction
         .execute(
             "UPDATE refarch.lineage SET name = CASE WHEN $2 THEN gen_random_uuid()::text ELSE name END, \
@@ -299,18 +307,18 @@ async fn distrust(
             entries,
             server.before = state.recorded,
             server.now = state.current,
-            "this database went back or changed its server, as after a restore or a failover, and the index may be ahead of it: every row is written anew; no text is embedded whose vector the index holds"
+            "the database went back to an earlier state or changed its server (a restore or a failover), and the index may be ahead of it: every row is written anew; a text whose vector is in the index is not embedded again"
         );
     } else {
         tracing::warn!(
             entries,
-            "the index belongs to another database or was made anew: every row is written anew"
+            "the index belongs to another database, or it is new: every row is written anew"
         );
     }
     Ok(())
 }
 
-/// Queues every id without distrusting anything, for vectors that went back with the database.
+/// Queues every id and keeps the entries, for vectors that went back together with the database.
 async fn queue_all(postgres: &Postgres, target: i32, state: &State, seen: i64) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("queue every row", error);
     let mut client = postgres.client().await?;
@@ -327,21 +335,21 @@ async fn queue_all(postgres: &Postgres, target: i32, state: &State, seen: i64) -
     tracing::warn!(
         server.before = state.recorded,
         server.now = state.current,
-        "this database went back or changed its server, as after a restore or a failover: every row is looked at again, for the queue may have forgotten changes"
+        "the database went back to an earlier state or changed its server (a restore or a failover), and the queue may have lost changes: every row is compared with the index again"
     );
     Ok(())
 }
 
-/// How a running worker's index stands.
+/// What a running worker found out about its index.
 #[derive(Debug)]
 pub enum Renewed {
-    /// It is this database's, and has the newest mark.
+    /// The index belongs to this database and has the newest epoch.
     Ours,
-    /// Another database took it over; the error says what to do.
+    /// Another database took the index over. The error says what to do.
     Taken(Error),
 }
 
-/// What a running worker knows of the database, to notice that it is another now.
+/// The epoch that a running worker knows, to notice that the database went back or was replaced.
 #[derive(Debug)]
 pub struct Known {
     name: String,
@@ -349,13 +357,13 @@ pub struct Known {
 }
 
 impl Known {
-    /// What is known when the index has been claimed.
+    /// The epoch after the index has been claimed.
     pub async fn new(postgres: &Postgres, target: i32) -> Result<Self> {
         let State { name, mark, .. } = read(postgres, target).await?;
         Ok(Self { name, mark })
     }
 
-    /// Compares, deals with what is found, and makes a mark.
+    /// Compares, handles the result, and advances the epoch.
     pub async fn renew(
         &mut self,
         postgres: &Postgres,
@@ -364,7 +372,7 @@ impl Known {
     ) -> Result<Renewed> {
         if let Some(notes) = index.notes() {
             let (state, note, found) = look(postgres, target, notes).await?;
-            // With another name of its own the database itself is another one.
+            // If the name in the database changed too, the database itself is another one.
             if found == Found::Another && state.name == self.name {
                 return Ok(Renewed::Taken(shared(note.as_deref())));
             }
@@ -382,7 +390,8 @@ impl Known {
     }
 }
 
-/// Makes a mark every now and then, until `stop`; ends early if the index is another database's now.
+/// Advances the epoch every `MARK_EVERY` until `stop`. Ends early with an error if another database took the
+/// index over.
 pub async fn keep(
     postgres: &Postgres,
     target: i32,
@@ -453,7 +462,7 @@ mod tests {
         let dealt = State { foreign_note: Some("b/5".into()), ..state(3, true) };
         assert_eq!(dealt.stand(Some("b/5")), Found::Ours);
         assert_eq!(dealt.stand(Some("b/6")), Found::Another);
-        // A worker of the time before may have been about to write it.
+        // A worker that still used the old name may have been about to write this record.
         let just_now = State { changed_now: true, ..dealt };
         assert_eq!(just_now.stand(Some("b/6")), Found::Ours);
         assert_eq!(just_now.stand(Some("c/6")), Found::Another);

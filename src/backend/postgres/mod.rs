@@ -1,11 +1,11 @@
-//! PostgreSQL: connections, schema, capture, outbox, ledger, and the books that the roles keep.
+//! PostgreSQL: connections, schema, capture, outbox, ledger, worker registry, and the state of the proof.
 
-pub mod bell;
 pub mod capture;
 pub mod connection;
 pub mod fault;
 pub mod ledger;
 pub mod lineage;
+pub mod listener;
 pub mod migrate;
 pub mod outbox;
 pub mod products;
@@ -32,23 +32,23 @@ use crate::config::Database;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::secret::Secret;
 
-/// How long to wait for a connection of the pool: longer means that the pool is too small.
+/// How long to wait for a connection of the pool. A longer wait means that the pool is too small.
 const POOL_WAIT: Duration = Duration::from_secs(30);
 
-/// How long a request waits for a connection: its client waits too.
+/// How long a request waits for a connection: its client waits meanwhile.
 const REQUEST_POOL_WAIT: Duration = Duration::from_secs(5);
 
 /// An encrypted stream to the server.
 type TlsStream = <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream;
 
-/// A database's address and its pool of connections.
+/// A database's address and its connection pool.
 #[derive(Clone)]
 pub struct Postgres {
     config: tokio_postgres::Config,
     tls: MakeRustlsConnect,
     /// Connections for short statements.
     pub pool: Pool,
-    /// What each transaction of ours begins with.
+    /// The settings with which each of our transactions begins.
     settings: Arc<str>,
 }
 
@@ -59,7 +59,7 @@ impl Postgres {
         let tls = wanted.connector()?;
         let mut config = wanted.config;
         if config.get_connect_timeout().is_none() {
-            config.connect_timeout(Duration::from_secs(settings.connect_timeout_s));
+            config.connect_timeout(settings.connect_timeout);
         }
         if config.get_application_name().is_none() {
             config.application_name("refarch");
@@ -69,35 +69,38 @@ impl Postgres {
         Ok(Self { config, tls, pool, settings: connection::settings(0) })
     }
 
-    /// The same connections, for work that is acknowledged outside of the database: each transaction waits
-    /// until it is on the disk, whatever the role's own `synchronous_commit`. A crash would otherwise take
-    /// away what somebody else was told is done.
+    /// The same connections for work that is acknowledged outside of the database. Each commit waits for the
+    /// disk, whatever the role's own `synchronous_commit`: otherwise a crash could lose work that was
+    /// acknowledged.
     #[must_use]
     pub fn waiting_for_the_disk(&self) -> Self {
         let settings = format!("{}; {}", self.settings, connection::WAIT_FOR_THE_DISK).into();
         Self { settings, ..self.clone() }
     }
 
-    /// Connects once, so that a wrong address or password is told at the start.
+    /// Connects once, so that a wrong address or password fails at the start.
     pub async fn check(&self) -> Result<()> {
         let client = self.client().await?;
         let row = client
             .query_one("SELECT current_setting('server_version_num')::int", &[])
             .await
-            .map_err(|error| failure("ask the server's version", error))?;
+            .map_err(|error| failure("read the server's version", error))?;
         let version: i32 = row.get(0);
         if version < 150_000 {
             return Err(Error::new(
                 FailureKind::WrongVersion,
                 "check the database",
-                format!("PostgreSQL 15 or later is needed, and this is {}", version / 10_000),
+                format!(
+                    "PostgreSQL 15 or later is needed, and the server is PostgreSQL {}",
+                    version / 10_000
+                ),
             ));
         }
         Ok(())
     }
 
-    /// The same database through a pool of its own, for what clients ask: they then never take the
-    /// connections of the pipeline, and no statement of theirs takes longer than `statement_timeout`.
+    /// The same database through a separate pool, for requests of clients. They then never take connections
+    /// of the pipeline, and no statement takes longer than `statement_timeout`.
     pub fn for_requests(&self, connections: usize, statement_timeout: Duration) -> Result<Self> {
         let pool = pool(&self.config, &self.tls, connections, REQUEST_POOL_WAIT)?;
         let settings = connection::settings(statement_timeout.as_millis());
@@ -112,7 +115,7 @@ impl Postgres {
         }
     }
 
-    /// Host, port and database, for messages; no user, no password.
+    /// Host, port and database, for messages; without user and password.
     #[must_use]
     pub fn address(&self) -> String {
         let hosts = self.config.get_hosts().iter().map(|host| match host {
@@ -124,20 +127,20 @@ impl Postgres {
         format!("{host}:{port}/{}", self.config.get_dbname().unwrap_or("?"))
     }
 
-    /// The role of the database that this logs in as, for messages.
+    /// The role that logs in, for messages.
     #[must_use]
     pub fn user(&self) -> &str {
         self.config.get_user().unwrap_or("of this login")
     }
 
-    /// What begins a transaction of ours on a session that is not of the pool: it sets what the transaction
-    /// relies on, and nothing that outlives it.
+    /// The SQL that begins a transaction of ours on a session outside of the pool. Its settings end with the
+    /// transaction.
     pub(crate) fn begin(&self) -> String {
         connection::begun_by(&self.settings)
     }
 
-    /// A connection of its own, outside the pool, for LISTEN and for locks that outlive a transaction. It has
-    /// the role's own settings: work in it begins with [`Self::begin`].
+    /// A connection outside of the pool, for LISTEN and for locks that outlive a transaction. The session has
+    /// the role's own settings, so work on it begins with [`Self::begin`].
     pub(crate) async fn dedicated(
         &self,
     ) -> Result<(tokio_postgres::Client, tokio_postgres::Connection<Socket, TlsStream>), tokio_postgres::Error>
@@ -164,45 +167,45 @@ fn pool(
         })
 }
 
-/// A connection of a pool, with the pool's own failures classed.
+/// A connection of a pool; errors of the pool itself are classed.
 pub(crate) async fn client(pool: &Pool) -> Result<deadpool_postgres::Object> {
     use deadpool_postgres::PoolError;
     const WHAT: &str = "connect to the database";
     pool.get().await.map_err(|error| match error {
         PoolError::Backend(error) => failure(WHAT, error),
-        PoolError::Timeout(_) => Error::new(FailureKind::Overloaded, WHAT, "no connection in time"),
+        PoolError::Timeout(_) => Error::new(FailureKind::Overloaded, WHAT, "no free connection in time"),
         error => Error::new(FailureKind::Unreachable, WHAT, &error).because(error),
     })
 }
 
-/// Whether an error says that a row-level policy would have hidden rows from a read: the name of the
-/// function that raises it is the same in every language.
+/// Whether an error says that a row-level policy would have hidden rows from a read. The check is by the name
+/// of the function that raises the error, which is the same in every language.
 pub(crate) fn hides_rows(error: &tokio_postgres::Error) -> bool {
     error.as_db_error().is_some_and(|said| {
         said.code() == &SqlState::INSUFFICIENT_PRIVILEGE && said.routine() == Some("check_enable_rls")
     })
 }
 
-/// Whether an error says that the plan of a prepared statement does not fit its tables any more.
+/// Whether an error says that a prepared statement's plan no longer fits its tables.
 pub(crate) fn is_outdated(error: &tokio_postgres::Error) -> bool {
     error.as_db_error().is_some_and(|said| {
         said.code() == &SqlState::FEATURE_NOT_SUPPORTED && said.routine() == Some("RevalidateCachedQuery")
     })
 }
 
-/// An error of PostgreSQL, by its SQLSTATE.
+/// The kind of an error of PostgreSQL, by its SQLSTATE.
 pub(crate) fn failure(what: &str, error: tokio_postgres::Error) -> Error {
-    // No other try makes a certificate good.
+    // Another attempt does not make a certificate valid.
     if let Some(hint) = tls::hint(&error) {
         return Error::caused(FailureKind::WrongSetting, what, error).with_remedy(hint);
     }
     if hides_rows(&error) {
-        // Somebody may grant it at any time, and no change is at fault.
+        // Retryable, since the right may be granted at any time, and no change causes the error.
         let remedy = FailureKind::HiddenRows.remedy();
         return Error::caused(FailureKind::HiddenRows, what, error).with_remedy(remedy);
     }
     let kind = match error.code() {
-        // Prepared anew, the statement does.
+        // The statement succeeds when it is prepared again.
         _ if is_outdated(&error) => FailureKind::Conflict,
         Some(code) => kind_of(code),
         // No SQLSTATE: the connection failed, or a value did not fit its parameter.

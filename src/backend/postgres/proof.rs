@@ -1,5 +1,5 @@
-//! The continuous proof's books: who proves, how far the round is, which rounds ended; and what is looked
-//! after beside it, by the same worker: capture, and what may be forgotten.
+//! What the database keeps of the continuous proof: which worker proves, how far the round is, which rounds
+//! ended. And what the same worker maintains beside the proof: capture, and the deletion of old entries.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
@@ -19,16 +19,16 @@ use crate::pipeline::failure::{Error, Result};
 /// Rounds that are kept.
 const MAX_ROUNDS: i64 = 1_000;
 
-/// How long entries of rows that are gone are kept.
+/// How long entries of deleted rows are kept.
 const KEEP_DELETED: &str = "1 day";
 
-/// A clock that is set back by less is an ordinary one.
+/// A clock that is set back by less is normal.
 const CLOCK_SLACK_S: f64 = 60.0;
 
-/// What is deleted at a time.
+/// Rows that are deleted at a time.
 const PRUNED_AT_ONCE: i64 = 5_000;
 
-/// The books of one target, as one worker writes them.
+/// The proof's state of one target, as one worker reads and writes it.
 pub struct PgRounds {
     postgres: Postgres,
     target: i32,
@@ -36,7 +36,7 @@ pub struct PgRounds {
 }
 
 impl PgRounds {
-    /// The books of a target, for a worker of that name.
+    /// The proof's state of a target, for a worker of that name.
     #[must_use]
     pub fn new(postgres: Postgres, target: i32, worker: &str) -> Self {
         Self { postgres, target, worker: worker.into() }
@@ -54,7 +54,7 @@ fn count(value: u64) -> i64 {
 #[async_trait]
 impl Rounds for PgRounds {
     async fn take(&self, lease: Duration) -> Result<Option<Kept>> {
-        let fail = fail("take the right to prove");
+        let fail = fail("claim the proof");
         let client = self.postgres.client().await?;
         let row = client
             .query_opt(
@@ -69,7 +69,7 @@ impl Rounds for PgRounds {
             .await
             .map_err(&fail)?;
         let Some(row) = row else { return Ok(None) };
-        // A round that another build wrote in another form begins anew.
+        // A round that another build stored in another form starts again.
         let round = row.get::<_, Option<Json<serde_json::Value>>>(1).map(|round| round.0);
         let round = round.and_then(|round| serde_json::from_value(round).ok());
         let last = client
@@ -93,7 +93,7 @@ impl Rounds for PgRounds {
             )
             .await
             .map(drop)
-            .map_err(fail("give the right to prove back"))
+            .map_err(fail("release the proof"))
     }
 
     async fn save(&self, round: &Round) -> Result<bool> {
@@ -104,12 +104,12 @@ impl Rounds for PgRounds {
                 &[&self.target, &self.worker, &Json(round)],
             )
             .await
-            .map_err(fail("save how far the proof is"))?;
+            .map_err(fail("save the progress of the proof"))?;
         Ok(saved == 1)
     }
 
     async fn end(&self, round: &Round) -> Result<bool> {
-        let fail = fail("record a round of the proof");
+        let fail = fail("record the end of a round of the proof");
         let client = self.postgres.client().await?;
         let kind = if round.full { "full" } else { "sample" };
         let counts = [round.rows, round.records, round.entries, round.differences, round.mended];
@@ -156,7 +156,7 @@ impl Rounds for PgRounds {
             )
             .await
             .map(drop)
-            .map_err(fail("note what the index listed"))
+            .map_err(fail("record the ids that the index listed"))
     }
 
     async fn listed(&self, ids: &[String]) -> Result<HashSet<String>> {
@@ -167,7 +167,7 @@ impl Rounds for PgRounds {
                 &[&self.target, &storable(ids)],
             )
             .await
-            .map_err(fail("look for what the index listed"))?;
+            .map_err(fail("read the ids that the index listed"))?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
@@ -177,23 +177,23 @@ impl Rounds for PgRounds {
             .execute("DELETE FROM refarch.listed WHERE target = $1", &[&self.target])
             .await
             .map(drop)
-            .map_err(fail("forget what the index listed"))
+            .map_err(fail("delete the ids that the index listed"))
     }
 }
 
-/// No text of the database can hold a NUL, and so no row has such an id.
+/// Text in PostgreSQL cannot hold a NUL, so no row has such an id.
 fn storable(ids: &[String]) -> Vec<&String> {
     ids.iter().filter(|id| !id.contains('\0')).collect()
 }
 
-/// What is known of the proof.
+/// The state of the proof.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Proof {
-    /// Whether there is any: `audit.period_h = 0` turns it off.
+    /// Whether the proof is off (`audit.period_h = 0`).
     pub off: bool,
-    /// When the last round ended; the counts are of that round.
+    /// When the last round ended. The counts are of that round.
     pub ended_at: Option<Timestamp>,
-    /// How long that is ago.
+    /// Seconds since then.
     pub age_s: Option<i64>,
     /// How the index was compared: `full` or `sample`.
     pub index_check: Option<String>,
@@ -203,7 +203,7 @@ pub struct Proof {
     pub records: i64,
     /// Ids that differed.
     pub differences: i64,
-    /// Ids that were queued to be done again.
+    /// Ids that were queued again.
     pub mended: i64,
     /// Rows that could not be read.
     pub unreadable: i64,
@@ -223,7 +223,7 @@ pub struct RunningProof {
 }
 
 impl Proof {
-    /// Reads what is known of a target's proof, whose rounds take `period`; none for no rounds.
+    /// Reads the state of a target's proof. A round takes `period`; `None`: the proof is off.
     pub async fn read(postgres: &Postgres, target: i32, period: Option<Duration>) -> Result<Self> {
         let client = postgres.client().await?;
         let row = client
@@ -236,7 +236,7 @@ impl Proof {
                 &[&target],
             )
             .await;
-        let row = match row.map_err(fail("read how the proof stands")) {
+        let row = match row.map_err(fail("read the state of the proof")) {
             Ok(Some(row)) => row,
             Ok(None) => return Ok(Self::default()),
             Err(error) => return Err(error),
@@ -244,7 +244,7 @@ impl Proof {
         let now: Timestamp = row.get(0);
         let ended_at: Option<Timestamp> = row.get(3);
         let since = now.duration_since(ended_at.unwrap_or_else(|| row.get(1)));
-        // An end ahead of now is of a clock that was wrong: nobody knows how old the proof is.
+        // An end in the future comes of a wrong clock: the age of the proof is unknown.
         let is_ahead = since.as_secs_f64() < -CLOCK_SLACK_S;
         let overdue =
             period.is_some_and(|period| is_ahead || since.as_secs_f64() > 2.0 * period.as_secs_f64());
@@ -301,21 +301,22 @@ fn span(seconds: i64) -> String {
     }
 }
 
-/// Why changes of the source's table are not captured as the settings want them.
+/// Why changes of the source's table are not captured as the settings ask.
 pub async fn capture_faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<String>> {
     capture::faults(postgres, source).await
 }
 
-/// Arms capture again and queues what may have changed unseen. False if there was nothing that this mends.
+/// Installs missing capture triggers and queues rows that may have changed without capture. False if there
+/// was nothing to repair.
 pub async fn rearm(
     postgres: &Postgres,
     source: &config::Source,
     worker: &str,
     faults: &[String],
 ) -> Result<bool> {
-    let fail = fail("arm change capture again");
+    let fail = fail("restore change capture");
     let mut changed = false;
-    // One table a transaction, so that the application waits for one at most.
+    // One table in a transaction, so that the application waits for one table at most.
     loop {
         let mut client = postgres.client().await?;
         let transaction = client.transaction().await.map_err(&fail)?;
@@ -341,7 +342,7 @@ pub async fn rearm(
     }
 }
 
-/// Deletes samples and events that are old, some at a time.
+/// Deletes old samples and events, some at a time.
 pub async fn prune_books(postgres: &Postgres) -> Result<()> {
     let client = postgres.client().await?;
     client
@@ -359,17 +360,16 @@ pub async fn prune_books(postgres: &Postgres) -> Result<()> {
         .map_err(fail("delete old samples and events"))
 }
 
-/// Forgets entries of rows that are gone, some at a time; true if there may be more. It reads the whole
-/// ledger.
+/// Deletes entries of deleted rows, some at a time. True if there may be more. Reads the whole ledger.
 ///
-/// An entry that is forgotten reads like one of a row that was never there, and the index holds nothing
-/// for either. A worker that saw the entry before it was forgotten conflicts with one made after it, whose
-/// epoch begins again at 0; the row is read again under the new entry's lock, and a write that rests on
-/// another row does not happen. Writes to an index outside may be about only while an attempt is open on
-/// the entry, and then it stays. A day is far longer than any worker keeps what it saw.
+/// A deleted entry reads like that of a row that never existed, and the index holds nothing for either. A
+/// worker that saw the old entry conflicts with a new one, whose epoch begins at 0 again. The row is then
+/// read again under the new entry's lock, and a write that was made for another state of the row does not
+/// happen. A write to an index outside of the database can be on its way only while an attempt is open on the
+/// entry, and then the entry stays. A day is far longer than a worker keeps an entry in memory.
 pub async fn prune_ledger(postgres: &Postgres, target: i32) -> Result<bool> {
     let client = postgres.client().await?;
-    // SKIP LOCKED: an entry that somebody works on is none to forget.
+    // SKIP LOCKED: an entry that another transaction uses is not deleted now.
     let deleted = client
         .execute(
             &format!(
@@ -382,7 +382,7 @@ pub async fn prune_ledger(postgres: &Postgres, target: i32) -> Result<bool> {
             &[&target, &PRUNED_AT_ONCE],
         )
         .await
-        .map_err(fail("forget entries of rows that are gone"))?;
+        .map_err(fail("delete ledger entries of deleted rows"))?;
     Ok(deleted == PRUNED_AT_ONCE.cast_unsigned())
 }
 

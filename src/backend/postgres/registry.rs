@@ -1,32 +1,34 @@
-//! Who works, and how much: heartbeats, samples and events.
+//! The worker registry: heartbeats, samples and events of each process.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::fault::Written;
-use super::{Postgres, failure};
+use super::{Connection, Postgres, failure};
 use crate::pipeline::change::Lane;
-use crate::pipeline::failure::Result;
-use crate::pipeline::fault::Board;
+use crate::pipeline::failure::{Class, Result};
+use crate::pipeline::fault::{Board, Fault};
 use crate::pipeline::meter::Meter;
 
-/// How often a worker shows that it lives, and leaves a sample if there is something to tell.
+/// How often a worker writes a heartbeat, and a sample if it did anything.
 const BEAT: Duration = Duration::from_secs(1);
 
-/// A worker whose heartbeat is older is not shown.
+/// A fault that lasts is written again after this many heartbeats.
+const REFRESH_BEATS: u32 = 10;
+
+/// A worker whose last heartbeat is older is not shown. Seconds.
 pub const WORKER_GONE_S: i32 = 15;
 
 /// How long samples and events are kept.
 pub(super) const KEEP: &str = "1 hour";
 
-/// A process's entry in the books.
+/// A process's entry in the worker registry.
 pub struct Worker {
     postgres: Postgres,
-    /// Unique among all workers that ever were.
+    /// Unique among all workers, past ones included.
     pub id: String,
-    /// What this worker's parts report; each heartbeat writes it.
+    /// Faults that parts of this worker report. Each heartbeat writes them.
     pub faults: Arc<Board>,
     meter: Arc<Meter>,
     role: String,
@@ -35,7 +37,7 @@ pub struct Worker {
     threads: i32,
 }
 
-/// What the last heartbeat wrote.
+/// What the last heartbeat wrote, to see what is new.
 #[derive(Default)]
 struct Last {
     totals: (u64, u64),
@@ -43,34 +45,41 @@ struct Last {
 }
 
 impl Worker {
-    /// Enters a worker.
+    /// Registers a worker.
     pub async fn join(postgres: Postgres, role: &str, threads: usize, meter: Arc<Meter>) -> Result<Self> {
         let host = nix::unistd::gethostname()
             .map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned());
         let pid = std::process::id() as i32;
         let id = format!("{role}-{host}-{pid}-{:04x}", rand::random::<u16>());
-        let client = postgres.client().await?;
-        client
-            .execute(
-                "WITH joined AS (INSERT INTO refarch.worker (worker_id, role, host, pid, threads) VALUES ($1, $2, $3, $4, $5)) \
-                 INSERT INTO refarch.event (worker_id, kind) VALUES ($1, 'joined')",
-                &[&id, &role, &host, &pid, &(threads as i32)],
-            )
-            .await
-            .map_err(|error| failure("enter this worker", error))?;
-        drop(client);
+        let joined = async {
+            let client = postgres.client().await?;
+            client
+                .execute(
+                    "WITH joined AS (INSERT INTO refarch.worker (worker_id, role, host, pid, threads) VALUES ($1, $2, $3, $4, $5)) \
+                     INSERT INTO refarch.event (worker_id, kind) VALUES ($1, 'joined')",
+                    &[&id, &role, &host, &pid, &(threads as i32)],
+                )
+                .await
+                .map_err(|error| failure("enter this worker", error))
+        };
+        // A database that restarts just now does not end the role. The first heartbeat makes the row.
+        match joined.await {
+            Err(error) if error.class() != Class::Retryable => return Err(error),
+            Err(error) => tracing::debug!(worker.id = id, %error, "cannot register this worker yet"),
+            Ok(_) => {}
+        }
         let (role, threads) = (role.to_owned(), threads as i32);
         Ok(Self { postgres, id, faults: Arc::default(), meter, role, host, pid, threads })
     }
 
-    /// Beats until `stop`, then leaves.
+    /// Writes heartbeats until `stop`, then removes the entry.
     pub async fn run(&self, stop: &CancellationToken) {
         let mut tick = tokio::time::interval(BEAT);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut last = Last::default();
         while stop.run_until_cancelled(tick.tick()).await.is_some() {
             if let Err(error) = self.beat(&mut last).await {
-                tracing::debug!(worker.id = self.id, %error, "no heartbeat");
+                tracing::debug!(worker.id = self.id, %error, "cannot write a heartbeat");
             }
         }
         if let Err(error) = self.leave(&mut last).await {
@@ -82,7 +91,7 @@ impl Worker {
         let fail = |error: tokio_postgres::Error| failure("write a heartbeat", error);
         let (applied, embedded) = self.meter.totals();
         let client = self.postgres.client().await?;
-        // A database that was put back to an earlier state does not know a worker that joined later.
+        // INSERT, since a database that was restored to an earlier state may not have this worker's row.
         client
             .execute(
                 "INSERT INTO refarch.worker (worker_id, role, host, pid, threads, heartbeat_at, applied, embedded) \
@@ -107,7 +116,7 @@ impl Worker {
             recent.buckets().map(|(bucket, count)| (bucket as i16, count as i64)).unzip()
         };
         let (live, bulk) = (recent(Lane::Live), recent(Lane::Bulk));
-        // Of an index whose queries are behind its writes, freshness is known some time after the last write.
+        // Freshness may arrive after the last write, if queries of the index lag behind its writes.
         let is_fresh = !live.0.is_empty() || !bulk.0.is_empty();
         if is_fresh || (applied, embedded) != last.totals {
             client
@@ -143,6 +152,44 @@ impl Worker {
              INSERT INTO refarch.event (worker_id, kind) VALUES ($1, 'left')"
         );
         client.execute(&sql, &[&self.id]).await.map_err(|error| failure("leave the books", error))?;
+        Ok(())
+    }
+}
+
+/// A worker's faults as they were last written to the database.
+#[derive(Debug, Default)]
+struct Written {
+    faults: Vec<Fault>,
+    beats: u32,
+}
+
+impl Written {
+    /// Writes a worker's faults if they changed, and once in a while that they go on. Kinds that others
+    /// write under the worker's name are left alone.
+    async fn keep(&mut self, client: &Connection, worker: &str, current: Vec<Fault>) -> Result<()> {
+        self.beats += 1;
+        if current == self.faults && (current.is_empty() || self.beats < REFRESH_BEATS) {
+            return Ok(());
+        }
+        let ended: Vec<&str> = self
+            .faults
+            .iter()
+            .map(|fault| fault.kind)
+            .filter(|kind| current.iter().all(|fault| fault.kind != *kind))
+            .collect();
+        let kinds: Vec<&str> = current.iter().map(|fault| fault.kind).collect();
+        let messages: Vec<&str> = current.iter().map(|fault| fault.message.as_str()).collect();
+        client
+            .execute(
+                "WITH ended AS (DELETE FROM refarch.fault WHERE worker_id = $1 AND kind = ANY ($2)) \
+                 INSERT INTO refarch.fault AS f (worker_id, kind, message) \
+                 SELECT $1, u.kind, u.message FROM unnest($3::text[], $4::text[]) AS u(kind, message) \
+                 ON CONFLICT (worker_id, kind) DO UPDATE SET message = excluded.message, seen_at = clock_timestamp()",
+                &[&worker, &ended, &kinds, &messages],
+            )
+            .await
+            .map_err(|error| failure("write a fault", error))?;
+        (self.faults, self.beats) = (current, 0);
         Ok(())
     }
 }

@@ -1,14 +1,15 @@
-//! A worker's sign of life: a session that holds an advisory lock under the worker's name.
+//! The worker lock: a session that holds an advisory lock on the worker's id.
 //!
-//! The server frees the lock when the session ends, however it ends, and keeps it while the process
-//! is merely frozen. A heartbeat on this session tells the worker that it still has it: it asks for the
-//! backend's number, since a pooler in transaction mode would answer from any. Behind such a pooler a lock
-//! is nobody's, which is looked for at the start.
+//! The server releases the lock when the session ends, for whatever reason, and keeps the lock while the
+//! process is only frozen. A heartbeat on this session tells the worker that it still holds the lock. The
+//! heartbeat reads the backend's process number, since a pooler in transaction mode would let any session
+//! answer. Behind such a pooler no client can hold a lock, so that is checked at the start.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use tokio_postgres::SimpleQueryMessage;
 
@@ -17,14 +18,14 @@ use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::lease::Lease;
 use crate::pipeline::retry::Backoff;
 
-/// Names the class of advisory locks that workers hold.
+/// The class of advisory locks that workers hold.
 pub(super) const WORKER_LOCKS: &str = "refarch.worker";
 
-/// Heartbeats in a lease: some may be lost.
+/// Heartbeats in a lease, so that some may be lost.
 const BEATS_A_LEASE: u32 = 10;
 
-/// Keeps a session for `worker`, and tells the lease of it, until `stop`. Returns early only when
-/// the database refuses for good.
+/// Holds the worker lock until `stop`, and confirms the lease with each heartbeat. Returns early only if the
+/// database refuses permanently.
 pub async fn keep(
     postgres: &Postgres,
     worker: &str,
@@ -39,7 +40,7 @@ pub async fn keep(
                 Ok(true) => looked = true,
                 Ok(false) => return Err(no_session()),
                 Err(error) if error.class() == Class::Fatal => return Err(error),
-                // The database is away: the holding tells.
+                // The database is away: `hold` reports that.
                 Err(_) => {}
             }
         }
@@ -51,23 +52,22 @@ pub async fn keep(
             return Err(error);
         }
         let pause = backoff.next(&**lease.clock());
-        tracing::debug!(worker.id = worker, %error, "the worker's session is gone");
+        tracing::debug!(worker.id = worker, %error, "lost the worker's session, opening another");
         stop.run_until_cancelled(tokio::time::sleep(pause)).await;
     }
     Ok(())
 }
 
-/// Makes a session, and beats on it until it fails.
+/// Opens a session, takes the lock, and sends heartbeats until one fails.
 async fn hold(postgres: &Postgres, worker: &str, lease: &Lease, backoff: &mut Backoff) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("keep the worker's session", error);
     let (client, connection) = postgres.dedicated().await.map_err(fail)?;
-    let connection = tokio::spawn(connection);
-    // However this ends, nothing must keep the session.
-    let _ended = AbortOnDrop(connection);
+    // Nothing may keep the session open after this function ends.
+    let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
     let at = lease.clock().now();
     let lock = client.prepare("SELECT pg_advisory_lock(hashtext($1), hashtext($2))").await.map_err(fail)?;
-    // Waits while an earlier session of ours is not known to be gone: the role's timeouts must not end that.
-    // The lock stays after the transaction.
+    // Waits while the server still keeps an earlier session of this worker, so the role's timeouts must not
+    // apply. The lock outlives the transaction.
     client.batch_execute(&postgres.begin()).await.map_err(fail)?;
     client.execute(&lock, &[&WORKER_LOCKS, &worker]).await.map_err(fail)?;
     client.batch_execute("COMMIT").await.map_err(fail)?;
@@ -80,7 +80,13 @@ async fn hold(postgres: &Postgres, worker: &str, lease: &Lease, backoff: &mut Ba
         let at = lease.clock().now();
         let answered = tokio::time::timeout(lease.length(), self::backend(&client))
             .await
-            .map_err(|_| Error::new(FailureKind::TimedOut, "keep the worker's session", "no answer"))?
+            .map_err(|_| {
+                Error::new(
+                    FailureKind::TimedOut,
+                    "keep the worker's session",
+                    "no answer to a heartbeat in time",
+                )
+            })?
             .map_err(fail)?;
         if answered != backend {
             return Err(no_session());
@@ -89,7 +95,7 @@ async fn hold(postgres: &Postgres, worker: &str, lease: &Lease, backoff: &mut Ba
     }
 }
 
-/// The number of the server process that answers on a connection.
+/// The process number of the server process that answers.
 async fn backend(client: &tokio_postgres::Client) -> Result<Option<String>, tokio_postgres::Error> {
     let messages = client.simple_query("SELECT pg_backend_pid()").await?;
     Ok(messages.iter().find_map(|message| match message {
@@ -102,15 +108,7 @@ fn no_session() -> Error {
     Error::new(
         FailureKind::WrongSetting,
         "keep the worker's session",
-        "database.url leads to a pooler in transaction mode, behind which a worker can hold no lock: \
-         give it the server itself, or the pooler's session mode",
+        "database.url leads to a pooler in transaction mode, and a worker cannot hold a lock behind such a pooler: \
+         use the address of the server itself, or of the pooler in session mode",
     )
-}
-
-struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
-
-impl<T> Drop for AbortOnDrop<T> {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
 }

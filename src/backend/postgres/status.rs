@@ -17,29 +17,29 @@ use crate::pipeline::failure::Result;
 use crate::pipeline::fault::shown;
 use crate::pipeline::freshness::Histogram;
 use crate::pipeline::index::{VectorIndex, Writes};
-use crate::pipeline::queue::{Backlog, JobQueue};
+use crate::pipeline::queue::{Backlog, Queue};
 
-/// Tables with more rows than this by the planner's estimate, and of more than these bytes, are not
-/// counted each time. The estimate alone may be anything; the size is what counting costs.
+/// A table with more rows than this by the planner's estimate, and with more than this many bytes, is not
+/// counted each time. The estimate alone may be far off; the size decides what counting costs.
 const COUNT_UP_TO: f64 = 2_000_000.0;
 const COUNT_UP_TO_BYTES: i64 = 256 << 20;
 
-/// How long the count of a large table is good for.
+/// How long the count of a large table is used.
 const COUNTED_FOR: Duration = Duration::from_mins(1);
 
-/// By how much the planner's estimate of a large table is off at times: if the ledger is further from it,
-/// the table is counted.
+/// How far the planner's estimate of a large table may be off. If the ledger differs by more, the table is
+/// counted.
 const ESTIMATE_IS_OFF: f64 = 0.1;
 
-/// Over how long freshness is taken.
+/// The period over which freshness is measured.
 const FRESHNESS_WINDOW: &str = "5 minutes";
 
-/// All counts are changes or rows, never messages.
+/// The state of one target. All counts are changes or rows, never messages.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
     /// Rows of the source's table.
     pub source_rows: u64,
-    /// Whether that is the planner's estimate, or the ledger's count.
+    /// Whether that is the planner's estimate, the ledger's count, or an earlier count.
     pub source_rows_estimated: bool,
     /// Changes in the outbox.
     pub pending: u64,
@@ -47,29 +47,29 @@ pub struct Status {
     pub queue: Lanes,
     /// Changes in the dead-letter queue.
     pub dead_letters: u64,
-    /// Vectors in the index; none while it can't be asked.
+    /// Vectors in the index; `None` while the index cannot be asked.
     pub indexed: Option<u64>,
-    /// Why it can't.
+    /// Why the index cannot be asked.
     pub indexed_error: Option<String>,
-    /// Records that the index must hold by the ledger: of settled rows with a text.
+    /// Records that the index must hold by the ledger: one for each settled row with a text.
     pub expected: u64,
-    /// Entries of the ledger that are not settled: their changes are under way, or lost.
+    /// Entries of the ledger that are not settled: their changes are on their way, or lost.
     pub unsettled: u64,
-    /// Whether every row is searchable as it is, by the ledger and by all counts.
+    /// Whether every row is searchable in its current state, by the ledger and by all counts.
     pub synced: bool,
-    /// What the proof found, which is what the ledger's word rests on.
+    /// Result of the continuous proof, which checks that the ledger is right.
     pub proof: Proof,
     /// Why changes of the table are not captured.
     pub capture_faults: Vec<String>,
     /// Rows whose current state the index holds, by the ledger.
     pub in_sync: u64,
-    /// Whether that is a bound, because changes are under way.
+    /// Whether `in_sync` is an upper bound, because changes are on their way.
     pub in_sync_estimated: bool,
-    /// From statement to searchable, over the last five minutes.
+    /// Time from statement to searchable over the last five minutes, in milliseconds.
     pub freshness_ms: LaneFreshness,
-    /// Processes that live.
+    /// Processes with a recent heartbeat.
     pub workers: Vec<WorkerStatus>,
-    /// What they cannot do, and why.
+    /// What these processes cannot do, and why.
     pub faults: Vec<FaultStatus>,
 }
 
@@ -81,7 +81,7 @@ pub struct Lanes {
     pub bulk: Backlog,
 }
 
-/// Quantiles in milliseconds; none when nothing was applied lately.
+/// Quantiles in milliseconds; `None` if nothing was indexed lately.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[allow(missing_docs)]
 pub struct Freshness {
@@ -95,7 +95,7 @@ impl From<&Histogram> for Freshness {
     }
 }
 
-/// Freshness of each lane. At the top stands that of live changes, which somebody waits for.
+/// Freshness of each lane. The top level repeats the live lane, since users wait for live changes.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[allow(missing_docs)]
 pub struct LaneFreshness {
@@ -121,37 +121,37 @@ pub struct WorkerStatus {
 }
 
 impl Status {
-    /// Changes that are not in the index yet, dead letters aside.
+    /// Changes that are not in the index yet, without dead letters.
     #[must_use]
     pub fn outstanding(&self) -> u64 {
         let lanes = [self.queue.live, self.queue.bulk];
         self.pending + lanes.iter().map(|lane| lane.visible + lane.in_flight).sum::<u64>()
     }
 
-    /// Whether every row is searchable as it is, by the ledger and by all counts.
+    /// Whether every row is searchable in its current state, by the ledger and by all counts.
     #[must_use]
     pub fn is_synced(&self) -> bool {
         self.synced
     }
 
-    /// Records that the index lacks by its own count.
+    /// Records that the index lacks, by its own count.
     #[must_use]
     pub fn lacking(&self) -> u64 {
         self.indexed.map_or(0, |indexed| self.expected.saturating_sub(indexed))
     }
 }
 
-/// What the ledger counts of a target.
+/// Counts of a target's ledger.
 struct Settled {
     /// Rows that are settled.
     rows: u64,
-    /// Those of them with a text.
+    /// Settled rows with a text.
     with_text: u64,
     /// Entries that are not settled.
     not: u64,
 }
 
-/// How many rows a large table had when it was counted last.
+/// The last count of a large table's rows, and when it was made.
 #[derive(Debug, Default)]
 pub struct Counted(Mutex<Option<(Instant, u64)>>);
 
@@ -166,7 +166,7 @@ impl Counted {
     }
 }
 
-/// Rows of the source, and whether that is not an exact count of just now.
+/// Rows of the source, and whether that is not an exact and current count.
 async fn source_rows(
     postgres: &Postgres,
     table: &SourceTable,
@@ -194,7 +194,7 @@ async fn source_rows(
         if settled.not > 0 {
             return Ok((estimate as u64, true));
         }
-        // Nothing is under way: then the ledger knows better than the planner, unless they are far apart.
+        // No change is on its way, so the ledger is more exact than the planner, unless they are far apart.
         if (settled.rows as f64 - estimate).abs() <= estimate * ESTIMATE_IS_OFF {
             return Ok((settled.rows, true));
         }
@@ -208,9 +208,9 @@ async fn source_rows(
     Ok((rows, is_large))
 }
 
-/// Whether rows that were there before capture, or that changed unseen, are still to be queued.
+/// Whether rows that existed before capture, or changed without capture, are still to be queued.
 async fn is_backfilling(postgres: &Postgres, source: &str) -> Result<bool> {
-    let fail = |error: tokio_postgres::Error| failure("look for rows that are to be queued", error);
+    let fail = |error: tokio_postgres::Error| failure("look for rows that must be queued", error);
     let client = postgres.client().await?;
     let there: bool = client
         .query_one(
@@ -227,24 +227,25 @@ async fn is_backfilling(postgres: &Postgres, source: &str) -> Result<bool> {
     Ok(client.query_one(sql, &[&source]).await.map_err(fail)?.get(0))
 }
 
-/// Reads the status of one target, whose proof's rounds take `period`.
+/// Reads the status of one target. A round of its proof takes `period`.
 pub async fn read(
     postgres: &Postgres,
     source: &config::Source,
     target: &Target,
-    queue: &dyn JobQueue,
+    queue: &Queue,
     index: &dyn VectorIndex,
     counted: &Counted,
     period: Option<Duration>,
 ) -> Result<Status> {
     let fail = |error: tokio_postgres::Error| failure("read the status", error);
     let table = &target.table;
-    // What leaves one place for the next while we count must be seen twice rather than missed, so
-    // that nothing outstanding passes for synced: places are read in the order that changes travel.
+    // The places are read in the order in which changes travel. A change that moves on while this counts is
+    // counted twice rather than never, so that an outstanding change cannot look synced.
     let backfilling = is_backfilling(postgres, &table.name).await?;
     let pending = outbox::pending(postgres, &table.name).await?;
-    let lanes = Lanes { live: queue.backlog(Lane::Live).await?, bulk: queue.backlog(Lane::Bulk).await? };
-    let dead_letters = queue.dead_letters().await?;
+    let Queue { stats, dead_letters, .. } = queue;
+    let lanes = Lanes { live: stats.backlog(Lane::Live).await?, bulk: stats.backlog(Lane::Bulk).await? };
+    let dead_letters = dead_letters.count().await?;
     let client = postgres.client().await?;
     let without_text = target.salt.hash("").0.to_vec();
     let row = client
@@ -285,11 +286,11 @@ pub async fn read(
     drop(client);
     let (source_rows, source_rows_estimated) = source_rows(postgres, table, &settled, counted).await?;
     let faults = fault::read(postgres).await?;
-    // During an outage of the index the rest is what one wants to see.
+    // During an outage of the index, the other numbers are still useful.
     let (indexed, indexed_error) = match index.count().await {
         Ok(count) => (Some(count), None),
         Err(error) => {
-            tracing::warn!(%error, "cannot count the vectors");
+            tracing::warn!(%error, "cannot count the records of the index");
             (None, Some(shown(&error.to_string())))
         }
     };
@@ -312,12 +313,12 @@ pub async fn read(
         workers,
         faults,
     };
-    // With nothing under way, a settled entry equals its row. Else no more rows can be in sync than
-    // are settled, nor than have no change outstanding.
+    // If no change is on its way, a settled entry equals its row. Otherwise at most the settled rows are in
+    // sync, and at most the rows without an outstanding change.
     let outstanding = status.outstanding();
     status.in_sync = settled.rows.min(source_rows.saturating_sub(outstanding));
     status.in_sync_estimated = outstanding > 0 || (source_rows_estimated && settled.not > 0);
-    // The count of an index outside of the database is late; but what is empty is not in step with rows.
+    // The count of an index outside of the database lags. But an empty index cannot be in sync with rows.
     let is_late = !matches!(index.writes(), Writes::Fenced(_));
     let counts_agree = match indexed {
         Some(indexed) if is_late => indexed > 0 || settled.with_text == 0,
@@ -330,12 +331,12 @@ pub async fn read(
         && settled.not == 0
         && status.capture_faults.is_empty()
         && counts_agree
-        // Whatever the planner thinks of a large table: what is not settled was counted.
+        // The planner's estimate of a large table does not matter: unsettled entries were counted.
         && (source_rows_estimated || status.in_sync == source_rows);
     Ok(status)
 }
 
-/// Freshness of each lane over the last minutes.
+/// Freshness of each lane over [`FRESHNESS_WINDOW`].
 async fn freshness(postgres: &Postgres) -> Result<LaneFreshness> {
     let client = postgres.client().await?;
     let sql = format!(
@@ -344,7 +345,7 @@ async fn freshness(postgres: &Postgres) -> Result<LaneFreshness> {
            SELECT true, * FROM unnest(s.bulk_buckets, s.bulk_counts)) AS b(is_bulk, bucket, count) \
          WHERE s.at > now() - interval '{FRESHNESS_WINDOW}' GROUP BY 1, 2"
     );
-    let rows = client.query(&sql, &[]).await.map_err(|error| failure("read how fresh changes are", error))?;
+    let rows = client.query(&sql, &[]).await.map_err(|error| failure("read the freshness", error))?;
     let mut lanes = [Histogram::default(), Histogram::default()];
     for row in rows {
         let lane = usize::from(row.get::<_, bool>(0));

@@ -1,8 +1,9 @@
-//! The target: which index is fed from a source, and what decides that it must be made anew.
+//! The target: one content of one index that is fed from a source. A change of the content makes a new
+//! target.
 
 use tokio_postgres::Transaction;
 
-use super::migrate::Report;
+use super::migrate::report::Report;
 use super::source::SourceTable;
 use super::{Postgres, failure};
 use crate::backend::pgvector;
@@ -13,47 +14,47 @@ use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 /// The kind of index whose vectors are in this database.
 pub(super) const PGVECTOR: &str = "pgvector";
 
-/// What the index will hold.
+/// The content of the index by the settings.
 #[derive(Clone, Debug)]
 pub struct IndexShape {
     /// The index's kind, such as `pgvector`.
     pub kind: String,
-    /// Model and precision.
+    /// The model and its precision.
     pub model: String,
-    /// What a release before this one called the same model: an index of that name is this one's.
+    /// The name of the same model in an earlier release: an index by that name has the same content.
     pub former_model: Option<String>,
     /// Length of a vector.
     pub dimensions: usize,
-    /// Where its records are.
+    /// Where the records are.
     pub place: Place,
 }
 
 impl IndexShape {
-    /// Whether a target's recorded model is the one of this shape.
+    /// Whether this is the model of the shape, by its present or former name.
     pub(super) fn is_of(&self, model: &str) -> bool {
         self.model == model || self.former_model.as_deref() == Some(model)
     }
 }
 
-/// Where the records of an index outside of the database are; empty for one inside.
+/// Where the records of an index outside of the database are; all empty for an index inside.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Place {
-    /// The index's name, unless it is given by its host.
+    /// The index's name; empty if the settings give the host.
     pub name: String,
-    /// The index's host; empty for one that is not there yet.
+    /// The index's host; empty if the index does not exist yet.
     pub host: String,
-    /// The namespace; empty for the default one.
+    /// The namespace; empty for the default namespace.
     pub namespace: String,
-    /// Whether the index there is known to be the one that was written to, whatever its address.
+    /// Whether the ownership record shows that this is the index that was written to, whatever its address.
     pub is_known: bool,
 }
 
 impl Place {
-    /// Whether both are one index and namespace, by name or by host.
+    /// Whether both are the same index and namespace, by name or by host.
     #[must_use]
     pub fn is(&self, other: &Self) -> bool {
         let same = |a: &str, b: &str| !a.is_empty() && a == b;
-        // An index inside of the database has neither.
+        // An index inside of the database has neither name nor host.
         let is_inside = |place: &Self| place.name.is_empty() && place.host.is_empty();
         self.namespace == other.namespace
             && (same(&self.name, &other.name)
@@ -75,12 +76,12 @@ impl std::fmt::Display for Place {
     }
 }
 
-/// The place of a source's active target; none if there is no target, it has no place outside of the database, or
-/// the place was never recorded.
+/// The recorded place of a source's active target. `None` if there is no target, if its index is inside of
+/// the database, or if the place was never recorded.
 pub async fn recorded_place(postgres: &Postgres, source: &str) -> Result<Option<Place>> {
     let fail = |error: tokio_postgres::Error| failure("look for the index", error);
     let client = postgres.client().await?;
-    // Before the first migration there is no schema, before an upgrade no such column.
+    // There is no schema before the first migration, and no such column before an upgrade.
     let there = client
         .query_one(
             "SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('refarch.target') AND attname = 'host')",
@@ -96,14 +97,29 @@ pub async fn recorded_place(postgres: &Postgres, source: &str) -> Result<Option<
     Ok(row.and_then(|row| place_of(&row, 0)))
 }
 
-/// Reads name, host and namespace from the column at `at` on.
+/// The model that the index of a source was made with, and its number of dimensions. None before the first
+/// migration.
+pub async fn recorded_model(postgres: &Postgres, source: &str) -> Result<Option<(String, usize)>> {
+    let fail = |error: tokio_postgres::Error| failure("look for the index", error);
+    let client = postgres.client().await?;
+    let there =
+        client.query_one("SELECT to_regclass('refarch.target') IS NOT NULL", &[]).await.map_err(fail)?;
+    if !there.get::<_, bool>(0) {
+        return Ok(None);
+    }
+    let sql = "SELECT model, dimensions FROM refarch.target WHERE source = $1 AND state = 'active'";
+    let row = client.query_opt(sql, &[&source]).await.map_err(fail)?;
+    Ok(row.map(|row| (row.get(0), usize::try_from(row.get::<_, i32>(1)).unwrap_or_default())))
+}
+
+/// Reads name, host and namespace, beginning at column `at`.
 fn place_of(row: &tokio_postgres::Row, at: usize) -> Option<Place> {
     let host: Option<String> = row.get(at + 1);
     host.map(|host| Place { name: row.get(at), host, namespace: row.get(at + 2), is_known: false })
 }
 
-/// Compares the place of an active target with the settings', and records the latter if it is the same or if none
-/// was recorded. Returns the recorded one otherwise: then the index must be made anew.
+/// Compares the recorded place of an active target with the place in the settings. Records the latter if both
+/// are the same or none was recorded. Otherwise returns the recorded place: the index must be rebuilt.
 pub(super) async fn settle_place(
     transaction: &Transaction<'_>,
     target: i32,
@@ -112,7 +128,7 @@ pub(super) async fn settle_place(
     if shape.kind == PGVECTOR {
         return Ok(None);
     }
-    let fail = |error: tokio_postgres::Error| failure("compare the index's place", error);
+    let fail = |error: tokio_postgres::Error| failure("compare the location of the index", error);
     let sql = "SELECT name, host, namespace FROM refarch.target WHERE id = $1";
     let row = transaction.query_one(sql, &[&target]).await.map_err(fail)?;
     let place = &shape.place;
@@ -130,7 +146,7 @@ pub(super) async fn settle_place(
     Ok(None)
 }
 
-/// Records a model's present name where the former one stands. The salt stays: hashes are made as before.
+/// Replaces a model's former name by the present one. The salt stays, so hashes are as before.
 pub(super) async fn settle_model(
     transaction: &Transaction<'_>,
     target: i32,
@@ -141,8 +157,8 @@ pub(super) async fn settle_model(
     done.map(drop).map_err(|error| failure("record the model", error))
 }
 
-/// Whether a target is still the one that is fed. A process that was started before `refarch migrate` made
-/// another one searches an index that nobody writes to.
+/// Whether a target is still active. If `refarch migrate` made another target after a process started, that
+/// process searches an index that is no longer written to.
 pub async fn is_active(postgres: &Postgres, target: i32) -> Result<bool> {
     let row = postgres
         .client()
@@ -153,21 +169,21 @@ pub async fn is_active(postgres: &Postgres, target: i32) -> Result<bool> {
     Ok(row.is_some())
 }
 
-/// The source and the target that feed and make the index, as the schema knows them.
+/// The active target and its source, as recorded in the database.
 #[derive(Clone, Debug)]
 pub struct Target {
     /// The target's id.
     pub id: i32,
     /// The source's table.
     pub table: SourceTable,
-    /// What its content hashes are salted with.
+    /// The salt of the content hashes.
     pub salt: ContentSalt,
     /// Length of a vector.
     pub dimensions: usize,
 }
 
-/// A model or text template that changed needs all vectors anew; the old ones are no use meanwhile,
-/// since a query's vector is of the new model.
+/// Deletes a target whose content changed, such as the model or the text template. The old vectors are
+/// useless at once, since a query's vector is of the new model.
 pub(super) async fn retire(
     transaction: &Transaction<'_>,
     target: i32,
@@ -175,16 +191,16 @@ pub(super) async fn retire(
     report: &mut Report,
 ) -> Result<()> {
     let sql = format!("DROP TABLE IF EXISTS {}", pgvector::table_name(target));
-    let fail = |error: tokio_postgres::Error| failure("retire the old index", error);
+    let fail = |error: tokio_postgres::Error| failure("delete the old index", error);
     transaction.batch_execute(&sql).await.map_err(fail)?;
     transaction.execute("DELETE FROM refarch.target WHERE id = $1", &[&target]).await.map_err(fail)?;
-    report
-        .warnings
-        .push(format!("{differences}: every row is embedded anew, and found again when it has been"));
+    report.warnings.push(format!(
+        "{differences}: every row is embedded again, and a search finds a row only after that"
+    ));
     Ok(())
 }
 
-/// Makes a target, and the table of its vectors if that is where they are kept.
+/// Makes a target, and for pgvector the table of its vectors.
 pub(super) async fn create(
     transaction: &Transaction<'_>,
     table: &SourceTable,
@@ -236,7 +252,7 @@ pub(super) async fn create(
     Ok(())
 }
 
-/// The active target of a source. Fails when the schema is missing or the settings no longer fit it.
+/// The active target of a source. Fails if the schema is missing or the settings do not fit it any more.
 pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexShape) -> Result<Target> {
     let fix = "run refarch migrate";
     let mut client = postgres.client().await?;
@@ -253,27 +269,16 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
             format!("there is no schema refarch in {}: {fix}", postgres.address()),
         ));
     }
-    let version: i32 = client
-        .query_one("SELECT coalesce(max(version), 0) FROM refarch.migration", &[])
-        .await
-        .map_err(|error| failure("look for the schema", error))?
-        .get(0);
-    let needed = super::migrate::newest_version();
-    if version < needed {
-        return Err(Error::new(
-            FailureKind::WrongVersion,
-            "look for the schema",
-            format!("the schema refarch is of version {version} and this build needs {needed}: {fix}"),
-        ));
-    }
+    super::migrate::check(&client).await?;
     let table = match find_table(&client, source).await {
-        // The settings are those that the schema was made with: somebody alters the table just now.
+        // The settings are as recorded, so somebody is altering the table just now.
         Err(error) if error.class() == Class::Fatal && is_as_recorded(&client, source).await? => {
             return Err(error.of_kind(FailureKind::SourceChanged));
         }
         found => found?,
     };
-    // A column that was renamed keeps its content: the salt is the one that the target was made with.
+    // A renamed column keeps its content, so the salt of the target is used and not one made from the
+    // settings.
     let row = client
         .query_opt(
             "SELECT t.id, t.model, t.dimensions, t.salt, t.kind, s.id_column = $2 AND s.text_columns = $3, t.name, t.host, t.namespace \
@@ -284,9 +289,10 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
         .await
         .map_err(|error| failure("look for the index", error))?;
     let Some(row) = row else {
-        let message = format!("{} is not kept in step yet: {fix}", table.relation);
+        let message = format!("{} is not indexed yet: {fix}", table.relation);
         return Err(if is_swapped(&client, &table.name).await? {
-            // Another table has taken the name, as in a swap by rename. Whoever proves the index captures it soon.
+            // Another table has the name now (a swap by rename). The worker that runs the proof captures it
+            // soon.
             Error::new(FailureKind::SourceChanged, "look for the index", message)
         } else {
             Error::new(FailureKind::MissingResource, "look for the index", message)
@@ -298,13 +304,13 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
             FailureKind::WrongShape,
             "check the index",
             format!(
-                "it was made with model {model} and other text columns or another model are set now: {fix}"
+                "the index was made with model {model}; the settings name another model, other columns or another kind of index: {fix}"
             ),
         ));
     }
     if let Some(recorded) = place_of(&row, 6).filter(|recorded| !recorded.is(&shape.place)) {
         let message = format!(
-            "the index is {recorded}, and the settings name {}: name the old place again, or {fix}",
+            "the records are in {recorded}, and the settings name {}: correct the settings, or {fix}",
             shape.place
         );
         return Err(Error::new(FailureKind::WrongShape, "check the index", message));
@@ -317,7 +323,7 @@ pub async fn find(postgres: &Postgres, source: &config::Source, shape: &IndexSha
     })
 }
 
-/// Whether the columns of the settings are those that were recorded when capture was armed.
+/// Whether the columns in the settings are as recorded when capture was installed.
 async fn is_as_recorded(transaction: &Transaction<'_>, source: &config::Source) -> Result<bool> {
     let row = transaction
         .query_opt(
@@ -330,7 +336,7 @@ async fn is_as_recorded(transaction: &Transaction<'_>, source: &config::Source) 
     Ok(row.is_some_and(|row| row.get::<_, bool>(0)))
 }
 
-/// Whether another table has the name that the source's table had when capture was armed.
+/// Whether another table has the name that the source's table had when capture was installed.
 async fn is_swapped(transaction: &Transaction<'_>, source: &str) -> Result<bool> {
     let row = transaction
         .query_opt(
@@ -343,8 +349,8 @@ async fn is_swapped(transaction: &Transaction<'_>, source: &str) -> Result<bool>
     Ok(row.is_some_and(|row| row.get::<_, Option<bool>>(0).unwrap_or_default()))
 }
 
-/// Captures the table that has taken the source's name, so that a role that starts after a swap need not wait for
-/// one that runs. Does nothing if there was no swap, or without the right to.
+/// Captures the table that now has the source's name, so that a role that starts after a swap need not wait
+/// for a running role. Does nothing if there was no swap. A missing right is only logged.
 pub async fn follow_swap(postgres: &Postgres, source: &str) {
     let followed = async {
         let mut client = postgres.client().await?;
@@ -356,15 +362,15 @@ pub async fn follow_swap(postgres: &Postgres, source: &str) {
         transaction
             .query_one("SELECT refarch.rearm($1)", &[&source])
             .await
-            .map_err(|error| failure("capture the table anew", error))?;
-        transaction.commit().await.map_err(|error| failure("capture the table anew", error))
+            .map_err(|error| failure("capture the table that has the name now", error))?;
+        transaction.commit().await.map_err(|error| failure("capture the table that has the name now", error))
     };
     if let Err::<(), Error>(error) = followed.await {
-        tracing::debug!(%error, "cannot follow another table under the name");
+        tracing::debug!(%error, "cannot capture the table that has the source's name now");
     }
 }
 
-/// Looks the table up. A name without a schema means what it means to the role by default.
+/// Looks the table up. A name without a schema is looked up in the role's own search path.
 pub(super) async fn find_table(
     transaction: &Transaction<'_>,
     source: &config::Source,

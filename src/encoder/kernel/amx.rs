@@ -1,7 +1,7 @@
-//! AMX: bf16 and bytes, tiles of 32 rows by 32 columns in eight registers of 1 KiB.
+//! AMX kernels: bf16 and bytes, in tiles of 32 rows by 32 columns in eight registers of 1 KiB.
 //!
-//! Four registers hold sums, two each a left and a right square. The tile registers have no intrinsics in
-//! stable Rust, so that each tile is one block of assembly; nothing outside of these blocks knows of them.
+//! Four registers hold sums, two hold left squares, and two hold right squares. Stable Rust has no intrinsics
+//! for tile registers, so each tile is one block of assembly. No other code uses these registers.
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid_count, _xgetbv};
@@ -17,8 +17,8 @@ const SIDE: usize = 16;
 /// Columns of a panel: two tile registers.
 const COLUMNS: usize = 2 * SIDE;
 
-/// Whether CPU and system have AMX, and this process may use it. Linux wants to be asked first: only
-/// then is there room for a thread's tiles.
+/// Whether CPU and system have AMX, and this process may use it. On Linux a process must ask for permission
+/// first, so that the kernel has room for a thread's tiles.
 pub(crate) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| has_instructions() && has_permission())
@@ -34,14 +34,14 @@ fn has_instructions() -> bool {
     if __cpuid_count(0, 0).eax < 7 || __cpuid_count(1, 0).ecx & OSXSAVE == 0 {
         return false;
     }
-    // SAFETY: OSXSAVE says that `xgetbv` is there.
+    // SAFETY: OSXSAVE means that `xgetbv` exists.
     let states = unsafe { saved_states() };
     __cpuid_count(7, 0).edx & wanted == wanted && states & TILE_STATE == TILE_STATE
 }
 
 #[target_feature(enable = "xsave")]
 unsafe fn saved_states() -> u64 {
-    // SAFETY: the caller has seen OSXSAVE; register 0 always is.
+    // SAFETY: the caller has checked OSXSAVE; register 0 always exists.
     unsafe { _xgetbv(0) }
 }
 
@@ -51,7 +51,7 @@ fn has_permission() -> bool {
     const REQUEST: nix::libc::c_long = 0x1023;
     /// The state component of the tiles' data.
     const TILE_DATA: nix::libc::c_long = 18;
-    // SAFETY: takes two numbers and touches no memory of ours.
+    // SAFETY: the call takes two numbers and accesses no memory of this process.
     unsafe { nix::libc::syscall(nix::libc::SYS_arch_prctl, REQUEST, TILE_DATA) == 0 }
 }
 
@@ -60,7 +60,7 @@ fn has_permission() -> bool {
     false
 }
 
-/// What `ldtilecfg` reads: all eight registers 16 rows of 64 bytes.
+/// Operand of `ldtilecfg`: all eight registers have 16 rows of 64 bytes.
 #[repr(C, align(64))]
 struct Configuration {
     palette: u8,
@@ -78,7 +78,7 @@ static CONFIGURATION: Configuration = Configuration {
     rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
-/// The tile registers set up; given back when dropped, so that the thread's switches stay cheap.
+/// The configured tile registers. Released on drop, so that context switches of the thread stay cheap.
 struct Tiles;
 
 impl Tiles {
@@ -86,7 +86,7 @@ impl Tiles {
     ///
     /// [`is_available`] must be true.
     unsafe fn set_up() -> Self {
-        // SAFETY: reads 64 bytes.
+        // SAFETY: the instruction reads 64 bytes, the size of the configuration.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, readonly)) };
         Self
     }
@@ -94,15 +94,16 @@ impl Tiles {
 
 impl Drop for Tiles {
     fn drop(&mut self) {
-        // SAFETY: they were set up, so the instruction exists.
+        // SAFETY: the registers were configured, so the instruction exists.
         unsafe { asm!("tilerelease", options(nostack, nomem)) };
     }
 }
 
-/// One block of assembly: `$rows` is 1 or 2 squares of rows, `$product` the instruction.
+/// One block of assembly. The first argument is `one` or `two` squares of rows, `$product` is the
+/// instruction.
 ///
-/// Registers 0 to 3 hold sums (low and high columns of the first rows, then of the second), 4 and 5 the
-/// rows, 6 and 7 the columns.
+/// Registers 0 to 3 hold sums: low and high columns of the first rows, then of the second rows. Registers 4
+/// and 5 hold rows, 6 and 7 hold columns.
 macro_rules! multiply {
     (two, $product:literal, $left:expr, $right:expr, $steps:expr, $sums:expr) => {
         asm!(
@@ -184,7 +185,7 @@ macro_rules! multiply {
     };
 }
 
-/// bf16, added up as `f32`.
+/// bf16 products, added as `f32`.
 pub(crate) struct Bf16;
 
 impl Kernel for Bf16 {
@@ -200,7 +201,7 @@ impl Kernel for Bf16 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
     unsafe fn vectorize<O: Op>(op: O) -> O::Output {
-        // SAFETY: the caller has seen the features.
+        // SAFETY: the caller has checked the CPU features.
         unsafe {
             let _tiles = Tiles::set_up();
             op.run()
@@ -219,8 +220,8 @@ impl Kernel for Bf16 {
     #[inline(always)]
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
         let bytes = (left.data.cast::<u8>(), left.stride * 2);
-        // SAFETY: the caller's; rows up to the next multiple of 16 are slack. Tile registers are the
-        // compiler's in no code, so that nothing of its is overwritten.
+        // SAFETY: guaranteed by the caller; rows up to the next multiple of 16 are slack. The compiler never
+        // uses tile registers, so the assembly overwrites nothing.
         unsafe {
             if rows > SIDE {
                 multiply!(two, "tdpbf16ps", bytes, right.data, right.depth / 32, sums);
@@ -231,7 +232,7 @@ impl Kernel for Bf16 {
     }
 }
 
-/// Bytes, added up as whole numbers.
+/// Products of bytes, added as whole numbers.
 pub(crate) struct Int8;
 
 impl Kernel for Int8 {
@@ -248,7 +249,7 @@ impl Kernel for Int8 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
     unsafe fn vectorize<O: Op>(op: O) -> O::Output {
-        // SAFETY: the caller has seen the features.
+        // SAFETY: the caller has checked the CPU features.
         unsafe {
             let _tiles = Tiles::set_up();
             op.run()
@@ -271,7 +272,7 @@ impl Kernel for Int8 {
         operands: *mut u8,
         quantizations: *mut Quantization,
     ) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { quantize::<u16, u8, Self::Lanes>(elements, rows, width, operands, quantizations) }
     }
 
@@ -289,7 +290,7 @@ impl Kernel for Int8 {
         let products = products.0.as_mut_ptr().cast::<i32>();
         let bytes = (left.data, left.stride);
         let whole = Sums { data: products.cast(), stride: COLUMNS, add: false };
-        // SAFETY: as for bf16; what is read of the products has been written before.
+        // SAFETY: as for bf16; only products that were written before are read.
         unsafe {
             if rows > SIDE {
                 multiply!(two, "tdpbusd", bytes, right.data, right.depth / 64, whole);

@@ -1,7 +1,8 @@
-//! AVX2 and FMA: `f32`, tiles of 6 rows by 2 registers, with weights in `f32` or bf16; and bytes as words of 16
-//! bits, 5 rows.
+//! AVX2 and FMA kernels: `f32` with weights in `f32` or bf16, in tiles of 6 rows by 2 registers; and bytes as
+//! words of 16 bits, in tiles of 5 rows.
 //!
-//! 12 of the 16 registers hold sums, 2 the panel's columns and one a word of a row, spread to all lanes.
+//! Of the 16 registers, 12 hold sums, 2 hold columns of the panel, and one holds a word of a row in all
+//! lanes.
 
 use std::arch::asm;
 use std::arch::x86_64::{
@@ -21,11 +22,11 @@ use super::{
 /// Columns of a panel: two registers.
 const COLUMNS: usize = 16;
 
-/// Words in depth that are multiplied before pointers move on.
+/// Words in depth that are multiplied before the pointers advance.
 const UNROLLED: usize = 4;
 
-/// Bytes of weights from those that are multiplied to those that are fetched: a single short text waits for
-/// memory, and a CPU does not look further ahead than a page by itself.
+/// Distance in bytes between the weights that are multiplied and the weights that are prefetched. A single
+/// short text waits for memory, and the CPU's own prefetcher does not cross a page.
 const AHEAD: usize = 4096;
 
 /// `f32`.
@@ -40,12 +41,12 @@ impl Kernel for F32 {
     const DEPTH: usize = UNROLLED;
     const ROWS: usize = 6;
     const COLUMNS: usize = COLUMNS;
-    // A panel is half as wide as AVX-512's.
+    // A panel is half as wide as with AVX-512, so this part can be twice as deep.
     const CHUNK: usize = 384;
 
     #[target_feature(enable = "avx2,fma")]
     unsafe fn vectorize<O: Op>(op: O) -> O::Output {
-        // SAFETY: the caller has seen the features.
+        // SAFETY: the caller has checked the CPU features.
         unsafe { op.run() }
     }
 
@@ -61,12 +62,12 @@ impl Kernel for F32 {
 
     #[inline(always)]
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { TILE_F32S[rows - 1](left, right, sums) }
     }
 }
 
-/// Sums to begin with: zeros, or what is there.
+/// Initial sums: zeros, or the present sums.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 unsafe fn begin<const ROWS: usize>(sums: Sums) -> [[__m256; 2]; ROWS] {
@@ -96,30 +97,30 @@ unsafe fn finish<const ROWS: usize>(registers: [[__m256; 2]; ROWS], sums: Sums) 
     }
 }
 
-/// Fetches a line of weights that follows `weights`. It may lie past the end: nothing is read that the program
-/// sees, and an address without memory does no harm.
+/// Prefetches a cache line of weights ahead of `weights`. The line may be past the end: a prefetch of an
+/// invalid address has no effect.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 fn fetch<W>(weights: *const W) {
     _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_byte_add(AHEAD).cast());
 }
 
-/// The same sum, at its place in the program: the compiler would begin later steps early, for which there are not
-/// registers enough.
+/// Returns the same sum, and fixes its place in the program. Otherwise the compiler would start later steps
+/// early and run out of registers.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 fn held_f32(mut sum: __m256) -> __m256 {
-    // SAFETY: no instruction at all.
+    // SAFETY: the assembly contains no instruction.
     unsafe { asm!("/* {0} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags)) };
     sum
 }
 
-/// The same sum, of which the compiler does not know how it came about: it would add up products of several
-/// steps first, which takes more registers than there are.
+/// Returns the same sum, and hides its origin from the compiler. Otherwise the compiler would first add the
+/// products of several steps and run out of registers.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 fn held_i32(mut sum: __m256i) -> __m256i {
-    // SAFETY: no instruction at all.
+    // SAFETY: the assembly contains no instruction.
     unsafe { asm!("/* {0} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags)) };
     sum
 }
@@ -128,7 +129,7 @@ static TILE_F32S: [Tile<Left<F32>, Right<F32>>; 6] = by_rows!(tile_f32; 1 2 3 4 
 
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums: Sums) {
-    // SAFETY: the caller's: `ROWS` rows and 16 columns, `depth` deep.
+    // SAFETY: the caller guarantees `ROWS` rows and 16 columns, `depth` deep.
     unsafe {
         let mut registers = begin::<ROWS>(sums);
         let mut rows = Rows::new::<ROWS>(left.data.cast(), left.stride);
@@ -151,8 +152,8 @@ unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums:
     }
 }
 
-/// `f32` by weights that are held as bf16: half as much to read, which is what a short text waits for. A word
-/// holds two neighbours in depth; each is an `f32` once the other is out of the way.
+/// `f32` with weights stored as bf16. This halves the memory to read, which limits the speed of a short text.
+/// A word holds two neighbours in depth. Each becomes an `f32` after the bits of the other are removed.
 pub(crate) struct Bf16;
 
 impl Kernel for Bf16 {
@@ -168,7 +169,7 @@ impl Kernel for Bf16 {
 
     #[target_feature(enable = "avx2,fma")]
     unsafe fn vectorize<O: Op>(op: O) -> O::Output {
-        // SAFETY: the caller has seen the features.
+        // SAFETY: the caller has checked the CPU features.
         unsafe { op.run() }
     }
 
@@ -183,7 +184,7 @@ impl Kernel for Bf16 {
 
     #[inline(always)]
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { TILE_BF16S[rows - 1](left, right, sums) }
     }
 }
@@ -192,12 +193,12 @@ static TILE_BF16S: [Tile<Left<Bf16>, Right<Bf16>>; 6] = by_rows!(tile_bf16; 1 2 
 
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, sums: Sums) {
-    // SAFETY: the caller's: `ROWS` rows and 16 columns, `depth` deep, which is a multiple of four.
+    // SAFETY: the caller guarantees `ROWS` rows and 16 columns, `depth` deep, which is a multiple of four.
     unsafe {
         let mut registers = begin::<ROWS>(sums);
         let mut rows = Rows::new::<ROWS>(left.data.cast(), left.stride);
         let mut pairs = right.data;
-        // Read twice: there are no registers to hold on to a pair.
+        // Each pair is read twice, because no register is free to keep it.
         let mut again = opaque(pairs);
         let upper = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
         for _ in 0..right.depth / UNROLLED {
@@ -228,8 +229,9 @@ unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, su
     }
 }
 
-/// Bytes, held and multiplied as words of 16 bits, since the instruction for bytes adds up their products in
-/// 16 bits, in which they have no room. It multiplies half as many, and needs no third instruction.
+/// Bytes, stored and multiplied as words of 16 bits. The instruction for bytes adds products in 16 bits,
+/// which can overflow. The instruction for words multiplies half as many numbers, but needs no third
+/// instruction.
 pub(crate) struct Int8;
 
 impl Kernel for Int8 {
@@ -240,13 +242,13 @@ impl Kernel for Int8 {
     const QUANTIZED: bool = true;
     const GROUP: usize = 2;
     const DEPTH: usize = 2 * UNROLLED;
-    // With six, a sum finds no register: products need one of their own before they are added.
+    // With six rows, one sum would have no register, because a product needs a register before it is added.
     const ROWS: usize = 5;
     const COLUMNS: usize = COLUMNS;
 
     #[target_feature(enable = "avx2,fma")]
     unsafe fn vectorize<O: Op>(op: O) -> O::Output {
-        // SAFETY: the caller has seen the features.
+        // SAFETY: the caller has checked the CPU features.
         unsafe { op.run() }
     }
 
@@ -266,7 +268,7 @@ impl Kernel for Int8 {
         operands: *mut i16,
         quantizations: *mut Quantization,
     ) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { quantize::<f32, i16, Self::Lanes>(elements, rows, width, operands, quantizations) }
     }
 
@@ -277,7 +279,7 @@ impl Kernel for Int8 {
 
     #[inline(always)]
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { TILE_I16S[rows - 1](left, right, sums) }
     }
 }
@@ -286,7 +288,7 @@ static TILE_I16S: [Tile<Left<Int8>, Right<Int8>>; 5] = by_rows!(tile_i16; 1 2 3 
 
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile_i16<const ROWS: usize>(left: Left<Int8>, right: &Right<Int8>, sums: Sums) {
-    // SAFETY: the caller's: `ROWS` rows and 16 columns, `depth` deep, which is even.
+    // SAFETY: the caller guarantees `ROWS` rows and 16 columns, `depth` deep, which is even.
     unsafe {
         let mut registers = [[_mm256_setzero_si256(); 2]; ROWS];
         let mut rows = Rows::new::<ROWS>(left.data.cast(), left.stride / 2);
@@ -326,7 +328,7 @@ unsafe fn dequantize(
     column: usize,
     before: __m256,
 ) -> __m256 {
-    // SAFETY: the caller's column lies in the panel.
+    // SAFETY: the caller's column is in the panel.
     unsafe {
         let least = _mm256_mul_ps(_mm256_loadu_ps(right.sums.add(column)), _mm256_set1_ps(row.least));
         let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_set1_ps(row.scale), least);

@@ -1,6 +1,7 @@
-//! AVX-512: `f32`, bf16 (AVX512-BF16) and bytes (AVX512-VNNI), tiles of 12 rows by 2 registers.
+//! AVX-512 kernels: `f32`, bf16 (AVX512-BF16) and bytes (AVX512-VNNI), in tiles of 12 rows by 2 registers.
 //!
-//! 24 of the 32 registers hold sums, 2 the panel's columns and one a word of a row, spread to all lanes.
+//! Of the 32 registers, 24 hold sums, 2 hold columns of the panel, and one holds a word of a row in all
+//! lanes.
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_dpbf16_ps,
@@ -18,7 +19,7 @@ use super::{
 /// Columns of a panel: two registers.
 const COLUMNS: usize = 32;
 
-/// Words in depth that are multiplied before pointers move on.
+/// Words in depth that are multiplied before the pointers advance.
 const UNROLLED: usize = 4;
 
 /// `f32`.
@@ -37,7 +38,7 @@ impl Kernel for F32 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
     unsafe fn vectorize<O: Op>(op: O) -> O::Output {
-        // SAFETY: the caller has seen the features.
+        // SAFETY: the caller has checked the CPU features.
         unsafe { op.run() }
     }
 
@@ -53,12 +54,12 @@ impl Kernel for F32 {
 
     #[inline(always)]
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { TILE_F32S[rows - 1](left, right, sums) }
     }
 }
 
-/// Sums to begin with: zeros, or what is there.
+/// Initial sums: zeros, or the present sums.
 #[target_feature(enable = "avx512f")]
 #[inline]
 unsafe fn begin<const ROWS: usize>(sums: Sums) -> [[__m512; 2]; ROWS] {
@@ -92,7 +93,7 @@ static TILE_F32S: [Tile<Left<F32>, Right<F32>>; 12] = by_rows!(tile_f32; 1 2 3 4
 
 #[target_feature(enable = "avx512f")]
 unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums: Sums) {
-    // SAFETY: the caller's: `ROWS` rows and 32 columns, `depth` deep.
+    // SAFETY: the caller guarantees `ROWS` rows and 32 columns, `depth` deep.
     unsafe {
         let mut registers = begin::<ROWS>(sums);
         let mut rows = Rows::new::<ROWS>(left.data.cast(), left.stride);
@@ -114,7 +115,7 @@ unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums:
     }
 }
 
-/// bf16, added up as `f32`.
+/// bf16 products, added as `f32`.
 pub(crate) struct Bf16;
 
 impl Kernel for Bf16 {
@@ -129,7 +130,7 @@ impl Kernel for Bf16 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
     unsafe fn vectorize<O: Op>(op: O) -> O::Output {
-        // SAFETY: the caller has seen the features.
+        // SAFETY: the caller has checked the CPU features.
         unsafe { op.run() }
     }
 
@@ -144,7 +145,7 @@ impl Kernel for Bf16 {
 
     #[inline(always)]
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { TILE_BF16S[rows - 1](left, right, sums) }
     }
 }
@@ -153,8 +154,8 @@ static TILE_BF16S: [Tile<Left<Bf16>, Right<Bf16>>; 12] = by_rows!(tile_bf16; 1 2
 
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, sums: Sums) {
-    // SAFETY: the caller's: `ROWS` rows and 32 columns, `depth` deep, which is even. A `__m512bh` is 64
-    // bytes like the other registers.
+    // SAFETY: the caller guarantees `ROWS` rows and 32 columns, `depth` deep, which is even. A `__m512bh` is
+    // 64 bytes like the other registers.
     unsafe {
         let mut registers = begin::<ROWS>(sums);
         let mut rows = Rows::new::<ROWS>(left.data.cast(), left.stride / 2);
@@ -178,8 +179,8 @@ unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, su
     }
 }
 
-/// Bytes, added up as whole numbers. The stages between have what the CPU has: attributes take no
-/// parameters, so that a macro writes both.
+/// Products of bytes, added as whole numbers. The stages between the products use bf16 instructions if the
+/// CPU has them. A macro writes both variants, because attributes take no parameters.
 macro_rules! int8 {
     ($(#[$about:meta])* $name:ident, $bf16:literal, $features:literal) => {
         $(#[$about])*
@@ -198,7 +199,7 @@ impl Kernel for $name {
 
     #[target_feature(enable = $features)]
     unsafe fn vectorize<O: Op>(op: O) -> O::Output {
-        // SAFETY: the caller has seen the features.
+        // SAFETY: the caller has checked the CPU features.
         unsafe { op.run() }
     }
 
@@ -218,7 +219,7 @@ impl Kernel for $name {
         operands: *mut u8,
         quantizations: *mut Quantization,
     ) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { quantize::<u16, u8, Self::Lanes>(elements, rows, width, operands, quantizations) }
     }
 
@@ -236,7 +237,7 @@ impl Kernel for $name {
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
         let left = Bytes { data: left.data, stride: left.stride, quantizations: left.quantizations };
         let right = Units { data: right.data, depth: right.depth, scales: right.scales, sums: right.sums };
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { TILE_I8S[rows - 1](left, &right, sums) }
     }
 }
@@ -276,7 +277,7 @@ static TILE_I8S: [Tile<Bytes, Units>; 12] = by_rows!(tile_i8; 1 2 3 4 5 6 7 8 9 
 
 #[target_feature(enable = "avx512f,avx512vnni")]
 unsafe fn tile_i8<const ROWS: usize>(left: Bytes, right: &Units, sums: Sums) {
-    // SAFETY: the caller's: `ROWS` rows and 32 columns, `depth` deep, a multiple of four.
+    // SAFETY: the caller guarantees `ROWS` rows and 32 columns, `depth` deep, a multiple of four.
     unsafe {
         let mut registers = [[_mm512_setzero_si512(); 2]; ROWS];
         let mut rows = Rows::new::<ROWS>(left.data.cast(), left.stride / 4);
@@ -315,7 +316,7 @@ unsafe fn dequantize(
     column: usize,
     before: __m512,
 ) -> __m512 {
-    // SAFETY: the caller's column lies in the panel.
+    // SAFETY: the caller's column is in the panel.
     unsafe {
         let least = _mm512_mul_ps(_mm512_loadu_ps(right.sums.add(column)), _mm512_set1_ps(row.least));
         let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(row.scale), least);

@@ -1,9 +1,9 @@
-//! Kernels: how one instruction set multiplies matrices.
+//! Kernels: matrix products for one instruction set each.
 //!
-//! All share one geometry, in bytes. The left matrix lies row by row as the stages wrote it; the right one
-//! lies in panels of [`Kernel::COLUMNS`] columns, in which [`Kernel::GROUP`] neighbours in depth, which most
-//! often one instruction multiplies and adds up, make a 32-bit word. A panel's part of [`Kernel::CHUNK`] in depth
-//! stays in the nearest cache while all rows stream past it.
+//! All kernels share one layout of bytes. The left matrix is row by row, as the stages write it. The right
+//! matrix is in panels of [`Kernel::COLUMNS`] columns. In a panel, [`Kernel::GROUP`] neighbours in depth make
+//! a 32-bit word, which one instruction usually multiplies and adds. A part of a panel, [`Kernel::CHUNK`]
+//! deep, stays in the nearest cache while all rows are multiplied with it.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod amx;
@@ -20,9 +20,9 @@ use super::buffer::Plain;
 use super::lanes::bf16;
 use super::lanes::{Element, Lanes, Whole};
 
-/// Work that is compiled with a kernel's instructions: `run` must be inlined into its caller.
+/// Work that is compiled with a kernel's instructions. `run` must be inlined into its caller.
 pub(super) trait Op {
-    /// What it gives back.
+    /// Result of the work.
     type Output;
 
     /// # Safety
@@ -31,13 +31,13 @@ pub(super) trait Op {
     unsafe fn run(self) -> Self::Output;
 }
 
-/// Multiplies a number of rows that is known when it is compiled.
+/// A function that multiplies a number of rows known at compile time.
 #[cfg(target_arch = "x86_64")]
 type Tile<L, R> = unsafe fn(L, &R, Sums);
 
-/// A table of such functions, from one row on, for a number that is known only when they run. They are called
-/// by pointer because nothing else keeps them apart: the compiler (1.95) takes no notice of `inline(never)` on
-/// functions with target features, and inlined into the stages their sums are no longer held in registers.
+/// A table of `Tile` functions, from one row on, for a number of rows known only at run time. The calls go
+/// through pointers to prevent inlining: the compiler (1.95) ignores `inline(never)` on functions with target
+/// features, and an inlined function no longer keeps its sums in registers.
 #[cfg(target_arch = "x86_64")]
 macro_rules! by_rows {
     ($function:ident; $($rows:literal)+) => { [$($function::<$rows>),+] };
@@ -46,20 +46,19 @@ macro_rules! by_rows {
 #[cfg(target_arch = "x86_64")]
 use by_rows;
 
-/// How a row of whole numbers from 0 to 255 stands for others: `whole * scale + least`.
+/// Quantization of a row. A whole number from 0 to 255 stands for `whole * scale + least`.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Quantization {
     pub(super) scale: f32,
     pub(super) least: f32,
 }
 
-/// The left matrix of a product, from some row on. Rows past the last one that matters can be read, up to
-/// [`SLACK`].
+/// The left matrix of a product, from some row on. Up to [`SLACK`] rows past the last row can be read.
 pub(super) struct Left<K: Kernel> {
     pub(super) data: *const K::Operand,
     /// Operands from a row to the next.
     pub(super) stride: usize,
-    /// One a row, for quantized kernels.
+    /// One for each row, for quantized kernels.
     pub(super) quantizations: *const Quantization,
 }
 
@@ -72,7 +71,7 @@ impl<K: Kernel> Clone for Left<K> {
 impl<K: Kernel> Copy for Left<K> {}
 
 impl<K: Kernel> Left<K> {
-    /// From `row` and `depth` on.
+    /// The matrix from `row` and `depth` on.
     #[inline(always)]
     pub(super) unsafe fn at(self, row: usize, depth: usize) -> Self {
         // SAFETY: the caller stays within the matrix.
@@ -89,80 +88,80 @@ impl<K: Kernel> Left<K> {
 /// A part of a panel of the right matrix.
 pub(super) struct Right<K: Kernel> {
     pub(super) data: *const K::Weight,
-    /// Its length in depth, a multiple of [`Kernel::DEPTH`].
+    /// Depth, a multiple of [`Kernel::DEPTH`].
     pub(super) depth: usize,
-    /// [`Kernel::COLUMNS`], but for the portable kernel's last or narrow panels.
+    /// [`Kernel::COLUMNS`], except for the last or narrow panels of the portable kernel.
     pub(super) columns: usize,
-    /// Of quantized kernels, one a column: what one unit stands for.
+    /// For quantized kernels, one for each column: the value of one unit.
     pub(super) scales: *const f32,
-    /// Of quantized kernels, one a column: the sum of its units over this part.
+    /// For quantized kernels, one for each column: the sum of its units over this part.
     pub(super) sums: *const f32,
 }
 
-/// Where a tile's sums go.
+/// Destination of a tile's sums.
 #[derive(Clone, Copy)]
 pub(super) struct Sums {
     pub(super) data: *mut f32,
     /// Numbers from a row to the next.
     pub(super) stride: usize,
-    /// Whether to add to what is there.
+    /// Whether to add to the present numbers.
     pub(super) add: bool,
 }
 
-/// Rows past the last that a kernel may read, or write sums to.
+/// A kernel may read, and write sums to, this many rows past the last one.
 pub(super) const SLACK: usize = 32;
 
-/// Widths of matrices are multiples of this, so that any kernel's depth divides them.
+/// Widths of matrices are multiples of this, and so of the depth of every kernel.
 pub(super) const ALIGNMENT: usize = 64;
 
-/// An instruction set's way to multiply matrices.
+/// Matrix products with one instruction set.
 pub(super) trait Kernel: Sized + Send + Sync + 'static {
     /// Registers of the stages between products.
     type Lanes: Lanes;
-    /// What the stages hand to each other.
+    /// Numbers that the stages pass to each other.
     type Element: Element;
-    /// What is multiplied, on the left; the element itself, or a whole number.
+    /// Left factor of a product: the element itself, or a whole number.
     type Operand: Plain;
-    /// What is multiplied, on the right.
+    /// Right factor of a product.
     type Weight: Plain;
-    /// Neighbours in depth that lie side by side in a panel: what of the weights one 32-bit word holds.
+    /// Weights in a 32-bit word: neighbours in depth that are side by side in a panel.
     const GROUP: usize;
     /// Rows of a tile.
     const ROWS: usize;
-    /// What the rows of all tiles but the last are a multiple of.
+    /// The rows of all tiles except the last are a multiple of this.
     const STEP: usize = 1;
     /// Columns of a panel.
     const COLUMNS: usize;
-    /// Columns of the panels that attention makes, which are few.
+    /// Columns of the panels in attention, which has few columns.
     const NARROW: usize = Self::COLUMNS;
-    /// Every product's depth is a multiple of this.
+    /// The depth of every product is a multiple of this.
     const DEPTH: usize = Self::GROUP;
-    /// Whether operands are made of elements by [`Kernel::prepare`].
+    /// Whether [`Kernel::prepare`] makes operands from elements.
     const QUANTIZED: bool = false;
-    /// How deep a panel is multiplied at a time.
+    /// Depth of the part of a panel that is multiplied at a time.
     const CHUNK: usize = 768 / size_of::<Self::Operand>();
 
-    /// Runs work with the instructions switched on.
+    /// Runs work that is compiled with the kernel's instructions.
     ///
     /// # Safety
     ///
-    /// The CPU must have them.
+    /// The CPU must have these instructions.
     unsafe fn vectorize<O: Op>(op: O) -> O::Output;
 
-    /// A column of weights as this kernel multiplies it, and what one unit stands for.
+    /// Writes a column of weights in the kernel's format. Returns the value of one unit.
     fn encode(column: &[f32], to: &mut [Self::Weight]) -> f32;
 
-    /// What a weight counts, for the sums of quantized columns; others have none.
+    /// The units of a weight, for the sums of quantized columns; 0 for other kernels.
     fn units(weight: Self::Weight) -> f32 {
         let _ = weight;
         0.0
     }
 
-    /// Makes operands of elements, where they are not the same: `rows` rows, `width` wide.
+    /// Makes operands from elements, if they differ: `rows` rows of width `width`.
     ///
     /// # Safety
     ///
-    /// As [`Lanes`]; `elements` holds the rows, the others have room for as much.
+    /// As [`Lanes`]. `elements` must hold the rows, and the destinations must have room for them.
     #[inline(always)]
     unsafe fn prepare(
         elements: *const Self::Element,
@@ -174,7 +173,7 @@ pub(super) trait Kernel: Sized + Send + Sync + 'static {
         let _ = (elements, rows, width, operands, quantizations);
     }
 
-    /// The matrix of what [`Kernel::prepare`] has seen.
+    /// The left matrix, after [`Kernel::prepare`].
     fn left(
         elements: *const Self::Element,
         width: usize,
@@ -186,11 +185,11 @@ pub(super) trait Kernel: Sized + Send + Sync + 'static {
     ///
     /// # Safety
     ///
-    /// As [`Lanes`]; the matrices are as large as their documentation says.
+    /// As [`Lanes`]. The matrices must have the documented sizes.
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums);
 }
 
-/// A kernel that multiplies elements.
+/// A kernel that multiplies elements directly, without quantization.
 pub(super) trait Float:
     Kernel<Operand = <Self as Kernel>::Element, Weight = <Self as Kernel>::Element>
 {
@@ -198,7 +197,7 @@ pub(super) trait Float:
 
 impl<K: Kernel<Operand = <K as Kernel>::Element, Weight = <K as Kernel>::Element>> Float for K {}
 
-/// Elements as they are, for kernels that multiply them.
+/// The left matrix for kernels that multiply elements directly.
 #[inline(always)]
 pub(super) fn as_they_are<K: Kernel<Operand = <K as Kernel>::Element>>(
     elements: *const K::Element,
@@ -207,7 +206,7 @@ pub(super) fn as_they_are<K: Kernel<Operand = <K as Kernel>::Element>>(
     Left { data: elements, stride: width, quantizations: std::ptr::null() }
 }
 
-/// The weights of a column as bf16; one unit stands for itself.
+/// Writes the weights of a column as bf16. The value of one unit is 1.
 #[cfg(target_arch = "x86_64")]
 fn encode_bf16(column: &[f32], to: &mut [u16]) -> f32 {
     for (weight, to) in column.iter().zip(to) {
@@ -216,7 +215,7 @@ fn encode_bf16(column: &[f32], to: &mut [u16]) -> f32 {
     1.0
 }
 
-/// Whole numbers for the weights of a column, -127 to 127, and what one stands for.
+/// Writes the weights of a column as whole numbers from -127 to 127. Returns the value of one unit.
 pub(super) fn encode_whole<W: From<i8>>(column: &[f32], to: &mut [W]) -> f32 {
     let largest = column.iter().fold(0.0_f32, |largest, weight| largest.max(weight.abs()));
     let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
@@ -226,7 +225,7 @@ pub(super) fn encode_whole<W: From<i8>>(column: &[f32], to: &mut [W]) -> f32 {
     scale
 }
 
-/// 0 to 255 for each row of elements, from the row's least to its largest.
+/// Maps each row of elements to 0 to 255, from the smallest element of the row to the largest.
 #[inline(always)]
 pub(super) unsafe fn quantize<E: Element, W: Whole, V: Lanes>(
     elements: *const E,
@@ -235,7 +234,7 @@ pub(super) unsafe fn quantize<E: Element, W: Whole, V: Lanes>(
     operands: *mut W,
     quantizations: *mut Quantization,
 ) {
-    // SAFETY: the caller's, and widths are multiples of any register's lanes.
+    // SAFETY: guaranteed by the caller, and widths are multiples of the lanes of every register.
     unsafe {
         for row in 0..rows {
             let (from, to) = (elements.add(row * width), operands.add(row * width));

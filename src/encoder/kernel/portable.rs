@@ -1,4 +1,4 @@
-//! The path for any CPU: `f32` products by the crate matrixmultiply, which brings NEON for aarch64.
+//! The kernel for any CPU: `f32` products by the crate matrixmultiply, which has NEON code for aarch64.
 
 use super::super::lanes::portable::Portable as Registers;
 use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are};
@@ -13,13 +13,13 @@ impl Kernel for Portable {
     type Weight = f32;
     const GROUP: usize = 1;
     const ROWS: usize = 64;
-    // The crate lays both matrices out anew at each call, which wants few and large ones.
+    // The crate copies both matrices into its own layout at each call, so few large calls are best.
     const COLUMNS: usize = 128;
     const NARROW: usize = 32;
     const CHUNK: usize = usize::MAX;
 
     unsafe fn vectorize<O: Op>(op: O) -> O::Output {
-        // SAFETY: nothing is asked of the CPU.
+        // SAFETY: this kernel needs no CPU features.
         unsafe { op.run() }
     }
 
@@ -34,8 +34,8 @@ impl Kernel for Portable {
     }
 
     unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
-        // SAFETY: the caller's matrices are as large as they say. The crate adds up in the same order
-        // whatever the number of rows, so that a row does not depend on its neighbours.
+        // SAFETY: the caller's matrices have the stated sizes. The crate adds in the same order for any
+        // number of rows, so that a row does not depend on the other rows.
         unsafe {
             matrixmultiply::sgemm(
                 rows,

@@ -2,9 +2,9 @@
 
 use std::arch::asm;
 
-/// The rows of a tile, as 32-bit words, three for each pointer: x86 adds a pitch and twice a pitch to a
-/// pointer as part of the load. Of a single pointer the compiler makes a chain of additions, which on Intel
-/// wait for the ports that multiply: a third of the time.
+/// The rows of a tile, as 32-bit words, with one pointer for three rows. An x86 load can add once or twice
+/// the pitch to a pointer. With a single pointer the compiler makes a chain of additions, which on Intel
+/// compete with the multiplications for ports and cost a third of the time.
 pub(super) struct Rows {
     thirds: [*const i32; 4],
     /// Words from a row to the next.
@@ -26,14 +26,14 @@ impl Rows {
     ///
     /// # Safety
     ///
-    /// The row must be there, and as deep.
+    /// The row must exist and have this depth.
     #[inline(always)]
     pub(super) unsafe fn word(&self, row: usize, depth: usize) -> i32 {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.thirds[row / 3].add(row % 3 * self.pitch + depth).read_unaligned() }
     }
 
-    /// Moves on by four words.
+    /// Advances by four words.
     #[inline(always)]
     pub(super) fn advance(&mut self) {
         for pointer in &mut self.thirds {
@@ -42,12 +42,12 @@ impl Rows {
     }
 }
 
-/// The same pointer, of which the compiler does not know that: it neither makes it of others that point near, nor
-/// holds on to what was read through them.
+/// Returns the same pointer, and hides that fact from the compiler. So the compiler neither computes it from
+/// nearby pointers nor keeps values that were read through them.
 #[inline(always)]
 pub(super) fn opaque<T>(mut pointer: *const T) -> *const T {
     #[allow(clippy::pointers_in_nomem_asm_block, reason = "no instruction, so nothing is read through it")]
-    // SAFETY: no instruction at all.
+    // SAFETY: the assembly contains no instruction.
     unsafe {
         asm!("/* {0} */", inout(reg) pointer, options(pure, nomem, nostack, preserves_flags));
     }

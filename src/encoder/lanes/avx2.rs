@@ -1,4 +1,4 @@
-//! AVX2 and FMA: 8 numbers a register.
+//! AVX2 and FMA: 8 numbers in a register.
 
 use std::arch::x86_64::{
     __m256, _CMP_GT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128,
@@ -20,14 +20,14 @@ impl Avx2 {
     #[inline(always)]
     unsafe fn to_array(self) -> [f32; 8] {
         let mut numbers = [0.0; 8];
-        // SAFETY: eight numbers fit.
+        // SAFETY: the array has room for eight numbers.
         unsafe { _mm256_storeu_ps(numbers.as_mut_ptr(), self.0) };
         numbers
     }
 }
 
-// SAFETY of all: whoever calls has seen that the CPU has AVX2 and FMA, and that pointers are valid for 8
-// numbers.
+// SAFETY of all functions: the caller has checked that the CPU has AVX2 and FMA, and that pointers are valid
+// for 8 numbers.
 impl Lanes for Avx2 {
     const LANES: usize = 8;
 
@@ -60,7 +60,7 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut u16) {
-        // No kernel of this width computes in bf16, so this need not be fast.
+        // This need not be fast, because no kernel with these registers stores bf16.
         // SAFETY: see above.
         unsafe { to.cast::<[u16; 8]>().write_unaligned(self.to_array().map(bf16)) }
     }
@@ -73,7 +73,7 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn store_u8(self, to: *mut u8) {
-        // No kernel of this width multiplies bytes.
+        // This need not be fast, because no kernel with these registers multiplies bytes.
         // SAFETY: see above.
         unsafe {
             let bytes = self.to_array().map(|number| number.round_ties_even() as u8);
@@ -83,7 +83,7 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn store_i16(self, to: *mut i16) {
-        // SAFETY: see above. Each half of the register becomes a quarter, twice.
+        // SAFETY: see above. The pack instruction turns each half of the register into a quarter, twice.
         unsafe {
             let words = _mm256_cvtps_epi32(self.0);
             let halves = _mm256_permute4x64_epi64::<0b1000>(_mm256_packs_epi32(words, words));
@@ -167,9 +167,9 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
-        // SAFETY: see above, for 8 rows on either side; loads and shuffles leave the bits as they are.
+        // SAFETY: see above, for 8 rows on both sides; loads and shuffles do not change the bits.
         unsafe {
-            // Loops, since closures would be compiled without the instructions.
+            // Loops, because closures would be compiled without the CPU features.
             let mut rows = [_mm256_setzero_ps(); 8];
             for (row, words) in rows.iter_mut().enumerate() {
                 *words = _mm256_loadu_ps(from.add(row * from_stride).cast());

@@ -1,4 +1,4 @@
-//! AVX-512: 16 numbers a register.
+//! AVX-512: 16 numbers in a register.
 
 use std::arch::x86_64::{
     __m256bh, __m256i, __m512, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128,
@@ -14,12 +14,12 @@ use std::arch::x86_64::{
 
 use super::Lanes;
 
-/// A `zmm` register; `BF16` if the CPU converts to bf16 itself (AVX512-BF16).
+/// A `zmm` register. `BF16` is true if the CPU has an instruction to convert to bf16 (AVX512-BF16).
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512<const BF16: bool>(pub(crate) __m512);
 
-// SAFETY of all: whoever calls has seen that the CPU has AVX-512 F, BW, DQ and VL (and BF16, if that is
-// set), and that pointers are valid for 16 numbers.
+// SAFETY of all functions: the caller has checked that the CPU has AVX-512 F, BW, DQ and VL (and BF16, if
+// `BF16` is true), and that pointers are valid for 16 numbers.
 impl<const BF16: bool> Lanes for Avx512<BF16> {
     const LANES: usize = 16;
 
@@ -151,17 +151,17 @@ impl<const BF16: bool> Lanes for Avx512<BF16> {
         unsafe { _mm512_reduce_max_ps(self.0) }
     }
 
-    /// In four rounds: words of two rows, pairs of four, and quarters of registers twice.
+    /// Works in four rounds: words of two rows, pairs of four rows, and two rounds of register quarters.
     #[inline(always)]
     unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
-        // SAFETY: see above, for 16 rows on either side.
+        // SAFETY: see above, for 16 rows on both sides.
         unsafe {
             let mut rows = [_mm512_setzero_si512(); 16];
             for (row, words) in rows.iter_mut().enumerate() {
                 *words = _mm512_loadu_si512(from.add(row * from_stride).cast());
             }
-            // Each quarter of a register holds one word of two neighbouring rows, twice. (Loops, since
-            // closures would be compiled without the instructions.)
+            // Each quarter of a register holds one word of two neighbouring rows, twice. Loops, because
+            // closures would be compiled without the CPU features.
             let mut words = rows;
             for at in (0..16).step_by(2) {
                 words[at] = _mm512_unpacklo_epi32(rows[at], rows[at + 1]);

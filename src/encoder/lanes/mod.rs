@@ -1,7 +1,7 @@
-//! A register's worth of `f32`, and what the encoder's stages do with it.
+//! Registers of `f32`, and the operations of the encoder's stages on them.
 //!
-//! Stages are written once over [`Lanes`] and compiled for each instruction set: everything here is
-//! inlined into a function that has the set's features switched on (see `kernel`).
+//! Each stage is written once, generic over [`Lanes`], and compiled for each instruction set. Everything here
+//! is inlined into a function with the features of the instruction set enabled (see `kernel`).
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx2;
@@ -15,58 +15,58 @@ use super::buffer::Plain;
 ///
 /// # Safety
 ///
-/// All functions need a CPU that has the implementation's instructions. Pointers need no alignment, but
-/// must be valid for as many numbers as are read or written.
+/// All functions need a CPU with the instructions of the implementation. Pointers need no alignment, but must
+/// be valid for all numbers that are read or written.
 pub(super) trait Lanes: Copy {
-    /// How many numbers.
+    /// Numbers in a register.
     const LANES: usize;
 
     unsafe fn splat(number: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
-    /// From the upper halves of `f32`.
+    /// Loads numbers whose `f32` bits have these upper halves.
     unsafe fn load_bf16(from: *const u16) -> Self;
-    /// Rounded to the nearest, ties to even.
+    /// Rounds to the nearest bf16, ties to even, and stores it.
     unsafe fn store_bf16(self, to: *mut u16);
-    /// From whole numbers.
+    /// Loads whole numbers.
     unsafe fn load_i32(from: *const i32) -> Self;
-    /// Rounded to the nearest, of numbers that lie in 0 to 255.
+    /// Rounds to the nearest whole number and stores it as a byte. The numbers must be in 0 to 255.
     unsafe fn store_u8(self, to: *mut u8);
-    /// The same, in words of 16 bits.
+    /// As `store_u8`, but stores words of 16 bits.
     unsafe fn store_i16(self, to: *mut i16);
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn sub(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
-    /// `self * factor + addend`, rounded once where the CPU can.
+    /// `self * factor + addend`, rounded only once if the CPU can.
     unsafe fn mul_add(self, factor: Self, addend: Self) -> Self;
     unsafe fn max(self, other: Self) -> Self;
     unsafe fn min(self, other: Self) -> Self;
-    /// To the nearest whole number.
+    /// Rounds to the nearest whole number.
     unsafe fn round(self) -> Self;
-    /// `self * 2^exponent`, of a whole exponent from -126 to 127.
+    /// `self * 2^exponent`, for a whole exponent from -126 to 127.
     unsafe fn scale(self, exponent: Self) -> Self;
-    /// The first `count` lanes, and `fill` in the others.
+    /// Keeps the first `count` lanes, and takes all other lanes from `fill`.
     unsafe fn first(self, count: usize, fill: Self) -> Self;
     /// Sum of the lanes.
     unsafe fn sum(self) -> f32;
     /// The largest lane.
     unsafe fn largest(self) -> f32;
-    /// Transposes a square of 32-bit words, [`Lanes::LANES`] long on both sides. Strides are in words.
+    /// Transposes a square of 32-bit words, with [`Lanes::LANES`] rows and columns. Strides are in words.
     unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize);
 }
 
-/// What the stages hand to each other.
+/// A number that the stages pass to each other.
 pub(super) trait Element: Plain {
-    /// Coefficients of [`math::gelu`](super::math::gelu), as exact as the element can show.
+    /// Coefficients of [`math::gelu`](super::math::gelu), with the precision of the element.
     const GELU: &'static [f32];
-    /// Beyond this, in both directions, the normal distribution counts as 0 or 1.
+    /// Beyond this bound, in both directions, the normal distribution counts as 0 or 1.
     const GELU_BOUND: f32;
 
     unsafe fn get<V: Lanes>(from: *const Self) -> V;
     unsafe fn put<V: Lanes>(numbers: V, to: *mut Self);
 
-    /// Lays `columns` columns of as many rows as make a word side by side: those `present`, zeros for the
-    /// others.
+    /// Interleaves the rows of one word: puts their numbers side by side, for each of `columns` columns. Only
+    /// the first `present` rows exist; the numbers of all other rows are zeros.
     unsafe fn weave(from: *const Self, stride: usize, present: usize, to: *mut Self, columns: usize);
 }
 
@@ -87,19 +87,19 @@ impl Element for f32 {
 
     #[inline(always)]
     unsafe fn get<V: Lanes>(from: *const Self) -> V {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { V::load(from) }
     }
 
     #[inline(always)]
     unsafe fn put<V: Lanes>(numbers: V, to: *mut Self) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { numbers.store(to) }
     }
 
     #[inline(always)]
     unsafe fn weave(from: *const Self, _: usize, present: usize, to: *mut Self, columns: usize) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             match present {
                 0 => to.write_bytes(0, columns),
@@ -125,22 +125,23 @@ impl Element for u16 {
 
     #[inline(always)]
     unsafe fn get<V: Lanes>(from: *const Self) -> V {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { V::load_bf16(from) }
     }
 
     #[inline(always)]
     unsafe fn put<V: Lanes>(numbers: V, to: *mut Self) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { numbers.store_bf16(to) }
     }
 
     #[inline(always)]
     unsafe fn weave(from: *const Self, stride: usize, present: usize, to: *mut Self, columns: usize) {
-        // The lower half of each word, and the upper one. Loops that the compiler turns into registers.
+        // One row gives the lower half of each word, the next row the upper half. The compiler vectorizes the
+        // loops.
         #[allow(clippy::cast_ptr_alignment, reason = "written unaligned")]
         let to = to.cast::<u32>();
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             match present {
                 0 => to.write_bytes(0, columns),
@@ -161,14 +162,14 @@ impl Element for u16 {
     }
 }
 
-/// In pairs, as halves of a register would be added.
+/// Adds in pairs, in the same order as an addition of register halves.
 #[inline(always)]
 fn sum_of_eight(numbers: [f32; 8]) -> f32 {
     let at = |lane: usize| numbers[lane] + numbers[lane + 4];
     (at(0) + at(2)) + (at(1) + at(3))
 }
 
-/// Whole numbers from 0 to 255 that products are made of.
+/// Whole numbers from 0 to 255, as operands of products.
 pub(super) trait Whole: Plain {
     unsafe fn put<V: Lanes>(numbers: V, to: *mut Self);
 }
@@ -176,7 +177,7 @@ pub(super) trait Whole: Plain {
 impl Whole for u8 {
     #[inline(always)]
     unsafe fn put<V: Lanes>(numbers: V, to: *mut Self) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { numbers.store_u8(to) }
     }
 }
@@ -184,12 +185,12 @@ impl Whole for u8 {
 impl Whole for i16 {
     #[inline(always)]
     unsafe fn put<V: Lanes>(numbers: V, to: *mut Self) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { numbers.store_i16(to) }
     }
 }
 
-/// The bits of the bf16 nearest to a number that is not a NaN, ties to even.
+/// The bits of the nearest bf16, ties to even. The number must not be a NaN.
 #[inline(always)]
 pub(super) fn bf16(number: f32) -> u16 {
     let bits = number.to_bits();

@@ -1,4 +1,4 @@
-//! Plain Rust, for CPUs without a kernel of their own; the compiler makes of it what it can.
+//! Plain Rust, for CPUs without a special kernel. The compiler may vectorize it.
 
 use super::{Lanes, bf16};
 
@@ -6,7 +6,7 @@ use super::{Lanes, bf16};
 #[derive(Clone, Copy)]
 pub(crate) struct Portable([f32; 8]);
 
-/// Lane by lane. (A loop that is written out, since closures are not inlined this deep.)
+/// Evaluates an expression for each lane. A macro, because closures are not inlined at this depth.
 macro_rules! each {
     ($lane:ident: $number:expr) => {{
         let mut numbers = [0.0_f32; 8];
@@ -19,8 +19,8 @@ macro_rules! each {
     }};
 }
 
-// SAFETY of all: the caller's pointers are valid for eight numbers (for the transposition: for eight
-// rows of eight).
+// SAFETY of all functions: the caller's pointers are valid for eight numbers, in the transposition for eight
+// rows of eight numbers.
 impl Lanes for Portable {
     const LANES: usize = 8;
 
@@ -92,7 +92,7 @@ impl Lanes for Portable {
 
     #[inline(always)]
     unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
-        // `f32::mul_add` would be a call into a library where the CPU has no such instruction.
+        // `f32::mul_add` is a slow library call on a CPU without such an instruction.
         each!(lane: self.0[lane] * factor.0[lane] + addend.0[lane])
     }
 
@@ -108,7 +108,7 @@ impl Lanes for Portable {
 
     #[inline(always)]
     unsafe fn round(self) -> Self {
-        // Adding and taking away 1.5 * 2^23 leaves no bits below one; the numbers here are small.
+        // Adding and subtracting 1.5 * 2^23 removes the bits below one. The numbers here are small enough.
         each!(lane: (self.0[lane] + 12_582_912.0) - 12_582_912.0)
     }
 

@@ -34,7 +34,7 @@ use super::embedder::Embedder;
 use super::failure::Result;
 use super::index::{Stored, VectorIndex};
 use super::ledger::{Ledger, Peeked};
-use super::queue::JobQueue;
+use super::queue::QueueStats;
 
 pub use prover::Prover;
 pub use round::{Kept, ProofOptions, Round, Rounds, Walk};
@@ -114,6 +114,11 @@ pub struct Report {
     pub sampled: u64,
     /// Those whose vector the index has otherwise.
     pub vector_mismatch: u64,
+    /// Rows whose text was to be embedded anew and could not be, so that nobody can tell.
+    pub unsampled: u64,
+    /// Why it could not be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unsampled_error: Option<String>,
     /// Ids that were queued to be done again.
     pub repaired: u64,
     /// Some of what differs.
@@ -125,6 +130,12 @@ impl Report {
     #[must_use]
     pub fn differences(&self) -> u64 {
         self.missing + self.stale + self.orphaned + self.vector_mismatch
+    }
+
+    /// Whether something was not compared, or not to the end.
+    #[must_use]
+    pub fn is_partial(&self) -> bool {
+        self.undecided + self.unreadable + self.unsampled > 0
     }
 
     /// Counts rows that cannot be read, once each, and names some.
@@ -153,6 +164,9 @@ impl fmt::Display for Report {
             writeln!(f, "{name:<16} {count}")?;
         }
         writeln!(f, "{:<16} {} compared, {} otherwise", "vectors", self.sampled, self.vector_mismatch)?;
+        if let Some(error) = &self.unsampled_error {
+            writeln!(f, "{:<16} {} of them: {error}", "not compared", self.unsampled)?;
+        }
         self.examples.iter().try_for_each(|one| writeln!(f, "  {:<14} {:?}", one.id, one.kind))
     }
 }
@@ -163,8 +177,8 @@ pub struct Auditor<'a> {
     pub ledger: &'a dyn Ledger,
     /// The index.
     pub index: &'a dyn VectorIndex,
-    /// The queue, to know what is on its way.
-    pub queue: &'a dyn JobQueue,
+    /// The queue, to know how old the changes are that are on their way.
+    pub queue: &'a dyn QueueStats,
     /// For the sample.
     pub embedder: Option<Arc<dyn Embedder>>,
     /// For waiting.

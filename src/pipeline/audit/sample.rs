@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{Auditor, Difference, Kind, MAX_EXAMPLES, Peeked, Report, Stored};
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Error, FailureKind, Result};
+use crate::pipeline::fault::shown;
 
 /// Vectors of one text that are less alike than this are not of the same model. A stored vector's
 /// rounding costs a ten-thousandth at most.
@@ -33,20 +34,29 @@ impl Auditor<'_> {
         }
     }
 
-    /// Embeds the sample anew, and counts what the index has otherwise.
+    /// Embeds the sample anew, and counts what the index has otherwise. An embedder that is away takes nothing from
+    /// what was found so far.
     pub(super) async fn compare_vectors(&self, sample: Vec<Sample>, report: &mut Report) -> Result<()> {
         let Some(embedder) = &self.embedder else { return Ok(()) };
         let mut differ = Vec::new();
         for part in sample.chunks(32) {
             let texts: Vec<Arc<str>> = part.iter().map(|one| one.text.clone()).collect();
-            let vectors = embedder.embed_texts(&texts).await?;
-            if vectors.len() != part.len() {
-                return Err(Error::new(
-                    FailureKind::UnexpectedAnswer,
-                    "embed a sample",
-                    "another number of vectors came back",
-                ));
-            }
+            let vectors = match embedder.embed_texts(&texts).await {
+                Ok(vectors) if vectors.len() == part.len() => vectors,
+                failed => {
+                    let few = || {
+                        Error::new(
+                            FailureKind::UnexpectedAnswer,
+                            "embed a sample",
+                            "another number of vectors came back",
+                        )
+                    };
+                    let error = failed.err().unwrap_or_else(few);
+                    report.unsampled = sample.len() as u64 - report.sampled;
+                    report.unsampled_error = Some(shown(&error.to_string()));
+                    break;
+                }
+            };
             for (one, vector) in part.iter().zip(vectors) {
                 report.sampled += 1;
                 if cosine(&one.embedding, &vector) < SAME_VECTOR {

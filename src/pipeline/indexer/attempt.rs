@@ -298,7 +298,14 @@ impl Indexer {
         }
         let ids: Vec<String> = wanted.keys().map(|id| (*id).to_owned()).collect();
         self.index.ready().await;
-        let stored = self.index.fetch(&ids).await?;
+        let stored = match self.index.fetch(&ids).await {
+            // Vectors that are not told are made anew. The write shows whether everything is refused.
+            Err(error) if error.class() != Class::Retryable => {
+                tracing::debug!(%error, "cannot look for vectors that still stand");
+                return Ok(HashMap::new());
+            }
+            stored => stored?,
+        };
         Ok(stored
             .into_iter()
             .filter(|stored| stored.content_hash == wanted.get(stored.id.as_str()).copied())
@@ -325,8 +332,10 @@ impl Indexer {
                 Ok(()) => return Sent::Surely,
                 Err(error) => error,
             };
-            let error = if error.is_doubtful() { error.over_the_change() } else { error };
             doubtful |= error.is_doubtful();
+            // What would concern everything may be said of this request only, as by a filter before the index.
+            let is_about_change = error.is_doubtful() || error.class() == Class::Fatal;
+            let error = if is_about_change { error.over_the_change() } else { error };
             let over = backoff.failures() + 1 >= REQUEST_TRIES || self.health.is_outage();
             match error.class() {
                 // A refusal says nothing of an earlier try, and that one's ids must stay open.

@@ -8,8 +8,9 @@
 //! change is sent the same way: read, embedded and written. If it fails as well, whatever its failure, all
 //! changes are concerned and the batch is held. If it goes through, the change is tried once more, because
 //! the refusal may have ended just now; it is given up when it is refused again and the harmless one goes
-//! through again. The same is done where the embedder answers as it does to a wrong key: a filter before it may
-//! say so to one text. What holds the work is one fault, in the log once and in the status for as long as it lasts.
+//! through again. The same is done where the embedder or the index answers as it does to a wrong key: a filter
+//! before it may say so to one text or record. The index must then take a harmless record among the others, too.
+//! What holds the work is one fault, in the log once and in the status for as long as it lasts.
 //!
 //! A change that fails by itself, while harmless changes go through, is counted, and dead-lettered at the
 //! fourth time that one worker sees.
@@ -34,6 +35,7 @@ use tokio::sync::RwLockWriteGuard;
 use super::{Hint, Indexer, Made, Stepped, is_in_sync};
 use crate::pipeline::change::{Group, Job, Lane};
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
+use crate::pipeline::index::Writes;
 use crate::pipeline::queue::{Message, Reason, Receipt, Why};
 
 /// From this receive on, a message is worked change by change.
@@ -285,11 +287,11 @@ impl Indexer {
             let round = match round {
                 Ok(round) => round,
                 Err(error) if error.class() == Class::Fatal => {
-                    // One text may be refused as a wrong setting has all of them refused. A change that stands
-                    // alone is tried against a harmless one below.
+                    // One text or record may be refused as a wrong setting has all of them refused. A change that
+                    // stands alone is tried against a harmless one below.
                     let may_be_its_own = error.is_about_change() && !error.is_of_process();
                     if may_be_its_own
-                        && (group.len() == 1 || self.probe(lane, PROBES_A_REFUSAL).await.is_ok())
+                        && (group.len() == 1 || self.others_are_taken(lane, batch, &error).await.is_ok())
                     {
                         self.refuse(lane, batch, group, &error).await?;
                         continue;
@@ -373,7 +375,7 @@ impl Indexer {
         // Nothing may be blamed on this change that others do, or that all meet.
         self.take_back(batch).await;
         let alone = self.quiet.write().await;
-        self.probe(lane, PROBES).await?;
+        self.probe(lane, PROBES, false).await?;
         if tries > MAX_UNFINISHED + MAX_UNFINISHED_ALONE {
             let error = "whoever worked on it did not come to an end, with nothing else going on".to_owned();
             self.give_up(batch, id, &Why { reason: Reason::Failed, error, tries: tries - 1 }).await?;
@@ -421,7 +423,7 @@ impl Indexer {
         if !counted {
             return Ok(());
         }
-        let others_go_through = error.is_about_change() && self.probe(lane, PROBES).await.is_ok();
+        let others_go_through = error.is_about_change() && self.probe(lane, PROBES, false).await.is_ok();
         // What was counted before the try stands only if it is the change's own fault.
         if !others_go_through {
             self.take_back(batch).await;
@@ -446,9 +448,18 @@ impl Indexer {
         Ok(())
     }
 
-    /// Whether a harmless change goes the whole way (read, embedded and written), time and again. If not,
-    /// all changes are concerned; then the error is one that no other try mends, or an outage's.
-    async fn probe(&self, lane: Lane, times: u32) -> Result<()> {
+    /// Whether harmless changes are taken where one was refused. An index that answers as it does to a wrong key
+    /// must take several in a row, among the records.
+    async fn others_are_taken(&self, lane: Lane, batch: &Batch, refusal: &Error) -> Result<()> {
+        let by_the_index = refusal.class() == Class::Fatal && !batch.failed_at_embedder;
+        let times = if by_the_index { PROBES } else { PROBES_A_REFUSAL };
+        self.probe(lane, times, by_the_index).await
+    }
+
+    /// Whether a harmless change goes the whole way (read, embedded and written), time and again; with
+    /// `among_records` to where records are. If not, all changes are concerned; then the error is one that no other
+    /// try mends, or an outage's.
+    async fn probe(&self, lane: Lane, times: u32, among_records: bool) -> Result<()> {
         for _ in 0..times {
             let mut at_embedder = false;
             let gone = async {
@@ -457,7 +468,11 @@ impl Indexer {
                 self.scheduler.embed(lane, vec![PROBE.into()]).await?;
                 at_embedder = false;
                 self.index.ready().await;
-                self.index.probe().await
+                self.index.probe().await?;
+                match self.index.writes() {
+                    Writes::Plain(plain) if among_records => plain.probe_record().await,
+                    _ => Ok(()),
+                }
             };
             if let Err(error) = gone.await {
                 if error.class() == Class::Retryable {
@@ -482,7 +497,7 @@ impl Indexer {
         }
         let id = group[0].clone();
         let decided = async {
-            if let Err(error) = self.probe(lane, PROBES_A_REFUSAL).await {
+            if let Err(error) = self.others_are_taken(lane, batch, error).await {
                 batch.refused.remove(&id);
                 self.take_back(batch).await;
                 return Err(error);
@@ -510,7 +525,7 @@ impl Indexer {
     async fn give_up(&self, batch: &mut Batch, id: &str, why: &Why) -> Result<()> {
         for message in &batch.messages {
             if let Some(part) = part_of(message, id) {
-                self.queue.dead_letter(message, Some(&part), why).await?;
+                self.dead_letters.store(message, Some(&part), why).await?;
                 // One letter is enough: the change is the row's, not the message's.
                 break;
             }
@@ -547,7 +562,7 @@ impl Indexer {
                     Reason::Undecodable.describe()
                 );
                 let why = Why { reason: Reason::Undecodable, error, tries: 0 };
-                self.queue.dead_letter(message, None, &why).await?;
+                self.dead_letters.store(message, None, &why).await?;
             } else {
                 at += 1;
                 continue;

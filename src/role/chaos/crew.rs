@@ -1,4 +1,4 @@
-//! The processes that are tormented: started, killed, frozen, and started again.
+//! The processes of the roles: starts, kills, freezes and restarts them.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 
-/// How long a process may take to end when it is asked to.
+/// How long a process may take to end after SIGTERM.
 const ENDS_WITHIN: Duration = Duration::from_mins(1);
 
 /// One process.
@@ -19,25 +19,25 @@ struct Hand {
     args: Vec<String>,
     child: Option<Child>,
     frozen_until: Option<Instant>,
-    /// Settings that differ from the others'.
+    /// Settings in which this process differs from the fleet.
     differs: Vec<(String, String)>,
-    /// Whether it would not work under them.
+    /// Whether it refused these settings and ended.
     sits_out: bool,
 }
 
-/// All of them.
+/// All processes.
 pub struct Crew {
     hands: Vec<Hand>,
     env: Vec<(String, String)>,
     dir: PathBuf,
-    /// Processes that ended by themselves, which they must not.
+    /// Processes that ended by themselves. There must be none.
     pub ended: Vec<String>,
-    /// Processes that would not work under settings that differ from the others'.
+    /// Processes that refused settings which differed from those of the fleet.
     pub refused: u64,
 }
 
 impl Crew {
-    /// A crew of these roles, not started yet. Logs go to `dir`.
+    /// One process for each of these roles, not started yet. Logs go to `dir`.
     #[must_use]
     pub fn new(roles: &[&[&str]], env: Vec<(String, String)>, dir: &Path) -> Self {
         let hands = roles
@@ -55,7 +55,8 @@ impl Crew {
         Self { hands, env, dir: dir.to_owned(), ended: Vec::new(), refused: 0 }
     }
 
-    /// Starts who does not run, lets go on who was frozen long enough, and notes who ended by itself.
+    /// Starts processes that do not run, thaws processes whose time is over, and notes processes that ended
+    /// by themselves.
     pub fn tend(&mut self) -> anyhow::Result<()> {
         for hand in &mut self.hands {
             if hand.frozen_until.is_some_and(|until| until <= Instant::now()) {
@@ -68,7 +69,7 @@ impl Crew {
                 if hand.differs.is_empty() {
                     self.ended.push(format!("{} ({status})", hand.name));
                 } else {
-                    // It says that its settings are not those of the schema; others work.
+                    // It refused settings that differ from the schema's. The other processes go on.
                     self.refused += 1;
                     hand.sits_out = true;
                 }
@@ -90,7 +91,7 @@ impl Crew {
         Ok(())
     }
 
-    /// Starts every other process again with further settings.
+    /// Restarts every second process with these additional settings.
     pub async fn give_half_other_settings(&mut self, settings: &[(String, String)]) -> anyhow::Result<()> {
         for at in (1..self.hands.len()).step_by(2) {
             self.kill(at).await?;
@@ -99,7 +100,7 @@ impl Crew {
         self.tend()
     }
 
-    /// Starts all processes again with the same settings.
+    /// Restarts all processes with the same settings.
     pub async fn give_all_the_same_settings(&mut self, env: Vec<(String, String)>) -> anyhow::Result<()> {
         self.env = env;
         for at in 0..self.hands.len() {
@@ -110,19 +111,19 @@ impl Crew {
         self.tend()
     }
 
-    /// Freezes a process; [`Self::tend`] lets it go on.
+    /// Freezes a process; [`Self::tend`] thaws it.
     pub fn freeze(&mut self, at: usize, long: Duration) {
         let hand = &mut self.hands[at];
         hand.signal(Signal::SIGSTOP);
         hand.frozen_until = Some(Instant::now() + long);
     }
 
-    /// Lets everybody go on.
+    /// Thaws all processes.
     pub fn thaw_all(&mut self) {
         self.hands.iter_mut().for_each(Hand::thaw);
     }
 
-    /// Asks everybody to end, and waits.
+    /// Sends SIGTERM to all processes, and waits for their end.
     pub async fn stop(&mut self) -> anyhow::Result<()> {
         self.thaw_all();
         for hand in &self.hands {
@@ -131,7 +132,9 @@ impl Crew {
         for hand in &mut self.hands {
             let Some(mut child) = hand.child.take() else { continue };
             let ended = tokio::time::timeout(ENDS_WITHIN, child.wait()).await;
-            let status = ended.with_context(|| format!("{} does not end when asked to", hand.name))??;
+            let status = ended.with_context(|| {
+                format!("{} did not end within {ENDS_WITHIN:?} after SIGTERM", hand.name)
+            })??;
             if !status.success() {
                 self.ended.push(format!("{} ({status})", hand.name));
             }
@@ -150,7 +153,7 @@ impl Hand {
             .args(&self.args)
             .env_clear()
             .envs(env.iter().chain(&self.differs).map(|(name, value)| (name, value)))
-            // No refarch.toml there, and no signals of our terminal.
+            // A folder without refarch.toml, and no signals from this terminal.
             .current_dir(dir)
             .process_group(0)
             .stdin(Stdio::null())
@@ -170,7 +173,7 @@ impl Hand {
 
     fn signal(&self, signal: Signal) {
         if let Some(pid) = self.child.as_ref().and_then(Child::id) {
-            // One that has just ended can't hear it.
+            // A process that has just ended cannot receive the signal.
             let _ = kill(Pid::from_raw(pid as i32), signal);
         }
     }

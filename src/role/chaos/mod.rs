@@ -1,20 +1,17 @@
-//! `refarch chaos`: faults on purpose, and what is left of the promises afterwards.
+//! `refarch chaos`: injects faults, then compares table and index.
 //!
-//! The roles run as processes of their own, as in production, on a private database and, unless told
-//! otherwise, a double of an index that can fail. A writer changes the table and remembers what must
-//! be searchable. While it writes, the schedule's faults are done to the system; then faults and
-//! writer stop, the roles drain, and three comparisons are made: the audit's, the writer's memory
-//! against the table, and the writer's memory against the index itself.
+//! The roles run as separate processes, as in production, on a private database. The index is by default a
+//! double of Pinecone that can fail. A writer changes the table and remembers which rows must be searchable.
+//! While it writes, the faults of the schedule are injected. Then faults and writer stop, the roles drain,
+//! and three comparisons are made: the audit's, the writer's memory with the table, and the writer's memory
+//! with the index itself.
 //!
-//! The roles' processes have no right in the database but those that `refarch migrate --roles` gives, and
-//! the application has a role of its own. The drill itself is the superuser.
+//! The processes of the roles have only the database rights that `refarch migrate --roles` gives. The
+//! application has its own database role. `refarch chaos` itself connects as the superuser.
 
 mod crew;
-pub mod double;
-mod embedder_double;
 mod lab;
 mod operator;
-pub mod queue_double;
 mod schedule;
 mod torment;
 mod writer;
@@ -36,69 +33,70 @@ use crate::backend::postgres::Postgres;
 use crate::backend::{Backends, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
+use crate::double::pinecone::{Counts, Double, Faults};
+use crate::double::sqs::{QueueCounts, QueueDouble, QueueFaults};
 use crate::pipeline::audit::{Auditor, Options, Report};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::chain;
 use crate::shutdown;
 use crew::Crew;
-use double::{Counts, Faults};
 use lab::Lab;
 use operator::{Operated, Operator};
-use queue_double::{QueueCounts, QueueFaults};
 use torment::{Done, Torment};
 use writer::{Form, Model, Writer, Written};
 
-/// The roles that are tormented.
+/// The roles that run, one process each.
 const ROLES: &[&[&str]] = &[&["listen"], &["listen"], &["embed"], &["embed"]];
 
-/// How long draining may go on without anything getting less.
+/// How long draining may make no progress.
 const STUCK_AFTER: Duration = Duration::from_mins(3);
 
-/// How often draining is looked at.
+/// How often the backlog is polled while it drains.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// Rows whose vectors are compared.
+/// Number of rows whose vectors are compared.
 const SAMPLE: usize = 200;
 
-/// How long a round of the continuous proof may take, whose period is a minute here.
+/// How long a round of the continuous proof may take. Its period is a minute here, or less.
 const PROOF_WAIT: Duration = Duration::from_mins(6);
 
-/// How long the audit waits for what is under way.
+/// How long the audit waits for changes that are under way.
 const WAIT: Duration = Duration::from_mins(2);
 
-/// What was done, and what came of it.
+/// The report: what was done, and the comparisons.
 #[derive(Debug, Serialize)]
 struct Outcome {
     seed: u64,
     minutes: f64,
     products: u64,
-    /// What was done to the system.
+    /// Faults that were injected.
     faults: Done,
-    /// What was done to the database, as operators do.
+    /// Operations on the database, as operators do them.
     operated: Operated,
-    /// Processes that would not work under other settings than the others'.
+    /// Processes that refused settings which differed from those of the fleet.
     configurations_refused: u64,
-    /// What the index did; none with pgvector.
+    /// Requests to the Pinecone double and its faults; none with pgvector.
     index: Option<Counts>,
-    /// What the queue was asked and did; none with pgmq.
+    /// Requests to the SQS double and its faults; none with pgmq.
     queue: Option<QueueCounts>,
-    /// What the application did.
+    /// Statements of the application.
     written: Written,
-    /// Why the application's statements failed, the first few.
+    /// Errors of the application's statements, the first few.
     failures: Vec<String>,
-    /// From the end of the faults until the continuous proof had been round; none without one.
+    /// Seconds from the end of the faults to the end of a round of the continuous proof; none without the
+    /// proof.
     proved_s: Option<f64>,
-    /// Differences that the proof found and queued again, also while the faults lasted.
+    /// Differences that the proof found and queued again, also during the faults.
     proof_differences: u64,
-    /// From the end of the faults until nothing was under way.
+    /// Seconds from the end of the faults until nothing was under way.
     drained_s: f64,
-    /// Changes in the dead letters.
+    /// Number of dead letters.
     dead_letters: u64,
-    /// Processes that ended by themselves.
+    /// Processes that ended by themselves, with their exit status.
     ended: Vec<String>,
-    /// Rows that the table has otherwise than the writer remembers.
+    /// Rows that differ between the table and the writer's memory.
     table_differs: u64,
-    /// Records that the index has otherwise than the writer remembers.
+    /// Records that differ between the index and the writer's memory.
     index_differs: u64,
     #[serde(flatten)]
     report: Report,
@@ -110,10 +108,11 @@ impl Outcome {
             + self.dead_letters
             + self.table_differs
             + self.index_differs
+            + self.operated.rows_hidden_untold
             + self.written.writes_failed;
         if differs > 0 || !self.ended.is_empty() {
             1
-        } else if self.report.undecided > 0 {
+        } else if self.report.undecided + self.report.unsampled > 0 {
             2
         } else {
             0
@@ -121,19 +120,19 @@ impl Outcome {
     }
 }
 
-/// Runs the drill.
+/// Runs the command.
 pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
-    let lab = Lab::set_up(settings, args).await?;
-    let outcome = drill(args, &lab, &stop).await;
+    let lab = Box::pin(Lab::set_up(settings, args)).await?;
+    let outcome = Box::pin(drill(args, &lab, &stop)).await;
     let clean = outcome.as_ref().is_ok_and(|outcome| outcome.as_ref().is_none_or(|o| o.code() == 0));
     let dir = lab.dir.clone();
     lab.tear_down(!clean).await?;
     if !clean {
-        eprintln!("the roles' logs are in {}", dir.display());
+        eprintln!("the logs of the roles are in {}", dir.display());
     }
     let Some(outcome) = outcome? else {
-        eprintln!("stopped before the end: nothing was compared");
+        eprintln!("chaos was stopped before its end: nothing was compared");
         return Ok(ExitCode::from(2));
     };
     let json = serde_json::to_string(&outcome)? + "\n";
@@ -166,7 +165,7 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
         over.cancel();
         result
     };
-    // The application writes until the table is as it was.
+    // The application writes until the operator has restored the table's form.
     let operated = async {
         let result = operator.run(ordered, &over).await;
         written_out.cancel();
@@ -194,8 +193,8 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
         double.refuse(Duration::ZERO);
     }
     crew.thaw_all();
-    let counts = lab.double.as_ref().map(double::Double::counts);
-    let queue_counts = lab.queue_double.as_ref().map(queue_double::QueueDouble::counts);
+    let counts = lab.double.as_ref().map(Double::counts);
+    let queue_counts = lab.queue_double.as_ref().map(QueueDouble::counts);
     let quiet = Instant::now();
     let postgres = Postgres::new(lab.url(), &lab.settings.database)?;
     let backends = open(lab, &postgres, &mut crew).await?;
@@ -210,7 +209,7 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
         Proved::Round => Some(quiet.elapsed().as_secs_f64()),
     };
     let proof_differences = if proved_s.is_some() { differences_of_the_proof(&backends).await? } else { 0 };
-    // What the proof found is mended as everything else is.
+    // The differences that the proof queued must drain as well.
     if proved_s.is_some() && !drain(&backends, &mut crew, stop).await? {
         return Ok(None);
     }
@@ -219,13 +218,13 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
     let auditor = Auditor {
         ledger: &*backends.ledger,
         index: &*backends.index,
-        queue: &*backends.queue,
+        queue: &*backends.queue.stats,
         embedder: Some(model.start(lab.settings.indexer.worker_count())),
         clock: &BootClock,
         options: Options { sample: SAMPLE, wait: WAIT, repair: false },
     };
     let report = auditor.run(&|_| {}).await?;
-    let dead_letters = backends.queue.dead_letters().await?;
+    let dead_letters = backends.queue.dead_letters.count().await?;
     crew.stop().await?;
     let table = Writer::new(lab.url().clone(), 0, Arc::default()).await?.model;
     let outcome = Outcome {
@@ -252,17 +251,17 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
     Ok(Some(outcome))
 }
 
-/// What became of waiting for a round of the continuous proof.
+/// How waiting for a round of the continuous proof ended.
 enum Proved {
-    /// A whole one was made since the faults ended.
+    /// A whole round began and ended after the faults.
     Round,
-    /// There is no such proof.
+    /// There is no continuous proof.
     None,
-    /// The drill was stopped.
+    /// The command was stopped.
     Stopped,
 }
 
-/// Waits until the continuous proof has been round since now.
+/// Waits for a round of the continuous proof that began after this call.
 async fn prove(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -> anyhow::Result<Proved> {
     let ask = async |sql: &str| -> anyhow::Result<bool> {
         let client = backends.postgres.client().await?;
@@ -282,7 +281,7 @@ async fn prove(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -
         crew.tend()?;
         anyhow::ensure!(
             started.elapsed() < PROOF_WAIT,
-            "the continuous proof was not round within {PROOF_WAIT:?}"
+            "the continuous proof did not finish a round within {PROOF_WAIT:?}: see the logs of embed"
         );
         if stop.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_none() {
             return Ok(Proved::Stopped);
@@ -291,7 +290,7 @@ async fn prove(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -
     Ok(Proved::Round)
 }
 
-/// Opens the backends, once the roles follow the table that was swapped last.
+/// Opens the backends. Retries until the roles have followed the last swap of the table.
 async fn open(lab: &Lab, postgres: &Postgres, crew: &mut Crew) -> anyhow::Result<Backends> {
     let started = Instant::now();
     loop {
@@ -306,7 +305,7 @@ async fn open(lab: &Lab, postgres: &Postgres, crew: &mut Crew) -> anyhow::Result
     }
 }
 
-/// What the continuous proof found in all of its rounds.
+/// Differences that the continuous proof found, in all of its rounds.
 async fn differences_of_the_proof(backends: &Backends) -> anyhow::Result<u64> {
     let client = backends.postgres.client().await?;
     let sql = "SELECT coalesce(sum(differences), 0)::bigint FROM refarch.proof_round";
@@ -314,7 +313,7 @@ async fn differences_of_the_proof(backends: &Backends) -> anyhow::Result<u64> {
     Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
 }
 
-/// Waits until nothing is under way; false when stopped before.
+/// Waits until nothing is under way; false if stopped before.
 async fn drain(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -> anyhow::Result<bool> {
     let mut least = u64::MAX;
     let mut progressed = Instant::now();
@@ -335,9 +334,11 @@ async fn drain(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -
             progressed = Instant::now();
         }
         if progressed.elapsed() > STUCK_AFTER {
-            // The audit will say what.
+            // The audit names them.
             progress.finish();
-            eprintln!("{left} changes are not getting less");
+            eprintln!(
+                "{left} changes are still under way after {STUCK_AFTER:?} without progress; comparing anyway"
+            );
             return Ok(true);
         }
         if stop.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_none() {
@@ -358,7 +359,7 @@ fn differing(a: &Model, b: &Model) -> u64 {
     ids.into_iter().filter(|id| a.get(id) != b.get(id)).count() as u64
 }
 
-/// Compares the index itself with what the writer remembers, apart from ledger and audit.
+/// Counts differences between the index itself and the writer's memory, without ledger and audit.
 async fn index_differs(lab: &Lab, backends: &Backends, model: &Model) -> anyhow::Result<u64> {
     let wanted = |id: &str| {
         let product = id.parse().ok().and_then(|id: i64| model.get(&id));
@@ -396,13 +397,13 @@ fn text(outcome: &Outcome) -> String {
     let Outcome { faults, written, report, .. } = outcome;
     let index = outcome.index.map_or_else(String::new, |index| {
         format!(
-            "index            {} requests: {} unavailable, {} rate limited, {} held, {} done but failed, {} done late, {} cut off\n",
+            "index            {} requests: {} unavailable, {} rate limited, {} delayed, {} applied but reported as failed, {} applied late, {} connections cut\n",
             index.requests, index.unavailable, index.rate_limited, index.hung, index.lied, index.late, index.dropped
         )
     });
     let calls = outcome.queue.map_or_else(String::new, |queue| {
         format!(
-            "queue's calls    {} send, {} receive, {} delete, {} extend: {} unavailable, {} throttled, {} done but failed, {} cut off, {} entries failed, {} delivered twice\n",
+            "queue's calls    {} send, {} receive, {} delete, {} extend: {} unavailable, {} throttled, {} applied but reported as failed, {} connections cut, {} entries failed, {} delivered twice\n",
             queue.send, queue.receive, queue.delete, queue.extend, queue.unavailable, queue.throttled, queue.lied,
             queue.dropped, queue.entries_failed, queue.duplicated
         )
@@ -410,13 +411,14 @@ fn text(outcome: &Outcome) -> String {
     let refused = outcome.configurations_refused;
     let operated = outcome.operated;
     let operations = format!(
-        "operators        {} columns added to the metadata, {} columns renamed, {} keys widened, {} tables swapped, {} times triggers disabled, {} times rows hidden, {} databases restored, {} migrations ({} refused), {} fleets of two configurations ({refused} processes refused)\n",
+        "operators        {} columns added to the metadata, {} columns renamed, {} keys widened, {} tables swapped, {} times triggers disabled, {} times rows hidden ({} not reported), {} databases restored, {} migrations ({} refused), {} times other settings for half of the fleet ({refused} processes refused)\n",
         operated.metadata_added,
         operated.columns_renamed,
         operated.keys_widened,
         operated.tables_swapped,
         operated.triggers_disabled,
         operated.rows_hidden,
+        operated.rows_hidden_untold,
         operated.databases_restored,
         operated.migrations,
         operated.migrations_refused,
@@ -429,7 +431,9 @@ fn text(outcome: &Outcome) -> String {
     });
     let proved = outcome.proved_s.map_or_else(String::new, |s| {
         let healed = outcome.proof_differences;
-        format!("proved           after {s:.1} s; {healed} differences were found and queued again\n")
+        format!(
+            "proved           after {s:.1} s; the proof found {healed} differences and queued them again\n"
+        )
     });
     let ended = if outcome.ended.is_empty() {
         String::new()
@@ -445,8 +449,8 @@ fn text(outcome: &Outcome) -> String {
         "chaos            {} minutes on {} products, seed {}\n\
          processes        {} kills, {} freezes\n\
          database         {} crashes, {} restarts, {} connections cut\n\
-         queue            {} messages duplicated, {} delayed, {} hurried, {} purged\n\
-         embedder         refused everything {} times\n\
+         queue            {} messages duplicated, {} delayed, {} made visible early, {} purged\n\
+         embedder         refused every text, {} times\n\
          {operations}{calls}{index}{ended}\
          written          {} statements: {} rows inserted, {} updated, {} deleted, {} inserted again, {} truncations; {} failed\n\
          {failures}\
@@ -454,7 +458,7 @@ fn text(outcome: &Outcome) -> String {
          {proved}\
          {report}\
          dead letters     {}\n\
-         writer's memory  {} rows otherwise in the table, {} records otherwise in the index\n\
+         writer's memory  {} rows differ in the table, {} records differ in the index\n\
          {verdict}\n",
         outcome.minutes,
         outcome.products,

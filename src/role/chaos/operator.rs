@@ -1,4 +1,4 @@
-//! What operators do to a database in use: one thing at a time, and the application goes on meanwhile.
+//! Operations that operators do on a database in use. They run one at a time, while the application writes.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -18,42 +18,42 @@ use super::writer::Form;
 /// The application's table.
 const TABLE: &str = "public.products_with_increment";
 
-/// The column that comes to be sent beside the vector.
+/// The column that is added to the table and to the metadata.
 pub const ADDED: &str = "stock";
 
-/// How long a statement of the operator's waits for a lock, so that the application does not wait behind it.
+/// Lock timeout of the operator's statements. It is short, because the application waits behind them.
 const LOCK_TIMEOUT: &str = "1s";
 
-/// Pause before something is tried again.
+/// Pause before a retry.
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// How long something is tried: the database may be away, or its table be locked.
+/// How long an operation is retried: the database may be away, or the table locked.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// Something that operators do.
+/// An operation on the database or the fleet.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Operation {
-    /// A column is added, and to the settings; `migrate` runs; the fleet is started again.
+    /// A column is added to the table and to the settings; `migrate` runs; the fleet restarts.
     AddMetadata,
-    /// The column that is embedded gets another name, and its own again after this long.
+    /// The embedded column is renamed, and renamed back after this time.
     RenameColumn(Duration),
-    /// The key becomes a bigint, and gets values that no integer has.
+    /// The key becomes a bigint, and gets values outside of integer's range.
     WidenKey,
-    /// A copy of the table takes its name.
+    /// A copy of the table takes the table's name.
     SwapTable,
-    /// Triggers are disabled for this long.
+    /// The triggers are disabled for this time.
     DisableTriggers(Duration),
-    /// A policy shows rows to nobody but the application, for this long.
+    /// A policy shows rows to the application only, for this time.
     HideRows(Duration),
-    /// The database is put back to how it was this long ago.
+    /// The database is restored to its state of this time ago.
     Restore(Duration),
     /// `refarch migrate` runs.
     Migrate,
-    /// Half of the fleet has other settings for this long.
+    /// Half of the fleet has other settings for this time.
     TwoConfigurations(Duration),
 }
 
-/// What was done.
+/// Counts of operations.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 #[allow(missing_docs)]
 pub struct Operated {
@@ -63,27 +63,30 @@ pub struct Operated {
     pub tables_swapped: u64,
     pub triggers_disabled: u64,
     pub rows_hidden: u64,
+    /// Times that no worker reported a fault although rows were hidden.
+    pub rows_hidden_untold: u64,
     pub databases_restored: u64,
     pub migrations: u64,
-    /// Runs of `migrate` that said no while roles ran.
+    /// Runs of `migrate` that refused because roles were running.
     pub migrations_refused: u64,
     pub fleets_of_two_configurations: u64,
 }
 
-/// Does operations one after the other.
+/// Runs operations one after the other.
 pub struct Operator<'a> {
-    /// Where.
+    /// The environment.
     pub lab: &'a Lab,
-    /// The processes, which it starts again with other settings.
+    /// The processes, which some operations restart with other settings.
     pub crew: &'a Mutex<Crew>,
-    /// What the application must know of the table.
+    /// The table's form, which the application must know.
     pub form: &'a RwLock<Form>,
-    /// What was done so far.
+    /// Operations done so far.
     pub done: Operated,
 }
 
 impl Operator<'_> {
-    /// Does what comes, until `over`; what was begun is ended, so that the table is as it was.
+    /// Runs the operations that arrive, until `over`. It finishes an operation that has begun, so that the
+    /// table has its original form again.
     pub async fn run(
         &mut self,
         mut operations: UnboundedReceiver<Operation>,
@@ -134,12 +137,16 @@ impl Operator<'_> {
                 self.done.triggers_disabled += 1;
             }
             Operation::HideRows(long) => {
+                let hidden_at = self.database_time().await?;
                 self.sql(&format!(
                     "CREATE POLICY application ON {TABLE} USING ({APPLICATION_SEES}); \
                      ALTER TABLE {TABLE} ENABLE ROW LEVEL SECURITY; ALTER TABLE {TABLE} FORCE ROW LEVEL SECURITY"
                 ))
                 .await?;
                 pause(long).await;
+                // The index does not change either way. Only the fault shows whether the workers noticed.
+                let told = over.run_until_cancelled(self.is_told_of_hidden_rows(&hidden_at)).await;
+                self.done.rows_hidden_untold += u64::from(told == Some(false));
                 self.sql(&format!(
                     "DROP POLICY application ON {TABLE}; \
                      ALTER TABLE {TABLE} NO FORCE ROW LEVEL SECURITY; ALTER TABLE {TABLE} DISABLE ROW LEVEL SECURITY"
@@ -147,18 +154,18 @@ impl Operator<'_> {
                 .await?;
                 self.done.rows_hidden += 1;
             }
-            // An index in the database is put back with it.
+            // pgvector is restored together with the database, so there is nothing to test.
             Operation::Restore(_) if self.lab.double.is_none() => {}
             Operation::Restore(ago) => {
                 self.lab.while_database_is_stopped(|data| copy(data, &kept(data))).await?;
                 pause(ago).await;
-                // The application writes again when the database is there, and knows that it is another.
+                // The lock keeps the application from writing until it knows that the database was restored.
                 let mut form = self.form.write().await;
                 self.lab
                     .while_database_is_stopped(|data| {
                         std::fs::remove_dir_all(data)
                             .and_then(|()| std::fs::rename(kept(data), data))
-                            .context("put the copy of the database in its place")
+                            .context("replace the database by its copy")
                     })
                     .await?;
                 form.was_restored = true;
@@ -190,15 +197,15 @@ impl Operator<'_> {
         self.lab.add_metadata(ADDED);
         if !self.migrate().await? {
             self.done.migrations_refused += 1;
-            // Nobody else may look after the fleet meanwhile: it would be started again.
+            // Hold the lock: otherwise the fleet would be restarted meanwhile.
             let mut crew = self.crew.lock().await;
             crew.stop().await?;
-            // One that was killed counts as running for a while.
+            // A killed process counts as running for a while.
             let started = Instant::now();
             while !self.migrate().await? {
                 anyhow::ensure!(
                     started.elapsed() < PATIENCE,
-                    "migrate refuses though no role runs: see migrate.log"
+                    "migrate still refuses after {PATIENCE:?} although no role runs: see migrate.log"
                 );
             }
         }
@@ -208,7 +215,7 @@ impl Operator<'_> {
         Ok(())
     }
 
-    /// Renames a column while the application does not write, and tells it the new name.
+    /// Renames a column while the application does not write, and passes the new name on.
     async fn rename(&self, from: &str, to: &str) -> anyhow::Result<()> {
         let mut form = self.form.write().await;
         self.sql(&format!("ALTER TABLE {TABLE} RENAME {from} TO {to}")).await?;
@@ -216,7 +223,7 @@ impl Operator<'_> {
         Ok(())
     }
 
-    /// Runs statements in one transaction, again and again until they are done.
+    /// Runs statements in one transaction. Retries until they succeed.
     async fn sql(&self, statements: &str) -> anyhow::Result<()> {
         let sql = format!("BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; {statements}; COMMIT");
         let started = Instant::now();
@@ -235,7 +242,40 @@ impl Operator<'_> {
         }
     }
 
-    /// Runs `refarch migrate` under the settings of now; false if it says no again and again.
+    /// The database's clock, as text.
+    async fn database_time(&self) -> anyhow::Result<String> {
+        let started = Instant::now();
+        loop {
+            let asked = async {
+                let row = self.lab.client().await?.query_one("SELECT clock_timestamp()::text", &[]).await?;
+                Ok::<_, tokio_postgres::Error>(row.get(0))
+            };
+            match asked.await {
+                Err(_) if started.elapsed() < PATIENCE => tokio::time::sleep(AGAIN).await,
+                time => return time.context("ask the database's time"),
+            }
+        }
+    }
+
+    /// Waits until a worker reports, after the time `since`, that rows are hidden from it; false if none does.
+    async fn is_told_of_hidden_rows(&self, since: &str) -> bool {
+        let sql = format!(
+            "SELECT EXISTS (SELECT FROM refarch.fault WHERE seen_at >= '{since}' AND message LIKE '%BYPASSRLS%')"
+        );
+        let started = Instant::now();
+        loop {
+            let asked = async { self.lab.client().await?.query_one(&sql, &[]).await };
+            if asked.await.is_ok_and(|row| row.get(0)) {
+                return true;
+            }
+            if started.elapsed() > PATIENCE {
+                return false;
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// Runs `refarch migrate` with the current settings, up to three times; false if all runs failed.
     async fn migrate(&self) -> anyhow::Result<bool> {
         for _ in 0..3 {
             if self.run_migrate().await? {
@@ -254,7 +294,7 @@ impl Operator<'_> {
             .arg("migrate")
             .env_clear()
             .envs(self.lab.env())
-            // The fleet's role owns nothing.
+            // The fleet's database role owns nothing, so migrate connects as the superuser.
             .env("DATABASE_URL", self.lab.url().expose())
             .current_dir(&self.lab.dir)
             .stdin(Stdio::null())
@@ -262,17 +302,19 @@ impl Operator<'_> {
             .stderr(log)
             .kill_on_drop(true)
             .status();
-        let status = tokio::time::timeout(PATIENCE, status).await.context("migrate does not end")??;
+        let status = tokio::time::timeout(PATIENCE, status)
+            .await
+            .context("refarch migrate did not end in time: see migrate.log")??;
         Ok(status.success())
     }
 }
 
-/// Where the copy of a data directory is kept.
+/// Path of the copy of a data directory.
 fn kept(data: &Path) -> PathBuf {
     data.with_extension("copy")
 }
 
-/// Copies a folder with its owners and rights.
+/// Copies a folder with its owners and permissions.
 fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
     let status = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status();
     anyhow::ensure!(status.context("run cp")?.success(), "cannot copy {}", from.display());

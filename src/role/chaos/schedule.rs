@@ -1,46 +1,47 @@
-//! What goes wrong when: decided by the seed alone.
+//! The schedule of faults. The seed alone decides it.
 
 use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
-use super::double::Faults;
+use super::lab::MAX_LATE;
 use super::operator::Operation;
-use super::queue_double::QueueFaults;
 use crate::cli::ChaosFault;
+use crate::double::pinecone::Faults;
+use crate::double::sqs::QueueFaults;
 
-/// Something that is done to the system.
+/// A fault that is injected.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fault {
-    /// SIGKILL to a process; it is started again.
+    /// SIGKILL to a process, which is then restarted.
     Kill(usize),
-    /// SIGSTOP to a process, and SIGCONT after this time, past every timeout.
+    /// SIGSTOP to a process, and SIGCONT after this time, which is longer than every timeout.
     Freeze(usize, Duration),
-    /// The database crashes, or is restarted in good order.
+    /// The database crashes, or is restarted cleanly.
     RestartDatabase { crash: bool },
     /// Some of the roles' connections are cut.
     CutConnections,
     /// Messages are queued a second time.
     Duplicate,
-    /// Messages that could be received come later, and so in another order.
+    /// Visible messages are delayed, which also changes their order.
     Delay,
-    /// Messages that somebody holds can be received by others.
+    /// Messages that a worker holds become visible to others.
     Hurry,
     /// The index fails more than usual for a while.
     Storm(Faults, Duration),
     /// The table is truncated, and half of its rows are inserted again.
     Truncate,
-    /// Somebody operates on the database.
+    /// An operator changes the database or the fleet.
     Operate(Operation),
     /// The queue is purged.
     Purge,
-    /// The embedder refuses every text for this long.
+    /// The embedder refuses every text for this time.
     Refuse(Duration),
 }
 
 impl Fault {
-    /// What kind it is of.
+    /// The kind of this fault, as `--faults` names it.
     fn kind(&self) -> ChaosFault {
         match self {
             Self::Kill(_) => ChaosFault::Kill,
@@ -67,13 +68,10 @@ impl Fault {
     }
 }
 
-/// How long a write to the double may be late: less than what the roles are told to wait.
-pub const MAX_LATE: Duration = Duration::from_secs(3);
-
-/// How long the double holds an answer: longer than the roles wait for one.
+/// How long the double holds a response. It is longer than the roles' timeout.
 const HANG_FOR: Duration = Duration::from_millis(2_500);
 
-/// What the index does when nothing special is the matter.
+/// Faults of the index outside of storms, as probabilities.
 #[must_use]
 pub fn usual() -> Faults {
     Faults {
@@ -88,7 +86,7 @@ pub fn usual() -> Faults {
     }
 }
 
-/// What the queue does, storms or not: a message lost in doubt is only sent again.
+/// Faults of the queue, as probabilities. There are no storms of the queue: a doubtful send is only repeated.
 #[must_use]
 pub fn usual_for_the_queue() -> QueueFaults {
     QueueFaults {
@@ -102,16 +100,16 @@ pub fn usual_for_the_queue() -> QueueFaults {
     }
 }
 
-/// Makes a fault of one kind, for one of so many processes.
+/// Makes a fault of one kind. The number is that of the processes.
 type Make = fn(&mut StdRng, usize) -> Fault;
 
 fn seconds(dice: &mut StdRng, from: u64, to: u64) -> Duration {
     Duration::from_millis(dice.random_range(from * 1_000..to * 1_000))
 }
 
-/// Faults with the moments at which they come, in order; `processes` can be killed and frozen. Only of the
-/// given kinds, if any are given; what comes of these and when is the same either way, but that a given kind comes
-/// once at least.
+/// Faults with their times, in order. `processes` is the number of processes that can be killed and frozen.
+/// If `only` names kinds, there are only faults of these kinds, and at least one of each. Otherwise their
+/// faults and times are the same as without `only`.
 #[must_use]
 pub fn schedule(
     seed: u64,
@@ -121,7 +119,7 @@ pub fn schedule(
 ) -> Vec<(Duration, Fault)> {
     let mut dice = StdRng::seed_from_u64(seed);
     let mut faults = Vec::new();
-    // Mean seconds between two of a kind.
+    // Mean seconds between two faults of a kind.
     let kinds: [(f64, Make); 17] = [
         (9.0, |dice, processes| Fault::Kill(dice.random_range(0..processes))),
         (15.0, |dice, processes| {
@@ -137,7 +135,7 @@ pub fn schedule(
             let long = Duration::from_millis(dice.random_range(2_000..8_000));
             Fault::Storm(storm(dice), long)
         }),
-        // What operators do lasts, and comes one after the other.
+        // Operators' changes last for a while, and run one after the other.
         (60.0, |dice, _| Fault::Operate(Operation::RenameColumn(seconds(dice, 2, 8)))),
         (60.0, |dice, _| Fault::Operate(Operation::DisableTriggers(seconds(dice, 2, 6)))),
         (90.0, |_, _| Fault::Operate(Operation::SwapTable)),
@@ -151,7 +149,7 @@ pub fn schedule(
     for (mean, make) in kinds {
         let mut at = 0.0;
         loop {
-            // Exponential gaps: any moment is as likely as any other.
+            // Exponential gaps, so that every moment is equally likely.
             at += -mean * (1.0 - dice.random::<f64>()).ln();
             if at >= lasting.as_secs_f64() {
                 break;
@@ -159,13 +157,13 @@ pub fn schedule(
             faults.push((Duration::from_secs_f64(at), make(&mut dice, processes)));
         }
     }
-    // Once, and early enough that a table worth the name is there at the end.
+    // Once, and early enough that the table is not nearly empty at the end.
     faults.push((lasting.mul_f64(dice.random_range(0.2..0.5)), Fault::Truncate));
     for once in [Operation::AddMetadata, Operation::WidenKey] {
         faults.push((lasting.mul_f64(dice.random_range(0.1..0.6)), Fault::Operate(once)));
     }
     faults.retain(|(_, fault)| only.is_empty() || only.contains(&fault.kind()));
-    // A short drill that was asked for a fault and does not do it would prove nothing.
+    // A short run must still inject each kind that was asked for: otherwise it proves nothing.
     for (_, make) in kinds {
         let fault = make(&mut dice, processes);
         let kind = fault.kind();

@@ -1,4 +1,4 @@
-//! Doing the schedule's faults to the system.
+//! Injects the scheduled faults.
 
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,10 @@ use super::operator::Operation;
 use super::schedule::{Fault, usual, usual_for_the_queue};
 use crate::role::progress::Progress;
 
-/// How often processes are looked after and due faults done.
+/// How often processes are checked and due faults injected.
 const TICK: Duration = Duration::from_millis(50);
 
-/// What was done to the system.
+/// Counts of injected faults.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 #[allow(missing_docs)]
 pub struct Done {
@@ -29,29 +29,29 @@ pub struct Done {
     pub messages_delayed: u64,
     pub messages_hurried: u64,
     pub index_storms: u64,
-    /// Messages that a purge threw away.
+    /// Messages that purges deleted.
     pub messages_purged: u64,
     pub purges: u64,
-    /// Times that the embedder refused every text.
+    /// Periods in which the embedder refused every text.
     pub embedder_refusals: u64,
 }
 
-/// Does the faults as they come due, until the last is over or `stop`.
+/// Injects the faults when they are due, until the time is over or `stop`.
 pub struct Torment<'a> {
-    /// Where.
+    /// The environment.
     pub lab: &'a Lab,
-    /// To whom.
+    /// The processes.
     pub crew: &'a Mutex<Crew>,
-    /// To the operator.
+    /// Sends operations to the operator.
     pub operations: UnboundedSender<Operation>,
-    /// Tells the writer to truncate.
+    /// Set to make the writer truncate the table.
     pub truncate: &'a std::sync::atomic::AtomicBool,
-    /// What was done so far.
+    /// Faults injected so far.
     pub done: Done,
 }
 
 impl Torment<'_> {
-    /// Torments for as long as it says.
+    /// Injects the faults of `schedule` for the time `lasting`.
     pub async fn run(
         &mut self,
         schedule: Vec<(Duration, Fault)>,
@@ -151,7 +151,7 @@ impl Torment<'_> {
                     )
                     .await;
             }
-            // One that has ended has nothing to do any more.
+            // An operator that has ended runs no more operations.
             Fault::Operate(operation) => drop(self.operations.send(operation)),
             Fault::Purge => {
                 if let Some(double) = &self.lab.queue_double {
@@ -165,13 +165,13 @@ impl Torment<'_> {
                     self.done.embedder_refusals += 1;
                 }
             }
-            // Lasts, so that it is the loop's.
+            // A storm lasts, so `run` handles it.
             Fault::Storm(..) => {}
         }
         Ok(())
     }
 
-    /// Does to the queue's double what is else done to pgmq's tables.
+    /// Injects into the SQS double the faults that SQL injects into pgmq's tables.
     fn disorder(&mut self, fault: Fault) {
         let Some(double) = &self.lab.queue_double else { return };
         match fault {
@@ -190,7 +190,7 @@ impl Torment<'_> {
         count
     }
 
-    /// What a statement counts; nothing when the database is away, which is a fault too.
+    /// The count that a statement returns; 0 if the database is away, which is one of the faults.
     async fn sql(&self, sql: &str) -> u64 {
         let counted = async {
             let client = self.lab.client().await?;

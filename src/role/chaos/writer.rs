@@ -1,4 +1,4 @@
-//! An application that writes at a steady rate, and remembers what must be searchable.
+//! An application that writes at a steady rate, and remembers which rows must be searchable.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,16 +14,16 @@ use tokio_util::sync::CancellationToken;
 use crate::role::generate::catalogue::{Catalogue, Text};
 use crate::secret::Secret;
 
-/// Pause between two statements: some 20 changes a second in the mean.
+/// Pause between two statements: some 20 changes a second on average.
 const PAUSE: Duration = Duration::from_millis(150);
 
-/// Pause before the database is tried again.
+/// Pause before a new connection to the database.
 const RECONNECT: Duration = Duration::from_millis(200);
 
-/// Products whose texts are written; few enough that a text comes back.
+/// Distinct texts to write. They are few enough that texts repeat.
 const TEXTS: u64 = 100_000;
 
-/// What was written. All counts are rows, but for statements and truncations.
+/// Counts of writes: rows, except statements and truncations.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 #[allow(missing_docs)]
 pub struct Written {
@@ -33,21 +33,21 @@ pub struct Written {
     pub deleted: u64,
     pub reinserted: u64,
     pub truncations: u64,
-    /// Statements of which the database did not say whether they were committed.
+    /// Statements that may or may not have been committed: the database did not answer.
     pub unsure: u64,
-    /// Statements that failed although the database was there. There must be none: the application does
-    /// not know of us.
+    /// Statements that failed although the database was up. There must be none: capture must never fail a
+    /// statement of the application.
     pub writes_failed: u64,
 }
 
-/// What the application must know of its table.
+/// The table's form, which the application must know.
 #[derive(Debug)]
 pub struct Form {
     /// The name of the column that is embedded.
     pub description: String,
-    /// Whether the key takes what no integer holds.
+    /// Whether the key accepts values outside of integer's range.
     pub is_wide: bool,
-    /// Whether the database was put back to an earlier state, of which the application has not heard.
+    /// Whether the database was restored to an earlier state and the application has not reread it yet.
     pub was_restored: bool,
 }
 
@@ -57,13 +57,13 @@ impl Default for Form {
     }
 }
 
-/// The first key that no integer holds, but for some room.
+/// The first id after the key was widened. It is outside of integer's range.
 const WIDE: i64 = 3_000_000_000;
 
-/// Failures that are told of in words.
+/// Most errors that are kept as text.
 const FAILURES: usize = 5;
 
-/// A row as it must be found.
+/// A row as the index must hold it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Product {
     /// Its name; none if it is null.
@@ -82,20 +82,20 @@ pub struct Writer {
     dice: StdRng,
     catalogue: Catalogue,
     next_id: i64,
-    /// Past the greatest key from when it was narrow.
+    /// The end of the ids from before the key was widened.
     narrow: i64,
     gone: Vec<i64>,
     form: Arc<RwLock<Form>>,
-    /// Why statements failed, the first few.
+    /// Errors of statements, the first few.
     pub failures: Vec<String>,
-    /// What must be searchable.
+    /// The rows that must be searchable.
     pub model: Model,
-    /// What was done.
+    /// Counts of writes so far.
     pub written: Written,
 }
 
 impl Writer {
-    /// A writer with the table as it is.
+    /// A writer that knows the table's current rows.
     pub async fn new(url: Secret, seed: u64, form: Arc<RwLock<Form>>) -> anyhow::Result<Self> {
         let mut writer = Self {
             url,
@@ -127,7 +127,7 @@ impl Writer {
                 self.client = None;
                 self.reread(&told.description).await;
             }
-            // While it writes, nobody gives the column another name.
+            // The lock keeps the operator from renaming the column during the write.
             let form = told.downgrade();
             if truncate() {
                 self.truncate(&form).await;
@@ -186,7 +186,7 @@ impl Writer {
         self.gone.extend(self.model.keys());
         self.gone.truncate(10_000);
         let ids: Vec<i64> = self.model.keys().copied().collect();
-        // Half of the rows are back at once.
+        // Half of the rows are inserted again at once.
         let back: Vec<i64> = ids.iter().copied().step_by(2).collect();
         self.commit(form, "TRUNCATE public.products_with_increment", &[], None).await;
         if self.model.is_empty() && !back.is_empty() {
@@ -200,7 +200,7 @@ impl Writer {
     fn some_ids(&mut self, many: usize) -> Vec<i64> {
         let mut ids = Vec::new();
         for _ in 0..many.min(self.model.len()) {
-            // Keys from before and after the widening, either half of the time.
+            // Ids from before and after the widening, with equal probability.
             let keys = match self.next_id > WIDE {
                 true if self.dice.random() => WIDE..self.next_id,
                 true => 0..self.narrow,
@@ -220,7 +220,7 @@ impl Writer {
         ids.iter()
             .map(|_| {
                 self.catalogue.product(self.dice.random_range(0..TEXTS), &mut text);
-                // A row without a text must not be found at all.
+                // A row without a text must not be in the index.
                 let described = !self.dice.random_ratio(1, 40);
                 Product {
                     name: Some(text.name.clone()),
@@ -230,8 +230,8 @@ impl Writer {
             .collect()
     }
 
-    /// Runs a statement in a transaction of its own, and remembers what it did. Without `products`
-    /// the ids go; without ids every row goes.
+    /// Runs a statement in its own transaction, and remembers the result. Without `products` the ids are
+    /// deleted; without ids every row is deleted.
     async fn commit(&mut self, form: &Form, sql: &str, ids: &[i64], products: Option<Vec<Product>>) {
         self.written.statements += 1;
         let done = self.try_commit(sql, ids, products.as_deref()).await;
@@ -243,7 +243,7 @@ impl Writer {
             }
             return;
         };
-        // Whether it was committed, the table tells.
+        // The table tells whether the statement was committed.
         if is_away(&error) {
             self.written.unsure += 1;
         } else {
@@ -280,7 +280,7 @@ impl Writer {
         transaction.commit().await
     }
 
-    /// Takes the table as it is for what must be searchable.
+    /// Reads the table's rows as the rows that must be searchable.
     async fn reread(&mut self, description: &str) {
         loop {
             // The database may be away for a while.
@@ -319,7 +319,7 @@ fn insert(form: &Form) -> String {
     )
 }
 
-/// Whether the database is away: it crashes, is stopped, or has no connection to spare.
+/// Whether the database is away: it crashed, was stopped, or has no free connection.
 fn is_away(error: &tokio_postgres::Error) -> bool {
     error.code().is_none_or(|code| {
         code.code().starts_with("08")
@@ -328,7 +328,7 @@ fn is_away(error: &tokio_postgres::Error) -> bool {
     })
 }
 
-/// A connection that ends with its client.
+/// A connection that closes when its client is dropped.
 pub async fn connect(url: &Secret) -> Result<Client, tokio_postgres::Error> {
     let (client, connection) = tokio_postgres::connect(url.expose(), NoTls).await?;
     tokio::spawn(connection);

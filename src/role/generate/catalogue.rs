@@ -1,7 +1,7 @@
-//! Products that a person would believe.
+//! Believable fake products.
 //!
-//! A product depends on seed and number alone: products can be made in any order, by any number of
-//! threads, and the first thousand of a million are the thousand of a thousand.
+//! A product depends only on seed and number. So products can be made in any order, by any number of threads,
+//! and the first thousand products are the same for every count.
 
 use fake::Fake as _;
 use fake::faker::name::en::LastName;
@@ -10,45 +10,45 @@ use rand::rngs::StdRng;
 
 use super::vocabulary::{AI_OPENINGS, ECO, KINDS, Kind, Power};
 
-/// Makers of one run.
+/// Number of makers of one seed.
 const MAKERS: usize = 512;
 
-/// Products have numbers below this: 40 bits of a SKU are the number's.
+/// Product numbers are below this, because a SKU has 40 bits for the number.
 pub const MAX_COUNT: u64 = 1 << 40;
 
-/// Days over which the dates of last edits are spread, from 2023-09-01.
+/// The dates of last edits are spread over this many days from 2023-09-01.
 const DAYS: u64 = 730;
 
 /// Crockford's base 32: no I, L, O or U.
 const ALPHABET: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
 
-/// What is true of a product: what its description says, for tests to hold a search against.
+/// The facts in a product's description. Tests compare search results with them.
 #[derive(Clone, Copy, Debug)]
 pub struct Attributes {
-    /// What kind of thing it is.
+    /// Kind of product.
     pub kind: &'static Kind,
-    /// What drives it.
+    /// Source of energy.
     pub power: Power,
-    /// What it is made of.
+    /// Material.
     pub material: &'static str,
-    /// What it is for.
+    /// Purpose.
     pub purpose: &'static str,
-    /// Whom it is made for.
+    /// The people that the product is made for.
     pub audience: &'static str,
-    /// What artificial intelligence does in it.
+    /// Function of artificial intelligence in the product.
     pub ai: Option<&'static str>,
-    /// In which way it is kind to the environment.
+    /// Benefit for the environment.
     pub eco: Option<&'static str>,
 }
 
-/// A product as text, reused from one to the next.
+/// A product as text. The buffers are reused for the next product.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Text {
     /// Maker and noun.
     pub name: String,
     /// Unique for every seed below 2^24 and every number below [`MAX_COUNT`].
     pub sku: String,
-    /// What is embedded.
+    /// The text that is embedded.
     pub description: String,
     /// `$344.87`
     pub price: String,
@@ -72,7 +72,7 @@ impl Draw {
         mix(self.0)
     }
 
-    /// A number below `bound`, by multiplication: the bias, bound in 2^32, is nothing here.
+    /// A number below `bound`, by multiplication. The bias, `bound` in 2^32, does not matter here.
     fn below(&mut self, bound: usize) -> usize {
         (((self.next() >> 32) * bound as u64) >> 32) as usize
     }
@@ -94,7 +94,7 @@ fn mix(z: u64) -> u64 {
 }
 
 impl Catalogue {
-    /// The products of a seed.
+    /// Prepares the products of a seed.
     #[must_use]
     pub fn new(seed: u64) -> Self {
         let mut names = StdRng::seed_from_u64(seed);
@@ -106,13 +106,13 @@ impl Catalogue {
         Self { seed, makers, days }
     }
 
-    /// Writes product `number` into `text`, and says what is true of it.
+    /// Writes product `number` into `text`, and returns its attributes.
     pub fn product(&self, number: u64, text: &mut Text) -> Attributes {
         let mut draw = Draw(mix(self.seed ^ mix(number.wrapping_add(1))));
         let kind = &KINDS[draw.below(KINDS.len())];
         let noun = draw.of(kind.nouns);
         let power = draw.of(kind.powers);
-        // Nobody believes a thinking thing without a source of energy.
+        // A product with artificial intelligence but without power would not be believable.
         let can_think = !kind.ai.is_empty() && power != Power::Passive;
         let attributes = Attributes {
             kind,
@@ -138,7 +138,7 @@ impl Catalogue {
         attributes
     }
 
-    /// Kind, and 64 bits in which seed and number are mixed one to one.
+    /// Writes the code of the kind, and 64 bits. The 64 bits are a bijection of seed and number.
     fn push_sku(&self, sku: &mut String, kind: &Kind, number: u64) {
         let mut bits = mix((self.seed << 40) | (number & (MAX_COUNT - 1)));
         sku.clear();
@@ -164,7 +164,7 @@ impl Catalogue {
     }
 }
 
-/// One or two sentences on what it is, and one each on intelligence, environment and maker.
+/// One or two sentences on the product, and one each on intelligence, environment and maker.
 fn describe(text: &mut String, draw: &mut Draw, it: &Attributes, noun: &str, maker: &str, size: &str) {
     text.clear();
     let adjective = draw.of(it.power.adjectives());
@@ -242,7 +242,7 @@ fn push_capitalized(text: &mut String, words: &str) {
 }
 
 fn push_article(text: &mut String, next: &str, capital: bool) {
-    // By sound: an 8 and an 11 and an 18 begin with a vowel, a u as in ukulele does not.
+    // The sound decides: 8, 11 and 18 begin with a vowel sound, "ukulele" does not.
     let vowel = next.starts_with(['a', 'e', 'i', 'o', '8'])
         || next.starts_with("ultra")
         || next.starts_with("upper")
@@ -272,7 +272,7 @@ fn push_number(text: &mut String, number: u64) {
     text.extend(digits[at..].iter().map(|digit| char::from(*digit)));
 }
 
-/// Dollars within the kind's range, and cents as shops like them.
+/// Dollars in the price range of the kind; the cents are often 99, as in shops.
 fn push_price(price: &mut String, draw: &mut Draw, (least, greatest): (u32, u32)) {
     price.clear();
     price.push('$');
@@ -305,7 +305,7 @@ mod tests {
         let mut seen = HashSet::new();
         for seed in [0, 1, 2, (1 << 24) - 1] {
             for text in texts(seed, 50_000) {
-                assert!(seen.insert(text.sku.clone()), "{} comes again", text.sku);
+                assert!(seen.insert(text.sku.clone()), "{} is not unique", text.sku);
             }
         }
     }

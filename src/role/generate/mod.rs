@@ -1,4 +1,4 @@
-//! `refarch generate`: fake products to stress the whole, as CSV or straight into the table.
+//! `refarch generate`: fake products for load tests, as CSV or directly into the table.
 
 pub mod catalogue;
 pub mod vocabulary;
@@ -24,24 +24,24 @@ use catalogue::{Catalogue, MAX_COUNT, Text};
 /// Columns of the CSV, in the reference architecture's order.
 pub const COLUMNS: [&str; 5] = ["name", "sku", "description", "price", "last_updated"];
 
-/// Products that one thread makes at a time: some 2 MB of CSV.
+/// Products in a block, the unit of work of a thread: about 2 MB of CSV.
 const BLOCK: u64 = 8_192;
 
-/// Blocks for each thread that are made before they are written: enough to even threads out.
+/// Blocks for each thread in a round. A round is written as a whole; several blocks balance the threads.
 const BLOCKS_PER_THREAD: u64 = 4;
 
-/// Finished rounds of blocks that may wait for a slow reader.
+/// Finished rounds that may wait for a slow reader.
 const ROUNDS_AHEAD: usize = 1;
 
 /// Runs the role.
 pub async fn run(args: &cli::Generate, settings: &Settings) -> anyhow::Result<()> {
     if args.count > MAX_COUNT {
-        bail!("--count {} is more than the {MAX_COUNT} for which SKUs stay unique", args.count);
+        bail!("--count {} is too large: use at most {MAX_COUNT}, so that SKUs stay unique", args.count);
     }
     let progress = Progress::new("generating products", args.count);
     if args.load {
         return super::with_database(settings, async |database: &Database| {
-            let backends = super::open(database, settings).await?;
+            let backends = super::open(database, settings, None).await?;
             let client = backends.postgres.client().await?;
             load(&client, &backends.target.table.relation, args.count, args.seed, &progress).await?;
             progress.finish();
@@ -58,7 +58,7 @@ pub async fn run(args: &cli::Generate, settings: &Settings) -> anyhow::Result<()
     .await?
 }
 
-/// Streams products into a table (its name quoted) by COPY.
+/// Streams products into a table with COPY. `table` is the quoted name.
 pub async fn load(
     client: &tokio_postgres::Client,
     table: &str,
@@ -69,7 +69,7 @@ pub async fn load(
     let (blocks, mut made) = mpsc::channel::<(u64, Vec<u8>)>(2);
     let maker = tokio::task::spawn_blocking(move || {
         in_order(&Catalogue::new(seed), count, |done, csv| {
-            // Closed when the COPY failed, which is told there.
+            // The channel closes when the COPY fails; the COPY returns that error.
             blocks.blocking_send((done, csv)).map_err(|_| io::ErrorKind::BrokenPipe.into())
         })
     });
@@ -86,7 +86,7 @@ pub async fn load(
     Ok(())
 }
 
-/// Writes a CSV file, or standard output for `-`. A file gets its name only when it is whole.
+/// Writes a CSV file, or to standard output for `-`. The file gets its name only after it is complete.
 fn write(path: &Path, count: u64, seed: u64, progress: &Progress) -> anyhow::Result<()> {
     let catalogue = Catalogue::new(seed);
     if path == Path::new("-") {
@@ -94,10 +94,10 @@ fn write(path: &Path, count: u64, seed: u64, progress: &Progress) -> anyhow::Res
             .context("write to standard output");
     }
     let what = || format!("write {}", path.display());
-    // What is there and no plain file (a pipe, a device) can't be replaced by a renamed one.
+    // A pipe or a device cannot be replaced by a renamed file.
     if path.metadata().is_ok_and(|there| !there.is_file()) {
         if path.is_dir() {
-            bail!("cannot write {}: it is a folder; name a file in it", path.display());
+            bail!("cannot write {}: it is a folder; give the name of a file", path.display());
         }
         let mut file = File::options().write(true).open(path).with_context(what)?;
         return write_to(&mut file, &catalogue, count, progress).with_context(what);
@@ -109,17 +109,17 @@ fn write(path: &Path, count: u64, seed: u64, progress: &Progress) -> anyhow::Res
         std::fs::rename(&partial, path)
     });
     if written.is_err() {
-        // It may never have been made.
+        // The file may not exist.
         let _ = std::fs::remove_file(&partial);
     }
     written.with_context(what)
 }
 
-/// The header and `count` products.
+/// Writes the header and `count` products.
 fn write_to(out: &mut impl Write, catalogue: &Catalogue, count: u64, progress: &Progress) -> io::Result<()> {
     out.write_all(COLUMNS.join(",").as_bytes())?;
     out.write_all(b"\n")?;
-    // Made by other threads while this one writes.
+    // Other threads make the products while this thread writes.
     let (rounds, made) = blocking::sync_channel::<(u64, Vec<u8>)>(ROUNDS_AHEAD);
     std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -135,8 +135,8 @@ fn write_to(out: &mut impl Write, catalogue: &Catalogue, count: u64, progress: &
     })
 }
 
-/// Makes products in blocks on all threads of the current rayon pool and hands the blocks on in
-/// order, each with the number of products made so far.
+/// Makes products in blocks on all threads of the current rayon pool. Passes the blocks to `hand_on` in
+/// order, each with the number of products so far.
 pub fn in_order(
     catalogue: &Catalogue,
     count: u64,

@@ -1,11 +1,11 @@
-//! What there is to make products of: kinds that a shop would carry, each with what fits it.
+//! The words of the fake products: kinds of products, each with fitting materials, purposes and prices.
 
-/// Where a product's energy comes from.
+/// Source of energy of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Power {
-    /// From the wall.
+    /// The power grid.
     Mains,
-    /// A battery that can be charged again.
+    /// A rechargeable battery.
     Battery,
     /// The sun.
     Solar,
@@ -13,18 +13,18 @@ pub enum Power {
     Gas,
     /// Muscle: a crank, a pump, a pedal.
     Hand,
-    /// None, and none expected: a chair, a jacket.
+    /// No energy needed: a chair, a jacket.
     Passive,
 }
 
 impl Power {
-    /// Whether electricity drives it.
+    /// Whether the product uses electricity.
     #[must_use]
     pub fn is_electric(self) -> bool {
         matches!(self, Self::Mains | Self::Battery | Self::Solar)
     }
 
-    /// As an adjective before the noun; empty where nobody would say it.
+    /// Adjectives to put before the noun; an empty one means none.
     pub(super) fn adjectives(self) -> &'static [&'static str] {
         match self {
             Self::Mains => &["electric", "mains-powered electric", "plug-in electric"],
@@ -40,27 +40,27 @@ impl Power {
 /// A kind of product.
 #[derive(Debug)]
 pub struct Kind {
-    /// What it is known by; stands before its SKUs.
+    /// Code of the kind, and prefix of its SKUs.
     pub code: &'static str,
-    /// Names for it, as they stand in a sentence.
+    /// Nouns for the product inside a sentence.
     pub nouns: &'static [&'static str],
-    /// What it is made of.
+    /// Possible materials.
     pub materials: &'static [&'static str],
-    /// What can drive it.
+    /// Possible sources of energy.
     pub powers: &'static [Power],
-    /// What it is for.
+    /// Possible purposes.
     pub uses: &'static [&'static str],
-    /// What artificial intelligence does in it; empty if nothing would be believed.
+    /// Possible functions of artificial intelligence; empty if none is believable.
     pub ai: &'static [&'static str],
-    /// Whom it is made for.
+    /// People that the product is made for.
     pub audiences: &'static [&'static str],
-    /// What a size of it reads like.
+    /// Sizes as text.
     pub sizes: &'static [&'static str],
-    /// Least and greatest price, in dollars.
+    /// Lowest and highest price, in dollars.
     pub price: (u32, u32),
 }
 
-/// Ways in which a product is kind to the environment.
+/// Sentences about benefits for the environment.
 pub(super) const ECO: &[&str] = &[
     "Eco-friendly: built from recycled materials",
     "Eco-friendly and sustainable, with parts that can be repaired",
@@ -70,7 +70,7 @@ pub(super) const ECO: &[&str] = &[
     "Green and eco-friendly, designed to save energy and waste",
 ];
 
-/// How artificial intelligence is brought up.
+/// Openings of the sentence about artificial intelligence.
 pub(super) const AI_OPENINGS: &[&str] = &[
     "Uses AI to",
     "Built-in artificial intelligence helps to",
@@ -99,7 +99,7 @@ const MUSICIANS: &[&str] =
 const MAKERS_OF_PICTURES: &[&str] =
     &["travellers", "hobby photographers", "journalists", "film students", "families"];
 
-/// Every kind. Order matters to nobody but the generator: same seed, same products.
+/// Every kind. Do not change the order: the same seed would give other products.
 pub static KINDS: &[Kind] = &[
     Kind {
         code: "KET",

@@ -1,4 +1,4 @@
-//! The page, inside the executable.
+//! The page's files, built into the executable.
 
 use axum::Router;
 use axum::http::{HeaderMap, StatusCode, header};
@@ -26,14 +26,14 @@ pub fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     })
 }
 
-/// The file, or that the browser has it already.
+/// The file, or 304 if the browser has the same version.
 fn answer(headers: &HeaderMap, tag: &str, content_type: &'static str, content: &'static str) -> Response {
     let about =
         [(header::ETAG, tag), (header::CACHE_CONTROL, "no-cache"), (header::CONTENT_TYPE, content_type)];
     if headers.get(header::IF_NONE_MATCH).is_some_and(|known| known == tag) {
         return (StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response();
     }
-    // Own the tag: it outlives this call in the answer.
+    // The response outlives `tag`, so it needs its own copy.
     let about = about.map(|(name, value)| (name, value.to_owned()));
     (about, content).into_response()
 }

@@ -1,8 +1,9 @@
-//! Connections of clients: how many, and how long each may keep others waiting.
+//! Connections of clients: their number, and how long a client may be slow.
 //!
-//! A connection costs a file of the process, and the process has few. So there is a bound on them, each
-//! part of a request has its time, and when all connections are taken, the client that has waited longest
-//! makes room for the next one: whoever sends nothing can't keep others out.
+//! Each connection uses a file descriptor, and a process has few. So the number of connections is limited,
+//! and each part of a request has a timeout. When all connections are taken, the connection that has waited
+//! longest for its client is closed for the next client. So a client that sends nothing cannot keep others
+//! out.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -24,50 +25,50 @@ use tokio_util::sync::CancellationToken;
 
 use super::watched::{self, Patience, Stream, Watch};
 
-/// Connections unless the settings say otherwise, if the limit on open files has room for them.
+/// Default number of connections, if the limit on open files allows as many.
 const CONNECTIONS: usize = 512;
 
-/// Never fewer than these, whatever the limit on open files.
+/// Fewest connections, whatever the limit on open files.
 const FEWEST: usize = 16;
 
-/// Files that the process opens beside clients' connections and the database's: logs, the model, the
-/// runtime's own, connections to embedder, queue and index.
+/// Files that the process opens beside the connections of clients and to the database: logs, the model, the
+/// runtime's files, connections to embedder, queue and index.
 const OTHER_FILES: usize = 64;
 
-/// Connections that are being closed and still hold their file.
+/// Connections that are closing and still hold their file.
 const CLOSING: usize = 8;
 
-/// A request's line and headers at most; more is answered 431.
+/// Most bytes of a request's line and headers. A larger head is answered with 431.
 const HEAD_BYTES: usize = 64 * 1024;
 
-/// How often clients whose time is up are looked for.
+/// How often connections are checked for timeouts.
 const SWEEP_EVERY: Duration = Duration::from_millis(250);
 
-/// Pause after a connection could not be taken.
+/// Pause after a connection could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// How often it is told that connections can't be taken.
+/// Least time between two warnings that connections cannot be accepted.
 const TELL_EVERY: Duration = Duration::from_mins(1);
 
-/// How long a request's head is waited for while the server stops.
+/// Timeout of a request's head while the server stops.
 const HEAD_AT_STOP: Duration = Duration::from_millis(500);
 
 /// The address at a connection's other end.
 #[derive(Clone, Copy, Debug)]
 pub struct Peer(pub SocketAddr);
 
-/// How many connections, and how long a client may take.
+/// Limits on connections.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
     /// Connections at once.
     pub connections: usize,
-    /// How long a client may take for its part.
+    /// Timeouts of a client.
     pub patience: Patience,
 }
 
 impl Bounds {
-    /// The bounds of a server that may have `wanted` connections (0: as many as fit) beside `other` ones to
-    /// its database.
+    /// Limits for a server that wants `wanted` connections of clients (0: the default) and has `other`
+    /// connections to its database. The limit on open files may reduce the number.
     #[must_use]
     pub fn new(wanted: usize, other: usize) -> Self {
         let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(usize::MAX, |(soft, _)| soft as usize);
@@ -76,14 +77,14 @@ impl Bounds {
             tracing::warn!(
                 wanted,
                 room,
-                "serve.max_connections is more than the limit on open files (ulimit -n) leaves; serving fewer at once"
+                "serve.max_connections is above the limit on open files (ulimit -n); using fewer connections"
             );
         }
         Self {
             connections: room.min(if wanted == 0 { CONNECTIONS } else { wanted }),
             patience: Patience {
                 head: Duration::from_secs(10),
-                // Longer than a proxy keeps a connection that it does not use: nginx 60 s.
+                // Longer than a proxy keeps an unused connection: nginx 60 s.
                 idle: Duration::from_secs(75),
                 write: Duration::from_secs(15),
                 answer: Duration::from_mins(2),
@@ -92,7 +93,7 @@ impl Bounds {
     }
 }
 
-/// Answers requests until `stop`, then until those under way are answered. Dropping it closes every
+/// Serves requests until `stop`, then finishes the requests that were begun. Dropping the future closes every
 /// connection.
 pub async fn serve(listener: TcpListener, router: Router, bounds: Bounds, stop: CancellationToken) {
     let clients = Clients::default();
@@ -121,7 +122,7 @@ pub async fn serve(listener: TcpListener, router: Router, bounds: Bounds, stop: 
                 Err(error) => {
                     if told.is_none_or(|told| told.elapsed() >= TELL_EVERY) {
                         told = Some(Instant::now());
-                        tracing::warn!(%error, "cannot take a connection; trying again (more open files: ulimit -n)");
+                        tracing::warn!(%error, "cannot accept a connection; trying again (too many open files? raise ulimit -n)");
                     }
                     clients.make_room();
                     tokio::select! {
@@ -142,13 +143,13 @@ pub async fn serve(listener: TcpListener, router: Router, bounds: Bounds, stop: 
     }
 }
 
-/// Whether a connection failed, rather than the taking of connections.
+/// Whether only this one connection failed, not the listener.
 fn is_clients(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-/// Answers one connection's requests.
+/// Serves the requests of one connection.
 async fn converse(
     stream: TcpStream,
     peer: SocketAddr,
@@ -156,7 +157,7 @@ async fn converse(
     client: Client,
     stop: CancellationToken,
 ) {
-    // An answer goes out in one piece anyway.
+    // Small packets need no delay: a response is written in one piece.
     let _ = stream.set_nodelay(true);
     let watch = &client.watch;
     let service = service_fn(|request: hyper::Request<Incoming>| {
@@ -220,7 +221,7 @@ impl Clients {
         self.members().by_id.len()
     }
 
-    /// The client that is missed least, if any of them is only waited for.
+    /// The connection to close first, of those that wait for their client.
     fn dispensable(&self, now: Instant) -> Option<u64> {
         let members = self.members();
         let ranked = members.by_id.iter().filter_map(|(id, (watch, _))| Some((watch.dispensable(now)?, *id)));
@@ -235,7 +236,7 @@ impl Clients {
         }
     }
 
-    /// Closes the connections of clients whose time is up.
+    /// Closes the connections whose timeout has passed.
     fn sweep(&self, patience: &Patience) {
         let now = Instant::now();
         for (watch, close) in self.members().by_id.values() {
@@ -246,7 +247,7 @@ impl Clients {
     }
 }
 
-/// One of the connections, until it is dropped.
+/// One connection. Dropping it removes it from the list.
 struct Client {
     id: u64,
     watch: Arc<Watch>,

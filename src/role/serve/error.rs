@@ -1,4 +1,4 @@
-//! What the API answers when it can't do what was asked.
+//! Error responses of the API.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -8,30 +8,30 @@ use serde_json::{Value, json};
 use super::viewer;
 use crate::pipeline::failure::{Class, Error};
 
-/// An answer that is not what was asked for. The body is `{"error": {"code", "message"}}`.
+/// An error response. The body is `{"error": {"code", "message"}}`.
 #[derive(Debug)]
 pub struct Refusal {
     status: StatusCode,
     code: &'static str,
     message: String,
-    /// Further keys of the body.
+    /// A further key of the body, beside `error`.
     extra: Option<(&'static str, Value)>,
-    /// Seconds after which to try again.
+    /// `Retry-After`, in seconds.
     after: Option<u64>,
 }
 
-/// What leads whoever reports an answer to its line of the log; the reason stays there.
+/// An id that a client can report. It leads to the log line with the reason.
 fn request_id() -> String {
     format!("{:08x}", rand::random::<u32>())
 }
 
 impl Refusal {
-    /// A refusal with its status, a code for machines and a message for people.
+    /// An error with its status, a code for machines and a message for people.
     pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
         Self { status, code, message: message.into(), extra: None, after: None }
     }
 
-    /// 400: the request is wrong, and the message says what would be right.
+    /// 400: the request is wrong. The message says what would be right.
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "bad_request", message)
     }
@@ -48,7 +48,7 @@ impl Refusal {
         self
     }
 
-    /// Says when to try again.
+    /// Sets `Retry-After`.
     #[must_use]
     pub fn after(mut self, seconds: u64) -> Self {
         self.after = Some(seconds);
@@ -58,15 +58,17 @@ impl Refusal {
 
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
-        // The words of a back end may name its hosts, tables and texts.
+        // Error texts of a backend may name its hosts, tables and texts.
         if error.class() == Class::Permanent && viewer::is_trusted() {
             return Self::bad_request(error.to_string());
         }
         let request_id = request_id();
         match error.class() {
             Class::Permanent => {
-                tracing::warn!(request_id, %error, "request refused by a back end");
-                Self::bad_request(format!("this is refused; the log has more under request {request_id}"))
+                tracing::warn!(request_id, %error, "a backend refused the request");
+                Self::bad_request(format!(
+                    "a backend refused this; the log has more under request {request_id}"
+                ))
             }
             Class::Retryable => {
                 tracing::warn!(request_id, %error, "request failed");

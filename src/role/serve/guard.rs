@@ -1,10 +1,10 @@
-//! Who may ask, and who may write.
+//! Access control: which requests are answered, and which may write.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
@@ -16,16 +16,12 @@ use super::throttle::{Throttle, Verdict};
 use super::viewer;
 use crate::secret::Secret;
 
-/// Everything the page uses is its own; nothing inline.
-const CONTENT_SECURITY_POLICY: &str =
-    "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'";
-
-/// Headers of which a proxy adds one. What comes through a proxy is not from this machine, whatever the
-/// connection says.
+/// Headers that proxies add. A request with one of them came through a proxy: it is not from this machine,
+/// even if the connection is.
 const FORWARDING: [&str; 6] =
     ["forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via"];
 
-/// The rules for one address.
+/// The access rules of one server address.
 #[derive(Debug)]
 pub struct Guard {
     loopback: bool,
@@ -34,34 +30,34 @@ pub struct Guard {
     throttle: Throttle,
 }
 
-/// What a request says of where it comes from.
+/// Where a request comes from.
 struct Origin<'a> {
     host: &'a str,
     /// The client's own address, as far as it can be known.
     client: IpAddr,
     /// Whether the client is a program on this machine.
     near: bool,
-    /// Why it is not near although the connection comes from this machine.
+    /// Why the client counts as remote although the connection comes from this machine.
     forwarded: Option<String>,
 }
 
 impl Guard {
-    /// The rules for a server at this address, which is asked under the names of loopback or, elsewhere,
-    /// any name.
+    /// Rules for a server at this address. On loopback it answers to loopback's names only, elsewhere to any
+    /// name.
     #[must_use]
     pub fn new(address: SocketAddr, edit_token: Secret) -> Self {
         let loopback = address.ip().is_loopback();
         Self { loopback, edit_token, hosts: Hosts::new(loopback, &[]), throttle: Throttle::default() }
     }
 
-    /// The same rules for a server that is asked under these names too.
+    /// The same rules, with more names that the server answers to.
     #[must_use]
     pub fn with_hosts(mut self, hosts: &[String]) -> Self {
         self.hosts = Hosts::new(self.loopback, hosts);
         self
     }
 
-    /// Whether the request may be answered, and whether its client may see everything.
+    /// Checks whether the request may be answered. Returns whether its client may see everything.
     fn check(
         &self,
         method: &Method,
@@ -83,8 +79,8 @@ impl Guard {
         if given.next().is_some() {
             return Err(Refusal::bad_request("the request has two Host headers"));
         }
-        // A page elsewhere may point a name of its own at this machine (DNS rebinding): its requests
-        // then come here under that name.
+        // Against DNS rebinding: another site may point its own name at this machine, and its requests then
+        // arrive with that name.
         if !self.hosts.allow(host) {
             let message = format!(
                 "this server does not answer to the name {host:?}: use http://localhost or http://127.0.0.1, \
@@ -92,26 +88,26 @@ impl Guard {
             );
             return Err(Refusal::new(StatusCode::FORBIDDEN, "forbidden_host", message));
         }
-        // A connection of which nothing is known is a stranger's.
+        // Without a known address the client counts as remote.
         let peer = peer.map_or(IpAddr::from([0, 0, 0, 0]), |peer| peer.to_canonical());
         let by = FORWARDING.iter().find(|name| headers.contains_key(**name));
         let forwarded = match by {
-            Some(name) => Some(format!("the header {name} says that it came through a proxy")),
+            Some(name) => Some(format!("the header {name} shows that it came through a proxy")),
             None if hosts::is_local(host) => None,
-            None => Some(format!("it was asked for as {host:?}, which is not a name of this machine's own")),
+            None => Some(format!("its Host header is {host:?}, which is no name of this machine's loopback")),
         };
         let client =
             if peer.is_loopback() && by.is_some() { last_hop(headers).unwrap_or(peer) } else { peer };
         Ok(Origin { host, client, near: peer.is_loopback() && forwarded.is_none(), forwarded })
     }
 
-    /// What comes of the token that a request bears; none without a token, or when none is set.
+    /// The verdict on the request's token; none if the request has no token, or no token is set.
     fn token(&self, headers: &HeaderMap, origin: &Origin<'_>) -> Option<Verdict> {
         let given = header(headers, header::AUTHORIZATION)?.strip_prefix("Bearer ")?;
         if self.edit_token.is_empty() {
             return None;
         }
-        // Hashes of equal length are compared, so that time tells nothing of the token.
+        // Comparing hashes of equal length keeps the time independent of the token.
         let digest = |text: &str| Sha256::digest(text.as_bytes());
         let right = digest(given) == digest(self.edit_token.expose());
         Some(self.throttle.judge(origin.client, right))
@@ -147,7 +143,7 @@ impl Guard {
         }
     }
 
-    /// While no token is set, programs on this machine may edit.
+    /// If no token is set, only programs on this machine may edit.
     fn without_token(&self, origin: &Origin<'_>) -> Result<(), Refusal> {
         let why = match &origin.forwarded {
             _ if !self.loopback => "this server is not on loopback".to_owned(),
@@ -156,7 +152,7 @@ impl Guard {
             None => "this request is not from this machine".to_owned(),
         };
         let message = format!(
-            "edits are off: {why}, and serve.edit_token is not set; set it, and send it with Authorization: Bearer"
+            "edits are off: {why}, and serve.edit_token is not set; set it, and send it as Authorization: Bearer"
         );
         Err(Refusal::new(StatusCode::FORBIDDEN, "edits_off", message))
     }
@@ -166,8 +162,8 @@ fn header(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
     headers.get(name)?.to_str().ok()
 }
 
-/// Whom a proxy on this machine had the request from: the last address, which it added itself. A proxy that adds to
-/// one header may pass another on as a client wrote it, so the most common one counts if it is there.
+/// The client of a proxy on this machine: the last address in the header, which the proxy itself added. A
+/// proxy may pass on another header as the client wrote it, so the most common header counts if it is there.
 fn last_hop(headers: &HeaderMap) -> Option<IpAddr> {
     let last = |name: &str| headers.get_all(name).iter().next_back()?.to_str().ok()?.rsplit(',').next();
     if let Some(hop) = last("x-forwarded-for") {
@@ -189,20 +185,14 @@ fn address(text: &str) -> Option<IpAddr> {
     bare.parse().ok().or_else(|| text.parse::<SocketAddr>().ok().map(|address| address.ip()))
 }
 
-/// Checks every request, and gives every answer its headers.
+/// Checks every request, and sets the security headers of every response.
 pub async fn watch(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
     let peer = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
     let checked = guard.check(request.method(), request.uri().path(), request.headers(), peer);
-    let mut response = match checked {
+    match checked {
         Ok(trusted) => viewer::answer_to(trusted, next.run(request)).await,
         Err(refusal) => refusal.into_response(),
-    };
-    let headers = response.headers_mut();
-    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(CONTENT_SECURITY_POLICY));
-    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
-    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    response
+    }
 }
 
 #[cfg(test)]
@@ -219,7 +209,7 @@ mod tests {
         judge(&guard, method, headers)
     }
 
-    /// What becomes of a request over loopback.
+    /// The result for a request over loopback.
     fn judge(guard: &Guard, method: &Method, headers: &[(&'static str, &str)]) -> Result<(), &'static str> {
         let peer = Some(IpAddr::from([127, 0, 0, 1]));
         let headers =
@@ -315,7 +305,7 @@ mod tests {
         };
         assert_eq!(of("shop.example.com", "https://shop.example.com"), Ok(()));
         assert_eq!(of("shop.example.com:443", "https://shop.example.com"), Ok(()));
-        // The proxy may ask under the name that it knows us by.
+        // A proxy may send its own name for this server.
         assert_eq!(of("127.0.0.1:3000", "https://shop.example.com"), Ok(()));
         assert_eq!(of("shop.example.com", "https://evil.example"), Err("forbidden"));
         assert_eq!(of("127.0.0.1:3000", "https://evil.example"), Err("forbidden"));
@@ -353,7 +343,7 @@ mod tests {
             let headers = HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())]);
             assert_eq!(last_hop(&headers), hop.map(|hop| hop.parse().unwrap()), "{name}: {value}");
         }
-        // What a client wrote into another header does not count.
+        // The client's own value in another header does not count.
         let both =
             [("x-real-ip", "1.2.3.4"), ("forwarded", "for=1.2.3.4"), ("x-forwarded-for", "203.0.113.1")];
         let headers =

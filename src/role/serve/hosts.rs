@@ -1,27 +1,27 @@
-//! The names that this server is asked for under.
+//! The host names that this server answers to.
 
-/// Which names a request may ask for, in its Host header.
+/// Names that a request may have in its Host header.
 #[derive(Debug)]
 pub struct Hosts {
-    /// Whether any name will do.
+    /// Whether every name is allowed.
     any: bool,
     allowed: Vec<String>,
 }
 
 impl Hosts {
-    /// The names of this machine's own and these; off loopback any name if none is given.
+    /// This machine's loopback names and `allowed`. Off loopback, every name if `allowed` is empty.
     pub fn new(loopback: bool, allowed: &[String]) -> Self {
         let allowed: Vec<String> = allowed.iter().map(|host| normal(host)).collect();
         Self { any: !loopback && allowed.is_empty(), allowed }
     }
 
-    /// Whether a Host header may be answered.
+    /// Whether a request with this Host header may be answered.
     pub fn allow(&self, host: &str) -> bool {
         self.any || is_local(host) || self.allowed.iter().any(|allowed| fits(allowed, &normal(host)))
     }
 
-    /// Whether an Origin header names this server: the host that was asked, or one of the names, since a
-    /// proxy may ask under another name than the browser did.
+    /// Whether an Origin header names this server: the request's host, or an allowed name, because a proxy
+    /// may send another Host than the browser.
     pub fn is_own(&self, origin: &str, host: &str) -> bool {
         let Some((scheme, rest)) = origin.split_once("://") else { return false };
         let standard = match scheme {
@@ -44,7 +44,7 @@ pub fn is_local(host: &str) -> bool {
     matches!(split(&normal(host)).0, "localhost" | "127.0.0.1" | "[::1]")
 }
 
-/// Names know no case, and may end in the root's dot.
+/// A name in lower case, without the root's dot at its end.
 fn normal(host: &str) -> String {
     let host = host.trim().to_ascii_lowercase();
     match split(&host) {
@@ -62,7 +62,7 @@ fn split(host: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// Whether a host is an allowed one: under any port, unless a port is allowed by name.
+/// Whether a host matches an allowed name. Any port matches, unless the allowed name has a port.
 fn fits(allowed: &str, host: &str) -> bool {
     let (name, port) = split(allowed);
     let (asked, asked_port) = split(host);

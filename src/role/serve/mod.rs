@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::backend::postgres;
 use crate::backend::postgres::products::Products;
 use crate::backend::postgres::registry::Worker;
-use crate::backend::{self, Backends, Database, LoadedModel};
+use crate::backend::{Backends, Database, LoadedModel};
 use crate::config::Settings;
 use crate::pipeline::embedder::Embedder;
 use crate::pipeline::failure::{Error, FailureKind, Result};
@@ -43,34 +43,34 @@ pub use guard::Guard;
 pub use route::router;
 pub use watched::Patience;
 
-/// How long an answer may take; no statement that serves one runs longer either.
+/// How long a request may take. Its database statements have the same timeout.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Searches at once; more wait for their turn, since each embeds on one thread.
+/// Searches at once. More searches wait for a permit, because all of them embed on one thread.
 const SEARCHES: usize = 16;
 
-/// Answers that clients have yet to take, in KiB: a page of a hundred long texts is a hundred megabytes, and
-/// a client may be slow.
+/// Memory for responses that clients have not read yet, in KiB. A page of a hundred long texts may take a
+/// hundred megabytes, and a client may be slow.
 const ANSWERS_KIB: u32 = 256 * 1024;
 
-/// Answers up to here need no room.
+/// Responses up to this size reserve no memory.
 const SMALL_ANSWER_KIB: u64 = 64;
 
-/// How long a request waits for its turn.
+/// How long a request waits for a permit.
 const TURN: Duration = Duration::from_secs(5);
 
-/// What the page tells of the sync.
+/// The state of the sync, as the page shows it.
 #[async_trait]
 pub trait Probe: Send + Sync {
-    /// Whether the index that is searched is the one that is kept in step.
+    /// Checks that the index which is searched is the one that is kept in step.
     async fn check_target(&self) -> Result<()> {
         Ok(())
     }
-    /// What `refarch status --json` prints.
+    /// The output of `refarch status --json`.
     async fn status(&self) -> Result<Value>;
-    /// Whether the index holds what the row says now.
+    /// Whether the index holds the row as it is now.
     async fn is_searchable(&self, id: &str) -> Result<bool>;
-    /// Faults that make results wrong for good, and how the proof stands.
+    /// Faults that make results wrong until somebody mends them, and the state of the continuous proof.
     async fn health(&self) -> Result<(Vec<String>, String)> {
         Ok((Vec::new(), String::new()))
     }
@@ -82,7 +82,7 @@ impl Probe for Backends {
         if postgres::target::is_active(&self.postgres, self.target.id).await? {
             return Ok(());
         }
-        let message = "refarch migrate has made another one since this process started: restart it";
+        let message = "refarch migrate made another index after this process started: restart this process";
         Err(Error::new(FailureKind::WrongShape, "look for the index", message))
     }
 
@@ -103,28 +103,28 @@ impl Probe for Backends {
     }
 }
 
-/// How much at once, and how long. Requests that need the database take at most all but a few of its
-/// connections, which are left to status and readiness.
+/// Limits on requests. Requests that need the database leave a few of its connections to status and
+/// readiness.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// How long an answer may take.
+    /// How long a request may take.
     pub request: Duration,
-    /// How long a request waits for its turn.
+    /// How long a request waits for a permit.
     pub turn: Duration,
-    /// Searches at once, from embedding on.
+    /// Searches at once, embedding included.
     pub searches: usize,
-    /// Searches at once in the database and the index; each takes two connections.
+    /// Searches at once in the database and the index. Each takes two connections.
     pub queries: usize,
-    /// Pages and rows that are read at once.
+    /// Reads of pages and rows at once.
     pub reads: usize,
     /// Edits at once.
     pub edits: usize,
-    /// KiB of answers that clients have yet to take.
+    /// Memory for responses that clients have not read yet, in KiB.
     pub answers_kib: u32,
 }
 
 impl Limits {
-    /// The limits for so many connections to the database.
+    /// The limits for this number of connections to the database.
     #[must_use]
     pub fn new(connections: usize) -> Self {
         Self {
@@ -139,7 +139,7 @@ impl Limits {
     }
 }
 
-/// What the routes work with.
+/// The state that all routes share.
 pub struct App {
     products: Products,
     embedder: Arc<dyn Embedder>,
@@ -154,12 +154,12 @@ pub struct App {
     status: status::Cache,
     ready: ready::Cache,
     page_size: u64,
-    /// A vector for asking whether the index answers.
+    /// A query vector for checking that the index answers.
     zero: Vec<f32>,
 }
 
 impl App {
-    /// The routes' backends; `page_size` rows on a page unless a request says otherwise.
+    /// The state with these backends. A page has `page_size` rows unless a request sets `per_page`.
     #[must_use]
     pub fn new(
         products: Products,
@@ -188,7 +188,7 @@ impl App {
         }
     }
 
-    /// Gives a large answer its room in memory, if there is any.
+    /// Reserves memory for a large response; `busy` if too little is left.
     fn with_room(&self, mut response: Response) -> std::result::Result<Response, Refusal> {
         let kib = response.body().size_hint().lower() / 1024;
         if kib > SMALL_ANSWER_KIB {
@@ -199,7 +199,7 @@ impl App {
         Ok(response)
     }
 
-    /// A place among those that do the same, which is waited for a little.
+    /// A permit for one kind of work; `busy` if none is free in time.
     async fn turn<'a>(&self, places: &'a Semaphore) -> std::result::Result<SemaphorePermit<'a>, Refusal> {
         match tokio::time::timeout(self.limits.turn, places.acquire()).await {
             Ok(Ok(turn)) => Ok(turn),
@@ -212,7 +212,7 @@ fn busy() -> Refusal {
     Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "busy", "too many requests at once; try again")
 }
 
-/// Takes the address of the settings.
+/// Binds the address in the settings.
 pub async fn bind(settings: &Settings) -> anyhow::Result<TcpListener> {
     let address = settings.serve.bind;
     TcpListener::bind(address)
@@ -220,21 +220,20 @@ pub async fn bind(settings: &Settings) -> anyhow::Result<TcpListener> {
         .with_context(|| format!("cannot serve on {address}; name another address with --bind or serve.bind"))
 }
 
-/// Runs the role in a process of its own.
+/// Runs the role in its own process.
 pub async fn run(settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     let listener = bind(settings).await?;
-    let model = backend::patiently(settings, async || LoadedModel::load(settings).await).await?;
-    super::with_database(settings, async |database: &Database| {
-        let backends = super::open(database, settings).await?;
+    super::with_model(settings, async |database: &Database, model: &LoadedModel| {
+        let backends = super::open(database, settings, Some(model)).await?;
         let address = listener.local_addr()?;
         super::print(format!("refarch serves http://{address}\n").as_bytes())?;
-        work(listener, &backends, settings, &model, &stop).await
+        work(listener, &backends, settings, model, &stop).await
     })
     .await
 }
 
-/// Serves until `stop`, then lets requests end within the grace period.
+/// Serves until `stop`, then lets requests finish within the grace period.
 pub async fn work(
     listener: TcpListener,
     backends: &Backends,
@@ -243,12 +242,12 @@ pub async fn work(
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     let requests = backends.postgres.for_requests(settings.serve.pool_size, REQUEST_TIMEOUT)?;
-    let asked = Backends::open(&requests, settings).await?;
+    let asked = Backends::open_for(&requests, settings, Some(model)).await?;
     let products = Products::new(requests.pool.clone(), &asked.target.table.relation);
     products.check().await?;
     let guard = Guard::new(listener.local_addr()?, settings.serve.edit_token.clone())
         .with_hosts(&settings.serve.allowed_hosts);
-    // A thread of its own, so that a search does not wait behind a load.
+    // Searches have their own embedding thread, so that a search does not wait behind a load.
     let app = App::new(
         products,
         model.start(1),
@@ -260,7 +259,7 @@ pub async fn work(
     let bounds =
         Bounds::new(settings.serve.max_connections, settings.serve.pool_size + settings.database.pool_size);
     let worker = Worker::join(backends.postgres.clone(), "serve", 1, Arc::default()).await?;
-    let abort = shutdown::after_grace(stop, settings.runtime.grace());
+    let abort = shutdown::after_grace(stop, settings.runtime.grace);
     let server = serve(listener, router(Arc::new(app), guard), bounds, stop.clone());
     let result = super::while_beating(&worker, async {
         tokio::select! {

@@ -1,4 +1,4 @@
-//! Whether requests can be answered, looked at once for all who ask.
+//! Readiness: whether requests can be answered. One check serves all clients that ask.
 
 use std::time::{Duration, Instant};
 
@@ -7,23 +7,23 @@ use tokio::sync::Mutex;
 use super::{App, viewer};
 use crate::pipeline::failure::{Class, Error, Result};
 
-/// How long readiness waits for a back end.
+/// How long readiness waits for a backend.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long an answer holds at least, so that nobody can make work by asking.
+/// Least time that a result is reused, so that many requests cause few checks.
 const MIN_AGE: Duration = Duration::from_secs(1);
 
-/// An answer holds for this many times as long as it took.
+/// A result is reused for this many times as long as its check took.
 const AGE_FOR_COST: u32 = 5;
 
-/// Why requests can't be answered, or not rightly.
+/// Why requests cannot be answered correctly.
 #[derive(Clone, Debug)]
 pub struct Reason {
-    /// What is at fault, for machines.
+    /// The part at fault, for machines.
     pub kind: &'static str,
-    /// What is wrong with it, for anybody.
+    /// The reason in words that any client may read.
     general: &'static str,
-    /// The same for those who may see everything.
+    /// The reason in detail, for clients that may see everything.
     detail: Option<String>,
 }
 
@@ -36,7 +36,7 @@ impl Reason {
         Self { kind, general, detail: Some(error.to_string()) }
     }
 
-    /// The reason in words that this request's client may read.
+    /// The reason, as this request's client may read it.
     pub fn shown(&self) -> String {
         match &self.detail {
             Some(detail) if viewer::is_trusted() => format!("{}: {detail}", self.kind),
@@ -45,21 +45,21 @@ impl Reason {
     }
 }
 
-/// What was found at one look.
+/// The result of one check.
 #[derive(Clone, Debug, Default)]
 pub struct Found {
-    /// Why requests can't be answered, or not rightly.
+    /// Why requests cannot be answered correctly; empty if they can.
     pub reasons: Vec<Reason>,
-    /// How the proof stands.
+    /// The state of the continuous proof, in words.
     pub proof: String,
 }
 
-/// What was found of late, and until when it holds.
+/// The last result, and until when it is reused.
 #[derive(Default)]
 pub struct Cache(Mutex<Option<(Instant, Found)>>);
 
 impl Cache {
-    /// What was found lately, or a new look; whoever asks meanwhile waits for the same one.
+    /// The last result, or that of a new check. Requests that arrive during a check wait for its result.
     pub async fn get(&self, app: &App) -> Found {
         let mut last = self.0.lock().await;
         if let Some((until, found)) = &*last
@@ -98,7 +98,7 @@ async fn look(app: &App) -> Found {
         None => reasons.push(Reason::new("index", "it does not answer")),
         Some(Err(error)) => reasons.push(Reason::failed("index", "it does not answer", &error)),
     }
-    // A database that does not answer is told of already.
+    // The reason `database` already covers a database that does not answer.
     if let Some(Err(error)) = target
         && error.class() != Class::Retryable
     {
@@ -113,7 +113,7 @@ async fn look(app: &App) -> Found {
     Found { reasons, proof }
 }
 
-/// The result, if it comes in time.
+/// The result, if it arrives within [`TIMEOUT`].
 async fn in_time<T>(work: impl Future<Output = Result<T>>) -> Option<Result<T>> {
     tokio::time::timeout(TIMEOUT, work).await.ok()
 }

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tower_http::set_header::SetResponseHeaderLayer;
 
 use super::error::Refusal;
 use super::guard::{Guard, watch};
@@ -18,32 +19,36 @@ use super::{App, asset, search, viewer};
 use crate::backend::postgres::products::{Edit, Edited, EditedBySku, LISTED};
 use crate::product::Product;
 
-/// A request's greatest body: a description of a megabyte, and JSON's escapes.
+/// Most bytes of a request's body: a description of a megabyte, and JSON's escapes.
 const MAX_BODY: usize = 2 * 1024 * 1024;
 
-/// The greatest body of a search, which anybody may send.
+/// Most bytes of a search's body, which any client may send.
 const MAX_SEARCH_BODY: usize = 64 * 1024;
 
-/// Rows on a page of the reference architecture.
+/// Rows on a page of the reference architecture's search.
 const LEGACY_PAGE: u64 = 10;
 
-/// Pages past this are empty for certain: their rows could not be counted.
+/// Greatest page number, so that row offsets cannot overflow.
 const MAX_PAGE: u64 = 1_000_000_000;
+
+/// The page loads files from its own server only, and uses no inline scripts or styles.
+const CONTENT_SECURITY_POLICY: &str =
+    "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'";
 
 type Shared = State<Arc<App>>;
 type Answer<T> = Result<T, Refusal>;
 
-/// JSON in, with refusals of our form.
+/// A JSON body. Errors have the API's form.
 #[derive(FromRequest)]
 #[from_request(via(axum::Json), rejection(Refusal))]
 struct Body<T>(T);
 
-/// A query string, with refusals of our form.
+/// A query string. Errors have the API's form.
 #[derive(FromRequestParts)]
 #[from_request(via(axum::extract::Query), rejection(Refusal))]
 struct Query<T>(T);
 
-/// A part of the path, with refusals of our form.
+/// A part of the path. Errors have the API's form.
 #[derive(FromRequestParts)]
 #[from_request(via(axum::extract::Path), rejection(Refusal))]
 struct Path<T>(T);
@@ -54,7 +59,7 @@ impl From<JsonRejection> for Refusal {
             StatusCode::PAYLOAD_TOO_LARGE => (
                 "too_large",
                 format!(
-                    "the body is too large: {} MiB of an edit and {} KiB of a search are read",
+                    "the body is too large: send at most {} MiB for an edit and {} KiB for a search",
                     MAX_BODY >> 20,
                     MAX_SEARCH_BODY >> 10
                 ),
@@ -62,7 +67,7 @@ impl From<JsonRejection> for Refusal {
             StatusCode::UNSUPPORTED_MEDIA_TYPE => {
                 ("unsupported_media_type", "send JSON, with the header Content-Type: application/json".into())
             }
-            // The right syntax in the wrong shape is no less the caller's mistake.
+            // Also for valid JSON of the wrong shape: axum's status for it is 422.
             _ => return Self::bad_request(rejection.body_text()),
         };
         Self::new(rejection.status(), code, message)
@@ -81,7 +86,8 @@ impl From<PathRejection> for Refusal {
     }
 }
 
-/// All routes.
+/// All routes. Bodies are bounded by axum itself, whose limit the extractors tell of in our form. Nothing is compressed:
+/// answers are counted by their bytes, and a proxy compresses them where that is worth its time.
 pub fn router(app: Arc<App>, guard: Guard) -> Router {
     Router::new()
         .route("/api/v1/products", get(list).post(create))
@@ -98,25 +104,40 @@ pub fn router(app: Arc<App>, guard: Guard) -> Router {
             Refusal::new(
                 StatusCode::METHOD_NOT_ALLOWED,
                 "method_not_allowed",
-                "this path does not take that method",
+                "this path does not support that method",
             )
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), time_out))
         .layer(middleware::from_fn_with_state(Arc::new(guard), watch))
+        .layer(always(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
+        .layer(always(header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY_POLICY))
+        .layer(always(header::REFERRER_POLICY, "no-referrer"))
+        .layer(SetResponseHeaderLayer::if_not_present(
+            header::CACHE_CONTROL,
+            HeaderValue::from_static("no-store"),
+        ))
         .with_state(app)
 }
 
+/// A header of every answer, refusals included.
+fn always(name: HeaderName, value: &'static str) -> SetResponseHeaderLayer<HeaderValue> {
+    SetResponseHeaderLayer::overriding(name, HeaderValue::from_static(value))
+}
+
+/// Ends what takes too long. By hand: `tower-http`'s layer answers with an empty body and one status, and here the
+/// answer depends on whether the client or the server was late.
 async fn time_out(State(app): Shared, request: axum::extract::Request, next: middleware::Next) -> Response {
     let watch = request.extensions().get::<Arc<Watch>>().cloned();
     if let Ok(response) = tokio::time::timeout(app.limits.request, next.run(request)).await {
         return app.with_room(response).unwrap_or_else(IntoResponse::into_response);
     }
     if watch.is_some_and(|watch| watch.waits_for_body()) {
-        let message = "the request's body did not come in time";
+        let message = "the request's body did not arrive in time";
         return Refusal::new(StatusCode::REQUEST_TIMEOUT, "slow_body", message).into_response();
     }
-    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "timeout", "this took too long; try again").into_response()
+    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "timeout", "the request took too long; try again")
+        .into_response()
 }
 
 #[derive(Deserialize)]
@@ -127,7 +148,7 @@ struct Paging {
 }
 
 impl Paging {
-    /// Page and rows a page, checked. They come as text, so that a refusal can say what they were.
+    /// The page number and the rows on a page, checked. They are text so that an error can show them.
     fn resolve(&self, app: &App) -> Answer<(u64, u64)> {
         let number = |name: &str, given: &Option<String>, default: u64, most: u64| match given {
             None => Ok(default),
@@ -147,7 +168,7 @@ async fn list(State(app): Shared, Query(paging): Query<Paging>) -> Answer<Json<V
     let last = LISTED / per_page;
     if page > last {
         return Err(Refusal::bad_request(format!(
-            "page={page}: the pages end at {last}, with row {}; search to find rows past it",
+            "page={page}: the last page is {last}, which ends with row {}; use the search to find later rows",
             last * per_page
         )));
     }
@@ -185,12 +206,12 @@ async fn read(State(app): Shared, Path(id): Path<String>) -> Answer<Response> {
     Ok(response)
 }
 
-/// An edit from an object of texts and nulls. By hand, since serde would take an array for one too, and
+/// An edit from an object of texts and nulls. Parsed by hand, because serde would also accept an array, and
 /// would not name the column at fault.
 fn edit_of(body: serde_json::Map<String, Value>) -> Answer<Edit> {
     if body.is_empty() {
         return Err(Refusal::bad_request(
-            "nothing is given: write at least one of name, sku, description and price",
+            "the edit is empty: set at least one of name, sku, description and price",
         ));
     }
     let mut edit = Edit::default();
@@ -201,7 +222,7 @@ fn edit_of(body: serde_json::Map<String, Value>) -> Answer<Edit> {
             "description" => &mut edit.description,
             "price" => &mut edit.price,
             _ => {
-                let message = format!("{key:?} cannot be written: use name, sku, description and price");
+                let message = format!("{key:?} cannot be edited: use name, sku, description and price");
                 return Err(Refusal::bad_request(message));
             }
         };
@@ -257,8 +278,12 @@ fn no_row(id: i64) -> Refusal {
 }
 
 fn stale(current: &Product) -> Refusal {
-    Refusal::new(StatusCode::PRECONDITION_FAILED, "stale", "the row was changed meanwhile; see current")
-        .with("current", json!(current))
+    Refusal::new(
+        StatusCode::PRECONDITION_FAILED,
+        "stale",
+        "the row was changed meanwhile; its new version is in current",
+    )
+    .with("current", json!(current))
 }
 
 fn with_revision(status: StatusCode, product: &Product) -> Response {
@@ -275,7 +300,7 @@ fn revision(headers: &HeaderMap) -> Answer<&str> {
         Refusal::new(
             StatusCode::PRECONDITION_REQUIRED,
             "revision_required",
-            "send If-Match with the row's revision in quotes, so that nobody's edit is overwritten unseen",
+            "send If-Match with the row's revision in quotes, so that your edit overwrites no other",
         )
     };
     let tag = headers.get(header::IF_MATCH).and_then(|tag| tag.to_str().ok()).ok_or_else(required)?;
@@ -329,12 +354,12 @@ async fn legacy_update(State(app): Shared, Body(body): Body<LegacyUpdate>) -> An
     let _turn = app.turn(&app.edits).await?;
     match app.products.describe_by_sku(&body.sku, &body.description).await? {
         EditedBySku::Done(row) => Ok(Json(row)),
-        EditedBySku::Unknown => Err(Refusal::not_found(format!("no row bears the SKU {:?}", body.sku))),
+        EditedBySku::Unknown => Err(Refusal::not_found(format!("no row has the SKU {:?}", body.sku))),
         EditedBySku::Ambiguous(count) => Err(Refusal::new(
             StatusCode::CONFLICT,
             "ambiguous_sku",
             format!(
-                "{count} rows bear the SKU {:?}, and none was changed: edit by id with PATCH /api/v1/products/{{id}}",
+                "{count} rows have the SKU {:?}, and none was changed: edit by id with PATCH /api/v1/products/{{id}}",
                 body.sku
             ),
         )),

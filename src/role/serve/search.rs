@@ -11,14 +11,14 @@ use super::error::Refusal;
 use crate::backend::postgres::products::Exact;
 use crate::product::Product;
 
-/// Ranked rows that paging can reach. Every page is cut from a ranking of this depth: asked for
-/// another number, an approximate index may order the same rows otherwise.
+/// Ranked rows that paging can reach. Every page is cut from a ranking of this depth, because an approximate
+/// index may order the same rows differently for another depth.
 const TOP: usize = 1_000;
 
-/// A search term's greatest length, in characters: the model reads some 256 words at most.
+/// Most characters of a search term. The model reads at most 256 tokens.
 const MAX_TERM: usize = 2_000;
 
-/// How a row came to be in the results.
+/// Why a row is in the results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -30,7 +30,7 @@ pub enum Kind {
     Semantic,
 }
 
-/// A row with its rank's reasons.
+/// A row with the reason for its rank.
 #[derive(Clone, Debug, Serialize)]
 pub struct Hit {
     /// The row.
@@ -38,7 +38,7 @@ pub struct Hit {
     pub product: Product,
     /// Cosine similarity to the term; none for an exact match that is not among the nearest.
     pub score: Option<f32>,
-    /// Why it is here.
+    /// Why the row is in the results.
     #[serde(rename = "match")]
     pub kind: Kind,
 }
@@ -52,9 +52,9 @@ pub struct Results {
     pub page: u64,
     /// Rows on a page.
     pub per_page: u64,
-    /// Whether there are more.
+    /// Whether there are more pages.
     pub has_next: bool,
-    /// How long it took.
+    /// How long the search took, in milliseconds.
     pub took_ms: u64,
     /// The rows, best first.
     pub rows: Vec<Hit>,
@@ -81,13 +81,13 @@ pub async fn search(app: &App, term: &str, page: u64, per_page: u64) -> Result<R
         took_ms: started.elapsed().as_millis() as u64,
         rows,
     };
-    // No ranking goes that far.
+    // No ranking is that long.
     if first >= TOP {
         return Ok(results(false, Vec::new()));
     }
     let _turn = app.turn(&app.searches).await?;
     let vector = app.embedder.embed_query(&Arc::from(term)).await?;
-    // A turn of its own, since a slow embedder needs no connection.
+    // A second permit, because a slow embedder needs no connection.
     let _query = app.turn(&app.queries).await?;
     let ranked = rank(app, term, &vector).await?;
     let start = first.min(ranked.len());
@@ -105,7 +105,7 @@ pub async fn search(app: &App, term: &str, page: u64, per_page: u64) -> Result<R
     Ok(results(end < ranked.len(), rows))
 }
 
-/// The term without blanks around it, if it is one that can be searched for.
+/// The trimmed term, if it can be searched for.
 fn check(term: &str) -> Result<&str, Refusal> {
     let term = term.trim();
     if term.is_empty() {
@@ -113,9 +113,7 @@ fn check(term: &str) -> Result<&str, Refusal> {
     }
     let length = term.chars().count();
     if length > MAX_TERM {
-        return Err(Refusal::bad_request(format!(
-            "q has {length} characters; at most {MAX_TERM} are searched for"
-        )));
+        return Err(Refusal::bad_request(format!("q has {length} characters; use at most {MAX_TERM}")));
     }
     Ok(term)
 }
@@ -125,7 +123,7 @@ async fn rank(app: &App, term: &str, vector: &[f32]) -> Result<Vec<Ranked>, Refu
     let (exact, nearest) = tokio::try_join!(app.products.exact(term), app.index.query(vector, TOP))?;
     let nearest = nearest
         .into_iter()
-        // An id that is no number is of another table.
+        // An id that is not a number belongs to another table.
         .filter_map(|found| Some((found.id.parse().ok()?, found.score)))
         .collect::<Vec<(i64, f32)>>();
     let ids: Vec<i64> = nearest.iter().map(|(id, _)| *id).collect();
@@ -136,8 +134,8 @@ async fn rank(app: &App, term: &str, vector: &[f32]) -> Result<Vec<Ranked>, Refu
     Ok(merge(&exact, &nearest, &app.products.existing(&ids).await?))
 }
 
-/// Exact matches first, in their order; then the nearest that are not among them and still exist, by
-/// score and, among equals, by id.
+/// Exact matches first, in their order. Then the nearest rows that still exist and are no exact match, by
+/// score; equal scores by id.
 fn merge(exact: &[(i64, Exact)], nearest: &[(i64, f32)], existing: &HashSet<i64>) -> Vec<Ranked> {
     let score = |id| nearest.iter().find(|(near, _)| *near == id).map(|(_, score)| *score);
     let mut seen = HashSet::new();

@@ -1,4 +1,4 @@
-//! The status, read once for all pages that ask.
+//! The status. One read serves all pages that ask.
 
 use std::time::{Duration, Instant};
 
@@ -8,19 +8,19 @@ use tokio::sync::Mutex;
 use super::Probe;
 use crate::pipeline::failure::Result;
 
-/// How long a status is shown at least.
+/// Least time that a status is reused.
 const MIN_AGE: Duration = Duration::from_millis(300);
 
-/// The counts of a large table take a while: a status is shown for this many times as long as it took
-/// to read, so that open pages never make it the database's main work.
+/// A status is reused for this many times as long as its read took. Counting a large table takes a while, so
+/// otherwise open pages could keep the database busy.
 const AGE_FOR_COST: u32 = 5;
 
-/// The last status, and until when it is shown.
+/// The last status, and until when it is reused.
 #[derive(Default)]
 pub struct Cache(Mutex<Option<(Instant, Value)>>);
 
 impl Cache {
-    /// A status read lately, or a new one; who asks while it is read waits for the same one.
+    /// The last status, or a new one. Requests that arrive during a read wait for its result.
     pub async fn get(&self, probe: &dyn Probe) -> Result<Value> {
         let mut last = self.0.lock().await;
         if let Some((until, status)) = &*last

@@ -1,47 +1,49 @@
-//! How often a token may be guessed.
+//! Rate limit for wrong tokens.
 //!
-//! Clients behind one proxy may have one address, so that nobody can be shut out by address: somebody's wrong tokens
-//! would shut out whoever has the right one. Where many were wrong, one wrong token a second is looked at, and no
-//! more until the second is over. So guessing stays slow, and the right token passes between.
+//! All clients behind one proxy may have the same address. So an address cannot be blocked: one client's
+//! wrong tokens would also block the client that has the right token. Instead, after some wrong tokens from
+//! an address, no token is checked for a second after each wrong one. So guessing stays slow, and the right
+//! token still gets through between two guesses. Written by hand, because rate limiters (governor,
+//! tower's) block a key whatever it sends, the right token too.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Wrong tokens of one client that cost no time: somebody mistypes.
+/// Wrong tokens of one client without a pause, for typing errors.
 const FREE: u32 = 5;
 
-/// After more than these, nothing is looked at for this long after a wrong token.
+/// After more than [`FREE`] wrong tokens, no token is checked for this long after each wrong token.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// A client's wrong tokens are forgotten after this long without another.
 const FORGET: Duration = Duration::from_mins(15);
 
-/// Clients that are remembered: the latest.
+/// Clients with wrong tokens that are remembered. The oldest is dropped.
 const CLIENTS: usize = 1_024;
 
-/// Wrong tokens that clients who never had the right one may together send in a [`WINDOW`] without a [`PAUSE`].
+/// Wrong tokens in a [`WINDOW`] without a [`PAUSE`], of all clients together that never sent the right token.
 const GUESSES: u32 = 60;
 
 /// See [`GUESSES`].
 const WINDOW: Duration = Duration::from_mins(1);
 
-/// Clients that are remembered for having had the token: others' guesses don't lock them out.
+/// Clients with the right token that are remembered. Guesses of other clients do not delay them.
 const KNOWN: usize = 256;
 
-/// What comes of a token.
+/// The result of checking a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is the right one.
+    /// The token is right.
     Right,
-    /// It is a wrong one.
+    /// The token is wrong.
     Wrong,
-    /// It was not looked at, and will not be before this long.
+    /// The token was not checked. No token is checked before this time has passed.
     Wait(Duration),
 }
 
-/// The wrong tokens of late.
+/// Recent wrong tokens, by client.
 #[derive(Debug, Default)]
 pub struct Throttle(Mutex<State>);
 
@@ -51,7 +53,7 @@ struct State {
     known: VecDeque<IpAddr>,
     window: Option<Instant>,
     guesses: u32,
-    /// When the last of these guesses was.
+    /// When the last of these guesses was made.
     guessed: Option<Instant>,
 }
 
@@ -62,7 +64,7 @@ struct Misses {
 }
 
 impl Throttle {
-    /// A client has sent a token, which is right or is not.
+    /// Decides about a token of a client; `right` says whether the token is right.
     pub fn judge(&self, client: IpAddr, right: bool) -> Verdict {
         self.judge_at(client, right, Instant::now())
     }
@@ -88,7 +90,7 @@ impl Throttle {
             return Verdict::Wait(pause);
         }
         if right {
-            // The wrong ones still count: they may be another's behind the same proxy.
+            // The wrong tokens still count: another client behind the same proxy may have sent them.
             if !is_known {
                 state.known.truncate(KNOWN - 1);
                 state.known.push_front(client);
@@ -110,12 +112,13 @@ impl Throttle {
     }
 }
 
-/// What is left of the pause after a wrong token.
+/// The rest of the pause after a wrong token.
 fn left(last: Instant, now: Instant) -> Option<Duration> {
     (last + PAUSE).checked_duration_since(now).filter(|left| !left.is_zero())
 }
 
-/// What stands for a client: of IPv6 the network, since one client has all of its addresses.
+/// The address that identifies a client. For IPv6 the /64 network, because one client has all of its
+/// addresses.
 fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
@@ -143,7 +146,7 @@ mod tests {
         }
         for _ in 0..100 {
             assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
-            // Not even the right one is looked at meanwhile: that would tell it from the others.
+            // The right token is not checked either: its answer would show that it is right.
             for right in [false, true] {
                 assert_eq!(throttle.judge_at(client(1), right, now), Verdict::Wait(PAUSE));
             }
@@ -152,7 +155,7 @@ mod tests {
         }
         assert_eq!(throttle.judge_at(client(1), true, now), Verdict::Right);
         assert_eq!(throttle.judge_at(client(1), true, now), Verdict::Right);
-        // A right token makes no room for others' guesses.
+        // A right token does not reset the limit for other guesses.
         assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
         assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wait(PAUSE));
         let later = now + FORGET;
@@ -186,7 +189,7 @@ mod tests {
         assert!(throttle.0.lock().unwrap().misses.len() <= CLIENTS);
         assert_eq!(throttle.judge_at(client(8), true, now), Verdict::Wait(PAUSE));
         assert_eq!(throttle.judge_at(client(7), true, now), Verdict::Right);
-        // One guess a second of all of them, for as long as the window lasts.
+        // All of them together have one guess a second, for as long as the window lasts.
         let next = now + PAUSE;
         assert_eq!(throttle.judge_at(client(9), false, next), Verdict::Wrong);
         assert_eq!(throttle.judge_at(client(10), false, next), Verdict::Wait(PAUSE));

@@ -1,7 +1,7 @@
-//! Who a request is answered to.
+//! Trust in a request's client.
 //!
-//! Somebody at this machine, or with the token, is told everything. A stranger is told what a page needs:
-//! no names of hosts, no processes, and no words of a back end.
+//! A client on this machine, or with the token, sees everything. A stranger sees what a page needs: no host
+//! names, no processes, and no error texts of a backend.
 
 use serde_json::Value;
 
@@ -9,26 +9,26 @@ tokio::task_local! {
     static TRUSTED: bool;
 }
 
-/// Keys of a status that are no stranger's business, at any depth.
+/// Keys of a status that strangers do not see, at any depth.
 const PRIVATE: [&str; 4] = ["worker_id", "host", "pid", "message"];
 
-/// A key whose texts name tables: strangers see that there are some.
+/// A key whose texts name tables. Strangers see only whether there are any.
 const DETAILED: &str = "capture_faults";
 
-/// What strangers see of [`DETAILED`].
+/// What strangers see instead of [`DETAILED`].
 const SOME: &str = "some changes";
 
-/// Answers a request to somebody who is trusted, or is not.
+/// Runs the work of a request whose client is trusted, or is not.
 pub async fn answer_to<T>(trusted: bool, work: impl Future<Output = T>) -> T {
     TRUSTED.scope(trusted, work).await
 }
 
-/// Whether the request at hand is answered to somebody who may see everything.
+/// Whether the current request's client may see everything.
 pub fn is_trusted() -> bool {
     TRUSTED.try_with(|trusted| *trusted).unwrap_or(false)
 }
 
-/// A status as this request's client may see it.
+/// The status as the current request's client may see it.
 pub fn shown(mut status: Value) -> Value {
     if !is_trusted() {
         strip(&mut status);

@@ -1,4 +1,4 @@
-//! What each connection is at, seen from the bytes that pass.
+//! Tracks the phase of each connection by the bytes that are read and written.
 
 use std::io;
 use std::pin::Pin;
@@ -13,39 +13,39 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
 
-/// A body that is late may be slow rather than dead for this long before its connection makes room for
-/// another.
+/// A client that is late with a body or a read may be slow. Its connection may be closed for another client
+/// only after this time.
 const SLOW_AFTER: Duration = Duration::from_secs(1);
 
-/// What a connection is at.
+/// The phase of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// The client has yet to send a request's head.
+    /// The client still has to send a request's head.
     Head,
-    /// The client has yet to send a request's body.
+    /// The client still has to send a request's body.
     Body,
-    /// The request is worked on.
+    /// The server works on the request.
     Work,
-    /// The answer is being written.
+    /// The server writes the response.
     Answer,
     /// Between requests.
     Idle,
 }
 
-/// How long a client may take for its part.
+/// Timeouts of a client.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
-    /// For a request's line and headers, from the connection's or their own first byte.
+    /// For sending a request's line and headers, from the start of the connection or their first byte.
     pub head: Duration,
     /// Between requests.
     pub idle: Duration,
-    /// To take any part of an answer.
+    /// For reading any part of a response.
     pub write: Duration,
-    /// To take a whole answer.
+    /// For reading a whole response.
     pub answer: Duration,
 }
 
-/// What one connection is at, and since when.
+/// The phase of one connection, and since when.
 #[derive(Debug)]
 pub struct Watch(Mutex<State>);
 
@@ -53,7 +53,7 @@ pub struct Watch(Mutex<State>);
 struct State {
     phase: Phase,
     since: Instant,
-    /// Since when the client has taken nothing of what is to be written.
+    /// Since when the client has read nothing although bytes are waiting.
     stuck: Option<Instant>,
 }
 
@@ -73,7 +73,7 @@ impl Watch {
         (state.phase, state.since) = (phase, Instant::now());
     }
 
-    /// Bytes came.
+    /// Notes that bytes were received.
     fn received(&self) {
         let mut state = self.state();
         if state.phase == Phase::Idle {
@@ -81,13 +81,13 @@ impl Watch {
         }
     }
 
-    /// Something was to be written, and the client took it or did not.
+    /// Notes an attempt to write; `taken` says whether the socket accepted bytes.
     fn wrote(&self, taken: bool) {
         let mut state = self.state();
         state.stuck = if taken { None } else { state.stuck.or_else(|| Some(Instant::now())) };
     }
 
-    /// The body is waited for, or worked with. How long a request takes counts from its head.
+    /// Notes whether the server waits for the body. A request's time counts from its head.
     fn body(&self, waits: bool) {
         let mut state = self.state();
         if matches!(state.phase, Phase::Body | Phase::Work) {
@@ -95,17 +95,17 @@ impl Watch {
         }
     }
 
-    /// A request's head is there.
+    /// Notes that a request's head has arrived.
     pub fn begin(&self) {
         self.enter(Phase::Work);
     }
 
-    /// Whether the client has yet to send the rest of its request.
+    /// Whether the client still has to send the rest of its request.
     pub fn waits_for_body(&self) -> bool {
         self.state().phase == Phase::Body
     }
 
-    /// When the client's time is up, if it is the client that is waited for. A body's time is the request's.
+    /// When the client's timeout ends, if the server waits for the client. A body has the request's timeout.
     pub fn due(&self, patience: &Patience) -> Option<Instant> {
         let state = self.state();
         if let Some(stuck) = state.stuck {
@@ -118,7 +118,7 @@ impl Watch {
         }
     }
 
-    /// Rank for making room, lowest first; none if the client is not what is waited for.
+    /// Rank for closing the connection, lowest first; none if the server does not wait for the client.
     pub fn dispensable(&self, now: Instant) -> Option<(u8, Instant)> {
         let state = self.state();
         let late = |since: Instant| (now.duration_since(since) >= SLOW_AFTER).then_some((2, since));
@@ -134,14 +134,14 @@ impl Watch {
     }
 }
 
-/// A connection's bytes.
+/// A TCP stream that reports reads and writes.
 pub struct Stream {
     inner: TcpStream,
     watch: Arc<Watch>,
 }
 
 impl Stream {
-    /// Tells `watch` of what passes.
+    /// A stream that reports to `watch`.
     pub fn new(inner: TcpStream, watch: Arc<Watch>) -> Self {
         Self { inner, watch }
     }
@@ -199,7 +199,7 @@ impl AsyncWrite for Stream {
     }
 }
 
-/// A request's body as it comes in.
+/// A request's body that reports when the server waits for it.
 struct Request {
     inner: Incoming,
     watch: Arc<Watch>,
@@ -227,8 +227,8 @@ impl HttpBody for Request {
     }
 }
 
-/// An answer's body as it goes out; when it is dropped, the next request is waited for. It goes out in
-/// pieces, so that it is not dropped before the client has taken most of it.
+/// A response's body. Dropping it makes the connection idle. It is sent in pieces, so that it is not dropped
+/// before the client has read most of it.
 struct Answer {
     inner: Body,
     rest: Bytes,
@@ -236,10 +236,10 @@ struct Answer {
     _room: Option<Room>,
 }
 
-/// What an answer's bytes take of the memory that all answers may take together, until they have gone out.
+/// A response's share of the memory for all responses. It is released when the response was sent.
 pub type Room = Arc<OwnedSemaphorePermit>;
 
-/// Bytes of a piece.
+/// Bytes in a piece.
 const PIECE: usize = 64 * 1024;
 
 impl Drop for Answer {
@@ -283,12 +283,12 @@ impl HttpBody for Answer {
     }
 }
 
-/// A request's body that tells `watch` when it is waited for.
+/// A request's body that tells `watch` when the server waits for it.
 pub fn request(inner: Incoming, watch: &Arc<Watch>) -> Body {
     Body::new(Request { inner, watch: Arc::clone(watch) })
 }
 
-/// An answer that tells `watch` when it has been taken, and then gives its room back.
+/// A response that tells `watch` when the client has read it, and then releases its memory share.
 pub fn answer(response: Response, watch: &Arc<Watch>) -> Response {
     watch.enter(Phase::Answer);
     let (mut parts, inner) = response.into_parts();

@@ -1,20 +1,20 @@
-//! For how long this process has seen attempts abandoned, by its own clock.
+//! How long this process has seen attempts as abandoned, by its own clock.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
-/// Attempts by name: when they were abandoned by the database's clock, once that is known, and since when this
-/// process knows it by its own.
+/// For each attempt: when it was abandoned by the database's clock, if that is known, and since when this
+/// process has seen it as abandoned, by its own clock.
 #[derive(Debug, Default)]
 pub(super) struct Abandoned(HashMap<String, (Option<i64>, Duration)>);
 
 impl Abandoned {
-    /// An attempt was abandoned just now, by this process.
+    /// Records that this process abandoned an attempt just now.
     pub(super) fn note(&mut self, attempt: &str, now: Duration) {
         self.0.insert(attempt.to_owned(), (None, now));
     }
 
-    /// Forgets all but these. One that is new, or was abandoned again, is seen from now on.
+    /// Keeps only these attempts. The time of one that is new, or was abandoned again, starts now.
     pub(super) fn keep(&mut self, there: &HashMap<String, i64>, now: Duration) {
         self.0.retain(|attempt, _| there.contains_key(attempt));
         for (attempt, at) in there {
@@ -26,7 +26,7 @@ impl Abandoned {
         }
     }
 
-    /// For how long an attempt has been seen abandoned.
+    /// How long an attempt has been seen as abandoned.
     pub(super) fn seen_for(&self, attempt: &str, now: Duration) -> Duration {
         self.0.get(attempt).map_or(Duration::ZERO, |(_, seen)| now.saturating_sub(*seen))
     }
@@ -47,7 +47,7 @@ mod tests {
         all.note("own", at(1));
         all.keep(&there(&[("own", 10), ("other", 7)]), at(5));
         assert_eq!((all.seen_for("own", at(8)), all.seen_for("other", at(8))), (at(7), at(3)));
-        // The database's clock goes back: not abandoned again.
+        // The database's clock went back: the attempt was not abandoned again.
         all.keep(&there(&[("own", 9), ("other", 70)]), at(10));
         assert_eq!((all.seen_for("own", at(12)), all.seen_for("other", at(12))), (at(11), at(2)));
         all.keep(&there(&[("other", 70)]), at(20));

@@ -1,4 +1,4 @@
-//! Entries of the ledger as rows of its table.
+//! Entries of the ledger as rows of `refarch.ledger`.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -9,7 +9,7 @@ use crate::pipeline::catalog::Hash;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::ledger::Entry;
 
-/// Columns of an entry, as [`read_entry`] takes them.
+/// Columns of an entry, in the order in which [`read_entry`] reads them.
 pub(super) const ENTRY: &str =
     "l.open, l.epoch, l.dirty, l.content_hash, l.metadata_hash, l.deleted, l.parked";
 
@@ -32,7 +32,7 @@ impl PgLedger {
     }
 }
 
-/// The entries of a target, for whoever settles them in a transaction of its own.
+/// The entries of a target, for a caller that settles them in its own transaction.
 pub(crate) struct Entries(pub(crate) i32);
 
 impl Entries {
@@ -50,7 +50,7 @@ impl Entries {
         rows.iter().map(|row| Ok((row.get(0), read_entry(row, 1, row.get(0))?))).collect()
     }
 
-    /// Writes locked entries back; `settled` has the versions of those that are clean now.
+    /// Writes locked entries back; `settled` has the versions of the entries that became clean.
     pub(crate) async fn put(
         &self,
         transaction: &Transaction<'_>,
@@ -100,14 +100,14 @@ pub(super) fn hash(row: &Row, at: usize, id: &str) -> Result<Option<Hash>> {
                 Error::new(
                     FailureKind::Malformed,
                     "read the ledger",
-                    format!("row {id} has a hash of another length"),
+                    format!("row {id} has a hash of an unexpected length"),
                 )
             })
         })
         .transpose()
 }
 
-/// Reads the columns of [`ENTRY`] from the one at `at` on.
+/// Reads the columns of [`ENTRY`], beginning at column `at`.
 pub(super) fn read_entry(row: &Row, at: usize, id: &str) -> Result<Entry> {
     Ok(Entry {
         open: row.get(at),

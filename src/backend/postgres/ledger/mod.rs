@@ -1,6 +1,6 @@
-//! The ledger, and its reading together with the source in one snapshot.
+//! The ledger. It is read together with the source, in one snapshot.
 //!
-//! Locks are taken in one order everywhere: an attempt, then its ledger entries by id, byte by byte.
+//! Every transaction locks in the same order: an attempt, then its ledger entries by id, byte by byte.
 
 mod abandoned;
 mod entry;
@@ -27,14 +27,14 @@ use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peeked, Pending, Swept};
 
-/// A worker whose heartbeat is older is taken for dead even if its session seems to live: a host that
-/// vanished without a word keeps its connection for as long as the kernel does.
+/// A worker whose heartbeat is older counts as dead, even if its session seems to live: the connection of a
+/// host that lost its power or its network stays open for as long as the kernel keeps it.
 const SILENT_FOR: &str = "10 minutes";
 
-/// Rows of the outbox that are counted at most, where only a few and many are told apart.
+/// Rows of the outbox that are counted at most, where the caller only tells few from many.
 const MANY_ROWS: i64 = 2_000;
 
-/// Abandoned attempts that a process keeps watch of. More are swept later, as those before them go.
+/// Abandoned attempts that a process watches. The rest is swept later.
 const MAX_WATCHED: i64 = 10_000;
 
 /// Source and ledger of one target.
@@ -59,7 +59,7 @@ impl PgLedger {
         Self { postgres, source, name, target, salt, clock: Arc::new(BootClock), abandoned: Arc::default() }
     }
 
-    /// Takes the settling time by this clock too.
+    /// Measures the settling time by this clock too.
     #[must_use]
     pub fn with_clock(self, clock: Arc<dyn Clock>) -> Self {
         Self { clock, ..self }
@@ -82,8 +82,8 @@ fn peek_sql(table: &SourceTable) -> String {
     )
 }
 
-/// The next rows with their entries; the ledger's target is `$3`. A join need not keep the order of the rows, and
-/// the last one tells where the next page begins.
+/// The next rows with their entries; the ledger's target is `$3`. The outer ORDER BY is needed: a join need
+/// not keep the order of the rows, and the next page begins after the last row.
 fn page_sql(table: &SourceTable) -> String {
     format!(
         "SELECT s.id, true, s.text, s.metadata, l.id IS NOT NULL, {ENTRY} \
@@ -114,7 +114,8 @@ fn fail(what: &'static str) -> impl Fn(tokio_postgres::Error) -> Error {
 impl Ledger for PgLedger {
     async fn peek(&self, ids: &[String]) -> Result<Vec<Peeked>> {
         let what = "read rows and ledger";
-        // Ids that no row can have. The index may hold such a record all the same: somebody else put it there.
+        // Ids that no row can have. The index may hold such a record all the same, if another program wrote
+        // it.
         let mut impossible: HashSet<String> = HashSet::new();
         for _ in 0..MAX_LOOKS {
             let table = self.source.table();
@@ -151,7 +152,7 @@ impl Ledger for PgLedger {
     async fn fits(&self, ids: &[String], bytes: u64) -> Result<usize> {
         let table = self.source.table();
         let possible: Vec<&String> = ids.iter().filter(|id| table.can_hold(id)).collect();
-        // Of the very query that will read them, so that its expressions decide.
+        // Sizes come from the query that reads the rows, so that its expressions decide.
         let sql = format!(
             "SELECT p.id, coalesce(octet_length(p.text)::bigint + octet_length(p.metadata), 0) FROM ({}) p",
             table.select_by_ids()
@@ -160,8 +161,8 @@ impl Ledger for PgLedger {
         let (rows, _) = match client.read_source(&table, &sql, &[&possible]).await {
             Ok(read) => read,
             Err(error) => {
-                let error = failure("ask for sizes", error);
-                // Whoever reads the rows meets any other error too, and knows better what to say of it.
+                let error = failure("read the sizes of rows", error);
+                // Reading the rows gives any other error again, with a better message.
                 return if error.class() == Class::Retryable { Err(error) } else { Ok(ids.len()) };
             }
         };
@@ -196,7 +197,7 @@ impl Ledger for PgLedger {
         let what = "read a page of ids";
         for _ in 0..MAX_LOOKS {
             let table = self.source.table();
-            // What is not asked for is not computed, so that a row that cannot be read does no harm.
+            // The query selects only ids. So it computes no text, and a row that cannot be read does no harm.
             let sql = format!("SELECT s.id FROM ({rows}) s ORDER BY s.key", rows = table.select_after());
             let client = self.postgres.client().await?;
             let read = client.read_source(&table, &sql, &[&id, &(limit as i64)]).await;
@@ -280,7 +281,7 @@ impl Ledger for PgLedger {
         let mut open = Vec::new();
         let mut requeue = Vec::new();
         if let Some(named) = stands {
-            // What it does not name any more was closed by a call whose answer was lost.
+            // A call whose answer was lost closed the ids that the attempt no longer names.
             let closing: Vec<_> = closing.iter().filter(|(opened, _)| named.contains(&opened.id)).collect();
             let ids: Vec<&str> = closing.iter().map(|(opened, _)| opened.id.as_str()).collect();
             let mut entries = self.lock(&transaction, &ids).await?;
@@ -309,7 +310,7 @@ impl Ledger for PgLedger {
                     .map_err(&fail)?;
             }
         } else {
-            // Swept while this worker lived. What it did not write needs no more sweeping.
+            // The attempt was swept while this worker lived. Ids that were not written need no second sweep.
             open = closing
                 .iter()
                 .filter(|(_, outcome)| *outcome != Outcome::Unwritten)
@@ -353,7 +354,7 @@ impl Ledger for PgLedger {
                 &[&self.target, &worker, &in_hand],
             )
             .await
-            .map_err(fail("disown attempts"))?;
+            .map_err(fail("abandon attempts"))?;
         let now = self.clock.now();
         let mut abandoned = self.abandoned();
         for row in &disowned {
@@ -379,7 +380,7 @@ impl Ledger for PgLedger {
         let abandoned = client.execute(&sql, &[&self.target, &WORKER_LOCKS]).await.map_err(&fail)?;
         let mut swept = Swept { abandoned, ..Swept::default() };
         let due = self.due(&client, settle).await?;
-        // An attempt a transaction, so that entries are locked in order.
+        // One attempt in a transaction, so that entries are locked in order.
         for (attempt, since) in due.into_iter().take(limit) {
             let transaction = client.transaction().await.map_err(&fail)?;
             let due = transaction
@@ -389,7 +390,7 @@ impl Ledger for PgLedger {
                 )
                 .await
                 .map_err(&fail)?;
-            // Others swept it, or are at it, or it was put back.
+            // Another worker swept the attempt or is sweeping it, or the attempt was abandoned again.
             let Some(due) = due else { continue };
             let ids: Vec<&str> = due.get(0);
             let mut entries = self.lock(&transaction, &ids).await?;
@@ -414,8 +415,8 @@ impl Ledger for PgLedger {
         let fail = fail("queue ids again");
         let mut client = self.postgres.client().await?;
         let transaction = client.transaction().await.map_err(&fail)?;
-        // Locks the entries that are there as it comes to them: with DO NOTHING the new ones would be
-        // locked first, whatever their ids, and an opening of both could deadlock with it.
+        // DO UPDATE locks existing entries in id order. With DO NOTHING, the new entries would be locked
+        // first, whatever their ids, and could deadlock with a transaction that opens both kinds.
         transaction
             .execute(
                 "INSERT INTO refarch.ledger AS l (target, id) \
@@ -443,13 +444,13 @@ impl Ledger for PgLedger {
                 &[&self.name],
             )
             .await
-            .map_err(fail("look for the oldest change"))?;
+            .map_err(fail("read the age of the oldest change"))?;
         Ok(Pending { now: row.get(0), oldest: row.get(1), rereads: row.get(2) })
     }
 
     async fn waiting(&self) -> Result<u64> {
         let client = self.postgres.client().await?;
-        // A row of the outbox has one id at least, so that this many rows are many changes.
+        // A row of the outbox has at least one id, so many rows are many changes.
         let row = client
             .query_one(
                 "SELECT (SELECT coalesce(sum(greatest(cardinality(o.ids), 1)), 0) FROM \
@@ -471,7 +472,7 @@ impl Ledger for PgLedger {
                 &[&self.target, &id, &by],
             )
             .await
-            .map_err(fail("count a try"))?;
+            .map_err(fail("count an attempt at a change"))?;
         Ok(row.get::<_, i32>(0).try_into().unwrap_or_default())
     }
 
@@ -490,10 +491,10 @@ impl Ledger for PgLedger {
 }
 
 impl PgLedger {
-    /// Adds the entries of ids that no row can have, in the order asked.
+    /// Adds the entries of ids that no row can have, in the order of `ids`.
     async fn with_impossible(&self, ids: &[String], peeked: Vec<Peeked>) -> Result<Vec<Peeked>> {
         let mut by_id: HashMap<String, Peeked> = peeked.into_iter().map(|p| (p.id.clone(), p)).collect();
-        // No text of the database can hold a NUL.
+        // Text in PostgreSQL cannot hold a NUL.
         let held: Vec<&String> =
             ids.iter().filter(|id| !by_id.contains_key(*id) && !id.contains('\0')).collect();
         let sql =
@@ -507,12 +508,12 @@ impl PgLedger {
             by_id.insert(id.clone(), Peeked { id, row: None, entry });
         }
         let nothing = |id: &String| Peeked { id: id.clone(), row: None, entry: None };
-        // An id may be asked for twice.
+        // `ids` may hold an id twice.
         Ok(ids.iter().map(|id| by_id.get(id).cloned().unwrap_or_else(|| nothing(id))).collect())
     }
 
-    /// Attempts that have been abandoned for the settling time, by the database's clock and by this process's
-    /// own: that of the database's host may jump.
+    /// Attempts that were abandoned at least the settling time ago, by the database's clock and by this
+    /// process's clock: the clock of the database's host may jump.
     async fn due(&self, client: &Connection, settle: Duration) -> Result<Vec<(String, i64)>> {
         let rows = client
             .query(
@@ -535,7 +536,7 @@ impl PgLedger {
             .collect())
     }
 
-    /// Puts ids into the outbox; the relay finds them at its next poll, if nobody rings.
+    /// Puts ids into the outbox. Without a wake-up, the relay finds them at its next poll.
     async fn queue(&self, transaction: &Transaction<'_>, ids: &[String]) -> Result<()> {
         for ids in ids.chunks(crate::pipeline::change::MAX_CHANGES_PER_JOB) {
             transaction

@@ -1,13 +1,13 @@
-//! Taking over from the reference architecture's own capture.
+//! Replaces the reference architecture's own capture.
 //!
-//! Its triggers send each row, old and new, through NOTIFY: an update whose description nears 8,000 bytes
-//! fails with them, and so does everything that marks rows as processed fire them again. They are taken
-//! off in the transaction that puts ours on, so that no change falls in between. Nothing else of it is
-//! touched: its tables may be of use to somebody.
+//! Its triggers send each row, old and new, through NOTIFY. An update whose description nears 8,000 bytes
+//! fails because of them. Statements that mark rows as processed fire them again. The triggers are removed in
+//! the transaction that installs ours, so that no change is missed. Nothing else of the reference
+//! architecture is touched: its tables may still be in use.
 
 use tokio_postgres::Transaction;
 
-use super::Report;
+use super::report::Report;
 use crate::backend::postgres::failure;
 use crate::backend::postgres::source::{SourceTable, quote_ident};
 use crate::pipeline::failure::Result;
@@ -15,17 +15,17 @@ use crate::pipeline::failure::Result;
 /// The channel that the reference architecture's function notifies.
 const CHANNEL: &str = "table_change";
 
-/// Its tables beside that of the products.
+/// The reference architecture's tables other than the products.
 const TABLES: [&str; 3] = ["bootstrapping_state", "last_record_processed", "locks"];
 
-/// A trigger of its.
+/// A trigger of the reference architecture.
 pub(super) struct Trigger {
     name: String,
     /// The table, qualified and quoted.
     pub(super) relation: String,
 }
 
-/// What there is of it.
+/// Parts of the reference architecture that were found.
 #[derive(Default)]
 pub(super) struct Found {
     pub(super) triggers: Vec<Trigger>,
@@ -34,7 +34,8 @@ pub(super) struct Found {
     listening: i64,
 }
 
-/// Looks for its triggers on the table, known by the function that they call.
+/// Looks for the reference architecture's triggers on the table. They are identified by the function that
+/// they call.
 pub(super) async fn find(transaction: &Transaction<'_>, table: &SourceTable) -> Result<Found> {
     let fail =
         |error: tokio_postgres::Error| failure("look for the reference architecture's triggers", error);
@@ -77,22 +78,22 @@ pub(super) async fn find(transaction: &Transaction<'_>, table: &SourceTable) -> 
     })
 }
 
-/// Takes its triggers off one table. The strongest lock that is needed is taken first: one that grows can meet
-/// another that grows.
+/// Removes the reference architecture's triggers from one table. DROP TRIGGER takes the strongest lock that
+/// is needed and comes first: two transactions that both raise the strength of their locks can deadlock.
 pub(super) async fn take_over(transaction: &Transaction<'_>, found: &Found, relation: &str) -> Result<()> {
     let on_it = found.triggers.iter().filter(|trigger| trigger.relation == relation);
     for Trigger { name, relation } in on_it {
-        // The relation comes from the catalog, quoted.
+        // The relation's name comes from the catalog and is quoted.
         let sql = format!("DROP TRIGGER IF EXISTS {} ON {relation}", quote_ident(name));
         transaction
             .batch_execute(&sql)
             .await
-            .map_err(|error| failure("take the reference architecture's triggers off", error))?;
+            .map_err(|error| failure("remove the reference architecture's triggers", error))?;
     }
     Ok(())
 }
 
-/// Tells what was taken off, or would be, and what is left.
+/// Reports the triggers that were removed, or would be, and the parts that are left.
 pub(super) fn report(found: &Found, report: &mut Report) {
     let Some(function) = &found.function else { return };
     for Trigger { name, relation } in &found.triggers {
@@ -102,10 +103,10 @@ pub(super) fn report(found: &Found, report: &mut Report) {
     if !found.tables.is_empty() {
         drop = format!("{drop} DROP TABLE {};", found.tables.join(", "));
     }
-    report.notes.push(format!("left of the reference architecture, and not used any more: {drop}"));
+    report.notes.push(format!("these parts of the reference architecture are left and refarch does not use them; to remove them, run: {drop}"));
     if found.listening > 0 {
         report.warnings.push(format!(
-            "{} session(s) still LISTEN to {CHANNEL}, which is silent from now on: stop the reference architecture's listener",
+            "{} session(s) still LISTEN to {CHANNEL}, and no trigger notifies that channel now: stop the reference architecture's listener",
             found.listening
         ));
     }

@@ -1,33 +1,34 @@
-//! Triggers put on and taken off, a table a transaction, and the rows queued that were there before.
+//! Installs and removes triggers, one table in a transaction, and queues the rows that existed before.
 
 use std::time::{Duration, Instant};
 
 use tokio_postgres::Transaction;
 
+use super::adopt;
 use super::patience::Session;
-use super::{Report, adopt};
+use super::report::Report;
 use crate::backend::postgres::source::SourceTable;
 use crate::backend::postgres::{Postgres, capture, failure};
 use crate::pipeline::failure::Result;
 
-/// Pages of 500 rows that one transaction queues: some 50 ms.
+/// Pages of 500 rows that one transaction queues, in about 50 ms.
 const PAGES: i32 = 20;
 
-/// How long rows that can't be queued yet are waited for. The relay queues them later.
+/// How long to wait for rows that cannot be queued yet. The relay queues them later.
 const HELD_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How often it is told how far it is.
+/// How often progress is logged.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 
-/// Arms what is not armed. One table a transaction: none is locked while another is waited for. `expand`: the index
-/// may hold rows that went unseen.
+/// Installs missing triggers. Each table gets its own transaction, so that none is locked while another is
+/// waited for. `expand`: the index may hold rows whose changes were not captured.
 pub(super) async fn arm(
     session: &mut Session,
     table: &SourceTable,
     expand: bool,
     report: &mut Report,
 ) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("arm change capture", error);
+    let fail = |error: tokio_postgres::Error| failure("install the capture triggers", error);
     let (unarmed, taken_over) = session
         .attempt(None, true, async |transaction| {
             let found = adopt::find(transaction, table).await?;
@@ -39,21 +40,17 @@ pub(super) async fn arm(
     tables.sort();
     tables.dedup();
     for leaf in tables {
-        let made = session
+        let made: bool = session
             .attempt(Some(&leaf), false, async |transaction| {
                 adopt::take_over(transaction, &taken_over, &leaf).await?;
-                let made: bool = transaction
-                    .query_one("SELECT refarch.put_triggers($1, $2::text::regclass)", &[&table.name, &leaf])
+                transaction
+                    .query_one(
+                        "SELECT refarch.arm_leaf($1, $2::text::regclass, $3::text::regclass, $4)",
+                        &[&table.name, &table.relation, &leaf, &expand],
+                    )
                     .await
-                    .map_err(fail)?
-                    .get(0);
-                if made {
-                    transaction
-                        .execute("SELECT refarch.request_backfill($1, true, $2)", &[&table.name, &expand])
-                        .await
-                        .map_err(fail)?;
-                }
-                Ok(made)
+                    .map(|row| row.get(0))
+                    .map_err(fail)
             })
             .await?;
         if made {
@@ -64,8 +61,8 @@ pub(super) async fn arm(
     Ok(())
 }
 
-/// Tables that are not kept in step any more, and still have our triggers: qualified and quoted. They are known by the
-/// functions that the triggers call, since a migration that was cut off told nobody of them.
+/// Tables that are no longer indexed and still have our triggers: qualified and quoted. They are found by the
+/// functions that the triggers call, since a migration that was interrupted recorded nothing about them.
 pub(super) async fn strays(transaction: &Transaction<'_>, table: &SourceTable) -> Result<Vec<String>> {
     let rows = transaction
         .query(
@@ -77,9 +74,9 @@ pub(super) async fn strays(transaction: &Transaction<'_>, table: &SourceTable) -
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
-/// Takes the triggers off tables that are not kept in step any more, a table a transaction.
+/// Removes the triggers of tables that are no longer indexed, one table in a transaction.
 pub(super) async fn disarm(session: &mut Session, table: &SourceTable, report: &mut Report) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("take the capture triggers off", error);
+    let fail = |error: tokio_postgres::Error| failure("remove the capture triggers", error);
     let found = session.attempt(None, true, async |transaction| strays(transaction, table).await).await?;
     for leaf in found {
         session
@@ -93,9 +90,9 @@ pub(super) async fn disarm(session: &mut Session, table: &SourceTable, report: &
     Ok(())
 }
 
-/// Queues the rows that a request asks for, in short transactions, until there is no request.
+/// Queues the rows of all backfill requests, in short transactions.
 pub(super) async fn backfill(postgres: &Postgres, table: &SourceTable, report: &mut Report) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("queue the rows that are there", error);
+    let fail = |error: tokio_postgres::Error| failure("queue the existing rows", error);
     let mut moved = Instant::now();
     let mut told = Instant::now();
     loop {
@@ -107,7 +104,10 @@ pub(super) async fn backfill(postgres: &Postgres, table: &SourceTable, report: &
             .get(0);
         report.queued += u64::try_from(step).unwrap_or_default();
         let left = client
-            .query_opt("SELECT held FROM refarch.backfill WHERE source = $1", &[&table.name])
+            .query_opt(
+                "SELECT held FROM refarch.backfill WHERE source = $1 ORDER BY held IS NULL, leaf LIMIT 1",
+                &[&table.name],
+            )
             .await
             .map_err(fail)?;
         drop(client);
@@ -116,9 +116,9 @@ pub(super) async fn backfill(postgres: &Postgres, table: &SourceTable, report: &
             moved = Instant::now();
         } else if moved.elapsed() > HELD_PATIENCE {
             let why =
-                left.get::<_, Option<String>>(0).unwrap_or_else(|| "another process queues them".into());
+                left.get::<_, Option<String>>(0).unwrap_or_else(|| "another process is queueing them".into());
             report.warnings.push(format!(
-                "rows that were there are not all queued yet: {why}; refarch listen queues them as soon as it can"
+                "existing rows are not all queued yet: {why}; refarch listen queues the rest as soon as possible"
             ));
             return Ok(());
         } else {
@@ -126,7 +126,7 @@ pub(super) async fn backfill(postgres: &Postgres, table: &SourceTable, report: &
         }
         if told.elapsed() > TELL_EVERY {
             told = Instant::now();
-            tracing::info!(rows = report.queued, "queueing the rows that were there");
+            tracing::info!(rows = report.queued, "queueing the existing rows");
         }
     }
 }

@@ -1,35 +1,37 @@
-//! Whether the settings ask for the content that the index has, or for another.
+//! Compares the content that the settings ask for with the content of the index.
 
 use tokio_postgres::Transaction;
 
+use super::Options;
+use super::report::Report;
 use super::uninstall::refuse_while_running;
-use super::{Options, Report};
 use crate::backend::postgres::failure;
 use crate::backend::postgres::source::SourceTable;
 use crate::backend::postgres::target::{self, IndexShape};
 use crate::config;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// The source as it was written down, beside the one that is wanted.
+/// The source as recorded, compared with the settings.
 pub(super) struct Known {
-    /// Whether another table was kept in step.
+    /// Whether another table was indexed.
     pub(super) is_other: bool,
-    /// Whether the metadata columns are others than before; their order does not matter.
+    /// Whether the metadata columns changed. Their order does not matter.
     pub(super) metadata_changed: bool,
-    /// Whether columns have another number or type than when they were noted: their values may have changed unseen.
+    /// Whether columns have another number or type than recorded: their values may have changed without
+    /// capture.
     pub(super) columns_changed: bool,
-    /// What of the content differs, with old and new value.
+    /// Differences in content, each with old and new value.
     differences: Vec<String>,
 }
 
 impl Known {
-    /// Reads what is written down of a source; none when it is new.
+    /// Reads the recorded source; `None` for a new source.
     pub(super) async fn read(
         transaction: &Transaction<'_>,
         source: &config::Source,
         table: &SourceTable,
     ) -> Result<Option<Self>> {
-        // A column that was only renamed holds what it held: it is known by its number.
+        // A renamed column keeps its values. A column is identified by its number.
         let row = transaction
             .query_opt(
                 "SELECT coalesce(s.table_name, s.relation::text), s.relation = $2::text::regclass, \
@@ -54,7 +56,7 @@ impl Known {
         let mut differ = |what: &str, was: &str, is: &str| {
             differences.push(format!("{what} was {was} and is {is}"));
         };
-        // Another table under the same name, as after a rebuild beside the old one, holds the same rows.
+        // Another table under the same name, such as a rebuilt copy, holds the same rows.
         if !same && !same_name {
             differ("source.table", &name, &wanted);
         }
@@ -79,8 +81,8 @@ impl Known {
     }
 }
 
-/// Sees to it that there is an active target for these settings; returns whether it was there. One with other
-/// content is retired, if nothing is lost by it or that is wanted.
+/// Makes sure that there is an active target for these settings. Returns whether there was one. A target with
+/// other content is deleted if it has no rows or if the options allow a rebuild.
 pub(super) async fn settle_target(
     transaction: &Transaction<'_>,
     table: &SourceTable,
@@ -105,17 +107,17 @@ pub(super) async fn settle_target(
         for (what, was, is) in [
             ("index.kind", kind, shape.kind.as_str()),
             ("the model", if shape.is_of(model) { &shape.model } else { model }, shape.model.as_str()),
-            ("the length of a vector", &was, &is),
+            ("the number of dimensions", &was, &is),
         ] {
             if was != is {
                 differences.push(format!("{what} was {was} and is {is}"));
             }
         }
-        // Of another kind it is elsewhere anyway.
+        // An index of another kind is at another place anyway.
         let moved =
             if kind == shape.kind { target::settle_place(transaction, id, shape).await? } else { None };
         if let Some(was) = &moved {
-            differences.push(format!("the index was {was} and is {}", shape.place));
+            differences.push(format!("the index was in {was} and is in {}", shape.place));
         }
         if differences.is_empty() {
             target::settle_model(transaction, id, shape).await?;
@@ -132,16 +134,16 @@ pub(super) async fn settle_target(
                 FailureKind::WrongShape,
                 "migrate",
                 format!(
-                    "the settings ask for another index than the one that is there: {differences}. \
-                     That index, with {rows} rows, would be taken away, and a search would find nothing until every row is \
-                     embedded anew. Put the settings back, or run refarch migrate --rebuild"
+                    "the settings ask for another index than the existing one: {differences}. \
+                     The existing index, with {rows} rows, would be deleted, and a search would find a row only after the row is \
+                     embedded again. Undo the change of the settings, or run refarch migrate --rebuild"
                 ),
             ));
         }
         refuse_while_running(transaction, "migrate", "stop them first").await?;
         target::retire(transaction, id, &differences, report).await?;
         if let Some(was) = moved {
-            report.notes.push(format!("records stay in {was}: delete them there"));
+            report.notes.push(format!("the old records stay in {was}: delete them there"));
         }
     }
     target::create(transaction, table, shape, &table.salt(&shape.model), report).await?;

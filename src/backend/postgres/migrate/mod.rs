@@ -1,13 +1,14 @@
-//! The schema: versioned, idempotent, one migration at a time whoever starts.
+//! The schema `refarch`: versioned and idempotent. One migration runs at a time.
 
 mod adopt;
 mod arming;
 mod content;
 mod patience;
 mod queues;
+pub(super) mod report;
 pub mod uninstall;
+mod versions;
 
-use serde::Serialize;
 use tokio_postgres::Transaction;
 
 use super::source::SourceTable;
@@ -18,55 +19,26 @@ use crate::config;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use content::Known;
 use patience::Session;
-
-/// The migrations of schema `refarch`, in order. One that has been released is never edited.
-const MIGRATIONS: &[(i32, &str, &str)] = &[
-    (1, "core", include_str!("../schema/0001_core.sql")),
-    (2, "attempts", include_str!("../schema/0002_attempts.sql")),
-    (3, "shipments", include_str!("../schema/0003_shipments.sql")),
-    (4, "made", include_str!("../schema/0004_made.sql")),
-    (5, "capture", include_str!("../schema/0005_capture.sql")),
-    (6, "faults", include_str!("../schema/0006_faults.sql")),
-    (7, "proof", include_str!("../schema/0007_proof.sql")),
-    (8, "ownership", include_str!("../schema/0008_ownership.sql")),
-];
+pub use report::Report;
+pub(super) use versions::check;
 
 /// The reference architecture's table.
 const PRODUCTS: &str = include_str!("../schema/products.sql");
 
-/// The table that [`PRODUCTS`] makes; any other table must be there.
+/// The table that [`PRODUCTS`] makes; any other table must exist.
 const PRODUCTS_TABLE: &str = "public.products_with_increment";
 
-/// What [`Options::roles`] can name. `edit` is the right to change the table's rows, for a `serve` that lets
-/// products be edited.
+/// The parts that [`Options::roles`] may name. `edit` is the right to change the table's rows, for a `serve`
+/// that edits products.
 pub const PARTS: [&str; 5] = ["listen", "embed", "serve", "verify", "edit"];
 
-/// What a migration may do besides bringing the database up to date.
+/// What a migration may do beyond an update of the database.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// Take an index away whose content is not what the settings ask for.
+    /// Delete an index whose content differs from the settings.
     pub rebuild: bool,
-    /// Roles of the database that get the rights of a part, one of [`PARTS`].
+    /// Roles of the database that get the rights of a part: pairs of part, from [`PARTS`], and role.
     pub roles: Vec<(String, String)>,
-}
-
-/// What a migration did.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Report {
-    /// Migrations applied, by name.
-    pub applied: Vec<String>,
-    /// Tables, queues and extensions made.
-    pub created: Vec<String>,
-    /// What was taken off: triggers of a system that this one takes over from.
-    pub removed: Vec<String>,
-    /// Tables on which capture was armed.
-    pub armed: Vec<String>,
-    /// Rows queued because they were there before capture was.
-    pub queued: u64,
-    /// What is not kept in step, and why.
-    pub warnings: Vec<String>,
-    /// What is left to the user to do or to know.
-    pub notes: Vec<String>,
 }
 
 /// Brings the database up to date with this build and these settings.
@@ -79,11 +51,11 @@ pub async fn migrate(
     migrate_with(postgres, source, queue, shape, &Options::default()).await
 }
 
-/// The same, with what it may do besides.
+/// The same with options.
 ///
-/// One short transaction does all but what needs a lock on the user's table: that is done table by table after it,
-/// and the rows that are there are queued at the end, in many short transactions. What was not done when it is cut
-/// off is done by the next migration.
+/// One short transaction does everything that needs no lock on the user's table. Then triggers are installed
+/// table by table, and existing rows are queued in many short transactions. If a migration is interrupted,
+/// the next one does the rest.
 pub async fn migrate_with(
     postgres: &Postgres,
     source: &config::Source,
@@ -104,7 +76,7 @@ pub async fn migrate_with(
     Ok(report)
 }
 
-/// What [`migrate_with`] would do; the table is not locked.
+/// Reports what [`migrate_with`] would do. The table is not locked.
 pub async fn plan(
     postgres: &Postgres,
     source: &config::Source,
@@ -113,10 +85,10 @@ pub async fn plan(
     options: &Options,
 ) -> Result<Report> {
     let (mut report, counted) = rehearse(postgres, source, queue, shape, options).await?;
-    // Of a large table that takes long, and so holds nothing of the rehearsal's. A table that migrate makes is gone
-    // again by now.
+    // Counting a large table takes long, so the rehearsal's transaction has ended. It took back a table that
+    // migrate would make, so the table may not exist.
     if let Some(table) = counted {
-        let fail = |error: tokio_postgres::Error| failure("count the rows that are there", error);
+        let fail = |error: tokio_postgres::Error| failure("count the existing rows", error);
         let client = postgres.client().await?;
         let there = client.query_one("SELECT to_regclass($1) IS NOT NULL", &[&table]).await.map_err(fail)?;
         if there.get(0) {
@@ -128,8 +100,8 @@ pub async fn plan(
     Ok(report)
 }
 
-/// Does the first part of [`migrate_with`], and takes it back: fails where that would. Returns what would be done,
-/// and the table whose rows would be queued.
+/// Does the first part of [`migrate_with`] and rolls it back. Fails where [`migrate_with`] would fail.
+/// Returns what would be done, and the table whose rows would be queued.
 pub async fn rehearse(
     postgres: &Postgres,
     source: &config::Source,
@@ -155,13 +127,13 @@ pub async fn rehearse(
     Ok(rehearsed)
 }
 
-/// What is done before the table is touched.
+/// Results of the work that needs no lock on the table.
 struct Prepared {
     table: SourceTable,
     report: Report,
-    /// Whether the target was there.
+    /// Whether the target existed.
     stands: bool,
-    /// Whether the rows that are there are asked for whatever is armed.
+    /// Whether existing rows are queued even if no trigger is missing.
     asked: bool,
 }
 
@@ -174,10 +146,10 @@ async fn prepare(
 ) -> Result<Prepared> {
     let fail = |error: tokio_postgres::Error| failure("prepare change capture", error);
     let mut report = Report::default();
-    apply_migrations(transaction, &mut report).await?;
+    versions::apply(transaction, &mut report).await?;
     create_products(transaction, source, &mut report).await?;
     let left_behind = queues::switch(transaction, queue, &mut report).await?;
-    if queue.kind == config::QueueKind::Pgmq {
+    if queue.is_pgmq() {
         queues::create(transaction, queue, &mut report).await?;
     }
     if shape.kind == target::PGVECTOR {
@@ -198,9 +170,17 @@ async fn prepare(
     let (is_other, columns_changed, metadata_changed) = known.map_or((false, false, false), |known| {
         (known.is_other, known.columns_changed, known.metadata_changed)
     });
-    // Rows may have gone unseen. Metadata columns alone take no row away, and ids that are queued twice could
-    // be worked on twice at once, and then their texts are embedded anew.
+    // Changes may not have been captured. A change of metadata columns alone deletes no row. Ids that are
+    // queued twice could be indexed twice at once, and their texts would be embedded again.
     let unseen = left_behind || columns_changed || is_other;
+    let is_smaller: bool = transaction
+        .query_one("SELECT refarch.forget_gone($1, $2::text::regclass)", &[&table.name, &table.relation])
+        .await
+        .map_err(fail)?
+        .get(0);
+    if is_smaller && !unseen {
+        transaction.execute("SELECT refarch.expand_ledger($1)", &[&table.name]).await.map_err(fail)?;
+    }
     let asked = !stands || unseen || metadata_changed;
     if asked {
         transaction
@@ -231,13 +211,13 @@ async fn write_source(
         )
         .await
         .map(drop)
-        .map_err(|error| failure("write the source down", error))
+        .map_err(|error| failure("record the source", error))
 }
 
-/// Gives roles of the database the rights that their parts need, and takes the right to call our functions from
-/// everybody else.
+/// Gives roles of the database the rights that their parts need, and revokes the right to call our functions
+/// from everyone else.
 async fn give_rights(transaction: &Transaction<'_>, options: &Options) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("give roles their rights", error);
+    let fail = |error: tokio_postgres::Error| failure("grant rights to roles", error);
     for (part, name) in &options.roles {
         let there: bool = transaction
             .query_one("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", &[name])
@@ -247,8 +227,8 @@ async fn give_rights(transaction: &Transaction<'_>, options: &Options) -> Result
         if !there {
             return Err(Error::new(
                 FailureKind::MissingResource,
-                "give roles their rights",
-                format!("there is no role {name} in the database: CREATE ROLE {name} LOGIN"),
+                "grant rights to roles",
+                format!("there is no role {name} in the database: create it with CREATE ROLE {name} LOGIN"),
             ));
         }
         transaction
@@ -262,79 +242,7 @@ async fn give_rights(transaction: &Transaction<'_>, options: &Options) -> Result
     transaction.execute("SELECT refarch.give_rights()", &[]).await.map(drop).map_err(fail)
 }
 
-/// The version of the schema that this build works with.
-pub(super) fn newest_version() -> i32 {
-    MIGRATIONS.last().map_or(0, |(version, _, _)| *version)
-}
-
-async fn apply_migrations(transaction: &Transaction<'_>, report: &mut Report) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("migrate the schema", error);
-    let there: bool = transaction
-        .query_one("SELECT to_regclass('refarch.migration') IS NOT NULL", &[])
-        .await
-        .map_err(fail)?
-        .get(0);
-    if !there {
-        transaction
-            .batch_execute(
-                "CREATE SCHEMA IF NOT EXISTS refarch; \
-                 CREATE TABLE refarch.migration ( \
-                   version integer PRIMARY KEY, name text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())",
-            )
-            .await
-            .map_err(fail)?;
-    }
-    refuse_another_owner(transaction).await?;
-    let newest: i32 = transaction
-        .query_one("SELECT coalesce(max(version), 0) FROM refarch.migration", &[])
-        .await
-        .map_err(fail)?
-        .get(0);
-    let known = newest_version();
-    if newest > known {
-        return Err(Error::new(
-            FailureKind::WrongVersion,
-            "migrate the schema",
-            format!("the database is at version {newest} and this build knows {known}: use a newer refarch"),
-        ));
-    }
-    for (version, name, sql) in MIGRATIONS.iter().filter(|(version, _, _)| *version > newest) {
-        transaction.batch_execute(sql).await.map_err(fail)?;
-        transaction
-            .execute("INSERT INTO refarch.migration (version, name) VALUES ($1, $2)", &[version, name])
-            .await
-            .map_err(fail)?;
-        report.applied.push(format!("{version:04}_{name}"));
-    }
-    Ok(())
-}
-
-/// Refuses a role that does not own what is there: functions that are replaced keep their owner, who may not write to
-/// tables that another role makes, and then the application's statements fail in the triggers.
-async fn refuse_another_owner(transaction: &Transaction<'_>) -> Result<()> {
-    let (owner, user): (String, String) = transaction
-        .query_one(
-            "SELECT r.rolname::text, current_user::text FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner \
-             WHERE c.oid = 'refarch.migration'::regclass",
-            &[],
-        )
-        .await
-        .map(|row| (row.get(0), row.get(1)))
-        .map_err(|error| failure("look for the owner of the schema refarch", error))?;
-    if owner == user {
-        return Ok(());
-    }
-    Err(Error::new(
-        FailureKind::RefusedCredentials,
-        "migrate the schema",
-        format!(
-            "what is in the schema refarch belongs to the role {owner}, and this is {user}: run refarch migrate as {owner}. \
-             If it may not create an extension, create that before as {user}"
-        ),
-    ))
-}
-
-/// Remembers what was made outside of our schema.
+/// Records an object that was made outside of our schema.
 async fn remember(transaction: &Transaction<'_>, what: &str, name: &str) -> Result<()> {
     transaction
         .execute(
@@ -343,7 +251,7 @@ async fn remember(transaction: &Transaction<'_>, what: &str, name: &str) -> Resu
         )
         .await
         .map(drop)
-        .map_err(|error| failure("remember what was made", error))
+        .map_err(|error| failure("record what was made", error))
 }
 
 async fn create_products(
@@ -372,7 +280,8 @@ async fn create_extension(transaction: &Transaction<'_>, report: &mut Report) ->
     let version = "SELECT extversion FROM pg_extension WHERE extname = 'vector'";
     let mut row = transaction.query_opt(version, &[]).await.map_err(fail)?;
     if row.is_none() {
-        // By default it would go into our own schema for a user of its name, and with that schema again.
+        // Without SCHEMA, the extension may go into our schema (for a user named refarch) and be dropped with
+        // it.
         let schemas = "SELECT to_regnamespace('public') IS NOT NULL";
         let public: bool = transaction.query_one(schemas, &[]).await.map_err(fail)?.get(0);
         let sql = if public { "CREATE EXTENSION vector SCHEMA public" } else { "CREATE EXTENSION vector" };
@@ -389,15 +298,15 @@ async fn create_extension(transaction: &Transaction<'_>, report: &mut Report) ->
             FailureKind::WrongVersion,
             "check pgvector",
             format!(
-                "version {version} has no halfvec; {major}.{minor}.{patch} or later is needed: ALTER EXTENSION vector UPDATE"
+                "pgvector {version} has no halfvec, and {major}.{minor}.{patch} or later is needed: run ALTER EXTENSION vector UPDATE"
             ),
         ));
     }
     let (major, minor, patch) = pgvector::MIN_GRAPH_VERSION;
     if found < pgvector::MIN_GRAPH_VERSION {
         report.warnings.push(format!(
-            "pgvector {version} has known corruption in graphs, so none is built and searches read all vectors: \
-             from {major}.{minor}.{patch} on there are graphs (ALTER EXTENSION vector UPDATE)"
+            "pgvector {version} has bugs that corrupt HNSW graphs, so no graph is built and searches read all vectors: \
+             install pgvector {major}.{minor}.{patch} or later, then run ALTER EXTENSION vector UPDATE"
         ));
     }
     Ok(())

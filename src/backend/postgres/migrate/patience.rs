@@ -1,4 +1,5 @@
-//! Transactions that are tried again when a lock is not to be had, so that nobody waits long behind them.
+//! Transactions that are repeated when a lock is not free, so that other sessions never wait long behind
+//! them.
 
 use std::time::{Duration, Instant};
 
@@ -7,14 +8,14 @@ use tokio_postgres::{Client, Transaction};
 use crate::backend::postgres::{connection, failure};
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 
-/// How long a migration tries to get the locks that it needs.
+/// How long a migration tries to get its locks.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// Pauses between two tries, in which those who waited behind the first one go on.
+/// Pauses between two attempts, in which sessions that waited behind the first one go on.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// A session in which short transactions are tried until they have their locks.
+/// A session in which short transactions are repeated until they get their locks.
 pub(super) struct Session {
     client: Client,
     connection: tokio::task::JoinHandle<Result<(), tokio_postgres::Error>>,
@@ -32,8 +33,8 @@ impl Session {
         let _ = self.connection.await;
     }
 
-    /// Does the work in one transaction, one migration at a time whoever starts, and again from the start when
-    /// the database gives up on a lock. `table` is the one whose users are told of.
+    /// Does the work in one transaction, and repeats all of it if a lock is not free. An advisory lock lets
+    /// one migration run at a time. If locks are not free, the message names the sessions that use `table`.
     pub(super) async fn attempt<T>(
         &mut self,
         table: Option<&str>,
@@ -66,7 +67,7 @@ impl Session {
                     Some(table) => self.users(table).await,
                     None => String::new(),
                 };
-                tracing::warn!(%error, users, "waiting for a lock, a second at a time");
+                tracing::warn!(%error, users, "a lock is not free: trying again for up to 2 minutes");
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -80,7 +81,8 @@ impl Session {
     ) -> Result<T> {
         let fail = |error: tokio_postgres::Error| failure("wait for other migrations", error);
         let transaction = connection::begin(&mut self.client).await.map_err(fail)?;
-        // Of the transaction, not the session: a pooler may give the session to others.
+        // The lock belongs to the transaction, not to the session: a pooler may give the session to other
+        // clients.
         transaction
             .batch_execute("SELECT pg_advisory_xact_lock(hashtext('refarch.migrate'))")
             .await
@@ -91,7 +93,7 @@ impl Session {
         Ok(done)
     }
 
-    /// Who holds locks on a table: process numbers and the start of their statements.
+    /// Names sessions that hold locks on a table: process numbers and the beginnings of their statements.
     async fn users(&self, table: &str) -> String {
         let rows = self
             .client

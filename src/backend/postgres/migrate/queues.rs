@@ -1,18 +1,19 @@
-//! The queues: made where they are pgmq's, and not left behind with something in them.
+//! Queues: pgmq's queues are made here, and a queue that still holds messages is not abandoned.
 
 use tokio_postgres::Transaction;
 
-use super::{Report, remember, uninstall};
+use super::report::Report;
+use super::{remember, uninstall};
 use crate::backend::pgmq::Names;
 use crate::backend::postgres::failure;
 use crate::backend::postgres::source::quote_ident;
 use crate::config;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// pgmq, as its authors publish it.
+/// pgmq's SQL, as published by its authors.
 const PGMQ: &str = include_str!("../schema/pgmq.sql");
 
-/// Makes pgmq's queues, if changes are to travel on them.
+/// Installs pgmq and makes its queues, where they are missing.
 pub(super) async fn create(
     transaction: &Transaction<'_>,
     queue: &config::Queue,
@@ -47,17 +48,17 @@ pub(super) async fn create(
     Ok(())
 }
 
-/// Notes which queue is used, and refuses another one while the old one holds something. What is in a queue outside
-/// of the database can't be seen from here; returns whether the table must be read anew because of that.
+/// Records which queue is used, and refuses another queue while the old one holds messages. A queue outside
+/// of the database cannot be seen from here. Returns whether the table must be read again because of that.
 pub(super) async fn switch(
     transaction: &Transaction<'_>,
     queue: &config::Queue,
     report: &mut Report,
 ) -> Result<bool> {
-    let fail = |error: tokio_postgres::Error| failure("look at the queue that was used", error);
-    let (kind, name) = match queue.kind {
+    let fail = |error: tokio_postgres::Error| failure("read which queue was used", error);
+    let (kind, name) = match &queue.kind {
         config::QueueKind::Pgmq => ("pgmq", queue.name.as_str()),
-        config::QueueKind::Sqs => ("sqs", queue.url.as_str()),
+        config::QueueKind::Sqs(queue) => ("sqs", queue.url.as_str()),
     };
     let before = transaction
         .query_opt("SELECT kind, name FROM refarch.queue", &[])
@@ -68,7 +69,8 @@ pub(super) async fn switch(
         return Ok(false);
     }
     refuse_while_it_holds(transaction, queue).await?;
-    // A version that noted no queue leaves these where changes travelled outside of the database.
+    // These tables show that messages went to a queue outside of the database, in a version that recorded no
+    // queue.
     let shipped: bool = transaction
         .query_one(
             "SELECT EXISTS (SELECT FROM refarch.shipment) OR EXISTS (SELECT FROM refarch.packing)",
@@ -84,7 +86,7 @@ pub(super) async fn switch(
         if is_outside {
             transaction.execute("DELETE FROM refarch.shipment", &[]).await.map_err(fail)?;
             report.warnings.push(format!(
-                "changes travelled on {was} {named} before: what is left there is not read any more, so every row is queued again"
+                "changes were sent to {was} {named} before: messages that are left there are no longer read, so every row is queued again"
             ));
         }
     }
@@ -99,19 +101,16 @@ pub(super) async fn switch(
     Ok(is_outside)
 }
 
-/// Queues of pgmq that we made, and that the settings name no more, must be empty.
+/// Refuses if a pgmq queue that we made and the settings no longer name still holds messages.
 async fn refuse_while_it_holds(transaction: &Transaction<'_>, queue: &config::Queue) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("look into the queue that was used", error);
+    let fail = |error: tokio_postgres::Error| failure("count the messages in the queue that was used", error);
     let there: bool =
         transaction.query_one("SELECT to_regclass('pgmq.meta') IS NOT NULL", &[]).await.map_err(fail)?.get(0);
     if !there {
         return Ok(());
     }
     let names = Names::new(&queue.name);
-    let used: Vec<&str> = match queue.kind {
-        config::QueueKind::Pgmq => names.all().into(),
-        config::QueueKind::Sqs => Vec::new(),
-    };
+    let used: Vec<&str> = if queue.is_pgmq() { names.all().into() } else { Vec::new() };
     let left = transaction
         .query(
             "SELECT m.name, c.relname::text FROM refarch.made m JOIN pgmq.meta q ON q.queue_name = m.name \
@@ -130,9 +129,9 @@ async fn refuse_while_it_holds(transaction: &Transaction<'_>, queue: &config::Qu
                 FailureKind::WrongSetting,
                 "use another queue",
                 format!(
-                    "{messages} message(s) are left in the queue {name}: put queue.kind and queue.name back and let \
-                     refarch embed --until-idle work them off (refarch redrive brings dead letters back), or throw them \
-                     away with SELECT pgmq.purge_queue('{name}')"
+                    "{messages} message(s) are left in the queue {name}: set queue.kind and queue.name to the old values and let \
+                     refarch embed --until-idle process them (refarch redrive sends dead letters back), or delete them \
+                     with SELECT pgmq.purge_queue('{name}')"
                 ),
             ));
         }

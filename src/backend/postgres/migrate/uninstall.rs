@@ -1,4 +1,4 @@
-//! Taking everything of ours away again, and nothing else.
+//! Removes everything that refarch made, and nothing else.
 
 use serde::Serialize;
 use tokio_postgres::Transaction;
@@ -11,31 +11,32 @@ use crate::backend::postgres::{Postgres, failure};
 use crate::config;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// Kinds of things that are remembered as made by us.
+/// Kinds of objects that are recorded as made by refarch.
 pub(super) const PGMQ: &str = "schema";
 pub(super) const QUEUE: &str = "queue";
 pub(super) const EXTENSION: &str = "extension";
 
-/// What was taken away, or would be.
+/// What was removed, or would be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Uninstalled {
-    /// Triggers, queues, schemas and extensions, in the order in which they go.
+    /// Triggers, queues, schemas and extensions, in the order of their removal.
     pub removed: Vec<String>,
     /// What stays, and why.
     pub notes: Vec<String>,
 }
 
-/// What to do, and how bold to be.
+/// How to uninstall.
 #[derive(Clone, Copy, Debug)]
 pub struct How {
-    /// Do it, and take it back.
+    /// Only report what would be removed.
     pub is_plan: bool,
-    /// Also while roles are running.
+    /// Uninstall even if roles are running.
     pub force: bool,
 }
 
-/// Takes our triggers, schema and queues away, and what was made for them. The triggers go first, table by table,
-/// so that no writer waits while another table is waited for; then all else, in one transaction.
+/// Removes our triggers, schema and queues, and everything that was made for them. The triggers are removed
+/// first, table by table, so that no writer waits while another table is waited for. The rest is removed in
+/// one transaction.
 pub async fn uninstall(postgres: &Postgres, queue: &config::Queue, how: How) -> Result<Uninstalled> {
     postgres.check().await?;
     let mut session = Session::open(postgres).await?;
@@ -55,7 +56,7 @@ pub async fn uninstall(postgres: &Postgres, queue: &config::Queue, how: How) -> 
     for (name, relation) in &found {
         if !how.is_plan {
             let sql = format!("DROP TRIGGER IF EXISTS {} ON {relation}", quote_ident(name));
-            let fail = |error: tokio_postgres::Error| failure("take the capture triggers off", error);
+            let fail = |error: tokio_postgres::Error| failure("remove the capture triggers", error);
             session
                 .attempt(Some(relation), false, async |transaction| {
                     transaction.batch_execute(&sql).await.map_err(fail)
@@ -73,7 +74,8 @@ pub async fn uninstall(postgres: &Postgres, queue: &config::Queue, how: How) -> 
     Ok(done)
 }
 
-/// All but the triggers. A plan leaves the schema alone: with it, the triggers would have to go.
+/// Removes everything but the triggers. A plan does not drop the schema, since that would need to drop the
+/// triggers.
 async fn take_away(transaction: &Transaction<'_>, queue: &config::Queue, how: How) -> Result<Uninstalled> {
     let fail = |error: tokio_postgres::Error| failure("uninstall", error);
     let mut done = Uninstalled::default();
@@ -89,19 +91,19 @@ async fn take_away(transaction: &Transaction<'_>, queue: &config::Queue, how: Ho
     done.notes.push("the table and its rows stay as they are".into());
     if !granted.is_empty() {
         done.notes.push(format!(
-            "{} keep their rights on the table: REVOKE what they need no more",
+            "roles that keep their rights on the table: {}; REVOKE the rights that they no longer need",
             granted.join(", ")
         ));
     }
-    if queue.kind == config::QueueKind::Sqs {
-        done.notes.push("messages in SQS stay: purge the queues if nobody else uses them".into());
+    if !queue.is_pgmq() {
+        done.notes.push("messages in SQS stay: purge the queues if nothing else uses them".into());
     }
     Ok(done)
 }
 
-/// Roles of the database that were given rights.
+/// Roles of the database that migrations gave rights to.
 async fn granted(transaction: &Transaction<'_>) -> Result<Vec<String>> {
-    let fail = |error: tokio_postgres::Error| failure("look for the rights that were given", error);
+    let fail = |error: tokio_postgres::Error| failure("look for the rights that were granted", error);
     let there: bool = transaction
         .query_one("SELECT to_regclass('refarch.granted') IS NOT NULL", &[])
         .await
@@ -123,7 +125,7 @@ async fn exists(transaction: &Transaction<'_>, schema: &str) -> Result<bool> {
         .map_err(|error| failure("look for a schema", error))
 }
 
-/// Refuses what takes something away from under roles that run.
+/// Refuses to remove something that running roles use.
 pub(super) async fn refuse_while_running(
     transaction: &Transaction<'_>,
     what: &'static str,
@@ -148,7 +150,7 @@ pub(super) async fn refuse_while_running(
     ))
 }
 
-/// Kinds and names of what we made; none where that was not remembered yet.
+/// Kinds and names of objects that refarch made; `None` if an older version recorded none.
 async fn made(transaction: &Transaction<'_>) -> Result<Option<Vec<(String, String)>>> {
     let fail = |error: tokio_postgres::Error| failure("look for what was made", error);
     let remembered: bool = transaction
@@ -163,7 +165,7 @@ async fn made(transaction: &Transaction<'_>) -> Result<Option<Vec<(String, Strin
     Ok(Some(rows.iter().map(|row| (row.get(0), row.get(1))).collect()))
 }
 
-/// Triggers that call our functions, on whatever table they came to be: names and tables.
+/// Triggers that call our functions, on any table: names of triggers and tables.
 async fn triggers(transaction: &Transaction<'_>) -> Result<Vec<(String, String)>> {
     let triggers = transaction
         .query(
@@ -191,7 +193,7 @@ async fn drop_queues(
         return Ok(());
     }
     let there = transaction.query("SELECT queue_name FROM pgmq.meta ORDER BY 1", &[]).await.map_err(fail)?;
-    // Where it was not remembered, those that the settings name are ours.
+    // If nothing was recorded, the queues that the settings name are ours.
     let ours = |name: &str| match made {
         Some(_) => is_made(made, QUEUE, name),
         None => Names::new(&queue.name).all().contains(&name),
@@ -207,19 +209,21 @@ async fn drop_queues(
         done.removed.push(format!("queue {name}"));
     }
     if left > 0 {
-        done.notes.push(format!("schema pgmq stays: {left} queue(s) in it are not ours"));
+        done.notes.push(format!("schema pgmq stays: {left} queue(s) in it were not made by refarch"));
     } else if is_made(made, PGMQ, "pgmq") {
         transaction.batch_execute("DROP SCHEMA pgmq CASCADE").await.map_err(fail)?;
         done.removed.push("schema pgmq".into());
     } else {
         done.notes.push(
-            "schema pgmq stays: it is not known to be ours; DROP SCHEMA pgmq CASCADE removes it".into(),
+            "schema pgmq stays: refarch has no record of making it; DROP SCHEMA pgmq CASCADE removes it"
+                .into(),
         );
     }
     Ok(())
 }
 
-/// Moves the extension out of our schema, with which everybody's columns of its types would go.
+/// Moves the extension out of our schema. Dropping the schema would otherwise drop every column of the
+/// extension's types.
 async fn save_extension(transaction: &Transaction<'_>) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("move the extension vector out of our schema", error);
     let ours: bool = transaction
@@ -237,7 +241,7 @@ async fn save_extension(transaction: &Transaction<'_>) -> Result<()> {
     }
 }
 
-/// The extension, if it is ours and nobody else uses it.
+/// Drops the extension, if refarch made it and nothing else uses it.
 async fn drop_extension(
     transaction: &Transaction<'_>,
     made: Option<&[(String, String)]>,

@@ -1,4 +1,4 @@
-//! The reference architecture's own answers and its one edit, for its clients.
+//! The reference architecture's own responses and its one edit, for its clients.
 
 use std::collections::HashMap;
 
@@ -7,20 +7,20 @@ use serde_json::Value;
 use super::{Products, STATEMENT_TIMEOUT, check_text, failed};
 use crate::pipeline::failure::Result;
 
-/// The columns of the reference architecture's own answers.
-/// Its driver makes instants of dates, and so do its clients.
+/// The columns in the reference architecture's responses. Its driver turns dates into timestamps, and its
+/// clients expect that.
 pub(super) const LEGACY: &str = "jsonb_build_object('id', p.id, 'name', p.name, 'sku', p.sku, 'description', p.description, \
                       'created_at', to_char(p.created_at, 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), 'price', p.price, \
                       'last_updated', to_char(p.last_updated, 'YYYY-MM-DD\"T00:00:00.000Z\"'), 'uuid', p.uuid)";
 
-/// What became of an edit by SKU.
+/// The result of an edit by SKU.
 #[derive(Debug)]
 pub enum EditedBySku {
     /// The row as it is now.
     Done(Value),
-    /// No row bears the SKU.
+    /// No row has the SKU.
     Unknown,
-    /// This many rows bear it, and none was changed.
+    /// This many rows have the SKU; none was changed.
     Ambiguous(usize),
 }
 

@@ -15,25 +15,25 @@ use crate::product::Product;
 pub use legacy::EditedBySku;
 use legacy::LEGACY;
 
-/// What one statement may take, so that a page never holds a connection for long.
+/// The time limit of one statement, so that a page never holds a connection for long.
 const STATEMENT_TIMEOUT: &str = "5s";
 
-/// Looking for an exact SKU or name reads the whole table, unless it has indexes on `lower(sku)` and
-/// `lower(name)`: measured on two cores, 0.2 s for a million rows, twice that on a busy machine. It
-/// gets this long.
+/// The time limit of a search for an exact SKU or name. Without indexes on `lower(sku)` and `lower(name)`
+/// such a search reads the whole table: measured on two cores, 0.2 s for a million rows, twice that on a busy
+/// machine.
 const EXACT_TIMEOUT: &str = "600ms";
 
 /// Rows with the same name that are listed first.
 const EXACT_LIMIT: i64 = 20;
 
-/// Tables with more rows than this, by the planner's estimate, are not counted for a page.
+/// A table with more rows than this, by the planner's estimate, is not counted for a page.
 const COUNT_UP_TO: f32 = 200_000.0;
 
-/// Rows that pages of the table reach. A page further in would read every row before it.
+/// How many rows of the table pages can reach. A page further in would read every row before it.
 pub const LISTED: u64 = 10_000;
 
-/// What a reader is shown of a row, in the same form whatever the role's `DateStyle`. `xmin` changes with
-/// every write to it.
+/// The columns that a reader sees, in the same form whatever the role's `DateStyle`. `xmin` changes with
+/// every write to the row.
 const COLUMNS: &str = "p.id::bigint, p.name::text, p.sku::text, p.description, p.price::text, \
                        to_char(p.last_updated, 'YYYY-MM-DD'), p.xmin::text";
 
@@ -42,9 +42,9 @@ const COLUMNS: &str = "p.id::bigint, p.name::text, p.sku::text, p.description, p
 pub struct Page {
     /// Rows, by id.
     pub rows: Vec<Product>,
-    /// Rows of the table.
+    /// Number of rows in the table.
     pub total: u64,
-    /// Whether that is the planner's estimate.
+    /// Whether `total` is the planner's estimate.
     pub total_estimated: bool,
 }
 
@@ -57,7 +57,7 @@ pub enum Exact {
     Name,
 }
 
-/// Columns to write: `None` leaves one as it is, `Some(None)` writes null.
+/// Columns to write: `None` keeps a column as it is, `Some(None)` writes null.
 #[allow(clippy::option_option)] // JSON's three cases: no key, null, a value.
 #[derive(Clone, Debug, Default)]
 pub struct Edit {
@@ -71,12 +71,12 @@ pub struct Edit {
     pub price: Option<Option<String>>,
 }
 
-/// What became of an edit.
+/// The result of an edit.
 #[derive(Debug)]
 pub enum Edited<T> {
-    /// It was made.
+    /// The edit was made.
     Done(T),
-    /// Somebody was faster: the row as it is now.
+    /// Another edit came first: the row as it is now.
     Stale(Product),
     /// There is no such row.
     Gone,
@@ -100,7 +100,7 @@ impl Products {
     pub async fn check(&self) -> Result<()> {
         self.query(&format!("SELECT {COLUMNS}, {LEGACY} FROM {} p LIMIT 0", self.relation), &[]).await.map(drop).map_err(
             |error| {
-                let hint = "the page shows the reference architecture's columns id, created_at, name, sku, description, price, last_updated, uuid";
+                let hint = "the page needs the reference architecture's columns id, created_at, name, sku, description, price, last_updated, uuid";
                 Error::new(FailureKind::WrongShape, format!("read {}", self.relation), format!("{}; {hint}", error.message())).because(error)
             },
         )
@@ -124,7 +124,7 @@ impl Products {
         Ok(Page { rows: rows.iter().map(product).collect(), total, total_estimated })
     }
 
-    /// Of rows that are only stepped over, no more than the id is read.
+    /// Rows of a page. Of the rows before the page, only the id is read.
     async fn window(&self, columns: &str, offset: u64, count: u64) -> Result<Vec<Row>> {
         if offset >= LISTED {
             return Ok(Vec::new());
@@ -143,7 +143,7 @@ impl Products {
         Ok(self.query(&sql, &[&id]).await?.first().map(product))
     }
 
-    /// Rows in the order of their ids; those that are gone are left out.
+    /// Rows in the order of the given ids, without ids that have no row.
     pub async fn by_ids(&self, ids: &[i64]) -> Result<Vec<Product>> {
         let sql = format!("SELECT {COLUMNS} FROM {} p WHERE p.id = ANY ($1::bigint[])", self.relation);
         let rows = self.query(&sql, &[&ids]).await?;
@@ -151,26 +151,26 @@ impl Products {
         Ok(ids.iter().filter_map(|id| by_id.remove(id)).collect())
     }
 
-    /// Those of the ids that the table has.
+    /// The given ids that have a row.
     pub async fn existing(&self, ids: &[i64]) -> Result<HashSet<i64>> {
         let sql = format!("SELECT p.id::bigint FROM {} p WHERE p.id = ANY ($1::bigint[])", self.relation);
         Ok(self.query(&sql, &[&ids]).await?.iter().map(|row| row.get(0)).collect())
     }
 
-    /// Rows whose SKU or name is the term but for case: SKUs first, then by id. None when the table
-    /// is too large to be read through in time.
+    /// Rows whose SKU or name equals the term, ignoring case: SKU matches first, then by id. `None` if the
+    /// table is too large to be read in time.
     pub async fn exact(&self, term: &str) -> Result<Option<Vec<(i64, Exact)>>> {
         match self.exact_within(EXACT_TIMEOUT, term, None).await {
             Ok(found) => Ok(Some(found)),
             Err(error) if error.class() == Class::Retryable => {
-                tracing::debug!(%error, "looking for exact matches among the nearest only: indexes on lower(sku) and lower(name) would help");
+                tracing::debug!(%error, "the search for exact matches took too long: searching among the nearest only; indexes on lower(sku) and lower(name) would help");
                 Ok(None)
             }
             Err(error) => Err(error),
         }
     }
 
-    /// As [`Self::exact`], among these ids.
+    /// The same as [`Self::exact`], among these ids.
     pub async fn exact_among(&self, term: &str, ids: &[i64]) -> Result<Vec<(i64, Exact)>> {
         self.exact_within(STATEMENT_TIMEOUT, term, Some(ids)).await
     }
@@ -196,7 +196,7 @@ impl Products {
         Ok(rows.iter().map(|row| (row.get(0), if row.get(1) { Exact::Sku } else { Exact::Name })).collect())
     }
 
-    /// Adds a row; what the edit leaves out is null.
+    /// Adds a row. Columns that the edit leaves out are null.
     pub async fn create(&self, edit: Edit) -> Result<Product> {
         check(&edit)?;
         let sql = format!(
@@ -212,7 +212,7 @@ impl Products {
             .ok_or_else(|| Error::new(FailureKind::UnexpectedAnswer, "add a row", "nothing came back"))
     }
 
-    /// Edits a row that is at `revision`.
+    /// Edits a row if it still has this revision.
     pub async fn patch(&self, id: i64, revision: &str, edit: Edit) -> Result<Edited<Product>> {
         check(&edit)?;
         let sql = format!(
@@ -249,7 +249,7 @@ impl Products {
         }
     }
 
-    /// Deletes a row that is at `revision`.
+    /// Deletes a row if it still has this revision.
     pub async fn delete(&self, id: i64, revision: &str) -> Result<Edited<()>> {
         let sql = format!(
             "DELETE FROM {} p WHERE p.id = $1::bigint AND p.xmin::text = $2 RETURNING p.id::bigint",
@@ -261,7 +261,7 @@ impl Products {
         }
     }
 
-    /// Why a conditional write met no row.
+    /// Why a conditional write changed no row.
     async fn refused<T>(&self, id: i64) -> Result<Edited<T>> {
         Ok(self.get(id).await?.map_or(Edited::Gone, Edited::Stale))
     }
@@ -291,8 +291,8 @@ impl Products {
     }
 }
 
-/// An error of the database. One that whoever asked can mend is told in the words of PostgreSQL, or of
-/// the table's own triggers.
+/// An error of the database. If the client can correct the cause, the message is PostgreSQL's own, or that of
+/// the table's triggers.
 fn failed(error: tokio_postgres::Error) -> Error {
     let said = error.as_db_error().map(|said| {
         let detail = said.detail().map(|detail| format!(" ({detail})"));
@@ -324,7 +324,7 @@ fn product(row: &Row) -> Product {
     }
 }
 
-/// Refuses what PostgreSQL's text can't hold, in words of ours.
+/// Refuses values that PostgreSQL's text cannot hold or that are too long, with messages of our own.
 fn check(edit: &Edit) -> Result<()> {
     let limited = [
         ("name", &edit.name, Some(255)),

@@ -1,11 +1,12 @@
-//! The source's table as it is now.
+//! Reads of the source's table as it is now.
 //!
-//! Tables are altered while roles run. A read by an old description may fail, and worse, it may find nothing:
-//! an id that the key's old type could not hold, a table that now has another's name. So each read is followed, in
-//! its own transaction, by a look at the catalog. The read holds a lock on the relation that it found, which
-//! keeps everybody from altering or renaming it until the transaction ends: what the look sees is what the
-//! read saw. If that is not what the description says, the description is made anew and the read is done again.
-//! And what cannot be read holds the work: a row is gone only if a read that saw the table as it is says so.
+//! Tables are altered while roles run. A read by an old description may fail. Worse, it may find nothing: the
+//! old type of the key could not hold the id, or another table has the name now. So the same transaction
+//! reads the catalog after each read. The read holds a lock on its relation, and until the transaction ends
+//! nobody can alter or rename the relation. So the catalog is seen in the same state as the rows. If the
+//! catalog differs from the description, the description is made again and the read is repeated. A read that
+//! fails stops the work: a row counts as deleted only if a read saw the table as it is and did not find the
+//! row.
 
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -18,21 +19,22 @@ use super::{PRINT, SourceTable, columns};
 use crate::backend::postgres::{Postgres, failure, hides_rows};
 use crate::pipeline::failure::{Class, Error, FailureKind, Result, chain};
 
-/// Descriptions made anew within one read; more means that somebody alters the table all the time.
+/// How often one read may make the description again. If this is not enough, somebody alters the table all
+/// the time.
 pub(crate) const MAX_LOOKS: usize = 3;
 
-/// What came of a read.
+/// The result of a read.
 pub(crate) enum Judged<T> {
-    /// It saw the table as described.
+    /// The read saw the table as described.
     Read(T),
-    /// The description was made anew: read again.
+    /// The description was made again: repeat the read.
     Again,
-    /// A value is at fault, be it an id that is asked for or what a row holds.
+    /// A value caused the error: an id that was asked for, or a value in a row.
     Value(Error),
 }
 
 impl<T> Judged<T> {
-    /// What is left to be done about a read that gave no rows.
+    /// The same for a read that gave no rows: anything but a bad value means that the read is repeated.
     pub(crate) fn without_rows<U>(self) -> Judged<U> {
         match self {
             Self::Read(_) | Self::Again => Judged::Again,
@@ -41,7 +43,7 @@ impl<T> Judged<T> {
     }
 }
 
-/// A source's table, looked at again whenever it turns out to have changed.
+/// A source's table. The description is made again when the table has changed.
 pub(crate) struct Source {
     postgres: Postgres,
     current: RwLock<Arc<SourceTable>>,
@@ -57,7 +59,7 @@ impl Source {
         Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The look at the catalog that must follow a read, in the same transaction.
+    /// The read of the catalog that must follow a read of rows, in the same transaction.
     pub(crate) fn check() -> String {
         format!(
             "WITH now AS ({PRINT}) SELECT print, oid = s.relation::oid, s.id_column, s.text_columns, s.metadata_columns \
@@ -80,7 +82,7 @@ impl Source {
         Ok((read?, checked?))
     }
 
-    /// What a read by this description came to.
+    /// Compares a read with the description that was used.
     pub(crate) async fn judge(
         &self,
         what: &str,
@@ -97,7 +99,7 @@ impl Source {
                 return Err(hold(
                     what,
                     table,
-                    "another table has this name than the one whose changes are captured: run refarch migrate",
+                    "another table has this name now than the one whose changes are captured: run refarch migrate",
                 ));
             }
             Ok(_) => {
@@ -118,17 +120,18 @@ impl Source {
         let role = self.postgres.user();
         let cure = if hides_rows(&error) {
             format!(
-                "role {role} may not see every row: ALTER ROLE {role} BYPASSRLS; or, unless the table has FORCE ROW LEVEL SECURITY, GRANT its owner TO {role}"
+                "row security hides rows from role {role}: run ALTER ROLE {role} BYPASSRLS; or, unless the table has FORCE ROW LEVEL SECURITY, GRANT its owner TO {role}"
             )
         } else if *code == SqlState::INSUFFICIENT_PRIVILEGE {
-            format!("GRANT SELECT ON {} TO {role}", table.relation)
+            format!("run GRANT SELECT ON {} TO {role}", table.relation)
         } else {
-            "nothing is taken for gone meanwhile".into()
+            "until this is corrected, no row counts as deleted".into()
         };
         Err(hold(what, table, &format!("{}; {cure}", chain(&error))).because(error))
     }
 
-    /// Describes the table anew, unless somebody has since `seen`. Whether it is another description.
+    /// Makes the description again, unless another task has done so since `seen`. True if the description
+    /// changed.
     async fn look_again(&self, what: &str, seen: &SourceTable) -> Result<bool> {
         if self.table().print != seen.print {
             return Ok(true);
@@ -138,11 +141,11 @@ impl Source {
         let transaction = client.transaction().await.map_err(fail)?;
         let table = match SourceTable::find(&*transaction, &seen.settings).await {
             Ok(table) => table,
-            // Whatever is missing may come back, and the changes are kept until it does.
+            // Changes wait while something is missing, since it may come back.
             Err(error) if error.class() == Class::Retryable => return Err(error),
             Err(error) => {
                 let told = format!(
-                    "{} ({}); nothing is taken for gone meanwhile: put it back, or mend the settings, run refarch migrate and restart",
+                    "{} ({}). Until this is corrected, no row counts as deleted: undo the change of the table, or correct the settings, run refarch migrate and restart this process",
                     error.message(),
                     error.what()
                 );
@@ -155,15 +158,15 @@ impl Source {
             tracing::info!(
                 source = seen.name,
                 table = table.relation,
-                "the table was altered: reading it as it is now"
+                "the table was altered: reading it by a new description"
             );
             *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
         }
         Ok(changed)
     }
 
-    /// Those of some ids that no row can have, since PostgreSQL refuses them for the id's type: halves are
-    /// tried until each refused one stands alone.
+    /// The ids that no row can have, since PostgreSQL refuses them for the id's type. The list is halved
+    /// until each refused id is alone.
     pub(crate) async fn impossible(&self, table: &SourceTable, ids: &[&str]) -> Result<HashSet<String>> {
         let client = self.postgres.client().await?;
         let sql = format!("SELECT cardinality($1::text[]::{}[])", table.id_type);
@@ -172,7 +175,7 @@ impl Source {
         while let Some(part) = parts.pop() {
             let Err(error) = client.query_one(&sql, &[&part]).await else { continue };
             if !error.code().is_some_and(is_about_value) {
-                return Err(failure("look at ids", error));
+                return Err(failure("check ids", error));
             }
             match part {
                 [one] => {
@@ -189,7 +192,8 @@ impl Source {
 }
 
 impl SourceTable {
-    /// Whether the table is as described, and the one whose changes are captured, by what [`Source::check`] saw.
+    /// Whether the catalog, as [`Source::check`] read it, shows the described table, and changes of that
+    /// table are captured.
     pub(crate) fn is_as_seen(&self, seen: Option<&Row>) -> bool {
         seen.is_some_and(|row| {
             row.get::<_, &str>(0) == self.print
@@ -198,8 +202,9 @@ impl SourceTable {
         })
     }
 
-    /// How the columns that `refarch migrate` recorded last differ from the settings of this process, by what
-    /// [`Source::check`] saw. A process with old settings would do new work in the old way, and call it done.
+    /// How the settings of this process differ from the columns that `refarch migrate` recorded last and
+    /// [`Source::check`] read. A process with old settings would index rows by the old columns and call them
+    /// settled.
     fn other_columns(&self, seen: &Row) -> Option<String> {
         let id: String = seen.get::<_, Option<String>>(2)?;
         let text: Vec<String> = seen.get::<_, Option<Vec<String>>>(3)?;
@@ -218,18 +223,18 @@ impl SourceTable {
             return None;
         };
         Some(format!(
-            "settings of this process differ from what refarch migrate recorded: {what} is {own:?} here and {recorded:?} there: restart it with the same settings, or run refarch migrate if these are the right ones"
+            "source.{what} is {own:?} in the settings of this process, and refarch migrate recorded {recorded:?}: restart this process with the recorded value, or run refarch migrate if the value of this process is right"
         ))
     }
 }
 
-/// Whether an error may come of a description that is not true any more, or of what the table is: names, types and
-/// rights (class 42), features (0A), values (22).
+/// Whether an outdated description or the table itself may cause the error: names, types and rights (class
+/// 42), features (0A), values (22).
 fn is_about_table(code: &SqlState) -> bool {
     matches!(&code.code()[..2], "42" | "0A" | "22")
 }
 
-/// Whether an error is about a value. Types of extensions raise syntax errors too, and our own SQL has none.
+/// Whether a value causes the error. Types of extensions raise syntax errors too; our own SQL has none.
 fn is_about_value(code: &SqlState) -> bool {
     code.code().starts_with("22") || *code == SqlState::SYNTAX_ERROR
 }
@@ -238,7 +243,7 @@ fn hold(what: &str, table: &SourceTable, message: &str) -> Error {
     Error::new(FailureKind::SourceChanged, format!("{what} of {}", table.relation), message)
 }
 
-/// That a table was altered more often than a read can follow.
+/// The error for a table that was altered more often than a read can follow.
 pub(crate) fn restless(what: &str, table: &SourceTable) -> Error {
-    hold(what, table, "it is altered all the time")
+    hold(what, table, "the table is altered too often to be read")
 }

@@ -1,11 +1,11 @@
-//! Text and metadata of a row, as SQL.
+//! SQL expressions for a row's text and metadata.
 
 use super::quote_ident;
 
-/// Columns in one call: PostgreSQL takes 100 arguments at most, and a metadata column is two.
+/// Columns in one call: PostgreSQL allows 100 arguments, and a metadata column needs two.
 const COLUMNS_A_CALL: usize = 50;
 
-/// One column as it is; several joined by line breaks, nulls left out.
+/// One column as it is; several columns joined by line breaks, without nulls.
 pub(super) fn text(columns: &[String]) -> String {
     let quoted: Vec<String> = columns.iter().map(|name| format!("s.{}::text", quote_ident(name))).collect();
     match quoted.as_slice() {
@@ -15,7 +15,7 @@ pub(super) fn text(columns: &[String]) -> String {
     }
 }
 
-/// An object of the columns, without those that are null.
+/// A JSON object of the columns, without nulls.
 pub(super) fn metadata(columns: &[String]) -> String {
     let pair = |name: &String| format!("'{}', s.{}", name.replace('\'', "''"), quote_ident(name));
     let mut objects: Vec<String> = columns

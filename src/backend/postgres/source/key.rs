@@ -1,8 +1,8 @@
-//! The type of ids, and how they are compared.
+//! The type of ids, and how ids are compared.
 //!
-//! A cast must cut nothing: `character` without a length is one character long, while the type's own name,
-//! `pg_catalog.bpchar`, is of any length. And an operator is named with its schema, since none but
-//! `pg_catalog` is searched: the operators of an extension's type are where the extension is.
+//! A cast must cut nothing. So the type is named `pg_catalog.bpchar`, which is of any length, and not
+//! `character`, which without a length is one character long. An operator is named with its schema, since the
+//! search path is only `pg_catalog`, and an extension's operators are in the extension's schema.
 
 use tokio_postgres::GenericClient;
 
@@ -10,8 +10,8 @@ use super::quote_ident;
 use crate::backend::postgres::failure;
 use crate::pipeline::failure::Result;
 
-/// The base type under any domains, the type that its default order is made for (`text` for `varchar`), and
-/// that order's operators for "equal" and "greater". The numbers are strategies of btree.
+/// Finds the base type under any domains, the type of its default order (`text` for `varchar`), and that
+/// order's operators for "equal" and "greater". The numbers are strategies of btree.
 const FIND: &str = "WITH RECURSIVE base AS ( \
       SELECT t.oid, t.typtype, t.typbasetype FROM pg_catalog.pg_type t WHERE t.oid = $1 \
       UNION ALL SELECT t.oid, t.typtype, t.typbasetype FROM base b JOIN pg_catalog.pg_type t ON t.oid = b.typbasetype \
@@ -50,7 +50,7 @@ pub(super) struct Key {
 }
 
 impl Key {
-    /// Looks a column's type up; what a type lacks is told as what the column is.
+    /// Looks a column's type up. The inner error completes the sentence "the column ...".
     pub(super) async fn find(client: &impl GenericClient, type_id: u32) -> Result<Result<Self, String>> {
         let row = client
             .query_one(FIND, &[&type_id])
@@ -58,11 +58,13 @@ impl Key {
             .map_err(|error| failure("look the id column's type up", error))?;
         let name: String = row.get(0);
         if row.get(1) {
-            return Ok(Err(format!("is of type {name}: an array or a row of values cannot be an id")));
+            return Ok(Err(format!(
+                "is of type {name}: an array or a row of values cannot be an id; name another column"
+            )));
         }
         let Some(schema) = row.get(2) else {
             return Ok(Err(format!(
-                "is of type {name}, which has no default order (a btree operator class), so that its rows cannot be walked: name another column"
+                "is of type {name}, which has no default order (no default btree operator class), so the rows cannot be read in order: name another column"
             )));
         };
         let operator =
@@ -75,7 +77,8 @@ impl Key {
         format!("{}.{}", quote_ident(&self.schema), quote_ident(&self.name))
     }
 
-    /// Whether the type may hold a text: surely not what is wrong here; of most types only PostgreSQL knows.
+    /// Whether the type may hold this text. False is certain; of most types only PostgreSQL knows, and this
+    /// is true.
     pub(super) fn can_hold(&self, id: &str) -> bool {
         let built_in = if self.schema == "pg_catalog" { self.name.as_str() } else { "" };
         match built_in {

@@ -1,5 +1,6 @@
-//! The table that is kept in step, and the SQL that reads it.
+//! The source's table, and the SQL that reads it.
 
+mod casts;
 mod current;
 mod expression;
 mod key;
@@ -14,8 +15,8 @@ use crate::pipeline::failure::{Error, FailureKind, Result};
 pub(crate) use current::{Judged, MAX_LOOKS, Source, restless};
 use key::Key;
 
-/// What a description depends on, of the table that has schema `$1` and name `$2` now: the relation, and numbers,
-/// types and collations of the columns named in `$3`.
+/// A fingerprint of what a description depends on, of the table that has schema `$1` and name `$2` now: the
+/// relation, and numbers, types, collations and names of the columns in `$3`.
 const PRINT: &str = "SELECT c.oid, c.oid::text || coalesce((SELECT string_agg(' ' || a.attnum || '/' || a.atttypid \
       || '/' || a.attcollation || '/' || a.attname, '' ORDER BY a.attnum) FROM pg_catalog.pg_attribute a \
       WHERE a.attrelid = c.oid AND a.attname = ANY ($3) AND NOT a.attisdropped), '') AS print \
@@ -28,7 +29,7 @@ pub fn quote_ident(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// A source's table as the database knows it, with its columns checked and quoted.
+/// A source's table, looked up in the database; its columns are checked and quoted.
 #[derive(Clone, Debug)]
 pub struct SourceTable {
     /// The source's name in settings and messages.
@@ -37,28 +38,28 @@ pub struct SourceTable {
     pub relation: String,
     /// The id column, quoted.
     pub id: String,
-    /// The type that ids are compared as, schema-qualified and quoted, such as `"pg_catalog"."int8"`: the id
-    /// column's, without domains and without a length, so that a cast to it cuts nothing.
+    /// The type that ids are compared as, schema-qualified and quoted, such as `"pg_catalog"."int8"`. It is
+    /// the id column's type without domains and without a length, so that a cast to it cuts nothing.
     pub id_type: String,
     /// Expression over `s` that gives the text to embed.
     pub text: String,
     /// Expression over `s` that gives the metadata as jsonb.
     pub metadata: String,
-    /// What of the settings decides a text, for the content salt.
+    /// The settings that decide a text, for the content salt.
     pub template: String,
     /// Columns whose change matters, not quoted.
     pub watched: Vec<String>,
-    /// The settings that this was found by, to look the table up again.
+    /// The settings by which the table was found, to look it up again.
     settings: config::Source,
     /// Schema and name, not quoted.
     place: (String, String),
     key: Key,
-    /// What [`PRINT`] gave when this was found.
+    /// The result of [`PRINT`] when the table was found.
     print: String,
 }
 
 impl SourceTable {
-    /// Looks the table of the settings up and checks that it can be kept in step.
+    /// Looks up the table of the settings and checks that it can be indexed.
     pub async fn find(client: &impl GenericClient, source: &config::Source) -> Result<Self> {
         let fail = |error: tokio_postgres::Error| failure("look the source table up", error);
         let wrong = |message: String| {
@@ -67,17 +68,18 @@ impl SourceTable {
         let found = name::find(client, &source.table).await?;
         if !matches!(found.kind.as_str(), "r" | "p") {
             return Err(wrong(
-                "it is a view or foreign table, whose changes triggers don't see; name the table under it"
+                "it is a view or a foreign table, and triggers cannot see its changes: name the table that holds the rows"
                     .into(),
             ));
         }
         let names = columns(source);
-        // Before the columns: what changes in between shows as another print at the first reading.
+        // Before the columns are read: a change in between then shows as another fingerprint at the first
+        // read.
         let print: Option<Row> =
             client.query_opt(PRINT, &[&found.schema, &found.table, &names]).await.map_err(fail)?;
         let (oid, print): (u32, String) = print
             .map(|row| (row.get(0), row.get(1)))
-            .ok_or_else(|| wrong("it was renamed or dropped just now".into()))?;
+            .ok_or_else(|| wrong("the table was renamed or dropped just now: try again".into()))?;
         let columns = client
             .query(
                 "SELECT attname, atttypid, attnotnull, \
@@ -93,7 +95,7 @@ impl SourceTable {
             .ok_or_else(|| wrong(format!("it has no column {:?} (source.id)", source.id)))?;
         if !id.get::<_, bool>(2) || !id.get::<_, bool>(3) {
             return Err(wrong(format!(
-                "its column {:?} (source.id) must be unique by itself and never null: add a primary key or name another column",
+                "its column {:?} (source.id) must be unique by itself and never null: add a primary key, or name another column",
                 source.id
             )));
         }
@@ -103,6 +105,9 @@ impl SourceTable {
                     return Err(wrong(format!("it has no column {name:?} ({setting})")));
                 }
             }
+        }
+        if let Some(refused) = casts::refused(client, oid, source).await? {
+            return Err(wrong(refused));
         }
         let key = Key::find(client, id.get(1))
             .await?
@@ -131,7 +136,7 @@ impl SourceTable {
         ContentSalt::new(model, &self.template)
     }
 
-    /// Id, text and metadata (as text) over `s`. An id is compared byte by byte once it is text, whatever the
+    /// Id, text and metadata (as text) over `s`. An id as text is compared byte by byte, whatever the
     /// collation of its column.
     fn columns(&self) -> String {
         format!(
@@ -142,8 +147,8 @@ impl SourceTable {
         )
     }
 
-    /// A query of id, text and metadata (as text) of the rows whose ids, as text, are in `$1`. It may give
-    /// rows whose ids are equal to one of these for the id's type, and have another spelling.
+    /// A query of id, text and metadata (as text) for the rows whose ids, as text, are in `$1`. The result
+    /// may include rows whose ids are equal for the id's type but have another spelling.
     #[must_use]
     pub fn select_by_ids(&self) -> String {
         format!(
@@ -156,8 +161,8 @@ impl SourceTable {
         )
     }
 
-    /// The same of the next rows by id, after `$1` (or from the start when it is null), `$2` of them, with
-    /// the id as it is stored in `key`, to order by.
+    /// A query of the same columns for the next `$2` rows by id after `$1`, or from the start if `$1` is
+    /// null. The column `key` is the id as stored, to order by.
     #[must_use]
     pub fn select_after(&self) -> String {
         format!(
@@ -171,7 +176,7 @@ impl SourceTable {
         )
     }
 
-    /// Whether the id column's type may be able to hold this text; what it can't hold can't be a row's id.
+    /// Whether the id column's type may hold this text. If not, no row has this id.
     #[must_use]
     pub fn can_hold(&self, id: &str) -> bool {
         self.key.can_hold(id)

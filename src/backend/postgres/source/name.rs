@@ -1,21 +1,21 @@
-//! A table's name in the settings: plain, or as SQL writes it.
+//! A table's name in the settings: plain, or quoted as in SQL.
 
 use tokio_postgres::GenericClient;
 
 use crate::backend::postgres::failure;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// Where a table without a schema is looked for, after what the role's own search path names.
+/// The schema that is searched for a table without a schema, after the role's own search path.
 const USUAL_SCHEMA: &str = "public";
 
-/// Tables that a missing one is compared with.
+/// How many tables a missing name is compared with.
 const MAX_COMPARED: i64 = 10_000;
 
-/// How near a name must be to be worth a mention, from 0 to 1, and how many are mentioned.
+/// How similar a name must be to be suggested, from 0 to 1, and how many names are suggested.
 const NEAR: f64 = 0.75;
 const MAX_MENTIONED: usize = 3;
 
-/// A table that is there.
+/// A table that exists.
 pub(super) struct Found {
     pub(super) schema: String,
     pub(super) table: String,
@@ -23,10 +23,10 @@ pub(super) struct Found {
     pub(super) kind: String,
 }
 
-/// One way to understand a name.
+/// One possible meaning of a name: schema and table.
 type Reading = (Option<String>, String);
 
-/// Finds the table of a name.
+/// Finds the table with this name.
 pub(super) async fn find(client: &impl GenericClient, name: &str) -> Result<Found> {
     let fail = |error: tokio_postgres::Error| failure("look the source table up", error);
     let wrong = |message: String| {
@@ -58,13 +58,13 @@ pub(super) async fn find(client: &impl GenericClient, name: &str) -> Result<Foun
     }
     let near = nearest(client, &readings).await?;
     if !near.is_empty() {
-        message = format!("{message}; the nearest: {}", near.join(", "));
+        message = format!("{message}; similar names: {}", near.join(", "));
     }
     Err(wrong(message))
 }
 
-/// Schemas in which a table without one is looked for. The session's own search path is ours, so the
-/// role's is read by setting it for a moment.
+/// Schemas that are searched for a table without a schema. The session has a search path of ours. To read the
+/// role's own search path, this function sets it for a moment.
 async fn search_path(client: &impl GenericClient) -> Result<Vec<String>> {
     let fail = |error: tokio_postgres::Error| failure("read the role's search path", error);
     let ours: String =
@@ -85,8 +85,8 @@ async fn search_path(client: &impl GenericClient) -> Result<Vec<String>> {
     Ok(schemas)
 }
 
-/// What a name may mean, the likeliest first. With a double quote in it, it is as SQL writes it. Without
-/// one it is taken as it stands, which needs no quotes for odd letters, and then in small letters.
+/// Possible meanings of a name, the likeliest first. A name with a double quote is read as SQL reads it. A
+/// name without is taken literally first, so that unusual letters need no quotes, and then in lower case.
 fn readings(name: &str) -> Result<Vec<Reading>, String> {
     let plain: Reading = match name.split_once('.') {
         Some((schema, table)) => (Some(schema.to_owned()), table.to_owned()),
@@ -96,14 +96,14 @@ fn readings(name: &str) -> Result<Vec<Reading>, String> {
         return match as_sql(name)?.as_slice() {
             [table] => Ok(vec![(None, table.clone())]),
             [schema, table] => Ok(vec![(Some(schema.clone()), table.clone())]),
-            _ => Err("name it as schema.table".into()),
+            _ => Err("it has too many parts: name the table as schema.table".into()),
         };
     }
     let small = (plain.0.as_ref().map(|schema| schema.to_lowercase()), plain.1.to_lowercase());
     Ok(vec![plain, small])
 }
 
-/// The parts of a name between its dots: quoted ones as they are, others in small letters.
+/// The parts of a name between its dots: quoted parts literally, the rest in lower case.
 fn as_sql(name: &str) -> Result<Vec<String>, String> {
     let mut parts = Vec::new();
     let mut rest = name.trim();
@@ -149,7 +149,7 @@ fn as_sql(name: &str) -> Result<Vec<String>, String> {
     }
 }
 
-/// Tables whose names are like this one, as SQL writes them.
+/// Tables with similar names, quoted as in SQL.
 async fn nearest(client: &impl GenericClient, readings: &[Reading]) -> Result<Vec<String>> {
     let rows = client
         .query(
@@ -160,7 +160,7 @@ async fn nearest(client: &impl GenericClient, readings: &[Reading]) -> Result<Ve
             &[&MAX_COMPARED],
         )
         .await
-        .map_err(|error| failure("look for tables of a like name", error))?;
+        .map_err(|error| failure("look for tables with similar names", error))?;
     let mut near: Vec<(f64, String)> = rows
         .iter()
         .filter_map(|row| {

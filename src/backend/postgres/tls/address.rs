@@ -1,30 +1,31 @@
-//! A database's address: what it says of encryption and what is for other tools, taken out of it.
+//! A database's address: options of encryption and of other tools are removed from it. By hand: tokio-postgres
+//! refuses an option that it does not know, and takes nothing out of an address.
 
 use super::options::{Fate, fate, names_schema, nearest};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// An address and what was taken out of it.
+/// An address, and the options that were removed from it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Parted {
     /// The address for tokio-postgres.
     pub(super) rest: String,
     pub(super) sslmode: Option<String>,
     pub(super) sslrootcert: Option<String>,
-    /// Names of options that other tools have.
+    /// Names of ignored options, which belong to other tools.
     pub(super) passed_over: Vec<String>,
 }
 
-/// Names of the scheme; a driver may stand behind a plus sign.
+/// Names of the scheme. A driver's name may follow after a plus sign.
 const SCHEMES: &[&str] = &["postgres", "postgresql", "postgis", "pgsql"];
 
-/// An option, for tokio-postgres: its name and its value, written as they were.
+/// An option for tokio-postgres: its name and its value, as written.
 type Kept<'a> = (&'a str, &'a str);
 
 impl Parted {
-    /// Takes the options out of either form of an address: a URL's query, or pairs of key and value.
+    /// Removes the options from an address of either form: a URL with a query, or pairs of key and value.
     pub(super) fn of(address: &str) -> Result<Self> {
         let address = address.trim();
-        // As files of variables have it.
+        // Files of environment variables may put the address in quotes.
         let quoted = ['"', '\''].iter().find_map(|c| address.strip_prefix(*c)?.strip_suffix(*c));
         let address = quoted.unwrap_or(address);
         let Some((scheme, rest)) = address.split_once("://").filter(|(scheme, _)| is_scheme(scheme)) else {
@@ -34,7 +35,7 @@ impl Parted {
         let name = scheme.split('+').next().unwrap_or_default();
         if !SCHEMES.contains(&name) {
             return Err(refused(&format!(
-                "{scheme}:// is no address of PostgreSQL: use postgres://user:password@host:port/name of the database itself"
+                "{scheme}:// is not an address of PostgreSQL: use postgres://user:password@host:port/name with the address of the database itself"
             )));
         }
         Self::of_url(rest)
@@ -42,7 +43,7 @@ impl Parted {
 
     fn of_url(address: &str) -> Result<Self> {
         let mut parted = Self::default();
-        // A password's own question mark is percent-encoded.
+        // A question mark in a password is percent-encoded.
         let (before, query) = address.split_once('?').unwrap_or((address, ""));
         let mut left = Vec::new();
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -56,14 +57,14 @@ impl Parted {
         Ok(parted)
     }
 
-    /// Pairs as libpq reads them: blanks around, a value in quotes with backslashes before quotes.
+    /// Reads pairs as libpq does: spaces around `=`, quoted values, backslashes before quotes.
     fn of_pairs(address: &str) -> Result<Self> {
         let mut parted = Self::default();
         let mut rest: Vec<String> = Vec::new();
         let mut left = address.trim_start();
         while !left.is_empty() {
             let Some((key, after)) = left.split_once('=') else {
-                // Not a pair: the parser proper says what is wrong.
+                // Not a pair: tokio-postgres says what is wrong.
                 rest.push(left.into());
                 break;
             };
@@ -78,21 +79,21 @@ impl Parted {
         Ok(parted)
     }
 
-    /// Decides on one option; returns it if tokio-postgres is to read it.
+    /// Handles one option. Returns it if tokio-postgres reads it.
     fn take<'a>(&mut self, name: &'a str, raw: &'a str, value: &str) -> Result<Option<Kept<'a>>> {
         let Some(fate) = fate(name) else {
-            // A name that nothing is like may be a part of a password.
+            // An unknown name that resembles no option may be part of a password, so it is not printed.
             return Err(refused(&match nearest(name) {
                 Some(known) => format!("there is no option {name}; did you mean {known}?"),
-                None => "it has an option that refarch does not know, and does not print, since it may be part of a \
-                         password: take it out, or percent-encode (or quote) the password"
+                None => "the address has an unknown option; its name is not printed, since it may be part of a password: \
+                         remove the option, or percent-encode (or quote) the password"
                     .into(),
             }));
         };
         match fate {
             Fate::Mode if value.is_empty() => {}
             Fate::Mode => {
-                // sslmode says it better, wherever it stands.
+                // sslmode is more exact than ssl, whichever comes first.
                 if name != "ssl" || self.sslmode.is_none() {
                     self.sslmode = Some(mode_of(name, value)?);
                 }
@@ -106,12 +107,12 @@ impl Parted {
                     self.pass_over(name);
                 }
             }
-            Fate::Refuse(cure) => return Err(refused(&format!("{name} can't be honoured: {cure}"))),
+            Fate::Refuse(cure) => return Err(refused(&format!("{name} is not supported: {cure}"))),
             Fate::RefuseUnless(fine, cure) => {
                 if !fine.contains(&value) {
-                    return Err(refused(&format!("this {name} can't be honoured: {cure}")));
+                    return Err(refused(&format!("this value of {name} is not supported: {cure}")));
                 }
-                // The one of these that something is done about: no writing to a standby by mistake.
+                // tokio-postgres supports this option: it refuses to write to a standby.
                 if name == "target_session_attrs" && value != "any" {
                     return Ok(Some((name, "read-write")));
                 }
@@ -126,23 +127,23 @@ impl Parted {
         }
     }
 
-    /// What to tell of options that were passed over.
+    /// A warning about ignored options.
     pub(super) fn warning(&self) -> Option<String> {
         let schema = if self.passed_over.iter().any(|name| names_schema(name)) {
-            "; a schema goes into source.table, as in schema.table"
+            "; to name a schema, set source.table to schema.table"
         } else {
             ""
         };
         (!self.passed_over.is_empty()).then(|| {
             format!(
-                "database.url: options of other tools are passed over: {}{schema}",
+                "database.url: options of other tools are ignored: {}{schema}",
                 self.passed_over.join(", ")
             )
         })
     }
 }
 
-/// Whether this is what stands before an address's `://`, and not the beginning of a pair.
+/// Whether this is a scheme before `://`, and not the beginning of a pair.
 fn is_scheme(text: &str) -> bool {
     text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.:_".contains(c))
 }
@@ -151,14 +152,14 @@ fn refused(message: &str) -> Error {
     Error::new(FailureKind::WrongSetting, "read database.url", message)
 }
 
-/// A mode as libpq names it. Tools that have `ssl` mean by a plain yes that the certificate is looked at.
+/// A mode by its name in libpq. In tools that have `ssl`, true means that the certificate is checked.
 fn mode_of(name: &str, value: &str) -> Result<String> {
     let mode = match (name, value) {
         ("ssl", "true" | "1" | "on" | "yes") => "verify-full",
         ("ssl", "false" | "0" | "off" | "no") => "disable",
         (_, "no-verify") => {
             return Err(refused(&format!(
-                "{name}=no-verify is another tool's: use sslmode=require, which encrypts and does not look at the \
+                "{name}=no-verify is an option of another tool: use sslmode=require, which encrypts and does not check the \
                  certificate either, or sslmode=verify-full with sslrootcert"
             )));
         }
@@ -167,12 +168,12 @@ fn mode_of(name: &str, value: &str) -> Result<String> {
     Ok(mode.into())
 }
 
-/// A query's value without its percent signs.
+/// A query's value, percent-decoded.
 fn decoded(value: &str) -> String {
     percent_encoding::percent_decode_str(value).decode_utf8_lossy().into_owned()
 }
 
-/// How many bytes of the text are its first value, quotes included.
+/// The length of the first value in the text, in bytes, with its quotes.
 fn value_length(text: &str) -> usize {
     let is_quoted = text.starts_with('\'');
     let mut escaped = false;

@@ -1,7 +1,7 @@
-//! How connections are encrypted: `sslmode` and `sslrootcert` as libpq means them.
+//! Encryption of connections: `sslmode` and `sslrootcert` with libpq's meaning.
 //!
-//! tokio-postgres knows three of the six modes and no file of certificates, so both are taken out of the
-//! address before it reads that, and so are the options of other tools.
+//! tokio-postgres knows three of the six modes and no file of certificates. So both options, and the options
+//! of other tools, are removed from the address before tokio-postgres reads it.
 
 mod address;
 mod options;
@@ -26,28 +26,29 @@ use crate::secret::Secret;
 use address::Parted;
 use verifier::{AnyName, Anyone};
 
-/// What a file of certificates is called that stands for those of this machine.
+/// The value of `sslrootcert` that stands for the certificates of this machine.
 const SYSTEM: &str = "system";
 
-/// What is asked of the encryption, from least to most.
+/// What a connection requires, from least to most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
-    /// None.
+    /// No encryption.
     Disable,
-    /// Encrypted if the server can, whoever it is.
+    /// Encryption if the server offers it; the certificate is not checked.
     Prefer,
-    /// Encrypted, whoever it is; with a file of certificates, as [`Self::VerifyCa`].
+    /// Encryption; the certificate is not checked. With a file of certificates, the same as
+    /// [`Self::VerifyCa`].
     Require,
-    /// Vouched for by a known authority, under any name.
+    /// A certificate of a known authority, for any host name.
     VerifyCa,
-    /// Vouched for, under the name that was asked for.
+    /// A certificate of a known authority, for the host name in the address.
     VerifyFull,
 }
 
 impl Mode {
     const ALL: [Self; 5] = [Self::Disable, Self::Prefer, Self::Require, Self::VerifyCa, Self::VerifyFull];
 
-    /// As libpq writes it.
+    /// The name in libpq.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -70,26 +71,26 @@ impl Mode {
     }
 }
 
-/// An address as tokio-postgres reads it, and how it is to be reached.
+/// An address for tokio-postgres, and the encryption of its connections.
 #[derive(Clone)]
 pub struct Wanted {
-    /// The address without what is said of encryption.
+    /// The address without options of encryption.
     pub config: tokio_postgres::Config,
-    /// How much is asked.
+    /// What a connection requires.
     pub mode: Mode,
-    /// A file of certificates; none for those of this machine.
+    /// A file of certificates; `None`: the certificates of this machine.
     pub root: Option<PathBuf>,
 }
 
 impl Wanted {
-    /// Reads an address and the settings beside it. What the address says wins.
+    /// Reads an address and the settings. An option in the address overrides a setting.
     pub fn read(url: &Secret, settings: &Database) -> Result<Self> {
         let parted = Parted::of(url.expose())?;
         warn_once(&parted);
         let Parted { rest, sslmode, sslrootcert, .. } = parted;
         let mut config: tokio_postgres::Config = rest
             .parse()
-            // The parser's message names the key at fault, never its value.
+            // The parser's message names the wrong key, never its value.
             .map_err(|error| {
                 Error::new(FailureKind::WrongSetting, "read database.url", chain(&error)).because(error)
             })?;
@@ -110,12 +111,12 @@ impl Wanted {
         Ok(Self { config, mode, root })
     }
 
-    /// What connects in that way.
+    /// The connector with this encryption.
     pub fn connector(&self) -> Result<MakeRustlsConnect> {
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let wrong = |message: String| Error::new(FailureKind::WrongSetting, "set encryption up", message);
+        let wrong = |message: String| Error::new(FailureKind::WrongSetting, "set up encryption", message);
         let file = self.root.as_ref().filter(|path| path.as_os_str() != SYSTEM);
-        // As libpq has it: who gives certificates wants them looked at.
+        // As in libpq: whoever gives certificates wants the server's certificate checked.
         let mode = match (self.mode, file) {
             (Mode::Require, Some(_)) => Mode::VerifyCa,
             (mode, _) => mode,
@@ -147,7 +148,7 @@ impl Wanted {
     }
 }
 
-/// Tells what was passed over, once a process, which reads its address several times.
+/// Warns of ignored options once in a process, since the address is read several times.
 fn warn_once(parted: &Parted) {
     static TOLD: Once = Once::new();
     if let Some(warning) = parted.warning() {
@@ -155,7 +156,7 @@ fn warn_once(parted: &Parted) {
     }
 }
 
-/// Whether every host is this machine, so that nothing leaves it.
+/// Whether every host is this machine, so that no data leaves the machine.
 fn is_local(config: &tokio_postgres::Config) -> bool {
     config.get_hosts().iter().all(|host| match host {
         Host::Unix(_) => true,
@@ -186,22 +187,24 @@ fn roots(path: &PathBuf) -> Result<RootCertStore> {
     Ok(store)
 }
 
-/// What to do about a failed handshake, if that is what an error is about.
+/// What to do about a failed handshake; `None` if the error is another one.
 pub(super) fn hint(error: &tokio_postgres::Error) -> Option<&'static str> {
     let refused = causes(error).find_map(certificate_error);
     Some(match refused {
         Some(CertificateError::UnknownIssuer) => {
-            "nobody known here vouches for the server: set database.sslrootcert to its authority's certificates (for RDS, the bundle that it publishes)"
+            "no known authority signed the server's certificate: set database.sslrootcert to a file with the authority's certificates (for RDS, the bundle that AWS publishes)"
         }
         Some(CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. }) => {
-            "the server is not who was asked for: is the host in database.url right? sslmode=verify-ca takes any name"
+            "the server's certificate is for another host name: correct the host in database.url, or set sslmode=verify-ca, which accepts any name"
         }
         Some(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
-            "the server's certificate has expired, or this machine's clock is wrong"
+            "renew the server's certificate, or correct this machine's clock"
         }
-        Some(_) => "the server's certificate is not to be trusted",
+        Some(_) => {
+            "the server's certificate cannot be trusted: check the certificate and database.sslrootcert"
+        }
         None if speaks_no_tls(error) => {
-            "the server speaks no TLS: where the network is trusted, set database.sslmode to disable or prefer"
+            "the server does not offer TLS: turn TLS on at the server or, if the network is trusted, set database.sslmode to disable or prefer"
         }
         None => return None,
     })
@@ -217,7 +220,7 @@ fn certificate_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a Cert
     }
 }
 
-/// Whether the server refused encryption. The driver has no code for that: its own sentence is all there is.
+/// Whether the server refused encryption. The driver has no code for that: only its message tells.
 fn speaks_no_tls(error: &tokio_postgres::Error) -> bool {
     error.source().is_some_and(|source| source.to_string() == "server does not support TLS")
 }

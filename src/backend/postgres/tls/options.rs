@@ -1,24 +1,25 @@
-//! What is done with each option of a database's address: those of PostgreSQL's own library, and those that
-//! other tools keep in the same address.
+//! What happens to each option of a database's address: libpq's options, and options that other tools put
+//! into the same address.
 
-/// What becomes of an option.
+/// What happens to an option.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Fate {
     /// tokio-postgres reads it.
     Read,
-    /// The encryption's mode.
+    /// The mode of encryption.
     Mode,
     /// The file of certificates.
     Root,
     /// tokio-postgres reads it under another name.
     As(&'static str),
-    /// It says how another tool works, and is left out with a warning.
+    /// An option for another tool's own behaviour: ignored with a warning.
     PassOver,
-    /// The same, but for these values, which say nothing that matters here.
+    /// The same, except for these values, which change nothing and give no warning.
     PassOverUnless(&'static [&'static str]),
-    /// It would change who is trusted or what is reached, and refarch can't: what to do instead.
+    /// An option that changes which server is trusted or reached, and that is not supported. The text says
+    /// what to do instead.
     Refuse(&'static str),
-    /// The same, but for these values, which ask for nothing.
+    /// The same, except for these values, which require nothing.
     RefuseUnless(&'static [&'static str], &'static str),
 }
 
@@ -26,9 +27,9 @@ use Fate::{As, Mode, PassOver, PassOverUnless, Read, Refuse, RefuseUnless, Root}
 
 const CLIENT_CERTIFICATE: &str = "client certificates are not supported: give the role a password";
 const REVOCATION: &str =
-    "lists of revoked certificates are not read: take it out, or let a proxy look at them";
-const VERIFY: &str = "use sslmode=require to encrypt whoever the server is, and sslmode=verify-full to have its certificate looked at";
-const WRITES: &str = "refarch writes: use read-write or any, and give the address of the primary server";
+    "lists of revoked certificates are not read: remove the option, or let a proxy check them";
+const VERIFY: &str = "use sslmode=require to encrypt without a check of the server's certificate, or sslmode=verify-full to check it";
+const WRITES: &str = "refarch must write: use read-write or any, and the address of the primary server";
 const SERVICE: &str = "service files are not read: put host, user and database into the address";
 
 /// The options, by tool.
@@ -67,24 +68,33 @@ const OPTIONS: &[(&str, Fate)] = &[
         "ssl_min_protocol_version",
         RefuseUnless(
             &["", "TLSv1", "TLSv1.1", "TLSv1.2"],
-            "TLS 1.2 and 1.3 are spoken: require more at the server",
+            "refarch uses TLS 1.2 and 1.3: require TLS 1.3 at the server",
         ),
     ),
     ("ssl_max_protocol_version", PassOverUnless(&["", "TLSv1.3"])),
-    ("gssencmode", RefuseUnless(&["disable", "prefer"], "Kerberos is not spoken: use sslmode=verify-full")),
+    (
+        "gssencmode",
+        RefuseUnless(&["disable", "prefer"], "Kerberos is not supported: use sslmode=verify-full"),
+    ),
     ("krbsrvname", PassOver),
     ("gsslib", PassOver),
     ("gssdelegation", PassOver),
-    ("requirepeer", Refuse("the owner of the server's process is not looked at: take it out")),
-    ("require_auth", Refuse("ways to log in can't be excluded: use channel_binding=require, or pg_hba.conf")),
+    ("requirepeer", Refuse("the owner of the server's process is not checked: remove the option")),
+    ("require_auth", Refuse("login methods cannot be excluded: use channel_binding=require, or pg_hba.conf")),
     // libpq's other options.
     ("tcp_user_timeout", PassOver),
     ("client_encoding", PassOverUnless(&["utf8", "UTF8", "utf-8", "UTF-8", "auto"])),
     ("fallback_application_name", PassOver),
-    ("replication", RefuseUnless(&["false", "off", "no", "0"], "refarch reads tables: take it out")),
+    (
+        "replication",
+        RefuseUnless(
+            &["false", "off", "no", "0"],
+            "refarch uses no replication connection: remove the option",
+        ),
+    ),
     ("service", Refuse(SERVICE)),
     ("servicefile", Refuse(SERVICE)),
-    ("passfile", Refuse("files of passwords are not read: put the password into the address")),
+    ("passfile", Refuse("password files are not read: put the password into the address")),
     // Prisma.
     ("schema", PassOverUnless(&["", "public"])),
     ("pgbouncer", PassOver),
@@ -184,22 +194,22 @@ const OPTIONS: &[(&str, Fate)] = &[
     ("sslhostnameverifier", Refuse(VERIFY)),
 ];
 
-/// Names further apart than this are not offered as what was meant.
+/// A known name is suggested for an unknown one if they differ by at most this many edits.
 const MAX_EDIT_DISTANCE: usize = 2;
 
-/// What becomes of an option; none if it is unknown.
+/// What happens to an option; `None` if it is unknown.
 pub(super) fn fate(name: &str) -> Option<Fate> {
     OPTIONS.iter().find_map(|(known, fate)| (*known == name).then_some(*fate))
 }
 
-/// The known name that is nearest to one that is not.
+/// The known name that is nearest to an unknown one.
 pub(super) fn nearest(name: &str) -> Option<&'static str> {
     let distance = |known: &str| strsim::damerau_levenshtein(known, name);
     let (known, _) = OPTIONS.iter().min_by_key(|(known, _)| distance(known))?;
     (name.len() > MAX_EDIT_DISTANCE && distance(known) <= MAX_EDIT_DISTANCE).then_some(*known)
 }
 
-/// Whether an option that was passed over names a schema, which a setting of refarch's says too.
+/// Whether an ignored option names a schema; refarch has a setting for that.
 pub(super) fn names_schema(name: &str) -> bool {
     matches!(name, "schema" | "currentSchema" | "search_path" | "schema_search_path")
 }

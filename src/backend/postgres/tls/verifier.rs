@@ -1,4 +1,5 @@
-//! Who is taken for the server, where libpq asks less than the name.
+//! Certificate checks for the modes of libpq that do not check the host name. By hand: rustls and its verifiers
+//! know no mode that checks the authority and not the name.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,10 +9,10 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
 
-/// Takes any certificate; the handshake must be by its holder all the same.
+/// Accepts any certificate. The handshake still proves that the server holds the certificate's key.
 pub(super) struct Anyone(pub(super) Arc<CryptoProvider>);
 
-/// Takes a certificate that is good but for its name.
+/// Accepts a certificate that is valid except for its name.
 pub(super) struct AnyName(pub(super) Arc<dyn ServerCertVerifier>);
 
 impl fmt::Debug for Anyone {
@@ -70,7 +71,7 @@ impl ServerCertVerifier for AnyName {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        // The name is looked at last, when the chain has been found good.
+        // The inner verifier checks the name last, after the chain was found valid.
         match self.0.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
             Err(rustls::Error::InvalidCertificate(
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },

@@ -1,4 +1,4 @@
-//! Model folders that are damaged, or that somebody made to do harm.
+//! Model folders that are damaged or malicious.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! The encoder against a plain BERT, and against what candle makes of real texts by the real model.
+//! Compares the encoder with a simple BERT, and with candle's vectors of real texts by the real model.
 
 mod damage;
 mod reference;
@@ -12,10 +12,10 @@ use reference::{Reference, Shape};
 use safetensors::tensor::Dtype;
 use serde::Deserialize;
 
-/// Real texts' tokens and vectors, by candle in `f32`; written by `scripts/bench encoder --fixture FILE`.
+/// Tokens and vectors of real texts, by candle in `f32`. Written by `scripts/bench encoder --fixture FILE`.
 const REAL: &str = include_str!("minilm.json");
 
-/// Where `scripts/setup` puts the model.
+/// The folder in which `scripts/setup` puts the model.
 fn real_model() -> PathBuf {
     let default = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.refarch");
     std::env::var_os("REFARCH_RUNTIME_DIR").map_or_else(default, PathBuf::from).join("runtime/model")
@@ -33,7 +33,7 @@ const TINY: Shape = Shape {
     prefix: "",
 };
 
-/// Shapes that fill nothing up, and shapes that do: of heads, widths and depths.
+/// Shapes without padding, and shapes with padding of heads, widths and depths.
 const SHAPES: [Shape; 6] = [
     TINY,
     Shape { hidden: 48, heads: 3, inner: 100, layers: 1, is_cls: true, ..TINY },
@@ -43,11 +43,11 @@ const SHAPES: [Shape; 6] = [
     Shape { hidden: 32, heads: 1, inner: 20, layers: 1, positions: 600, ..TINY },
 ];
 
-/// Lengths at and about the sizes of registers, tiles and blocks.
+/// Lengths equal to and near the sizes of registers, tiles and blocks.
 const LENGTHS: [usize; 20] = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 47, 48, 63, 65, 80];
 
-/// The kernels of this machine, or those that `REFARCH_TEST_KERNELS` names parts of, such as `avx512,amx`; says
-/// which are left out.
+/// The kernels of this machine. `REFARCH_TEST_KERNELS` selects some by parts of their names, as in
+/// `avx512,amx`. Prints which kernels are left out.
 fn kernels() -> Vec<KernelKind> {
     let wanted = std::env::var("REFARCH_TEST_KERNELS").unwrap_or_default();
     let is_wanted = |kind: &KernelKind| wanted.split(',').any(|part| kind.name().contains(part));
@@ -69,7 +69,7 @@ fn cosine(a: &[f64], b: &[f32]) -> f64 {
     product / (one * other).sqrt()
 }
 
-/// The least cosine to the reference that a kernel is let through with, for networks that are made up.
+/// The lowest accepted cosine between a kernel and the reference, for random networks.
 fn least(kind: KernelKind) -> f64 {
     match kind.precision() {
         Precision::Int8 => 0.995,
@@ -177,7 +177,7 @@ fn the_real_model_gives_the_vectors_that_candle_gives() {
         let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
         println!("{kind}: cosine to candle {mean:.6} on average, at least {worst:.6}");
         let (least, least_mean) = match kind.precision() {
-            // The worst is a text without a word.
+            // A text without words has the lowest cosine.
             Precision::Int8 => (0.99, 0.9975),
             Precision::Bf16 => (0.9999, 0.9999),
             _ => (0.999_999, 0.999_999),
@@ -192,7 +192,8 @@ fn the_real_model_gives_the_vectors_that_candle_gives() {
                 let worst = cosines.iter().copied().fold(1.0, f64::min);
                 let mean = cosines.iter().sum::<f64>() / cosines.len() as f64;
                 println!("{kind}: cosine to {other} {mean:.6} on average, at least {worst:.6}");
-                // They round at different places; as near to each other as to what they stand for.
+                // The kernels round at different places, so they differ from each other as much as from
+                // `f32`.
                 assert!(worst >= least && mean >= 0.997, "{kind} and {other}: {cosines:?}");
             }
             of_int8.push((kind, vectors));
@@ -257,7 +258,7 @@ fn a_kernel_is_chosen_by_cpu_precision_and_instructions() {
         assert_eq!(KernelKind::choose(Precision::Int8, Avx2).unwrap(), KernelKind::Avx2Int8);
         assert_ne!(best, KernelKind::Portable);
     }
-    // f32 and bf16 are one precision to an index, int8 another.
+    // For an index, f32 and bf16 are one class of precision, and int8 is another class.
     let classes = [Precision::Auto, Precision::F32, Precision::Bf16, Precision::Int8].map(Precision::class);
     assert_eq!(classes, ["f32", "f32", "f32", "int8"]);
 }
@@ -279,9 +280,9 @@ fn an_unfit_model_is_refused_with_its_reason() {
         let error = Encoder::load(dir.path(), KernelKind::Portable).err().unwrap().to_string();
         assert!(error.contains(wanted) && error.contains(file), "{file}, {text}: {error}");
     };
-    refused("config.json", r#""gelu"->"relu""#, "only gelu is known");
-    refused("config.json", r#""bert"->"roberta""#, "only bert is known");
-    refused("config.json", r#""absolute"->"relative_key""#, "only absolute is known");
+    refused("config.json", r#""gelu"->"relu""#, "only gelu is supported");
+    refused("config.json", r#""bert"->"roberta""#, "only bert is supported");
+    refused("config.json", r#""absolute"->"relative_key""#, "only absolute is supported");
     refused("config.json", r#""num_attention_heads":4->"num_attention_heads":3"#, "not a multiple");
     refused("config.json", r#""num_hidden_layers":2->"num_hidden_layers":0"#, "num_hidden_layers is 0");
     refused("config.json", "{", "EOF");
@@ -297,7 +298,7 @@ fn an_unfit_model_is_refused_with_its_reason() {
         assert!(error.contains(wanted) && error.contains("model.safetensors"), "{change}: {error}");
     };
     refused_weights(r#""num_hidden_layers":2->"num_hidden_layers":3"#, "encoder.layer.2.");
-    refused_weights(r#""hidden_size":64->"hidden_size":128"#, "large, not [");
+    refused_weights(r#""hidden_size":64->"hidden_size":128"#, ", not [");
     refused_weights(r#""vocab_size":100->"vocab_size":101"#, "word_embeddings");
     let empty = tempfile::tempdir().unwrap();
     let error = Encoder::load(empty.path(), KernelKind::Portable).err().unwrap();

@@ -1,4 +1,4 @@
-//! A BERT as its paper has it, in `f64` and one number after the other, and models to try it with.
+//! A simple BERT, as in the paper, in `f64`, one number after the other; and random models for tests.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,7 +8,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-/// A model that is made up.
+/// The shape of a random model.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     pub hidden: usize,
@@ -18,13 +18,13 @@ pub struct Shape {
     pub positions: usize,
     pub vocabulary: usize,
     pub is_cls: bool,
-    /// What its file holds numbers in.
+    /// Type of the numbers in the file.
     pub dtype: Dtype,
-    /// What tensors' names begin with in its file.
+    /// Prefix of the tensors' names in the file.
     pub prefix: &'static str,
 }
 
-/// The shape's weights, by their names without prefix.
+/// The weights of a random model, by their names without prefix.
 pub struct Reference {
     shape: Shape,
     tensors: BTreeMap<String, Vec<f64>>,
@@ -33,7 +33,7 @@ pub struct Reference {
 const EPSILON: f64 = 1e-12;
 
 impl Reference {
-    /// Makes up weights, and writes them as a model folder in the Hugging Face layout.
+    /// Generates random weights, and writes a model folder in the Hugging Face layout.
     pub fn write(shape: Shape, seed: u64, dir: &Path) -> Self {
         let Shape { hidden, inner, positions, vocabulary, .. } = shape;
         let mut sizes = vec![
@@ -67,7 +67,8 @@ impl Reference {
         let mut files = Vec::new();
         for (name, size) in sizes {
             let spread = match size.as_slice() {
-                // Scores that differ, and sums of the size of what they are added to.
+                // With this spread, scores differ, and sums are of the same size as the numbers they are
+                // added to.
                 [_, columns] if !name.starts_with("embeddings") => 2.0 / (*columns as f32).sqrt(),
                 _ => 0.5,
             };
@@ -104,7 +105,7 @@ impl Reference {
         Self { shape, tensors }
     }
 
-    /// A text's vector, of length 1.
+    /// The vector of a text, scaled to length 1.
     pub fn embed(&self, ids: &[u32]) -> Vec<f64> {
         let Shape { hidden, heads, .. } = self.shape;
         let row = |name: &str, row: usize| {
@@ -199,7 +200,7 @@ fn gelu(x: f64) -> f64 {
     x * 0.5 * (1.0 + erf(x / std::f64::consts::SQRT_2))
 }
 
-/// The error function by its Maclaurin series, and 1 where that no longer shows.
+/// The error function, by its Maclaurin series. Where the difference to 1 or -1 does not matter, 1 or -1.
 fn erf(x: f64) -> f64 {
     if x.abs() > 5.5 {
         return x.signum();
@@ -213,7 +214,7 @@ fn erf(x: f64) -> f64 {
     sum * 2.0 / std::f64::consts::PI.sqrt()
 }
 
-/// Appends a number to a file; gives back the number that is then there.
+/// Appends a number to `bytes`. Returns the number after rounding to the type.
 fn put(number: f32, dtype: Dtype, bytes: &mut Vec<u8>) -> f64 {
     let bits = number.to_bits();
     match dtype {
@@ -226,7 +227,7 @@ fn put(number: f32, dtype: Dtype, bytes: &mut Vec<u8>) -> f64 {
             f64::from(f32::from_bits(bits & 0xffff_0000))
         }
         Dtype::F16 => {
-            // Cut off to ten bits, of numbers that are neither large nor tiny.
+            // Truncates to ten bits. The numbers are neither very large nor very small.
             let exponent = (bits >> 23 & 0xff).cast_signed() - 127;
             if exponent < -14 {
                 bytes.extend([0, 0]);

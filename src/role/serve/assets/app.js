@@ -2,7 +2,7 @@
 
 const COLUMNS = ["name", "sku", "description", "price"];
 const DEBOUNCE_MS = 150;
-// Longer texts are shown up to here; editing fetches the whole row anyway.
+// Longer texts are cut here on the page. The editor shows the whole text.
 const SHOWN_CHARS = 600;
 const STATUS_MS = 2000;
 const STATUS_BUSY_MS = 700;
@@ -11,7 +11,7 @@ const SEARCHABLE_WAIT_MS = 60000;
 const SURE_MS = 4000;
 
 const $ = (id) => document.getElementById(id);
-// touched: somebody edits here, so rows must not move under their hands before the next search or page.
+// touched: the user has edited, so rows must not move before the next search or page.
 const state = { q: "", page: 1, request: null, shown: null, touched: false, applied: null };
 
 class Refused extends Error {
@@ -42,7 +42,7 @@ async function call(path, { method = "GET", body, revision, signal } = {}) {
     const answer = await response.json().catch(() => null);
     if (response.ok) return answer;
     const refused = new Refused(response.status, answer);
-    // A token that is wrong is not worth keeping.
+    // Forget a wrong token.
     if (response.status === 401) sessionStorage.removeItem("token");
     if (response.status !== 401 || !(await askToken(refused.message))) throw refused;
   }
@@ -103,7 +103,7 @@ async function load() {
   }
 }
 
-/* Shows what others changed, unless somebody is at work here. */
+/* Shows the changes of others, unless the user is editing. */
 async function follow() {
   const request = state.request;
   const busy = () => state.touched || request !== state.request || document.querySelector("dialog[open], .sure");
@@ -139,7 +139,7 @@ function show(found) {
   $("table").hidden = none;
   $("empty").hidden = !none;
   $("empty").textContent = searching
-    ? (state.page > 1 ? "No more results." : "Nothing found. If rows are still being embedded, they turn up as they become searchable.")
+    ? (state.page > 1 ? "No more results." : "Nothing found. Rows that are still being embedded appear here once they are searchable.")
     : (state.page > 1 ? "There is no such page." : "No products yet.\nrefarch generate --count 10000 --load");
   const pages = searching ? null : found.pages;
   $("page").textContent = pages ? `Page ${state.page.toLocaleString("en")} of ${pages.toLocaleString("en")}` : `Page ${state.page}`;
@@ -214,7 +214,7 @@ function fill(cell, row) {
 
 /* Editing */
 
-// A draft is what the server refused, with its reason: what somebody wrote is not thrown away.
+// draft: text that the server refused, and problem: the reason. So the user's text is not lost.
 function edit(line, cell, draft, problem) {
   if (cell.querySelector("input, textarea")) return;
   state.touched = true;
@@ -240,7 +240,7 @@ function edit(line, cell, draft, problem) {
     grow();
     field.addEventListener("input", grow);
   }
-  // A refusal comes late: the person may be writing elsewhere by now.
+  // A refusal arrives late: the user may be typing in another field.
   if (!problem || !document.activeElement?.matches("input, textarea")) {
     field.focus();
     field.setSelectionRange(field.value.length, field.value.length);
@@ -311,13 +311,13 @@ async function settle(line, cell, value, current) {
   tell(line, "theirs kept");
 }
 
-/* Asks until the index holds what the row says. */
+/* Polls until the index holds the row as it is now. */
 async function watch(line, started) {
   tell(line, "saved");
   const { id, revision } = line.row;
   while (performance.now() - started < SEARCHABLE_WAIT_MS) {
     const row = await call(`/api/v1/products/${id}`).catch(() => null);
-    // A later edit has a watch of its own.
+    // A later edit starts its own watch.
     if (line.row.revision !== revision) return;
     const took = Math.round(performance.now() - started);
     if (row?.searchable) return tell(line, `searchable after ${took < 10000 ? `${took} ms` : `${Math.round(took / 1000)} s`}`, "good");
@@ -342,7 +342,7 @@ async function removeRow(line, button) {
   } catch (error) {
     if (error.status === 404) return vanish(line);
     if (error.status === 412) refresh(line, error.body.current);
-    tell(line, error.status === 412 ? "changed meanwhile; look again" : error.message, "bad");
+    tell(line, error.status === 412 ? "changed meanwhile; check the row and try again" : error.message, "bad");
   }
 }
 
@@ -397,7 +397,7 @@ $("search").addEventListener("submit", (event) => {
 });
 function go(q, page, typed = false) {
   if (q === state.q && page === state.page && state.shown) return;
-  // While a term is being typed, one step of history is enough.
+  // Typing a term makes one history entry only.
   const replace = typed && Boolean(state.q) && Boolean(q);
   state.q = q;
   state.page = page;
@@ -441,7 +441,7 @@ async function poll() {
       if (state.applied !== null && state.applied !== applied) follow();
       state.applied = applied;
     } catch {
-      // The banner says so.
+      // call() has shown the banner.
     }
   }
   clearTimeout(polling);

@@ -1,0 +1,385 @@
+//! A double of Pinecone in this process, data plane and control plane, which keeps its limits and can be made to fail.
+//!
+//! It is written from Pinecone's documentation, apart from the client, so that the two agree only
+//! where both are right.
+
+mod asked;
+mod control;
+mod faults;
+mod filter;
+mod forbid;
+mod limits;
+mod store;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::http::{HeaderName, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse as _, Json, Response};
+use axum::routing::{get, post};
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use serde_json::{Map, Value, json};
+use tokio::net::TcpListener;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use asked::{Refused, Write};
+use faults::Fate;
+pub use faults::{Counts, Faults};
+use forbid::Forbidden;
+pub use forbid::Verb;
+use store::Log;
+
+/// A write's place in the log of its namespace, and the place up to which a query has seen the log.
+const WRITTEN: &str = "x-pinecone-request-lsn";
+const SEEN: &str = "x-pinecone-max-indexed-lsn";
+
+/// A record as it is kept.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Record {
+    /// The vector.
+    pub values: Vec<f32>,
+    /// What travels beside it.
+    pub metadata: Map<String, Value>,
+}
+
+/// The double; it stops with its last clone.
+#[derive(Clone)]
+pub struct Double {
+    url: String,
+    index: Arc<Index>,
+    _stop: Arc<DropGuard>,
+}
+
+struct Index {
+    url: String,
+    dimensions: AtomicUsize,
+    /// Whether no key is good any more.
+    is_key_revoked: AtomicBool,
+    forbidden: Forbidden,
+    indexes: Mutex<control::Indexes>,
+    log: Mutex<Log>,
+    chance: Mutex<Chance>,
+}
+
+struct Chance {
+    dice: StdRng,
+    faults: Faults,
+    counts: Counts,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Double {
+    /// Serves an empty index of vectors of that length on a loopback port that is free. What goes
+    /// wrong follows from the seed and the order of requests.
+    pub async fn start(dimensions: usize, seed: u64) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+        let url = format!("http://{}", listener.local_addr()?);
+        let index = Arc::new(Index {
+            url: url.clone(),
+            dimensions: AtomicUsize::new(dimensions),
+            is_key_revoked: AtomicBool::new(false),
+            forbidden: Forbidden::default(),
+            indexes: Mutex::default(),
+            log: Mutex::default(),
+            chance: Mutex::new(Chance {
+                dice: StdRng::seed_from_u64(seed),
+                faults: Faults::default(),
+                counts: Counts::default(),
+            }),
+        });
+        let stop = CancellationToken::new();
+        let server = axum::serve(listener, router(Arc::clone(&index)))
+            .with_graceful_shutdown(stop.clone().cancelled_owned());
+        tokio::spawn(server.into_future());
+        Ok(Self { url, index, _stop: Arc::new(stop.drop_guard()) })
+    }
+
+    /// Where it listens, such as `http://127.0.0.1:5081`.
+    #[must_use]
+    pub fn url(&self) -> String {
+        self.url.clone()
+    }
+
+    /// What goes wrong from now on. Writes that are late already still come.
+    pub fn set_faults(&self, faults: Faults) {
+        lock(&self.index.chance).faults = faults;
+    }
+
+    /// Requests and faults since the start.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        lock(&self.index.chance).counts
+    }
+
+    /// The records of a namespace, as they are; empty names the default one.
+    #[must_use]
+    pub fn snapshot(&self, namespace: &str) -> BTreeMap<String, Record> {
+        lock(&self.index.log).snapshot(namespace)
+    }
+
+    /// Refuses every key from now on.
+    pub fn revoke_keys(&self) {
+        self.index.is_key_revoked.store(true, Ordering::Relaxed);
+    }
+
+    /// Answers 403 from now on to requests with such a record in them, as a filter before the index may.
+    pub fn forbid(&self, is_forbidden: impl Fn(Verb, &str, &str) -> bool + Send + Sync + 'static) {
+        self.index.forbidden.set(is_forbidden);
+    }
+
+    /// How long a write takes from now on until readers see it.
+    pub fn set_delay(&self, delay: Duration) {
+        lock(&self.index.log).delay = delay;
+    }
+}
+
+fn router(index: Arc<Index>) -> Router {
+    Router::new()
+        .route("/vectors/upsert", post(upsert))
+        .route("/vectors/delete", post(delete))
+        .route("/vectors/update", post(update))
+        .route("/vectors/fetch", get(fetch))
+        .route("/vectors/fetch_by_metadata", post(fetch_by_metadata))
+        .route("/vectors/list", get(list))
+        .route("/namespaces", get(namespaces).post(add_namespace))
+        .route("/namespaces/{name}", get(namespace).delete(remove_namespace))
+        .route("/indexes", get(control::list).post(control::create))
+        .route("/indexes/{name}", get(control::describe).patch(control::configure).delete(control::delete))
+        .route("/query", post(query))
+        .route("/describe_index_stats", post(stats))
+        .layer(middleware::from_fn_with_state(Arc::clone(&index), admit))
+        // The limit is Pinecone's, with Pinecone's answer.
+        .layer(DefaultBodyLimit::disable())
+        .with_state(index)
+}
+
+async fn admit(State(index): State<Arc<Index>>, request: Request, next: Next) -> Response {
+    lock(&index.chance).counts.requests += 1;
+    let without_key = request.headers().get("Api-Key").is_none_or(header::HeaderValue::is_empty);
+    if without_key || index.is_key_revoked.load(Ordering::Relaxed) {
+        return (StatusCode::UNAUTHORIZED, "Unauthorized").into_response();
+    }
+    next.run(request).await
+}
+
+async fn upsert(State(index): State<Arc<Index>>, body: Bytes) -> Response {
+    index.write(|| limits::upsert(&body, index.dimensions())).await
+}
+
+async fn delete(State(index): State<Arc<Index>>, body: Bytes) -> Response {
+    index.write(|| limits::delete(&body)).await
+}
+
+async fn update(State(index): State<Arc<Index>>, body: Bytes) -> Response {
+    index.write(|| limits::update(&body, index.dimensions())).await
+}
+
+async fn fetch(State(index): State<Arc<Index>>, Query(query): Query<Vec<(String, String)>>) -> Response {
+    if index.forbidden.has_fetch(&query) {
+        return forbid::answer();
+    }
+    index.read(|| Ok((lock(&index.log).fetch(&limits::fetch(query)?), None))).await
+}
+
+async fn fetch_by_metadata(State(index): State<Arc<Index>>, body: Bytes) -> Response {
+    index.read(|| Ok((lock(&index.log).fetch_by_metadata(&limits::by_metadata(&body)?)?, None))).await
+}
+
+async fn list(State(index): State<Arc<Index>>, Query(query): Query<Vec<(String, String)>>) -> Response {
+    index.read(|| Ok((lock(&index.log).list(&limits::list(query)?), None))).await
+}
+
+async fn query(State(index): State<Arc<Index>>, body: Bytes) -> Response {
+    let answer = || {
+        let asked = limits::query(&body, index.dimensions())?;
+        let mut log = lock(&index.log);
+        let seen = log.seen(&asked.namespace);
+        let vector = match &asked.id {
+            Some(id) => log.values(&asked.namespace, id).ok_or("no record has this id")?,
+            None => asked.vector.clone(),
+        };
+        Ok((log.query(&asked, &vector)?, Some(seen)))
+    };
+    index.read(answer).await
+}
+
+async fn stats(State(index): State<Arc<Index>>) -> Response {
+    index.read(|| Ok((lock(&index.log).stats(index.dimensions()), None))).await
+}
+
+async fn namespaces(State(index): State<Arc<Index>>) -> Response {
+    let counts = lock(&index.log).counts();
+    let shown = counts.into_iter().map(|(name, count)| json!({ "name": name, "record_count": count }));
+    Json(json!({ "namespaces": shown.collect::<Vec<_>>() })).into_response()
+}
+
+async fn namespace(State(index): State<Arc<Index>>, Path(name): Path<String>) -> Response {
+    match lock(&index.log).counts().get(&name) {
+        Some(count) => Json(json!({ "name": name, "record_count": count })).into_response(),
+        None => error(StatusCode::NOT_FOUND, "Namespace not found"),
+    }
+}
+
+async fn add_namespace(State(index): State<Arc<Index>>, Json(body): Json<Value>) -> Response {
+    let name = body["name"].as_str().unwrap_or_default().to_owned();
+    lock(&index.log).add(&name);
+    Json(json!({ "name": name, "record_count": 0 })).into_response()
+}
+
+async fn remove_namespace(State(index): State<Arc<Index>>, Path(name): Path<String>) -> Response {
+    if lock(&index.log).remove(&name) {
+        return Json(json!({})).into_response();
+    }
+    error(StatusCode::NOT_FOUND, "Namespace not found")
+}
+
+impl Index {
+    /// Serves a write as chance has it.
+    async fn write(self: &Arc<Self>, check: impl FnOnce() -> Refused<Write>) -> Response {
+        let fate = self.draw(true);
+        if let Some(answer) = self.turn_away(fate) {
+            return answer;
+        }
+        let write = match check() {
+            Ok(write) => write,
+            Err(message) => return error(StatusCode::BAD_REQUEST, &message),
+        };
+        if self.forbidden.has_write(&write) {
+            return forbid::answer();
+        }
+        if let Write::Delete { namespace, .. } = &write
+            && !lock(&self.log).contains(namespace)
+        {
+            return error(StatusCode::NOT_FOUND, "Namespace not found");
+        }
+        self.count(fate);
+        let answer = match &write {
+            Write::Upsert { records, .. } => json!({ "upsertedCount": records.len() }),
+            Write::Delete { .. } | Write::Update(_) => json!({}),
+        };
+        match fate {
+            Fate::Late(delay) => {
+                self.apply_later(write, delay);
+                error(StatusCode::GATEWAY_TIMEOUT, "the upstream server did not answer in time")
+            }
+            Fate::Hung { hold, applied } => {
+                if let Some(delay) = applied {
+                    self.apply_later(write, delay);
+                }
+                tokio::time::sleep(hold).await;
+                match applied {
+                    Some(_) => Json(answer).into_response(),
+                    None => error(StatusCode::GATEWAY_TIMEOUT, "the upstream server did not answer in time"),
+                }
+            }
+            Fate::Lied => {
+                self.apply(write);
+                error(StatusCode::INTERNAL_SERVER_ERROR, "internal error")
+            }
+            Fate::Dropped => {
+                self.apply(write);
+                broken_off()
+            }
+            Fate::Served | Fate::Unavailable(_) | Fate::RateLimited { .. } => {
+                let mut answer = Json(answer).into_response();
+                answer.headers_mut().insert(WRITTEN, self.apply(write).into());
+                answer
+            }
+        }
+    }
+
+    /// Serves a read as chance has it.
+    async fn read(&self, answer: impl FnOnce() -> Refused<(Value, Option<u64>)>) -> Response {
+        let fate = self.draw(false);
+        if let Some(answer) = self.turn_away(fate) {
+            return answer;
+        }
+        self.count(fate);
+        if let Fate::Hung { hold, .. } = fate {
+            tokio::time::sleep(hold).await;
+        }
+        match answer() {
+            Ok((answer, seen)) => {
+                let mut answer = Json(answer).into_response();
+                answer.headers_mut().extend(seen.map(|seen| (HeaderName::from_static(SEEN), seen.into())));
+                answer
+            }
+            Err(message) => error(StatusCode::BAD_REQUEST, &message),
+        }
+    }
+
+    fn draw(&self, is_write: bool) -> Fate {
+        let mut chance = lock(&self.chance);
+        let faults = chance.faults;
+        faults.draw(&mut chance.dice, is_write)
+    }
+
+    fn count(&self, fate: Fate) {
+        lock(&self.chance).counts.add(fate);
+    }
+
+    /// The answer to a request that is not even looked at.
+    fn turn_away(&self, fate: Fate) -> Option<Response> {
+        let answer = match fate {
+            Fate::Unavailable(status) => error(status, "the service is unavailable"),
+            Fate::RateLimited { says_when } => {
+                let mut answer = error(StatusCode::TOO_MANY_REQUESTS, "too many requests");
+                if says_when {
+                    answer.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
+                }
+                answer
+            }
+            _ => return None,
+        };
+        self.count(fate);
+        Some(answer)
+    }
+
+    fn dimensions(&self) -> usize {
+        self.dimensions.load(Ordering::Relaxed)
+    }
+
+    /// Applies a write; returns its place in the log.
+    fn apply(&self, write: Write) -> u64 {
+        lock(&self.log).apply(write)
+    }
+
+    /// In a task of its own: the request's ends with its connection.
+    fn apply_later(self: &Arc<Self>, write: Write, delay: Duration) {
+        let index = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(delay).await;
+            index.apply(write);
+        });
+    }
+}
+
+/// An error as Pinecone tells it, with gRPC's code.
+fn error(status: StatusCode, message: &str) -> Response {
+    let code = match status {
+        StatusCode::BAD_REQUEST => 3,
+        StatusCode::GATEWAY_TIMEOUT => 4,
+        StatusCode::NOT_FOUND => 5,
+        StatusCode::TOO_MANY_REQUESTS => 8,
+        StatusCode::SERVICE_UNAVAILABLE => 14,
+        _ => 13,
+    };
+    (status, Json(json!({ "code": code, "message": message, "details": [] }))).into_response()
+}
+
+/// An answer that makes the server close the connection before anything of it was sent.
+fn broken_off() -> Response {
+    let broken = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+    let body = futures::stream::once(std::future::ready(Err::<Bytes, _>(broken)));
+    Response::new(Body::from_stream(body))
+}

@@ -1,0 +1,7 @@
+//! The command line and its settings, and `scripts/setup`.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod cli;
+mod setup;

@@ -1,0 +1,97 @@
+//! A source as this process works on it: its settings, and a database that is migrated for it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use refarch::backend::pgvector::{self, PgVector};
+use refarch::backend::postgres::Postgres;
+use refarch::backend::postgres::ledger::PgLedger;
+use refarch::backend::postgres::migrate::{self, Report};
+use refarch::backend::postgres::target::{self, IndexShape, Place, Target};
+use refarch::config::Settings;
+use refarch::pipeline::failure::Error;
+use refarch::secret::Secret;
+use tokio_postgres::Client;
+
+use super::Database;
+
+/// A table `item` of keys and texts.
+pub const ITEM: [(&str, &str); 3] = [
+    ("REFARCH_SOURCE_TABLE", "public.item"),
+    ("REFARCH_SOURCE_TEXT", "body"),
+    ("REFARCH_SOURCE_METADATA", "id"),
+];
+
+/// The settings that these environment variables make, with the runtime folder that `scripts/setup` fills.
+pub fn settings(env: &[(&str, &str)]) -> Settings {
+    let runtime = super::runtime_dir().display().to_string();
+    let mut all: BTreeMap<String, String> = [("REFARCH_RUNTIME_DIR".to_owned(), runtime)].into();
+    all.extend(env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
+    Settings::load(None, &all, &[]).unwrap()
+}
+
+/// The shape of an index of that kind, with vectors of three numbers that no real model makes.
+pub fn shape(kind: &str) -> IndexShape {
+    IndexShape {
+        kind: kind.into(),
+        model: "test".into(),
+        former_model: None,
+        dimensions: 3,
+        place: Place::default(),
+    }
+}
+
+/// Migrates a database for an index of that shape.
+pub async fn migrate(postgres: &Postgres, settings: &Settings, shape: &IndexShape) -> Result<Report, Error> {
+    migrate::migrate(postgres, &settings.source, &settings.queue, shape).await
+}
+
+impl Database {
+    /// Connections as a role with these settings has them.
+    pub fn postgres(&self, settings: &Settings) -> Postgres {
+        Postgres::new(&Secret::new(self.url()), &settings.database).unwrap()
+    }
+}
+
+/// A database that is migrated for a source, and a session in it.
+pub struct Migrated {
+    pub settings: Settings,
+    pub shape: IndexShape,
+    pub postgres: Postgres,
+    pub client: Client,
+    /// What the migration did.
+    pub report: Report,
+    pub database: Database,
+}
+
+impl Migrated {
+    /// Runs `setup` in a new database, and migrates it for an index of that kind.
+    pub async fn new(setup: &str, settings: Settings, kind: &str) -> Self {
+        let database = Database::create().await;
+        let client = database.client().await;
+        client.batch_execute(setup).await.unwrap();
+        let (postgres, shape) = (database.postgres(&settings), shape(kind));
+        let report = migrate(&postgres, &settings, &shape).await.unwrap();
+        Self { settings, shape, postgres, client, report, database }
+    }
+
+    pub async fn target(&self) -> Target {
+        target::find(&self.postgres, &self.settings.source, &self.shape).await.unwrap()
+    }
+
+    pub fn ledger(&self, target: &Target) -> PgLedger {
+        let table = Arc::new(target.table.clone());
+        PgLedger::new(self.postgres.clone(), table, target.id, target.salt.clone())
+    }
+
+    pub fn pgvector(&self, target: &Target) -> PgVector {
+        let options = pgvector::Options {
+            graph_min_rows: 1_000,
+            graph_max_backlog: 1_000,
+            ef_search: 100,
+            acknowledged_in_same_log: true,
+        };
+        let table = Arc::new(target.table.clone());
+        PgVector::new(self.postgres.clone(), table, target.salt.clone(), target.id, options)
+    }
+}

@@ -1,0 +1,9 @@
+//! Embedders and vector indexes: their contracts, Pinecone's protocol, and what a search finds.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod embedders;
+mod index;
+mod pinecone;
+mod quality;

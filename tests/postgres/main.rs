@@ -1,0 +1,11 @@
+//! What PostgreSQL does for us: capture, the ledger, migrations, reading of rows, and the private cluster.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod capture;
+mod embedded;
+mod ledger;
+mod live;
+mod migrate;
+mod reading;

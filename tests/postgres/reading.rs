@@ -1,0 +1,894 @@
+//! Reading the source's table as it is: keys of every type, tables that change, roles with settings of
+//! their own, and what must never be taken for "the row is gone".
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use refarch::backend::pgvector::{self, PgVector};
+use refarch::backend::postgres::Postgres;
+use refarch::backend::postgres::ledger::PgLedger;
+use refarch::backend::postgres::migrate;
+use refarch::backend::{self, Backends};
+use refarch::double::pinecone::Double;
+use refarch::pipeline::clock::{BootClock, Clock};
+use refarch::pipeline::failure::Class;
+use refarch::pipeline::index::{Desired, Planned, VectorIndex as _, Writes};
+use refarch::pipeline::lease::Lease;
+use refarch::pipeline::ledger::{Ledger as _, Outcome};
+use refarch::secret::Secret;
+use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+
+use crate::common::source::{ITEM, settings};
+use crate::common::steps::Loop;
+use crate::common::{self, Database, eventually};
+
+/// Longer than anything here takes on a busy machine.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// Settings of a role that would spoil what relies on the usual ones.
+const ODD: &[&str] = &[
+    "search_path = ''",
+    "statement_timeout = '50ms'",
+    "lock_timeout = '10ms'",
+    "default_transaction_isolation = 'serializable'",
+    "default_transaction_read_only = on",
+    "timezone = 'Asia/Tokyo'",
+    "datestyle = 'German'",
+    "intervalstyle = 'iso_8601'",
+    "bytea_output = 'escape'",
+    "extra_float_digits = -3",
+    "row_security = on",
+];
+
+impl Loop {
+    /// By a role without rights of its own, with these settings, that only reads and writes.
+    async fn by_role(setup: &str, env: &[(&str, &str)], role_settings: &[&str]) -> Self {
+        let it = Self::new(setup, env).await;
+        let name = it.role();
+        let mut sql = format!("CREATE ROLE {name} LOGIN PASSWORD 'secret';");
+        for one in role_settings {
+            let _ = write!(sql, "ALTER ROLE {name} SET {one};");
+        }
+        it.run(&sql).await;
+        let roles = ["listen", "embed"].map(|part| (part.to_owned(), name.clone())).into();
+        let options = migrate::Options { roles, ..migrate::Options::default() };
+        // Boxed, since it is large.
+        Box::pin(backend::migrate_with(&it.postgres, &it.settings, &options)).await.unwrap();
+        let url = Secret::new(url_of(&it.database, &name));
+        let postgres = Postgres::new(&url, &it.settings.database).unwrap();
+        it.by(postgres).await
+    }
+
+    /// The role of [`Self::by_role`].
+    fn role(&self) -> String {
+        format!("role_{}", self.database.name())
+    }
+
+    /// Starts to index in the background.
+    fn index(&self) -> (CancellationToken, tokio::task::JoinHandle<()>) {
+        let stop = CancellationToken::new();
+        let (indexer, stopped) = (Arc::clone(&self.indexer), stop.clone());
+        let task = tokio::spawn(async move { indexer.run(&stopped, &stopped, false).await.unwrap() });
+        (stop, task)
+    }
+
+    /// Ids in the index, sorted.
+    async fn indexed(&self) -> Vec<String> {
+        let mut ids = self.backends.index.list(None, 1000).await.unwrap().ids;
+        ids.sort();
+        ids
+    }
+
+    /// Ids of the table as the ledger reads them, sorted.
+    async fn rows(&self) -> Vec<String> {
+        let mut ids = Vec::new();
+        loop {
+            let page = self.backends.ledger.rows_after(ids.last().map(String::as_str), 7).await.unwrap();
+            let full = page.len() == 7;
+            ids.extend(page.into_iter().map(|peeked| peeked.id));
+            if !full {
+                break;
+            }
+        }
+        ids.sort();
+        ids
+    }
+
+    async fn verify(&self) -> (bool, String) {
+        let mut command = self.database.refarch();
+        for (key, value) in [
+            ("REFARCH_SOURCE_TABLE", self.settings.source.table.clone()),
+            ("REFARCH_SOURCE_ID", self.settings.source.id.clone()),
+            ("REFARCH_SOURCE_TEXT", self.settings.source.text.join(",")),
+            ("REFARCH_SOURCE_METADATA", self.settings.source.metadata.join(",")),
+        ] {
+            command.env(key, value);
+        }
+        let output = command.arg("verify").output().await.unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        (output.status.success(), text + &String::from_utf8_lossy(&output.stderr))
+    }
+
+    /// Takes the role away again.
+    async fn end(&self) {
+        self.postgres.pool.close();
+        let role = self.role();
+        self.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+    }
+}
+
+fn url_of(database: &Database, role: &str) -> String {
+    let config: tokio_postgres::Config = database.url().parse().unwrap();
+    let host = match &config.get_hosts()[0] {
+        tokio_postgres::config::Host::Tcp(name) => name.clone(),
+        tokio_postgres::config::Host::Unix(path) => path.display().to_string(),
+    };
+    let port = config.get_ports()[0];
+    format!("host={host} port={port} user={role} password=secret dbname={}", database.name())
+}
+
+fn strings(ids: &[&str]) -> Vec<String> {
+    ids.iter().map(|id| (*id).to_owned()).collect()
+}
+
+/// What an error of reading says; it must hold the work.
+async fn held(it: &Loop, ids: &[&str]) -> String {
+    let error = it.backends.ledger.peek(&strings(ids)).await.expect_err("must not be believed");
+    assert_eq!(error.class(), Class::Retryable, "{error}");
+    let page = it.backends.ledger.rows_after(None, 10).await.expect_err("must not be believed");
+    assert_eq!(page.class(), Class::Retryable, "{page}");
+    error.to_string()
+}
+
+/// A type of a schema that is on no search path, which takes big and small letters for the same, as citext does.
+const FOLDED: &str = "CREATE SCHEMA ext; CREATE TYPE ext.folded; \
+    CREATE FUNCTION ext.folded_in(cstring) RETURNS ext.folded LANGUAGE internal IMMUTABLE STRICT AS 'textin'; \
+    CREATE FUNCTION ext.folded_out(ext.folded) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'textout'; \
+    CREATE TYPE ext.folded (INPUT = ext.folded_in, OUTPUT = ext.folded_out, LIKE = text); \
+    CREATE CAST (ext.folded AS text) WITHOUT FUNCTION AS IMPLICIT; \
+    CREATE FUNCTION ext.cmp(ext.folded, ext.folded) RETURNS integer LANGUAGE sql IMMUTABLE STRICT \
+      AS $$ SELECT bttextcmp(lower($1::text), lower($2::text)) $$;";
+
+/// Its operators and their class.
+fn folded() -> String {
+    let mut sql = FOLDED.to_owned();
+    for (name, operator) in [("lt", "<"), ("le", "<="), ("eq", "="), ("ge", ">="), ("gt", ">")] {
+        let _ = write!(
+            sql,
+            "CREATE FUNCTION ext.{name}(ext.folded, ext.folded) RETURNS boolean LANGUAGE sql IMMUTABLE STRICT \
+               AS $$ SELECT ext.cmp($1, $2) {operator} 0 $$; \
+             CREATE OPERATOR ext.{operator} (LEFTARG = ext.folded, RIGHTARG = ext.folded, FUNCTION = ext.{name});"
+        );
+    }
+    sql + "CREATE OPERATOR CLASS ext.folded_ops DEFAULT FOR TYPE ext.folded USING btree AS OPERATOR 1 ext.<, \
+           OPERATOR 2 ext.<=, OPERATOR 3 ext.=, OPERATOR 4 ext.>=, OPERATOR 5 ext.>, FUNCTION 1 ext.cmp(ext.folded, ext.folded);"
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_of_every_kind_reach_the_index() {
+    let kinds = [
+        ("char(26)", "left(upper(md5(g::text)), 26)"),
+        ("char(26)", "repeat('a', g)"),
+        ("varchar(12)", "left(md5(g::text), 12)"),
+        ("bit(9)", "g::bit(9)"),
+        ("varbit(9)", "g::bit(9)::varbit"),
+        ("numeric(12,3)", "g / 8.0"),
+        ("numeric", "g / 8.0"),
+        ("short_code", "left(upper(md5(g::text)), 8)"),
+        ("short_bits", "g::bit(5)"),
+        ("float8", "g / 3.0"),
+        ("float4", "g / 3.0"),
+        ("date", "'2026-02-27'::date + g"),
+        ("timestamptz", "'2026-02-27 10:00:00.000001+09'::timestamptz + g * interval '7 hours'"),
+        ("timestamp", "'2026-02-27 10:00:00.000001'::timestamp + g * interval '7 hours'"),
+        ("timetz", "make_time(g, 30, 1.5)::timetz"),
+        ("interval", "g * interval '1 month 2 days 03:04:05.6'"),
+        ("bytea", "decode(md5(g::text), 'hex')"),
+        ("money", "g::money * 1000.5"),
+        ("uuid", "md5(g::text)::uuid"),
+        ("name", "md5(g::text)"),
+        ("\"char\"", "chr(96 + g)"),
+        ("cidr", "set_masklen(('10.0.0.0'::inet + g * 256)::cidr, 24)"),
+        ("macaddr", "left(md5(g::text), 12)::macaddr"),
+        ("jsonb", "jsonb_build_object('b', g, 'aa', md5(g::text))"),
+        ("color", "(enum_range(NULL::color))[g]"),
+        ("int4range", "int4range(g, g + 5)"),
+        ("smallint", "g - 10"),
+        ("ext.folded", "(md5(g::text) || 'x')::text::ext.folded"),
+    ];
+    let types = "CREATE DOMAIN short_code AS char(8) CHECK (VALUE <> ''); CREATE DOMAIN short AS bit(5); \
+                 CREATE DOMAIN short_bits AS short NOT NULL; \
+                 DO $$ BEGIN EXECUTE (SELECT 'CREATE TYPE color AS ENUM (' || string_agg(quote_literal('c' || g), ',') || ')' FROM generate_series(1, 20) g); END $$;";
+    for (kind, value) in kinds {
+        let folded = folded() + "CREATE CAST (text AS ext.folded) WITHOUT FUNCTION AS ASSIGNMENT;";
+        let setup = format!(
+            "{folded} {types} CREATE TABLE item (id {kind} PRIMARY KEY, body text); \
+             INSERT INTO item SELECT {value}, 'text' FROM generate_series(1, 20) g"
+        );
+        let it = Loop::new(&setup, &ITEM).await;
+        let expected = it.rows().await;
+        assert_eq!(expected.len(), 20, "{kind}: {expected:?}");
+        let peeked = it.backends.ledger.peek(&expected).await.unwrap();
+        let gone: Vec<_> = peeked.iter().filter(|one| one.row.is_none()).collect();
+        assert!(gone.is_empty(), "{kind}: {gone:?}");
+        // As they were queued.
+        it.run("DELETE FROM refarch.outbox").await;
+        it.backends.ledger.requeue(&expected).await.unwrap();
+        it.settle().await;
+        assert_eq!(it.indexed().await, expected, "{kind}");
+        let sql =
+            "DELETE FROM item WHERE body = 'text' AND ctid = (SELECT min(ctid) FROM item) RETURNING id::text";
+        it.client.query_one(sql, &[]).await.unwrap();
+        it.backends.ledger.requeue(&expected).await.unwrap();
+        it.settle().await;
+        assert_eq!(it.indexed().await.len(), 19, "{kind}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_session_wrote_a_row_its_id_has_one_spelling() {
+    let odd = "SET timezone = 'Asia/Tokyo'; SET datestyle = 'German'; SET intervalstyle = 'iso_8601'; \
+               SET bytea_output = 'escape'; SET extra_float_digits = -3; SET quote_all_identifiers = on;";
+    for (kind, value) in [
+        ("char(26)", "left(upper(md5(g::text)), 20)"),
+        ("bit(9)", "g::bit(9)"),
+        ("varchar(12)", "left(md5(g::text), 12)"),
+        ("numeric(12,3)", "g / 8.0"),
+        ("short_code", "left(upper(md5(g::text)), 8)"),
+        ("day", "'2026-02-27'::date + g"),
+        ("date", "'2026-02-27'::date + g"),
+        ("timestamptz", "'2026-02-27 10:00:00.000001+09'::timestamptz + g * interval '7 hours'"),
+        ("interval", "g * interval '1 month 2 days 03:04:05.6'"),
+        ("bytea", "decode(md5(g::text), 'hex')"),
+        ("float8", "g / 3.0"),
+        ("money", "g::money * 1000.5"),
+        ("ext.folded", "(md5(g::text) || 'x')::text::ext.folded"),
+    ] {
+        let folded = folded() + "CREATE CAST (text AS ext.folded) WITHOUT FUNCTION AS ASSIGNMENT;";
+        let setup = format!(
+            "{folded} CREATE DOMAIN short_code AS char(8); CREATE DOMAIN day AS date; CREATE TABLE item (id {kind} PRIMARY KEY, body text); \
+             {odd} INSERT INTO item SELECT {value}, 'text' FROM generate_series(1, 10) g"
+        );
+        let it = Loop::new(&setup, &ITEM).await;
+        it.settle().await;
+        assert_eq!(it.indexed().await.len(), 10, "{kind}");
+        it.run(&format!(
+            "INSERT INTO public.item SELECT {value}, 'text' FROM generate_series(11, 20) g; \
+             UPDATE public.item SET body = 'new' WHERE ctid IN (SELECT ctid FROM public.item LIMIT 3); \
+             DELETE FROM public.item WHERE ctid IN (SELECT min(ctid) FROM public.item)"
+        ))
+        .await;
+        it.settle().await;
+        let rows = it.rows().await;
+        assert_eq!((it.indexed().await, rows.len()), (rows, 19), "{kind}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn six_hundred_keys_of_fixed_length_are_indexed_and_verified() {
+    let setup = "CREATE TABLE item (id char(26) PRIMARY KEY, body text); \
+                 INSERT INTO item SELECT left(upper(md5(g::text)), 26), 'text ' || g % 5 FROM generate_series(1, 600) g";
+    let it = Loop::new(setup, &ITEM).await;
+    it.settle().await;
+    assert_eq!(it.backends.index.count().await.unwrap(), 600);
+    it.run("DELETE FROM item WHERE id = (SELECT min(id) FROM item); UPDATE item SET body = 'new' WHERE id = (SELECT max(id) FROM item)")
+        .await;
+    it.settle().await;
+    let (agrees, text) = it.verify().await;
+    assert!(agrees && text.contains("indexed          599"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_spellings_of_a_key_the_rows_own_is_the_row() {
+    let setup = folded()
+        + "CREATE CAST (text AS ext.folded) WITHOUT FUNCTION AS ASSIGNMENT; \
+           CREATE TABLE item (id ext.folded PRIMARY KEY, body text); INSERT INTO item VALUES ('Kettle'::text, 'text')";
+    let it = Loop::new(&setup, &ITEM).await;
+    let peeked = it.backends.ledger.peek(&strings(&["KETTLE", "Kettle", "kettle", "tent"])).await.unwrap();
+    let seen: Vec<_> = peeked.iter().map(|one| (&*one.id, one.row.is_some())).collect();
+    assert_eq!(seen, [("KETTLE", false), ("Kettle", true), ("kettle", false), ("tent", false)]);
+    // The row is written otherwise: the old spelling goes, the new one comes.
+    it.settle().await;
+    assert_eq!(it.indexed().await, ["Kettle"]);
+    it.run("ALTER TABLE item DISABLE TRIGGER ALL; UPDATE item SET id = 'KETTLE'::text").await;
+    it.backends.ledger.requeue(&strings(&["Kettle", "KETTLE"])).await.unwrap();
+    it.settle().await;
+    assert_eq!(it.indexed().await, ["KETTLE"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_without_an_order_is_refused() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    // Its order is none that PostgreSQL takes by itself.
+    let kind = folded()
+        .replace("CREATE CAST (ext.folded AS text) WITHOUT FUNCTION AS IMPLICIT;", "")
+        .replace("DEFAULT FOR TYPE", "FOR TYPE");
+    client.batch_execute(&kind).await.unwrap();
+    client
+        .batch_execute("CREATE TABLE item (id ext.folded NOT NULL, body text); CREATE UNIQUE INDEX ON item (id ext.folded_ops)")
+        .await
+        .unwrap();
+    client.batch_execute("CREATE TABLE arrays (id int[] PRIMARY KEY, body text)").await.unwrap();
+    for (table, reason) in [("item", "no default order"), ("arrays", "array")] {
+        let set = settings(&[ITEM[1], ITEM[2], ("REFARCH_SOURCE_TABLE", table)]);
+        let postgres = Postgres::new(&Secret::new(database.url()), &set.database).unwrap();
+        let error = backend::migrate(&postgres, &set).await.unwrap_err();
+        assert_eq!(error.class(), Class::Fatal);
+        assert!(
+            error.message().contains("source.id") && error.message().contains(reason),
+            "{table}: {error}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ids_that_the_keys_type_cannot_be_are_absent_and_do_no_harm() {
+    let setup =
+        "CREATE TABLE item (id date PRIMARY KEY, body text); INSERT INTO item VALUES ('2026-02-27', 'text')";
+    let it = Loop::new(setup, &ITEM).await;
+    let asked = strings(&["not a date", "2026-02-27", "27.02.2026", "2026-02-30", "today", ""]);
+    let peeked = it.backends.ledger.peek(&asked).await.unwrap();
+    assert_eq!(
+        peeked.iter().map(|one| one.row.is_some()).collect::<Vec<_>>(),
+        [false, true, false, false, false, false]
+    );
+    it.backends.ledger.requeue(&asked).await.unwrap();
+    it.settle().await;
+    assert_eq!(it.indexed().await, ["2026-02-27"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_a_policy_hides_are_not_taken_for_gone() {
+    let setup = "CREATE TABLE item (id integer PRIMARY KEY, tenant text, body text); \
+                 INSERT INTO item SELECT g, 't' || g % 2, 'text' FROM generate_series(1, 20) g";
+    let it = Loop::by_role(setup, &ITEM, &[]).await;
+    let role = it.role();
+    it.settle().await;
+    it.run(
+        "ALTER TABLE item ENABLE ROW LEVEL SECURITY; ALTER TABLE item FORCE ROW LEVEL SECURITY; \
+         CREATE POLICY own ON item USING (tenant = current_setting('app.tenant', true)); \
+         UPDATE item SET body = 'new'",
+    )
+    .await;
+    let error = held(&it, &["1", "2"]).await;
+    assert!(error.contains(&role) && error.contains("BYPASSRLS"), "{error}");
+    // Nor by the write that reads rows again.
+    let Writes::Fenced(fence) = it.backends.index.writes() else { panic!("pgvector fences") };
+    let plan = Planned { id: "1".into(), epoch: None, version: 1, desired: Desired::Absent };
+    let error = fence.apply(&[plan]).await.unwrap_err();
+    assert!(error.class() == Class::Retryable && error.to_string().contains("BYPASSRLS"), "{error}");
+    assert_eq!(it.indexed().await.len(), 20);
+
+    it.relay().await;
+    let (stop, task) = it.index();
+    let status = it.backends.status().await;
+    assert!(status.is_err_and(|error| error.class() == Class::Retryable));
+    it.run(&format!("ALTER ROLE {role} BYPASSRLS")).await;
+    // What a session may see is looked at anew in each transaction.
+    eventually("all to be in sync", PATIENCE, async || {
+        it.backends.status().await.is_ok_and(|status| status.is_synced() && status.indexed == Some(20))
+    })
+    .await;
+    stop.cancel();
+    task.await.unwrap();
+    assert_eq!(it.backends.queue.dead_letters.count().await.unwrap(), 0);
+    it.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_widened_is_read_as_it_is_without_a_restart() {
+    let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text' FROM generate_series(1, 5) g";
+    let it = Loop::new(setup, &ITEM).await;
+    it.settle().await;
+    it.run("ALTER TABLE item ALTER id TYPE bigint; INSERT INTO item VALUES (3000000000, 'text')").await;
+    it.settle().await;
+    assert_eq!(it.indexed().await, ["1", "2", "3", "3000000000", "4", "5"]);
+    assert_eq!(it.rows().await.len(), 6);
+    // To text, with ids that no number is.
+    it.run("ALTER TABLE item ALTER id TYPE text; INSERT INTO item VALUES ('six', 'text')").await;
+    it.backends.ledger.requeue(&strings(&["six", "1"])).await.unwrap();
+    it.settle().await;
+    assert_eq!(it.indexed().await.len(), 7);
+    // By the fenced write alone: it was planned before.
+    let Writes::Fenced(fence) = it.backends.index.writes() else { panic!("pgvector fences") };
+    it.run("ALTER TABLE item ALTER id TYPE varchar(40)").await;
+    let epoch = it.backends.ledger.peek(&strings(&["six"])).await.unwrap()[0].entry.as_ref().map(|e| e.epoch);
+    it.run("ALTER TABLE item ALTER id TYPE text COLLATE \"C\"").await;
+    let plan = Planned { id: "six".into(), epoch, version: 1, desired: Desired::Absent };
+    assert_eq!(fence.apply(&[plan]).await.unwrap().conflicted, ["six"], "the row is there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_column_that_is_gone_holds_the_work_until_it_is_back() {
+    let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text, note text); INSERT INTO item SELECT g, 'text' FROM generate_series(1, 5) g";
+    let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "id,note")];
+    let it = Loop::new(setup, &env).await;
+    it.settle().await;
+    for (away, back, missing) in [
+        ("RENAME body TO headline", "RENAME headline TO body", "body"),
+        ("RENAME id TO key", "RENAME key TO id", "id"),
+        ("RENAME note TO remark", "RENAME remark TO note", "note"),
+        ("RENAME TO things", "", "item"),
+    ] {
+        it.run(&format!("ALTER TABLE item {away}")).await;
+        let error = held(&it, &["1"]).await;
+        assert!(error.contains(missing), "{away}: {error}");
+        let back = if back.is_empty() { "things RENAME TO item" } else { &format!("item {back}") };
+        it.run(&format!("ALTER TABLE {back}")).await;
+        assert!(it.backends.ledger.peek(&strings(&["1"])).await.unwrap()[0].row.is_some(), "{back}");
+    }
+    // While the roles run: nothing ends, nothing is given up, and it goes on by itself.
+    let (stop, task) = it.index();
+    it.backends.ledger.requeue(&strings(&["1", "2"])).await.unwrap();
+    it.run("ALTER TABLE item DISABLE TRIGGER ALL; ALTER TABLE item RENAME body TO headline; UPDATE item SET headline = 'new'").await;
+    it.relay().await;
+    eventually("the work to be held", PATIENCE, async || {
+        let live = it.backends.queue.stats.backlog(refarch::pipeline::change::Lane::Live).await.unwrap();
+        live.in_flight > 0
+    })
+    .await;
+    it.run("ALTER TABLE item RENAME headline TO body").await;
+    eventually("the change to be applied", PATIENCE, async || {
+        it.backends.status().await.unwrap().outstanding() == 0
+    })
+    .await;
+    stop.cancel();
+    task.await.unwrap();
+    assert_eq!(it.backends.queue.dead_letters.count().await.unwrap(), 0);
+    assert_eq!(it.indexed().await.len(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_table_under_the_name_is_not_believed() {
+    let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text' FROM generate_series(1, 5) g";
+    let it = Loop::new(setup, &ITEM).await;
+    it.settle().await;
+    it.run(
+        "BEGIN; ALTER TABLE item RENAME TO item_old; CREATE TABLE public.item (id integer PRIMARY KEY, body text); COMMIT",
+    )
+    .await;
+    let error = held(&it, &["1"]).await;
+    assert!(error.contains("another table"), "{error}");
+    // Once capture is on it, what it holds is the truth.
+    it.run("UPDATE refarch.source SET relation = 'public.item'::regclass").await;
+    assert!(it.backends.ledger.peek(&strings(&["1"])).await.unwrap()[0].row.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_of_a_hundred_columns_are_kept_in_step() {
+    let columns: Vec<String> = (1..=120).map(|n| format!("c{n}")).collect();
+    let texts: Vec<String> = (1..=110).map(|n| format!("t{n}")).collect();
+    let define = |names: &[String]| {
+        names
+            .iter()
+            .map(|name| format!("{name} text DEFAULT 'value of {name}'"))
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    let setup = format!(
+        "CREATE TABLE item (id integer PRIMARY KEY, {}, {}); INSERT INTO item (id) SELECT g FROM generate_series(1, 3) g",
+        define(&columns),
+        define(&texts)
+    );
+    let (columns, texts) = (columns.join(","), texts.join(","));
+    let env = [ITEM[0], ("REFARCH_SOURCE_TEXT", &*texts), ("REFARCH_SOURCE_METADATA", &*columns)];
+    let it = Loop::new(&setup, &env).await;
+    it.settle().await;
+    assert_eq!(it.indexed().await.len(), 3);
+    let row = it.backends.ledger.peek(&strings(&["1"])).await.unwrap().remove(0).row.unwrap();
+    let metadata: BTreeMap<String, String> = serde_json::from_str(&row.metadata).unwrap();
+    assert_eq!((metadata.len(), &*metadata["c120"]), (120, "value of c120"));
+    assert_eq!(row.text.lines().count(), 110);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pgvector_may_be_in_any_schema() {
+    let setup = "CREATE SCHEMA \"my Extensions\"; CREATE EXTENSION vector SCHEMA \"my Extensions\"; \
+                 DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, \"my Extensions\"', current_database()); END $$; \
+                 CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
+    let env = [ITEM[0], ITEM[1], ITEM[2], ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10")];
+    let it = Loop::new(setup, &env).await;
+    it.run(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = ''''', current_database()); END $$",
+    )
+    .await;
+    let postgres = Postgres::new(&Secret::new(it.database.url()), &it.settings.database).unwrap();
+    let index = Backends::open(&postgres, &it.settings).await.unwrap().index;
+    it.settle().await;
+    index.maintain(0).await.unwrap();
+    assert!(has_graph(&it).await);
+    let vector: Vec<f32> = index.fetch(&strings(&["7"])).await.unwrap()[0].embedding.to_vec();
+    assert_eq!(index.query(&vector, 1).await.unwrap()[0].id, "7");
+}
+
+async fn has_graph(it: &Loop) -> bool {
+    let sql = "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_am a ON true JOIN pg_class c ON c.oid = i.indexrelid AND c.relam = a.oid \
+               WHERE a.amname = 'hnsw' AND i.indisvalid)";
+    it.client.query_one(sql, &[]).await.unwrap().get(0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_with_settings_of_its_own_reads_and_writes_as_any() {
+    let setup = "CREATE TABLE item (id timestamptz PRIMARY KEY, body text, price money, cost float8, at timestamptz, data bytea); \
+                 INSERT INTO item SELECT '2026-02-27'::timestamptz + g * interval '1 hour', 'text ' || g, 12.5, 0.1, '2026-02-27 00:00:00+00', '\\x00ff' \
+                 FROM generate_series(1, 30) g";
+    let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "id,price,cost,at,data")];
+    let plain = Loop::new(setup, &env).await;
+    let odd = Loop::by_role(setup, &env, ODD).await;
+    let id = "2026-02-27 01:00:00+00";
+    let read = async |it: &Loop| it.backends.ledger.peek(&strings(&[id])).await.unwrap().remove(0).row;
+    let (one, other) = (read(&plain).await, read(&odd).await);
+    assert_eq!(one, other);
+    assert!(one.is_some());
+    // All that a role does.
+    odd.run("DELETE FROM refarch.outbox").await;
+    let rows = odd.rows().await;
+    odd.backends.ledger.requeue(&rows).await.unwrap();
+    odd.settle().await;
+    assert_eq!((odd.indexed().await, rows.len()), (rows, 30));
+    // A session that waits longer than the role's statements may.
+    let worker = "worker";
+    let first = odd.database.client().await;
+    first
+        .batch_execute("SELECT pg_advisory_lock(hashtext('refarch.worker'), hashtext('worker'))")
+        .await
+        .unwrap();
+    let lease = Arc::new(Lease::new(Arc::new(BootClock), Duration::from_secs(10)));
+    let stop = CancellationToken::new();
+    let (postgres, kept, stopped) = (odd.postgres.clone(), Arc::clone(&lease), stop.clone());
+    let session = tokio::spawn(async move {
+        refarch::backend::postgres::session::keep(&postgres, worker, &kept, &stopped).await
+    });
+    let waiting = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory' \
+                   AND state_change < now() - interval '200 ms'";
+    eventually("the session to wait on", PATIENCE, async || {
+        odd.client.query_opt(waiting, &[]).await.unwrap().is_some()
+    })
+    .await;
+    drop(first);
+    eventually("the session", PATIENCE, async || lease.session() > 0).await;
+    stop.cancel();
+    session.await.unwrap().unwrap();
+    assert!(odd.postgres.has_sessions().await.unwrap());
+    // And the graph, once its table is the role's.
+    let (role, target) = (odd.role(), &odd.backends.target);
+    odd.run(&format!(
+        "ALTER TABLE refarch.vector_{} OWNER TO {role}; GRANT CREATE ON SCHEMA refarch TO {role}",
+        target.id
+    ))
+    .await;
+    let options = pgvector::Options {
+        graph_min_rows: 10,
+        graph_max_backlog: 10,
+        ef_search: 100,
+        acknowledged_in_same_log: true,
+    };
+    let table = Arc::new(target.table.clone());
+    let index = PgVector::new(odd.postgres.clone(), table, target.salt.clone(), target.id, options);
+    index.maintain(0).await.unwrap();
+    assert!(has_graph(&odd).await);
+    odd.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_that_is_set_outlives_its_transaction() {
+    let it = Loop::by_role("CREATE TABLE item (id integer PRIMARY KEY, body text)", &ITEM, ODD).await;
+    let settings = "SELECT name || '=' || setting FROM pg_catalog.pg_settings WHERE name <> 'application_name' ORDER BY name";
+    let read = async |client: &Client| -> Vec<String> {
+        client.query(settings, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
+    };
+    let fresh = common::connect(&url_of(&it.database, &it.role())).await;
+    let expected = read(&fresh).await;
+    // Each way to work once, on the one connection that the pool then has.
+    let mut client = it.postgres.client().await.unwrap();
+    client.query("SELECT 1", &[]).await.unwrap();
+    assert!(client.query("SELECT 1 / 0", &[]).await.is_err());
+    client.batch_execute("SELECT 1").await.unwrap();
+    client.transaction().await.unwrap().commit().await.unwrap();
+    drop(client.transaction().await.unwrap());
+    let left: Vec<String> =
+        (*client).query(settings, &[]).await.unwrap().iter().map(|row| row.get(0)).collect();
+    assert_eq!(left, expected);
+    drop(client);
+    it.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_whose_result_changed_is_made_anew() {
+    let it = Loop::new("CREATE TABLE item (id integer PRIMARY KEY, body text); CREATE TABLE other (a integer); INSERT INTO other VALUES (1)", &ITEM).await;
+    let client = it.postgres.client().await.unwrap();
+    client.query("SELECT * FROM public.other", &[]).await.unwrap();
+    it.run("ALTER TABLE other ALTER a TYPE text, ADD b integer").await;
+    let rows = client.query("SELECT * FROM public.other", &[]).await.unwrap();
+    assert_eq!(rows[0].get::<_, &str>(0), "1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_is_named_as_sql_writes_it() {
+    let setup = "CREATE TABLE \"We ird\" (id integer PRIMARY KEY, body text); CREATE SCHEMA \"Sch.ema\"; \
+                 CREATE TABLE \"Sch.ema\".t (id integer PRIMARY KEY, body text); CREATE TABLE \"Sch.ema\".\"q\"\"t\" (id integer PRIMARY KEY, body text); \
+                 CREATE TABLE plain (id integer PRIMARY KEY, body text); CREATE SCHEMA app; CREATE TABLE app.theirs (id integer PRIMARY KEY, body text); \
+                 DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = app, public', current_database()); END $$;";
+    let database = Database::create().await;
+    database.client().await.batch_execute(setup).await.unwrap();
+    let find = async |name: &str| {
+        let set = settings(&[("REFARCH_SOURCE_TABLE", name), ITEM[1], ITEM[2]]);
+        let postgres = Postgres::new(&Secret::new(database.url()), &set.database).unwrap();
+        let mut client = postgres.client().await.unwrap();
+        let transaction = client.transaction().await.unwrap();
+        refarch::backend::postgres::source::SourceTable::find(&*transaction, &set.source)
+            .await
+            .map(|table| table.relation)
+            .map_err(|error| error.to_string())
+    };
+    for (name, relation) in [
+        ("public.\"We ird\"", "\"public\".\"We ird\""),
+        ("public.We ird", "\"public\".\"We ird\""),
+        ("\"We ird\"", "\"public\".\"We ird\""),
+        ("\"Sch.ema\".t", "\"Sch.ema\".\"t\""),
+        ("\"Sch.ema\".T", "\"Sch.ema\".\"t\""),
+        ("\"Sch.ema\".\"q\"\"t\"", "\"Sch.ema\".\"q\"\"t\""),
+        ("Public.PLAIN", "\"public\".\"plain\""),
+        ("PLAIN", "\"public\".\"plain\""),
+        ("plain", "\"public\".\"plain\""),
+        ("theirs", "\"app\".\"theirs\""),
+    ] {
+        assert_eq!(find(name).await, Ok(relation.to_owned()), "{name}");
+    }
+    let error = find("public.We_ird").await.unwrap_err();
+    assert!(error.contains("public.\"We ird\""), "{error}");
+    let error = find("public.plane").await.unwrap_err();
+    assert!(error.contains("public.plain"), "{error}");
+    let error = find("\"PLAIN\"").await.unwrap_err();
+    assert!(error.contains("public.plain"), "{error}");
+    let error = find("public.\"open").await.unwrap_err();
+    assert!(error.contains("quote"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metadata_is_known_by_names_and_values_and_not_by_order() {
+    let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text, name text, sku text); \
+                 INSERT INTO item SELECT g, 'text ' || g, 'name', 'sku' FROM generate_series(1, 10) g; INSERT INTO item VALUES (11, 'text 1', 'name', NULL)";
+    let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "id,name")];
+    let it = Loop::new(setup, &env).await;
+    it.settle().await;
+    let (applied, embedded) = it.meter.totals();
+    let with = async |metadata: &str| {
+        let set = settings(&[ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", metadata)]);
+        let backends = Backends::open(&it.postgres, &set).await.unwrap();
+        // A process with other columns than those that are recorded reads nothing.
+        let client = it.postgres.client().await.unwrap();
+        let record = "UPDATE refarch.source SET metadata_columns = $1";
+        client.execute(record, &[&set.source.metadata]).await.unwrap();
+        drop(client);
+        let ids: Vec<String> = (1..=11).map(|id| id.to_string()).collect();
+        let peeked = backends.ledger.peek(&ids).await.unwrap();
+        peeked.iter().filter(|one| !one.entry.as_ref().unwrap().matches(one.row.as_ref())).count()
+    };
+    assert_eq!(with("name,id").await, 0, "reordered");
+    assert_eq!(with("id,name,sku").await, 10, "of one the new column is null");
+    assert_eq!(with("id,sku").await, 11);
+    assert_eq!(it.meter.totals(), (applied, embedded));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_metadata_column_that_is_added_is_sent_and_nothing_is_embedded_again() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text, name text, sku text); \
+                 INSERT INTO item SELECT g, 'text ' || g, 'name', 'sku ' || g FROM generate_series(1, 10) g";
+    client.batch_execute(setup).await.unwrap();
+    let double = Double::start(384, 1).await.unwrap();
+    let run = async |metadata: &str, roles: &[&[&str]]| {
+        for args in roles {
+            let mut command = database.refarch();
+            command.args(*args).envs([ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", metadata)]);
+            command.envs([("PINECONE_INDEX_HOST", double.url()), ("PINECONE_API_KEY", "none".to_owned())]);
+            let output = command.output().await.unwrap();
+            assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    };
+    let sync: [&[&str]; 2] = [&["listen", "--until-idle"], &["embed", "--until-idle"]];
+    let embedded = async || {
+        let sql = "SELECT coalesce(sum(applied), 0)::bigint, coalesce(sum(embedded), 0)::bigint FROM refarch.sample";
+        let row = client.query_one(sql, &[]).await.unwrap();
+        (row.get::<_, i64>(0), row.get::<_, i64>(1))
+    };
+    run("id,name", &[&["migrate"]]).await;
+    run("id,name", &sync).await;
+    assert_eq!(embedded().await, (10, 10));
+    run("id,name,sku", &[&["migrate"]]).await;
+    run("id,name,sku", &sync).await;
+    // Records of other metadata would be told as stale.
+    run("id,name,sku", &[&["verify"]]).await;
+    let (sent, embedded_now) = embedded().await;
+    assert!(sent >= 20, "{sent}");
+    assert_eq!(embedded_now, 10, "sent again, and not embedded again");
+    run("sku,name,id", &[&["migrate"]]).await;
+    run("sku,name,id", &sync).await;
+    assert_eq!(embedded().await, (sent, 10), "in another order they are the same");
+}
+
+/// A clock that goes on when it is told.
+#[derive(Default)]
+struct Hand(AtomicU64);
+
+#[async_trait]
+impl Clock for Hand {
+    fn now(&self) -> Duration {
+        Duration::from_secs(self.0.load(Ordering::Relaxed))
+    }
+
+    fn chance(&self) -> f64 {
+        0.5
+    }
+
+    async fn sleep(&self, _: Duration) {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_databases_clock_that_jumps_does_not_shorten_the_settling_time() {
+    let it = Loop::new("CREATE TABLE item (id integer PRIMARY KEY, body text)", &ITEM).await;
+    let hand = Arc::new(Hand::default());
+    let target = &it.backends.target;
+    let ledger =
+        PgLedger::new(it.postgres.clone(), Arc::new(target.table.clone()), target.id, target.salt.clone())
+            .with_clock(Arc::clone(&hand) as _);
+    let settle = Duration::from_mins(1);
+    let opened = ledger.open("a", "w", &strings(&["1"])).await.unwrap().remove(0);
+    ledger.close("a", "w", &[(opened, Outcome::Doubtful)]).await.unwrap();
+    let sweep = async || ledger.sweep(settle, 10).await.unwrap().attempts;
+    assert_eq!(sweep().await, 0);
+    // The database's clock jumps ahead.
+    it.run("UPDATE refarch.attempt SET abandoned_at = abandoned_at - interval '1 hour'").await;
+    hand.0.store(59, Ordering::Relaxed);
+    assert_eq!(sweep().await, 0);
+    hand.0.store(61, Ordering::Relaxed);
+    assert_eq!(sweep().await, 1);
+    // And ours, alone, is not enough.
+    let opened = ledger.open("b", "w", &strings(&["1"])).await.unwrap().remove(0);
+    ledger.close("b", "w", &[(opened, Outcome::Doubtful)]).await.unwrap();
+    assert_eq!(sweep().await, 0);
+    hand.0.store(1000, Ordering::Relaxed);
+    assert_eq!(sweep().await, 0);
+    it.run("UPDATE refarch.attempt SET abandoned_at = abandoned_at - interval '1 hour'").await;
+    assert_eq!(sweep().await, 1);
+}
+
+/// Lines that were logged at a level.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<String>>>);
+
+impl std::io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().push(String::from_utf8_lossy(bytes).into_owned());
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_graph_that_cannot_be_built_is_told_once_and_tried_ever_more_seldom() {
+    let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
+    let it = Loop::by_role(setup, &ITEM, &[]).await;
+    it.settle().await;
+    let hand = Arc::new(Hand::default());
+    let target = &it.backends.target;
+    let options = pgvector::Options {
+        graph_min_rows: 10,
+        graph_max_backlog: 10,
+        ef_search: 100,
+        acknowledged_in_same_log: true,
+    };
+    // Of the owner's table, and the role may not ask for an index on it either.
+    it.run("REVOKE EXECUTE ON FUNCTION refarch.build_graph FROM PUBLIC").await;
+    it.run(&format!("REVOKE EXECUTE ON FUNCTION refarch.build_graph FROM {}", it.role())).await;
+    let table = Arc::new(target.table.clone());
+    let index = PgVector::new(it.postgres.clone(), table, target.salt.clone(), target.id, options)
+        .with_clock(Arc::clone(&hand) as _);
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::DEBUG)
+        .with_writer(move || writer.clone())
+        .with_ansi(false)
+        .finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+    for second in 0..600 {
+        hand.0.store(second, Ordering::Relaxed);
+        index.maintain(0).await.unwrap();
+    }
+    let told: Vec<String> = lines
+        .0
+        .lock()
+        .unwrap()
+        .iter()
+        .filter(|line| line.contains("cannot build the graph"))
+        .cloned()
+        .collect();
+    let (warnings, others): (Vec<&String>, Vec<&String>) =
+        told.iter().partition(|line| line.contains("WARN"));
+    assert_eq!(warnings.len(), 1, "{told:?}");
+    assert!(warnings[0].contains("permission denied"), "{told:?}");
+    assert!((2..12).contains(&others.len()), "{told:?}");
+    it.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_pgvector_works_without_a_graph() {
+    let setup = "CREATE EXTENSION vector; UPDATE pg_extension SET extversion = '0.8.1' WHERE extname = 'vector'; \
+                 CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
+    let env = [ITEM[0], ITEM[1], ITEM[2], ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10")];
+    let it = Loop::new(setup, &env).await;
+    let report = backend::migrate(&it.postgres, &it.settings).await.unwrap();
+    assert!(report.warnings.iter().any(|warning| warning.contains("0.8.1")), "{report:?}");
+    it.settle().await;
+    it.backends.index.maintain(0).await.unwrap();
+    assert!(!has_graph(&it).await);
+    let vector: Vec<f32> = it.backends.index.fetch(&strings(&["7"])).await.unwrap()[0].embedding.to_vec();
+    assert_eq!(it.backends.index.query(&vector, 1).await.unwrap()[0].id, "7");
+    it.run("UPDATE pg_extension SET extversion = '0.6.2' WHERE extname = 'vector'").await;
+    let error = backend::migrate(&it.postgres, &it.settings).await.unwrap_err();
+    assert!(error.to_string().contains("0.6.2"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cast_of_another_roles_making_is_not_run() {
+    let setup = "CREATE TABLE seen (who name); GRANT INSERT ON seen TO PUBLIC; \
+                 CREATE TABLE item (id integer PRIMARY KEY, body text, more text); INSERT INTO item VALUES (1, 'text', 'x')";
+    let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "more")];
+    let it = Loop::by_role(setup, &env, &[]).await;
+    let owner = format!("owner_{}", it.database.name());
+    let enums = ["key", "note", "label"].map(|name| {
+        let body = "LANGUAGE plpgsql AS $$BEGIN INSERT INTO public.seen VALUES (current_user); RETURN";
+        format!(
+            "CREATE TYPE {name} AS ENUM ('1', 'text', 'x'); \
+             CREATE FUNCTION {name}_text({name}) RETURNS text {body} '1'; END$$; \
+             CREATE FUNCTION text_{name}(text) RETURNS {name} {body} '1'; END$$; \
+             CREATE FUNCTION {name}_json({name}) RETURNS json {body} '1'; END$$;"
+        )
+    });
+    it.run(&format!(
+        "CREATE ROLE {owner}; GRANT CREATE, USAGE ON SCHEMA public TO {owner}; ALTER TABLE item OWNER TO {owner}; \
+         SET ROLE {owner}; SET search_path = public; {} CREATE DOMAIN label_of AS label; \
+         ALTER TABLE item ALTER id TYPE key USING id::text::key, ALTER body TYPE note USING body::note, \
+           ALTER more TYPE label_of[] USING ARRAY[more::label]",
+        enums.concat()
+    ))
+    .await;
+    let mut wrong = Vec::new();
+    for (cast, other, told) in [
+        ("key AS text", "key_text(key)", "source.id"),
+        ("text AS key", "text_key(text)", "source.id"),
+        ("note AS text", "note_text(note)", "source.text"),
+        ("label AS json", "label_json(label)", "source.metadata"),
+    ] {
+        it.run(&format!("CREATE CAST ({cast}) WITH FUNCTION {other}")).await;
+        let opened = Backends::open(&it.postgres, &it.settings).await.map(drop);
+        let said = opened.map_or_else(|error| format!("{error:#}"), |()| "no error".to_owned());
+        if !(said.contains("drop that cast") && said.contains(told)) {
+            wrong.push(format!("{cast}: {said}"));
+        }
+        it.run(&format!("DROP CAST ({cast})")).await;
+    }
+    let opened = Backends::open(&it.postgres, &it.settings).await;
+    let read = match opened {
+        Ok(backends) => backends.ledger.peek(&strings(&["1"])).await.map(|peeked| peeked[0].row.is_some()),
+        Err(error) => panic!("without a cast: {error:#}"),
+    };
+    it.run("RESET ROLE").await;
+    let others = it.client.query_one("SELECT count(*) FROM seen WHERE who <> $1", &[&owner]).await.unwrap();
+    it.run(&format!("DROP OWNED BY {owner} CASCADE; DROP ROLE {owner}")).await;
+    assert_eq!((wrong, others.get::<_, i64>(0)), (Vec::new(), 0));
+    assert!(read.unwrap());
+    it.end().await;
+}

@@ -1,0 +1,12 @@
+//! The whole loop: it keeps the index in step, holds under faults, and proves it.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod faults;
+mod harness;
+mod proof;
+mod shop;
+mod sync;
+mod twisted;
+mod verify;
