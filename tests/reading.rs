@@ -123,7 +123,7 @@ impl Loop {
         let meter: Arc<Meter> = Arc::default();
         let relay = Relay::new(
             backends.outbox(),
-            Arc::clone(&backends.queue),
+            Arc::clone(&backends.queue.stats),
             Arc::new(BootClock),
             relay::Options {
                 source: "products".into(),
@@ -134,7 +134,7 @@ impl Loop {
             },
         );
         let indexer = Arc::new(Indexer::new(
-            Arc::clone(&backends.queue),
+            backends.queue.clone(),
             Arc::clone(&backends.ledger) as _,
             Arc::clone(&backends.index),
             Scheduler::new(model.start(1), Duration::from_millis(50), Arc::new(BootClock)),
@@ -596,7 +596,7 @@ async fn rows_that_a_policy_hides_are_not_taken_for_gone() {
     .await;
     stop.cancel();
     task.await.unwrap();
-    assert_eq!(it.backends.queue.dead_letters().await.unwrap(), 0);
+    assert_eq!(it.backends.queue.dead_letters.count().await.unwrap(), 0);
     it.end().await;
 }
 
@@ -648,7 +648,7 @@ async fn a_column_that_is_gone_holds_the_work_until_it_is_back() {
     it.run("ALTER TABLE item DISABLE TRIGGER ALL; ALTER TABLE item RENAME body TO headline; UPDATE item SET headline = 'new'").await;
     it.relay().await;
     eventually("the work to be held", PATIENCE, async || {
-        let live = it.backends.queue.backlog(refarch::pipeline::change::Lane::Live).await.unwrap();
+        let live = it.backends.queue.stats.backlog(refarch::pipeline::change::Lane::Live).await.unwrap();
         live.in_flight > 0
     })
     .await;
@@ -659,7 +659,7 @@ async fn a_column_that_is_gone_holds_the_work_until_it_is_back() {
     .await;
     stop.cancel();
     task.await.unwrap();
-    assert_eq!(it.backends.queue.dead_letters().await.unwrap(), 0);
+    assert_eq!(it.backends.queue.dead_letters.count().await.unwrap(), 0);
     assert_eq!(it.indexed().await.len(), 5);
 }
 

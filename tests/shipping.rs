@@ -17,7 +17,7 @@ use refarch::config::{QueueKind, Settings};
 use refarch::pipeline::change::{Job, Lane};
 use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::failure::{Error, Result};
-use refarch::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Why};
+use refarch::pipeline::queue::{Backlog, JobQueue, Message, QueueStats, Receipt};
 use refarch::pipeline::relay::{Options, Relay};
 use refarch::secret::Secret;
 use tokio::sync::{Mutex, Notify};
@@ -59,15 +59,6 @@ impl JobQueue for Sink {
         Ok(())
     }
 
-    async fn backlog(&self, lane: Lane) -> Result<Backlog> {
-        let visible = if lane == Lane::Bulk { self.standing.load(Ordering::SeqCst) } else { 0 };
-        Ok(Backlog { visible, in_flight: 0 })
-    }
-
-    fn shared_bound(&self) -> Option<u64> {
-        Some(self.bound.load(Ordering::SeqCst)).filter(|bound| *bound > 0)
-    }
-
     async fn receive(&self, _: Lane, _: usize) -> Result<Vec<Message>> {
         unreachable!("a relay only sends")
     }
@@ -80,32 +71,28 @@ impl JobQueue for Sink {
         unreachable!("a relay only sends")
     }
 
-    async fn extend(&self, _: &[Receipt], _: Duration) -> Result<()> {
-        unreachable!("a relay only sends")
-    }
-
-    async fn dead_letter(&self, _: &Message, _: Option<&Job>, _: &Why) -> Result<()> {
-        unreachable!("a relay only sends")
-    }
-
-    async fn dead_letters(&self) -> Result<u64> {
-        unreachable!("a relay only sends")
-    }
-
-    async fn read_dead_letters(&self, _: Option<&str>, _: usize) -> Result<Vec<DeadLetter>> {
-        unreachable!("a relay only sends")
-    }
-
-    async fn redrive(&self, _: &[String]) -> Result<Vec<String>> {
-        unreachable!("a relay only sends")
-    }
-
-    async fn oldest(&self) -> Result<Option<Timestamp>> {
+    async fn extend_visibility(&self, _: &[Receipt], _: Duration) -> Result<()> {
         unreachable!("a relay only sends")
     }
 
     fn visibility(&self) -> Duration {
         Duration::from_mins(1)
+    }
+}
+
+#[async_trait]
+impl QueueStats for Sink {
+    async fn backlog(&self, lane: Lane) -> Result<Backlog> {
+        let visible = if lane == Lane::Bulk { self.standing.load(Ordering::SeqCst) } else { 0 };
+        Ok(Backlog { visible, in_flight: 0 })
+    }
+
+    fn shared_bound(&self) -> Option<u64> {
+        Some(self.bound.load(Ordering::SeqCst)).filter(|bound| *bound > 0)
+    }
+
+    async fn oldest(&self) -> Result<Option<Timestamp>> {
+        unreachable!("a relay does not ask for it")
     }
 }
 
@@ -134,10 +121,9 @@ impl Bench {
     }
 
     fn relay(&self) -> Relay {
-        let queue: Arc<dyn JobQueue> = self.sink.clone();
         Relay::new(
-            Arc::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&queue))),
-            queue,
+            Arc::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.sink) as _)),
+            Arc::clone(&self.sink) as _,
             Arc::new(BootClock),
             Options {
                 source: "products".into(),

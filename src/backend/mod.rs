@@ -18,7 +18,7 @@ use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::outbox::Outbox;
-use crate::pipeline::queue::JobQueue;
+use crate::pipeline::queue::Queue;
 use crate::pipeline::retry::Backoff;
 use embedded::Cluster;
 use model::known_shape;
@@ -254,17 +254,17 @@ fn control_options(settings: &Settings, dimensions: usize) -> pinecone::control:
     }
 }
 
-async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Arc<dyn JobQueue>> {
+async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Queue> {
     Ok(match settings.queue.kind {
-        QueueKind::Pgmq => Arc::new(Pgmq::new(
+        QueueKind::Pgmq => Queue::new(Arc::new(Pgmq::new(
             postgres.clone(),
             &settings.queue.name,
             Duration::from_secs(settings.queue.visibility_s),
-        )),
+        ))),
         QueueKind::Sqs => {
             let options = sqs_options(settings);
             let client = sqs::connect(&options).await?;
-            Arc::new(Sqs::open(client, postgres.clone(), options).await?)
+            Queue::new(Arc::new(Sqs::open(client, postgres.clone(), options).await?))
         }
     })
 }
@@ -295,8 +295,8 @@ pub struct Backends {
     pub target: Arc<Target>,
     /// Source and ledger, read together.
     pub ledger: Arc<PgLedger>,
-    /// The job queue.
-    pub queue: Arc<dyn JobQueue>,
+    /// The queue: its messages, its dead letters, and how full it is.
+    pub queue: Queue,
     /// The vector index.
     pub index: Arc<dyn VectorIndex>,
     /// Prefix of pgmq's queues, if that is the queue.
@@ -338,11 +338,7 @@ impl Backends {
     }
 
     /// Opens the backends around a queue that is open already.
-    pub async fn with_queue(
-        postgres: &Postgres,
-        settings: &Settings,
-        queue: Arc<dyn JobQueue>,
-    ) -> Result<Self> {
+    pub async fn with_queue(postgres: &Postgres, settings: &Settings, queue: Queue) -> Result<Self> {
         let shape = known_shape(postgres, settings).await?;
         Self::around(postgres, settings, queue, shape, false).await
     }
@@ -350,7 +346,7 @@ impl Backends {
     async fn around(
         postgres: &Postgres,
         settings: &Settings,
-        queue: Arc<dyn JobQueue>,
+        queue: Queue,
         mut shape: IndexShape,
         to_look: bool,
     ) -> Result<Self> {
@@ -408,7 +404,7 @@ impl Backends {
         let (postgres, source) = (self.postgres.clone(), &self.target.table.name);
         Arc::new(match &self.pgmq {
             Some(prefix) => PgOutbox::new(postgres, source, prefix),
-            None => PgOutbox::shipping(postgres, source, Arc::clone(&self.queue)),
+            None => PgOutbox::shipping(postgres, source, Arc::clone(&self.queue.jobs)),
         })
     }
 
@@ -421,7 +417,7 @@ impl Backends {
     /// Counts, backlog, freshness and workers.
     pub async fn status(&self) -> Result<postgres::status::Status> {
         let Self { postgres, source, target, queue, index, counted, proof_period, .. } = self;
-        postgres::status::read(postgres, source, target, &**queue, &**index, counted, *proof_period).await
+        postgres::status::read(postgres, source, target, queue, &**index, counted, *proof_period).await
     }
 
     /// How the proof stands.

@@ -18,7 +18,7 @@ use super::clock::Clock;
 use super::failure::{Class, Result};
 use super::fault::{self, Board};
 use super::outbox::{ClaimRequest, Outbox, OutboxRow, Transferred};
-use super::queue::JobQueue;
+use super::queue::QueueStats;
 use super::retry::Backoff;
 
 /// Small outbox rows in one claim: an outbox calls rows of at most 100 ids small, so some 10 MB at worst.
@@ -51,7 +51,7 @@ pub struct Options {
 /// Moves changes of one source from its outbox to the queue.
 pub struct Relay {
     outbox: Arc<dyn Outbox>,
-    queue: Arc<dyn JobQueue>,
+    queue: Arc<dyn QueueStats>,
     clock: Arc<dyn Clock>,
     options: Options,
     live_backlog: AtomicU64,
@@ -62,11 +62,11 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// A relay between an outbox and a queue.
+    /// A relay of an outbox, which sends to a queue that is this full.
     #[must_use]
     pub fn new(
         outbox: Arc<dyn Outbox>,
-        queue: Arc<dyn JobQueue>,
+        queue: Arc<dyn QueueStats>,
         clock: Arc<dyn Clock>,
         options: Options,
     ) -> Self {
@@ -169,12 +169,9 @@ impl Relay {
         let mut counted = self.counted.lock().await;
         let age = if self.idle.load(Ordering::Relaxed) { IDLE_BACKLOG_AGE } else { BACKLOG_AGE };
         if counted.is_none_or(|at| self.clock.now().saturating_sub(at) > age) {
-            let standing = async |lane| {
-                self.queue.backlog(lane).await.map(|backlog| backlog.visible + backlog.in_flight)
-            };
-            self.live_backlog.store(standing(Lane::Live).await?, Ordering::Relaxed);
+            self.live_backlog.store(self.queue.backlog(Lane::Live).await?.total(), Ordering::Relaxed);
             if self.queue.shared_bound().is_some() {
-                self.bulk_backlog.store(standing(Lane::Bulk).await?, Ordering::Relaxed);
+                self.bulk_backlog.store(self.queue.backlog(Lane::Bulk).await?.total(), Ordering::Relaxed);
             }
             *counted = Some(self.clock.now());
         }

@@ -35,7 +35,7 @@ pub async fn work(
     let worker = Worker::join(backends.postgres.clone(), "listen", 1, Arc::new(Meter::default())).await?;
     let relay = Relay::new(
         backends.outbox(),
-        Arc::clone(&backends.queue),
+        Arc::clone(&backends.queue.stats),
         Arc::new(BootClock),
         Options {
             source: settings.source.name.clone(),

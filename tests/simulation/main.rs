@@ -29,6 +29,7 @@ use refarch::pipeline::change::Lane;
 use refarch::pipeline::clock::Clock;
 use refarch::pipeline::indexer::{self, Indexer};
 use refarch::pipeline::lease::Lease;
+use refarch::pipeline::queue::Queue;
 use refarch::pipeline::relay::{self, Relay};
 use refarch::pipeline::schedule::Scheduler;
 use tokio_util::sync::CancellationToken;
@@ -235,7 +236,7 @@ fn indexer(view: &View, clock: &Arc<SimClock>) -> (Arc<Indexer>, Arc<Lease>) {
     let clock: Arc<dyn Clock> = Arc::clone(clock) as _;
     let lease = Arc::new(Lease::new(Arc::clone(&clock), LEASE));
     let indexer = Indexer::new(
-        view.clone() as _,
+        Queue::new(Arc::clone(&view)),
         view.clone() as _,
         view as _,
         Scheduler::new(Arc::new(world::Instant), Duration::from_millis(50), clock),

@@ -20,7 +20,9 @@ use refarch::pipeline::index::{
 };
 use refarch::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peeked, Pending, Swept};
 use refarch::pipeline::outbox::{ClaimRequest, Outbox, OutboxRow, Pack, Transferred};
-use refarch::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Why};
+use refarch::pipeline::queue::{
+    Backlog, DeadLetter, DeadLetters, JobQueue, Message, QueueStats, Receipt, Why,
+};
 
 use crate::executor::{SimClock, turn};
 
@@ -741,7 +743,7 @@ impl JobQueue for View {
         self.answer(()).await
     }
 
-    async fn extend(&self, receipts: &[Receipt], timeout: Duration) -> Result<()> {
+    async fn extend_visibility(&self, receipts: &[Receipt], timeout: Duration) -> Result<()> {
         self.database().await?;
         let mut world = self.world();
         let until = world.clock.now() + timeout;
@@ -755,7 +757,14 @@ impl JobQueue for View {
         Ok(())
     }
 
-    async fn dead_letter(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
+    fn visibility(&self) -> Duration {
+        VISIBILITY
+    }
+}
+
+#[async_trait]
+impl DeadLetters for View {
+    async fn store(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
         self.database().await?;
         {
             let mut world = self.world();
@@ -770,30 +779,29 @@ impl JobQueue for View {
         self.answer(()).await
     }
 
-    async fn backlog(&self, lane: Lane) -> Result<Backlog> {
-        let world = self.world();
-        let visible = world.lanes[lane as usize].iter().map(|held| held.job.changes() as u64).sum();
-        Ok(Backlog { visible, in_flight: 0 })
-    }
-
-    async fn dead_letters(&self) -> Result<u64> {
+    async fn count(&self) -> Result<u64> {
         Ok(self.world().dead.len() as u64)
     }
 
-    async fn read_dead_letters(&self, _: Option<&str>, _: usize) -> Result<Vec<DeadLetter>> {
+    async fn list(&self, _: Option<&str>, _: usize) -> Result<Vec<DeadLetter>> {
         unreachable!("the steps do not read them")
     }
 
     async fn redrive(&self, _: &[String]) -> Result<Vec<String>> {
         unreachable!("the steps do not bring them back")
     }
+}
+
+#[async_trait]
+impl QueueStats for View {
+    async fn backlog(&self, lane: Lane) -> Result<Backlog> {
+        let world = self.world();
+        let visible = world.lanes[lane as usize].iter().map(|held| held.job.changes() as u64).sum();
+        Ok(Backlog { visible, in_flight: 0 })
+    }
 
     async fn oldest(&self) -> Result<Option<Timestamp>> {
         unreachable!("the steps do not ask for it")
-    }
-
-    fn visibility(&self) -> Duration {
-        VISIBILITY
     }
 }
 

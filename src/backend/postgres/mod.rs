@@ -1,11 +1,11 @@
 //! PostgreSQL: connections, schema, capture, outbox, ledger, and the books that the roles keep.
 
-pub mod bell;
 pub mod capture;
 pub mod connection;
 pub mod fault;
 pub mod ledger;
 pub mod lineage;
+pub mod listener;
 pub mod migrate;
 pub mod outbox;
 pub mod products;

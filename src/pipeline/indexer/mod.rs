@@ -32,7 +32,7 @@ use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::lease::Lease;
 use crate::pipeline::ledger::{Ledger, Opened, Outcome, Peeked};
 use crate::pipeline::meter::Meter;
-use crate::pipeline::queue::{JobQueue, Message};
+use crate::pipeline::queue::{DeadLetters, JobQueue, Message, Queue, QueueStats};
 use crate::pipeline::schedule::Scheduler;
 use batch::Batch;
 use health::Health;
@@ -96,6 +96,8 @@ pub struct Stepped {
 /// Applies jobs to an index.
 pub struct Indexer {
     queue: Arc<dyn JobQueue>,
+    dead_letters: Arc<dyn DeadLetters>,
+    stats: Arc<dyn QueueStats>,
     ledger: Arc<dyn Ledger>,
     index: Arc<dyn VectorIndex>,
     scheduler: Scheduler,
@@ -154,7 +156,7 @@ impl Indexer {
     /// An indexer over these backends.
     #[must_use]
     pub fn new(
-        queue: Arc<dyn JobQueue>,
+        queue: Queue,
         ledger: Arc<dyn Ledger>,
         index: Arc<dyn VectorIndex>,
         scheduler: Scheduler,
@@ -162,8 +164,11 @@ impl Indexer {
         lease: Arc<Lease>,
         options: Options,
     ) -> Self {
+        let Queue { jobs, dead_letters, stats } = queue;
         Self {
-            queue,
+            queue: jobs,
+            dead_letters,
+            stats,
             ledger,
             index,
             scheduler,

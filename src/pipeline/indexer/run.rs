@@ -146,7 +146,7 @@ impl Indexer {
     async fn backlog(&self) -> Result<u64> {
         let mut sum = 0;
         for lane in Lane::ALL {
-            let backlog = self.queue.backlog(lane).await?;
+            let backlog = self.stats.backlog(lane).await?;
             sum += backlog.visible + backlog.in_flight;
         }
         Ok(sum)
@@ -157,7 +157,7 @@ impl Indexer {
         let mut left = 0;
         let mut visible = 0;
         for lane in Lane::ALL {
-            let backlog = self.queue.backlog(lane).await?;
+            let backlog = self.stats.backlog(lane).await?;
             visible += backlog.visible;
             left += backlog.visible + backlog.in_flight;
         }
@@ -318,7 +318,7 @@ impl Indexer {
             loop {
                 self.clock().sleep(visibility / 3).await;
                 let receipts = held.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                if let Err(error) = self.queue.extend(&receipts, visibility).await {
+                if let Err(error) = self.queue.extend_visibility(&receipts, visibility).await {
                     tracing::warn!(lane = lane.name(), %error, "cannot extend visibility: others may repeat this work");
                 }
             }
@@ -336,7 +336,7 @@ impl Indexer {
         let receipts = batch.receipts();
         if !receipts.is_empty() {
             // Others may try at once; if this fails too, the visibility timeout does the same.
-            if let Err(error) = self.queue.extend(&receipts, Duration::ZERO).await {
+            if let Err(error) = self.queue.extend_visibility(&receipts, Duration::ZERO).await {
                 tracing::debug!(%error, "cannot release messages");
             }
         }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
 use tokio_postgres::Client;
@@ -20,6 +20,7 @@ use crate::backend::sqs::{self, Sqs};
 use crate::backend::{self, model_dir};
 use crate::cli::{self, ChaosEmbedder, ChaosIndex, ChaosQueue};
 use crate::config::{EmbedderKind, IndexKind, QueueKind, Settings};
+use crate::pipeline::queue::Queue;
 use crate::secret::Secret;
 
 /// The application's table.
@@ -237,7 +238,7 @@ impl Lab {
         };
         let client = sqs::connect_to(&double.url());
         let queue = Sqs::open(client, postgres.clone(), backend::sqs_options(&self.settings)).await?;
-        Ok(Backends::with_queue(postgres, &self.settings_now(), std::sync::Arc::new(queue)).await?)
+        Ok(Backends::with_queue(postgres, &self.settings_now(), Queue::new(Arc::new(queue))).await?)
     }
 
     /// The database's address for the application.

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use tokio::sync::Mutex;
 use tokio_postgres::Transaction;
 
-use super::bell::{Bell, Waiter};
+use super::listener::{Listener, WakeUp};
 use super::{Postgres, failure};
 use crate::pipeline::change::{Job, Lane, Op};
 use crate::pipeline::failure::{Error, Result};
@@ -22,7 +22,7 @@ use crate::pipeline::outbox::{ClaimRequest, Outbox, OutboxRow, Pack, Transferred
 use crate::pipeline::queue::JobQueue;
 use shipping::Shipping;
 
-/// Channel on which a committing writer rings a sleeping relay.
+/// Channel on which a committing writer notifies a relay that waits.
 const CHANNEL: &str = "refarch_outbox";
 
 /// Large transactions that are stepped over at once. More than this are handled as they come.
@@ -95,8 +95,8 @@ pub struct PgOutbox {
     postgres: Postgres,
     source: String,
     delivery: Delivery,
-    _bell: Bell,
-    waiter: Mutex<Waiter>,
+    _listener: Listener,
+    wake_up: Mutex<WakeUp>,
     /// Transactions that still had rows when their claim showed them to be large.
     known_large: Mutex<Vec<u64>>,
     /// Whether writers were told that nobody sleeps.
@@ -120,14 +120,14 @@ impl PgOutbox {
     }
 
     fn delivering(postgres: Postgres, source: &str, delivery: Delivery) -> Self {
-        let bell = Bell::listen(postgres.clone(), CHANNEL);
-        let waiter = Mutex::new(bell.waiter());
+        let listener = Listener::start(postgres.clone(), CHANNEL);
+        let wake_up = Mutex::new(listener.wake_up());
         Self {
             postgres,
             source: source.into(),
             delivery,
-            _bell: bell,
-            waiter,
+            _listener: listener,
+            wake_up,
             known_large: Mutex::default(),
             // Whoever ran before may have died awake.
             awake: AtomicBool::new(true),
@@ -225,7 +225,7 @@ enum Claimed {
 #[async_trait]
 impl Outbox for PgOutbox {
     async fn transfer(&self, request: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
-        self.waiter.lock().await.arm();
+        self.wake_up.lock().await.arm();
         let mut done = Transferred::default();
         self.backfill().await?;
         if let Delivery::Shipped(shipping) = &self.delivery {
@@ -304,7 +304,7 @@ impl Outbox for PgOutbox {
             transaction
                 .execute("SELECT pg_notify($1, '')", &[&crate::backend::pgmq::CHANNEL])
                 .await
-                .map_err(fail("ring the indexers"))?;
+                .map_err(fail("notify the indexers"))?;
         }
         transaction.commit().await.map_err(fail("commit a transfer"))?;
         if let Delivery::Shipped(shipping) = &self.delivery {
@@ -316,7 +316,7 @@ impl Outbox for PgOutbox {
         large.dedup();
         large.truncate(MAX_KNOWN_LARGE);
         *self.known_large.lock().await = large;
-        // Full claims mean that work stands in line: writers need not ring.
+        // Full claims mean that work stands in line: writers need not notify.
         if done.rows >= request.small_rows.min(request.large_rows)
             && !self.awake.swap(true, Ordering::Relaxed)
         {
@@ -335,7 +335,7 @@ impl Outbox for PgOutbox {
             // A change may have been committed, silently, before the flag was: look once more.
             return;
         }
-        self.waiter.lock().await.wait(timeout).await;
+        self.wake_up.lock().await.wait(timeout).await;
     }
 }
 
