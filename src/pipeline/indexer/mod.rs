@@ -5,17 +5,17 @@
 //! the id will be done again, or the change stands in the dead letters. A crash at any point repeats
 //! work, which is idempotent.
 //!
-//! How a group of ids is written is the index's own capability: under a fence ([`fenced`]) or under
-//! an attempt ([`attempt`]); each module says why it is safe. [`batch`] decides what is tried, split
+//! How a group of ids is written is the index's own capability: under a fence ([`transactional`]) or under
+//! an attempt ([`tracked`]); each module says why it is safe. [`batch`] decides what is tried, split
 //! and given up, [`run`] receives, holds and stops.
 
-mod attempt;
 mod batch;
-mod fenced;
+mod freshness;
 mod health;
 mod misdirected;
 mod run;
-mod searchable;
+mod tracked;
+mod transactional;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -35,8 +35,8 @@ use crate::pipeline::meter::Meter;
 use crate::pipeline::queue::{DeadLetters, JobQueue, Message, Queue, QueueStats};
 use crate::pipeline::schedule::Scheduler;
 use batch::Batch;
+use freshness::AllAwaited;
 use health::Health;
-use searchable::AllAwaited;
 use tokio::sync::RwLock;
 
 /// A message's changes are written in groups that take about this long to embed: what is embedded is
