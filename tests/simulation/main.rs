@@ -15,6 +15,7 @@ mod fenced;
 #[path = "../contract/fenced.rs"]
 mod fenced_contract;
 mod ledger;
+mod receiver;
 mod split;
 mod world;
 
@@ -27,7 +28,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use refarch::pipeline::change::Lane;
 use refarch::pipeline::clock::Clock;
-use refarch::pipeline::indexer::{self, Indexer};
+use refarch::pipeline::indexer::{self, Indexer, Receiver};
 use refarch::pipeline::lease::Lease;
 use refarch::pipeline::queue::Queue;
 use refarch::pipeline::relay::{self, Relay};
@@ -123,18 +124,13 @@ impl Run {
         let clock: Arc<dyn Clock> = Arc::clone(&self.clock) as _;
         let (indexer, lease) = indexer(&view, &self.clock);
         for lane in Lane::ALL {
-            let (indexer, view, clock) = (Arc::clone(&indexer), view.clone(), Arc::clone(&clock));
+            let spawner = Arc::new(self.executor.spawner(process));
+            let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
+            let receiver = Receiver::new(Arc::clone(&indexer), lane, spawner, stop, abort, false);
+            let world = Arc::clone(&self.world);
             self.executor.spawn(process, async move {
-                use refarch::pipeline::queue::JobQueue as _;
-                let never = CancellationToken::new();
-                loop {
-                    let received = view.receive(lane, 3).await.unwrap_or_default();
-                    if received.is_empty() {
-                        clock.sleep(Duration::from_secs(2)).await;
-                        continue;
-                    }
-                    let _ = indexer.hold(lane, &received, &never).await;
-                }
+                let ended = receiver.run().await;
+                world.lock().unwrap().broken = Some(format!("a receive loop ended: {ended:?}"));
             });
         }
         let embedding = Arc::clone(&indexer);
@@ -231,6 +227,11 @@ impl Run {
 
 /// The real indexer over one process's view of the world, and its lease.
 fn indexer(view: &View, clock: &Arc<SimClock>) -> (Arc<Indexer>, Arc<Lease>) {
+    let (indexer, lease) = build_indexer(view, clock);
+    (Arc::new(indexer), lease)
+}
+
+fn build_indexer(view: &View, clock: &Arc<SimClock>) -> (Indexer, Arc<Lease>) {
     let worker = view.worker.clone();
     let view = Arc::new(view.clone());
     let clock: Arc<dyn Clock> = Arc::clone(clock) as _;
@@ -254,7 +255,7 @@ fn indexer(view: &View, clock: &Arc<SimClock>) -> (Arc<Indexer>, Arc<Lease>) {
             look: Duration::from_secs(1),
         },
     );
-    (Arc::new(indexer), lease)
+    (indexer, lease)
 }
 
 /// Runs one schedule to its end.

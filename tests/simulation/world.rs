@@ -13,7 +13,7 @@ use refarch::pipeline::catalog::{Hash, SourceRow};
 use refarch::pipeline::change::{Job, Lane, Op};
 use refarch::pipeline::clock::Clock;
 use refarch::pipeline::embedder::{Embedder, Embedding};
-use refarch::pipeline::failure::{Error, Result};
+use refarch::pipeline::failure::{Class, Error, Result};
 use refarch::pipeline::index::{
     Applied, Desired, FencedWrite, Listing, Match, Notes, PlainWrite, Planned, Record, Stored, VectorIndex,
     Writes,
@@ -130,6 +130,8 @@ pub struct World {
     pub broken: Option<String>,
     /// Rows as first peeked, for a plant.
     peeked: BTreeMap<String, Option<RowText>>,
+    /// How each receive fails, while they do.
+    pub cannot_receive: Option<Class>,
 }
 
 impl World {
@@ -157,6 +159,7 @@ impl World {
             immortal: BTreeMap::new(),
             broken: None,
             peeked: BTreeMap::new(),
+            cannot_receive: None,
         }
     }
 
@@ -256,6 +259,11 @@ impl World {
     /// Whether the worker must not die now.
     pub fn is_immortal(&self, worker: &str) -> bool {
         self.immortal.get(worker).is_some_and(|ids| !ids.is_empty())
+    }
+
+    /// Messages of a lane that are not acknowledged.
+    pub fn queued(&self, lane: Lane) -> usize {
+        self.lanes[lane as usize].len()
     }
 
     /// Whether nothing is under way.
@@ -698,6 +706,10 @@ impl JobQueue for View {
 
     async fn receive(&self, lane: Lane, max: usize) -> Result<Vec<Message>> {
         self.database().await?;
+        let cannot_receive = self.world().cannot_receive;
+        if let Some(class) = cannot_receive {
+            return Err(Error::new(class, "simulated", "nothing can be received"));
+        }
         let messages = {
             let mut world = self.world();
             let now = world.clock.now();

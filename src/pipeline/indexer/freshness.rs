@@ -1,110 +1,149 @@
-//! When what was written is found by queries, for an index where that comes later.
+//! Freshness: the time from a change's statement to the moment at which a query finds the change.
 //!
-//! Nothing waits for it: changes are acknowledged once they are written. Only their freshness is counted
-//! when a query would find them, and not before.
+//! Writers tell the one tracker here which changes they wrote and when. The tracker decides when a query
+//! finds them: at once, or, for an index whose queries are behind its writes, once they have come so far.
+//! Nothing waits for that: changes are acknowledged once they are written.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::{MutexGuard, PoisonError};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::{Hint, Indexer};
+use super::batch::Hints;
 use crate::pipeline::change::Lane;
-use crate::pipeline::index::Visibility;
+use crate::pipeline::clock::Clock;
+use crate::pipeline::index::{VectorIndex, Visibility};
+use crate::pipeline::meter::Meter;
 
 /// Changes whose freshness is awaited at most: more are not counted.
-const MAX_AWAITED: usize = 100_000;
+const MAX_PENDING: usize = 100_000;
 
 /// What is not found for this long is not counted: the index does not tell, or has lost it.
-const GIVEN_UP: Duration = Duration::from_mins(10);
+const GIVE_UP_AFTER: Duration = Duration::from_mins(10);
 
 /// Changes that were written together.
-pub(super) struct Awaited {
-    /// A query that has seen this far finds them.
-    mark: u64,
+struct Write {
     lane: Lane,
-    /// The database's clock, and ours, when they were closed.
-    closed: (i64, Duration),
+    /// The database's clock when the write was committed or closed, in microseconds since the epoch.
+    committed_us: i64,
+    /// Our clock, then.
+    at: Duration,
     /// When their statements ran, by the database's clock.
-    stated_us: Vec<i64>,
+    changed_at_us: Vec<i64>,
 }
 
-/// Changes that are awaited, in the order of their marks.
+impl Write {
+    /// How old the changes are now, in milliseconds.
+    fn ages(&self, now: Duration) -> impl Iterator<Item = u64> + '_ {
+        // Both times are the database's, so that no clock has to agree with another.
+        let now_us = self.committed_us + now.saturating_sub(self.at).as_micros() as i64;
+        self.changed_at_us.iter().map(move |changed_at_us| ((now_us - changed_at_us) / 1000).max(0) as u64)
+    }
+}
+
+/// Writes that queries do not find yet, in the order of their positions.
 #[derive(Default)]
-pub(super) struct AllAwaited {
-    queue: VecDeque<Awaited>,
+struct PendingWrites {
+    /// A query that has come as far as the position finds the write.
+    queue: VecDeque<(u64, Write)>,
     changes: usize,
 }
 
-impl AllAwaited {
-    fn push(&mut self, awaited: Awaited) {
-        if self.changes + awaited.stated_us.len() > MAX_AWAITED {
+impl PendingWrites {
+    fn push(&mut self, position: u64, write: Write) {
+        if self.changes + write.changed_at_us.len() > MAX_PENDING {
             return;
         }
-        self.changes += awaited.stated_us.len();
-        self.queue.push_back(awaited);
+        self.changes += write.changed_at_us.len();
+        self.queue.push_back((position, write));
     }
 
-    /// Takes those that a query finds that has seen so far.
-    fn take(&mut self, seen: u64, now: Duration) -> Vec<Awaited> {
-        let found = self.queue.iter().take_while(|awaited| awaited.mark <= seen).count();
-        let taken: Vec<Awaited> = self.queue.drain(..found).collect();
-        let old = |awaited: &&Awaited| now.saturating_sub(awaited.closed.1) > GIVEN_UP;
+    /// Takes the writes that a query finds that has come so far.
+    fn take(&mut self, searchable_up_to: u64, now: Duration) -> Vec<Write> {
+        let found = self.queue.iter().take_while(|(position, _)| *position <= searchable_up_to).count();
+        let taken = self.queue.drain(..found).map(|(_, write)| write).collect();
+        let old = |(_, write): &&(u64, Write)| now.saturating_sub(write.at) > GIVE_UP_AFTER;
         let given_up = self.queue.iter().take_while(old).count();
         self.queue.drain(..given_up);
-        self.changes = self.queue.iter().map(|awaited| awaited.stated_us.len()).sum();
+        self.changes = self.queue.iter().map(|(_, write)| write.changed_at_us.len()).sum();
         taken
     }
 }
 
-impl Indexer {
-    fn awaited(&self) -> MutexGuard<'_, AllAwaited> {
-        self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
+/// Measures the freshness of what one process writes.
+pub(super) struct FreshnessTracker {
+    index: Arc<dyn VectorIndex>,
+    meter: Arc<Meter>,
+    clock: Arc<dyn Clock>,
+    /// How often an index whose queries are behind is asked how far they are.
+    every: Duration,
+    pending: Mutex<PendingWrites>,
+}
+
+impl FreshnessTracker {
+    pub(super) fn new(
+        index: Arc<dyn VectorIndex>,
+        meter: Arc<Meter>,
+        clock: Arc<dyn Clock>,
+        every: Duration,
+    ) -> Self {
+        Self { index, meter, clock, every, pending: Mutex::default() }
     }
 
-    /// Counts the freshness of ids that were written: now, or once queries find them.
-    pub(super) fn written<'a>(
+    fn pending(&self) -> MutexGuard<'_, PendingWrites> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note of ids that were written just now. `committed_us` is the database's clock when the write
+    /// was committed.
+    pub(super) fn record<'a>(
         &self,
         lane: Lane,
         ids: impl Iterator<Item = &'a str>,
-        hints: &BTreeMap<String, Hint>,
-        closed: (i64, Duration),
+        hints: &Hints,
+        committed_us: i64,
     ) {
-        let mark = self.index.visibility().map_or(0, Visibility::written);
-        if mark == 0 {
-            self.fresh(lane, ids, hints, closed);
-            return;
+        let at = self.clock.now();
+        let changed_at_us = ids.filter_map(|id| hints.get(id)).map(|hint| hint.changed_at_us).collect();
+        let write = Write { lane, committed_us, at, changed_at_us };
+        match self.index.visibility().map_or(0, Visibility::written) {
+            0 => self.count(&write, at),
+            position => self.pending().push(position, write),
         }
-        let stated_us = ids.filter_map(|id| hints.get(id)).map(|hint| hint.stated_us).collect();
-        self.awaited().push(Awaited { mark, lane, closed, stated_us });
     }
 
-    /// Asks the index how far its queries are while anything is awaited.
-    pub(super) async fn watch(&self) {
-        let Some(visibility) = self.index.visibility() else { return };
+    /// Counts a write that queries find now.
+    fn count(&self, write: &Write, now: Duration) {
+        self.meter.fresh(write.lane, write.ages(now));
+    }
+
+    /// Asks the index how far its queries are, for as long as it is polled.
+    pub(super) async fn poll(&self) {
+        if self.index.visibility().is_none() {
+            return;
+        }
         loop {
-            self.clock().sleep(self.options.look).await;
-            self.look(visibility).await;
+            self.clock.sleep(self.every).await;
+            self.update().await;
         }
     }
 
-    pub(super) async fn look(&self, visibility: &dyn Visibility) {
-        if self.awaited().queue.is_empty() {
+    /// Counts what queries find now, if anything is pending.
+    pub(super) async fn update(&self) {
+        let Some(visibility) = self.index.visibility() else { return };
+        if self.pending().queue.is_empty() {
             return;
         }
-        let seen = match visibility.seen().await {
-            Ok(seen) => seen,
+        let searchable_up_to = match visibility.seen().await {
+            Ok(searchable_up_to) => searchable_up_to,
             Err(error) => {
                 tracing::debug!(%error, "cannot ask the index how far its queries are");
                 return;
             }
         };
-        let now = self.clock().now();
-        for awaited in self.awaited().take(seen, now) {
-            let (clock_us, at) = awaited.closed;
-            let since_us = now.saturating_sub(at).as_micros() as i64;
-            let ages =
-                awaited.stated_us.iter().map(|stated| ((clock_us + since_us - stated) / 1000).max(0) as u64);
-            self.meter.fresh(awaited.lane, ages);
+        let now = self.clock.now();
+        let found = self.pending().take(searchable_up_to, now);
+        for write in &found {
+            self.count(write, now);
         }
     }
 }
@@ -113,25 +152,33 @@ impl Indexer {
 mod tests {
     use super::*;
 
-    fn awaited(mark: u64, at_s: u64, changes: usize) -> Awaited {
-        Awaited {
-            mark,
+    fn write(at_s: u64, changes: usize) -> Write {
+        Write {
             lane: Lane::Live,
-            closed: (0, Duration::from_secs(at_s)),
-            stated_us: vec![0; changes],
+            committed_us: 0,
+            at: Duration::from_secs(at_s),
+            changed_at_us: vec![0; changes],
         }
     }
 
     #[test]
-    fn only_what_queries_have_seen_is_taken_and_the_rest_is_bounded() {
-        let mut all = AllAwaited::default();
-        (1..=3).for_each(|mark| all.push(awaited(mark, 0, 10)));
-        all.push(awaited(4, 0, MAX_AWAITED));
-        assert_eq!(all.changes, 30, "more than may be awaited");
-        assert_eq!(all.take(0, Duration::ZERO).len(), 0);
-        let taken: Vec<u64> = all.take(2, Duration::ZERO).iter().map(|awaited| awaited.mark).collect();
-        assert_eq!((taken, all.changes), (vec![1, 2], 10));
-        assert_eq!(all.take(2, GIVEN_UP + Duration::from_secs(1)).len(), 0);
-        assert_eq!((all.queue.len(), all.changes), (0, 0), "given up");
+    fn only_what_queries_find_is_taken_and_the_rest_is_bounded() {
+        let mut pending = PendingWrites::default();
+        (1..=3).for_each(|position| pending.push(position, write(position, 10)));
+        pending.push(4, write(0, MAX_PENDING));
+        assert_eq!(pending.changes, 30, "more than may be pending");
+        assert_eq!(pending.take(0, Duration::ZERO).len(), 0);
+        let taken: Vec<Duration> = pending.take(2, Duration::ZERO).iter().map(|write| write.at).collect();
+        assert_eq!((taken, pending.changes), (vec![Duration::from_secs(1), Duration::from_secs(2)], 10));
+        assert_eq!(pending.take(2, GIVE_UP_AFTER + Duration::from_secs(4)).len(), 0);
+        assert_eq!((pending.queue.len(), pending.changes), (0, 0), "given up");
+    }
+
+    #[test]
+    fn ages_are_by_the_databases_clock() {
+        let write =
+            Write { committed_us: 5_000_000, changed_at_us: vec![4_000_000, 9_000_000], ..write(2, 0) };
+        assert_eq!(write.ages(Duration::from_secs(2)).collect::<Vec<_>>(), [1_000, 0]);
+        assert_eq!(write.ages(Duration::from_secs(5)).collect::<Vec<_>>(), [4_000, 0]);
     }
 }
