@@ -16,6 +16,7 @@ mod fenced;
 mod fenced_contract;
 mod ledger;
 mod split;
+mod visibility;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -134,7 +135,7 @@ impl Run {
                         clock.sleep(Duration::from_secs(2)).await;
                         continue;
                     }
-                    let _ = indexer.hold(lane, &received, &never).await;
+                    let _ = indexer.process_with_visibility(lane, &received, &never).await;
                 }
             });
         }

@@ -7,7 +7,7 @@
 //!
 //! How a group of ids is written is the index's own capability: under a fence ([`fenced`]) or under
 //! an attempt ([`attempt`]); each module says why it is safe. [`batch`] decides what is tried, split
-//! and given up, [`run`] receives, holds and stops.
+//! and given up, [`run`] receives, holds and stops, and [`visibility`] keeps others from what is held.
 
 mod attempt;
 mod batch;
@@ -16,6 +16,7 @@ mod health;
 mod misdirected;
 mod run;
 mod searchable;
+mod visibility;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
