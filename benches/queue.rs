@@ -167,8 +167,8 @@ impl Bench {
     /// Moves all to the queue; returns how long that took.
     async fn relay(&self) -> Duration {
         let set = &self.settings.relay;
-        let relay = Relay::new(
-            Arc::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.queue.jobs))),
+        let mut relay = Relay::new(
+            Box::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.queue.jobs))),
             Arc::clone(&self.queue.stats),
             Arc::new(BootClock),
             relay::Options {

@@ -310,8 +310,8 @@ async fn the_bulk_threshold_is_what_it_is_set_to() {
             live_bound: 5_000,
             poll: Duration::from_millis(100),
         };
-        let outbox = Arc::new(PgOutbox::new(postgres.clone(), "products", "refarch"));
-        let relay = Relay::new(outbox, queue, Arc::new(BootClock), options);
+        let outbox = Box::new(PgOutbox::new(postgres.clone(), "products", "refarch"));
+        let mut relay = Relay::new(outbox, queue, Arc::new(BootClock), options);
         let (mut live, mut bulk) = (0, 0);
         loop {
             let done = relay.step().await.unwrap();

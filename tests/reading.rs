@@ -61,7 +61,7 @@ struct Loop {
     backends: Backends,
     client: Client,
     indexer: Arc<Indexer>,
-    relay: Relay,
+    relay: tokio::sync::Mutex<Relay>,
     meter: Arc<Meter>,
     role: Option<String>,
 }
@@ -121,7 +121,7 @@ impl Loop {
         let backends = Backends::open(&postgres, &settings).await.unwrap();
         let model = MODEL.get_or_init(async || LoadedModel::load(&settings).await.unwrap()).await;
         let meter: Arc<Meter> = Arc::default();
-        let relay = Relay::new(
+        let relay = tokio::sync::Mutex::new(Relay::new(
             backends.outbox(),
             Arc::clone(&backends.queue.stats),
             Arc::new(BootClock),
@@ -132,7 +132,7 @@ impl Loop {
                 live_bound: 5000,
                 poll: Duration::from_millis(100),
             },
-        );
+        ));
         let indexer = Arc::new(Indexer::new(
             backends.queue.clone(),
             Arc::clone(&backends.ledger) as _,
@@ -159,7 +159,7 @@ impl Loop {
     }
 
     async fn relay(&self) {
-        while self.relay.step().await.unwrap().rows > 0 {}
+        while self.relay.lock().await.step().await.unwrap().rows > 0 {}
     }
 
     /// Relays and indexes until nothing is left.

@@ -122,7 +122,7 @@ impl Bench {
 
     fn relay(&self) -> Relay {
         Relay::new(
-            Arc::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.sink) as _)),
+            Box::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.sink) as _)),
             Arc::clone(&self.sink) as _,
             Arc::new(BootClock),
             Options {
@@ -186,7 +186,7 @@ async fn what_the_queue_does_not_take_is_kept_and_sent_later() {
     let bench = Bench::new().await;
     bench.insert(0..3).await;
     bench.sink.fails.store(true, Ordering::SeqCst);
-    let relay = bench.relay();
+    let mut relay = bench.relay();
     relay.step().await.unwrap();
     let error = loop {
         if let Err(error) = relay.step().await {
@@ -207,7 +207,7 @@ async fn a_relay_that_died_while_sending_loses_nothing_and_nobody_sends_before_i
     let bench = Bench::new().await;
     bench.insert(0..3).await;
     bench.sink.stalls.store(true, Ordering::SeqCst);
-    let relay = bench.relay();
+    let mut relay = bench.relay();
     relay.step().await.unwrap();
     bench.sink.stalled.notified().await;
     // With it go its tasks.
@@ -228,7 +228,7 @@ async fn no_transaction_is_open_while_the_queue_is_called() {
     let bench = Bench::new().await;
     bench.insert(0..3).await;
     bench.sink.stalls.store(true, Ordering::SeqCst);
-    let relay = bench.relay();
+    let mut relay = bench.relay();
     relay.step().await.unwrap();
     bench.sink.stalled.notified().await;
     let client = bench.database.client().await;
@@ -267,7 +267,7 @@ async fn a_load_waits_in_the_outbox_while_a_shared_queue_is_full_and_edits_pass_
     bench.sink.standing.store(1_000, Ordering::SeqCst);
     bench.insert(1_000..3_000).await;
     bench.insert(0..3).await;
-    let relay = bench.relay();
+    let mut relay = bench.relay();
     // What was sent is struck off afterwards.
     common::eventually("the edits alone to be sent and struck off", Duration::from_secs(30), async || {
         relay.step().await.unwrap();

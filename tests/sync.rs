@@ -21,7 +21,7 @@ use refarch::pipeline::relay::{self, Relay};
 use refarch::pipeline::schedule::Scheduler;
 use refarch::secret::Secret;
 use tokio::process::Child;
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex, OnceCell};
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
@@ -35,7 +35,7 @@ struct Loop {
     database: Database,
     backends: Backends,
     client: Client,
-    relay: Relay,
+    relay: Mutex<Relay>,
     indexer: Arc<Indexer>,
     meter: Arc<Meter>,
 }
@@ -61,7 +61,7 @@ impl Loop {
         backend::migrate(&postgres, &settings).await.unwrap();
         let backends = Backends::open(&postgres, &settings).await.unwrap();
         let model = MODEL.get_or_init(async || LoadedModel::load(&settings).await.unwrap()).await;
-        let relay = Relay::new(
+        let relay = Mutex::new(Relay::new(
             backends.outbox(),
             Arc::clone(&backends.queue.stats),
             Arc::new(BootClock),
@@ -72,7 +72,7 @@ impl Loop {
                 live_bound: 5000,
                 poll: Duration::from_millis(100),
             },
-        );
+        ));
         let meter: Arc<Meter> = Arc::default();
         let indexer = Arc::new(Indexer::new(
             backends.queue.clone(),
@@ -102,7 +102,7 @@ impl Loop {
     async fn relay(&self) -> Transferred {
         let mut sum = Transferred::default();
         loop {
-            let done = self.relay.step().await.unwrap();
+            let done = self.relay.lock().await.step().await.unwrap();
             if done.rows == 0 {
                 return sum;
             }
@@ -220,7 +220,7 @@ async fn a_loads_changes_are_bulk_and_edits_are_live() {
     )
     .await;
     it.run("UPDATE products_with_increment SET description = 'c' WHERE id = 100").await;
-    let done = it.relay.step().await.unwrap();
+    let done = it.relay.lock().await.step().await.unwrap();
     // 120 changes of one transaction are a load, however they were written; of the edited row one entry is kept.
     assert_eq!((done.changes, done.live, done.bulk), (371, 1, 249));
     let backlog = it.backends.queue.stats.backlog(Lane::Live).await.unwrap();
@@ -237,10 +237,10 @@ async fn a_live_change_is_claimed_ahead_of_an_importers_single_rows() {
         .await
         .unwrap();
     transaction.commit().await.unwrap();
-    let first = it.relay.step().await.unwrap();
+    let first = it.relay.lock().await.step().await.unwrap();
     assert_eq!((first.live, first.bulk), (0, 2000));
     it.run("INSERT INTO products_with_increment (id, description) VALUES (9999, 'an edit')").await;
-    let second = it.relay.step().await.unwrap();
+    let second = it.relay.lock().await.step().await.unwrap();
     assert_eq!(second.live, 1, "the edit overtakes 4,000 changes: {second:?}");
     it.relay().await;
     let backlog = it.backends.queue.stats.backlog(Lane::Bulk).await.unwrap();

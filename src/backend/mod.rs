@@ -400,9 +400,9 @@ impl Backends {
 
     /// The outbox, feeding the queue. Listens for wake-ups for as long as it lives.
     #[must_use]
-    pub fn outbox(&self) -> Arc<dyn Outbox> {
+    pub fn outbox(&self) -> Box<dyn Outbox> {
         let (postgres, source) = (self.postgres.clone(), &self.target.table.name);
-        Arc::new(match &self.pgmq {
+        Box::new(match &self.pgmq {
             Some(prefix) => PgOutbox::new(postgres, source, prefix),
             None => PgOutbox::shipping(postgres, source, Arc::clone(&self.queue.jobs)),
         })

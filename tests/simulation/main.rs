@@ -17,6 +17,7 @@ mod fenced_contract;
 mod ledger;
 mod receiver;
 mod split;
+mod visibility;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -102,7 +103,7 @@ impl Run {
     }
 
     fn start_relay(&mut self) {
-        let view = Arc::new(self.view("relay"));
+        let view = self.view("relay");
         let options = relay::Options {
             source: "products".into(),
             pack: 3,
@@ -110,7 +111,8 @@ impl Run {
             live_bound: 1_000,
             poll: Duration::from_secs(1),
         };
-        let relay = Relay::new(view.clone() as _, view as _, Arc::clone(&self.clock) as _, options);
+        let outbox = Box::new(view.clone());
+        let mut relay = Relay::new(outbox, Arc::new(view), Arc::clone(&self.clock) as _, options);
         self.executor.spawn(RELAY, async move {
             let _ = relay.run(&CancellationToken::new(), false).await;
         });
@@ -248,7 +250,7 @@ fn build_indexer(view: &View, clock: &Arc<SimClock>) -> (Indexer, Arc<Lease>) {
             worker,
             workers: 1,
             hold: Duration::from_secs(1),
-            poll: Duration::from_secs(1),
+            poll: Duration::from_secs(2),
             // Chaos of this density would use up any number.
             max_receives: u32::MAX,
             settle: SETTLE,

@@ -39,7 +39,7 @@ pub const SETTLE: Duration = Duration::from_secs(20);
 const REQUEST: Duration = Duration::from_secs(2);
 
 /// How long a received message stays invisible.
-const VISIBILITY: Duration = Duration::from_secs(9);
+pub const VISIBILITY: Duration = Duration::from_secs(9);
 
 /// A rule of the protocol left out. Each must make the simulation diverge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +56,15 @@ pub enum Plant {
     LostOpeningStands,
     SweptAttemptNotPutBack,
     RepeatedClosingTakesAll,
+}
+
+/// What becomes of an extension of visibility.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extensions {
+    Work,
+    Fail,
+    /// No answer comes.
+    Hang,
 }
 
 /// What the index can do.
@@ -119,6 +128,7 @@ pub struct World {
     /// Workers whose session lives.
     pub sessions: BTreeSet<String>,
     lanes: [Vec<Held>; 2],
+    pub extensions: Extensions,
     messages: u64,
     pub dead: Vec<(Job, Why)>,
     pub index: BTreeMap<String, Content>,
@@ -152,6 +162,7 @@ impl World {
             attempts: BTreeMap::new(),
             sessions: BTreeSet::new(),
             lanes: [Vec::new(), Vec::new()],
+            extensions: Extensions::Work,
             messages: 0,
             dead: Vec::new(),
             index: BTreeMap::new(),
@@ -272,6 +283,17 @@ impl World {
             && self.lanes.iter().all(Vec::is_empty)
             && self.attempts.is_empty()
             && self.late.is_empty()
+    }
+
+    /// Whether a message can be received now.
+    pub fn is_any_visible(&self) -> bool {
+        let now = self.clock.now();
+        self.lanes.iter().flatten().any(|held| held.visible_at <= now)
+    }
+
+    /// Tries of a change that stand in the count.
+    pub fn tries(&self, id: &str) -> i32 {
+        self.ledger.get(id).map_or(0, |(_, tries)| *tries)
     }
 
     /// Makes some message come again, or come now though somebody holds it.
@@ -630,7 +652,7 @@ impl Ledger for View {
 
 #[async_trait]
 impl Outbox for View {
-    async fn transfer(&self, _: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
+    async fn transfer(&mut self, _: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
         self.database().await?;
         let (jobs, claimed) = {
             let mut world = self.world();
@@ -668,7 +690,7 @@ impl Outbox for View {
         self.answer(done).await
     }
 
-    async fn wait(&self, timeout: Duration) {
+    async fn wait(&mut self, timeout: Duration) {
         let clock = Arc::clone(&self.world().clock);
         clock.sleep(timeout).await;
     }
@@ -713,6 +735,8 @@ impl JobQueue for View {
         let messages = {
             let mut world = self.world();
             let now = world.clock.now();
+            // A queue need not give all that it has, and so workers share.
+            let max = max.min(world.rng.random_range(1..4));
             let taken: Vec<Held> = world.lanes[lane as usize]
                 .iter_mut()
                 .filter(|held| held.visible_at <= now)
@@ -757,6 +781,15 @@ impl JobQueue for View {
 
     async fn extend_visibility(&self, receipts: &[Receipt], timeout: Duration) -> Result<()> {
         self.database().await?;
+        if timeout.is_zero() {
+            self.world().count("message released");
+        }
+        let extensions = self.world().extensions;
+        match extensions {
+            Extensions::Work => {}
+            Extensions::Fail => return Err(Error::retryable("simulated", "visibility is not extended")),
+            Extensions::Hang => std::future::pending().await,
+        }
         let mut world = self.world();
         let until = world.clock.now() + timeout;
         for receipt in receipts {

@@ -9,7 +9,7 @@
 //! until nothing of it is left, in [`groups`] of ids. The [`writer`] writes one group, as the index can be
 //! written to: [`transactional`] or [`tracked`]; each module says why it is safe. [`poison`] finds the
 //! change that fails by itself, and [`misdirected`] the message that is somebody else's. [`freshness`]
-//! measures.
+//! measures, and [`visibility`] keeps others from the messages that are worked on.
 
 mod batch;
 mod freshness;
@@ -24,6 +24,7 @@ mod spawn;
 mod throughput;
 mod tracked;
 mod transactional;
+mod visibility;
 mod writer;
 
 use std::sync::Arc;

@@ -244,7 +244,7 @@ impl Receiver {
             (Arc::clone(&self.indexer), Arc::clone(&self.in_flight), self.abort.clone());
         let (lane, until_idle) = (self.lane, self.until_idle);
         let task = async move {
-            let result = indexer.process(lane, &messages, &abort, until_idle).await;
+            let result = indexer.process_with_visibility(lane, &messages, &abort, until_idle).await;
             in_flight.fetch_sub(changes, Ordering::Relaxed);
             drop(permit);
             result

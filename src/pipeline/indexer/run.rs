@@ -1,12 +1,13 @@
 //! Running the indexer: its lanes with what goes on beside them, and one batch until it is done with.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::batch::Batch;
+use super::visibility::Visibility;
 use super::{Indexer, Receiver, TokioTasks};
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Class, Result};
@@ -97,8 +98,9 @@ impl Indexer {
 
     /// Works until the messages are done with, extending their visibility meanwhile. An outage is
     /// sat out, with the messages held, and so is a wrong setting, unless the run ends when nothing is left;
-    /// on `abort`, or when this worker can't go on, they are released.
-    pub(super) async fn process(
+    /// on `abort`, or when this worker can't go on, they are released. When their visibility cannot be
+    /// extended any more, others get them, and the work ends as on `abort`.
+    pub async fn process_with_visibility(
         &self,
         lane: Lane,
         messages: &[Message],
@@ -107,29 +109,25 @@ impl Indexer {
     ) -> Result<()> {
         let _under_way = self.health.begin();
         let mut batch = self.batch(messages);
-        let visibility = self.queue.visibility();
-        let in_flight = batch.receipts_in_flight();
-        let extend = async {
-            loop {
-                self.clock.sleep(visibility / 3).await;
-                let receipts = in_flight.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                if let Err(error) = self.queue.extend_visibility(&receipts, visibility).await {
-                    tracing::warn!(lane = lane.name(), %error, "cannot extend visibility: others may repeat this work");
-                }
-            }
-        };
+        let receipts = batch.receipts_in_flight();
+        let visibility = Visibility::of_received(&*self.queue, &*self.clock, lane, receipts);
+        let mut is_ours = true;
         let finished = tokio::select! {
             biased;
             () = abort.cancelled() => None,
             result = self.finish(lane, &mut batch, until_idle) => Some(result),
-            never = extend => never,
+            () = visibility.keep() => {
+                is_ours = false;
+                None
+            }
         };
-        // On abort a try was cut off by us. Any other end has seen to its count.
+        // A try was cut off by us. Any other end has seen to its count.
         if finished.is_none() {
             self.isolation.uncount_try(&mut batch).await;
         }
         let receipts = batch.receipts();
-        if !receipts.is_empty() {
+        // What others may have by now is not released: a receipt may be good for theirs, too.
+        if is_ours && !receipts.is_empty() {
             // Others may try at once; if this fails too, the visibility timeout does the same.
             if let Err(error) = self.queue.extend_visibility(&receipts, Duration::ZERO).await {
                 tracing::debug!(%error, "cannot release messages");
