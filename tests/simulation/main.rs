@@ -1,4 +1,4 @@
-//! The real steps of relay and indexer over a simulated world, in an order that a seed decides.
+//! The real loops of relay and indexer over a simulated world, in an order that a seed decides.
 //!
 //! Each schedule runs some processes against one world: they are killed, frozen past every timeout
 //! and started again; the database loses calls and answers; the queue repeats, delays and reorders;

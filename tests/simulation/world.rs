@@ -861,7 +861,11 @@ enum Fate {
 impl View {
     /// A request's way: what it comes to is decided while it travels.
     async fn request(&self, writes: Vec<Late>) -> Result<()> {
-        turn().await;
+        // Long enough that a worker is frozen now and then amid a request.
+        let travels = self.world().rng.random_range(1..8);
+        for _ in 0..travels {
+            turn().await;
+        }
         {
             let mut world = self.world();
             for write in &writes {
