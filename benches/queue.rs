@@ -31,7 +31,7 @@ use refarch::pipeline::failure::Result;
 use refarch::pipeline::indexer::{self, Indexer};
 use refarch::pipeline::lease::Lease;
 use refarch::pipeline::meter::Meter;
-use refarch::pipeline::queue::JobQueue;
+use refarch::pipeline::queue::Queue;
 use refarch::pipeline::relay::{self, Relay};
 use refarch::pipeline::schedule::Scheduler;
 use refarch::secret::Secret;
@@ -111,7 +111,7 @@ struct Bench {
     settings: Settings,
     postgres: Postgres,
     double: QueueDouble,
-    queue: Arc<dyn JobQueue>,
+    queue: Queue,
     rows: u64,
 }
 
@@ -127,7 +127,7 @@ impl Bench {
         let postgres = Postgres::new(cluster.url(), &settings.database).unwrap();
         migrate::migrate(&postgres, &settings.source, &settings.queue, &shape()).await.unwrap();
         let queue = Sqs::open(sqs::connect_to(&double.url()), postgres.clone(), options).await.unwrap();
-        Self { settings, postgres, double, queue: Arc::new(queue), rows }
+        Self { settings, postgres, double, queue: Queue::new(Arc::new(queue)), rows }
     }
 
     async fn sql(&self, sql: &str) {
@@ -162,9 +162,9 @@ impl Bench {
     /// Relays all changes to the queue. Returns the duration.
     async fn relay(&self) -> Duration {
         let set = &self.settings.relay;
-        let relay = Relay::new(
-            Arc::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.queue))),
-            Arc::clone(&self.queue),
+        let mut relay = Relay::new(
+            Box::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.queue.jobs))),
+            Arc::clone(&self.queue.stats),
             Arc::new(BootClock),
             relay::Options {
                 source: "products".into(),
@@ -265,7 +265,7 @@ impl Bench {
         let meter = Arc::new(Meter::default());
         let worker = Worker::join(self.postgres.clone(), "embed", 2, Arc::clone(&meter)).await.unwrap();
         let indexer = Arc::new(Indexer::new(
-            Arc::clone(&self.queue),
+            self.queue.clone(),
             Arc::new(ledger),
             Arc::new(index),
             Scheduler::new(Arc::new(Constant), Duration::from_millis(50), Arc::clone(&clock)),

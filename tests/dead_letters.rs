@@ -12,7 +12,7 @@ use refarch::backend::pgmq::Pgmq;
 use refarch::backend::postgres::Postgres;
 use refarch::config::Settings;
 use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
-use refarch::pipeline::queue::{Backlog, JobQueue, Reason, Why};
+use refarch::pipeline::queue::{Backlog, DeadLetters as _, JobQueue as _, QueueStats as _, Reason, Why};
 use refarch::secret::Secret;
 use serde_json::{Value, json};
 
@@ -81,8 +81,8 @@ impl Post {
     async fn give_up(&self, lane: Lane, reason: Reason, error: &str) -> String {
         let message = self.queue.receive(lane, 1).await.unwrap().remove(0);
         let why = Why { reason, error: error.into(), tries: 1 };
-        self.queue.dead_letter(&message, None, &why).await.unwrap();
-        self.queue.read_dead_letters(None, 100).await.unwrap().pop().unwrap().id
+        self.queue.store(&message, None, &why).await.unwrap();
+        self.queue.list(None, 100).await.unwrap().pop().unwrap().id
     }
 
     async fn redrive(&self, args: &[&str]) -> Run {
@@ -96,7 +96,7 @@ impl Post {
             assert_eq!(in_flight, 0);
             visible
         };
-        (visible(Lane::Live).await, visible(Lane::Bulk).await, self.queue.dead_letters().await.unwrap())
+        (visible(Lane::Live).await, visible(Lane::Bulk).await, self.queue.count().await.unwrap())
     }
 }
 

@@ -447,7 +447,7 @@ async fn a_truncation_is_of_all_that_is_not_surely_gone() {
     real.take().await;
     real.run("TRUNCATE item").await;
 
-    let outbox = PgOutbox::new(real.postgres.clone(), "products", "refarch");
+    let mut outbox = PgOutbox::new(real.postgres.clone(), "products", "refarch");
     let packed = Mutex::new(BTreeSet::new());
     let pack = |rows: Vec<OutboxRow>| {
         packed.lock().unwrap().extend(rows.into_iter().flat_map(|row| row.ids));

@@ -240,7 +240,8 @@ fn prover(backends: &Backends, worker: &str) -> Timed {
     let prover = Prover::new(
         Arc::clone(&backends.ledger) as _,
         Arc::clone(&backends.index),
-        Arc::clone(&backends.queue),
+        Arc::clone(&backends.queue.stats),
+        Arc::clone(&backends.queue.dead_letters),
         Arc::clone(&clock) as _,
         Arc::new(PgRounds::new(backends.postgres.clone(), backends.target.id, worker)),
         ProofOptions {
@@ -340,7 +341,7 @@ async fn rows_that_a_read_by_id_does_not_see_are_missing_and_not_gone() {
     let auditor = Auditor {
         ledger: &Blind(Arc::clone(&backends.ledger)),
         index: &*backends.index,
-        queue: &*backends.queue,
+        queue: &*backends.queue.stats,
         embedder: None,
         clock: &BootClock,
         options: Options { sample: 0, wait: Duration::from_secs(1), repair: false },
@@ -581,7 +582,7 @@ async fn a_letter_stays_where_it_is_and_is_no_difference() {
            'oldest', '2026-01-01T00:00:00Z', 'groups', jsonb_build_array(jsonb_build_object('version', 1, 'op', 'upsert', 'ids', jsonb_build_array('9')))), '{\"changes\": 1}'::jsonb)",
     )
     .await;
-    let letters = shop.backends().await.queue.read_dead_letters(None, 10).await.unwrap();
+    let letters = shop.backends().await.queue.dead_letters.list(None, 10).await.unwrap();
     assert_eq!((letters.len(), &letters[0].ids[..]), (1, &["9".to_owned()][..]));
     let backends = shop.backends().await;
     finish(&shop, &mut prover(&backends, "first")).await;

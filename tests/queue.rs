@@ -25,7 +25,7 @@ use refarch::config::Settings;
 use refarch::double::sqs::{QueueDouble, QueueFaults};
 use refarch::pipeline::change::{Job, Lane};
 use refarch::pipeline::clock::BootClock;
-use refarch::pipeline::queue::{Backlog, JobQueue};
+use refarch::pipeline::queue::{Backlog, DeadLetters as _, JobQueue, Queue, QueueStats};
 use refarch::pipeline::relay::{self, Relay};
 use refarch::secret::Secret;
 
@@ -47,19 +47,19 @@ async fn database() -> (Database, Postgres) {
 }
 
 struct OnPgmq {
-    queue: Arc<dyn JobQueue>,
+    queue: Queue,
     database: Database,
 }
 
 async fn pgmq() -> OnPgmq {
     let (database, postgres) = database().await;
-    OnPgmq { queue: Arc::new(Pgmq::new(postgres, "refarch", VISIBILITY)), database }
+    OnPgmq { queue: Queue::new(Arc::new(Pgmq::new(postgres, "refarch", VISIBILITY))), database }
 }
 
 #[async_trait]
 impl Bench for OnPgmq {
-    fn queue(&self) -> Arc<dyn JobQueue> {
-        Arc::clone(&self.queue)
+    fn queue(&self) -> Queue {
+        self.queue.clone()
     }
 
     async fn put(&self, place: &str, body: &str) {
@@ -74,7 +74,7 @@ impl Bench for OnPgmq {
 
 /// The queue on a server that speaks SQS.
 struct OnSqs {
-    queue: Arc<dyn JobQueue>,
+    queue: Queue,
     client: aws_sdk_sqs::Client,
     urls: [String; 3],
     options: sqs::Options,
@@ -131,7 +131,8 @@ async fn sqs(endpoint: &str, moto: Option<Arc<Moto>>, double: Option<QueueDouble
     let urls = create(&client).await;
     let (database, postgres) = database().await;
     let options = options(&urls);
-    let queue = Arc::new(Sqs::open(client.clone(), postgres.clone(), options.clone()).await.unwrap());
+    let queue = Sqs::open(client.clone(), postgres.clone(), options.clone()).await.unwrap();
+    let queue = Queue::new(Arc::new(queue));
     OnSqs { queue, client, urls, options, postgres, _database: database, double, _moto: moto }
 }
 
@@ -148,8 +149,8 @@ async fn sqs_on_double() -> OnSqs {
 
 #[async_trait]
 impl Bench for OnSqs {
-    fn queue(&self) -> Arc<dyn JobQueue> {
-        Arc::clone(&self.queue)
+    fn queue(&self) -> Queue {
+        self.queue.clone()
     }
 
     async fn put(&self, place: &str, body: &str) {
@@ -186,7 +187,7 @@ contract::for_each_clause!(double_keeps);
 async fn the_oldest_change_of_both_lanes_is_known_held_or_not() {
     let OnPgmq { queue, database } = pgmq().await;
     let at = |lane, oldest: &str| Job { oldest: oldest.parse().unwrap(), ..job(lane, 0..1) };
-    let oldest = async || queue.oldest().await.unwrap().map(|oldest| oldest.to_string());
+    let oldest = async || queue.stats.oldest().await.unwrap().map(|oldest| oldest.to_string());
     assert_eq!(oldest().await, None);
     let client = database.client().await;
     for (queue, body) in [
@@ -198,39 +199,64 @@ async fn the_oldest_change_of_both_lanes_is_known_held_or_not() {
         client.batch_execute(&sql).await.unwrap();
     }
     assert_eq!(oldest().await, None, "what is no job has no age");
-    queue.send(&[at(Lane::Live, "2026-01-02T03:04:05.678Z")]).await.unwrap();
+    queue.jobs.send(&[at(Lane::Live, "2026-01-02T03:04:05.678Z")]).await.unwrap();
     assert_eq!(oldest().await.unwrap(), "2026-01-02T03:04:05.678Z");
     queue
+        .jobs
         .send(&[at(Lane::Bulk, "2026-01-02T03:04:05Z"), at(Lane::Live, "2026-01-03T00:00:00Z")])
         .await
         .unwrap();
     assert_eq!(oldest().await.unwrap(), "2026-01-02T03:04:05Z");
-    let held = queue.receive(Lane::Bulk, 10).await.unwrap();
+    let held = queue.jobs.receive(Lane::Bulk, 10).await.unwrap();
     assert_eq!(oldest().await.unwrap(), "2026-01-02T03:04:05Z", "held is not done");
     let receipts: Vec<_> = held.into_iter().map(|message| message.receipt).collect();
-    queue.acknowledge(&receipts).await.unwrap();
+    queue.jobs.acknowledge(&receipts).await.unwrap();
     assert_eq!(oldest().await.unwrap(), "2026-01-02T03:04:05.678Z");
+}
+
+/// Processes of the server that listen for messages in this database.
+async fn listening(client: &tokio_postgres::Client) -> Vec<i32> {
+    let sql = "SELECT pid FROM pg_stat_activity WHERE query ILIKE 'LISTEN refarch_jobs%' AND datname = current_database()";
+    client.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_waiting_receiver_wakes_when_something_is_sent() {
     let OnPgmq { queue, database } = pgmq().await;
-    // The listening connection is made in the background.
     let client = database.client().await;
-    common::eventually("the queue to listen", PATIENCE, async || {
-        let sql = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE query ILIKE 'LISTEN refarch_jobs%' AND datname = current_database())";
-        client.query_one(sql, &[]).await.unwrap().get(0)
+    // The listening connection is made in the background.
+    common::eventually("the queue to listen", PATIENCE, async || listening(&client).await.len() == 1).await;
+    assert!(queue.jobs.receive(Lane::Live, 1).await.unwrap().is_empty());
+    // The wake-up for what came before LISTEN took hold.
+    queue.jobs.wait(Lane::Live, Duration::from_millis(200)).await;
+    assert!(queue.jobs.receive(Lane::Live, 1).await.unwrap().is_empty());
+    let waiter = Arc::clone(&queue.jobs);
+    let waiting = tokio::spawn(async move { waiter.wait(Lane::Live, PATIENCE).await });
+    queue.jobs.send(&[job(Lane::Live, 0..1)]).await.unwrap();
+    tokio::time::timeout(PATIENCE / 2, waiting).await.expect("it woke up by the timeout only").unwrap();
+    receive_one(&*queue.jobs, Lane::Live).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_waiting_receiver_wakes_after_the_listening_connection_was_lost() {
+    let OnPgmq { queue, database } = pgmq().await;
+    let client = database.client().await;
+    common::eventually("the queue to listen", PATIENCE, async || listening(&client).await.len() == 1).await;
+    let lost = listening(&client).await;
+    client.execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) pid", &[&lost]).await.unwrap();
+    common::eventually("the queue to listen again", PATIENCE, async || {
+        let now = listening(&client).await;
+        now.len() == 1 && now != lost
     })
     .await;
-    assert!(queue.receive(Lane::Live, 1).await.unwrap().is_empty());
-    // The ring for what came before LISTEN took hold.
-    queue.wait(Lane::Live, Duration::from_millis(200)).await;
-    assert!(queue.receive(Lane::Live, 1).await.unwrap().is_empty());
-    let waiter = Arc::clone(&queue);
-    let waiting = tokio::spawn(async move { waiter.wait(Lane::Live, PATIENCE).await });
-    queue.send(&[job(Lane::Live, 0..1)]).await.unwrap();
+    let waiter = Arc::clone(&queue.jobs);
+    let waiting = tokio::spawn(async move {
+        while waiter.receive(Lane::Live, 1).await.unwrap().is_empty() {
+            waiter.wait(Lane::Live, PATIENCE).await;
+        }
+    });
+    queue.jobs.send(&[job(Lane::Live, 0..1)]).await.unwrap();
     tokio::time::timeout(PATIENCE / 2, waiting).await.expect("it woke up by the timeout only").unwrap();
-    receive_one(&*queue, Lane::Live).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -256,19 +282,19 @@ async fn what_others_write_into_headers_stops_neither_counts_nor_lists() {
         }
     }
     let all = headers.len() as u64;
-    assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog { visible: all, in_flight: 0 });
-    assert_eq!(queue.dead_letters().await.unwrap(), all);
+    assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), Backlog { visible: all, in_flight: 0 });
+    assert_eq!(queue.dead_letters.count().await.unwrap(), all);
     client
         .batch_execute("UPDATE pgmq.q_refarch_dead SET enqueued_at = 'infinity' WHERE msg_id = 1")
         .await
         .unwrap();
-    let letters = queue.read_dead_letters(None, 100).await.unwrap();
+    let letters = queue.dead_letters.list(None, 100).await.unwrap();
     assert!(letters.iter().all(|letter| letter.changes == 1), "{letters:?}");
     let ids: Vec<String> = letters.into_iter().map(|letter| letter.id).collect();
-    assert_eq!(queue.redrive(&ids).await.unwrap().len(), headers.len());
-    assert_eq!(queue.backlog(Lane::Live).await.unwrap().visible, 2 * all);
-    queue.send(&[job(Lane::Live, 0..20)]).await.unwrap();
-    assert_eq!(queue.backlog(Lane::Live).await.unwrap().visible, 2 * all + 20);
+    assert_eq!(queue.dead_letters.redrive(&ids).await.unwrap().len(), headers.len());
+    assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap().visible, 2 * all);
+    queue.jobs.send(&[job(Lane::Live, 0..20)]).await.unwrap();
+    assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap().visible, 2 * all + 20);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -276,7 +302,7 @@ async fn the_bulk_threshold_is_what_it_is_set_to() {
     let (database, postgres) = database().await;
     let client = database.client().await;
     let relay = async |bulk_threshold: u64| {
-        let queue: Arc<dyn JobQueue> = Arc::new(Pgmq::new(postgres.clone(), "refarch", VISIBILITY));
+        let queue: Arc<dyn QueueStats> = Arc::new(Pgmq::new(postgres.clone(), "refarch", VISIBILITY));
         let options = relay::Options {
             source: "products".into(),
             pack: 500,
@@ -284,8 +310,8 @@ async fn the_bulk_threshold_is_what_it_is_set_to() {
             live_bound: 5_000,
             poll: Duration::from_millis(100),
         };
-        let outbox = Arc::new(PgOutbox::new(postgres.clone(), "products", "refarch"));
-        let relay = Relay::new(outbox, queue, Arc::new(BootClock), options);
+        let outbox = Box::new(PgOutbox::new(postgres.clone(), "products", "refarch"));
+        let mut relay = Relay::new(outbox, queue, Arc::new(BootClock), options);
         let (mut live, mut bulk) = (0, 0);
         loop {
             let done = relay.step().await.unwrap();
@@ -378,7 +404,7 @@ async fn what_a_shared_queue_may_hold_of_a_load_is_no_live_backlog() {
     queue.send(&[job(Lane::Bulk, 20..30), job(Lane::Live, 30..40)]).await.unwrap();
     assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog { visible: 10, in_flight: 0 });
     assert_eq!(queue.backlog(Lane::Bulk).await.unwrap(), Backlog { visible: 30, in_flight: 0 });
-    assert_eq!(JobQueue::shared_bound(&*queue), Some(30));
+    assert_eq!(queue.shared_bound(), Some(30));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -387,7 +413,7 @@ async fn only_the_entries_that_failed_are_sent_again() {
     let double = bench.double.clone().unwrap();
     double.set_faults(QueueFaults { entry: 0.2, ..QueueFaults::default() });
     let jobs: Vec<Job> = (0..200).map(|n| job(Lane::Live, n..n + 1)).collect();
-    bench.queue.send(&jobs).await.unwrap();
+    bench.queue.jobs.send(&jobs).await.unwrap();
     let counts = double.counts();
     // Half of the failures were done, and so come twice: that is what at least once means.
     assert!(counts.entries_failed > 10);
@@ -406,12 +432,12 @@ async fn only_the_entries_that_failed_are_sent_again() {
     ids.dedup();
     assert_eq!(ids.len(), 200);
     // Acknowledging and extending go through, too.
-    let messages = bench.queue.receive(Lane::Live, 10).await.unwrap();
+    let messages = bench.queue.jobs.receive(Lane::Live, 10).await.unwrap();
     let receipts: Vec<_> = messages.into_iter().map(|message| message.receipt).collect();
-    bench.queue.extend(&receipts, VISIBILITY).await.unwrap();
-    bench.queue.acknowledge(&receipts).await.unwrap();
+    bench.queue.jobs.extend_visibility(&receipts, VISIBILITY).await.unwrap();
+    bench.queue.jobs.acknowledge(&receipts).await.unwrap();
     double.set_faults(QueueFaults { entry: 1.0, ..QueueFaults::default() });
-    let error = bench.queue.send(&jobs[..1]).await.unwrap_err();
+    let error = bench.queue.jobs.send(&jobs[..1]).await.unwrap_err();
     assert!(error.to_string().contains("InternalError"), "{error}");
 }
 
@@ -422,7 +448,7 @@ async fn calls_that_fail_are_made_again() {
     let faults = QueueFaults { unavailable: 0.1, lie: 0.1, drop_connection: 0.1, ..QueueFaults::default() };
     double.set_faults(faults);
     for n in 0..10 {
-        bench.queue.send(&[job(Lane::Live, n..n + 1)]).await.unwrap();
+        bench.queue.jobs.send(&[job(Lane::Live, n..n + 1)]).await.unwrap();
     }
     let counts = double.counts();
     assert!(counts.unavailable + counts.lied + counts.dropped > 0);
@@ -433,15 +459,15 @@ async fn calls_that_fail_are_made_again() {
 async fn a_receive_that_nobody_waits_for_releases_what_it_brought() {
     let bench = sqs_on_double().await;
     let double = bench.double.clone().unwrap();
-    bench.queue.send(&[job(Lane::Live, 0..1)]).await.unwrap();
+    bench.queue.jobs.send(&[job(Lane::Live, 0..1)]).await.unwrap();
     double.set_faults(QueueFaults { latency: Duration::from_millis(300), ..QueueFaults::default() });
-    let (queue, arrived) = (Arc::clone(&bench.queue), double.counts().arrived);
+    let (queue, arrived) = (Arc::clone(&bench.queue.jobs), double.counts().arrived);
     let waiting = tokio::spawn(async move { queue.receive(Lane::Live, 1).await });
     common::eventually("the call to arrive", PATIENCE, async || double.counts().arrived > arrived).await;
     waiting.abort();
     assert!(waiting.await.unwrap_err().is_cancelled());
     common::eventually("the release", PATIENCE, async || double.counts().extend == 1).await;
-    assert_eq!(receive_one(&*bench.queue, Lane::Live).await.receive_count, 2);
+    assert_eq!(receive_one(&*bench.queue.jobs, Lane::Live).await.receive_count, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -522,9 +548,9 @@ async fn small_queues_carry_everything(endpoint: &str) {
         error: "e".repeat(3_000),
         tries: 2,
     };
-    queue.dead_letter(&message, None, &why).await.unwrap();
+    queue.store(&message, None, &why).await.unwrap();
     assert_eq!(queue.backlog(Lane::Bulk).await.unwrap(), Backlog::default());
-    let letters = queue.read_dead_letters(None, 100).await.unwrap();
+    let letters = queue.list(None, 100).await.unwrap();
     let mut found: Vec<String> = letters.iter().flat_map(|letter| letter.ids.clone()).collect();
     found.sort();
     assert_eq!(found, ids([&whole]));
@@ -550,8 +576,8 @@ async fn small_queues_carry_everything(endpoint: &str) {
         }),
         ..message
     };
-    queue.dead_letter(&foreign, None, &why).await.unwrap();
-    let letters = queue.read_dead_letters(None, 100).await.unwrap();
+    queue.store(&foreign, None, &why).await.unwrap();
+    let letters = queue.list(None, 100).await.unwrap();
     assert!(letters[0].body.as_ref().unwrap().starts_with("éé"), "{letters:?}");
     assert!(letters[0].error.contains("cut from 8000 bytes"), "{letters:?}");
     // A single change that fits no message of the queue is told with what to change.

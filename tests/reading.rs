@@ -61,7 +61,7 @@ struct Loop {
     backends: Backends,
     client: Client,
     indexer: Arc<Indexer>,
-    relay: Relay,
+    relay: tokio::sync::Mutex<Relay>,
     meter: Arc<Meter>,
     role: Option<String>,
 }
@@ -116,9 +116,9 @@ impl Loop {
         let backends = Backends::open(&postgres, &settings).await.unwrap();
         let model = MODEL.get_or_init(async || LoadedModel::load(&settings).await.unwrap()).await;
         let meter: Arc<Meter> = Arc::default();
-        let relay = Relay::new(
+        let relay = tokio::sync::Mutex::new(Relay::new(
             backends.outbox(),
-            Arc::clone(&backends.queue),
+            Arc::clone(&backends.queue.stats),
             Arc::new(BootClock),
             relay::Options {
                 source: "products".into(),
@@ -127,9 +127,9 @@ impl Loop {
                 live_bound: 5000,
                 poll: Duration::from_millis(100),
             },
-        );
+        ));
         let indexer = Arc::new(Indexer::new(
-            Arc::clone(&backends.queue),
+            backends.queue.clone(),
             Arc::clone(&backends.ledger) as _,
             Arc::clone(&backends.index),
             Scheduler::new(model.start(1), Duration::from_millis(50), Arc::new(BootClock)),
@@ -154,7 +154,7 @@ impl Loop {
     }
 
     async fn relay(&self) {
-        while self.relay.step().await.unwrap().rows > 0 {}
+        while self.relay.lock().await.step().await.unwrap().rows > 0 {}
     }
 
     /// Relays and indexes until nothing is left.
@@ -591,7 +591,7 @@ async fn rows_that_a_policy_hides_are_not_taken_for_gone() {
     .await;
     stop.cancel();
     task.await.unwrap();
-    assert_eq!(it.backends.queue.dead_letters().await.unwrap(), 0);
+    assert_eq!(it.backends.queue.dead_letters.count().await.unwrap(), 0);
     it.end().await;
 }
 
@@ -643,7 +643,7 @@ async fn a_column_that_is_gone_holds_the_work_until_it_is_back() {
     it.run("ALTER TABLE item DISABLE TRIGGER ALL; ALTER TABLE item RENAME body TO headline; UPDATE item SET headline = 'new'").await;
     it.relay().await;
     eventually("the work to be held", PATIENCE, async || {
-        let live = it.backends.queue.backlog(refarch::pipeline::change::Lane::Live).await.unwrap();
+        let live = it.backends.queue.stats.backlog(refarch::pipeline::change::Lane::Live).await.unwrap();
         live.in_flight > 0
     })
     .await;
@@ -654,7 +654,7 @@ async fn a_column_that_is_gone_holds_the_work_until_it_is_back() {
     .await;
     stop.cancel();
     task.await.unwrap();
-    assert_eq!(it.backends.queue.dead_letters().await.unwrap(), 0);
+    assert_eq!(it.backends.queue.dead_letters.count().await.unwrap(), 0);
     assert_eq!(it.indexed().await.len(), 5);
 }
 

@@ -17,7 +17,7 @@ use refarch::config::Settings;
 use refarch::pipeline::change::{Job, Lane};
 use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::failure::{Error, Result};
-use refarch::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Why};
+use refarch::pipeline::queue::{Backlog, JobQueue, Message, QueueStats, Receipt};
 use refarch::pipeline::relay::{Options, Relay};
 use refarch::secret::Secret;
 use tokio::sync::{Mutex, Notify};
@@ -59,15 +59,6 @@ impl JobQueue for Sink {
         Ok(())
     }
 
-    async fn backlog(&self, lane: Lane) -> Result<Backlog> {
-        let visible = if lane == Lane::Bulk { self.standing.load(Ordering::SeqCst) } else { 0 };
-        Ok(Backlog { visible, in_flight: 0 })
-    }
-
-    fn shared_bound(&self) -> Option<u64> {
-        Some(self.bound.load(Ordering::SeqCst)).filter(|bound| *bound > 0)
-    }
-
     async fn receive(&self, _: Lane, _: usize) -> Result<Vec<Message>> {
         unreachable!("a relay only sends")
     }
@@ -80,32 +71,28 @@ impl JobQueue for Sink {
         unreachable!("a relay only sends")
     }
 
-    async fn extend(&self, _: &[Receipt], _: Duration) -> Result<()> {
-        unreachable!("a relay only sends")
-    }
-
-    async fn dead_letter(&self, _: &Message, _: Option<&Job>, _: &Why) -> Result<()> {
-        unreachable!("a relay only sends")
-    }
-
-    async fn dead_letters(&self) -> Result<u64> {
-        unreachable!("a relay only sends")
-    }
-
-    async fn read_dead_letters(&self, _: Option<&str>, _: usize) -> Result<Vec<DeadLetter>> {
-        unreachable!("a relay only sends")
-    }
-
-    async fn redrive(&self, _: &[String]) -> Result<Vec<String>> {
-        unreachable!("a relay only sends")
-    }
-
-    async fn oldest(&self) -> Result<Option<Timestamp>> {
+    async fn extend_visibility(&self, _: &[Receipt], _: Duration) -> Result<()> {
         unreachable!("a relay only sends")
     }
 
     fn visibility(&self) -> Duration {
         Duration::from_mins(1)
+    }
+}
+
+#[async_trait]
+impl QueueStats for Sink {
+    async fn backlog(&self, lane: Lane) -> Result<Backlog> {
+        let visible = if lane == Lane::Bulk { self.standing.load(Ordering::SeqCst) } else { 0 };
+        Ok(Backlog { visible, in_flight: 0 })
+    }
+
+    fn shared_bound(&self) -> Option<u64> {
+        Some(self.bound.load(Ordering::SeqCst)).filter(|bound| *bound > 0)
+    }
+
+    async fn oldest(&self) -> Result<Option<Timestamp>> {
+        unreachable!("a relay does not ask for it")
     }
 }
 
@@ -135,10 +122,9 @@ impl Bench {
     }
 
     fn relay(&self) -> Relay {
-        let queue: Arc<dyn JobQueue> = self.sink.clone();
         Relay::new(
-            Arc::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&queue))),
-            queue,
+            Box::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.sink) as _)),
+            Arc::clone(&self.sink) as _,
             Arc::new(BootClock),
             Options {
                 source: "products".into(),
@@ -201,7 +187,7 @@ async fn what_the_queue_does_not_take_is_kept_and_sent_later() {
     let bench = Bench::new().await;
     bench.insert(0..3).await;
     bench.sink.fails.store(true, Ordering::SeqCst);
-    let relay = bench.relay();
+    let mut relay = bench.relay();
     relay.step().await.unwrap();
     let error = loop {
         if let Err(error) = relay.step().await {
@@ -222,7 +208,7 @@ async fn a_relay_that_died_while_sending_loses_nothing_and_nobody_sends_before_i
     let bench = Bench::new().await;
     bench.insert(0..3).await;
     bench.sink.stalls.store(true, Ordering::SeqCst);
-    let relay = bench.relay();
+    let mut relay = bench.relay();
     relay.step().await.unwrap();
     bench.sink.stalled.notified().await;
     // With it go its tasks.
@@ -243,7 +229,7 @@ async fn no_transaction_is_open_while_the_queue_is_called() {
     let bench = Bench::new().await;
     bench.insert(0..3).await;
     bench.sink.stalls.store(true, Ordering::SeqCst);
-    let relay = bench.relay();
+    let mut relay = bench.relay();
     relay.step().await.unwrap();
     bench.sink.stalled.notified().await;
     let client = bench.database.client().await;
@@ -282,7 +268,7 @@ async fn a_load_waits_in_the_outbox_while_a_shared_queue_is_full_and_edits_pass_
     bench.sink.standing.store(1_000, Ordering::SeqCst);
     bench.insert(1_000..3_000).await;
     bench.insert(0..3).await;
-    let relay = bench.relay();
+    let mut relay = bench.relay();
     // What was sent is struck off afterwards.
     common::eventually("the edits alone to be sent and struck off", Duration::from_secs(30), async || {
         relay.step().await.unwrap();

@@ -21,7 +21,7 @@ use refarch::pipeline::relay::{self, Relay};
 use refarch::pipeline::schedule::Scheduler;
 use refarch::secret::Secret;
 use tokio::process::Child;
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex, OnceCell};
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
@@ -35,7 +35,7 @@ struct Loop {
     database: Database,
     backends: Backends,
     client: Client,
-    relay: Relay,
+    relay: Mutex<Relay>,
     indexer: Arc<Indexer>,
     meter: Arc<Meter>,
 }
@@ -61,9 +61,9 @@ impl Loop {
         backend::migrate(&postgres, &settings).await.unwrap();
         let backends = Backends::open(&postgres, &settings).await.unwrap();
         let model = MODEL.get_or_init(async || LoadedModel::load(&settings).await.unwrap()).await;
-        let relay = Relay::new(
+        let relay = Mutex::new(Relay::new(
             backends.outbox(),
-            Arc::clone(&backends.queue),
+            Arc::clone(&backends.queue.stats),
             Arc::new(BootClock),
             relay::Options {
                 source: "products".into(),
@@ -72,10 +72,10 @@ impl Loop {
                 live_bound: 5000,
                 poll: Duration::from_millis(100),
             },
-        );
+        ));
         let meter: Arc<Meter> = Arc::default();
         let indexer = Arc::new(Indexer::new(
-            Arc::clone(&backends.queue),
+            backends.queue.clone(),
             Arc::clone(&backends.ledger) as _,
             Arc::clone(&backends.index),
             Scheduler::new(model.start(1), Duration::from_millis(50), Arc::new(BootClock)),
@@ -102,7 +102,7 @@ impl Loop {
     async fn relay(&self) -> Transferred {
         let mut sum = Transferred::default();
         loop {
-            let done = self.relay.step().await.unwrap();
+            let done = self.relay.lock().await.step().await.unwrap();
             if done.rows == 0 {
                 return sum;
             }
@@ -220,10 +220,10 @@ async fn a_loads_changes_are_bulk_and_edits_are_live() {
     )
     .await;
     it.run("UPDATE products_with_increment SET description = 'c' WHERE id = 100").await;
-    let done = it.relay.step().await.unwrap();
+    let done = it.relay.lock().await.step().await.unwrap();
     // 120 changes of one transaction are a load, however they were written; of the edited row one entry is kept.
     assert_eq!((done.changes, done.live, done.bulk), (371, 1, 249));
-    let backlog = it.backends.queue.backlog(Lane::Live).await.unwrap();
+    let backlog = it.backends.queue.stats.backlog(Lane::Live).await.unwrap();
     assert_eq!(backlog, Backlog { visible: 1, in_flight: 0 });
 }
 
@@ -237,13 +237,13 @@ async fn a_live_change_is_claimed_ahead_of_an_importers_single_rows() {
         .await
         .unwrap();
     transaction.commit().await.unwrap();
-    let first = it.relay.step().await.unwrap();
+    let first = it.relay.lock().await.step().await.unwrap();
     assert_eq!((first.live, first.bulk), (0, 2000));
     it.run("INSERT INTO products_with_increment (id, description) VALUES (9999, 'an edit')").await;
-    let second = it.relay.step().await.unwrap();
+    let second = it.relay.lock().await.step().await.unwrap();
     assert_eq!(second.live, 1, "the edit overtakes 4,000 changes: {second:?}");
     it.relay().await;
-    let backlog = it.backends.queue.backlog(Lane::Bulk).await.unwrap();
+    let backlog = it.backends.queue.stats.backlog(Lane::Bulk).await.unwrap();
     assert_eq!(backlog.visible, 6000);
 }
 
@@ -259,13 +259,13 @@ async fn what_nobody_can_read_is_kept_among_the_dead_letters_with_the_reason() {
         oldest: jiff::Timestamp::now(),
         groups: vec![Group { version: 1, op: Op::Upsert, after_ms: 0, ids: vec!["1".into()] }],
     };
-    it.backends.queue.send(&[foreign]).await.unwrap();
+    it.backends.queue.jobs.send(&[foreign]).await.unwrap();
     let stop = CancellationToken::new();
     it.indexer.run(&stop, &stop, true).await.unwrap();
-    assert_eq!(it.backends.queue.dead_letters().await.unwrap(), 2);
+    assert_eq!(it.backends.queue.dead_letters.count().await.unwrap(), 2);
     // What a later build or another source's worker can do waits for it.
     for lane in Lane::ALL {
-        let left = it.backends.queue.backlog(lane).await.unwrap();
+        let left = it.backends.queue.stats.backlog(lane).await.unwrap();
         assert_eq!((left.visible, left.in_flight), (0, 1), "{lane:?}");
     }
     let rows = it
@@ -297,7 +297,7 @@ async fn ids_that_no_row_can_have_are_harmless() {
             ids: vec!["not a number".into(), "99999999999999999999".into(), "2".into(), "77".into()],
         }],
     };
-    it.backends.queue.send(&[job]).await.unwrap();
+    it.backends.queue.jobs.send(&[job]).await.unwrap();
     it.settle().await;
 }
 
@@ -383,12 +383,12 @@ async fn a_killed_indexers_messages_come_again() {
     let mut doomed =
         command.args(["embed", "--workers", "1"]).env("REFARCH_QUEUE_VISIBILITY_S", "1").spawn().unwrap();
     common::eventually("the indexer to hold messages", PATIENCE, async || {
-        it.backends.queue.backlog(Lane::Bulk).await.unwrap().in_flight > 0
+        it.backends.queue.stats.backlog(Lane::Bulk).await.unwrap().in_flight > 0
     })
     .await;
     doomed.kill().await.unwrap();
     common::eventually("the messages to be visible again", PATIENCE, async || {
-        it.backends.queue.backlog(Lane::Bulk).await.unwrap().in_flight == 0
+        it.backends.queue.stats.backlog(Lane::Bulk).await.unwrap().in_flight == 0
     })
     .await;
     it.settle().await;
@@ -403,7 +403,7 @@ async fn an_indexer_holds_little_more_than_it_works_on() {
     let mut indexer = it.database.refarch().args(["embed", "--workers", "1"]).spawn().unwrap();
     let mut most = 0;
     common::eventually("a message to be done", PATIENCE, async || {
-        let backlog = it.backends.queue.backlog(Lane::Bulk).await.unwrap();
+        let backlog = it.backends.queue.stats.backlog(Lane::Bulk).await.unwrap();
         most = most.max(backlog.in_flight);
         backlog.visible + backlog.in_flight < 4000
     })

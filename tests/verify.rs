@@ -700,7 +700,7 @@ async fn a_change_amid_the_audit_is_waited_for() {
         let auditor = Auditor {
             ledger: &ledger,
             index: &*backends.index,
-            queue: &*backends.queue,
+            queue: &*backends.queue.stats,
             embedder: None,
             clock: &BootClock,
             options: Options { sample: 0, wait: Duration::from_secs(1), repair: false },

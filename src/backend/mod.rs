@@ -18,7 +18,7 @@ use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::outbox::Outbox;
-use crate::pipeline::queue::JobQueue;
+use crate::pipeline::queue::Queue;
 use crate::pipeline::retry::Backoff;
 use embedded::Cluster;
 use model::known_shape;
@@ -257,14 +257,14 @@ fn named_index(settings: &Settings, dimensions: usize) -> Option<pinecone::contr
     })
 }
 
-async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Arc<dyn JobQueue>> {
+async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Queue> {
     let set = &settings.queue;
     Ok(match &set.kind {
-        QueueKind::Pgmq => Arc::new(Pgmq::new(postgres.clone(), &set.name, set.visibility)),
+        QueueKind::Pgmq => Queue::new(Arc::new(Pgmq::new(postgres.clone(), &set.name, set.visibility))),
         QueueKind::Sqs(queue) => {
             let options = sqs_options(settings, queue);
             let client = sqs::connect(&options).await?;
-            Arc::new(Sqs::open(client, postgres.clone(), options).await?)
+            Queue::new(Arc::new(Sqs::open(client, postgres.clone(), options).await?))
         }
     })
 }
@@ -294,8 +294,8 @@ pub struct Backends {
     pub target: Arc<Target>,
     /// Source and ledger, read together.
     pub ledger: Arc<PgLedger>,
-    /// The job queue.
-    pub queue: Arc<dyn JobQueue>,
+    /// The queue: its messages, its dead letters, and how full it is.
+    pub queue: Queue,
     /// The vector index.
     pub index: Arc<dyn VectorIndex>,
     /// The prefix of pgmq's queues, if the queue is pgmq.
@@ -337,11 +337,7 @@ impl Backends {
     }
 
     /// Opens the backends around an open queue.
-    pub async fn with_queue(
-        postgres: &Postgres,
-        settings: &Settings,
-        queue: Arc<dyn JobQueue>,
-    ) -> Result<Self> {
+    pub async fn with_queue(postgres: &Postgres, settings: &Settings, queue: Queue) -> Result<Self> {
         let shape = known_shape(postgres, settings).await?;
         Self::around(postgres, settings, queue, shape, false).await
     }
@@ -349,7 +345,7 @@ impl Backends {
     async fn around(
         postgres: &Postgres,
         settings: &Settings,
-        queue: Arc<dyn JobQueue>,
+        queue: Queue,
         mut shape: IndexShape,
         to_look: bool,
     ) -> Result<Self> {
@@ -404,11 +400,11 @@ impl Backends {
 
     /// The outbox that feeds the queue. Listens for wake-ups for as long as it exists.
     #[must_use]
-    pub fn outbox(&self) -> Arc<dyn Outbox> {
+    pub fn outbox(&self) -> Box<dyn Outbox> {
         let (postgres, source) = (self.postgres.clone(), &self.target.table.name);
-        Arc::new(match &self.pgmq {
+        Box::new(match &self.pgmq {
             Some(prefix) => PgOutbox::new(postgres, source, prefix),
-            None => PgOutbox::shipping(postgres, source, Arc::clone(&self.queue)),
+            None => PgOutbox::shipping(postgres, source, Arc::clone(&self.queue.jobs)),
         })
     }
 
@@ -421,7 +417,7 @@ impl Backends {
     /// Counts, backlog, freshness and workers.
     pub async fn status(&self) -> Result<postgres::status::Status> {
         let Self { postgres, source, target, queue, index, counted, proof_period, .. } = self;
-        postgres::status::read(postgres, source, target, &**queue, &**index, counted, *proof_period).await
+        postgres::status::read(postgres, source, target, queue, &**index, counted, *proof_period).await
     }
 
     /// The state of the proof.

@@ -1,8 +1,9 @@
 //! The pipeline: how a committed change becomes a vector, independent of every backend.
 //!
-//! Traits are the seams ([`outbox::Outbox`], [`queue::JobQueue`], [`ledger::Ledger`],
-//! [`embedder::Embedder`], [`index::VectorIndex`]); [`relay`] and [`indexer`] are the two steps that
-//! move changes across them. Nothing in here knows PostgreSQL, SQS, Pinecone or HTTP.
+//! Traits are the seams ([`outbox::Outbox`], [`queue::JobQueue`], [`queue::DeadLetters`],
+//! [`queue::QueueStats`], [`ledger::Ledger`], [`embedder::Embedder`], [`index::VectorIndex`]); [`relay`] and
+//! [`indexer`] are the two steps that move changes across them. Nothing in here knows PostgreSQL, SQS,
+//! Pinecone or HTTP.
 
 pub mod audit;
 pub mod catalog;

@@ -53,16 +53,17 @@ pub struct Transferred {
     pub oldest_ms: u64,
 }
 
-/// Committed changes on their way to the queue.
+/// Committed changes on their way to the queue. One relay owns it; another relay has one of its own, over the
+/// same rows.
 #[async_trait]
-pub trait Outbox: Send + Sync {
+pub trait Outbox: Send {
     /// Claims rows (small ones first), packs them, sends them to the queue and removes them. Rows
     /// that another relay holds are passed over. A crash at any point may send a change again, and
     /// never loses one. Sending may go on after this returns; then its failure is a later call's, and a
     /// call that finds nothing to take returns when all is sent.
-    async fn transfer(&self, request: ClaimRequest, pack: Pack<'_>) -> Result<Transferred>;
+    async fn transfer(&mut self, request: ClaimRequest, pack: Pack<'_>) -> Result<Transferred>;
 
     /// Returns when a change may have been committed, or after `timeout`. Arms the wake-up before it
     /// looks, so that a change committed in between is not slept through.
-    async fn wait(&self, timeout: std::time::Duration);
+    async fn wait(&mut self, timeout: std::time::Duration);
 }

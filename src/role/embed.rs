@@ -47,7 +47,7 @@ pub async fn work(
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
     let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease));
     let indexer = Indexer::new(
-        Arc::clone(&backends.queue),
+        backends.queue.clone(),
         Arc::clone(&backends.ledger) as _,
         Arc::clone(&backends.index),
         Scheduler::new(model.start(workers), settings.indexer.slice, Arc::clone(&clock)),

@@ -32,9 +32,9 @@ pub async fn work(
     until_idle: bool,
 ) -> anyhow::Result<()> {
     let worker = Worker::join(backends.postgres.clone(), "listen", 1, Arc::new(Meter::default())).await?;
-    let relay = Relay::new(
+    let mut relay = Relay::new(
         backends.outbox(),
-        Arc::clone(&backends.queue),
+        Arc::clone(&backends.queue.stats),
         Arc::new(BootClock),
         Options {
             source: settings.source.name.clone(),

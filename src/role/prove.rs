@@ -39,7 +39,8 @@ pub async fn keep(backends: &Backends, settings: &Settings, worker: &str, over: 
     let mut prover = Prover::new(
         Arc::clone(&backends.ledger) as _,
         Arc::clone(&backends.index),
-        Arc::clone(&backends.queue),
+        Arc::clone(&backends.queue.stats),
+        Arc::clone(&backends.queue.dead_letters),
         Arc::new(BootClock),
         Arc::new(store),
         options,

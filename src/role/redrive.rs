@@ -10,7 +10,7 @@ use crate::backend::{Backends, Database};
 use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::failure;
-use crate::pipeline::queue::{DeadLetter, JobQueue, Reason};
+use crate::pipeline::queue::{DeadLetter, DeadLetters, Reason};
 
 /// Dead letters in memory at a time.
 const PAGE: usize = 500;
@@ -43,13 +43,13 @@ struct Outcome {
 pub async fn run(args: &cli::Redrive, settings: &Settings) -> anyhow::Result<()> {
     super::with_database(settings, async |database: &Database| {
         let backends = Backends::open(&database.postgres, settings).await?;
-        let queue = &*backends.queue;
+        let dead_letters = &*backends.queue.dead_letters;
         let outcome = if args.all {
-            all(queue, args.dry_run).await?
+            all(dead_letters, args.dry_run).await?
         } else if args.id.is_empty() {
-            return list(queue, args.json).await;
+            return list(dead_letters, args.json).await;
         } else {
-            named(queue, &args.id, args.dry_run).await?
+            named(dead_letters, &args.id, args.dry_run).await?
         };
         let text = if args.json { serde_json::to_string(&outcome)? + "\n" } else { describe(&outcome) };
         super::print(text.as_bytes())?;
@@ -64,26 +64,26 @@ pub async fn run(args: &cli::Redrive, settings: &Settings) -> anyhow::Result<()>
 
 /// The dead letters page by page, oldest first.
 struct Pages<'a> {
-    queue: &'a dyn JobQueue,
+    dead_letters: &'a dyn DeadLetters,
     after: Option<String>,
 }
 
 impl<'a> Pages<'a> {
-    fn of(queue: &'a dyn JobQueue) -> Self {
-        Self { queue, after: None }
+    fn of(dead_letters: &'a dyn DeadLetters) -> Self {
+        Self { dead_letters, after: None }
     }
 
     /// The next page; none after the last page.
     async fn next(&mut self) -> failure::Result<Option<Vec<DeadLetter>>> {
-        let page = self.queue.read_dead_letters(self.after.as_deref(), PAGE).await?;
+        let page = self.dead_letters.list(self.after.as_deref(), PAGE).await?;
         let Some(last) = page.last() else { return Ok(None) };
         self.after = Some(last.id.clone());
         Ok(Some(page))
     }
 }
 
-async fn list(queue: &dyn JobQueue, json: bool) -> anyhow::Result<()> {
-    let mut pages = Pages::of(queue);
+async fn list(dead_letters: &dyn DeadLetters, json: bool) -> anyhow::Result<()> {
+    let mut pages = Pages::of(dead_letters);
     let mut is_first = true;
     while let Some(page) = pages.next().await? {
         let mut text = String::new();
@@ -107,10 +107,10 @@ async fn list(queue: &dyn JobQueue, json: bool) -> anyhow::Result<()> {
 
 /// Queues every present dead letter again, up to the one that is the newest now. A change that fails again at
 /// once becomes a new dead letter behind this one; without the bound the loop would never end.
-async fn all(queue: &dyn JobQueue, dry_run: bool) -> failure::Result<Outcome> {
+async fn all(dead_letters: &dyn DeadLetters, dry_run: bool) -> failure::Result<Outcome> {
     let mut there = Outcome { dry_run: true, ..Outcome::default() };
     let mut last = None;
-    let mut pages = Pages::of(queue);
+    let mut pages = Pages::of(dead_letters);
     while let Some(mut page) = pages.next().await? {
         there.redriven += page.len() as u64;
         there.changes += page.iter().map(|letter| letter.changes).sum::<u64>();
@@ -119,11 +119,11 @@ async fn all(queue: &dyn JobQueue, dry_run: bool) -> failure::Result<Outcome> {
     let Some(last) = last.filter(|_| !dry_run) else {
         return Ok(Outcome { dry_run, ..there });
     };
-    if let Some(redriven) = queue.redrive_all().await? {
+    if let Some(redriven) = dead_letters.redrive_all().await? {
         return Ok(Outcome { redriven, changes: there.changes, ..Outcome::default() });
     }
     let mut outcome = Outcome::default();
-    let mut pages = Pages::of(queue);
+    let mut pages = Pages::of(dead_letters);
     while let Some(mut page) = pages.next().await? {
         let end = page.iter().position(|letter| letter.id == last.id);
         // Another process may have redriven the last dead letter meanwhile.
@@ -132,7 +132,7 @@ async fn all(queue: &dyn JobQueue, dry_run: bool) -> failure::Result<Outcome> {
         }
         page.truncate(end.map_or(page.len(), |end| end + 1));
         let changes = page.into_iter().map(|letter| (letter.id, letter.changes)).collect();
-        bring_back(queue, &changes, &mut outcome).await?;
+        bring_back(dead_letters, &changes, &mut outcome).await?;
         if end.is_some() {
             break;
         }
@@ -141,10 +141,10 @@ async fn all(queue: &dyn JobQueue, dry_run: bool) -> failure::Result<Outcome> {
 }
 
 /// Queues the dead letters with these ids again.
-async fn named(queue: &dyn JobQueue, ids: &[String], dry_run: bool) -> failure::Result<Outcome> {
+async fn named(dead_letters: &dyn DeadLetters, ids: &[String], dry_run: bool) -> failure::Result<Outcome> {
     let mut wanted: HashSet<&str> = ids.iter().map(String::as_str).collect();
     let mut changes = HashMap::new();
-    let mut pages = Pages::of(queue);
+    let mut pages = Pages::of(dead_letters);
     while !wanted.is_empty()
         && let Some(page) = pages.next().await?
     {
@@ -159,7 +159,7 @@ async fn named(queue: &dyn JobQueue, ids: &[String], dry_run: bool) -> failure::
         outcome.redriven = changes.len() as u64;
         outcome.changes = changes.values().sum();
     } else {
-        changes = bring_back(queue, &changes, &mut outcome).await?;
+        changes = bring_back(dead_letters, &changes, &mut outcome).await?;
     }
     let mut seen = HashSet::new();
     outcome.missing =
@@ -170,14 +170,14 @@ async fn named(queue: &dyn JobQueue, ids: &[String], dry_run: bool) -> failure::
 /// Queues dead letters again. `changes` holds the number of changes for each id. Returns the entries that
 /// still existed.
 async fn bring_back(
-    queue: &dyn JobQueue,
+    dead_letters: &dyn DeadLetters,
     changes: &HashMap<String, u64>,
     outcome: &mut Outcome,
 ) -> failure::Result<HashMap<String, u64>> {
     let ids: Vec<String> = changes.keys().cloned().collect();
     let mut back = HashMap::new();
     for ids in ids.chunks(PAGE) {
-        for id in queue.redrive(ids).await? {
+        for id in dead_letters.redrive(ids).await? {
             let changes = changes.get(&id).copied().unwrap_or_default();
             outcome.redriven += 1;
             outcome.changes += changes;

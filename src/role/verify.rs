@@ -125,14 +125,14 @@ async fn verify(
     let auditor = Auditor {
         ledger: &*backends.ledger,
         index: &*backends.index,
-        queue: &*backends.queue,
+        queue: &*backends.queue.stats,
         embedder,
         clock: &BootClock,
         options: Options { sample: args.sample, wait: Duration::from_secs(args.wait), repair: args.repair },
     };
     let report = auditor.run(&|seen| progress.set(seen)).await?;
     progress.finish();
-    let dead_letters = backends.queue.dead_letters().await?;
+    let dead_letters = backends.queue.dead_letters.count().await?;
     Ok(Verified { report, dead_letters, capture_faults, foreign, repair: args.repair })
 }
 

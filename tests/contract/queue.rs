@@ -1,11 +1,10 @@
 //! The job queue's contract, clause by clause, for every queue there is.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
-use refarch::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Reason, Why};
+use refarch::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Queue, Reason, Why};
 
 /// Visibility of the queues under test.
 pub const VISIBILITY: Duration = Duration::from_secs(2);
@@ -15,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A queue under test, and what is around it.
 #[async_trait]
 pub trait Bench: Send + Sync {
-    fn queue(&self) -> Arc<dyn JobQueue>;
+    fn queue(&self) -> Queue;
 
     /// Puts a body that is a JSON text straight into a queue: `live`, `bulk` or `dead`.
     async fn put(&self, place: &str, body: &str);
@@ -68,17 +67,17 @@ pub async fn receive_one(queue: &dyn JobQueue, lane: Lane) -> Message {
 }
 
 /// Sends a job and dead-letters it whole; returns the letter's id.
-pub async fn dead(queue: &dyn JobQueue, job: Job) -> String {
+pub async fn dead(queue: &Queue, job: Job) -> String {
     let known = letters(queue).await;
-    queue.send(std::slice::from_ref(&job)).await.unwrap();
-    let message = receive_one(queue, job.lane).await;
-    queue.dead_letter(&message, None, &why("the index refuses it")).await.unwrap();
+    queue.jobs.send(std::slice::from_ref(&job)).await.unwrap();
+    let message = receive_one(&*queue.jobs, job.lane).await;
+    queue.dead_letters.store(&message, None, &why("the index refuses it")).await.unwrap();
     let letters = letters(queue).await;
     letters.into_iter().find(|letter| known.iter().all(|other| other.id != letter.id)).unwrap().id
 }
 
-async fn letters(queue: &dyn JobQueue) -> Vec<DeadLetter> {
-    queue.read_dead_letters(None, 100).await.unwrap()
+async fn letters(queue: &Queue) -> Vec<DeadLetter> {
+    queue.dead_letters.list(None, 100).await.unwrap()
 }
 
 fn visible(visible: u64) -> Backlog {
@@ -92,65 +91,69 @@ fn in_flight(in_flight: u64) -> Backlog {
 pub async fn what_is_sent_is_received_in_its_lane_as_it_was(bench: &dyn Bench) {
     let queue = bench.queue();
     let jobs = [job(Lane::Live, 0..2), job(Lane::Bulk, 0..500), job(Lane::Live, 5..7)];
-    queue.send(&jobs).await.unwrap();
-    assert_eq!(queue.backlog(Lane::Live).await.unwrap(), visible(4));
-    assert_eq!(queue.backlog(Lane::Bulk).await.unwrap(), visible(500));
-    let live = queue.receive(Lane::Live, 10).await.unwrap();
+    queue.jobs.send(&jobs).await.unwrap();
+    assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), visible(4));
+    assert_eq!(queue.stats.backlog(Lane::Bulk).await.unwrap(), visible(500));
+    let live = queue.jobs.receive(Lane::Live, 10).await.unwrap();
     let mut bodies: Vec<&Job> = live.iter().map(|message| message.body.as_ref().unwrap()).collect();
     bodies.sort_by_key(|job| job.groups[0].ids.clone());
     assert_eq!(bodies, [&jobs[0], &jobs[2]]);
     assert_eq!((live[0].receive_count, live[0].receipt.lane), (1, Lane::Live));
-    assert_eq!(receive_one(&*queue, Lane::Bulk).await.body.unwrap(), jobs[1]);
-    assert_eq!(queue.backlog(Lane::Live).await.unwrap(), in_flight(4));
-    queue.send(&[]).await.unwrap();
-    assert_eq!(queue.backlog(Lane::Bulk).await.unwrap(), in_flight(500));
+    assert_eq!(receive_one(&*queue.jobs, Lane::Bulk).await.body.unwrap(), jobs[1]);
+    assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), in_flight(4));
+    queue.jobs.send(&[]).await.unwrap();
+    assert_eq!(queue.stats.backlog(Lane::Bulk).await.unwrap(), in_flight(500));
 }
 
 pub async fn an_acknowledged_message_is_gone_and_another_comes_again(bench: &dyn Bench) {
     let queue = bench.queue();
-    queue.send(&[job(Lane::Live, 0..1), job(Lane::Live, 1..2)]).await.unwrap();
-    let first = receive_one(&*queue, Lane::Live).await;
-    let second = receive_one(&*queue, Lane::Live).await;
-    queue.acknowledge(std::slice::from_ref(&first.receipt)).await.unwrap();
-    queue.acknowledge(&[]).await.unwrap();
+    queue.jobs.send(&[job(Lane::Live, 0..1), job(Lane::Live, 1..2)]).await.unwrap();
+    let first = receive_one(&*queue.jobs, Lane::Live).await;
+    let second = receive_one(&*queue.jobs, Lane::Live).await;
+    queue.jobs.acknowledge(std::slice::from_ref(&first.receipt)).await.unwrap();
+    queue.jobs.acknowledge(&[]).await.unwrap();
     crate::common::eventually("the visibility timeout to end", PATIENCE, async || {
-        queue.backlog(Lane::Live).await.unwrap().visible == 1
+        queue.stats.backlog(Lane::Live).await.unwrap().visible == 1
     })
     .await;
-    let again = receive_one(&*queue, Lane::Live).await;
+    let again = receive_one(&*queue.jobs, Lane::Live).await;
     assert_eq!((again.id, again.receive_count), (second.id, 2));
     // Acknowledging twice, or what is gone, is no error.
-    queue.acknowledge(&[first.receipt.clone(), first.receipt, again.receipt]).await.unwrap();
-    assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog::default());
+    queue.jobs.acknowledge(&[first.receipt.clone(), first.receipt, again.receipt]).await.unwrap();
+    assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), Backlog::default());
 }
 
 pub async fn visibility_is_extended_and_released(bench: &dyn Bench) {
     let queue = bench.queue();
-    queue.send(&[job(Lane::Bulk, 0..3)]).await.unwrap();
-    let message = receive_one(&*queue, Lane::Bulk).await;
-    queue.extend(std::slice::from_ref(&message.receipt), Duration::from_hours(1)).await.unwrap();
-    queue.extend(&[], Duration::ZERO).await.unwrap();
-    queue.send(&[job(Lane::Bulk, 7..10)]).await.unwrap();
-    let short = receive_one(&*queue, Lane::Bulk).await;
+    queue.jobs.send(&[job(Lane::Bulk, 0..3)]).await.unwrap();
+    let message = receive_one(&*queue.jobs, Lane::Bulk).await;
+    queue
+        .jobs
+        .extend_visibility(std::slice::from_ref(&message.receipt), Duration::from_hours(1))
+        .await
+        .unwrap();
+    queue.jobs.extend_visibility(&[], Duration::ZERO).await.unwrap();
+    queue.jobs.send(&[job(Lane::Bulk, 7..10)]).await.unwrap();
+    let short = receive_one(&*queue.jobs, Lane::Bulk).await;
     crate::common::eventually("the message that was not extended to come back", PATIENCE, async || {
-        queue.backlog(Lane::Bulk).await.unwrap() == Backlog { visible: 3, in_flight: 3 }
+        queue.stats.backlog(Lane::Bulk).await.unwrap() == Backlog { visible: 3, in_flight: 3 }
     })
     .await;
-    let again = receive_one(&*queue, Lane::Bulk).await;
+    let again = receive_one(&*queue.jobs, Lane::Bulk).await;
     assert_eq!(again.id, short.id);
-    queue.acknowledge(&[again.receipt]).await.unwrap();
-    queue.extend(std::slice::from_ref(&message.receipt), Duration::ZERO).await.unwrap();
-    assert_eq!(receive_one(&*queue, Lane::Bulk).await.receive_count, 2);
+    queue.jobs.acknowledge(&[again.receipt]).await.unwrap();
+    queue.jobs.extend_visibility(std::slice::from_ref(&message.receipt), Duration::ZERO).await.unwrap();
+    assert_eq!(receive_one(&*queue.jobs, Lane::Bulk).await.receive_count, 2);
 }
 
 pub async fn a_dead_letter_keeps_body_and_reason_and_leaves_its_lane(bench: &dyn Bench) {
     let queue = bench.queue();
-    queue.send(&[job(Lane::Live, 0..4)]).await.unwrap();
-    let message = receive_one(&*queue, Lane::Live).await;
-    queue.dead_letter(&message, None, &why("the index refuses it")).await.unwrap();
-    assert_eq!(queue.dead_letters().await.unwrap(), if bench.is_exact() { 4 } else { 1 });
-    assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog::default());
-    let letters = letters(&*queue).await;
+    queue.jobs.send(&[job(Lane::Live, 0..4)]).await.unwrap();
+    let message = receive_one(&*queue.jobs, Lane::Live).await;
+    queue.dead_letters.store(&message, None, &why("the index refuses it")).await.unwrap();
+    assert_eq!(queue.dead_letters.count().await.unwrap(), if bench.is_exact() { 4 } else { 1 });
+    assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), Backlog::default());
+    let letters = letters(&queue).await;
     let expected = DeadLetter {
         id: letters[0].id.clone(),
         at: letters[0].at,
@@ -168,33 +171,33 @@ pub async fn a_dead_letter_keeps_body_and_reason_and_leaves_its_lane(bench: &dyn
 
 pub async fn a_part_of_a_message_is_dead_lettered_while_the_message_stays(bench: &dyn Bench) {
     let queue = bench.queue();
-    queue.send(&[job(Lane::Bulk, 0..3)]).await.unwrap();
-    let message = receive_one(&*queue, Lane::Bulk).await;
+    queue.jobs.send(&[job(Lane::Bulk, 0..3)]).await.unwrap();
+    let message = receive_one(&*queue.jobs, Lane::Bulk).await;
     let part = job(Lane::Bulk, 1..2);
     let why = Why { reason: Reason::Failed, error: "time\0out".into(), tries: 4 };
-    queue.dead_letter(&message, Some(&part), &why).await.unwrap();
-    assert_eq!(queue.backlog(Lane::Bulk).await.unwrap(), in_flight(3));
-    assert_eq!(queue.dead_letters().await.unwrap(), 1);
-    let letters = letters(&*queue).await;
+    queue.dead_letters.store(&message, Some(&part), &why).await.unwrap();
+    assert_eq!(queue.stats.backlog(Lane::Bulk).await.unwrap(), in_flight(3));
+    assert_eq!(queue.dead_letters.count().await.unwrap(), 1);
+    let letters = letters(&queue).await;
     // Neither PostgreSQL nor SQS has NUL.
     assert_eq!(letters[0].error, "time\u{fffd}out");
     assert_eq!((letters[0].reason, letters[0].tries, letters[0].changes), (Some(Reason::Failed), 4, 1));
     assert_eq!((letters[0].lane, &letters[0].ids), (Lane::Bulk, &vec!["1".to_owned()]));
-    queue.acknowledge(&[message.receipt]).await.unwrap();
-    assert_eq!(queue.backlog(Lane::Bulk).await.unwrap(), Backlog::default());
-    assert_eq!(queue.dead_letters().await.unwrap(), 1);
+    queue.jobs.acknowledge(&[message.receipt]).await.unwrap();
+    assert_eq!(queue.stats.backlog(Lane::Bulk).await.unwrap(), Backlog::default());
+    assert_eq!(queue.dead_letters.count().await.unwrap(), 1);
 }
 
 pub async fn dead_letters_are_read_page_by_page(bench: &dyn Bench) {
     let queue = bench.queue();
-    assert_eq!(queue.read_dead_letters(None, 2).await.unwrap(), []);
+    assert_eq!(queue.dead_letters.list(None, 2).await.unwrap(), []);
     for n in 0..5 {
-        dead(&*queue, job([Lane::Live, Lane::Bulk][n as usize % 2], n..n + 1)).await;
+        dead(&queue, job([Lane::Live, Lane::Bulk][n as usize % 2], n..n + 1)).await;
     }
     let mut after: Option<String> = None;
     let mut pages = Vec::new();
     loop {
-        let page = queue.read_dead_letters(after.as_deref(), 2).await.unwrap();
+        let page = queue.dead_letters.list(after.as_deref(), 2).await.unwrap();
         let Some(last) = page.last() else { break };
         after = Some(last.id.clone());
         pages.push(page.into_iter().flat_map(|letter| letter.ids).collect::<Vec<_>>());
@@ -206,7 +209,7 @@ pub async fn dead_letters_are_read_page_by_page(bench: &dyn Bench) {
     }
     assert_eq!(read, ["0", "1", "2", "3", "4"]);
     // Reading takes nothing away, and hides nothing from the next who reads.
-    assert_eq!(letters(&*queue).await.len(), 5);
+    assert_eq!(letters(&queue).await.len(), 5);
 }
 
 pub async fn a_redriven_letter_is_back_in_its_lane_with_its_changes(bench: &dyn Bench) {
@@ -214,39 +217,42 @@ pub async fn a_redriven_letter_is_back_in_its_lane_with_its_changes(bench: &dyn 
     let jobs = [job(Lane::Live, 0..4), job(Lane::Bulk, 0..500), job(Lane::Bulk, 500..501)];
     let mut ids = Vec::new();
     for job in &jobs {
-        ids.push(dead(&*queue, job.clone()).await);
+        ids.push(dead(&queue, job.clone()).await);
     }
     let asked = [ids[1].clone(), "4711".into(), ids[0].clone(), ids[0].clone()];
-    let mut back = queue.redrive(&asked).await.unwrap();
+    let mut back = queue.dead_letters.redrive(&asked).await.unwrap();
     back.sort();
     let mut expected = ids[..2].to_vec();
     expected.sort();
     assert_eq!(back, expected);
-    assert_eq!(queue.dead_letters().await.unwrap(), 1);
+    assert_eq!(queue.dead_letters.count().await.unwrap(), 1);
     for (lane, job) in [(Lane::Live, &jobs[0]), (Lane::Bulk, &jobs[1])] {
-        assert!(queue.backlog(lane).await.unwrap().visible > 0);
-        let message = receive_one(&*queue, lane).await;
+        assert!(queue.stats.backlog(lane).await.unwrap().visible > 0);
+        let message = receive_one(&*queue.jobs, lane).await;
         assert_eq!((message.receive_count, message.body.as_ref().unwrap()), (1, job));
-        queue.acknowledge(&[message.receipt]).await.unwrap();
-        assert_eq!(queue.backlog(lane).await.unwrap(), Backlog::default(), "it was there once");
+        queue.jobs.acknowledge(&[message.receipt]).await.unwrap();
+        assert_eq!(queue.stats.backlog(lane).await.unwrap(), Backlog::default(), "it was there once");
     }
     // They are gone now, and the third is where it was.
-    assert_eq!(queue.redrive(&asked).await.unwrap(), Vec::<String>::new());
-    assert_eq!(queue.redrive(&[]).await.unwrap(), Vec::<String>::new());
-    let left: Vec<String> = letters(&*queue).await.into_iter().map(|letter| letter.id).collect();
+    assert_eq!(queue.dead_letters.redrive(&asked).await.unwrap(), Vec::<String>::new());
+    assert_eq!(queue.dead_letters.redrive(&[]).await.unwrap(), Vec::<String>::new());
+    let left: Vec<String> = letters(&queue).await.into_iter().map(|letter| letter.id).collect();
     assert_eq!(left, ids[2..]);
 }
 
 pub async fn all_letters_are_brought_back_at_once_or_not_at_all(bench: &dyn Bench) {
     let queue = bench.queue();
     for n in 0..3 {
-        dead(&*queue, job([Lane::Live, Lane::Bulk][n as usize % 2], n..n + 1)).await;
+        dead(&queue, job([Lane::Live, Lane::Bulk][n as usize % 2], n..n + 1)).await;
     }
     let standing = async || {
-        let live = queue.backlog(Lane::Live).await.unwrap().visible;
-        (live + queue.backlog(Lane::Bulk).await.unwrap().visible, queue.dead_letters().await.unwrap())
+        let live = queue.stats.backlog(Lane::Live).await.unwrap().visible;
+        (
+            live + queue.stats.backlog(Lane::Bulk).await.unwrap().visible,
+            queue.dead_letters.count().await.unwrap(),
+        )
     };
-    match queue.redrive_all().await.unwrap() {
+    match queue.dead_letters.redrive_all().await.unwrap() {
         Some(moved) => assert_eq!((moved, standing().await), (3, (3, 0))),
         None => assert_eq!(standing().await, (0, 3)),
     }
@@ -256,7 +262,7 @@ pub async fn a_letter_of_somebody_else_is_listed_and_redriven_as_a_live_one(benc
     let queue = bench.queue();
     bench.put("dead", r#""a""#).await;
     bench.put("dead", r#""b""#).await;
-    let letters = letters(&*queue).await;
+    let letters = letters(&queue).await;
     let mut seen: Vec<_> =
         letters.iter().map(|it| (it.lane, it.reason, it.changes, it.body.as_deref())).collect();
     seen.sort_by_key(|letter| letter.3);
@@ -266,8 +272,8 @@ pub async fn a_letter_of_somebody_else_is_listed_and_redriven_as_a_live_one(benc
         "{letters:?}"
     );
     let ids: Vec<String> = letters.into_iter().map(|letter| letter.id).collect();
-    assert_eq!(queue.redrive(&ids).await.unwrap().len(), 2);
-    assert_eq!(queue.backlog(Lane::Live).await.unwrap(), visible(2));
+    assert_eq!(queue.dead_letters.redrive(&ids).await.unwrap().len(), 2);
+    assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), visible(2));
 }
 
 pub async fn a_body_that_is_no_job_comes_through_as_it_was(bench: &dyn Bench) {
@@ -287,7 +293,7 @@ pub async fn a_body_that_is_no_job_comes_through_as_it_was(bench: &dyn Bench) {
     let received = async || {
         let mut messages = Vec::new();
         while messages.len() < bodies.len() {
-            let more = queue.receive(Lane::Live, 10).await.unwrap();
+            let more = queue.jobs.receive(Lane::Live, 10).await.unwrap();
             assert!(!more.is_empty());
             messages.extend(more);
         }
@@ -300,10 +306,10 @@ pub async fn a_body_that_is_no_job_comes_through_as_it_was(bench: &dyn Bench) {
     for message in &messages {
         let undecodable = message.body.as_ref().unwrap_err();
         let why = Why { reason: Reason::Undecodable, error: undecodable.reason.clone(), tries: 0 };
-        queue.dead_letter(message, None, &why).await.unwrap();
+        queue.dead_letters.store(message, None, &why).await.unwrap();
     }
-    assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog::default());
-    let mut letters = letters(&*queue).await;
+    assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), Backlog::default());
+    let mut letters = letters(&queue).await;
     letters.sort_by_key(|letter| letter.body.clone());
     for (letter, body) in letters.iter().zip(&sent) {
         assert_eq!((letter.reason, letter.body.as_ref()), (Some(Reason::Undecodable), Some(body)));
@@ -314,11 +320,11 @@ pub async fn a_body_that_is_no_job_comes_through_as_it_was(bench: &dyn Bench) {
         );
     }
     let ids: Vec<String> = letters.into_iter().map(|letter| letter.id).collect();
-    assert_eq!(queue.redrive(&ids).await.unwrap().len(), bodies.len());
+    assert_eq!(queue.dead_letters.redrive(&ids).await.unwrap().len(), bodies.len());
     let again: Vec<String> =
         received().await.iter().map(|message| message.body.as_ref().unwrap_err().body.clone()).collect();
     assert_eq!(again, sent);
-    assert_eq!(queue.dead_letters().await.unwrap(), 0);
+    assert_eq!(queue.dead_letters.count().await.unwrap(), 0);
 }
 
 pub async fn a_receiver_has_what_is_sent_while_it_waits(bench: &dyn Bench) {
@@ -326,38 +332,38 @@ pub async fn a_receiver_has_what_is_sent_while_it_waits(bench: &dyn Bench) {
     let waiter = bench.queue();
     let waiting = tokio::spawn(async move {
         loop {
-            let messages = waiter.receive(Lane::Live, 1).await.unwrap();
+            let messages = waiter.jobs.receive(Lane::Live, 1).await.unwrap();
             if let Some(message) = messages.into_iter().next() {
                 return message;
             }
-            waiter.wait(Lane::Live, PATIENCE).await;
+            waiter.jobs.wait(Lane::Live, PATIENCE).await;
         }
     });
-    queue.send(&[job(Lane::Live, 0..1)]).await.unwrap();
+    queue.jobs.send(&[job(Lane::Live, 0..1)]).await.unwrap();
     let message = tokio::time::timeout(PATIENCE / 2, waiting).await.expect("it did not come").unwrap();
     assert_eq!(message.body.unwrap().changes(), 1);
 }
 
 pub async fn a_queue_that_holds_something_has_an_oldest_change(bench: &dyn Bench) {
     let queue = bench.queue();
-    assert_eq!(queue.oldest().await.unwrap(), None);
-    queue.send(&[job(Lane::Bulk, 0..1)]).await.unwrap();
+    assert_eq!(queue.stats.oldest().await.unwrap(), None);
+    queue.jobs.send(&[job(Lane::Bulk, 0..1)]).await.unwrap();
     let made = job(Lane::Bulk, 0..1).oldest;
-    assert!(queue.oldest().await.unwrap().is_some_and(|oldest| oldest <= made));
-    let held = receive_one(&*queue, Lane::Bulk).await;
-    assert!(queue.oldest().await.unwrap().is_some_and(|oldest| oldest <= made), "held is not done");
-    queue.acknowledge(&[held.receipt]).await.unwrap();
-    assert_eq!(queue.oldest().await.unwrap(), None);
+    assert!(queue.stats.oldest().await.unwrap().is_some_and(|oldest| oldest <= made));
+    let held = receive_one(&*queue.jobs, Lane::Bulk).await;
+    assert!(queue.stats.oldest().await.unwrap().is_some_and(|oldest| oldest <= made), "held is not done");
+    queue.jobs.acknowledge(&[held.receipt]).await.unwrap();
+    assert_eq!(queue.stats.oldest().await.unwrap(), None);
 }
 
 pub async fn many_messages_travel_in_one_go(bench: &dyn Bench) {
     let queue = bench.queue();
     let jobs: Vec<Job> = (0..25).map(|n| job(Lane::Bulk, n * 10..n * 10 + 10)).collect();
-    queue.send(&jobs).await.unwrap();
+    queue.jobs.send(&jobs).await.unwrap();
     let mut receipts = Vec::new();
     let mut ids = Vec::new();
     while receipts.len() < jobs.len() {
-        let messages = queue.receive(Lane::Bulk, 10).await.unwrap();
+        let messages = queue.jobs.receive(Lane::Bulk, 10).await.unwrap();
         assert!(!messages.is_empty() && messages.len() <= 10);
         for message in messages {
             ids.extend(message.body.unwrap().groups.remove(0).ids);
@@ -366,7 +372,7 @@ pub async fn many_messages_travel_in_one_go(bench: &dyn Bench) {
     }
     ids.sort_by_key(|id| id.parse::<u32>().unwrap());
     assert_eq!(ids, (0..250).map(|id: u32| id.to_string()).collect::<Vec<_>>());
-    queue.extend(&receipts, VISIBILITY * 2).await.unwrap();
-    queue.acknowledge(&receipts).await.unwrap();
-    assert_eq!(queue.backlog(Lane::Bulk).await.unwrap(), Backlog::default());
+    queue.jobs.extend_visibility(&receipts, VISIBILITY * 2).await.unwrap();
+    queue.jobs.acknowledge(&receipts).await.unwrap();
+    assert_eq!(queue.stats.backlog(Lane::Bulk).await.unwrap(), Backlog::default());
 }

@@ -16,6 +16,7 @@ mod fenced;
 mod fenced_contract;
 mod ledger;
 mod split;
+mod visibility;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,6 +30,7 @@ use refarch::pipeline::change::Lane;
 use refarch::pipeline::clock::Clock;
 use refarch::pipeline::indexer::{self, Indexer};
 use refarch::pipeline::lease::Lease;
+use refarch::pipeline::queue::Queue;
 use refarch::pipeline::relay::{self, Relay};
 use refarch::pipeline::schedule::Scheduler;
 use tokio_util::sync::CancellationToken;
@@ -100,7 +102,7 @@ impl Run {
     }
 
     fn start_relay(&mut self) {
-        let view = Arc::new(self.view("relay"));
+        let view = self.view("relay");
         let options = relay::Options {
             source: "products".into(),
             pack: 3,
@@ -108,7 +110,8 @@ impl Run {
             live_bound: 1_000,
             poll: Duration::from_secs(1),
         };
-        let relay = Relay::new(view.clone() as _, view as _, Arc::clone(&self.clock) as _, options);
+        let outbox = Box::new(view.clone());
+        let mut relay = Relay::new(outbox, Arc::new(view), Arc::clone(&self.clock) as _, options);
         self.executor.spawn(RELAY, async move {
             let _ = relay.run(&CancellationToken::new(), false).await;
         });
@@ -132,7 +135,7 @@ impl Run {
                         clock.sleep(Duration::from_secs(2)).await;
                         continue;
                     }
-                    let _ = indexer.hold(lane, &received, &never).await;
+                    let _ = indexer.process_with_visibility(lane, &received, &never).await;
                 }
             });
         }
@@ -235,7 +238,7 @@ fn indexer(view: &View, clock: &Arc<SimClock>) -> (Arc<Indexer>, Arc<Lease>) {
     let clock: Arc<dyn Clock> = Arc::clone(clock) as _;
     let lease = Arc::new(Lease::new(Arc::clone(&clock), LEASE));
     let indexer = Indexer::new(
-        view.clone() as _,
+        Queue::new(Arc::clone(&view)),
         view.clone() as _,
         view as _,
         Scheduler::new(Arc::new(world::Instant), Duration::from_millis(50), clock),

@@ -20,7 +20,9 @@ use refarch::pipeline::index::{
 };
 use refarch::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peeked, Pending, Swept};
 use refarch::pipeline::outbox::{ClaimRequest, Outbox, OutboxRow, Pack, Transferred};
-use refarch::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Receipt, Why};
+use refarch::pipeline::queue::{
+    Backlog, DeadLetter, DeadLetters, JobQueue, Message, QueueStats, Receipt, Why,
+};
 
 use crate::executor::{SimClock, turn};
 
@@ -37,7 +39,7 @@ pub const SETTLE: Duration = Duration::from_secs(20);
 const REQUEST: Duration = Duration::from_secs(2);
 
 /// How long a received message stays invisible.
-const VISIBILITY: Duration = Duration::from_secs(9);
+pub const VISIBILITY: Duration = Duration::from_secs(9);
 
 /// A rule of the protocol left out. Each must make the simulation diverge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +56,15 @@ pub enum Plant {
     LostOpeningStands,
     SweptAttemptNotPutBack,
     RepeatedClosingTakesAll,
+}
+
+/// What becomes of an extension of visibility.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extensions {
+    Work,
+    Fail,
+    /// No answer comes.
+    Hang,
 }
 
 /// What the index can do.
@@ -117,6 +128,7 @@ pub struct World {
     /// Workers whose session lives.
     pub sessions: BTreeSet<String>,
     lanes: [Vec<Held>; 2],
+    pub extensions: Extensions,
     messages: u64,
     pub dead: Vec<(Job, Why)>,
     pub index: BTreeMap<String, Content>,
@@ -148,6 +160,7 @@ impl World {
             attempts: BTreeMap::new(),
             sessions: BTreeSet::new(),
             lanes: [Vec::new(), Vec::new()],
+            extensions: Extensions::Work,
             messages: 0,
             dead: Vec::new(),
             index: BTreeMap::new(),
@@ -262,6 +275,17 @@ impl World {
             && self.lanes.iter().all(Vec::is_empty)
             && self.attempts.is_empty()
             && self.late.is_empty()
+    }
+
+    /// Whether a message can be received now.
+    pub fn is_any_visible(&self) -> bool {
+        let now = self.clock.now();
+        self.lanes.iter().flatten().any(|held| held.visible_at <= now)
+    }
+
+    /// Tries of a change that stand in the count.
+    pub fn tries(&self, id: &str) -> i32 {
+        self.ledger.get(id).map_or(0, |(_, tries)| *tries)
     }
 
     /// Makes some message come again, or come now though somebody holds it.
@@ -620,7 +644,7 @@ impl Ledger for View {
 
 #[async_trait]
 impl Outbox for View {
-    async fn transfer(&self, _: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
+    async fn transfer(&mut self, _: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
         self.database().await?;
         let (jobs, claimed) = {
             let mut world = self.world();
@@ -658,7 +682,7 @@ impl Outbox for View {
         self.answer(done).await
     }
 
-    async fn wait(&self, timeout: Duration) {
+    async fn wait(&mut self, timeout: Duration) {
         let clock = Arc::clone(&self.world().clock);
         clock.sleep(timeout).await;
     }
@@ -741,8 +765,17 @@ impl JobQueue for View {
         self.answer(()).await
     }
 
-    async fn extend(&self, receipts: &[Receipt], timeout: Duration) -> Result<()> {
+    async fn extend_visibility(&self, receipts: &[Receipt], timeout: Duration) -> Result<()> {
         self.database().await?;
+        if timeout.is_zero() {
+            self.world().count("message released");
+        }
+        let extensions = self.world().extensions;
+        match extensions {
+            Extensions::Work => {}
+            Extensions::Fail => return Err(Error::retryable("simulated", "visibility is not extended")),
+            Extensions::Hang => std::future::pending().await,
+        }
         let mut world = self.world();
         let until = world.clock.now() + timeout;
         for receipt in receipts {
@@ -755,7 +788,14 @@ impl JobQueue for View {
         Ok(())
     }
 
-    async fn dead_letter(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
+    fn visibility(&self) -> Duration {
+        VISIBILITY
+    }
+}
+
+#[async_trait]
+impl DeadLetters for View {
+    async fn store(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
         self.database().await?;
         {
             let mut world = self.world();
@@ -770,30 +810,29 @@ impl JobQueue for View {
         self.answer(()).await
     }
 
-    async fn backlog(&self, lane: Lane) -> Result<Backlog> {
-        let world = self.world();
-        let visible = world.lanes[lane as usize].iter().map(|held| held.job.changes() as u64).sum();
-        Ok(Backlog { visible, in_flight: 0 })
-    }
-
-    async fn dead_letters(&self) -> Result<u64> {
+    async fn count(&self) -> Result<u64> {
         Ok(self.world().dead.len() as u64)
     }
 
-    async fn read_dead_letters(&self, _: Option<&str>, _: usize) -> Result<Vec<DeadLetter>> {
+    async fn list(&self, _: Option<&str>, _: usize) -> Result<Vec<DeadLetter>> {
         unreachable!("the steps do not read them")
     }
 
     async fn redrive(&self, _: &[String]) -> Result<Vec<String>> {
         unreachable!("the steps do not bring them back")
     }
+}
+
+#[async_trait]
+impl QueueStats for View {
+    async fn backlog(&self, lane: Lane) -> Result<Backlog> {
+        let world = self.world();
+        let visible = world.lanes[lane as usize].iter().map(|held| held.job.changes() as u64).sum();
+        Ok(Backlog { visible, in_flight: 0 })
+    }
 
     async fn oldest(&self) -> Result<Option<Timestamp>> {
         unreachable!("the steps do not ask for it")
-    }
-
-    fn visibility(&self) -> Duration {
-        VISIBILITY
     }
 }
 

@@ -1,11 +1,11 @@
 //! PostgreSQL: connections, schema, capture, outbox, ledger, worker registry, and the state of the proof.
 
-pub mod bell;
 pub mod capture;
 pub mod connection;
 pub mod fault;
 pub mod ledger;
 pub mod lineage;
+pub mod listener;
 pub mod migrate;
 pub mod outbox;
 pub mod products;

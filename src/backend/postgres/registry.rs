@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Connection, Postgres, failure};
 use crate::pipeline::change::Lane;
-use crate::pipeline::failure::Result;
+use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::fault::{Board, Fault};
 use crate::pipeline::meter::Meter;
 
@@ -51,16 +51,23 @@ impl Worker {
             .map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned());
         let pid = std::process::id() as i32;
         let id = format!("{role}-{host}-{pid}-{:04x}", rand::random::<u16>());
-        let client = postgres.client().await?;
-        client
-            .execute(
-                "WITH joined AS (INSERT INTO refarch.worker (worker_id, role, host, pid, threads) VALUES ($1, $2, $3, $4, $5)) \
-                 INSERT INTO refarch.event (worker_id, kind) VALUES ($1, 'joined')",
-                &[&id, &role, &host, &pid, &(threads as i32)],
-            )
-            .await
-            .map_err(|error| failure("enter this worker", &error))?;
-        drop(client);
+        let joined = async {
+            let client = postgres.client().await?;
+            client
+                .execute(
+                    "WITH joined AS (INSERT INTO refarch.worker (worker_id, role, host, pid, threads) VALUES ($1, $2, $3, $4, $5)) \
+                     INSERT INTO refarch.event (worker_id, kind) VALUES ($1, 'joined')",
+                    &[&id, &role, &host, &pid, &(threads as i32)],
+                )
+                .await
+                .map_err(|error| failure("enter this worker", &error))
+        };
+        // A database that restarts just now does not end the role. The first heartbeat makes the row.
+        match joined.await {
+            Err(error) if error.class != Class::Retryable => return Err(error),
+            Err(error) => tracing::debug!(worker.id = id, %error, "cannot register this worker yet"),
+            Ok(_) => {}
+        }
         let (role, threads) = (role.to_owned(), threads as i32);
         Ok(Self { postgres, id, faults: Arc::default(), meter, role, host, pid, threads })
     }

@@ -17,7 +17,7 @@ use crate::pipeline::failure::Result;
 use crate::pipeline::fault::shown;
 use crate::pipeline::freshness::Histogram;
 use crate::pipeline::index::{VectorIndex, Writes};
-use crate::pipeline::queue::{Backlog, JobQueue};
+use crate::pipeline::queue::{Backlog, Queue};
 
 /// A table with more rows than this by the planner's estimate, and with more than this many bytes, is not
 /// counted each time. The estimate alone may be far off; the size decides what counting costs.
@@ -232,7 +232,7 @@ pub async fn read(
     postgres: &Postgres,
     source: &config::Source,
     target: &Target,
-    queue: &dyn JobQueue,
+    queue: &Queue,
     index: &dyn VectorIndex,
     counted: &Counted,
     period: Option<Duration>,
@@ -243,8 +243,9 @@ pub async fn read(
     // counted twice rather than never, so that an outstanding change cannot look synced.
     let backfilling = is_backfilling(postgres, &table.name).await?;
     let pending = outbox::pending(postgres, &table.name).await?;
-    let lanes = Lanes { live: queue.backlog(Lane::Live).await?, bulk: queue.backlog(Lane::Bulk).await? };
-    let dead_letters = queue.dead_letters().await?;
+    let Queue { stats, dead_letters, .. } = queue;
+    let lanes = Lanes { live: stats.backlog(Lane::Live).await?, bulk: stats.backlog(Lane::Bulk).await? };
+    let dead_letters = dead_letters.count().await?;
     let client = postgres.client().await?;
     let without_text = target.salt.hash("").0.to_vec();
     let row = client

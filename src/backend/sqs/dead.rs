@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use aws_sdk_sqs::types::{Message as Raw, MessageAttributeValue, MessageSystemAttributeName};
 use jiff::Timestamp;
 use serde_json::Value;
@@ -13,10 +14,11 @@ use serde_json::Value;
 use super::batch::{self, MAX_ENTRIES, change_visibility};
 use super::failure::failure;
 use super::intake::{number, receive};
+use super::stats::Messages;
 use super::{Sqs, client, decode, lacking};
 use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::{Error, Result};
-use crate::pipeline::queue::{DeadLetter, Message, Undecodable, Why};
+use crate::pipeline::queue::{DeadLetter, DeadLetters, Message, Undecodable, Why};
 
 /// Letters that are looked at in one go: each is held in memory, and hidden from others meanwhile.
 const MAX_LETTERS: usize = 20_000;
@@ -112,37 +114,6 @@ fn letter(raw: &Raw) -> DeadLetter {
 }
 
 impl Sqs {
-    pub(super) async fn bury(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
-        let room = self.dead_max_bytes.saturating_sub(ATTRIBUTES + MIN_ERROR);
-        match (part, &message.body) {
-            (Some(job), _) | (None, Ok(job)) => {
-                let mut bodies = Vec::new();
-                // Shorter ones have room for the reason; where one change takes all of it, the log keeps that.
-                if batch::bodies(job, room, &mut bodies).is_err() {
-                    bodies.clear();
-                    batch::bodies(job, self.dead_max_bytes, &mut bodies)?;
-                }
-                for body in bodies {
-                    self.write_letter(body, &why.error, message, why).await?;
-                }
-            }
-            (None, Err(Undecodable { body, .. })) if body.len() > self.dead_max_bytes => {
-                let cut = format!("the body is cut from {} bytes: {}", body.len(), why.error);
-                self.write_letter(cut_to(body, room).to_owned(), &cut, message, why).await?;
-            }
-            (None, Err(Undecodable { body, .. })) => {
-                self.write_letter(body.clone(), &why.error, message, why).await?;
-            }
-        }
-        if part.is_none() {
-            self.delete(self.url(message.receipt.lane), vec![message.receipt.handle.clone()]).await?;
-        }
-        if let Err(error) = self.note(message, why).await {
-            tracing::warn!(%error, "cannot note a dead letter in the log of events");
-        }
-        Ok(())
-    }
-
     /// Sends one letter, with as much of the error as there is room for.
     async fn write_letter(&self, body: String, error: &str, message: &Message, why: &Why) -> Result<()> {
         let changes = serde_json::from_str(&body).map_or(1, |job: Job| job.changes());
@@ -215,20 +186,6 @@ impl Sqs {
         }
     }
 
-    /// Letters after one of the last look. Without one, looks anew.
-    pub(super) async fn letters_after(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>> {
-        let mut letters = self.letters.lock().await;
-        let Some(after) = after else {
-            let raw = self.look(|_| false).await?;
-            self.release(&raw).await;
-            *letters = raw.iter().map(letter).collect();
-            letters.sort_by(|a, b| (a.at, &a.id).cmp(&(b.at, &b.id)));
-            return Ok(letters.iter().take(limit).cloned().collect());
-        };
-        let next = letters.iter().position(|letter| letter.id == after).map_or(letters.len(), |at| at + 1);
-        Ok(letters.iter().skip(next).take(limit).cloned().collect())
-    }
-
     /// What goes back into a lane for a letter; false if the lane takes no message of that length.
     fn bodies_for(&self, lane: Lane, body: &str, to: &mut Vec<String>) -> bool {
         let max = self.max_bytes(lane);
@@ -250,9 +207,62 @@ impl Sqs {
         }
         cut
     }
+}
 
-    /// Sends letters of these ids to the lanes that they came from.
-    pub(super) async fn bring_back(&self, ids: &[String]) -> Result<Vec<String>> {
+#[async_trait]
+impl DeadLetters for Sqs {
+    async fn store(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
+        let room = self.dead_max_bytes.saturating_sub(ATTRIBUTES + MIN_ERROR);
+        match (part, &message.body) {
+            (Some(job), _) | (None, Ok(job)) => {
+                let mut bodies = Vec::new();
+                // Shorter ones have room for the reason; where one change takes all of it, the log keeps that.
+                if batch::bodies(job, room, &mut bodies).is_err() {
+                    bodies.clear();
+                    batch::bodies(job, self.dead_max_bytes, &mut bodies)?;
+                }
+                for body in bodies {
+                    self.write_letter(body, &why.error, message, why).await?;
+                }
+            }
+            (None, Err(Undecodable { body, .. })) if body.len() > self.dead_max_bytes => {
+                let cut = format!("the body is cut from {} bytes: {}", body.len(), why.error);
+                self.write_letter(cut_to(body, room).to_owned(), &cut, message, why).await?;
+            }
+            (None, Err(Undecodable { body, .. })) => {
+                self.write_letter(body.clone(), &why.error, message, why).await?;
+            }
+        }
+        if part.is_none() {
+            self.delete(self.url(message.receipt.lane), vec![message.receipt.handle.clone()]).await?;
+        }
+        if let Err(error) = self.note(message, why).await {
+            tracing::warn!(%error, "cannot note a dead letter in the log of events");
+        }
+        Ok(())
+    }
+
+    async fn count(&self) -> Result<u64> {
+        // A dead letter holds one change, but for a message that was given up whole.
+        self.count_messages(&self.dead_url).await.map(Messages::total)
+    }
+
+    // Letters after one of the last look. Without one, looks anew.
+    async fn list(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>> {
+        let mut letters = self.letters.lock().await;
+        let Some(after) = after else {
+            let raw = self.look(|_| false).await?;
+            self.release(&raw).await;
+            *letters = raw.iter().map(letter).collect();
+            letters.sort_by(|a, b| (a.at, &a.id).cmp(&(b.at, &b.id)));
+            return Ok(letters.iter().take(limit).cloned().collect());
+        };
+        let next = letters.iter().position(|letter| letter.id == after).map_or(letters.len(), |at| at + 1);
+        Ok(letters.iter().skip(next).take(limit).cloned().collect())
+    }
+
+    // Sends letters of these ids to the lanes that they came from.
+    async fn redrive(&self, ids: &[String]) -> Result<Vec<String>> {
         let mut wanted: HashSet<&str> = ids.iter().map(String::as_str).collect();
         if wanted.is_empty() {
             return Ok(Vec::new());
@@ -288,9 +298,9 @@ impl Sqs {
         Ok(back)
     }
 
-    /// Lets SQS move all letters, which costs no calls of ours. They go to one queue, whatever lane they
-    /// came from: to that for loads, so that they overtake nobody.
-    pub(super) async fn move_all(&self) -> Result<Option<u64>> {
+    // Lets SQS move all letters, which costs no calls of ours. They go to one queue, whatever lane they
+    // came from: to that for loads, so that they overtake nobody.
+    async fn redrive_all(&self) -> Result<Option<u64>> {
         let from = client::arn(&self.client, &self.dead_url).await?;
         let to = client::arn(&self.client, self.url(Lane::Bulk)).await?;
         let started =

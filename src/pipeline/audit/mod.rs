@@ -34,7 +34,7 @@ use super::embedder::Embedder;
 use super::failure::Result;
 use super::index::{Stored, VectorIndex};
 use super::ledger::{Ledger, Peeked};
-use super::queue::JobQueue;
+use super::queue::QueueStats;
 
 pub use prover::Prover;
 pub use round::{Kept, ProofOptions, Round, Rounds, Walk};
@@ -177,8 +177,8 @@ pub struct Auditor<'a> {
     pub ledger: &'a dyn Ledger,
     /// The index.
     pub index: &'a dyn VectorIndex,
-    /// The queue, to know what is on its way.
-    pub queue: &'a dyn JobQueue,
+    /// The queue, to know how old the changes are that are on their way.
+    pub queue: &'a dyn QueueStats,
     /// For the sample.
     pub embedder: Option<Arc<dyn Embedder>>,
     /// For waiting.

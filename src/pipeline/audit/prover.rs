@@ -29,7 +29,7 @@ use crate::pipeline::clock::Clock;
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::ledger::Ledger;
-use crate::pipeline::queue::JobQueue;
+use crate::pipeline::queue::{DeadLetters, QueueStats};
 
 /// How long the right to prove lasts without a word: longer than a step takes.
 const LEASE: Duration = Duration::from_secs(45);
@@ -90,7 +90,8 @@ impl Running {
 pub struct Prover {
     pub(super) ledger: Arc<dyn Ledger>,
     pub(super) index: Arc<dyn VectorIndex>,
-    queue: Arc<dyn JobQueue>,
+    queue: Arc<dyn QueueStats>,
+    dead_letters: Arc<dyn DeadLetters>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) store: Arc<dyn Rounds>,
     pub(super) options: ProofOptions,
@@ -104,12 +105,13 @@ impl Prover {
     pub fn new(
         ledger: Arc<dyn Ledger>,
         index: Arc<dyn VectorIndex>,
-        queue: Arc<dyn JobQueue>,
+        queue: Arc<dyn QueueStats>,
+        dead_letters: Arc<dyn DeadLetters>,
         clock: Arc<dyn Clock>,
         store: Arc<dyn Rounds>,
         options: ProofOptions,
     ) -> Self {
-        Self { ledger, index, queue, clock, store, options, running: None, is_ours: false }
+        Self { ledger, index, queue, dead_letters, clock, store, options, running: None, is_ours: false }
     }
 
     /// Whether this worker had the right to prove at the last step.
@@ -310,14 +312,13 @@ impl Prover {
         }
         let mut sum = self.ledger.waiting().await?;
         for lane in Lane::ALL {
-            let backlog = self.queue.backlog(lane).await?;
-            sum += backlog.visible + backlog.in_flight;
+            sum += self.queue.backlog(lane).await?.total();
         }
         Ok(sum)
     }
 
     async fn letters(&self) -> Result<Letters> {
-        let count = self.queue.dead_letters().await?;
+        let count = self.dead_letters.count().await?;
         if count == 0 {
             return Ok(Letters::None);
         }
@@ -327,7 +328,7 @@ impl Prover {
         let mut ids = HashSet::new();
         let mut after: Option<String> = None;
         loop {
-            let letters = self.queue.read_dead_letters(after.as_deref(), 1_000).await?;
+            let letters = self.dead_letters.list(after.as_deref(), 1_000).await?;
             let Some(last) = letters.last() else { return Ok(Letters::Of(ids)) };
             after = Some(last.id.clone());
             ids.extend(letters.into_iter().flat_map(|letter| letter.ids));

@@ -12,7 +12,7 @@ use crate::pipeline::clock::Clock;
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::{Stored, VectorIndex, Writes};
 use crate::pipeline::ledger::{Ledger, Peeked};
-use crate::pipeline::queue::JobQueue;
+use crate::pipeline::queue::QueueStats;
 
 /// An index outside of the database may show a write a little later than it accepts it: a difference
 /// to a clean entry must last this long.
@@ -114,7 +114,7 @@ pub(super) struct Looked {
 pub(super) struct Look<'a> {
     pub(super) ledger: &'a dyn Ledger,
     pub(super) index: &'a dyn VectorIndex,
-    pub(super) queue: &'a dyn JobQueue,
+    pub(super) queue: &'a dyn QueueStats,
     pub(super) clock: &'a dyn Clock,
     /// None for an audit.
     pub(super) proving: Option<Proving>,

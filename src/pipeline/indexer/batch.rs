@@ -519,7 +519,7 @@ impl Indexer {
     async fn give_up(&self, batch: &mut Batch, id: &str, why: &Why) -> Result<()> {
         for message in &batch.messages {
             if let Some(part) = part_of(message, id) {
-                self.queue.dead_letter(message, Some(&part), why).await?;
+                self.dead_letters.store(message, Some(&part), why).await?;
                 // One letter is enough: the change is the row's, not the message's.
                 break;
             }
@@ -556,7 +556,7 @@ impl Indexer {
                     Reason::Undecodable.describe()
                 );
                 let why = Why { reason: Reason::Undecodable, error, tries: 0 };
-                self.queue.dead_letter(message, None, &why).await?;
+                self.dead_letters.store(message, None, &why).await?;
             } else {
                 at += 1;
                 continue;

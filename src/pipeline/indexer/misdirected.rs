@@ -52,7 +52,7 @@ impl Indexer {
     pub(super) async fn put_back(&self, message: &Message, whose: String) -> Result<()> {
         let doublings = message.receive_count.saturating_sub(1).min(10);
         let pause = FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE);
-        self.queue.extend(std::slice::from_ref(&message.receipt), pause).await?;
+        self.queue.extend_visibility(std::slice::from_ref(&message.receipt), pause).await?;
         let now = self.clock().now();
         let mut seen = self.misdirected.lock().unwrap_or_else(PoisonError::into_inner);
         seen.retain(|_, at| now.saturating_sub(*at) < FORGOTTEN);

@@ -7,7 +7,7 @@
 //!
 //! How a group of ids is written is the index's own capability: under a fence ([`fenced`]) or under
 //! an attempt ([`attempt`]); each module says why it is safe. [`batch`] decides what is tried, split
-//! and given up, [`run`] receives, holds and stops.
+//! and given up, [`run`] receives, holds and stops, and [`visibility`] keeps others from what is held.
 
 mod attempt;
 mod batch;
@@ -16,6 +16,7 @@ mod health;
 mod misdirected;
 mod run;
 mod searchable;
+mod visibility;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -32,7 +33,7 @@ use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::lease::Lease;
 use crate::pipeline::ledger::{Ledger, Opened, Outcome, Peeked};
 use crate::pipeline::meter::Meter;
-use crate::pipeline::queue::{JobQueue, Message};
+use crate::pipeline::queue::{DeadLetters, JobQueue, Message, Queue, QueueStats};
 use crate::pipeline::schedule::Scheduler;
 use batch::Batch;
 use health::Health;
@@ -96,6 +97,8 @@ pub struct Stepped {
 /// Applies jobs to an index.
 pub struct Indexer {
     queue: Arc<dyn JobQueue>,
+    dead_letters: Arc<dyn DeadLetters>,
+    stats: Arc<dyn QueueStats>,
     ledger: Arc<dyn Ledger>,
     index: Arc<dyn VectorIndex>,
     scheduler: Scheduler,
@@ -154,7 +157,7 @@ impl Indexer {
     /// An indexer over these backends.
     #[must_use]
     pub fn new(
-        queue: Arc<dyn JobQueue>,
+        queue: Queue,
         ledger: Arc<dyn Ledger>,
         index: Arc<dyn VectorIndex>,
         scheduler: Scheduler,
@@ -162,8 +165,11 @@ impl Indexer {
         lease: Arc<Lease>,
         options: Options,
     ) -> Self {
+        let Queue { jobs, dead_letters, stats } = queue;
         Self {
-            queue,
+            queue: jobs,
+            dead_letters,
+            stats,
             ledger,
             index,
             scheduler,

@@ -3,8 +3,8 @@
 //! Each lane has a loop of its own, so that a live message is received while a bulk one is worked on;
 //! between slices the scheduler lets the live one go first.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Indexer;
 use super::batch::Batch;
+use super::visibility::Visibility;
 use crate::pipeline::change::{Lane, MAX_CHANGES_PER_JOB};
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::fault;
@@ -146,7 +147,7 @@ impl Indexer {
     async fn backlog(&self) -> Result<u64> {
         let mut sum = 0;
         for lane in Lane::ALL {
-            let backlog = self.queue.backlog(lane).await?;
+            let backlog = self.stats.backlog(lane).await?;
             sum += backlog.visible + backlog.in_flight;
         }
         Ok(sum)
@@ -157,7 +158,7 @@ impl Indexer {
         let mut left = 0;
         let mut visible = 0;
         for lane in Lane::ALL {
-            let backlog = self.queue.backlog(lane).await?;
+            let backlog = self.stats.backlog(lane).await?;
             visible += backlog.visible;
             left += backlog.visible + backlog.in_flight;
         }
@@ -245,7 +246,7 @@ impl Indexer {
                     held.fetch_add(changes, Ordering::Relaxed);
                     let (indexer, held, abort) = (Arc::clone(self), Arc::clone(&held), abort.clone());
                     running.spawn(async move {
-                        let result = indexer.hold(lane, &messages, &abort).await;
+                        let result = indexer.process_with_visibility(lane, &messages, &abort).await;
                         held.fetch_sub(changes, Ordering::Relaxed);
                         drop(permit);
                         result
@@ -308,35 +309,36 @@ impl Indexer {
 
     /// Works until the messages are done with, extending their visibility meanwhile. An outage is
     /// sat out, with the messages held, and so is a wrong setting, unless the run ends when nothing is left;
-    /// on `abort`, or when this worker can't go on, they are released.
-    pub async fn hold(&self, lane: Lane, messages: &[Message], abort: &CancellationToken) -> Result<()> {
+    /// on `abort`, or when this worker can't go on, they are released. When their visibility cannot be extended
+    /// any more, others get them, and the work ends as on `abort`.
+    pub async fn process_with_visibility(
+        &self,
+        lane: Lane,
+        messages: &[Message],
+        abort: &CancellationToken,
+    ) -> Result<()> {
         let _under_way = UnderWay::begin(self);
         let mut batch = self.batch(messages, self.group_size());
-        let visibility = self.queue.visibility();
-        let held = batch.held();
-        let extend = async {
-            loop {
-                self.clock().sleep(visibility / 3).await;
-                let receipts = held.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                if let Err(error) = self.queue.extend(&receipts, visibility).await {
-                    tracing::warn!(lane = lane.name(), %error, "cannot extend visibility: others may repeat this work");
-                }
-            }
-        };
+        let visibility = Visibility::of_received(&*self.queue, self.clock(), lane, batch.held());
+        let mut is_ours = true;
         let finished = tokio::select! {
             biased;
             () = abort.cancelled() => None,
             result = self.finish(lane, &mut batch) => Some(result),
-            never = extend => never,
+            () = visibility.keep() => {
+                is_ours = false;
+                None
+            }
         };
-        // On abort a try was cut off by us. Any other end has seen to its count.
+        // A try was cut off by us. Any other end has seen to its count.
         if finished.is_none() {
             self.take_back(&mut batch).await;
         }
         let receipts = batch.receipts();
-        if !receipts.is_empty() {
+        // What others may have by now is not released: a receipt may be good for theirs, too.
+        if is_ours && !receipts.is_empty() {
             // Others may try at once; if this fails too, the visibility timeout does the same.
-            if let Err(error) = self.queue.extend(&receipts, Duration::ZERO).await {
+            if let Err(error) = self.queue.extend_visibility(&receipts, Duration::ZERO).await {
                 tracing::debug!(%error, "cannot release messages");
             }
         }

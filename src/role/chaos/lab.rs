@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -20,6 +20,7 @@ use crate::config::{ConfigError, EmbedderKind, QueueKind, Settings};
 use crate::double::embedder::{self, EmbedderDouble};
 use crate::double::pinecone::Double;
 use crate::double::sqs::QueueDouble;
+use crate::pipeline::queue::Queue;
 use crate::secret::Secret;
 
 /// The application's table.
@@ -224,7 +225,7 @@ impl Lab {
         };
         let options = backend::sqs_options(&settings, queue);
         let queue = Sqs::open(sqs::connect_to(&double.url()), postgres.clone(), options).await?;
-        Ok(Backends::with_queue(postgres, &settings, std::sync::Arc::new(queue)).await?)
+        Ok(Backends::with_queue(postgres, &settings, Queue::new(Arc::new(queue))).await?)
     }
 
     /// The database's address for the application.

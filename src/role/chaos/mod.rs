@@ -217,13 +217,13 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
     let auditor = Auditor {
         ledger: &*backends.ledger,
         index: &*backends.index,
-        queue: &*backends.queue,
+        queue: &*backends.queue.stats,
         embedder: Some(model.start(lab.settings.indexer.worker_count())),
         clock: &BootClock,
         options: Options { sample: SAMPLE, wait: WAIT, repair: false },
     };
     let report = auditor.run(&|_| {}).await?;
-    let dead_letters = backends.queue.dead_letters().await?;
+    let dead_letters = backends.queue.dead_letters.count().await?;
     crew.stop().await?;
     let table = Writer::new(lab.url().clone(), 0, Arc::default()).await?.model;
     let outcome = Outcome {

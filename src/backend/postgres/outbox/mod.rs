@@ -5,24 +5,23 @@
 //! no transaction stays open during a call, which would hold back vacuum in the whole database.
 
 mod shipping;
+mod truncate;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use tokio::sync::Mutex;
-use tokio_postgres::Transaction;
 
-use super::bell::{Bell, Waiter};
+use super::listener::{Listener, WakeUp};
 use super::{Postgres, failure};
 use crate::pipeline::change::{Job, Lane, Op};
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::outbox::{ClaimRequest, Outbox, OutboxRow, Pack, Transferred};
 use crate::pipeline::queue::JobQueue;
 use shipping::Shipping;
+use truncate::Truncate;
 
-/// Channel on which a committing writer rings a sleeping relay.
+/// Channel on which a committing writer notifies a relay that waits.
 const CHANNEL: &str = "refarch_outbox";
 
 /// Large transactions that are stepped over at once. More than this are handled as they come.
@@ -31,9 +30,6 @@ const MAX_KNOWN_LARGE: usize = 16;
 /// A row with more ids than this is a large one. A matter of storage, and of no setting: the partial index
 /// `outbox_large` has the same number. Which lane a change travels on is decided by its transaction's count.
 const LARGE_ROW: usize = 100;
-
-/// Ids of a truncated table that are read from the ledger and sent at a time.
-const TRUNCATE_PAGE: i64 = 5_000;
 
 /// Pages of 500 rows of a table that is read anew, in one transaction, and the rows of the outbox at which it waits
 /// for them to go.
@@ -90,19 +86,19 @@ enum Delivery {
     Shipped(Box<Shipping>),
 }
 
-/// Changes captured by triggers, on their way to the queue.
+/// Changes captured by triggers, on their way to the queue. Owned by the one relay that empties it.
 pub struct PgOutbox {
     postgres: Postgres,
     source: String,
     delivery: Delivery,
-    _bell: Bell,
-    waiter: Mutex<Waiter>,
+    _listener: Listener,
+    wake_up: WakeUp,
     /// Transactions that still had rows when their claim showed them to be large.
-    known_large: Mutex<Vec<u64>>,
+    known_large: Vec<u64>,
     /// Whether writers were told that nobody sleeps.
-    awake: AtomicBool,
+    awake: bool,
     /// Until when a table that could not be read anew is left alone.
-    held_until: Mutex<Option<Instant>>,
+    held_until: Option<Instant>,
 }
 
 impl PgOutbox {
@@ -120,26 +116,25 @@ impl PgOutbox {
     }
 
     fn delivering(postgres: Postgres, source: &str, delivery: Delivery) -> Self {
-        let bell = Bell::listen(postgres.clone(), CHANNEL);
-        let waiter = Mutex::new(bell.waiter());
+        let listener = Listener::start(postgres.clone(), CHANNEL);
+        let wake_up = listener.wake_up();
         Self {
             postgres,
             source: source.into(),
             delivery,
-            _bell: bell,
-            waiter,
-            known_large: Mutex::default(),
+            _listener: listener,
+            wake_up,
+            known_large: Vec::new(),
             // Whoever ran before may have died awake.
-            awake: AtomicBool::new(true),
-            held_until: Mutex::default(),
+            awake: true,
+            held_until: None,
         }
     }
 
     /// Queues some rows of the table, if it is to be read anew and few changes wait.
-    async fn backfill(&self) -> Result<()> {
+    async fn backfill(&mut self) -> Result<()> {
         let fail = |error: tokio_postgres::Error| failure("read the table anew", &error);
-        let mut held_until = self.held_until.lock().await;
-        if held_until.is_some_and(|until| Instant::now() < until) {
+        if self.held_until.is_some_and(|until| Instant::now() < until) {
             return Ok(());
         }
         let client = self.postgres.client().await?;
@@ -162,7 +157,7 @@ impl PgOutbox {
                     .map_err(fail)?
                     .get(0);
             }
-            *held_until = (queued == 0).then(|| Instant::now() + BACKFILL_PAUSE);
+            self.held_until = (queued == 0).then(|| Instant::now() + BACKFILL_PAUSE);
         }
         Ok(())
     }
@@ -198,7 +193,7 @@ pub async fn pending(postgres: &Postgres, source: &str) -> Result<u64> {
 }
 
 /// Counts what goes to each lane.
-fn count(jobs: &[Job], done: &mut Transferred) {
+fn count_lanes(jobs: &[Job], done: &mut Transferred) {
     for job in jobs {
         match job.lane {
             Lane::Live => done.live += job.changes() as u64,
@@ -216,27 +211,26 @@ fn gaps(known: &[u64]) -> (Vec<String>, Vec<String>) {
     (low, high)
 }
 
-/// A claimed row, or a truncation to expand.
+/// A claimed row of the outbox.
 enum Claimed {
     Row(OutboxRow),
-    Truncate { seq: i64, changed_at_us: i64 },
+    Truncate(Truncate),
 }
 
 #[async_trait]
 impl Outbox for PgOutbox {
-    async fn transfer(&self, request: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
-        self.waiter.lock().await.arm();
+    async fn transfer(&mut self, request: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
+        self.wake_up.arm();
         let mut done = Transferred::default();
         self.backfill().await?;
-        if let Delivery::Shipped(shipping) = &self.delivery {
+        if let Delivery::Shipped(shipping) = &mut self.delivery {
             shipping.make_room().await?;
             shipping.take_left(&mut done).await?;
         }
         let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, &error);
-        let known = self.known_large.lock().await.clone();
-        let (low, high) = gaps(&known);
+        let (low, high) = gaps(&self.known_large);
         // Large transactions that are not wanted now are stepped over all the same.
-        let wanted = if request.large_rows > 0 { known.as_slice() } else { &[] };
+        let wanted = if request.large_rows > 0 { self.known_large.as_slice() } else { &[] };
         let known_text: Vec<String> = wanted.iter().map(u64::to_string).collect();
 
         let bound = i64::try_from(request.large_transaction).unwrap_or(i64::MAX).saturating_add(1);
@@ -261,10 +255,10 @@ impl Outbox for PgOutbox {
         if rows.is_empty() {
             transaction.rollback().await.map_err(fail("end an empty claim"))?;
             if request.large_rows > 0 {
-                self.known_large.lock().await.clear();
+                self.known_large.clear();
             }
             if done.rows == 0
-                && let Delivery::Shipped(shipping) = &self.delivery
+                && let Delivery::Shipped(shipping) = &mut self.delivery
             {
                 shipping.finish().await?;
             }
@@ -286,15 +280,16 @@ impl Outbox for PgOutbox {
                     plain.push(row);
                     at
                 }
-                Claimed::Truncate { seq, changed_at_us } => {
-                    self.expand_truncate(&transaction, seq, changed_at_us, pack, &mut done).await?;
-                    changed_at_us
+                Claimed::Truncate(truncate) => {
+                    let (source, delivery) = (&self.source, &mut self.delivery);
+                    truncate.send_deletes(&transaction, source, pack, delivery, &mut done).await?;
+                    truncate.changed_at_us
                 }
             };
             done.oldest_ms = done.oldest_ms.max(((now_us - changed_at_us) / 1000).max(0) as u64);
         }
         let jobs = pack(plain);
-        count(&jobs, &mut done);
+        count_lanes(&jobs, &mut done);
         let mut shipment = None;
         match &self.delivery {
             Delivery::Pgmq(prefix) => crate::backend::pgmq::send_within(&transaction, prefix, &jobs).await?,
@@ -304,89 +299,36 @@ impl Outbox for PgOutbox {
             transaction
                 .execute("SELECT pg_notify($1, '')", &[&crate::backend::pgmq::CHANNEL])
                 .await
-                .map_err(fail("ring the indexers"))?;
+                .map_err(fail("notify the indexers"))?;
         }
         transaction.commit().await.map_err(fail("commit a transfer"))?;
-        if let Delivery::Shipped(shipping) = &self.delivery {
-            shipping.start(shipment).await;
+        if let Delivery::Shipped(shipping) = &mut self.delivery {
+            shipping.start(shipment);
         }
 
-        large.extend(known);
-        large.sort_unstable();
-        large.dedup();
-        large.truncate(MAX_KNOWN_LARGE);
-        *self.known_large.lock().await = large;
-        // Full claims mean that work stands in line: writers need not ring.
-        if done.rows >= request.small_rows.min(request.large_rows)
-            && !self.awake.swap(true, Ordering::Relaxed)
-        {
+        self.known_large.append(&mut large);
+        self.known_large.sort_unstable();
+        self.known_large.dedup();
+        self.known_large.truncate(MAX_KNOWN_LARGE);
+        // Full claims mean that work stands in line: writers need not notify.
+        let is_full = done.rows >= request.small_rows.min(request.large_rows);
+        if is_full && !std::mem::replace(&mut self.awake, true) {
             self.tell_writers(false).await?;
         }
         Ok(done)
     }
 
-    async fn wait(&self, timeout: Duration) {
-        if self.awake.swap(false, Ordering::Relaxed) {
+    async fn wait(&mut self, timeout: Duration) {
+        if std::mem::take(&mut self.awake) {
             if let Err(error) = self.tell_writers(true).await {
                 tracing::debug!(%error, "cannot set the doorbell");
-                self.awake.store(true, Ordering::Relaxed);
+                self.awake = true;
                 tokio::time::sleep(timeout).await;
             }
             // A change may have been committed, silently, before the flag was: look once more.
             return;
         }
-        self.waiter.lock().await.wait(timeout).await;
-    }
-}
-
-impl PgOutbox {
-    /// Sends a delete for every row that the ledger knows, unless it knows it to be gone: one that is
-    /// being written, or is dirty, may have been there in between. Whether a row is really gone, the
-    /// indexer sees when it reads it.
-    async fn expand_truncate(
-        &self,
-        transaction: &Transaction<'_>,
-        seq: i64,
-        changed_at_us: i64,
-        pack: Pack<'_>,
-        done: &mut Transferred,
-    ) -> Result<()> {
-        let mut after = (0_i32, String::new());
-        loop {
-            let page = transaction
-                .query(
-                    "SELECT l.target, l.id FROM refarch.ledger l JOIN refarch.target t ON t.id = l.target \
-                     WHERE t.source = $1 AND t.state <> 'retired' AND NOT (l.deleted AND l.open = 0 AND NOT l.dirty) AND (l.target, l.id) > ($2, $3) \
-                     ORDER BY l.target, l.id LIMIT $4",
-                    &[&self.source, &after.0, &after.1, &TRUNCATE_PAGE],
-                )
-                .await
-                .map_err(|error| failure("expand a truncation", &error))?;
-            let Some(last) = page.last() else { return Ok(()) };
-            after = (last.get(0), last.get(1));
-            let ids: Vec<String> = page.iter().map(|row| row.get(1)).collect();
-            done.changes += ids.len() as u64;
-            let rows = ids
-                .chunks(crate::pipeline::change::MAX_CHANGES_PER_JOB)
-                .map(|ids| OutboxRow {
-                    seq,
-                    op: Op::Delete,
-                    ids: ids.to_vec(),
-                    xid: 0,
-                    changed_at_us,
-                    // However few they are, nobody edits by TRUNCATE.
-                    xid_changes: u64::MAX,
-                })
-                .collect();
-            let jobs = pack(rows);
-            count(&jobs, done);
-            match &self.delivery {
-                Delivery::Pgmq(prefix) => {
-                    crate::backend::pgmq::send_within(transaction, prefix, &jobs).await?;
-                }
-                Delivery::Shipped(shipping) => shipping.leave(transaction, &jobs).await?,
-            }
-        }
+        self.wake_up.wait(timeout).await;
     }
 }
 
@@ -395,7 +337,7 @@ fn read(row: &tokio_postgres::Row) -> Result<Claimed> {
     let op = match row.get::<_, &str>(1) {
         "u" => Op::Upsert,
         "d" => Op::Delete,
-        "t" => return Ok(Claimed::Truncate { seq, changed_at_us }),
+        "t" => return Ok(Claimed::Truncate(Truncate { seq, changed_at_us })),
         other => return Err(Error::permanent("read the outbox", format!("row {seq} has op {other:?}"))),
     };
     let xid = row.get::<_, &str>(3);

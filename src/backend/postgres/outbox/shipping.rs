@@ -7,12 +7,10 @@
 //! writes more.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use tokio::sync::Mutex;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio_postgres::Transaction;
 
 use crate::backend::postgres::{Postgres, failure};
@@ -60,15 +58,26 @@ pub(super) struct Shipment {
     jobs: Vec<Job>,
 }
 
+/// What became of a shipment.
+enum Sent {
+    /// The queue has it, and it is struck off.
+    StruckOff,
+    /// The queue does not have it, and its lease was given up.
+    PutBack(Error),
+    /// It stands until its lease has run out: the database could not be told.
+    Standing(Error),
+}
+
 /// Sends what is booked.
 pub(super) struct Shipping {
     postgres: Postgres,
     source: String,
     queue: Arc<dyn JobQueue>,
-    sending: Mutex<JoinSet<Result<()>>>,
-    looked: Mutex<Option<Instant>>,
+    sending: JoinSet<Sent>,
+    /// When it was last looked for shipments that were left.
+    looked_at: Option<Instant>,
     /// Whether something is known to have been left.
-    left: Arc<AtomicBool>,
+    is_left: bool,
 }
 
 impl Shipping {
@@ -77,33 +86,44 @@ impl Shipping {
             postgres,
             source: source.into(),
             queue,
-            sending: Mutex::default(),
-            looked: Mutex::default(),
-            left: Arc::default(),
+            sending: JoinSet::new(),
+            looked_at: None,
+            is_left: false,
         }
     }
 
     /// Returns when another shipment may be sent, with the failure of an earlier one if there is one.
-    pub(super) async fn make_room(&self) -> Result<()> {
-        let mut sending = self.sending.lock().await;
-        while let Some(ended) = sending.try_join_next() {
-            outcome(ended)?;
+    pub(super) async fn make_room(&mut self) -> Result<()> {
+        while let Some(ended) = self.sending.try_join_next() {
+            self.note(ended)?;
         }
-        while sending.len() >= AT_ONCE
-            && let Some(ended) = sending.join_next().await
+        while self.sending.len() >= AT_ONCE
+            && let Some(ended) = self.sending.join_next().await
         {
-            outcome(ended)?;
+            self.note(ended)?;
         }
         Ok(())
     }
 
     /// Returns when nothing is on its way.
-    pub(super) async fn finish(&self) -> Result<()> {
-        let mut sending = self.sending.lock().await;
-        while let Some(ended) = sending.join_next().await {
-            outcome(ended)?;
+    pub(super) async fn finish(&mut self) -> Result<()> {
+        while let Some(ended) = self.sending.join_next().await {
+            self.note(ended)?;
         }
         Ok(())
+    }
+
+    /// Notes what became of a shipment.
+    fn note(&mut self, ended: Result<Sent, JoinError>) -> Result<()> {
+        match ended {
+            Ok(Sent::StruckOff) => Ok(()),
+            Ok(Sent::PutBack(error)) => {
+                self.is_left = true;
+                Err(error)
+            }
+            Ok(Sent::Standing(error)) => Err(error),
+            Err(error) => Err(Error::retryable("send a shipment", error)),
+        }
     }
 
     /// Books jobs as a shipment that this relay sends after the transaction.
@@ -121,11 +141,11 @@ impl Shipping {
 
     /// Books jobs for whoever comes next, this relay among others: there may be more than memory should
     /// hold.
-    pub(super) async fn leave(&self, transaction: &Transaction<'_>, jobs: &[Job]) -> Result<()> {
+    pub(super) async fn leave(&mut self, transaction: &Transaction<'_>, jobs: &[Job]) -> Result<()> {
         for jobs in jobs.chunks(LEFT_TOGETHER) {
             self.insert(transaction, jobs, 0.0).await?;
         }
-        self.left.store(true, Ordering::Relaxed);
+        self.is_left = true;
         Ok(())
     }
 
@@ -145,34 +165,25 @@ impl Shipping {
     }
 
     /// Starts to send a shipment whose booking has been committed.
-    pub(super) async fn start(&self, shipment: Option<Shipment>) {
+    pub(super) fn start(&mut self, shipment: Option<Shipment>) {
         let Some(shipment) = shipment else { return };
         let (postgres, source, queue) = (self.postgres.clone(), self.source.clone(), Arc::clone(&self.queue));
-        let left = Arc::clone(&self.left);
-        self.sending.lock().await.spawn(async move {
-            let sent = queue.send(&shipment.jobs).await;
-            if sent.is_err() {
-                // If this fails too, it stands until its lease has run out.
-                let client = postgres.client().await?;
-                client
-                    .execute(PUT_BACK, &[&shipment.id])
-                    .await
-                    .map_err(|error| failure("put a shipment back", &error))?;
-                left.store(true, Ordering::Relaxed);
-                return sent;
-            }
-            strike_off(&postgres, &source, &shipment).await
+        self.sending.spawn(async move {
+            let done = match queue.send(&shipment.jobs).await {
+                Ok(()) => strike_off(&postgres, &source, &shipment).await.map(|()| Sent::StruckOff),
+                Err(error) => put_back(&postgres, &shipment).await.map(|()| Sent::PutBack(error)),
+            };
+            done.unwrap_or_else(Sent::Standing)
         });
     }
 
     /// Takes over a shipment that was left, if there is one.
-    pub(super) async fn take_left(&self, done: &mut Transferred) -> Result<()> {
-        let mut looked = self.looked.lock().await;
-        let is_due = looked.is_none_or(|at| at.elapsed() >= LOOK_EVERY);
-        if !self.left.swap(false, Ordering::Relaxed) && !is_due {
+    pub(super) async fn take_left(&mut self, done: &mut Transferred) -> Result<()> {
+        let is_due = self.looked_at.is_none_or(|at| at.elapsed() >= LOOK_EVERY);
+        if !std::mem::take(&mut self.is_left) && !is_due {
             return Ok(());
         }
-        *looked = Some(Instant::now());
+        self.looked_at = Some(Instant::now());
         let client = self.postgres.client().await?;
         let row = client
             .query_opt(TAKE_LEFT, &[&self.source, &LEASE_S])
@@ -180,7 +191,7 @@ impl Shipping {
             .map_err(|error| failure("look for shipments that were left", &error))?;
         let Some(row) = row else { return Ok(()) };
         // Where one was, others may be.
-        self.left.store(true, Ordering::Relaxed);
+        self.is_left = true;
         let bodies: Vec<String> = row.get(1);
         let jobs = bodies
             .iter()
@@ -189,8 +200,7 @@ impl Shipping {
             .map_err(|error| Error::fatal("read a shipment that was left", error))?;
         done.rows += 1;
         done.changes += jobs.iter().map(|job| job.changes() as u64).sum::<u64>();
-        drop(client);
-        self.start(Some(Shipment { id: row.get(0), jobs })).await;
+        self.start(Some(Shipment { id: row.get(0), jobs }));
         Ok(())
     }
 }
@@ -214,6 +224,9 @@ async fn strike_off(postgres: &Postgres, source: &str, shipment: &Shipment) -> R
     transaction.commit().await.map_err(fail)
 }
 
-fn outcome(ended: Result<Result<()>, tokio::task::JoinError>) -> Result<()> {
-    ended.unwrap_or_else(|error| Err(Error::retryable("send a shipment", error)))
+/// Gives up the lease on a shipment that the queue has not taken, so that it is sent again soon.
+async fn put_back(postgres: &Postgres, shipment: &Shipment) -> Result<()> {
+    let client = postgres.client().await?;
+    let put_back = client.execute(PUT_BACK, &[&shipment.id]).await;
+    put_back.map(drop).map_err(|error| failure("put a shipment back", &error))
 }

@@ -1,0 +1,76 @@
+//! A TRUNCATE becomes deletes of the rows that the ledger knows.
+//!
+//! No trigger sees the rows that a TRUNCATE removes, so that capture leaves a mark in the outbox. The ledger
+//! knows every row that may be in the index.
+
+use tokio_postgres::Transaction;
+
+use super::{Delivery, count_lanes};
+use crate::backend::postgres::failure;
+use crate::pipeline::change::{MAX_CHANGES_PER_JOB, Op};
+use crate::pipeline::failure::Result;
+use crate::pipeline::outbox::{OutboxRow, Pack, Transferred};
+
+/// Ids that are read from the ledger and sent at a time.
+const PAGE: i64 = 5_000;
+
+/// Rows that the ledger knows, unless it knows them to be gone. A row that is being written, or is dirty, may
+/// have been there in between.
+const KNOWN_ROWS: &str = "SELECT l.target, l.id FROM refarch.ledger l JOIN refarch.target t ON t.id = l.target \
+    WHERE t.source = $1 AND t.state <> 'retired' AND NOT (l.deleted AND l.open = 0 AND NOT l.dirty) \
+      AND (l.target, l.id) > ($2, $3) \
+    ORDER BY l.target, l.id LIMIT $4";
+
+/// A TRUNCATE that capture left in the outbox.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Truncate {
+    pub(super) seq: i64,
+    pub(super) changed_at_us: i64,
+}
+
+impl Truncate {
+    /// Sends a delete for every row of `source` that may be in the index. Whether a row is really gone, the
+    /// indexer sees when it reads it.
+    pub(super) async fn send_deletes(
+        self,
+        transaction: &Transaction<'_>,
+        source: &str,
+        pack: Pack<'_>,
+        delivery: &mut Delivery,
+        done: &mut Transferred,
+    ) -> Result<()> {
+        let mut after = (0_i32, String::new());
+        loop {
+            let page = transaction
+                .query(KNOWN_ROWS, &[&source, &after.0, &after.1, &PAGE])
+                .await
+                .map_err(|error| failure("expand a truncation", &error))?;
+            let Some(last) = page.last() else { return Ok(()) };
+            after = (last.get(0), last.get(1));
+            let ids: Vec<String> = page.iter().map(|row| row.get(1)).collect();
+            done.changes += ids.len() as u64;
+            let rows = ids.chunks(MAX_CHANGES_PER_JOB).map(|ids| self.delete(ids)).collect();
+            let jobs = pack(rows);
+            count_lanes(&jobs, done);
+            match delivery {
+                Delivery::Pgmq(prefix) => {
+                    crate::backend::pgmq::send_within(transaction, prefix, &jobs).await?;
+                }
+                Delivery::Shipped(shipping) => shipping.leave(transaction, &jobs).await?,
+            }
+        }
+    }
+
+    /// The deletes of some rows, as if a statement had deleted them.
+    fn delete(self, ids: &[String]) -> OutboxRow {
+        OutboxRow {
+            seq: self.seq,
+            op: Op::Delete,
+            ids: ids.to_vec(),
+            xid: 0,
+            changed_at_us: self.changed_at_us,
+            // However few they are, nobody edits by TRUNCATE.
+            xid_changes: u64::MAX,
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! How full the queues are. SQS counts messages, so that backlogs in changes are estimates: messages by the
+//! changes that a message of late held.
+
+use async_trait::async_trait;
+use aws_sdk_sqs::types::QueueAttributeName;
+use jiff::Timestamp;
+
+use super::Sqs;
+use super::failure::failure;
+use crate::pipeline::change::{Job, Lane};
+use crate::pipeline::failure::Result;
+use crate::pipeline::queue::{Backlog, QueueStats};
+
+/// Messages and the changes in them, as this process saw them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Packing {
+    pub(super) messages: u64,
+    pub(super) changes: u64,
+}
+
+impl Packing {
+    pub(super) fn of_jobs<'a>(jobs: impl Iterator<Item = &'a Job>) -> Self {
+        jobs.fold(Self::default(), |sum, job| Self {
+            messages: sum.messages + 1,
+            changes: sum.changes + job.changes() as u64,
+        })
+    }
+
+    /// Halved now and then, so that old messages weigh less.
+    pub(super) fn add(&mut self, other: Self) {
+        if self.messages > 1_000 {
+            *self = Self { messages: self.messages / 2, changes: self.changes / 2 };
+        }
+        self.messages += other.messages;
+        self.changes += other.changes;
+    }
+
+    /// Changes in that many messages.
+    fn estimate(self, messages: u64) -> u64 {
+        if self.messages == 0 { messages } else { (messages * self.changes).div_ceil(self.messages) }
+    }
+}
+
+/// Messages in a queue, as SQS counts them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Messages {
+    visible: u64,
+    in_flight: u64,
+}
+
+impl Messages {
+    pub(super) fn total(self) -> u64 {
+        self.visible + self.in_flight
+    }
+}
+
+impl Sqs {
+    /// How messages were packed of late: as seen here, or else as the relay remembers.
+    async fn packed(&self, lanes: &[Lane]) -> Result<Packing> {
+        let mut sum = Packing::default();
+        for lane in lanes {
+            sum.add(self.packing()[*lane as usize]);
+        }
+        if sum.messages > 0 {
+            return Ok(sum);
+        }
+        let names: Vec<&str> = lanes.iter().map(|lane| lane.name()).collect();
+        let client = self.postgres.client().await?;
+        let row = client
+            .query_one(
+                "SELECT coalesce(sum(messages), 0)::bigint, coalesce(sum(changes), 0)::bigint \
+                 FROM refarch.packing WHERE source = $1 AND lane = ANY ($2)",
+                &[&self.options.source, &names],
+            )
+            .await
+            .map_err(|error| crate::backend::postgres::failure("read how messages are packed", &error))?;
+        let number = |at| row.get::<_, i64>(at).max(0) as u64;
+        Ok(Packing { messages: number(0), changes: number(1) })
+    }
+
+    /// Counts the messages of a queue.
+    pub(super) async fn count_messages(&self, url: &str) -> Result<Messages> {
+        use QueueAttributeName as Name;
+        let names = [
+            Name::ApproximateNumberOfMessages,
+            Name::ApproximateNumberOfMessagesDelayed,
+            Name::ApproximateNumberOfMessagesNotVisible,
+        ];
+        let answer = self
+            .client
+            .get_queue_attributes()
+            .queue_url(url)
+            .set_attribute_names(Some(names.to_vec()))
+            .send()
+            .await
+            .map_err(|error| failure("count the queue", url, &error))?;
+        let number = |name| -> u64 {
+            answer
+                .attributes()
+                .and_then(|all| all.get(&name))
+                .and_then(|n| n.parse().ok())
+                .unwrap_or_default()
+        };
+        let [visible, delayed, in_flight] = names;
+        Ok(Messages { visible: number(visible) + number(delayed), in_flight: number(in_flight) })
+    }
+}
+
+#[async_trait]
+impl QueueStats for Sqs {
+    async fn backlog(&self, lane: Lane) -> Result<Backlog> {
+        if self.options.bulk_url.is_some() {
+            let counted = self.count_messages(self.url(lane)).await?;
+            let packed = self.packed(&[lane]).await?;
+            return Ok(Backlog {
+                visible: packed.estimate(counted.visible),
+                in_flight: packed.estimate(counted.in_flight),
+            });
+        }
+        // Nobody can tell the lanes apart. What is within the bulk's bound is taken for bulk, so that
+        // live changes are not called too many because of a load.
+        let counted = self.count_messages(&self.options.url).await?;
+        let packed = self.packed(&Lane::ALL).await?;
+        let (visible, in_flight) = (packed.estimate(counted.visible), packed.estimate(counted.in_flight));
+        let bound = self.options.shared_bound;
+        let bulk =
+            Backlog { in_flight: in_flight.min(bound), visible: visible.min(bound - in_flight.min(bound)) };
+        Ok(match lane {
+            Lane::Bulk => bulk,
+            Lane::Live => Backlog { visible: visible - bulk.visible, in_flight: in_flight - bulk.in_flight },
+        })
+    }
+
+    async fn oldest(&self) -> Result<Option<Timestamp>> {
+        for intake in &self.intakes {
+            let counted = self.count_messages(&intake.url).await?;
+            if counted.total() > 0 {
+                // SQS can't tell.
+                return Ok(Some(Timestamp::UNIX_EPOCH));
+            }
+        }
+        Ok(None)
+    }
+
+    fn shared_bound(&self) -> Option<u64> {
+        self.options.bulk_url.is_none().then_some(self.options.shared_bound)
+    }
+}

@@ -1,0 +1,212 @@
+//! The relay: committed changes from the outbox to the queue.
+//!
+//! The step claims outbox rows, chooses a lane for each ([`lane`]), packs them into messages in which each
+//! id stands once ([`message`]), and hands these to the queue. A crash anywhere repeats changes and loses
+//! none, since a row leaves the outbox only with or after its message.
+
+mod lane;
+mod message;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::change::Lane;
+use super::clock::Clock;
+use super::failure::{Class, Result};
+use super::fault::{self, Board};
+use super::outbox::{ClaimRequest, Outbox, Transferred};
+use super::queue::QueueStats;
+use super::retry::Backoff;
+use message::pack;
+
+/// Small outbox rows in one claim: an outbox calls rows of at most 100 ids small, so some 10 MB at worst.
+const SMALL_ROWS: usize = 2_000;
+
+/// Rows of large statements in one claim: with 500 ids each 100,000 changes, some 5 MB.
+const LARGE_ROWS: usize = 200;
+
+/// How long a count of the backlog is believed while changes come.
+const BACKLOG_AGE: Duration = Duration::from_secs(1);
+
+/// The same while none come: what was counted can only have become less, and a count may cost a call.
+const IDLE_BACKLOG_AGE: Duration = Duration::from_mins(1);
+
+/// What the relay needs of the settings.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The source's name, for messages.
+    pub source: String,
+    /// Changes in one message at most.
+    pub pack: usize,
+    /// A transaction with more changes is bulk.
+    pub bulk_threshold: u64,
+    /// While more changes wait in the live lane, further ones are bulk.
+    pub live_bound: u64,
+    /// How often the outbox is looked at when no wake-up comes.
+    pub poll: Duration,
+}
+
+/// Moves changes of one source from its outbox to the queue. Owned by the one task that steps it.
+pub struct Relay {
+    outbox: Box<dyn Outbox>,
+    /// How full the queue is that the outbox sends to.
+    queue: Arc<dyn QueueStats>,
+    clock: Arc<dyn Clock>,
+    options: Options,
+    /// Changes in the lanes: as counted, and those that were sent since.
+    live_backlog: u64,
+    /// Counted only where the lanes share a queue.
+    bulk_backlog: u64,
+    /// When the lanes were last counted.
+    counted_at: Option<Duration>,
+    /// Whether the last step found the outbox empty.
+    is_idle: bool,
+    faults: Arc<Board>,
+}
+
+impl Relay {
+    /// A relay that empties an outbox, and asks how full the queue is that this sends to.
+    #[must_use]
+    pub fn new(
+        outbox: Box<dyn Outbox>,
+        queue: Arc<dyn QueueStats>,
+        clock: Arc<dyn Clock>,
+        options: Options,
+    ) -> Self {
+        Self {
+            outbox,
+            queue,
+            clock,
+            options,
+            live_backlog: 0,
+            bulk_backlog: 0,
+            counted_at: None,
+            is_idle: false,
+            faults: Arc::default(),
+        }
+    }
+
+    /// The same, telling a board when nothing can be queued.
+    #[must_use]
+    pub fn reporting(self, faults: Arc<Board>) -> Self {
+        Self { faults, ..self }
+    }
+
+    /// Moves one claim; nothing moved means that the outbox was empty.
+    pub async fn step(&mut self) -> Result<Transferred> {
+        self.count_backlog().await?;
+        let live_room = self.options.live_bound.saturating_sub(self.live_backlog);
+        // In the outbox a load is stepped over; in a queue that the lanes share it stands in the way.
+        let standing = self.live_backlog + self.bulk_backlog;
+        let is_full = self.queue.shared_bound().is_some_and(|bound| standing >= bound);
+        let large_rows = if is_full { 0 } else { LARGE_ROWS };
+        let request = ClaimRequest {
+            small_rows: SMALL_ROWS,
+            large_rows,
+            large_transaction: self.options.bulk_threshold,
+        };
+        let pack = |rows| pack(rows, &self.options, live_room);
+        let done = self.outbox.transfer(request, &pack).await?;
+        self.live_backlog += done.live;
+        self.bulk_backlog += done.bulk;
+        self.is_idle = done.rows == 0 && !is_full;
+        Ok(done)
+    }
+
+    /// Steps until `stop`, or with `until_idle` until the outbox is empty.
+    pub async fn run(&mut self, stop: &CancellationToken, until_idle: bool) -> Result<()> {
+        let mut backoff = Backoff::default();
+        let mut has_worked = false;
+        while !stop.is_cancelled() {
+            let stepped = self.step().await;
+            has_worked |= stepped.is_ok();
+            if stepped.is_ok() && backoff.failures() > 0 {
+                tracing::info!(failures = backoff.failures(), "changes are queued again");
+                self.faults.clear(fault::RELAY);
+            }
+            match stepped {
+                Ok(done) if done.rows == 0 => {
+                    backoff.reset();
+                    if until_idle && self.is_idle {
+                        break;
+                    }
+                    stop.run_until_cancelled(self.outbox.wait(self.options.poll)).await;
+                }
+                Ok(done) => {
+                    backoff.reset();
+                    tracing::debug!(
+                        changes = done.changes,
+                        live = done.live,
+                        bulk = done.bulk,
+                        capture_lag_ms = done.oldest_ms,
+                        "changes queued"
+                    );
+                }
+                // What was there comes back: a database that is restored, a right that is granted.
+                Err(error)
+                    if error.class == Class::Fatal && (error.of_process || until_idle || !has_worked) =>
+                {
+                    return Err(error);
+                }
+                Err(error) => {
+                    let pause = backoff.next(&error, &*self.clock);
+                    let retry_in_ms = pause.as_millis() as u64;
+                    // Told once, and shown for as long as it lasts.
+                    if backoff.failures() == 1 {
+                        tracing::warn!(%error, class = %error.class, retry_in_ms, "cannot queue changes: trying again until it works");
+                    } else {
+                        tracing::debug!(%error, class = %error.class, retry_in_ms, "cannot queue changes");
+                    }
+                    if error.class == Class::Fatal || backoff.failures() >= fault::IN_A_ROW {
+                        self.faults.report(fault::RELAY, format_args!("changes cannot be queued: {error}"));
+                    }
+                    stop.run_until_cancelled(self.clock.sleep(pause)).await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts the lanes anew if the last count is too old.
+    async fn count_backlog(&mut self) -> Result<()> {
+        let age = if self.is_idle { IDLE_BACKLOG_AGE } else { BACKLOG_AGE };
+        if self.counted_at.is_none_or(|at| self.clock.now().saturating_sub(at) > age) {
+            self.live_backlog = self.queue.backlog(Lane::Live).await?.total();
+            if self.queue.shared_bound().is_some() {
+                self.bulk_backlog = self.queue.backlog(Lane::Bulk).await?.total();
+            }
+            self.counted_at = Some(self.clock.now());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::change::Op;
+    use crate::pipeline::outbox::OutboxRow;
+
+    pub(super) fn options(pack: usize) -> Options {
+        Options {
+            source: "products".into(),
+            pack,
+            bulk_threshold: 10,
+            live_bound: 1000,
+            poll: Duration::from_millis(100),
+        }
+    }
+
+    pub(super) fn row(seq: i64, ids: &[&str], xid_changes: u64) -> OutboxRow {
+        OutboxRow {
+            seq,
+            op: Op::Upsert,
+            ids: ids.iter().map(|id| (*id).into()).collect(),
+            xid: 7,
+            changed_at_us: 1_700_000_000_000_000 + seq * 1_000,
+            xid_changes,
+        }
+    }
+}
