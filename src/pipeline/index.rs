@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use super::catalog::{Hash, SourceRow};
 use super::embedder::Embedding;
 use super::failure::Result;
+use super::unchanged::{Known, Need, needed};
 
 /// A match of a query.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,16 +68,8 @@ impl Planned {
     #[must_use]
     pub fn stands(&self, epoch: Option<i64>, row: Option<&SourceRow>) -> bool {
         // An entry that was not there has just been made, at epoch 0.
-        if epoch != Some(self.epoch.unwrap_or(0)) {
-            return false;
-        }
-        match (&self.desired, row) {
-            (Desired::Absent, None) => true,
-            (Desired::Present { row: peeked, .. } | Desired::Textless { row: peeked }, Some(row)) => {
-                peeked.content_hash == row.content_hash && peeked.metadata_hash == row.metadata_hash
-            }
-            _ => false,
-        }
+        epoch == Some(self.epoch.unwrap_or(0))
+            && needed(row, Known::written(self.desired.row())) == Need::Nothing
     }
 }
 
@@ -120,6 +113,14 @@ pub struct Stored {
     pub metadata_hash: Option<Hash>,
     /// The vector.
     pub embedding: Embedding,
+}
+
+impl Stored {
+    /// What the record says of itself.
+    #[must_use]
+    pub fn known(&self) -> Known {
+        Known::Hashes { content: self.content_hash, metadata: self.metadata_hash }
+    }
 }
 
 /// A page of the ids that an index holds.

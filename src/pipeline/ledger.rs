@@ -21,6 +21,7 @@ use jiff::Timestamp;
 use super::catalog::{Hash, SourceRow};
 use super::failure::Result;
 use super::index::Planned;
+use super::unchanged::{Known, Need, needed};
 
 /// What the ledger says of an id.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,6 +72,17 @@ pub struct Opened {
     pub content_hash: Option<Hash>,
 }
 
+impl Opened {
+    /// What is known of the index's record. Only that of the text: the record is written whole.
+    #[must_use]
+    pub fn known(&self) -> Known {
+        if self.shared {
+            return Known::Unknown;
+        }
+        Known::Hashes { content: self.content_hash, metadata: None }
+    }
+}
+
 /// What became of an id in an attempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -112,16 +124,18 @@ impl Entry {
     /// Holds only if no attempt is open, the entry is clean, and what it says equals the row.
     #[must_use]
     pub fn matches(&self, row: Option<&SourceRow>) -> bool {
+        needed(row, self.known()) == Need::Nothing
+    }
+
+    /// What is known of the index's record: nothing while an attempt is open or the entry is dirty.
+    #[must_use]
+    pub fn known(&self) -> Known {
         if self.open != 0 || self.dirty {
-            return false;
-        }
-        match row {
-            None => self.deleted,
-            Some(row) => {
-                !self.deleted
-                    && self.content_hash == Some(row.content_hash)
-                    && self.metadata_hash == Some(row.metadata_hash)
-            }
+            Known::Unknown
+        } else if self.deleted {
+            Known::Deleted
+        } else {
+            Known::Hashes { content: self.content_hash, metadata: self.metadata_hash }
         }
     }
 
@@ -236,6 +250,20 @@ pub struct Peeked {
     pub row: Option<SourceRow>,
     /// The ledger's entry, unless the id has never been worked on.
     pub entry: Option<Entry>,
+}
+
+impl Peeked {
+    /// What is to be done so that the index holds the row.
+    #[must_use]
+    pub fn need(&self) -> Need {
+        needed(self.row.as_ref(), self.entry.as_ref().map_or(Known::Never, Entry::known))
+    }
+
+    /// Whether nothing is to be done.
+    #[must_use]
+    pub fn is_in_sync(&self) -> bool {
+        self.need() == Need::Nothing
+    }
 }
 
 /// What closing an attempt did.

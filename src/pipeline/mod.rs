@@ -23,3 +23,4 @@ pub mod queue;
 pub mod relay;
 pub mod retry;
 pub mod schedule;
+pub mod unchanged;

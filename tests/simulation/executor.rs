@@ -11,6 +11,9 @@ use async_trait::async_trait;
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use refarch::pipeline::clock::Clock;
+use refarch::pipeline::failure::{Error, FailureKind};
+use refarch::pipeline::indexer::{Spawn, Task as Batch};
+use tokio::sync::oneshot;
 
 /// A process, whose tasks freeze and die together.
 pub type Process = usize;
@@ -34,9 +37,34 @@ struct Task {
     future: Pin<Box<dyn Future<Output = ()>>>,
 }
 
+/// Tasks that tasks have started, with the process that they belong to.
+type Spawned = Arc<Mutex<Vec<(Process, Pin<Box<dyn Future<Output = ()> + Send>>)>>>;
+
+/// Starts tasks of one process, for its other tasks.
+pub struct Spawner {
+    process: Process,
+    spawned: Spawned,
+}
+
+impl Spawn for Spawner {
+    fn spawn(&self, task: Batch) -> Batch {
+        let (done, result) = oneshot::channel();
+        let task = async move {
+            let _ = done.send(task.await);
+        };
+        self.spawned.lock().unwrap().push((self.process, Box::pin(task)));
+        Box::pin(async move {
+            result.await.unwrap_or_else(|_| {
+                Err(Error::new(FailureKind::ProcessBroken, "simulated task", "it was dropped"))
+            })
+        })
+    }
+}
+
 /// Tasks, and who of them may go on.
 pub struct Executor {
     tasks: Vec<Task>,
+    spawned: Spawned,
     frozen: Vec<(Process, Duration)>,
     pub clock: Arc<SimClock>,
     runnable: Vec<usize>,
@@ -44,7 +72,25 @@ pub struct Executor {
 
 impl Executor {
     pub fn new(clock: Arc<SimClock>) -> Self {
-        Self { tasks: Vec::new(), frozen: Vec::new(), clock, runnable: Vec::new() }
+        Self {
+            tasks: Vec::new(),
+            spawned: Spawned::default(),
+            frozen: Vec::new(),
+            clock,
+            runnable: Vec::new(),
+        }
+    }
+
+    /// What starts tasks of a process from within.
+    pub fn spawner(&self, process: Process) -> Spawner {
+        Spawner { process, spawned: Arc::clone(&self.spawned) }
+    }
+
+    fn adopt_spawned(&mut self) {
+        let spawned = std::mem::take(&mut *self.spawned.lock().unwrap());
+        for (process, task) in spawned {
+            self.spawn(process, task);
+        }
     }
 
     pub fn spawn(&mut self, process: Process, future: impl Future<Output = ()> + 'static) {
@@ -55,6 +101,7 @@ impl Executor {
 
     /// Drops a process's tasks where they stand.
     pub fn kill(&mut self, process: Process) {
+        self.adopt_spawned();
         self.tasks.retain(|task| task.process != process);
         self.frozen.retain(|(frozen, _)| *frozen != process);
     }
@@ -70,6 +117,7 @@ impl Executor {
 
     /// Polls one task, or lets time pass to where one can go on. Returns false when none ever will.
     pub fn step(&mut self, rng: &mut SmallRng) -> bool {
+        self.adopt_spawned();
         let now = self.clock.now();
         self.frozen.retain(|(_, until)| *until > now);
         self.clock.fire();

@@ -1,4 +1,4 @@
-//! The real steps of relay and indexer over a simulated world, in an order that a seed decides.
+//! The real loops of relay and indexer over a simulated world, in an order that a seed decides.
 //!
 //! Each schedule runs some processes against one world: they are killed, frozen past every timeout
 //! and started again; the database loses calls and answers; the queue repeats, delays and reorders;
@@ -16,6 +16,7 @@ mod fenced;
 #[path = "../contract/fenced.rs"]
 mod fenced_contract;
 mod ledger;
+mod receiver;
 mod split;
 mod visibility;
 mod world;
@@ -29,7 +30,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use refarch::pipeline::change::Lane;
 use refarch::pipeline::clock::Clock;
-use refarch::pipeline::indexer::{self, Indexer};
+use refarch::pipeline::indexer::{self, Indexer, Receiver};
 use refarch::pipeline::lease::Lease;
 use refarch::pipeline::queue::Queue;
 use refarch::pipeline::relay::{self, Relay};
@@ -129,18 +130,13 @@ impl Run {
         let clock: Arc<dyn Clock> = Arc::clone(&self.clock) as _;
         let (indexer, lease) = indexer(&view, &self.clock);
         for lane in Lane::ALL {
-            let (indexer, view, clock) = (Arc::clone(&indexer), view.clone(), Arc::clone(&clock));
+            let spawner = Arc::new(self.executor.spawner(process));
+            let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
+            let receiver = Receiver::new(Arc::clone(&indexer), lane, spawner, stop, abort, false);
+            let world = Arc::clone(&self.world);
             self.executor.spawn(process, async move {
-                use refarch::pipeline::queue::JobQueue as _;
-                let never = CancellationToken::new();
-                loop {
-                    let received = view.receive(lane, 3).await.unwrap_or_default();
-                    if received.is_empty() {
-                        clock.sleep(Duration::from_secs(2)).await;
-                        continue;
-                    }
-                    let _ = indexer.process_with_visibility(lane, &received, &never).await;
-                }
+                let ended = receiver.run().await;
+                world.lock().unwrap().broken = Some(format!("a receive loop ended: {ended:?}"));
             });
         }
         let embedding = Arc::clone(&indexer);
@@ -237,6 +233,11 @@ impl Run {
 
 /// The real indexer over one process's view of the world, and its lease.
 fn indexer(view: &View, clock: &Arc<SimClock>) -> (Arc<Indexer>, Arc<Lease>) {
+    let (indexer, lease) = build_indexer(view, clock);
+    (Arc::new(indexer), lease)
+}
+
+fn build_indexer(view: &View, clock: &Arc<SimClock>) -> (Indexer, Arc<Lease>) {
     let worker = view.worker.clone();
     let view = Arc::new(view.clone());
     let clock: Arc<dyn Clock> = Arc::clone(clock) as _;
@@ -253,14 +254,14 @@ fn indexer(view: &View, clock: &Arc<SimClock>) -> (Arc<Indexer>, Arc<Lease>) {
             worker,
             workers: 1,
             hold: Duration::from_secs(1),
-            poll: Duration::from_secs(1),
+            poll: Duration::from_secs(2),
             // Chaos of this density would use up any number.
             max_receives: u32::MAX,
             settle: SETTLE,
             look: Duration::from_secs(1),
         },
     );
-    (Arc::new(indexer), lease)
+    (indexer, lease)
 }
 
 /// Runs one schedule to its end.

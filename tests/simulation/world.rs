@@ -140,6 +140,8 @@ pub struct World {
     pub broken: Option<String>,
     /// Rows as first peeked, for a plant.
     peeked: BTreeMap<String, Option<RowText>>,
+    /// How each receive fails, while they do.
+    pub cannot_receive: Option<FailureKind>,
 }
 
 impl World {
@@ -168,6 +170,7 @@ impl World {
             immortal: BTreeMap::new(),
             broken: None,
             peeked: BTreeMap::new(),
+            cannot_receive: None,
         }
     }
 
@@ -267,6 +270,11 @@ impl World {
     /// Whether the worker must not die now.
     pub fn is_immortal(&self, worker: &str) -> bool {
         self.immortal.get(worker).is_some_and(|ids| !ids.is_empty())
+    }
+
+    /// Messages of a lane that are not acknowledged.
+    pub fn queued(&self, lane: Lane) -> usize {
+        self.lanes[lane as usize].len()
     }
 
     /// Whether nothing is under way.
@@ -720,9 +728,15 @@ impl JobQueue for View {
 
     async fn receive(&self, lane: Lane, max: usize) -> Result<Vec<Message>> {
         self.database().await?;
+        let cannot_receive = self.world().cannot_receive;
+        if let Some(kind) = cannot_receive {
+            return Err(Error::new(kind, "simulated", "nothing can be received"));
+        }
         let messages = {
             let mut world = self.world();
             let now = world.clock.now();
+            // A queue need not give all that it has, and so workers share.
+            let max = max.min(world.rng.random_range(1..4));
             let taken: Vec<Held> = world.lanes[lane as usize]
                 .iter_mut()
                 .filter(|held| held.visible_at <= now)
@@ -853,7 +867,11 @@ enum Fate {
 impl View {
     /// A request's way: what it comes to is decided while it travels.
     async fn request(&self, writes: Vec<Late>) -> Result<()> {
-        turn().await;
+        // Long enough that a worker is frozen now and then amid a request.
+        let travels = self.world().rng.random_range(1..8);
+        for _ in 0..travels {
+            turn().await;
+        }
         {
             let mut world = self.world();
             for write in &writes {

@@ -13,6 +13,7 @@ use crate::pipeline::failure::Result;
 use crate::pipeline::index::{Stored, VectorIndex, Writes};
 use crate::pipeline::ledger::{Ledger, Peeked};
 use crate::pipeline::queue::QueueStats;
+use crate::pipeline::unchanged::{Need, needed};
 
 /// An index outside of the database may show a write a little later than it accepts it: a difference
 /// to a clean entry must last this long.
@@ -54,20 +55,18 @@ pub(super) fn difference(peeked: &Peeked, stored: Option<&Stored>) -> Option<Kin
         (None, None) => None,
         (None, Some(_)) => Some(Kind::Orphaned),
         (Some(_), None) => Some(Kind::Missing),
-        (Some(row), Some(stored)) => {
-            let same = stored.content_hash == Some(row.content_hash)
-                && stored.metadata_hash.is_none_or(|hash| hash == row.metadata_hash);
-            (!same).then_some(Kind::Stale)
-        }
+        (Some(row), Some(stored)) => match needed(Some(row), stored.known()) {
+            Need::Nothing => None,
+            // Not every index keeps metadata.
+            Need::Metadata if stored.metadata_hash.is_none() => None,
+            _ => Some(Kind::Stale),
+        },
     }
 }
 
 /// Whether the ledger does not say that the index holds this row: somebody must still see to the id.
 pub(super) fn is_unsettled(peeked: &Peeked) -> bool {
-    match &peeked.entry {
-        Some(entry) => !entry.matches(peeked.row.as_ref()),
-        None => peeked.row.is_some(),
-    }
+    !peeked.is_in_sync()
 }
 
 /// What stands in the dead letters.

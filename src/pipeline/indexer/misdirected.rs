@@ -1,18 +1,21 @@
-//! Messages that are somebody else's: of a later build, or of another source.
+//! Messages that this worker cannot work on: of a later build, of another source, or unreadable.
 //!
-//! During a rolling upgrade both builds receive from one queue, so such a message is no dead letter,
-//! however often it comes: it is put back for a while that grows, for whoever can read it, and told of. It
-//! waits for as long as the queue keeps it (SQS: the retention period, or its redrive policy).
+//! During a rolling upgrade both builds receive from one queue, so a message of a later build or of another
+//! source is no dead letter, however often it comes: it is put back for a while that grows, for whoever can
+//! read it, and told of. It waits for as long as the queue keeps it (SQS: the retention period, or its
+//! redrive policy). A message that nobody can read is a dead letter.
 
 use std::collections::BTreeMap;
-use std::sync::PoisonError;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::Indexer;
+use super::batch::Batch;
+use super::health::Health;
 use crate::pipeline::change::JOB_VERSION;
+use crate::pipeline::clock::Clock;
 use crate::pipeline::failure::Result;
 use crate::pipeline::fault;
-use crate::pipeline::queue::Message;
+use crate::pipeline::queue::{DeadLetters, JobQueue, Message, Reason, Why};
 
 /// How long such a message is put back for at first, and at most.
 const FIRST_PAUSE: Duration = Duration::from_secs(30);
@@ -27,18 +30,67 @@ const MAX_KINDS: usize = 8;
 /// Characters of a foreign name that are shown.
 const MAX_NAME: usize = 60;
 
-/// Which kinds have come, and when each last did, by the worker's clock.
-pub(super) type Seen = BTreeMap<String, Duration>;
+/// Takes messages out of batches that this worker cannot work on.
+pub(super) struct Misdirected {
+    /// The source whose messages are ours.
+    source: String,
+    queue: Arc<dyn JobQueue>,
+    dead_letters: Arc<dyn DeadLetters>,
+    clock: Arc<dyn Clock>,
+    health: Arc<Health>,
+    seen: Mutex<Seen>,
+}
 
-impl Indexer {
+/// Which kinds of messages were put back, and when each last was, by the worker's clock.
+type Seen = BTreeMap<String, Duration>;
+
+impl Misdirected {
+    pub(super) fn new(
+        source: String,
+        queue: Arc<dyn JobQueue>,
+        dead_letters: Arc<dyn DeadLetters>,
+        clock: Arc<dyn Clock>,
+        health: Arc<Health>,
+    ) -> Self {
+        Self { source, queue, dead_letters, clock, health, seen: Mutex::default() }
+    }
+
+    /// Dead-letters messages that nobody can read, and puts back those that somebody else can.
+    pub(super) async fn set_aside(&self, batch: &mut Batch) -> Result<()> {
+        let mut at = 0;
+        while let Some(message) = batch.messages().get(at) {
+            if let Some(reason) = self.misdirected_reason(message) {
+                self.return_to_queue(message, &reason).await?;
+            } else if let Err(undecodable) = &message.body {
+                let error = undecodable.reason.clone();
+                tracing::error!(
+                    message.id,
+                    receive_count = message.receive_count,
+                    error,
+                    "a message {}: moved to the dead letters",
+                    Reason::Undecodable.describe()
+                );
+                let cause = Why { reason: Reason::Undecodable, error, tries: 0 };
+                self.dead_letters.store(message, None, &cause).await?;
+            } else {
+                at += 1;
+                continue;
+            }
+            // No change of the batch is its.
+            let gone = message.receipt.clone();
+            batch.retain(|message| message.receipt != gone);
+        }
+        Ok(())
+    }
+
     /// What makes a message somebody else's, if anything does.
-    pub(super) fn somebody_elses(&self, message: &Message) -> Option<String> {
+    fn misdirected_reason(&self, message: &Message) -> Option<String> {
         match &message.body {
-            Ok(job) if job.source != self.options.source => {
+            Ok(job) if job.source != self.source => {
                 let name: String = job.source.chars().take(MAX_NAME).collect();
                 Some(format!(
                     "of source {name:?}, and this worker is source {:?}'s: start one for it",
-                    self.options.source
+                    self.source
                 ))
             }
             Err(undecodable) => undecodable.later.map(|version| {
@@ -49,33 +101,36 @@ impl Indexer {
     }
 
     /// Hides a message from everybody for a while, and tells of it.
-    pub(super) async fn put_back(&self, message: &Message, whose: String) -> Result<()> {
+    async fn return_to_queue(&self, message: &Message, reason: &str) -> Result<()> {
         let doublings = message.receive_count.saturating_sub(1).min(10);
         let pause = FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE);
         self.queue.extend_visibility(std::slice::from_ref(&message.receipt), pause).await?;
-        let now = self.clock().now();
-        let mut seen = self.misdirected.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.clock.now();
+        let mut seen = self.seen();
         seen.retain(|_, at| now.saturating_sub(*at) < FORGOTTEN);
-        if !seen.contains_key(&whose) {
+        if !seen.contains_key(reason) {
             tracing::warn!(
                 message.id,
                 retry_in_ms = pause.as_millis() as u64,
-                "a message is {whose}: it was put back"
+                "a message is {reason}: it was put back"
             );
         }
-        if seen.len() < MAX_KINDS || seen.contains_key(&whose) {
-            seen.insert(whose, now);
+        if seen.len() < MAX_KINDS || seen.contains_key(reason) {
+            seen.insert(reason.to_owned(), now);
         }
         let kinds: Vec<&str> = seen.keys().map(String::as_str).collect();
         let message = format!("the queue holds messages {}", kinds.join("; "));
-        self.faults.report_for(fault::MISDIRECTED, message, FORGOTTEN);
+        self.health.faults().report_for(fault::MISDIRECTED, message, FORGOTTEN);
         Ok(())
     }
 
     /// Whether a message was put back lately, so that the queue need not become empty.
-    pub(super) fn has_put_back(&self) -> bool {
-        let now = self.clock().now();
-        let seen = self.misdirected.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.values().any(|at| now.saturating_sub(*at) < FORGOTTEN)
+    pub(super) fn has_returned(&self) -> bool {
+        let now = self.clock.now();
+        self.seen().values().any(|at| now.saturating_sub(*at) < FORGOTTEN)
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

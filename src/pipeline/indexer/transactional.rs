@@ -9,88 +9,80 @@
 //! - a worker told "failed" of a commit that happened peeks again, and finds the ids in sync;
 //! - a row that changes after the commit has its own change in the outbox.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 
-use super::batch::Batch;
-use super::{Hint, Indexer, Made, Round, is_in_sync};
+use super::batch::{Batch, Texts, Vectors};
+use super::writer::{Failure, Writer, Written};
 use crate::pipeline::catalog::Hash;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::{Desired, FencedWrite, Planned};
 use crate::pipeline::ledger::Peeked;
-
-/// Texts by their content hash, in an order that is the same every time.
-type Texts = BTreeMap<Hash, std::sync::Arc<str>>;
+use crate::pipeline::unchanged::Need;
 
 /// The content hash of the text whose vector a write wants, if it wants one.
 type Wants = Option<Hash>;
 
-impl Indexer {
-    pub(super) async fn write_fenced(
+impl Writer {
+    pub(super) async fn write_transactional(
         &self,
-        fence: &dyn FencedWrite,
+        index: &dyn FencedWrite,
         lane: Lane,
         ids: &[String],
         batch: &mut Batch,
-    ) -> Result<Round> {
+    ) -> Result<Written, Failure> {
         let peeked = self.ledger.peek(ids).await?;
-        let (planned, texts) = plan(peeked, &batch.hints);
+        let (planned, texts) = plan(peeked, batch);
         if planned.is_empty() {
-            return Ok(Round::default());
+            return Ok(Written::default());
         }
-        self.make(lane, texts, batch).await?;
-        let planned = with_vectors(planned, &batch.made);
-        let applied = fence.apply(&planned).await?;
-        let committed = (applied.clock_us, self.clock().now());
+        self.embed_texts(lane, texts, batch).await?;
+        let planned = with_vectors(planned, &batch.vectors);
+        let applied = index.apply(&planned).await?;
         let conflicted: HashSet<&str> = applied.conflicted.iter().map(String::as_str).collect();
         let written = planned.iter().map(|write| write.id.as_str()).filter(|id| !conflicted.contains(id));
-        self.fresh(lane, written, &batch.hints, committed);
+        self.freshness.record(lane, written, &batch.hints, applied.clock_us);
         let settled = (planned.len() - applied.conflicted.len()) as u64;
-        Ok(Round { again: applied.conflicted, applied: settled, settled, ..Round::default() })
+        Ok(Written { conflicted: applied.conflicted, applied: settled, settled, ..Written::default() })
     }
 }
 
 /// Decides what is to be done for each id, dropping those that are in sync, and lists the distinct
 /// texts whose vectors are wanted.
-fn plan(peeked: Vec<Peeked>, hints: &BTreeMap<String, Hint>) -> (Vec<(Planned, Wants)>, Texts) {
+fn plan(peeked: Vec<Peeked>, batch: &Batch) -> (Vec<(Planned, Wants)>, Texts) {
     let mut planned = Vec::new();
     let mut texts = Texts::new();
     for one in peeked {
-        if is_in_sync(&one) {
+        let need = one.need();
+        if need == Need::Nothing {
             continue;
         }
         let Peeked { id, row, entry } = one;
         let mut wants = None;
         let desired = match row {
             None => Desired::Absent,
-            Some(row) if !row.has_text() => Desired::Textless { row },
+            Some(row) if need == Need::Delete => Desired::Textless { row },
             Some(row) => {
-                let vector_stands = entry.as_ref().is_some_and(|entry| {
-                    entry.open == 0
-                        && !entry.dirty
-                        && !entry.deleted
-                        && entry.content_hash == Some(row.content_hash)
-                });
-                if !vector_stands {
+                if need == Need::Vector {
                     texts.entry(row.content_hash).or_insert_with(|| row.text.clone());
                     wants = Some(row.content_hash);
                 }
                 Desired::Present { row, embedding: None }
             }
         };
-        let version = hints.get(&id).map_or(0, |hint| hint.version);
+        let version = batch.version(&id);
         planned.push((Planned { id, epoch: entry.map(|entry| entry.epoch), version, desired }, wants));
     }
     (planned, texts)
 }
 
 /// Gives each write the vector that it wants.
-fn with_vectors(planned: Vec<(Planned, Wants)>, made: &Made) -> Vec<Planned> {
+fn with_vectors(planned: Vec<(Planned, Wants)>, vectors: &Vectors) -> Vec<Planned> {
     planned
         .into_iter()
         .map(|(mut write, wants)| {
             if let Desired::Present { embedding, .. } = &mut write.desired {
-                *embedding = wants.and_then(|hash| made.get(&hash).cloned());
+                *embedding = wants.and_then(|hash| vectors.get(&hash).cloned());
             }
             write
         })

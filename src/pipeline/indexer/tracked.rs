@@ -37,34 +37,25 @@
 //! open or dirty*. Without the last half a row could be re-inserted, read under an attempt, and
 //! truncated, while its entry still says "deleted": no change would be left to take it out again.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError};
+use std::collections::HashMap;
 
-use super::batch::Batch;
-use super::{Indexer, Round, is_in_sync};
-use crate::pipeline::catalog::{Hash, SourceRow};
+use super::batch::{Batch, Texts};
+use super::open_writes::Closing;
+use super::writer::{Failure, Writer, Written};
+use crate::pipeline::catalog::SourceRow;
 use crate::pipeline::change::Lane;
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::index::{PlainWrite, Record};
-use crate::pipeline::ledger::{Opened, Outcome};
+use crate::pipeline::ledger::{Opened, Outcome, Swept};
 use crate::pipeline::retry::Backoff;
+use crate::pipeline::unchanged::needed;
 
 /// Tries of one request before its attempt is closed: each later one needs the rows read anew.
 const REQUEST_TRIES: u32 = 3;
 
-/// An attempt that is being worked on.
-struct InHand<'a> {
-    indexer: &'a Indexer,
-    name: String,
-}
-
-impl Drop for InHand<'_> {
-    fn drop(&mut self) {
-        self.indexer.in_hand().retain(|name| *name != self.name);
-    }
-}
+/// Abandoned writes that are swept in one go.
+const SWEEP_AT_ONCE: usize = 100;
 
 /// What is written for an id, and what became of it.
 struct Part {
@@ -74,6 +65,11 @@ struct Part {
 }
 
 impl Part {
+    /// The row, if it has a text and so a record.
+    fn row_with_text(&self) -> Option<&SourceRow> {
+        self.row.as_ref().filter(|row| row.has_text())
+    }
+
     fn settled(&self, version: i64) -> Outcome {
         Outcome::Settled {
             content_hash: self.row.as_ref().map(|row| row.content_hash),
@@ -83,6 +79,9 @@ impl Part {
         }
     }
 }
+
+/// Ids of requests that were refused for good, and why.
+type Refusal = Option<(Vec<String>, Error)>;
 
 /// One request to the index.
 #[derive(Clone, Copy)]
@@ -103,195 +102,144 @@ enum Sent {
     Failed(bool, Error),
 }
 
-impl Indexer {
-    pub(super) async fn write_attempt(
+impl Writer {
+    pub(super) async fn write_tracked(
         &self,
-        plain: &dyn PlainWrite,
+        index: &dyn PlainWrite,
         lane: Lane,
         ids: &[String],
         batch: &mut Batch,
-    ) -> Result<Round> {
+    ) -> Result<Written, Failure> {
         let peeked = self.ledger.peek(ids).await?;
-        let ids: Vec<String> = peeked.into_iter().filter(|one| !is_in_sync(one)).map(|one| one.id).collect();
+        let ids: Vec<String> = peeked.into_iter().filter(|one| !one.is_in_sync()).map(|one| one.id).collect();
         if ids.is_empty() {
-            return Ok(Round::default());
+            return Ok(Written::default());
         }
         // An attempt of a worker without a session would be taken for a dead one's.
-        let session = self.lease.current(plain.request_timeout()).await?;
-        let attempt = self.take_in_hand();
-        let opened = self.ledger.open(&attempt.name, &self.options.worker, &ids).await?;
+        let session = self.lease.current(index.request_timeout()).await?;
+        let write = self.open_writes.begin();
+        let worker = self.open_writes.worker();
+        let opened = self.ledger.open(&write.id, worker, &ids).await?;
         let mut parts: Vec<Part> = opened
             .into_iter()
             .map(|opened| Part { opened, row: None, outcome: Outcome::Unwritten })
             .collect();
         // Until it is closed: whatever ends this, somebody must still say that writes may be about.
         let doubtful = parts.iter().map(|part| (part.opened.clone(), Outcome::Doubtful)).collect();
-        self.remember(&attempt.name, doubtful);
-        let written = self.write_parts(plain, lane, session, &ids, &mut parts, batch).await;
-        let closing: Vec<(Opened, Outcome)> =
-            parts.into_iter().map(|part| (part.opened, part.outcome)).collect();
-        self.remember(&attempt.name, closing.clone());
-        let closed = self.ledger.close(&attempt.name, &self.options.worker, &closing).await;
+        self.open_writes.keep_closing(&write.id, doubtful);
+        let written = self.write_parts(index, lane, session, &ids, &mut parts, batch).await;
+        let closing: Closing = parts.into_iter().map(|part| (part.opened, part.outcome)).collect();
+        self.open_writes.keep_closing(&write.id, closing.clone());
+        let closed = self.ledger.close(&write.id, worker, &closing).await;
         if closed.is_ok() {
-            self.unclosed().remove(&attempt.name);
+            self.open_writes.forget(&write.id);
         }
         // The first failure is the one that tells most.
         let refused = written?;
         let closed = closed?;
-        self.written(
-            lane,
-            closed.settled.iter().map(String::as_str),
-            &batch.hints,
-            (closed.clock_us, self.clock().now()),
-        );
-        Ok(Round {
+        let settled = closed.settled.iter().map(String::as_str);
+        self.freshness.record(lane, settled, &batch.hints, closed.clock_us);
+        Ok(Written {
             settled: closed.settled.len() as u64,
             applied: closed.settled.len() as u64 + closed.overlapped + closed.abandoned,
             refused,
-            ..Round::default()
+            ..Written::default()
         })
     }
 
-    fn unclosed(&self) -> MutexGuard<'_, BTreeMap<String, Vec<(Opened, Outcome)>>> {
-        self.unclosed.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn remember(&self, attempt: &str, closing: Vec<(Opened, Outcome)>) {
-        self.unclosed().insert(attempt.to_owned(), closing);
-    }
-
-    /// Closes attempts that were left without a closing, or whose closing failed.
-    pub(super) async fn close_left(&self) -> Result<()> {
-        let left: Vec<(String, Vec<(Opened, Outcome)>)> = {
-            let in_hand = self.in_hand();
-            self.unclosed()
-                .iter()
-                .filter(|(name, _)| !in_hand.contains(name))
-                .map(|(name, closing)| (name.clone(), closing.clone()))
-                .collect()
-        };
-        for (name, closing) in left {
-            self.ledger.close(&name, &self.options.worker, &closing).await?;
-            self.unclosed().remove(&name);
+    /// Closes writes that were left without a closing, or whose closing failed.
+    pub(super) async fn close_leftover(&self) -> Result<()> {
+        for (id, closing) in self.open_writes.leftover() {
+            self.ledger.close(&id, self.open_writes.worker(), &closing).await?;
+            self.open_writes.forget(&id);
         }
         Ok(())
     }
 
-    /// Names of the attempts that are being worked on.
-    fn in_hand(&self) -> MutexGuard<'_, Vec<String>> {
-        self.in_hand.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Names of the attempts that this worker will close.
-    pub(super) fn own_attempts(&self) -> Vec<String> {
-        let mut own = self.in_hand().clone();
-        own.extend(self.unclosed().keys().cloned());
-        own
-    }
-
-    fn take_in_hand(&self) -> InHand<'_> {
-        let number = self.attempts.fetch_add(1, Ordering::Relaxed);
-        let name = format!("{}/{number}", self.options.worker);
-        self.in_hand().push(name.clone());
-        InHand { indexer: self, name }
+    /// Closes writes that were left, sweeps those that nobody will close, and disowns what the ledger has of
+    /// this worker and this worker does not know of.
+    pub(super) async fn sweep(&self) -> Result<Swept> {
+        if self.is_transactional() {
+            return Ok(Swept::default());
+        }
+        self.close_leftover().await?;
+        self.ledger.disown(self.open_writes.worker(), &self.open_writes.ids()).await?;
+        let swept = self.ledger.sweep(self.settle, SWEEP_AT_ONCE).await?;
+        if swept.attempts > 0 || swept.abandoned > 0 {
+            tracing::info!(
+                attempts = swept.attempts,
+                abandoned = swept.abandoned,
+                requeued = swept.requeued,
+                "swept attempts that nobody closed"
+            );
+        }
+        Ok(swept)
     }
 
     /// Reads, embeds and writes; leaves each part's outcome in it. Returns the ids of a request that
     /// was refused; fails when nothing more can be sent.
     async fn write_parts(
         &self,
-        plain: &dyn PlainWrite,
+        index: &dyn PlainWrite,
         lane: Lane,
         session: u64,
         ids: &[String],
         parts: &mut [Part],
         batch: &mut Batch,
-    ) -> Result<Option<(Vec<String>, Error)>> {
+    ) -> Result<Refusal, Failure> {
         // After the opening was committed.
         for (part, peeked) in parts.iter_mut().zip(self.ledger.peek(ids).await?) {
             part.row = peeked.row;
         }
-        let mut reused = self.reusable(parts).await?;
-        let mut texts = BTreeMap::new();
-        for part in parts.iter() {
-            if let Some(row) = part.row.as_ref().filter(|row| row.has_text())
-                && !reused.contains_key(&row.id)
-            {
+        let mut reused = self.reusable_vectors(parts).await?;
+        let mut texts = Texts::new();
+        for row in parts.iter().filter_map(Part::row_with_text) {
+            if !reused.contains_key(&row.id) {
                 texts.entry(row.content_hash).or_insert_with(|| row.text.clone());
             }
         }
-        self.make(lane, texts, batch).await?;
-        let version = |id: &str| batch.hints.get(id).map_or(0, |hint| hint.version);
+        self.embed_texts(lane, texts, batch).await?;
 
         let mut records = Vec::new();
         let mut gone = Vec::new();
-        let mut at: HashMap<String, usize> = HashMap::new();
-        for (place, part) in parts.iter().enumerate() {
-            at.insert(part.opened.id.clone(), place);
-            match part.row.as_ref().filter(|row| row.has_text()) {
-                None => gone.push(part.opened.id.clone()),
-                Some(row) => {
-                    let embedding =
-                        reused.remove(&row.id).or_else(|| batch.made.get(&row.content_hash).cloned());
-                    let embedding = embedding.ok_or_else(|| {
-                        Error::new(FailureKind::UnexpectedAnswer, "embed texts", "a text was left out")
-                    })?;
-                    records.push(Record { embedding, row: row.clone(), version: version(&row.id) });
-                }
-            }
+        for part in parts.iter() {
+            let Some(row) = part.row_with_text() else {
+                gone.push(part.opened.id.clone());
+                continue;
+            };
+            let embedding =
+                reused.remove(&row.id).or_else(|| batch.vectors.get(&row.content_hash).cloned()).ok_or_else(
+                    || Error::new(FailureKind::UnexpectedAnswer, "embed texts", "a text was left out"),
+                )?;
+            records.push(Record { embedding, row: row.clone(), version: batch.version(&row.id) });
         }
 
-        let mut refusal: Option<(Vec<String>, Error)> = None;
-        let mut take = |ids: Vec<String>, sent: Sent| -> Result<()> {
-            let mut set = |outcome: &dyn Fn(&Part) -> Outcome| {
-                for id in &ids {
-                    let part = &mut parts[at[id]];
-                    part.outcome = outcome(part);
-                }
-            };
-            match sent {
-                Sent::Surely => set(&|part| part.settled(version(&part.opened.id))),
-                Sent::Doubtfully => set(&|_| Outcome::Doubtful),
-                Sent::Refused(error) => match &mut refusal {
-                    Some((all, _)) => all.extend(ids),
-                    None => refusal = Some((ids, error)),
-                },
-                Sent::Failed(doubtful, error) => {
-                    if doubtful {
-                        set(&|_| Outcome::Doubtful);
-                    }
-                    return Err(error);
-                }
-            }
-            Ok(())
-        };
+        let mut outcomes = Outcomes::new(parts, batch);
         let mut rest = records.as_slice();
         while !rest.is_empty() {
-            let (now, later) = rest.split_at(plain.fits(rest).clamp(1, rest.len()));
-            let sent = self.send(plain, session, Request::Upsert(now)).await;
-            take(now.iter().map(|record| record.row.id.clone()).collect(), sent)?;
+            let (now, later) = rest.split_at(index.fits(rest).clamp(1, rest.len()));
+            let sent = self.send(index, session, Request::Upsert(now)).await;
+            outcomes.take(now.iter().map(|record| record.row.id.clone()).collect(), sent)?;
             rest = later;
         }
-        for ids in gone.chunks(plain.max_deletes().max(1)) {
-            let sent = self.send(plain, session, Request::Delete(ids)).await;
-            take(ids.to_vec(), sent)?;
+        for ids in gone.chunks(index.max_deletes().max(1)) {
+            let sent = self.send(index, session, Request::Delete(ids)).await;
+            outcomes.take(ids.to_vec(), sent)?;
         }
-        Ok(refusal)
+        Ok(outcomes.refusal)
     }
 
-    /// Vectors that the index holds and that still stand: the content hash was known, by an entry
-    /// that nobody else had open, and the index's own copy carries it too. A dirty entry that has a hash is
-    /// one of a database that went back: whatever else the index holds, a record is written whole, so that one with
-    /// this hash has this text's vector.
-    async fn reusable(&self, parts: &[Part]) -> Result<HashMap<String, Embedding>> {
-        let wanted: HashMap<&str, Hash> = parts
+    /// Vectors that the index holds and that still stand: the content hash was known, by an entry that
+    /// nobody else had open, and the index's own copy carries it too. A dirty entry that has a hash is one
+    /// of a database that went back: whatever else the index holds, a record is written whole, so that one
+    /// with this hash has this text's vector.
+    async fn reusable_vectors(&self, parts: &[Part]) -> Result<HashMap<String, Embedding>> {
+        let stands = |row: &SourceRow, known| needed(Some(row), known).keeps_vector();
+        let wanted: HashMap<&str, &SourceRow> = parts
             .iter()
-            .filter(|part| !part.opened.shared)
-            .filter_map(|part| {
-                let row = part.row.as_ref().filter(|row| row.has_text())?;
-                (part.opened.content_hash == Some(row.content_hash))
-                    .then_some((part.opened.id.as_str(), row.content_hash))
-            })
+            .filter_map(|part| Some((part.row_with_text()?, part.opened.known())))
+            .filter(|(row, known)| stands(row, *known))
+            .map(|(row, _)| (row.id.as_str(), row))
             .collect();
         if wanted.is_empty() {
             return Ok(HashMap::new());
@@ -308,7 +256,7 @@ impl Indexer {
         };
         Ok(stored
             .into_iter()
-            .filter(|stored| stored.content_hash == wanted.get(stored.id.as_str()).copied())
+            .filter(|stored| wanted.get(stored.id.as_str()).is_some_and(|row| stands(row, stored.known())))
             .map(|stored| (stored.id, stored.embedding))
             .collect())
     }
@@ -332,9 +280,10 @@ impl Indexer {
                 Ok(()) => return Sent::Surely,
                 Err(error) => error,
             };
-            doubtful |= error.is_doubtful();
-            // What would concern everything may be said of this request only, as by a filter before the index.
+            // What would concern everything may be said of this request only, as by a filter before the
+            // index.
             let is_about_change = error.is_doubtful() || error.class() == Class::Fatal;
+            doubtful |= error.is_doubtful();
             let error = if is_about_change { error.over_the_change() } else { error };
             let over = backoff.failures() + 1 >= REQUEST_TRIES || self.health.is_outage();
             match error.class() {
@@ -349,6 +298,52 @@ impl Indexer {
                 }
                 _ => return Sent::Failed(doubtful, error),
             }
+        }
+    }
+}
+
+/// Puts what came of requests into the parts of a write.
+struct Outcomes<'a> {
+    parts: &'a mut [Part],
+    /// Where each id's part is.
+    at: HashMap<String, usize>,
+    batch: &'a Batch,
+    refusal: Refusal,
+}
+
+impl<'a> Outcomes<'a> {
+    fn new(parts: &'a mut [Part], batch: &'a Batch) -> Self {
+        let at = parts.iter().enumerate().map(|(at, part)| (part.opened.id.clone(), at)).collect();
+        Self { parts, at, batch, refusal: None }
+    }
+
+    /// Takes what came of a request for these ids; fails when nothing more can be sent.
+    fn take(&mut self, ids: Vec<String>, sent: Sent) -> Result<()> {
+        match sent {
+            Sent::Surely => {
+                for id in &ids {
+                    let part = &mut self.parts[self.at[id]];
+                    part.outcome = part.settled(self.batch.version(id));
+                }
+            }
+            Sent::Doubtfully => self.doubt(&ids),
+            Sent::Refused(error) => match &mut self.refusal {
+                Some((all, _)) => all.extend(ids),
+                None => self.refusal = Some((ids, error)),
+            },
+            Sent::Failed(doubtful, error) => {
+                if doubtful {
+                    self.doubt(&ids);
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn doubt(&mut self, ids: &[String]) {
+        for id in ids {
+            self.parts[self.at[id]].outcome = Outcome::Doubtful;
         }
     }
 }

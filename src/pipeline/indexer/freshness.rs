@@ -1,0 +1,184 @@
+//! Freshness: the time from a change's statement to the moment at which a query finds the change.
+//!
+//! Writers tell the one tracker here which changes they wrote and when. The tracker decides when a query
+//! finds them: at once, or, for an index whose queries are behind its writes, once they have come so far.
+//! Nothing waits for that: changes are acknowledged once they are written.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::batch::Hints;
+use crate::pipeline::change::Lane;
+use crate::pipeline::clock::Clock;
+use crate::pipeline::index::{VectorIndex, Visibility};
+use crate::pipeline::meter::Meter;
+
+/// Changes whose freshness is awaited at most: more are not counted.
+const MAX_PENDING: usize = 100_000;
+
+/// What is not found for this long is not counted: the index does not tell, or has lost it.
+const GIVE_UP_AFTER: Duration = Duration::from_mins(10);
+
+/// Changes that were written together.
+struct Write {
+    lane: Lane,
+    /// The database's clock when the write was committed or closed, in microseconds since the epoch.
+    committed_us: i64,
+    /// Our clock, then.
+    at: Duration,
+    /// When their statements ran, by the database's clock.
+    changed_at_us: Vec<i64>,
+}
+
+impl Write {
+    /// How old the changes are now, in milliseconds.
+    fn ages(&self, now: Duration) -> impl Iterator<Item = u64> + '_ {
+        // Both times are the database's, so that no clock has to agree with another.
+        let now_us = self.committed_us + now.saturating_sub(self.at).as_micros() as i64;
+        self.changed_at_us.iter().map(move |changed_at_us| ((now_us - changed_at_us) / 1000).max(0) as u64)
+    }
+}
+
+/// Writes that queries do not find yet, in the order of their positions.
+#[derive(Default)]
+struct PendingWrites {
+    /// A query that has come as far as the position finds the write.
+    queue: VecDeque<(u64, Write)>,
+    changes: usize,
+}
+
+impl PendingWrites {
+    fn push(&mut self, position: u64, write: Write) {
+        if self.changes + write.changed_at_us.len() > MAX_PENDING {
+            return;
+        }
+        self.changes += write.changed_at_us.len();
+        self.queue.push_back((position, write));
+    }
+
+    /// Takes the writes that a query finds that has come so far.
+    fn take(&mut self, searchable_up_to: u64, now: Duration) -> Vec<Write> {
+        let found = self.queue.iter().take_while(|(position, _)| *position <= searchable_up_to).count();
+        let taken = self.queue.drain(..found).map(|(_, write)| write).collect();
+        let old = |(_, write): &&(u64, Write)| now.saturating_sub(write.at) > GIVE_UP_AFTER;
+        let given_up = self.queue.iter().take_while(old).count();
+        self.queue.drain(..given_up);
+        self.changes = self.queue.iter().map(|(_, write)| write.changed_at_us.len()).sum();
+        taken
+    }
+}
+
+/// Measures the freshness of what one process writes.
+pub(super) struct FreshnessTracker {
+    index: Arc<dyn VectorIndex>,
+    meter: Arc<Meter>,
+    clock: Arc<dyn Clock>,
+    /// How often an index whose queries are behind is asked how far they are.
+    every: Duration,
+    pending: Mutex<PendingWrites>,
+}
+
+impl FreshnessTracker {
+    pub(super) fn new(
+        index: Arc<dyn VectorIndex>,
+        meter: Arc<Meter>,
+        clock: Arc<dyn Clock>,
+        every: Duration,
+    ) -> Self {
+        Self { index, meter, clock, every, pending: Mutex::default() }
+    }
+
+    fn pending(&self) -> MutexGuard<'_, PendingWrites> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note of ids that were written just now. `committed_us` is the database's clock when the write
+    /// was committed.
+    pub(super) fn record<'a>(
+        &self,
+        lane: Lane,
+        ids: impl Iterator<Item = &'a str>,
+        hints: &Hints,
+        committed_us: i64,
+    ) {
+        let at = self.clock.now();
+        let changed_at_us = ids.filter_map(|id| hints.get(id)).map(|hint| hint.changed_at_us).collect();
+        let write = Write { lane, committed_us, at, changed_at_us };
+        match self.index.visibility().map_or(0, Visibility::written) {
+            0 => self.count(&write, at),
+            position => self.pending().push(position, write),
+        }
+    }
+
+    /// Counts a write that queries find now.
+    fn count(&self, write: &Write, now: Duration) {
+        self.meter.fresh(write.lane, write.ages(now));
+    }
+
+    /// Asks the index how far its queries are, for as long as it is polled.
+    pub(super) async fn poll(&self) {
+        if self.index.visibility().is_none() {
+            return;
+        }
+        loop {
+            self.clock.sleep(self.every).await;
+            self.update().await;
+        }
+    }
+
+    /// Counts what queries find now, if anything is pending.
+    pub(super) async fn update(&self) {
+        let Some(visibility) = self.index.visibility() else { return };
+        if self.pending().queue.is_empty() {
+            return;
+        }
+        let searchable_up_to = match visibility.seen().await {
+            Ok(searchable_up_to) => searchable_up_to,
+            Err(error) => {
+                tracing::debug!(%error, "cannot ask the index how far its queries are");
+                return;
+            }
+        };
+        let now = self.clock.now();
+        let found = self.pending().take(searchable_up_to, now);
+        for write in &found {
+            self.count(write, now);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(at_s: u64, changes: usize) -> Write {
+        Write {
+            lane: Lane::Live,
+            committed_us: 0,
+            at: Duration::from_secs(at_s),
+            changed_at_us: vec![0; changes],
+        }
+    }
+
+    #[test]
+    fn only_what_queries_find_is_taken_and_the_rest_is_bounded() {
+        let mut pending = PendingWrites::default();
+        (1..=3).for_each(|position| pending.push(position, write(position, 10)));
+        pending.push(4, write(0, MAX_PENDING));
+        assert_eq!(pending.changes, 30, "more than may be pending");
+        assert_eq!(pending.take(0, Duration::ZERO).len(), 0);
+        let taken: Vec<Duration> = pending.take(2, Duration::ZERO).iter().map(|write| write.at).collect();
+        assert_eq!((taken, pending.changes), (vec![Duration::from_secs(1), Duration::from_secs(2)], 10));
+        assert_eq!(pending.take(2, GIVE_UP_AFTER + Duration::from_secs(4)).len(), 0);
+        assert_eq!((pending.queue.len(), pending.changes), (0, 0), "given up");
+    }
+
+    #[test]
+    fn ages_are_by_the_databases_clock() {
+        let write =
+            Write { committed_us: 5_000_000, changed_at_us: vec![4_000_000, 9_000_000], ..write(2, 0) };
+        assert_eq!(write.ages(Duration::from_secs(2)).collect::<Vec<_>>(), [1_000, 0]);
+        assert_eq!(write.ages(Duration::from_secs(5)).collect::<Vec<_>>(), [4_000, 0]);
+    }
+}
