@@ -232,7 +232,13 @@ fn serve(model: &Model, mut worker: Worker, receiver: &Mutex<mpsc::Receiver<Requ
 }
 
 async fn ask(threads: &mpsc::Sender<Request>, batch: Batch) -> Result<Vec<Embedding>> {
-    let gone = || Error::new(FailureKind::ProcessBroken, "embed texts", "the embedding threads have ended");
+    let gone = || {
+        Error::new(
+            FailureKind::ProcessBroken,
+            "embed texts",
+            "the embedding threads have ended: restart the process",
+        )
+    };
     let (answer, answered) = oneshot::channel();
     threads.send(Request { batch, answer }).await.map_err(|_| gone())?;
     answered.await.map_err(|_| gone())?
