@@ -1,6 +1,8 @@
 //! Nearness to the real Pinecone: its own client, its published description, and what is its own.
 
 mod common;
+#[path = "pinecone/late.rs"]
+mod late;
 #[path = "pinecone/ownership.rs"]
 mod ownership;
 
