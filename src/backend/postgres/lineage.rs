@@ -19,13 +19,13 @@
 //!   embedding. The database gets a new name. So the old server, if it still runs, is recognised as another
 //!   database.
 //!
-//! The index may apply a write up to the settling time after it accepted the write. While that may still happen,
-//! the ledger keeps the row open. But the ledger of the lost time is gone, and so is what it knew of such writes. If a row were written anew at once, a write of
-//! the lost time could still replace it, and nothing would tell. So a worker that finds that the database went
-//! back or moved, or that the index is another database's, first waits for the settling time, and only then
-//! queues every row. Whatever running workers write meanwhile does no harm, since it is written again. An index
-//! that was created again needs no waiting, and neither does pgvector: its writes are part of the transactions
-//! that went back.
+//! The index may apply a write up to the settling time after it accepted the write. While that may still
+//! happen, the ledger keeps the row open. But the ledger of the lost time is gone, and so is what it knew of
+//! such writes. If a row were written anew at once, a write of the lost time could still replace it, and
+//! nothing would tell. So a worker that finds that the database went back or moved, or that the index is
+//! another database's, first waits for the settling time, and only then queues every row. Whatever running
+//! workers write meanwhile does no harm, since it is written again. An index that was created again needs no
+//! waiting, and neither does pgvector: its writes are part of the transactions that went back.
 //!
 //! None of these cases finds a record whose id this database never had. The proof and `verify`, which list
 //! the index, find such a record.
