@@ -56,6 +56,7 @@ pub enum Plant {
     LostOpeningStands,
     SweptAttemptNotPutBack,
     RepeatedClosingTakesAll,
+    RestoreWithoutSettling,
 }
 
 /// What becomes of an extension of visibility.
@@ -82,10 +83,21 @@ struct Held {
     receive_count: u32,
 }
 
+#[derive(Clone)]
 struct Attempt {
     worker: String,
     ids: Vec<String>,
     abandoned_at: Option<Duration>,
+}
+
+/// The database's tables at an earlier moment.
+#[derive(Clone)]
+struct Backup {
+    rows: BTreeMap<String, RowText>,
+    outbox: Vec<OutboxRow>,
+    truncations: BTreeSet<i64>,
+    ledger: BTreeMap<String, (Entry, i32)>,
+    attempts: BTreeMap<String, Attempt>,
 }
 
 enum Late {
@@ -133,6 +145,9 @@ pub struct World {
     pub dead: Vec<(Job, Why)>,
     pub index: BTreeMap<String, Content>,
     late: Vec<(Duration, Late)>,
+    backup: Option<Backup>,
+    /// When every row is queued, after the database was restored.
+    distrust_at: Option<Duration>,
     /// Workers that must not die now: they wrote under an attempt that had been swept, which is the
     /// residue that the protocol names.
     immortal: BTreeMap<String, BTreeSet<String>>,
@@ -167,6 +182,8 @@ impl World {
             dead: Vec::new(),
             index: BTreeMap::new(),
             late: Vec::new(),
+            backup: None,
+            distrust_at: None,
             immortal: BTreeMap::new(),
             broken: None,
             peeked: BTreeMap::new(),
@@ -223,12 +240,57 @@ impl World {
         self.count("truncate");
     }
 
-    /// Applies late writes that are due.
+    /// Copies the database. An index in the database would go back together with it.
+    pub fn back_up(&mut self) {
+        if self.kind == IndexKind::Plain {
+            self.backup = Some(Backup {
+                rows: self.rows.clone(),
+                outbox: self.outbox.clone(),
+                truncations: self.truncations.clone(),
+                ledger: self.ledger.clone(),
+                attempts: self.attempts.clone(),
+            });
+        }
+    }
+
+    /// Restores the database's copy. The queue and the index stay as they are, and the index still applies what it
+    /// accepted.
+    pub fn restore(&mut self) {
+        let Some(backup) = self.backup.clone() else { return };
+        Backup {
+            rows: self.rows,
+            outbox: self.outbox,
+            truncations: self.truncations,
+            ledger: self.ledger,
+            attempts: self.attempts,
+        } = backup;
+        self.sessions.clear();
+        let settle = if self.planted(Plant::RestoreWithoutSettling) { Duration::ZERO } else { SETTLE };
+        self.distrust_at = Some(self.clock.now() + settle);
+        self.count("database restored");
+    }
+
+    /// Queues every row and entry, and trusts no entry. Records without either get an entry and are queued too, as
+    /// the proof does it.
+    fn distrust(&mut self) {
+        self.distrust_at = None;
+        for id in self.index.keys() {
+            self.ledger.entry(id.clone()).or_default();
+        }
+        self.ledger.values_mut().for_each(|(entry, _)| entry.distrust());
+        let ids: BTreeSet<String> = self.rows.keys().chain(self.ledger.keys()).cloned().collect();
+        self.requeue(ids.into_iter().collect());
+    }
+
+    /// Applies late writes that are due, and handles a restore after the settling time.
     pub fn pass_time(&mut self) {
+        let now = self.clock.now();
+        if self.distrust_at.is_some_and(|at| at <= now) {
+            self.distrust();
+        }
         if self.late.is_empty() {
             return;
         }
-        let now = self.clock.now();
         let (due, later) = std::mem::take(&mut self.late).into_iter().partition(|(at, _)| *at <= now);
         self.late = later;
         let due: Vec<(Duration, Late)> = due;
@@ -283,6 +345,7 @@ impl World {
             && self.lanes.iter().all(Vec::is_empty)
             && self.attempts.is_empty()
             && self.late.is_empty()
+            && self.distrust_at.is_none()
     }
 
     /// Whether a message can be received now.
