@@ -561,13 +561,13 @@ impl Ledger for View {
     async fn disown(&self, worker: &str, in_hand: &[String]) -> Result<u64> {
         self.database().await?;
         let mut world = self.world();
-        if world.planted(Plant::LostOpeningStands) {
-            return Ok(0);
-        }
         // What a worker does not know of it will never close.
         world.swept.retain(|name, attempt| attempt.worker != worker || in_hand.contains(name));
         if let Some(attempts) = world.immortal.get_mut(worker) {
             attempts.retain(|name| in_hand.contains(name));
+        }
+        if world.planted(Plant::LostOpeningStands) {
+            return Ok(0);
         }
         let now = world.clock.now();
         let mut disowned = 0;
