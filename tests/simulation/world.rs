@@ -148,8 +148,10 @@ pub struct World {
     backup: Option<Backup>,
     /// When every row is queued, after the database was restored.
     distrust_at: Option<Duration>,
-    /// Workers that must not die now: they wrote under an attempt that had been swept, which is the
-    /// residue that the protocol names.
+    /// Attempts that were swept and that their workers have not closed since.
+    swept: BTreeMap<String, Attempt>,
+    /// Workers that must not die now, with the attempts that they must close before: they wrote under an
+    /// attempt that had been swept, which is the residue that the protocol names.
     immortal: BTreeMap<String, BTreeSet<String>>,
     /// The first invariant of the ledger that did not hold.
     pub broken: Option<String>,
@@ -184,6 +186,7 @@ impl World {
             late: Vec::new(),
             backup: None,
             distrust_at: None,
+            swept: BTreeMap::new(),
             immortal: BTreeMap::new(),
             broken: None,
             peeked: BTreeMap::new(),
@@ -331,7 +334,7 @@ impl World {
 
     /// Whether the worker must not die now.
     pub fn is_immortal(&self, worker: &str) -> bool {
-        self.immortal.get(worker).is_some_and(|ids| !ids.is_empty())
+        self.immortal.get(worker).is_some_and(|attempts| !attempts.is_empty())
     }
 
     /// Messages of a lane that are not acknowledged.
@@ -339,9 +342,10 @@ impl World {
         self.lanes[lane as usize].len()
     }
 
-    /// Whether nothing is under way.
+    /// Whether nothing is under way. A worker that wrote late has still to say so.
     pub fn is_quiet(&self) -> bool {
-        self.outbox.is_empty()
+        self.immortal.values().all(BTreeSet::is_empty)
+            && self.outbox.is_empty()
             && self.lanes.iter().all(Vec::is_empty)
             && self.attempts.is_empty()
             && self.late.is_empty()
@@ -606,8 +610,9 @@ impl Ledger for View {
                 world.attempts.insert(attempt.into(), held);
             }
             world.requeue(requeue);
-            if let Some(ids) = world.immortal.get_mut(&self.worker) {
-                ids.retain(|id| !closing.iter().any(|(opened, _)| opened.id == *id));
+            world.swept.remove(attempt);
+            if let Some(attempts) = world.immortal.get_mut(&self.worker) {
+                attempts.remove(attempt);
             }
             world.check_invariant();
             closed.clock_us = world.now_us();
@@ -619,6 +624,11 @@ impl Ledger for View {
     async fn disown(&self, worker: &str, in_hand: &[String]) -> Result<u64> {
         self.database().await?;
         let mut world = self.world();
+        // What a worker does not know of it will never close.
+        world.swept.retain(|name, attempt| attempt.worker != worker || in_hand.contains(name));
+        if let Some(attempts) = world.immortal.get_mut(worker) {
+            attempts.retain(|name| in_hand.contains(name));
+        }
         if world.planted(Plant::LostOpeningStands) {
             return Ok(0);
         }
@@ -661,13 +671,14 @@ impl Ledger for View {
                 world.count("attempt swept while its worker lived");
             }
             let mut requeue = Vec::new();
-            for id in attempt.ids {
-                let before = world.entry(&id).clone();
-                if world.entry(&id).sweep() == Left::Requeue {
+            for id in &attempt.ids {
+                let before = world.entry(id).clone();
+                if world.entry(id).sweep() == Left::Requeue {
                     requeue.push(id.clone());
                 }
-                world.restore_hashes(&id, &before);
+                world.restore_hashes(id, &before);
             }
+            world.swept.insert(name, attempt);
             swept.requeued += requeue.len() as u64;
             swept.attempts += 1;
             world.requeue(requeue);
@@ -936,10 +947,12 @@ impl View {
                     Late::Upsert(record) => &record.row.id,
                     Late::Delete(id) => id,
                 };
-                let stands = world.attempts.values().any(|a| a.worker == self.worker && a.ids.contains(id));
-                if !stands {
-                    world.immortal.entry(self.worker.clone()).or_default().insert(id.clone());
-                    world.count("write under a swept attempt");
+                // Which of its attempts a worker writes under cannot be seen: it may be any that names the id.
+                let swept = world.swept.iter().filter(|(_, a)| a.worker == self.worker && a.ids.contains(id));
+                let swept: Vec<String> = swept.map(|(name, _)| name.clone()).collect();
+                if !swept.is_empty() {
+                    world.immortal.entry(self.worker.clone()).or_default().extend(swept);
+                    world.count("write that may be under a swept attempt");
                 }
             }
             let texts: Vec<&str> = writes
