@@ -43,7 +43,8 @@ section! {
         /// older than this.
         lease as "lease_ms": Duration = 15000;
         /// With an index outside of the database: after this time an accepted write has been applied, or never will
-        /// be. Writes of a dead worker, and writes that returned a failure, are done again after it.
+        /// be. Writes of a dead worker, and writes that returned a failure, are done again after it. After a restore
+        /// or a failover, embed waits for both times before it writes every row anew.
         settle as "settle_ms": Duration = 60000;
     }
 }

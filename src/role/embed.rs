@@ -88,13 +88,20 @@ pub async fn work(
         }
     };
     let marks = async {
-        let kept = lineage::keep(&backends.postgres, backends.target.id, &*backends.index, &over).await;
+        let kept = lineage::keep(
+            &backends.postgres,
+            backends.target.id,
+            &*backends.index,
+            settings.indexer.attempt(),
+            &over,
+        )
+        .await;
         stop.cancel();
         kept
     };
     // On the heap, because the futures of the roles are nested.
     let both = Box::pin(async {
-        claim(backends, &worker, &*clock, stop).await?;
+        claim(backends, settings.indexer.attempt(), &worker, &*clock, stop).await?;
         let (done, alive, ours, ()) = tokio::join!(work, session, marks, Box::pin(proof));
         Ok(done.and(alive).and(ours)?)
     });
@@ -103,16 +110,21 @@ pub async fn work(
     result
 }
 
-/// Claims the ownership of the index for this database. Retries until the index answers or `stop`.
+/// Claims the ownership of the index for this database. Retries until the index answers or `stop`, which also ends
+/// the waiting for late writes.
 async fn claim(
     backends: &Backends,
+    settle: Duration,
     worker: &Worker,
     clock: &dyn Clock,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     let mut backoff = Backoff::default();
-    while !stop.is_cancelled() {
-        match lineage::claim(&backends.postgres, backends.target.id, &*backends.index).await {
+    let report = |why: &str| worker.faults.report(fault::HELD, why);
+    loop {
+        let claim = lineage::claim(&backends.postgres, backends.target.id, &*backends.index, settle, &report);
+        let Some(claimed) = stop.run_until_cancelled(claim).await else { break };
+        match claimed {
             Ok(()) => break,
             Err(error) if error.class() != Class::Retryable => return Err(error.into()),
             Err(error) => {

@@ -115,7 +115,8 @@ async fn verify(
     let foreign =
         lineage::compare(&backends.postgres, target.id, &*backends.index).await? == Standing::Foreign;
     if args.repair && foreign {
-        lineage::claim(&backends.postgres, target.id, &*backends.index).await?;
+        let settle = settings.indexer.attempt();
+        lineage::claim(&backends.postgres, target.id, &*backends.index, settle, &|_| ()).await?;
         eprintln!("repaired: every row is queued");
     }
     let expected = backends.status().await?;

@@ -1,5 +1,6 @@
 //! Nearness to the real Pinecone: its own client, its published description, and what is its own.
 
+mod late;
 mod ownership;
 
 use std::collections::{BTreeMap, BTreeSet};

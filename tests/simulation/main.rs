@@ -1,10 +1,10 @@
 //! The real loops of relay and indexer over a simulated world, in an order that a seed decides.
 //!
 //! Each schedule runs some processes against one world: they are killed, frozen past every timeout
-//! and started again; the database loses calls and answers; the queue repeats, delays and reorders;
-//! the index answers 429 and 5xx, does what it says it has not, and does it late. Then faults end, and
-//! once everything is quiet the index must equal the table. A rule of the protocol that is left out
-//! must show: each such plant has a test that fails when nothing diverges.
+//! and started again; the database loses calls and answers, and is restored to an earlier state; the
+//! queue repeats, delays and reorders; the index answers 429 and 5xx, does what it says it has not, and
+//! does it late. Then faults end, and once everything is quiet the index must equal the table. A rule of
+//! the protocol that is left out must show: each such plant has a test that fails when nothing diverges.
 //!
 //! `REFARCH_SCHEDULES` sets how many schedules are run, and `REFARCH_FIRST_SEED` the seed of the first; the same seeds
 //! always give the same ones.
@@ -213,6 +213,8 @@ impl Run {
                 self.start_relay();
                 self.world.lock().unwrap().count("relay killed");
             }
+            22 => self.world.lock().unwrap().back_up(),
+            23 => self.world.lock().unwrap().restore(),
             _ => {}
         }
     }
@@ -489,4 +491,5 @@ plants! {
     leaving_a_lost_opening_it_is_never_quiet: LostOpeningStands, Plain;
     not_putting_back_what_was_swept_it_diverges: SweptAttemptNotPutBack, Plain;
     closing_again_what_others_have_open_it_diverges: RepeatedClosingTakesAll, Plain;
+    writing_anew_after_a_restore_without_settling_it_diverges: RestoreWithoutSettling, Plain;
 }

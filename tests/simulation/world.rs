@@ -56,6 +56,7 @@ pub enum Plant {
     LostOpeningStands,
     SweptAttemptNotPutBack,
     RepeatedClosingTakesAll,
+    RestoreWithoutSettling,
 }
 
 /// What becomes of an extension of visibility.
@@ -82,10 +83,21 @@ struct Held {
     receive_count: u32,
 }
 
+#[derive(Clone)]
 struct Attempt {
     worker: String,
     ids: Vec<String>,
     abandoned_at: Option<Duration>,
+}
+
+/// The database's tables at an earlier moment.
+#[derive(Clone)]
+struct Backup {
+    rows: BTreeMap<String, RowText>,
+    outbox: Vec<OutboxRow>,
+    truncations: BTreeSet<i64>,
+    ledger: BTreeMap<String, (Entry, i32)>,
+    attempts: BTreeMap<String, Attempt>,
 }
 
 enum Late {
@@ -133,8 +145,13 @@ pub struct World {
     pub dead: Vec<(Job, Why)>,
     pub index: BTreeMap<String, Content>,
     late: Vec<(Duration, Late)>,
-    /// Workers that must not die now: they wrote under an attempt that had been swept, which is the
-    /// residue that the protocol names.
+    backup: Option<Backup>,
+    /// When every row is queued, after the database was restored.
+    distrust_at: Option<Duration>,
+    /// Attempts that were swept and that their workers have not closed since.
+    swept: BTreeMap<String, Attempt>,
+    /// Workers that must not die now, with the attempts that they must close before: they wrote under an
+    /// attempt that had been swept, which is the residue that the protocol names.
     immortal: BTreeMap<String, BTreeSet<String>>,
     /// The first invariant of the ledger that did not hold.
     pub broken: Option<String>,
@@ -167,6 +184,9 @@ impl World {
             dead: Vec::new(),
             index: BTreeMap::new(),
             late: Vec::new(),
+            backup: None,
+            distrust_at: None,
+            swept: BTreeMap::new(),
             immortal: BTreeMap::new(),
             broken: None,
             peeked: BTreeMap::new(),
@@ -223,12 +243,57 @@ impl World {
         self.count("truncate");
     }
 
-    /// Applies late writes that are due.
+    /// Copies the database. An index in the database would go back together with it.
+    pub fn back_up(&mut self) {
+        if self.kind == IndexKind::Plain {
+            self.backup = Some(Backup {
+                rows: self.rows.clone(),
+                outbox: self.outbox.clone(),
+                truncations: self.truncations.clone(),
+                ledger: self.ledger.clone(),
+                attempts: self.attempts.clone(),
+            });
+        }
+    }
+
+    /// Restores the database's copy. The queue and the index stay as they are, and the index still applies what it
+    /// accepted.
+    pub fn restore(&mut self) {
+        let Some(backup) = self.backup.clone() else { return };
+        Backup {
+            rows: self.rows,
+            outbox: self.outbox,
+            truncations: self.truncations,
+            ledger: self.ledger,
+            attempts: self.attempts,
+        } = backup;
+        self.sessions.clear();
+        let settle = if self.planted(Plant::RestoreWithoutSettling) { Duration::ZERO } else { SETTLE };
+        self.distrust_at = Some(self.clock.now() + settle);
+        self.count("database restored");
+    }
+
+    /// Queues every row and entry, and trusts no entry. Records without either get an entry and are queued too, as
+    /// the proof does it.
+    fn distrust(&mut self) {
+        self.distrust_at = None;
+        for id in self.index.keys() {
+            self.ledger.entry(id.clone()).or_default();
+        }
+        self.ledger.values_mut().for_each(|(entry, _)| entry.distrust());
+        let ids: BTreeSet<String> = self.rows.keys().chain(self.ledger.keys()).cloned().collect();
+        self.requeue(ids.into_iter().collect());
+    }
+
+    /// Applies late writes that are due, and handles a restore after the settling time.
     pub fn pass_time(&mut self) {
+        let now = self.clock.now();
+        if self.distrust_at.is_some_and(|at| at <= now) {
+            self.distrust();
+        }
         if self.late.is_empty() {
             return;
         }
-        let now = self.clock.now();
         let (due, later) = std::mem::take(&mut self.late).into_iter().partition(|(at, _)| *at <= now);
         self.late = later;
         let due: Vec<(Duration, Late)> = due;
@@ -269,7 +334,7 @@ impl World {
 
     /// Whether the worker must not die now.
     pub fn is_immortal(&self, worker: &str) -> bool {
-        self.immortal.get(worker).is_some_and(|ids| !ids.is_empty())
+        self.immortal.get(worker).is_some_and(|attempts| !attempts.is_empty())
     }
 
     /// Messages of a lane that are not acknowledged.
@@ -277,12 +342,14 @@ impl World {
         self.lanes[lane as usize].len()
     }
 
-    /// Whether nothing is under way.
+    /// Whether nothing is under way. A worker that wrote late has still to say so.
     pub fn is_quiet(&self) -> bool {
-        self.outbox.is_empty()
+        self.immortal.values().all(BTreeSet::is_empty)
+            && self.outbox.is_empty()
             && self.lanes.iter().all(Vec::is_empty)
             && self.attempts.is_empty()
             && self.late.is_empty()
+            && self.distrust_at.is_none()
     }
 
     /// Whether a message can be received now.
@@ -543,8 +610,9 @@ impl Ledger for View {
                 world.attempts.insert(attempt.into(), held);
             }
             world.requeue(requeue);
-            if let Some(ids) = world.immortal.get_mut(&self.worker) {
-                ids.retain(|id| !closing.iter().any(|(opened, _)| opened.id == *id));
+            world.swept.remove(attempt);
+            if let Some(attempts) = world.immortal.get_mut(&self.worker) {
+                attempts.remove(attempt);
             }
             world.check_invariant();
             closed.clock_us = world.now_us();
@@ -556,6 +624,11 @@ impl Ledger for View {
     async fn disown(&self, worker: &str, in_hand: &[String]) -> Result<u64> {
         self.database().await?;
         let mut world = self.world();
+        // What a worker does not know of it will never close.
+        world.swept.retain(|name, attempt| attempt.worker != worker || in_hand.contains(name));
+        if let Some(attempts) = world.immortal.get_mut(worker) {
+            attempts.retain(|name| in_hand.contains(name));
+        }
         if world.planted(Plant::LostOpeningStands) {
             return Ok(0);
         }
@@ -598,13 +671,14 @@ impl Ledger for View {
                 world.count("attempt swept while its worker lived");
             }
             let mut requeue = Vec::new();
-            for id in attempt.ids {
-                let before = world.entry(&id).clone();
-                if world.entry(&id).sweep() == Left::Requeue {
+            for id in &attempt.ids {
+                let before = world.entry(id).clone();
+                if world.entry(id).sweep() == Left::Requeue {
                     requeue.push(id.clone());
                 }
-                world.restore_hashes(&id, &before);
+                world.restore_hashes(id, &before);
             }
+            world.swept.insert(name, attempt);
             swept.requeued += requeue.len() as u64;
             swept.attempts += 1;
             world.requeue(requeue);
@@ -879,10 +953,12 @@ impl View {
                     Late::Upsert(record) => &record.row.id,
                     Late::Delete(id) => id,
                 };
-                let stands = world.attempts.values().any(|a| a.worker == self.worker && a.ids.contains(id));
-                if !stands {
-                    world.immortal.entry(self.worker.clone()).or_default().insert(id.clone());
-                    world.count("write under a swept attempt");
+                // Which of its attempts a worker writes under cannot be seen: it may be any that names the id.
+                let swept = world.swept.iter().filter(|(_, a)| a.worker == self.worker && a.ids.contains(id));
+                let swept: Vec<String> = swept.map(|(name, _)| name.clone()).collect();
+                if !swept.is_empty() {
+                    world.immortal.entry(self.worker.clone()).or_default().extend(swept);
+                    world.count("write that may be under a swept attempt");
                 }
             }
             let texts: Vec<&str> = writes

@@ -488,9 +488,9 @@ impl VectorIndex for Marked {
 impl Notes for Marked {
     async fn note(&self) -> Result<Option<String>> {
         let notes = self.index.notes().unwrap();
-        lineage::mark(&self.postgres, self.target, notes).await?;
+        lineage::mark(&self.postgres, self.target, notes, Duration::ZERO).await?;
         let note = notes.note().await;
-        lineage::mark(&self.postgres, self.target, notes).await?;
+        lineage::mark(&self.postgres, self.target, notes, Duration::ZERO).await?;
         note
     }
 

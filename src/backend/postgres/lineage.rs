@@ -19,6 +19,14 @@
 //!   embedding. The database gets a new name. So the old server, if it still runs, is recognised as another
 //!   database.
 //!
+//! The index may apply a write up to the settling time after it accepted the write. While that may still
+//! happen, the ledger keeps the row open. But the ledger of the lost time is gone, and so is what it knew of
+//! such writes. If a row were written anew at once, a write of the lost time could still replace it, and
+//! nothing would tell. So a worker that finds that the database went back or moved, or that the index is
+//! another database's, first waits for the settling time, and only then queues every row. Whatever running
+//! workers write meanwhile does no harm, since it is written again. An index that was created again needs no
+//! waiting, and neither does pgvector: its writes are part of the transactions that went back.
+//!
 //! None of these cases finds a record whose id this database never had. The proof and `verify`, which list
 //! the index, find such a record.
 //!
@@ -30,6 +38,7 @@
 
 use std::time::Duration;
 
+use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::{Postgres, failure};
@@ -49,6 +58,9 @@ const TAKEN_FOR: &str = "10 minutes";
 /// How many times a missing record is looked for, a second apart, before it counts as missing: an index may
 /// show a write some time later.
 const LOOKS_FOR_MISSING: u32 = 4;
+
+/// How often a worker that waits for late writes uses its session.
+const BEAT_EVERY: Duration = Duration::from_secs(1);
 
 /// Whether the index belongs to the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +86,19 @@ enum Found {
     Another,
     /// There is no record, though something was written.
     Missing,
+}
+
+impl Found {
+    /// Why the index may still apply writes that the ledger does not know of.
+    fn why_wait(self) -> Option<&'static str> {
+        match self {
+            Self::Moved | Self::Ahead(_) => {
+                Some("the database went back to an earlier state or changed its server")
+            }
+            Self::Another => Some("the index belonged to another database"),
+            Self::Ours | Self::New | Self::Missing => None,
+        }
+    }
 }
 
 /// The database epoch, and what the database recorded about the index.
@@ -205,12 +230,12 @@ async fn grow(postgres: &Postgres, target: i32) -> Result<(String, i64)> {
 }
 
 /// Advances the epoch, first in the database and then in the index, if the index still belongs to this
-/// database. Takes the index over otherwise.
-pub async fn mark(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Result<()> {
+/// database. Takes the index over otherwise, after waiting for `settle` as [`claim`] does.
+pub async fn mark(postgres: &Postgres, target: i32, notes: &dyn Notes, settle: Duration) -> Result<()> {
     match look(postgres, target, notes).await?.2 {
         Found::Ours | Found::New => note(postgres, target, notes).await,
         // Another worker may have seen the same: the lock lets one worker handle it.
-        _ => take_over(postgres, target, notes).await,
+        _ => take_over(postgres, target, notes, settle, &|_| ()).await,
     }
 }
 
@@ -220,9 +245,18 @@ async fn note(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Result<()>
 }
 
 /// Makes sure that the index belongs to this database, before anything is written to the index.
-pub async fn claim(postgres: &Postgres, target: i32, index: &dyn VectorIndex) -> Result<()> {
+///
+/// If the index may still apply writes that the ledger does not know of, waits for `settle`, the time within
+/// which it applies them. `report` gets the reason as a sentence. To end the waiting early, drop the future.
+pub async fn claim(
+    postgres: &Postgres,
+    target: i32,
+    index: &dyn VectorIndex,
+    settle: Duration,
+    report: &(dyn Fn(&str) + Sync),
+) -> Result<()> {
     if let Some(notes) = index.notes() {
-        return take_over(postgres, target, notes).await;
+        return take_over(postgres, target, notes, settle, report).await;
     }
     let state = read(postgres, target).await?;
     if state.has_moved() {
@@ -231,15 +265,33 @@ pub async fn claim(postgres: &Postgres, target: i32, index: &dyn VectorIndex) ->
     grow(postgres, target).await.map(drop)
 }
 
-async fn take_over(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Result<()> {
+async fn take_over(
+    postgres: &Postgres,
+    target: i32,
+    notes: &dyn Notes,
+    settle: Duration,
+    report: &(dyn Fn(&str) + Sync),
+) -> Result<()> {
+    // Before the lock: if another worker has the lock and waits, so does this one.
+    let (state, _, found) = look(postgres, target, notes).await?;
+    if let Some(why) = found.why_wait().filter(|_| !is_shared(&state, found)) {
+        report(&format!(
+            "{why}, and writes that the ledger does not know of may still be applied to the index: every row is \
+             written anew after {} s",
+            settle.as_secs_f64()
+        ));
+    }
     // A session of its own: the session's end releases the lock, whatever happens.
     let fail = |error: tokio_postgres::Error| failure("claim the index", error);
     let (session, connection) = postgres.dedicated().await.map_err(fail)?;
     let connection = tokio::spawn(connection);
+    // The role's timeouts must not apply, since the lock is held for long. It outlives the transaction.
+    session.batch_execute(&postgres.begin()).await.map_err(fail)?;
     session
         .execute("SELECT pg_advisory_lock(hashtext('refarch.lineage'), $1)", &[&target])
         .await
         .map_err(fail)?;
+    session.batch_execute("COMMIT").await.map_err(fail)?;
     let (mut state, mut seen, mut found) = look(postgres, target, notes).await?;
     for _ in 1..LOOKS_FOR_MISSING {
         if found == Found::Missing {
@@ -247,9 +299,18 @@ async fn take_over(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Resul
             (state, seen, found) = look(postgres, target, notes).await?;
         }
     }
+    if let Some(why) = found.why_wait().filter(|_| !is_shared(&state, found)) {
+        tracing::info!(
+            why,
+            wait_s = settle.as_secs_f64(),
+            "waiting until the index has applied every write that the ledger does not know of"
+        );
+        wait(&session, settle).await.map_err(fail)?;
+        (state, seen, found) = look(postgres, target, notes).await?;
+    }
     match found {
         Found::Ours | Found::New => {}
-        Found::Another if state.taken_lately => return Err(shared(seen.as_deref())),
+        found if is_shared(&state, found) => return Err(shared(seen.as_deref())),
         found => distrust(postgres, target, &state, seen.as_deref(), found).await?,
     }
     note(postgres, target, notes).await?;
@@ -258,6 +319,24 @@ async fn take_over(postgres: &Postgres, target: i32, notes: &dyn Notes) -> Resul
         .await
         .map_err(|error| Error::caused(FailureKind::ConnectionLost, "claim the index", error))?
         .map_err(fail)
+}
+
+/// Waits, and fails if the session that holds the lock ends meanwhile: the database may have gone back again, and
+/// the time begins anew. Using the session keeps a timeout for idle sessions from ending it.
+async fn wait(session: &Client, settle: Duration) -> Result<(), tokio_postgres::Error> {
+    let mut left = settle;
+    while !left.is_zero() {
+        let pause = left.min(BEAT_EVERY);
+        tokio::time::sleep(pause).await;
+        session.simple_query("SELECT 1").await?;
+        left -= pause;
+    }
+    Ok(())
+}
+
+/// Whether two running databases write to the index.
+fn is_shared(state: &State, found: Found) -> bool {
+    found == Found::Another && state.taken_lately
 }
 
 fn shared(note: Option<&str>) -> Error {
@@ -363,12 +442,13 @@ impl Known {
         Ok(Self { name, mark })
     }
 
-    /// Compares, handles the result, and advances the epoch.
+    /// Compares, handles the result, and advances the epoch. May wait for `settle` as [`claim`] does.
     pub async fn renew(
         &mut self,
         postgres: &Postgres,
         target: i32,
         index: &dyn VectorIndex,
+        settle: Duration,
     ) -> Result<Renewed> {
         if let Some(notes) = index.notes() {
             let (state, note, found) = look(postgres, target, notes).await?;
@@ -376,7 +456,7 @@ impl Known {
             if found == Found::Another && state.name == self.name {
                 return Ok(Renewed::Taken(shared(note.as_deref())));
             }
-            mark(postgres, target, notes).await?;
+            mark(postgres, target, notes, settle).await?;
             *self = Self::new(postgres, target).await?;
         } else {
             let state = read(postgres, target).await?;
@@ -390,23 +470,27 @@ impl Known {
     }
 }
 
-/// Advances the epoch every `MARK_EVERY` until `stop`. Ends early with an error if another database took the
-/// index over.
+/// Advances the epoch every `MARK_EVERY` until `stop`, which also ends the waiting for `settle`. Ends early with
+/// an error if another database took the index over.
 pub async fn keep(
     postgres: &Postgres,
     target: i32,
     index: &dyn VectorIndex,
+    settle: Duration,
     stop: &CancellationToken,
 ) -> Result<()> {
     let mut known = None;
     loop {
-        let renewed = match &mut known {
-            None => Known::new(postgres, target).await.map(|new| {
-                known = Some(new);
-                Renewed::Ours
-            }),
-            Some(known) => known.renew(postgres, target, index).await,
+        let renew = async {
+            match &mut known {
+                None => {
+                    known = Some(Known::new(postgres, target).await?);
+                    Ok(Renewed::Ours)
+                }
+                Some(known) => known.renew(postgres, target, index, settle).await,
+            }
         };
+        let Some(renewed) = stop.run_until_cancelled(renew).await else { return Ok(()) };
         match renewed {
             Ok(Renewed::Ours) => {}
             Ok(Renewed::Taken(error)) => return Err(error),

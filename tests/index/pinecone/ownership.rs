@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use refarch::backend::Backends;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::lineage::{self, Known, Renewed, Standing};
+use tokio::process::Command;
 use tokio_postgres::Client;
 
 use super::*;
@@ -13,7 +14,7 @@ use crate::common;
 use crate::common::source::settings;
 
 /// As many as the model's vectors have.
-const DIMENSIONS: usize = 384;
+pub const DIMENSIONS: usize = 384;
 
 /// The namespace that the notes are kept in.
 const NOTES: &str = "refarch-notes";
@@ -23,14 +24,14 @@ const TABLE: &str = "CREATE TABLE item (id bigint PRIMARY KEY, body text, name t
                      content_hash text, metadata_hash text)";
 
 /// A database that feeds a namespace of an index.
-struct Shop {
+pub struct Shop {
     database: Database,
     client: Client,
     env: BTreeMap<String, String>,
 }
 
 impl Shop {
-    async fn new(double: &Double, namespace: &str, metadata: &str) -> Self {
+    pub async fn new(double: &Double, namespace: &str, metadata: &str) -> Self {
         let database = Database::create().await;
         let client = database.client().await;
         client.batch_execute(TABLE).await.unwrap();
@@ -49,7 +50,7 @@ impl Shop {
     }
 
     /// Three rows in the index.
-    async fn filled(self) -> Self {
+    pub async fn filled(self) -> Self {
         self.ok(&["migrate"]).await;
         self.sql(
             "INSERT INTO item SELECT i, 'The ' || i || ' bottles of green glass', 'n' || i, 's' || i, i, 'mine', 'too' \
@@ -60,9 +61,21 @@ impl Shop {
         self
     }
 
-    async fn run(&self, args: &[&str]) -> (Option<i32>, String) {
+    /// Late writes are waited for, but not for long.
+    pub fn impatient(self) -> Self {
+        self.with("REFARCH_INDEX_TIMEOUT_MS", "2000")
+            .with("REFARCH_INDEXER_LEASE_MS", "4000")
+            .with("REFARCH_INDEXER_SETTLE_MS", "0")
+    }
+
+    pub fn command(&self, args: &[&str]) -> Command {
         let mut command = self.database.refarch();
-        let output = command.args(args).envs(&self.env).output().await.unwrap();
+        command.args(args).envs(&self.env);
+        command
+    }
+
+    async fn run(&self, args: &[&str]) -> (Option<i32>, String) {
+        let output = self.command(args).output().await.unwrap();
         let said =
             String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
         (output.status.code(), said)
@@ -100,21 +113,21 @@ impl Shop {
         self.sync().await
     }
 
-    async fn agrees(&self) {
+    pub async fn agrees(&self) {
         let said = self.ok(&["verify", "--wait", "1"]).await;
         assert!(said.contains("index and table agree"), "{said}");
     }
 
-    async fn sql(&self, sql: &str) {
+    pub async fn sql(&self, sql: &str) {
         self.client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
     }
 
-    async fn number(&self, sql: &str) -> i64 {
+    pub async fn number(&self, sql: &str) -> i64 {
         self.client.query_one(sql, &[]).await.unwrap_or_else(|error| panic!("{sql}: {error:?}")).get(0)
     }
 
     /// Rows and entries that are to be done again.
-    async fn distrusted(&self) -> (i64, i64) {
+    pub async fn distrusted(&self) -> (i64, i64) {
         let queued = "SELECT coalesce(sum(cardinality(ids)), 0)::bigint FROM refarch.outbox WHERE op = 'u'";
         // What is asked for the relay queues.
         let asked = "SELECT count(*) FROM item WHERE EXISTS (SELECT FROM refarch.backfill)";
@@ -122,7 +135,7 @@ impl Shop {
         (queued, self.number("SELECT count(*) FROM refarch.ledger WHERE dirty").await)
     }
 
-    fn with(mut self, key: &str, value: &str) -> Self {
+    pub fn with(mut self, key: &str, value: &str) -> Self {
         self.env.insert(key.to_owned(), value.to_owned());
         self
     }
@@ -141,7 +154,7 @@ fn index_of(double: &Double, namespace: &str) -> Pinecone {
 }
 
 /// Writes a record behind everybody's back.
-async fn put(double: &Double, namespace: &str, id: &str, values: &[f32], metadata: &Value) {
+pub async fn put(double: &Double, namespace: &str, id: &str, values: &[f32], metadata: &Value) {
     let url = format!("{}/vectors/upsert", double.url());
     let body =
         json!({ "namespace": namespace, "vectors": [{ "id": id, "values": values, "metadata": metadata }] });
@@ -326,10 +339,10 @@ async fn a_database_that_goes_back_under_a_running_worker_is_noticed_at_the_next
     let index = index_of(&double, "");
     let notes = index.notes().unwrap();
     for _ in 0..3 {
-        lineage::mark(&postgres, target, notes).await.unwrap();
+        lineage::mark(&postgres, target, notes, Duration::ZERO).await.unwrap();
         assert_eq!(shop.distrusted().await, (0, 0), "marks alone are no restore");
     }
-    let marks = (0..8).map(|_| lineage::mark(&postgres, target, notes));
+    let marks = (0..8).map(|_| lineage::mark(&postgres, target, notes, Duration::ZERO));
     for marked in futures::future::join_all(marks).await {
         marked.unwrap();
     }
@@ -337,13 +350,13 @@ async fn a_database_that_goes_back_under_a_running_worker_is_noticed_at_the_next
     let seen = notes.note().await.unwrap();
     // As an older copy of the database has it.
     shop.sql("UPDATE refarch.lineage SET mark = 2").await;
-    lineage::mark(&postgres, target, notes).await.unwrap();
+    lineage::mark(&postgres, target, notes, Duration::ZERO).await.unwrap();
     assert_eq!(shop.distrusted().await, (3, 3), "the note said {seen:?}");
     // Once, whoever of the fleet comes next, and without making vectors that the index holds.
     let said = shop.sync_once().await;
     assert!(said.contains("applied=3 embedded=0"), "{said}");
     for _ in 0..2 {
-        lineage::mark(&postgres, target, notes).await.unwrap();
+        lineage::mark(&postgres, target, notes, Duration::ZERO).await.unwrap();
     }
     assert_eq!(shop.distrusted().await, (0, 0));
     shop.agrees().await;
@@ -368,7 +381,7 @@ async fn copied(shop: Shop) -> (Shop, Database) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restored_database_brings_the_index_back_to_what_it_says() {
     let double = Double::start(DIMENSIONS, 1).await.unwrap();
-    let (shop, copy) = copied(Shop::new(&double, "", "id,name").await.filled().await).await;
+    let (shop, copy) = copied(Shop::new(&double, "", "id,name").await.impatient().filled().await).await;
     shop.sql(
         "UPDATE item SET body = 'Another text' WHERE id = 1; UPDATE item SET name = 'other' WHERE id = 2; \
          DELETE FROM item WHERE id = 3; INSERT INTO item (id, body) VALUES (4, 'A new one')",
@@ -417,7 +430,7 @@ async fn another_timeline_sends_every_row_again_and_embeds_nothing() {
          VALUES ({target}, 'full', now(), 3, 3, 3, 0, 0, 0)"
     ))
     .await;
-    assert!(matches!(worker.renew(&postgres, target, &index).await.unwrap(), Renewed::Ours));
+    assert!(matches!(worker.renew(&postgres, target, &index, Duration::ZERO).await.unwrap(), Renewed::Ours));
     assert_eq!(shop.distrusted().await, (3, 3));
     let proved = "SELECT count(*) FROM refarch.proof_round";
     assert_eq!(shop.number(proved).await, 0, "what was proved of another state is to be proved again");
@@ -426,7 +439,7 @@ async fn another_timeline_sends_every_row_again_and_embeds_nothing() {
     assert!(said.contains("applied=3 embedded=0") && !said.contains("written anew"), "{said}");
     assert_eq!(double.snapshot("")["2"].metadata["name"], "n2");
     for _ in 0..2 {
-        worker.renew(&postgres, target, &index).await.unwrap();
+        worker.renew(&postgres, target, &index, Duration::ZERO).await.unwrap();
     }
     assert_eq!(shop.distrusted().await, (0, 0));
     shop.agrees().await;
@@ -435,12 +448,12 @@ async fn another_timeline_sends_every_row_again_and_embeds_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_databases_that_write_to_one_namespace_the_elder_stops() {
     let double = Double::start(DIMENSIONS, 1).await.unwrap();
-    let first = Shop::new(&double, "n1", "id,name").await.filled().await;
+    let first = Shop::new(&double, "n1", "id,name").await.impatient().filled().await;
     let index = index_of(&double, "n1");
     let (postgres, target) = first.postgres().await;
     let mut worker = Known::new(&postgres, target).await.unwrap();
-    let second = Shop::new(&double, "n1", "id,name").await.filled().await;
-    let Renewed::Taken(error) = worker.renew(&postgres, target, &index).await.unwrap() else {
+    let second = Shop::new(&double, "n1", "id,name").await.impatient().filled().await;
+    let Renewed::Taken(error) = worker.renew(&postgres, target, &index, Duration::ZERO).await.unwrap() else {
         panic!("the second's note was not noticed")
     };
     assert!(error.class() == Class::Fatal && error.message().contains("index.namespace"), "{error}");
@@ -466,7 +479,7 @@ async fn vectors_in_a_database_that_went_back_are_looked_at_and_not_made_again()
     let backends = Backends::open(&postgres, &settings(&env)).await.unwrap();
     let mut worker = Known::new(&postgres, target).await.unwrap();
     for _ in 0..2 {
-        worker.renew(&postgres, target, &*backends.index).await.unwrap();
+        worker.renew(&postgres, target, &*backends.index, Duration::ZERO).await.unwrap();
     }
     assert_eq!(shop.distrusted().await, (0, 0));
     for went_back in
@@ -474,11 +487,11 @@ async fn vectors_in_a_database_that_went_back_are_looked_at_and_not_made_again()
     {
         shop.sql(lost).await;
         shop.sql(went_back).await;
-        worker.renew(&postgres, target, &*backends.index).await.unwrap();
+        worker.renew(&postgres, target, &*backends.index, Duration::ZERO).await.unwrap();
         assert_eq!(shop.distrusted().await, (3, 0), "{went_back}");
         shop.sync().await;
         shop.agrees().await;
-        worker.renew(&postgres, target, &*backends.index).await.unwrap();
+        worker.renew(&postgres, target, &*backends.index, Duration::ZERO).await.unwrap();
         assert_eq!(shop.distrusted().await, (0, 0), "{went_back}");
     }
 }
