@@ -12,28 +12,28 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use refarch::backend;
-use refarch::backend::embedded::{Cluster, Options as ClusterOptions};
+use refarch::backend::embedded::{Cluster, ClusterOptions};
 use refarch::backend::pinecone::{self, Pinecone};
 use refarch::backend::postgres::Postgres;
+use refarch::backend::postgres::generation::{self, IndexLocation, IndexShape};
 use refarch::backend::postgres::ledger::PgLedger;
 use refarch::backend::postgres::migrate;
 use refarch::backend::postgres::outbox::PgOutbox;
-use refarch::backend::postgres::registry::Worker;
-use refarch::backend::postgres::session;
-use refarch::backend::postgres::target::{self, IndexShape, Place};
+use refarch::backend::postgres::worker_lock;
+use refarch::backend::postgres::worker_registry::WorkerRegistration;
 use refarch::backend::sqs::{self, Sqs};
 use refarch::config::{QueueKind, Settings};
-use refarch::double::pinecone::Double;
-use refarch::double::sqs::{QueueCounts, QueueDouble, QueueFaults};
+use refarch::double::pinecone::PineconeDouble;
+use refarch::double::sqs::{SqsCounts, SqsDouble, SqsFaults};
 use refarch::pipeline::clock::{BootClock, Clock};
+use refarch::pipeline::embed_scheduler::EmbedScheduler;
 use refarch::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use refarch::pipeline::failure::Result;
 use refarch::pipeline::indexer::{self, Indexer};
 use refarch::pipeline::lease::Lease;
-use refarch::pipeline::meter::Meter;
+use refarch::pipeline::metrics::Metrics;
 use refarch::pipeline::queue::Queue;
 use refarch::pipeline::relay::{self, Relay};
-use refarch::pipeline::schedule::Scheduler;
 use refarch::secret::Secret;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -86,10 +86,10 @@ fn arguments() -> Arguments {
 }
 
 /// An embedder that returns the same vector for every text, without delay.
-struct Constant;
+struct ConstantEmbedder;
 
 #[async_trait]
-impl Embedder for Constant {
+impl Embedder for ConstantEmbedder {
     fn dimensions(&self) -> usize {
         DIMENSIONS
     }
@@ -114,14 +114,14 @@ impl Embedder for Constant {
 struct Bench {
     settings: Settings,
     postgres: Postgres,
-    double: QueueDouble,
+    double: SqsDouble,
     queue: Queue,
     rows: u64,
 }
 
 impl Bench {
     async fn new(cluster: &Cluster, rows: u64) -> Self {
-        let double = QueueDouble::start(1).await.unwrap();
+        let double = SqsDouble::start(1).await.unwrap();
         let urls = double.create("bench", 50);
         let variables = ["SQS_QUEUE_URL", "SQS_BULK_QUEUE_URL", "SQS_DEAD_LETTER_QUEUE_URL"];
         let env: BTreeMap<_, _> = variables.map(str::to_owned).into_iter().zip(urls).collect();
@@ -170,9 +170,9 @@ impl Bench {
             Box::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.queue.jobs))),
             Arc::clone(&self.queue.stats),
             Arc::new(BootClock),
-            relay::Options {
+            relay::RelayOptions {
                 source: "products".into(),
-                pack: set.pack,
+                changes_per_message: set.pack,
                 bulk_threshold: set.bulk_threshold,
                 live_bound: set.live_bound,
                 poll: set.poll,
@@ -196,11 +196,11 @@ impl Bench {
         let mut speeds = Vec::new();
         let mut calls = 0;
         for _ in 0..runs {
-            self.double.set_faults(QueueFaults::default());
+            self.double.set_faults(SqsFaults::default());
             self.purge().await;
             self.fill(load).await;
             let latency = Duration::from_millis(latency_ms);
-            self.double.set_faults(QueueFaults { latency, ..QueueFaults::default() });
+            self.double.set_faults(SqsFaults { latency, ..SqsFaults::default() });
             let before = self.double.counts();
             let took = self.relay().await;
             let after = self.double.counts();
@@ -218,7 +218,7 @@ impl Bench {
 
     /// Counts the SQS calls from the outbox to the acknowledged message.
     async fn calls(&self, load: Load) -> Value {
-        self.double.set_faults(QueueFaults::default());
+        self.double.set_faults(SqsFaults::default());
         self.purge().await;
         self.sql("UPDATE refarch.ledger SET dirty = true").await;
         self.fill(load).await;
@@ -226,7 +226,7 @@ impl Bench {
         let relayed = self.relay().await;
         let embedded = self.index().await;
         let after = self.double.counts();
-        let QueueCounts { send, receive, delete, extend, other, billed, .. } = after;
+        let SqsCounts { send, receive, delete, extend, other, billed, .. } = after;
         let counts = [
             send - before.send,
             receive - before.receive,
@@ -250,9 +250,9 @@ impl Bench {
 
     /// Applies all messages of the queue to a test double of an index. Returns the duration.
     async fn index(&self) -> Duration {
-        let double = Double::start(DIMENSIONS, 1).await.unwrap();
-        let found = target::find(&self.postgres, &self.settings.source, &shape()).await.unwrap();
-        let index = Pinecone::new(pinecone::Options {
+        let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
+        let found = generation::find(&self.postgres, &self.settings.source, &shape()).await.unwrap();
+        let index = Pinecone::new(pinecone::PineconeOptions {
             host: double.url(),
             api_key: Secret::new("bench"),
             namespace: String::new(),
@@ -266,24 +266,25 @@ impl Bench {
         let ledger = PgLedger::new(self.postgres.clone(), table, found.id, found.salt.clone());
         let clock: Arc<dyn Clock> = Arc::new(BootClock);
         let lease = Arc::new(Lease::new(Arc::clone(&clock), self.settings.indexer.lease));
-        let meter = Arc::new(Meter::default());
-        let worker = Worker::join(self.postgres.clone(), "embed", 2, Arc::clone(&meter)).await.unwrap();
+        let metrics = Arc::new(Metrics::default());
+        let worker =
+            WorkerRegistration::join(self.postgres.clone(), "embed", 2, Arc::clone(&metrics)).await.unwrap();
         let indexer = Arc::new(Indexer::new(
             self.queue.clone(),
             Arc::new(ledger),
             Arc::new(index),
-            Scheduler::new(Arc::new(Constant), Duration::from_millis(50), Arc::clone(&clock)),
-            meter,
+            EmbedScheduler::new(Arc::new(ConstantEmbedder), Duration::from_millis(50), Arc::clone(&clock)),
+            metrics,
             Arc::clone(&lease),
-            indexer::Options {
+            indexer::IndexerOptions {
                 source: "products".into(),
                 worker: worker.id.clone(),
                 workers: 2,
-                hold: self.settings.indexer.hold,
+                prefetch: self.settings.indexer.hold,
                 poll: self.settings.indexer.poll,
                 max_receives: self.settings.queue.max_receives,
                 settle: self.settings.indexer.attempt(),
-                look: Duration::from_secs(1),
+                freshness_poll: Duration::from_secs(1),
             },
         ));
         let (stop, over) = (CancellationToken::new(), CancellationToken::new());
@@ -292,7 +293,7 @@ impl Bench {
             indexer.run(&stop, &CancellationToken::new(), true).await.unwrap();
             over.cancel();
         };
-        let kept = session::keep(&self.postgres, &worker.id, &lease, &over);
+        let kept = worker_lock::keep(&self.postgres, &worker.id, &lease, &over);
         let beating = worker.run(&over);
         let ((), kept, ()) = tokio::join!(work, kept, beating);
         kept.unwrap();
@@ -306,7 +307,7 @@ fn shape() -> IndexShape {
         model: "constant".into(),
         dimensions: DIMENSIONS,
         former_model: None,
-        place: Place::default(),
+        location: IndexLocation::default(),
     }
 }
 

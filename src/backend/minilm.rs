@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use tokenizers::Tokenizer;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::encoder::{self, Encoder, Instructions, KernelKind, Precision, Worker};
+use crate::encoder::{self, Encoder, ExecutionContext, InstructionSet, KernelKind, Precision};
 use crate::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use identity::{Stamp, unreadable};
@@ -53,11 +53,11 @@ impl Description {
 
 /// Options of the computation.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Options {
+pub struct ModelOptions {
     /// Precision of the arithmetic.
     pub precision: Precision,
     /// The newest instructions that may be used.
-    pub instructions: Instructions,
+    pub instructions: InstructionSet,
 }
 
 /// A loaded model.
@@ -70,7 +70,7 @@ pub struct Model {
 impl Model {
     /// Loads a model folder in the Hugging Face layout: `config.json`, `tokenizer.json`, `model.safetensors`
     /// and, if they exist, `1_Pooling/config.json` and `sentence_bert_config.json`.
-    pub fn load(dir: &Path, options: Options) -> Result<Self> {
+    pub fn load(dir: &Path, options: ModelOptions) -> Result<Self> {
         let stamps = || -> Result<Vec<Stamp>> {
             let stamp = |name| {
                 let file = encoder::file(dir, name).map_err(explain)?;
@@ -80,7 +80,7 @@ impl Model {
         };
         let before = stamps()?;
         let description = Description::read(dir, options.precision)?;
-        let kind = KernelKind::choose(options.precision, options.instructions).map_err(explain)?;
+        let kind = KernelKind::select(options.precision, options.instructions).map_err(explain)?;
         let unfit = |error: tokenizers::Error| {
             Error::new(
                 FailureKind::WrongSetting,
@@ -113,8 +113,8 @@ impl Model {
 
     /// Memory for a thread that embeds with this model.
     #[must_use]
-    pub fn worker(&self) -> Worker {
-        self.encoder.worker()
+    pub fn execution_context(&self) -> ExecutionContext {
+        self.encoder.execution_context()
     }
 
     /// The kernel in use.
@@ -135,7 +135,7 @@ impl Model {
 
     /// Embeds tokens on the calling thread, one vector a sequence, in their order.
     #[must_use]
-    pub fn embed(&self, worker: &mut Worker, sequences: &[&[u32]]) -> Vec<Embedding> {
+    pub fn embed(&self, worker: &mut ExecutionContext, sequences: &[&[u32]]) -> Vec<Embedding> {
         let vectors = worker.embed(sequences);
         vectors.chunks_exact(self.description.dimensions).map(Embedding::from).collect()
     }
@@ -167,7 +167,7 @@ enum Batch {
 }
 
 impl Batch {
-    fn embed(&self, model: &Model, worker: &mut Worker) -> Result<Vec<Embedding>> {
+    fn embed(&self, model: &Model, worker: &mut ExecutionContext) -> Result<Vec<Embedding>> {
         match self {
             Self::Tokens(batch) => {
                 let sequences = batch.iter().map(Tokens::ids).collect::<Result<Vec<_>>>()?;
@@ -198,7 +198,7 @@ impl MiniLm {
         let (requests, receiver) = mpsc::channel::<Request>(threads.max(1));
         let receiver = Arc::new(Mutex::new(receiver));
         for number in 0..threads.max(1) {
-            spawn(&format!("embed-{number}"), &model, model.worker(), &receiver);
+            spawn(&format!("embed-{number}"), &model, model.execution_context(), &receiver);
         }
         Self { model, requests, queries: OnceLock::new() }
     }
@@ -206,13 +206,23 @@ impl MiniLm {
     fn queries(&self) -> &mpsc::Sender<Request> {
         self.queries.get_or_init(|| {
             let (queries, receiver) = mpsc::channel(1);
-            spawn("embed-query", &self.model, self.model.encoder.pair(), &Arc::new(Mutex::new(receiver)));
+            spawn(
+                "embed-query",
+                &self.model,
+                self.model.encoder.two_threaded_context(),
+                &Arc::new(Mutex::new(receiver)),
+            );
             queries
         })
     }
 }
 
-fn spawn(name: &str, model: &Arc<Model>, worker: Worker, receiver: &Arc<Mutex<mpsc::Receiver<Request>>>) {
+fn spawn(
+    name: &str,
+    model: &Arc<Model>,
+    worker: ExecutionContext,
+    receiver: &Arc<Mutex<mpsc::Receiver<Request>>>,
+) {
     let (model, receiver) = (Arc::clone(model), Arc::clone(receiver));
     let work = move || serve(&model, worker, &receiver);
     if let Err(error) = std::thread::Builder::new().name(name.to_owned()).spawn(work) {
@@ -220,7 +230,7 @@ fn spawn(name: &str, model: &Arc<Model>, worker: Worker, receiver: &Arc<Mutex<mp
     }
 }
 
-fn serve(model: &Model, mut worker: Worker, receiver: &Mutex<mpsc::Receiver<Request>>) {
+fn serve(model: &Model, mut worker: ExecutionContext, receiver: &Mutex<mpsc::Receiver<Request>>) {
     loop {
         let request = receiver.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
         let Some(Request { batch, answer }) = request else { return };
@@ -322,7 +332,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_real_model_tells_meanings_apart_and_a_batch_changes_nothing() {
-        let model = Arc::new(Model::load(&model_dir(), Options::default()).unwrap());
+        let model = Arc::new(Model::load(&model_dir(), ModelOptions::default()).unwrap());
         let minilm = MiniLm::start(model, 2);
         assert_eq!((minilm.model(), minilm.dimensions()), ("all-MiniLM-L6-v2/f32", 384));
         let long = "a sentence about gardens and rain, ".repeat(200);
@@ -353,7 +363,7 @@ mod tests {
     fn the_words_of_a_long_text_that_the_model_cannot_read_are_not_looked_at() {
         assert_eq!(words("one  two\u{301} three", 2), "one  two\u{301}");
         assert_eq!(words("one", 1), "one");
-        let model = Model::load(&model_dir(), Options::default()).unwrap();
+        let model = Model::load(&model_dir(), ModelOptions::default()).unwrap();
         let whole = |text: &str| model.tokenizer.encode_fast(text, true).unwrap().get_ids().to_vec();
         for pattern in [
             "the quick brown fox, ",
@@ -387,7 +397,7 @@ mod tests {
         copy("tokenizer.json");
         let described = Description::read(dir.path(), Precision::Auto).unwrap();
         assert!(!described.model.starts_with("all-MiniLM-L6-v2/"), "{described:?}");
-        let error = Model::load(dir.path(), Options::default()).err().unwrap().to_string();
+        let error = Model::load(dir.path(), ModelOptions::default()).err().unwrap().to_string();
         assert!(error.contains("model.safetensors"), "{error}");
     }
 }

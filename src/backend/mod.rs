@@ -28,16 +28,16 @@ use pgmq::Pgmq;
 use pgvector::PgVector;
 use pinecone::Pinecone;
 use postgres::Postgres;
+use postgres::generation::{self, Generation, IndexLocation, IndexShape};
 use postgres::ledger::PgLedger;
-use postgres::lineage;
-use postgres::migrate::uninstall::{self, How, Uninstalled};
+use postgres::migrate::uninstall::{self, UninstallOptions, Uninstalled};
 use postgres::migrate::{self, Report};
 use postgres::outbox::PgOutbox;
-use postgres::target::{self, IndexShape, Place, Target};
+use postgres::ownership;
 use sqs::Sqs;
 
 /// How long a migration waits for a check of the queues. The migration does not need the check.
-const LOOK_AT_QUEUES: Duration = Duration::from_secs(15);
+const QUEUE_CHECK_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The database in use, and the private cluster if the settings name no database.
 pub struct Database {
@@ -52,7 +52,7 @@ impl Database {
         let (url, cluster) = embedded::database_url(settings).await?;
         let opened = async {
             let postgres = Postgres::new(&url, &settings.database)?;
-            patiently(settings, async || postgres.check().await).await?;
+            with_connect_retry(settings, async || postgres.check().await).await?;
             Ok(postgres)
         };
         match opened.await {
@@ -84,13 +84,13 @@ impl Database {
 
 /// Repeats the work on retryable errors for at most `database.connect_timeout_s`: a database that restarts is
 /// soon back.
-pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>) -> Result<T> {
+pub async fn with_connect_retry<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>) -> Result<T> {
     let started = Instant::now();
-    let patience = settings.database.connect_timeout;
+    let timeout = settings.database.connect_timeout;
     let mut backoff = Backoff::default();
     loop {
         match work().await {
-            Err(error) if error.class() == Class::Retryable && started.elapsed() < patience => {
+            Err(error) if error.class() == Class::Retryable && started.elapsed() < timeout => {
                 tokio::time::sleep(backoff.next(&BootClock)).await;
             }
             result => return result,
@@ -100,37 +100,41 @@ pub async fn patiently<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>
 
 /// Where the index is by the settings. `host` is the host that was found by the index's name, if there is
 /// one.
-fn place(settings: &Settings, host: Option<String>) -> Place {
-    let Index::Pinecone(index) = &settings.index else { return Place::default() };
+fn configured_location(settings: &Settings, host: Option<String>) -> IndexLocation {
+    let Index::Pinecone(index) = &settings.index else { return IndexLocation::default() };
     let (name, host) = match index.host() {
         "" => (index.name.clone(), host.unwrap_or_default()),
         given => (String::new(), given.to_owned()),
     };
-    let namespace = pinecone::place::spelled(&index.namespace).to_owned();
-    Place { name, host: pinecone::place::host(&host), namespace, is_known: false }
+    let namespace = pinecone::location::normalize_namespace(&index.namespace).to_owned();
+    IndexLocation { name, host: pinecone::location::normalize_host(&host), namespace, is_same_index: false }
 }
 
 /// Where the index is by the settings. If the recorded address differs, the ownership record decides whether
 /// this is the index that was written to.
-async fn compared_place(postgres: &Postgres, settings: &Settings, shape: &IndexShape) -> Result<Place> {
+async fn compared_location(
+    postgres: &Postgres,
+    settings: &Settings,
+    shape: &IndexShape,
+) -> Result<IndexLocation> {
     let host = match named_index(settings, shape.dimensions) {
         Some(options) if pinecone::control::exists(&options).await? => {
             Some(pinecone::control::host(&options).await?)
         }
         _ => None,
     };
-    let mut place = place(settings, host.clone());
+    let mut location = configured_location(settings, host.clone());
     let source = &settings.source.name;
     if let Index::Pinecone(index) = &settings.index
-        && let Some(recorded) = target::recorded_place(postgres, source).await?
-        && !recorded.is(&place)
-        && !place.host.is_empty()
+        && let Some(recorded) = generation::recorded_location(postgres, source).await?
+        && !recorded.is(&location)
+        && !location.host.is_empty()
     {
         let host = host.unwrap_or_else(|| index.host().to_owned());
         let index = pinecone_at(settings, index, host, shape.dimensions)?;
-        place.is_known = lineage::is_known(postgres, source, &index).await?;
+        location.is_same_index = ownership::is_owned_by(postgres, source, &index).await?;
     }
-    Ok(place)
+    Ok(location)
 }
 
 fn pinecone_at(
@@ -139,7 +143,7 @@ fn pinecone_at(
     host: String,
     dimensions: usize,
 ) -> Result<Pinecone> {
-    Pinecone::new(pinecone::Options {
+    Pinecone::new(pinecone::PineconeOptions {
         host,
         api_key: index.api_key.clone(),
         namespace: index.namespace.clone(),
@@ -152,14 +156,14 @@ fn pinecone_at(
 
 /// Brings the database up to date with these settings, and makes a missing index.
 pub async fn migrate(postgres: &Postgres, settings: &Settings) -> Result<Report> {
-    migrate_with(postgres, settings, &migrate::Options::default()).await
+    migrate_with(postgres, settings, &migrate::MigrateOptions::default()).await
 }
 
 /// The same with options.
 pub async fn migrate_with(
     postgres: &Postgres,
     settings: &Settings,
-    options: &migrate::Options,
+    options: &migrate::MigrateOptions,
 ) -> Result<Report> {
     migrate_to(postgres, settings, index_shape(settings).await?, options).await
 }
@@ -168,40 +172,40 @@ pub async fn migrate_with(
 /// not know of its model.
 pub async fn migrate_as_known(postgres: &Postgres, settings: &Settings) -> Result<Report> {
     let shape = known_shape(postgres, settings).await?;
-    migrate_to(postgres, settings, shape, &migrate::Options::default()).await
+    migrate_to(postgres, settings, shape, &migrate::MigrateOptions::default()).await
 }
 
 async fn migrate_to(
     postgres: &Postgres,
     settings: &Settings,
     mut shape: IndexShape,
-    options: &migrate::Options,
+    options: &migrate::MigrateOptions,
 ) -> Result<Report> {
-    shape.place = compared_place(postgres, settings, &shape).await?;
+    shape.location = compared_location(postgres, settings, &shape).await?;
     // The index comes before the database, so that an index of the wrong shape does not cost the rows that
     // are indexed so far. A rehearsal comes before the index, so that a migration that is refused makes no
     // index.
-    let made = match named_index(settings, shape.dimensions) {
+    let created = match named_index(settings, shape.dimensions) {
         Some(named) => {
             migrate::rehearse(postgres, &settings.source, &settings.queue, &shape, options).await?;
-            let made = pinecone::control::ensure(&named).await?;
-            shape.place.host = pinecone::place::host(&pinecone::control::host(&named).await?);
-            made
+            let created = pinecone::control::ensure(&named).await?;
+            shape.location.host = pinecone::location::normalize_host(&pinecone::control::host(&named).await?);
+            created
         }
         None => false,
     };
     let report = migrate::migrate_with(postgres, &settings.source, &settings.queue, &shape, options).await?;
-    Ok(with_queues(with_index(report, settings, made), settings).await)
+    Ok(with_queues(with_index(report, settings, created), settings).await)
 }
 
 /// Reports what [`migrate_with`] would do. Nothing is changed.
 pub async fn plan_migration(
     postgres: &Postgres,
     settings: &Settings,
-    options: &migrate::Options,
+    options: &migrate::MigrateOptions,
 ) -> Result<Report> {
     let mut shape = index_shape(settings).await?;
-    shape.place = compared_place(postgres, settings, &shape).await?;
+    shape.location = compared_location(postgres, settings, &shape).await?;
     let missing = match named_index(settings, shape.dimensions) {
         Some(options) => !pinecone::control::exists(&options).await?,
         None => false,
@@ -210,8 +214,8 @@ pub async fn plan_migration(
     Ok(with_queues(with_index(report, settings, missing), settings).await)
 }
 
-fn with_index(mut report: Report, settings: &Settings, made: bool) -> Report {
-    if made {
+fn with_index(mut report: Report, settings: &Settings, created: bool) -> Report {
+    if created {
         let name = settings.index.pinecone().map_or("", |index| &index.name);
         report.created.push(format!("index {name}"));
     }
@@ -223,8 +227,8 @@ fn with_index(mut report: Report, settings: &Settings, made: bool) -> Report {
 async fn with_queues(mut report: Report, settings: &Settings) -> Report {
     if let QueueKind::Sqs(queue) = &settings.queue.kind {
         let options = sqs_options(settings, queue);
-        let remarks = async { sqs::remarks(&sqs::connect(&options).await?, &options).await };
-        match tokio::time::timeout(LOOK_AT_QUEUES, remarks).await {
+        let remarks = async { sqs::configuration_warnings(&sqs::connect(&options).await?, &options).await };
+        match tokio::time::timeout(QUEUE_CHECK_TIMEOUT, remarks).await {
             Ok(Ok((warnings, notes))) => {
                 report.warnings.extend(warnings);
                 report.notes.extend(notes);
@@ -237,8 +241,12 @@ async fn with_queues(mut report: Report, settings: &Settings) -> Report {
 }
 
 /// Removes everything of ours from the database, except for the user's table.
-pub async fn uninstall(postgres: &Postgres, settings: &Settings, how: How) -> Result<Uninstalled> {
-    let mut done = uninstall::uninstall(postgres, &settings.queue, how).await?;
+pub async fn uninstall(
+    postgres: &Postgres,
+    settings: &Settings,
+    options: UninstallOptions,
+) -> Result<Uninstalled> {
+    let mut done = uninstall::uninstall(postgres, &settings.queue, options).await?;
     if settings.index.pinecone().is_some() && !done.removed.is_empty() {
         done.notes.push("records in Pinecone stay: delete the index or its namespaces there".into());
     }
@@ -246,9 +254,9 @@ pub async fn uninstall(postgres: &Postgres, settings: &Settings, how: How) -> Re
 }
 
 /// The index to find or make by its name. `None` for pgvector, or if the settings give the host.
-fn named_index(settings: &Settings, dimensions: usize) -> Option<pinecone::control::Options> {
+fn named_index(settings: &Settings, dimensions: usize) -> Option<pinecone::control::ControlPlaneOptions> {
     let index = settings.index.pinecone().filter(|index| index.host().is_empty())?;
-    Some(pinecone::control::Options {
+    Some(pinecone::control::ControlPlaneOptions {
         controller: index.controller.clone(),
         api_key: index.api_key.clone(),
         name: index.name.clone(),
@@ -272,9 +280,9 @@ async fn open_queue(postgres: &Postgres, settings: &Settings) -> Result<Queue> {
 
 /// The settings of the queue on SQS.
 #[must_use]
-pub fn sqs_options(settings: &Settings, queue: &SqsQueue) -> sqs::Options {
+pub fn sqs_options(settings: &Settings, queue: &SqsQueue) -> sqs::SqsOptions {
     let named = |url: &str| (!url.is_empty()).then(|| url.to_owned());
-    sqs::Options {
+    sqs::SqsOptions {
         url: queue.url.clone(),
         bulk_url: named(&queue.bulk_url),
         dead_url: named(&queue.dead_url),
@@ -292,7 +300,7 @@ pub struct Backends {
     /// Connections.
     pub postgres: Postgres,
     /// Source, target and salt.
-    pub target: Arc<Target>,
+    pub generation: Arc<Generation>,
     /// Source and ledger, read together.
     pub ledger: Arc<PgLedger>,
     /// The queue: its messages, its dead letters, and how full it is.
@@ -327,28 +335,28 @@ impl Backends {
             Some(model) => model.shape(settings).await?,
             None => known_shape(postgres, settings).await?,
         };
-        Self::around(postgres, settings, queue, shape, false).await
+        Self::build(postgres, settings, queue, shape, false).await
     }
 
     /// The same, for reading only. If the index's host cannot be found, the recorded place is used.
-    pub async fn open_to_look(postgres: &Postgres, settings: &Settings) -> Result<Self> {
+    pub async fn open_read_only(postgres: &Postgres, settings: &Settings) -> Result<Self> {
         let queue = open_queue(postgres, settings).await?;
         let shape = known_shape(postgres, settings).await?;
-        Self::around(postgres, settings, queue, shape, true).await
+        Self::build(postgres, settings, queue, shape, true).await
     }
 
     /// Opens the backends around an open queue.
     pub async fn with_queue(postgres: &Postgres, settings: &Settings, queue: Queue) -> Result<Self> {
         let shape = known_shape(postgres, settings).await?;
-        Self::around(postgres, settings, queue, shape, false).await
+        Self::build(postgres, settings, queue, shape, false).await
     }
 
-    async fn around(
+    async fn build(
         postgres: &Postgres,
         settings: &Settings,
         queue: Queue,
         mut shape: IndexShape,
-        to_look: bool,
+        read_only: bool,
     ) -> Result<Self> {
         // A message that was deleted in another service stays deleted, even if a crash of the database loses
         // the work that was done for it. So commits wait for the disk.
@@ -356,10 +364,10 @@ impl Backends {
         let postgres = waiting.as_ref().unwrap_or(postgres);
         let host = match named_index(settings, shape.dimensions) {
             Some(options) => match pinecone::control::host(&options).await {
-                Err(error) if to_look => {
-                    let recorded = target::recorded_place(postgres, &settings.source.name).await?;
-                    let recorded =
-                        recorded.filter(|place| place.name == options.name && !place.host.is_empty());
+                Err(error) if read_only => {
+                    let recorded = generation::recorded_location(postgres, &settings.source.name).await?;
+                    let recorded = recorded
+                        .filter(|location| location.name == options.name && !location.host.is_empty());
                     tracing::warn!(%error, "cannot look up the index: using its recorded host if there is one");
                     recorded.ok_or(error)?.host
                 }
@@ -367,28 +375,28 @@ impl Backends {
             },
             None => settings.index.pinecone().map_or("", PineconeIndex::host).to_owned(),
         };
-        shape.place = place(settings, Some(host.clone()));
-        let target = target::find(postgres, &settings.source, &shape).await?;
-        let table = Arc::new(target.table.clone());
+        shape.location = configured_location(settings, Some(host.clone()));
+        let generation = generation::find(postgres, &settings.source, &shape).await?;
+        let table = Arc::new(generation.table.clone());
         let index: Arc<dyn VectorIndex> = match &settings.index {
             Index::Pgvector(index) => Arc::new(PgVector::new(
                 postgres.clone(),
                 Arc::clone(&table),
-                target.salt.clone(),
-                target.id,
-                pgvector::Options {
+                generation.salt.clone(),
+                generation.id,
+                pgvector::PgVectorOptions {
                     graph_min_rows: index.graph_min_rows,
                     graph_max_backlog: index.graph_max_backlog,
                     ef_search: index.ef_search,
                     acknowledged_in_same_log: settings.queue.is_pgmq(),
                 },
             )),
-            Index::Pinecone(index) => Arc::new(pinecone_at(settings, index, host, target.dimensions)?),
+            Index::Pinecone(index) => Arc::new(pinecone_at(settings, index, host, generation.dimensions)?),
         };
-        let ledger = Arc::new(PgLedger::new(postgres.clone(), table, target.id, target.salt.clone()));
+        let ledger = Arc::new(PgLedger::new(postgres.clone(), table, generation.id, generation.salt.clone()));
         Ok(Self {
             postgres: postgres.clone(),
-            target: Arc::new(target),
+            generation: Arc::new(generation),
             ledger,
             queue,
             index,
@@ -402,7 +410,7 @@ impl Backends {
     /// The outbox that feeds the queue. Listens for wake-ups for as long as it exists.
     #[must_use]
     pub fn outbox(&self) -> Box<dyn Outbox> {
-        let (postgres, source) = (self.postgres.clone(), &self.target.table.name);
+        let (postgres, source) = (self.postgres.clone(), &self.generation.table.name);
         Box::new(match &self.pgmq {
             Some(prefix) => PgOutbox::new(postgres, source, prefix),
             None => PgOutbox::shipping(postgres, source, Arc::clone(&self.queue.jobs)),
@@ -411,19 +419,19 @@ impl Backends {
 
     /// Whether writes to the index are transactional, so that no attempts are recorded.
     #[must_use]
-    pub fn index_is_fenced(&self) -> bool {
-        matches!(self.index.writes(), Writes::Fenced(_))
+    pub fn index_is_transactional(&self) -> bool {
+        matches!(self.index.writes(), Writes::Transactional(_))
     }
 
     /// Counts, backlog, freshness and workers.
     pub async fn status(&self) -> Result<postgres::status::Status> {
-        let Self { postgres, source, target, queue, index, counted, proof_period, .. } = self;
-        postgres::status::read(postgres, source, target, queue, &**index, counted, *proof_period).await
+        let Self { postgres, source, generation, queue, index, counted, proof_period, .. } = self;
+        postgres::status::read(postgres, source, generation, queue, &**index, counted, *proof_period).await
     }
 
     /// The state of the proof.
     pub async fn proof(&self) -> Result<postgres::proof::Proof> {
-        postgres::proof::Proof::read(&self.postgres, self.target.id, self.proof_period).await
+        postgres::proof::Proof::read(&self.postgres, self.generation.id, self.proof_period).await
     }
 
     /// Whether dead letters can be read without hiding them from other readers for a while.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::http_embedder::{self, Known};
 use super::minilm::{self, MiniLm, Model};
 use super::postgres::Postgres;
-use super::postgres::target::{self, IndexShape, Place};
+use super::postgres::generation::{self, IndexLocation, IndexShape};
 use crate::config::{EmbedderKind, Index, Settings};
 use crate::pipeline::embedder::Embedder;
 use crate::pipeline::failure::{Error, FailureKind, Result};
@@ -56,7 +56,7 @@ async fn known(postgres: &Postgres, settings: &Settings) -> Result<Option<Known>
     if matches!(settings.embedder.kind, EmbedderKind::Minilm(_)) {
         return Ok(None);
     }
-    let recorded = target::recorded_model(postgres, &settings.source.name).await?;
+    let recorded = generation::recorded_model(postgres, &settings.source.name).await?;
     Ok(recorded.and_then(|(model, dimensions)| Known::of(&settings.embedder, &model, dimensions)))
 }
 
@@ -70,7 +70,7 @@ fn shape(settings: &Settings, model: &str, dimensions: usize) -> IndexShape {
         model: model.into(),
         former_model: None,
         dimensions,
-        place: Place::default(),
+        location: IndexLocation::default(),
     }
 }
 
@@ -100,7 +100,7 @@ impl LoadedModel {
             EmbedderKind::Minilm(local) => {
                 let dir = model_dir(settings);
                 let options =
-                    minilm::Options { precision: local.precision, instructions: local.instructions };
+                    minilm::ModelOptions { precision: local.precision, instructions: local.instructions };
                 let loaded = tokio::task::spawn_blocking(move || Model::load(&dir, options)).await;
                 Self::Minilm(Arc::new(
                     loaded.map_err(|error| {

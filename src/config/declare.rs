@@ -63,11 +63,11 @@ impl Rule {
             Self::Is(is_good, reason) => (is_good(value), reason.into()),
             Self::Each(is_good, reason) => {
                 let bad = value.as_array()?.iter().find(|part| !part.as_str().is_some_and(is_good))?;
-                return Some((plain(bad), reason.into()));
+                return Some((sets(bad), reason.into()));
             }
             Self::Address | Self::Variable(_) | Self::Chooses(..) => return None,
         };
-        (!is_good).then(|| (plain(value), reason))
+        (!is_good).then(|| (sets(value), reason))
     }
 }
 
@@ -82,7 +82,7 @@ pub(super) fn lies(value: &Value, least: i64, most: i64) -> bool {
 }
 
 /// A value as it may stand in a sentence: a text without quotes, a number as short as it can be.
-pub(super) fn plain(value: &Value) -> String {
+pub(super) fn sets(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Float(number) => number.to_string(),

@@ -6,7 +6,7 @@ use super::declare::Rule::{Address, AtLeast, OneOf};
 use super::error::ConfigError;
 use super::read::{Section as _, Setting, checked, section};
 use super::values::Values;
-use crate::encoder::{Instructions, Precision};
+use crate::encoder::{InstructionSet, Precision};
 use crate::secret::Secret;
 
 section! {
@@ -46,7 +46,7 @@ section! {
         /// difference).
         precision: Precision = "auto";
         /// The most advanced instructions that it uses of an x86 CPU: auto (all), avx512, avx2 or portable.
-        instructions: Instructions = "auto";
+        instructions: InstructionSet = "auto";
     }
 }
 

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use super::declare::{Key, Rule};
 use super::error::ConfigError;
-use super::values::{Given, Values};
+use super::values::{RawValue, Values};
 
 /// Prefix of refarch's own environment variables.
 const PREFIX: &str = "REFARCH_";
@@ -29,7 +29,7 @@ pub(super) fn given(keys: &[&Key], env: &BTreeMap<String, String>) -> Vec<(Strin
     for key in keys {
         for rule in key.rules {
             let (Rule::Variable(variable) | Rule::Chooses(variable, _)) = rule else { continue };
-            let Some(value) = set(env, variable) else { continue };
+            let Some(value) = non_empty(env, variable) else { continue };
             add(variable, key.path, value);
             if let Rule::Chooses(_, kind) = rule {
                 add(variable, &format!("{}.kind", key.section), kind);
@@ -47,35 +47,38 @@ pub(super) fn given(keys: &[&Key], env: &BTreeMap<String, String>) -> Vec<(Strin
 
 /// Uses the provider's usual variable if the embedder has no API key. Only the provider's own: a key must
 /// not go to another server.
-pub(super) fn lend_key(values: &mut Values, env: &BTreeMap<String, String>) -> Result<(), ConfigError> {
-    match set(env, OPENAI_KEY) {
+pub(super) fn apply_provider_key(
+    values: &mut Values,
+    env: &BTreeMap<String, String>,
+) -> Result<(), ConfigError> {
+    match non_empty(env, OPENAI_KEY) {
         Some(key) if values.kind("embedder") == "openai" && values.is_blank("embedder.api_key") => {
             let origin = format!("environment variable {OPENAI_KEY}");
-            values.put(&origin, "embedder.api_key", Given::Text(key))
+            values.set_value(&origin, "embedder.api_key", RawValue::Text(key))
         }
         _ => Ok(()),
     }
 }
 
 /// A variable that is set and not empty.
-fn set<'a>(env: &'a BTreeMap<String, String>, name: &str) -> Option<&'a String> {
+fn non_empty<'a>(env: &'a BTreeMap<String, String>, name: &str) -> Option<&'a String> {
     env.get(name).filter(|value| !value.is_empty())
 }
 
 /// The database that the environment names: `DATABASE_URL`, or the reference architecture's five.
 fn database_url(env: &BTreeMap<String, String>) -> Option<(&'static str, String)> {
-    if let Some(url) = set(env, "DATABASE_URL") {
+    if let Some(url) = non_empty(env, "DATABASE_URL") {
         return Some(("DATABASE_URL", url.clone()));
     }
-    let host = set(env, "POSTGRES_DB_HOST")?;
+    let host = non_empty(env, "POSTGRES_DB_HOST")?;
     // The key-value form needs no percent-encoding: a quoted value takes anything.
     let mut url = String::new();
     let parts = [
         ("host", Some(host)),
-        ("port", set(env, "POSTGRES_DB_PORT")),
-        ("dbname", set(env, "POSTGRES_DB_NAME")),
-        ("user", set(env, "POSTGRES_DB_USER")),
-        ("password", set(env, "POSTGRES_DB_PASSWORD")),
+        ("port", non_empty(env, "POSTGRES_DB_PORT")),
+        ("dbname", non_empty(env, "POSTGRES_DB_NAME")),
+        ("user", non_empty(env, "POSTGRES_DB_USER")),
+        ("password", non_empty(env, "POSTGRES_DB_PASSWORD")),
     ];
     for (name, value) in parts {
         if let Some(value) = value {

@@ -14,12 +14,12 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// A file is not TOML. The error shows nothing of its text, which may be a password.
-    #[error("{origin} is not valid TOML: {place}{message}")]
+    #[error("{origin} is not valid TOML: {position}{message}")]
     Syntax {
         /// The file.
         origin: String,
         /// Line and column, and the key there if refarch has such a setting.
-        place: String,
+        position: String,
         /// The parser's message.
         message: String,
     },

@@ -12,10 +12,10 @@ use super::values::Values;
 use crate::secret::Secret;
 
 /// Prefix of refarch's own keys in a record's metadata. No column may have a name with this prefix.
-pub const OWN_KEYS: &str = "_refarch_";
+pub const RESERVED_METADATA_PREFIX: &str = "_refarch_";
 
 /// The namespace of an index that holds the ownership records of the other namespaces.
-pub const NOTES_NAMESPACE: &str = "refarch-notes";
+pub const OWNERSHIP_NAMESPACE: &str = "refarch-notes";
 
 section! {
     /// `[index]`: where vectors are.
@@ -81,7 +81,7 @@ fn is_given(value: &Value) -> bool {
 }
 
 fn is_not_of_notes(value: &Value) -> bool {
-    value.as_str() != Some(NOTES_NAMESPACE)
+    value.as_str() != Some(OWNERSHIP_NAMESPACE)
 }
 
 impl Setting for Index {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 use super::error::ConfigError;
-use super::values::{Given, Values};
+use super::values::{RawValue, Values};
 use super::{Settings, environment, keys};
 
 /// Where configuration is looked for when no `--config` is given.
@@ -57,12 +57,12 @@ impl Settings {
             put_file(&mut values, file)?;
         }
         for (origin, path, value) in environment::given(values.keys(), env) {
-            values.put(&origin, &path, Given::Text(&value))?;
+            values.set_value(&origin, &path, RawValue::Text(&value))?;
         }
         for flag in flags {
-            values.put(flag.flag, flag.key, Given::Text(&flag.value))?;
+            values.set_value(flag.flag, flag.key, RawValue::Text(&flag.value))?;
         }
-        environment::lend_key(&mut values, env)?;
+        environment::apply_provider_key(&mut values, env)?;
         Self::read(&values)
     }
 }
@@ -70,15 +70,15 @@ impl Settings {
 fn put_file(values: &mut Values, file: &File) -> Result<(), ConfigError> {
     let origin = file.path.display().to_string();
     let table: Table =
-        toml::from_str(&file.text).map_err(|error| values.syntax(&origin, &file.text, &error))?;
+        toml::from_str(&file.text).map_err(|error| values.syntax_error(&origin, &file.text, &error))?;
     for (section, value) in table {
         let is_known = values.keys().iter().any(|key| key.section == section);
-        let Value::Table(given) = value else { return Err(values.unknown(&origin, &section)) };
+        let Value::Table(given) = value else { return Err(values.unknown_key(&origin, &section)) };
         if !is_known {
-            return Err(values.unknown(&origin, &section));
+            return Err(values.unknown_key(&origin, &section));
         }
         for (name, value) in given {
-            values.put(&origin, &format!("{section}.{name}"), Given::Toml(value))?;
+            values.set_value(&origin, &format!("{section}.{name}"), RawValue::Toml(value))?;
         }
     }
     Ok(())
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn customary_variables_choose_their_service_and_ours_win() {
+    fn conventional_variables_select_their_service_and_ours_win() {
         let env = [
             ("SQS_QUEUE_URL", "https://sqs.eu-west-1.amazonaws.com/1/jobs"),
             ("PINECONE_INDEX", "shop"),

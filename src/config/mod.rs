@@ -24,7 +24,7 @@ mod values;
 
 pub use embedder::{Embedder, EmbedderKind, HttpEmbedder, LocalEmbedder};
 pub use error::ConfigError;
-pub use index::{Index, NOTES_NAMESPACE, OWN_KEYS, PgvectorIndex, PineconeIndex};
+pub use index::{Index, OWNERSHIP_NAMESPACE, PgvectorIndex, PineconeIndex, RESERVED_METADATA_PREFIX};
 pub use load::{DEFAULT_FILE, File, Override};
 pub use queue::{Queue, QueueKind, SqsQueue};
 pub use roles::{Audit, IndexCheck, Indexer, Relay, Serve, Up};
@@ -105,7 +105,7 @@ impl Settings {
             up: Up::read(values)?,
             runtime: Runtime::read(values)?,
             log: Log::read(values)?,
-            shown: values.shown(),
+            shown: values.redacted(),
         };
         settings.check_sections_together(values)?;
         Ok(settings)
@@ -119,7 +119,8 @@ impl Settings {
                 "use at least 1, and at most half of indexer.lease_ms: a request must end within the lease";
             return Err(values.refused("index.timeout_ms", reason));
         }
-        let taken = |column: &&String| column.starts_with(OWN_KEYS) || column.starts_with('$');
+        let taken =
+            |column: &&String| column.starts_with(RESERVED_METADATA_PREFIX) || column.starts_with('$');
         let Some(column) = self.source.metadata.iter().find(taken) else { return Ok(()) };
         let reason = "use other columns: in Pinecone's metadata, refarch reserves names that begin with _refarch_, and Pinecone those that begin with $";
         Err(values.refused_as("source.metadata", column, reason))

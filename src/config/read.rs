@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::declare::Key;
 use super::error::ConfigError;
 use super::values::Values;
-use crate::encoder::{Instructions, Precision};
+use crate::encoder::{InstructionSet, Precision};
 use crate::secret::Secret;
 
 /// A group of settings: what `section!` declares.
@@ -43,7 +43,7 @@ macro_rules! by_serde {
     };
 }
 
-by_serde!(u32, u64, usize, String, Vec<String>, PathBuf, SocketAddr, Precision, Instructions);
+by_serde!(u32, u64, usize, String, Vec<String>, PathBuf, SocketAddr, Precision, InstructionSet);
 
 impl Setting for Secret {
     const IS_SECRET: bool = true;

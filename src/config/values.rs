@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
-use super::declare::{Key, Rule, plain};
+use super::declare::{Key, Rule, sets};
 use super::error::ConfigError;
 use crate::secret::{address_without_secrets, without_secrets};
 
@@ -14,7 +14,7 @@ use crate::secret::{address_without_secrets, without_secrets};
 const MAX_EDIT_DISTANCE: usize = 4;
 
 /// A value as it was given.
-pub(super) enum Given<'a> {
+pub(super) enum RawValue<'a> {
     Toml(Value),
     Text(&'a str),
 }
@@ -47,14 +47,19 @@ impl Values {
     }
 
     /// Puts a value in the place of the one that is there.
-    pub(super) fn put(&mut self, origin: &str, path: &str, given: Given<'_>) -> Result<(), ConfigError> {
-        let Some(entry) = self.by_path.get_mut(path) else { return Err(self.unknown(origin, path)) };
+    pub(super) fn set_value(
+        &mut self,
+        origin: &str,
+        path: &str,
+        given: RawValue<'_>,
+    ) -> Result<(), ConfigError> {
+        let Some(entry) = self.by_path.get_mut(path) else { return Err(self.unknown_key(origin, path)) };
         entry.value = match given {
-            Given::Toml(value) => value,
-            Given::Text(text) => parse_as(&entry.value, text).map_err(|reason| ConfigError::Invalid {
+            RawValue::Toml(value) => value,
+            RawValue::Text(text) => parse_as(&entry.value, text).map_err(|reason| ConfigError::Invalid {
                 origin: origin.into(),
                 key: path.into(),
-                value: shown(entry.key, text),
+                value: redacted(entry.key, text),
                 reason,
             })?,
         };
@@ -95,7 +100,7 @@ impl Values {
 
     /// That a key's value is of no use, and what would be.
     pub(super) fn refused(&self, path: &str, reason: &str) -> ConfigError {
-        let value = self.by_path.get(path).map(|entry| plain(&entry.value)).unwrap_or_default();
+        let value = self.by_path.get(path).map(|entry| sets(&entry.value)).unwrap_or_default();
         self.refused_as(path, &value, reason)
     }
 
@@ -105,13 +110,13 @@ impl Values {
         ConfigError::Invalid {
             origin: entry.and_then(|e| e.origin.clone()).unwrap_or_else(|| "configuration".into()),
             key: path.into(),
-            value: entry.map(|entry| shown(entry.key, value)).unwrap_or_default(),
+            value: entry.map(|entry| redacted(entry.key, value)).unwrap_or_default(),
             reason: reason.into(),
         }
     }
 
     /// All of them as TOML, secrets hidden.
-    pub(super) fn shown(&self) -> String {
+    pub(super) fn redacted(&self) -> String {
         let mut text = String::new();
         let mut section = "";
         for key in &self.keys {
@@ -122,7 +127,7 @@ impl Values {
                 let _ = writeln!(text, "{gap}[{section}]");
             }
             let value = match value {
-                Value::String(value) if !value.is_empty() => Value::from(shown(key, value)),
+                Value::String(value) if !value.is_empty() => Value::from(redacted(key, value)),
                 value => value.clone(),
             };
             let _ = writeln!(text, "{} = {value}", key.name);
@@ -131,11 +136,11 @@ impl Values {
     }
 
     fn entry(&self, path: &str) -> Result<&Entry, ConfigError> {
-        self.by_path.get(path).ok_or_else(|| self.unknown("configuration", path))
+        self.by_path.get(path).ok_or_else(|| self.unknown_key("configuration", path))
     }
 
     /// That there is no such key or section, and which is nearest.
-    pub(super) fn unknown(&self, origin: &str, path: &str) -> ConfigError {
+    pub(super) fn unknown_key(&self, origin: &str, path: &str) -> ConfigError {
         let nearest = self
             .keys
             .iter()
@@ -149,8 +154,8 @@ impl Values {
 
     /// The error and its place in a text that is not TOML. The parser's messages are fixed sentences; its
     /// `Display` would print the line, which may hold a secret.
-    pub(super) fn syntax(&self, origin: &str, text: &str, error: &toml::de::Error) -> ConfigError {
-        let place = error.span().map(|span| {
+    pub(super) fn syntax_error(&self, origin: &str, text: &str, error: &toml::de::Error) -> ConfigError {
+        let position = error.span().map(|span| {
             let mut at = span.start.min(text.len());
             while !text.is_char_boundary(at) {
                 at -= 1;
@@ -164,7 +169,7 @@ impl Values {
         });
         ConfigError::Syntax {
             origin: origin.into(),
-            place: place.unwrap_or_default(),
+            position: position.unwrap_or_default(),
             message: error.message().into(),
         }
     }
@@ -193,7 +198,7 @@ pub(super) fn default_of(key: &Key) -> Result<Value, ConfigError> {
 }
 
 /// A key's value as it may be shown.
-fn shown(key: &Key, value: &str) -> String {
+fn redacted(key: &Key, value: &str) -> String {
     match key {
         Key { is_secret: true, .. } => "[redacted]".into(),
         Key { rules, .. } if rules.iter().any(|rule| matches!(rule, Rule::Address)) => {

@@ -4,11 +4,11 @@
 //! context is the product of their softmax and the values. The softmax is computed in `f32`. The division by
 //! its sum comes last, on the context, which has fewer numbers.
 
-use super::buffer::Buffer;
-use super::kernel::{Float, Right, SLACK, Sums, as_they_are};
-use super::lanes::{Element, Lanes};
+use super::aligned_buffer::Buffer;
+use super::dense_layer::Tiles;
+use super::kernel::{Accumulators, Float, RightPanel, SLACK, unquantized};
 use super::math;
-use super::packed::Tiles;
+use super::simd::{Element, Simd};
 
 /// Rows of queries that are computed together: few enough that their scores stay in a near cache.
 const QUERIES: usize = 32;
@@ -35,14 +35,14 @@ pub(super) struct Workspace<A: Float> {
 }
 
 /// Number of keys with padding, a multiple that suits the panels and depths of all kernels.
-fn filled_up(length: usize) -> usize {
+fn padded_length(length: usize) -> usize {
     length.next_multiple_of(32)
 }
 
 impl<A: Float> Workspace<A> {
     /// Memory for sequences of at most `length` tokens, and heads of width `width`.
     pub(super) fn new(length: usize, width: usize) -> Self {
-        let keys = filled_up(length);
+        let keys = padded_length(length);
         Self {
             keys: Buffer::zeroed(keys * width),
             values: Buffer::zeroed(keys * width),
@@ -58,7 +58,7 @@ impl<A: Float> Workspace<A> {
     ///
     /// # Safety
     ///
-    /// As [`Lanes`]. The sequence and `to` must have these rows and columns, the sequence with slack. The
+    /// As [`Simd`]. The sequence and `to` must have these rows and columns, the sequence with slack. The
     /// workspace must be large enough for them.
     #[inline(always)]
     pub(super) unsafe fn head<E: Element>(
@@ -72,40 +72,45 @@ impl<A: Float> Workspace<A> {
         // SAFETY: guaranteed by the caller.
         unsafe {
             let Sequence { projected, stride, part, length } = *sequence;
-            let keys = filled_up(length);
+            let keys = padded_length(length);
             let queries = projected.add(head);
-            self.lay_out_keys(queries.add(part), stride, length, width);
-            self.lay_out_values(queries.add(2 * part), stride, length, width);
+            self.pack_keys(queries.add(part), stride, length, width);
+            self.pack_values(queries.add(2 * part), stride, length, width);
             let (scores, weights) = (self.scores.as_mut_ptr(), self.weights.as_mut_ptr());
             let context = self.context.as_mut_ptr();
             let mut first = 0;
             while first < length {
                 let rows = QUERIES.min(length - first);
-                let left = as_they_are::<A>(queries.add(first * stride), stride);
+                let left = unquantized::<A>(queries.add(first * stride), stride);
                 for panel in (0..length).step_by(A::NARROW) {
                     let right = narrow::<A>(self.keys.as_ptr().add(panel * width), width);
                     for (row, count) in Tiles::new::<A>(rows) {
-                        let sums = Sums { data: scores.add(row * keys + panel), stride: keys, add: false };
+                        let sums =
+                            Accumulators { data: scores.add(row * keys + panel), stride: keys, add: false };
                         A::tile(left.at(row, 0), count, &right, sums);
                     }
                 }
                 let mut shares = [0.0_f32; QUERIES];
                 for (row, share) in shares[..rows].iter_mut().enumerate() {
-                    *share = soften::<A>(scores.add(row * keys), weights.add(row * keys), length, keys);
+                    *share = softmax::<A>(scores.add(row * keys), weights.add(row * keys), length, keys);
                 }
-                let left = as_they_are::<A>(weights, keys);
+                let left = unquantized::<A>(weights, keys);
                 let depth = length.next_multiple_of(A::DEPTH);
                 for panel in (0..width).step_by(A::NARROW) {
                     let right = narrow::<A>(self.values.as_ptr().add(panel * keys), depth);
                     for (row, count) in Tiles::new::<A>(rows) {
-                        let sums = Sums { data: context.add(row * A::NARROW), stride: A::NARROW, add: false };
+                        let sums = Accumulators {
+                            data: context.add(row * A::NARROW),
+                            stride: A::NARROW,
+                            add: false,
+                        };
                         A::tile(left.at(row, 0), count, &right, sums);
                     }
                     for (row, share) in shares[..rows].iter().enumerate() {
                         let to = to.add((first + row) * to_stride + head + panel);
-                        let share = A::Lanes::splat(*share);
-                        for column in (0..A::NARROW).step_by(A::Lanes::LANES) {
-                            let sums = A::Lanes::load(context.add(row * A::NARROW + column));
+                        let share = A::Simd::splat(*share);
+                        for column in (0..A::NARROW).step_by(A::Simd::LANES) {
+                            let sums = A::Simd::load(context.add(row * A::NARROW + column));
                             E::put(sums.mul(share), to.add(column));
                         }
                     }
@@ -118,18 +123,18 @@ impl<A: Float> Workspace<A> {
     /// Lays out keys in panels, one key in each column. On words of
     /// [`Kernel::GROUP`](super::kernel::Kernel::GROUP) elements this is a transposition.
     #[inline(always)]
-    unsafe fn lay_out_keys(&mut self, keys: *const A::Element, stride: usize, length: usize, width: usize) {
-        let lanes = A::Lanes::LANES;
+    unsafe fn pack_keys(&mut self, keys: *const A::Element, stride: usize, length: usize, width: usize) {
+        let lanes = A::Simd::LANES;
         // SAFETY: guaranteed by the caller. Rows past the last key are slack; their scores are not used.
         unsafe {
-            for panel in (0..filled_up(length)).step_by(A::NARROW) {
+            for panel in (0..padded_length(length)).step_by(A::NARROW) {
                 let to = self.keys.as_mut_ptr().add(panel * width);
                 for key in (0..A::NARROW).step_by(lanes) {
                     if panel + key >= length {
                         break;
                     }
                     for word in (0..width / A::GROUP).step_by(lanes) {
-                        A::Lanes::transpose(
+                        A::Simd::transpose(
                             keys.add((panel + key) * stride + word * A::GROUP).cast(),
                             stride / A::GROUP,
                             to.cast::<u32>().add(word * A::NARROW + key),
@@ -144,14 +149,8 @@ impl<A: Float> Workspace<A> {
     /// Lays out values in panels, one dimension in each column, and keys in depth. Past the last key the
     /// panel holds zeros, so that a weight of 0 adds nothing.
     #[inline(always)]
-    unsafe fn lay_out_values(
-        &mut self,
-        values: *const A::Element,
-        stride: usize,
-        length: usize,
-        width: usize,
-    ) {
-        let keys = filled_up(length);
+    unsafe fn pack_values(&mut self, values: *const A::Element, stride: usize, length: usize, width: usize) {
+        let keys = padded_length(length);
         // SAFETY: guaranteed by the caller.
         unsafe {
             for panel in (0..width).step_by(A::NARROW) {
@@ -159,7 +158,7 @@ impl<A: Float> Workspace<A> {
                 let from = values.add(panel);
                 for key in (0..keys).step_by(A::GROUP) {
                     let present = A::GROUP.min(length.saturating_sub(key));
-                    A::Element::weave(
+                    A::Element::interleave(
                         from.add(key * stride),
                         stride,
                         present,
@@ -173,30 +172,30 @@ impl<A: Float> Workspace<A> {
 }
 
 #[inline(always)]
-fn narrow<A: Float>(data: *const A::Weight, depth: usize) -> Right<A> {
-    Right { data, depth, columns: A::NARROW, scales: std::ptr::null(), sums: std::ptr::null() }
+fn narrow<A: Float>(data: *const A::Weight, depth: usize) -> RightPanel<A> {
+    RightPanel { data, depth, columns: A::NARROW, scales: std::ptr::null(), sums: std::ptr::null() }
 }
 
 /// Writes 2 to the power of (score - largest score) as elements, and zeros past the last key. Returns 1
 /// divided by their sum.
 #[inline(always)]
-unsafe fn soften<A: Float>(scores: *const f32, weights: *mut A::Element, length: usize, keys: usize) -> f32 {
-    let lanes = A::Lanes::LANES;
+unsafe fn softmax<A: Float>(scores: *const f32, weights: *mut A::Element, length: usize, keys: usize) -> f32 {
+    let lanes = A::Simd::LANES;
     // SAFETY: the rows of the caller have `keys` numbers.
     unsafe {
-        let none = A::Lanes::splat(f32::NEG_INFINITY);
+        let none = A::Simd::splat(f32::NEG_INFINITY);
         let mut largest = none;
         for key in (0..length).step_by(lanes) {
-            largest = largest.max(A::Lanes::load(scores.add(key)).first(length - key, none));
+            largest = largest.max(A::Simd::load(scores.add(key)).first(length - key, none));
         }
-        let largest = A::Lanes::splat(largest.largest());
-        let mut sum = A::Lanes::splat(0.0);
+        let largest = A::Simd::splat(largest.largest());
+        let mut sum = A::Simd::splat(0.0);
         for key in (0..keys).step_by(lanes) {
             let power = if key < length {
-                let power = math::exp2(A::Lanes::load(scores.add(key)).sub(largest));
-                power.first(length - key, A::Lanes::splat(0.0))
+                let power = math::exp2(A::Simd::load(scores.add(key)).sub(largest));
+                power.first(length - key, A::Simd::splat(0.0))
             } else {
-                A::Lanes::splat(0.0)
+                A::Simd::splat(0.0)
             };
             sum = sum.add(power);
             A::Element::put(power, weights.add(key));

@@ -7,39 +7,39 @@
 //! together with it.
 //!
 //! Weights are read from a safetensors file and laid out once for the kernel. The CPU's features decide the
-//! kernel (see [`KernelKind`]). The file is not needed afterwards. Any number of [`Worker`]s share the
+//! kernel (see [`KernelKind`]). The file is not needed afterwards. Any number of [`ExecutionContext`]s share the
 //! weights, each on its own thread, so that no thread waits for another one.
 //!
 //! This is the only crate of refarch with `unsafe` code, for intrinsics, assembly and pointers to matrices.
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "some of it is for x86's kernels only"))]
 #![allow(clippy::inline_always, reason = "code not inlined is compiled without the kernel's instructions")]
 
+mod aligned_buffer;
 mod attention;
-mod buffer;
-mod config;
+mod dense_layer;
+mod execution_context;
+mod forward_pass;
 mod kernel;
-mod kind;
-mod lanes;
+mod kernel_selection;
 mod math;
-mod network;
-mod packed;
-mod pass;
-mod team;
-mod tensors;
-mod worker;
+mod model_config;
+mod safetensors_file;
+mod simd;
+mod thread_team;
+mod weights;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use config::{BertConfig, Description, Pooling, file};
+pub use execution_context::ExecutionContext;
+use execution_context::PackedModel;
 use kernel::{Float, Kernel, portable};
 #[cfg(target_arch = "x86_64")]
 use kernel::{amx, avx2, avx512};
-pub use kind::{Instructions, KernelKind, Precision};
-use network::Network;
-use tensors::Tensors;
-use worker::Laid;
-pub use worker::Worker;
+pub use kernel_selection::{InstructionSet, KernelKind, Precision};
+pub use model_config::{BertConfig, Description, Pooling, file};
+use safetensors_file::SafetensorsFile;
+use weights::Weights;
 
 /// Reason why a model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +83,7 @@ pub enum Error {
 pub struct Encoder {
     description: Description,
     kind: KernelKind,
-    laid: Arc<dyn Laid>,
+    packed_model: Arc<dyn PackedModel>,
 }
 
 impl Encoder {
@@ -95,9 +95,9 @@ impl Encoder {
             return Err(Error::Cpu(format!("this CPU or system has no {kind}")));
         }
         let description = Description::read(dir)?;
-        let tensors = Tensors::open(&file(dir, "model.safetensors")?)?;
-        let laid = lay_out(&description, &tensors, kind)?;
-        Ok(Self { description, kind, laid })
+        let tensors = SafetensorsFile::open(&file(dir, "model.safetensors")?)?;
+        let packed_model = load_for_kernel(&description, &tensors, kind)?;
+        Ok(Self { description, kind, packed_model })
     }
 
     /// The settings in the model folder.
@@ -114,31 +114,35 @@ impl Encoder {
 
     /// Memory for a thread that embeds.
     #[must_use]
-    pub fn worker(&self) -> Worker {
+    pub fn execution_context(&self) -> ExecutionContext {
         self.start(false)
     }
 
     /// Memory for a thread that embeds one short text at a time, and a second thread that helps. Most of the
     /// time goes into reading the weights, and two cores read faster. The vectors are the same.
     #[must_use]
-    pub fn pair(&self) -> Worker {
+    pub fn two_threaded_context(&self) -> ExecutionContext {
         self.start(true)
     }
 
-    fn start(&self, helped: bool) -> Worker {
+    fn start(&self, helped: bool) -> ExecutionContext {
         let Description { bert, max_tokens, .. } = &self.description;
-        let run = Arc::clone(&self.laid).worker(*max_tokens, helped);
-        Worker::new(run, bert.hidden_size, *max_tokens, bert.vocab_size)
+        let run = Arc::clone(&self.packed_model).execution_context(*max_tokens, helped);
+        ExecutionContext::new(run, bert.hidden_size, *max_tokens, bert.vocab_size)
     }
 }
 
 /// Lays out the weights for the kernel's dense layers and for its attention. One arm for each kernel.
-fn lay_out(description: &Description, tensors: &Tensors, kind: KernelKind) -> Result<Arc<dyn Laid>, Error> {
+fn load_for_kernel(
+    description: &Description,
+    tensors: &SafetensorsFile,
+    kind: KernelKind,
+) -> Result<Arc<dyn PackedModel>, Error> {
     fn network<D: Kernel, A: Float>(
         description: &Description,
-        tensors: &Tensors,
-    ) -> Result<Arc<dyn Laid>, Error> {
-        Ok(Arc::new(Network::<D, A>::new(description, tensors)?))
+        tensors: &SafetensorsFile,
+    ) -> Result<Arc<dyn PackedModel>, Error> {
+        Ok(Arc::new(Weights::<D, A>::new(description, tensors)?))
     }
     match kind {
         KernelKind::Portable => network::<portable::Portable, portable::Portable>(description, tensors),

@@ -1,11 +1,11 @@
 //! Mathematical functions over registers, computed with polynomials.
 
-use super::lanes::{Element, Lanes};
+use super::simd::{Element, Simd};
 
 /// 2 to the power of `x`, with a relative error of at most 1e-7. For `x` below -126 the result is not exact,
 /// but nearly 0.
 #[inline(always)]
-pub(super) unsafe fn exp2<V: Lanes>(x: V) -> V {
+pub(super) unsafe fn exp2<V: Simd>(x: V) -> V {
     // Least squares on [-0.5, 0.5], reweighted to minimise the largest relative error.
     const TERMS: [f32; 6] =
         [1.000_000_1, 0.693_146_94, 0.240_221_2, 0.055_507_13, 0.009_675_542, 0.001_327_647_2];
@@ -24,7 +24,7 @@ pub(super) unsafe fn exp2<V: Lanes>(x: V) -> V {
 
 /// `x * Phi(x)`. Between two bounds, the normal distribution is computed with an odd polynomial.
 #[inline(always)]
-pub(super) unsafe fn gelu<E: Element, V: Lanes>(x: V) -> V {
+pub(super) unsafe fn gelu<E: Element, V: Simd>(x: V) -> V {
     // SAFETY: the caller's CPU has the lanes' instructions.
     unsafe {
         let bounded = x.max(V::splat(-E::GELU_BOUND)).min(V::splat(E::GELU_BOUND));

@@ -1,6 +1,6 @@
 //! Faults: what concerns all changes and holds the work, shown once for as long as it lasts.
 //!
-//! A worker's parts report to its [`Board`]; whoever keeps the worker's heartbeat writes the board where
+//! A worker's parts report to its [`FaultBoard`]; whoever keeps the worker's heartbeat writes the board where
 //! people look. A fault is a state, not an event: reporting it again changes its message only.
 
 use std::collections::BTreeMap;
@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Changes are held, because nothing goes through.
-pub const HELD: &str = "held";
+pub const INDEXING_BLOCKED: &str = "held";
 
 /// The queue holds messages that this worker cannot read, or that are of another source.
 pub const MISDIRECTED: &str = "misdirected";
@@ -21,7 +21,7 @@ pub const QUEUE: &str = "queue";
 pub const RELAY: &str = "relay";
 
 /// Failures in a row, with nothing going through in between, from which on it is a fault.
-pub const IN_A_ROW: u32 = 3;
+pub const FAILURE_THRESHOLD: u32 = 3;
 
 /// Characters of a fault's message at most: an answer may be a whole page.
 const MAX_MESSAGE: usize = 500;
@@ -37,7 +37,7 @@ pub struct Fault {
 
 /// The faults of one worker.
 #[derive(Debug, Default)]
-pub struct Board(Mutex<BTreeMap<&'static str, Entry>>);
+pub struct FaultBoard(Mutex<BTreeMap<&'static str, Entry>>);
 
 #[derive(Debug)]
 struct Entry {
@@ -46,16 +46,16 @@ struct Entry {
     until: Option<Instant>,
 }
 
-impl Board {
+impl FaultBoard {
     /// Reports a fault, until it is cleared.
     pub fn report(&self, kind: &'static str, message: impl fmt::Display) {
-        self.entries().insert(kind, Entry { message: shown(&message.to_string()), until: None });
+        self.entries().insert(kind, Entry { message: redacted(&message.to_string()), until: None });
     }
 
     /// Reports a fault that ends by itself unless it is reported again.
     pub fn report_for(&self, kind: &'static str, message: impl fmt::Display, lasts: Duration) {
         let until = Instant::now().checked_add(lasts);
-        self.entries().insert(kind, Entry { message: shown(&message.to_string()), until });
+        self.entries().insert(kind, Entry { message: redacted(&message.to_string()), until });
     }
 
     /// Ends a fault.
@@ -80,21 +80,21 @@ impl Board {
 /// A message as it may be shown: on one line, of bounded length, and with nothing of a URL that may be
 /// a secret (the user, the password and the query).
 #[must_use]
-pub fn shown(message: &str) -> String {
-    let mut shown = String::new();
+pub fn redacted(message: &str) -> String {
+    let mut redacted = String::new();
     let mut rest = message;
     while let Some(at) = rest.find("://") {
         let (before, after) = rest.split_at(at + 3);
-        shown.push_str(before);
+        redacted.push_str(before);
         let ends = |c: char| c.is_whitespace() || matches!(c, '"' | '\'' | ')' | '>' | ',');
         let (url, later) = after.split_at(after.find(ends).unwrap_or(after.len()));
         let (authority, path) = url.split_at(url.find(['/', '?', '#']).unwrap_or(url.len()));
-        shown.push_str(authority.rsplit('@').next().unwrap_or_default());
-        shown.push_str(path.split(['?', '#']).next().unwrap_or_default());
+        redacted.push_str(authority.rsplit('@').next().unwrap_or_default());
+        redacted.push_str(path.split(['?', '#']).next().unwrap_or_default());
         rest = later;
     }
-    shown.push_str(rest);
-    let printable = shown.chars().map(|c| if c.is_control() { ' ' } else { c });
+    redacted.push_str(rest);
+    let printable = redacted.chars().map(|c| if c.is_control() { ' ' } else { c });
     printable.take(MAX_MESSAGE).collect()
 }
 
@@ -104,21 +104,23 @@ mod tests {
 
     #[test]
     fn a_fault_is_one_however_often_it_is_reported() {
-        let board = Board::default();
-        board.report(HELD, "503");
-        board.report(HELD, "401");
+        let board = FaultBoard::default();
+        board.report(INDEXING_BLOCKED, "503");
+        board.report(INDEXING_BLOCKED, "401");
         board.report_for(MISDIRECTED, "of another source", Duration::ZERO);
-        assert_eq!(board.current(), [Fault { kind: HELD, message: "401".into() }]);
-        board.clear(HELD);
+        assert_eq!(board.current(), [Fault { kind: INDEXING_BLOCKED, message: "401".into() }]);
+        board.clear(INDEXING_BLOCKED);
         assert_eq!(board.current(), []);
     }
 
     #[test]
     fn a_message_shows_no_secret_of_a_url_and_is_bounded() {
         assert_eq!(
-            shown("cannot send for url (https://me:secret@host:8080/v1?api-key=hidden), or http://a@b?c\nd"),
+            redacted(
+                "cannot send for url (https://me:secret@host:8080/v1?api-key=hidden), or http://a@b?c\nd"
+            ),
             "cannot send for url (https://host:8080/v1), or http://b d"
         );
-        assert_eq!(shown(&"é".repeat(1_000)).chars().count(), MAX_MESSAGE);
+        assert_eq!(redacted(&"é".repeat(1_000)).chars().count(), MAX_MESSAGE);
     }
 }

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::catalog::{Hash, SourceRow};
 use super::embedder::Embedding;
 use super::failure::Result;
+use super::source_row::{Hash, SourceRow};
 use super::unchanged::{Known, Need, needed};
 
 /// A match of a query.
@@ -66,7 +66,7 @@ impl Planned {
     /// Whether the write still rests on what is there: the entry's epoch (none if there is no entry)
     /// and the row, read with the entry locked.
     #[must_use]
-    pub fn stands(&self, epoch: Option<i64>, row: Option<&SourceRow>) -> bool {
+    pub fn still_holds(&self, epoch: Option<i64>, row: Option<&SourceRow>) -> bool {
         // An entry that was not there has just been made, at epoch 0.
         epoch == Some(self.epoch.unwrap_or(0))
             && needed(row, Known::written(self.desired.row())) == Need::Nothing
@@ -84,9 +84,9 @@ pub struct Applied {
 
 /// An index that shares a database with source and ledger, and so can write only if nothing changed.
 #[async_trait]
-pub trait FencedWrite: Send + Sync {
+pub trait TransactionalWrite: Send + Sync {
     /// In one transaction: lock the ids' ledger entries in id order, making those that are not there, read
-    /// their rows again, and where [`Entry::settle_fenced`](super::ledger::Entry::settle_fenced) settles
+    /// their rows again, and where [`Entry::settle_transactional`](super::ledger::Entry::settle_transactional) settles
     /// the entry write it and the index. Ids must be distinct.
     async fn apply(&self, planned: &[Planned]) -> Result<Applied>;
 }
@@ -137,7 +137,7 @@ pub struct Listing {
 /// An error that [is doubtful](super::failure::Error::is_doubtful) may have been applied, or be applied
 /// within the settling time; any other has done nothing and never will.
 #[async_trait]
-pub trait PlainWrite: Send + Sync {
+pub trait UntrackedWrite: Send + Sync {
     /// Replaces records whole, in one request.
     async fn upsert(&self, records: &[Record]) -> Result<()>;
 
@@ -162,9 +162,9 @@ pub trait PlainWrite: Send + Sync {
 /// How an index is written to.
 pub enum Writes<'a> {
     /// Only if nothing changed.
-    Fenced(&'a dyn FencedWrite),
+    Transactional(&'a dyn TransactionalWrite),
     /// Whenever it arrives, which is what attempts are for.
-    Plain(&'a dyn PlainWrite),
+    Untracked(&'a dyn UntrackedWrite),
 }
 
 /// A store of vectors that finds the nearest.
@@ -197,35 +197,35 @@ pub trait VectorIndex: Send + Sync {
 
     /// Whether the index can be written to just now: writes in a way that changes nothing that can be
     /// seen, so that a change that fails can be told from an outage.
-    async fn probe(&self) -> Result<()>;
+    async fn check_writable(&self) -> Result<()>;
 
     /// How far queries are behind writes; none if they find what was written at once.
-    fn visibility(&self) -> Option<&dyn Visibility> {
+    fn freshness(&self) -> Option<&dyn IndexFreshness> {
         None
     }
 
     /// Where the index keeps a note for us, unless it shares the database and can't be ahead of it.
-    fn notes(&self) -> Option<&dyn Notes>;
+    fn ownership_store(&self) -> Option<&dyn OwnershipStore>;
 }
 
 /// An index whose queries find a write some time after it was answered, and that tells how far they are.
 ///
 /// Marks grow with the order in which writes are found.
 #[async_trait]
-pub trait Visibility: Send + Sync {
+pub trait IndexFreshness: Send + Sync {
     /// The newest mark of this process's writes; 0 if the index gives none.
-    fn written(&self) -> u64;
+    fn last_written(&self) -> u64;
 
     /// The mark up to which a query finds what was written. Asks the index.
-    async fn seen(&self) -> Result<u64>;
+    async fn searchable_up_to(&self) -> Result<u64>;
 }
 
 /// A note that an index keeps for us beside the records, such as which database it belongs to.
 #[async_trait]
-pub trait Notes: Send + Sync {
+pub trait OwnershipStore: Send + Sync {
     /// The note, if there is one.
-    async fn note(&self) -> Result<Option<String>>;
+    async fn record(&self) -> Result<Option<String>>;
 
     /// Replaces the note.
-    async fn set_note(&self, note: &str) -> Result<()>;
+    async fn set_record(&self, record: &str) -> Result<()>;
 }

@@ -13,7 +13,7 @@ use super::clock::Clock;
 use super::failure::{Error, FailureKind, Result};
 
 /// How often a missing heartbeat is looked for.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const POLL_EVERY: Duration = Duration::from_millis(50);
 
 /// What a worker knows of its own session.
 pub struct Lease {
@@ -22,14 +22,14 @@ pub struct Lease {
     /// When the last good heartbeat was sent, in microseconds of the clock; 0 before the first.
     confirmed_us: AtomicU64,
     /// Counts the sessions, from 1.
-    session: AtomicU64,
+    term: AtomicU64,
 }
 
 impl Lease {
     /// A lease of a worker that has no session yet.
     #[must_use]
     pub fn new(clock: Arc<dyn Clock>, length: Duration) -> Self {
-        Self { clock, length, confirmed_us: AtomicU64::new(0), session: AtomicU64::new(0) }
+        Self { clock, length, confirmed_us: AtomicU64::new(0), term: AtomicU64::new(0) }
     }
 
     /// The clock that the lease goes by.
@@ -46,7 +46,7 @@ impl Lease {
 
     /// A session was made and its lock taken, by a request sent at `at`.
     pub fn begin(&self, at: Duration) {
-        self.session.fetch_add(1, Ordering::SeqCst);
+        self.term.fetch_add(1, Ordering::SeqCst);
         self.confirm(at);
     }
 
@@ -58,8 +58,8 @@ impl Lease {
     /// The session that the worker has, or had last. Who finds another one than at the opening of an
     /// attempt may have been swept in between.
     #[must_use]
-    pub fn session(&self) -> u64 {
-        self.session.load(Ordering::SeqCst)
+    pub fn term(&self) -> u64 {
+        self.term.load(Ordering::SeqCst)
     }
 
     /// Whether a request that takes up to `request` would end within the lease.
@@ -80,17 +80,17 @@ impl Lease {
                     "this worker has no session in the database",
                 ));
             }
-            self.clock.sleep(LOOK_EVERY).await;
+            self.clock.sleep(POLL_EVERY).await;
         }
-        Ok(self.session())
+        Ok(self.term())
     }
 
     /// Returns once the lease covers a request of up to `request`. After a freeze that takes one
-    /// heartbeat. Fails when none comes, or when the session is not `session` any more.
-    pub async fn ensure(&self, session: u64, request: Duration) -> Result<()> {
+    /// heartbeat. Fails when none comes, or when the worker lock was lost and taken again meanwhile.
+    pub async fn ensure(&self, term: u64, request: Duration) -> Result<()> {
         let started = self.clock.now();
         loop {
-            if self.session() != session {
+            if self.term() != term {
                 return Err(Error::new(
                     FailureKind::NoSession,
                     "write to the index",
@@ -107,7 +107,7 @@ impl Lease {
                     "no heartbeat reached the database in time",
                 ));
             }
-            self.clock.sleep(LOOK_EVERY).await;
+            self.clock.sleep(POLL_EVERY).await;
         }
     }
 }

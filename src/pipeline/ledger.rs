@@ -18,9 +18,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use jiff::Timestamp;
 
-use super::catalog::{Hash, SourceRow};
 use super::failure::Result;
 use super::index::Planned;
+use super::source_row::{Hash, SourceRow};
 use super::unchanged::{Known, Need, needed};
 
 /// What the ledger says of an id.
@@ -105,7 +105,7 @@ pub enum Outcome {
 
 /// How an entry left an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Left {
+pub enum CloseResult {
     /// Clean: the index equals the hashes.
     Settled,
     /// Stays open until it is swept.
@@ -158,9 +158,9 @@ impl Entry {
     ///
     /// An attempt that was not alone, from its opening to here, cannot know whose write came last:
     /// then nothing is known of the index, and the last to close sees that the id is done again.
-    pub fn close(&mut self, opened: &Opened, outcome: &Outcome) -> Left {
+    pub fn close(&mut self, opened: &Opened, outcome: &Outcome) -> CloseResult {
         match outcome {
-            Outcome::Doubtful => Left::Open,
+            Outcome::Doubtful => CloseResult::Open,
             Outcome::Settled { content_hash, metadata_hash, deleted, .. }
                 if self.epoch == opened.epoch && !opened.shared =>
             {
@@ -169,7 +169,7 @@ impl Entry {
                 self.content_hash = *content_hash;
                 self.metadata_hash = *metadata_hash;
                 self.deleted = *deleted;
-                Left::Settled
+                CloseResult::Settled
             }
             Outcome::Settled { .. } => {
                 // Who got this far is no dead letter.
@@ -179,7 +179,7 @@ impl Entry {
             // Nobody wrote anything: the entry is what it was, and so is whoever was to see to it.
             Outcome::Unwritten if self.epoch == opened.epoch && !opened.shared => {
                 self.open -= 1;
-                Left::Unchanged
+                CloseResult::Unchanged
             }
             // The others may have left the id to the last to close, which may be this one; that it
             // still holds a message with the id is no comfort, for a copy may have been acknowledged.
@@ -190,8 +190,8 @@ impl Entry {
     /// Settles the entry for a fenced write, if that still rests on what is there: the entry, which the
     /// write's transaction has locked, and the row, which it has read after that. Returns whether it does; if
     /// not, the entry is as it was, and nothing may be written.
-    pub fn settle_fenced(&mut self, plan: &Planned, row: Option<&SourceRow>) -> bool {
-        if !plan.stands(Some(self.epoch), row) {
+    pub fn settle_transactional(&mut self, plan: &Planned, row: Option<&SourceRow>) -> bool {
+        if !plan.still_holds(Some(self.epoch), row) {
             return false;
         }
         let row = plan.desired.row();
@@ -205,15 +205,15 @@ impl Entry {
     }
 
     /// Takes an attempt off the entry of which nothing is known, overlapped or swept.
-    pub fn sweep(&mut self) -> Left {
+    pub fn sweep(&mut self) -> CloseResult {
         self.open = (self.open - 1).max(0);
         self.forget();
-        if self.open == 0 && !self.parked { Left::Requeue } else { Left::Dirty }
+        if self.open == 0 && !self.parked { CloseResult::Requeue } else { CloseResult::Dirty }
     }
 
     /// Puts an attempt back that was swept while its worker lived and wrote: as abandoned, to be
     /// swept again once what it wrote has surely been applied.
-    pub fn put_back(&mut self) {
+    pub fn reopen(&mut self) {
         self.open += 1;
         self.epoch += 1;
         self.forget();
@@ -221,7 +221,7 @@ impl Entry {
 
     /// Marks the entry as not to be trusted, so that the id is done anew and attempts under way
     /// notice.
-    pub fn distrust(&mut self) {
+    pub fn invalidate(&mut self) {
         self.epoch += 1;
         self.parked = false;
         self.forget();
@@ -285,7 +285,7 @@ pub struct Swept {
     /// Attempts found without a living worker.
     pub abandoned: u64,
     /// Attempts taken away.
-    pub attempts: u64,
+    pub writes: u64,
     /// Ids put back into the outbox.
     pub requeued: u64,
 }
@@ -334,24 +334,24 @@ pub trait Ledger: Send + Sync {
     /// Opens an attempt: one transaction that calls [`Entry::open`] on each id, in id order, and
     /// records the attempt under the name that the worker chose. Ids must be distinct; the answer
     /// has them in the order asked. After an error the attempt may stand all the same:
-    /// [`Self::disown`] sees to it.
-    async fn open(&self, attempt: &str, worker: &str, ids: &[String]) -> Result<Vec<Opened>>;
+    /// [`Self::abandon_orphans`] sees to it.
+    async fn open(&self, write_id: &str, worker: &str, ids: &[String]) -> Result<Vec<Opened>>;
 
     /// Closes an attempt: one transaction that calls [`Entry::close`] on each id, puts what must be
     /// done again into the outbox, and keeps the attempt, as abandoned, for what is doubtful. If the
     /// attempt was swept meanwhile, what it wrote is put back as abandoned. May be repeated after an
     /// error: of an attempt that stands, ids that it does not name any more are left alone, because
     /// their entries were closed by the call that was told as failed.
-    async fn close(&self, attempt: &str, worker: &str, closing: &[(Opened, Outcome)]) -> Result<Closed>;
+    async fn close(&self, write_id: &str, worker: &str, closing: &[(Opened, Outcome)]) -> Result<Closed>;
 
     /// Marks as abandoned what stands under a worker's name and is none of its attempts in hand.
-    async fn disown(&self, worker: &str, in_hand: &[String]) -> Result<u64>;
+    async fn abandon_orphans(&self, worker: &str, open_writes: &[String]) -> Result<u64>;
 
     /// Marks the attempts of dead workers as abandoned, and takes away (as [`Entry::sweep`] says)
     /// those that have been abandoned for `settle`, at most `limit` of them.
     async fn sweep(&self, settle: Duration, limit: usize) -> Result<Swept>;
 
-    /// Puts ids into the outbox as not to be trusted: see [`Entry::distrust`].
+    /// Puts ids into the outbox as not to be trusted: see [`Entry::invalidate`].
     async fn requeue(&self, ids: &[String]) -> Result<()>;
 
     /// The oldest change that has not reached the queue.

@@ -6,21 +6,21 @@
 //! Pinecone or HTTP.
 
 pub mod audit;
-pub mod catalog;
 pub mod change;
 pub mod clock;
+pub mod embed_scheduler;
 pub mod embedder;
 pub mod failure;
 pub mod fault;
-pub mod freshness;
+pub mod histogram;
 pub mod index;
 pub mod indexer;
 pub mod lease;
 pub mod ledger;
-pub mod meter;
+pub mod metrics;
 pub mod outbox;
 pub mod queue;
 pub mod relay;
 pub mod retry;
-pub mod schedule;
+pub mod source_row;
 pub mod unchanged;

@@ -36,7 +36,7 @@ pub struct ClaimRequest {
 }
 
 /// Turns claimed rows into messages. Pure: no effect, same rows same messages.
-pub type Pack<'a> = &'a (dyn Fn(Vec<OutboxRow>) -> Vec<Job> + Send + Sync);
+pub type BuildJobs<'a> = &'a (dyn Fn(Vec<OutboxRow>) -> Vec<Job> + Send + Sync);
 
 /// What one transfer did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,7 +61,7 @@ pub trait Outbox: Send {
     /// that another relay holds are passed over. A crash at any point may send a change again, and
     /// never loses one. Sending may go on after this returns; then its failure is a later call's, and a
     /// call that finds nothing to take returns when all is sent.
-    async fn transfer(&mut self, request: ClaimRequest, pack: Pack<'_>) -> Result<Transferred>;
+    async fn transfer(&mut self, request: ClaimRequest, build_jobs: BuildJobs<'_>) -> Result<Transferred>;
 
     /// Returns when a change may have been committed, or after `timeout`. Arms the wake-up before it
     /// looks, so that a change committed in between is not slept through.

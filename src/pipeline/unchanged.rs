@@ -9,7 +9,7 @@
 //!   copy of its record ([`Stored::known`](super::index::Stored::known)): whether the vector can be used again;
 //! - the row that a write rests on: whether the row is still the same once its entry is locked.
 
-use super::catalog::{Hash, SourceRow};
+use super::source_row::{Hash, SourceRow};
 
 /// What is known of the record that an index holds for an id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,26 +5,26 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::backend::postgres::registry::Worker;
-use crate::backend::postgres::{lineage, session};
+use crate::backend::postgres::worker_registry::WorkerRegistration;
+use crate::backend::postgres::{ownership, worker_lock};
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::clock::{BootClock, Clock};
+use crate::pipeline::embed_scheduler::EmbedScheduler;
 use crate::pipeline::failure::Class;
 use crate::pipeline::fault;
-use crate::pipeline::indexer::{Indexer, Options};
+use crate::pipeline::indexer::{Indexer, IndexerOptions};
 use crate::pipeline::lease::Lease;
-use crate::pipeline::meter::Meter;
+use crate::pipeline::metrics::Metrics;
 use crate::pipeline::retry::Backoff;
-use crate::pipeline::schedule::Scheduler;
 use crate::shutdown;
 
 /// Runs the role in its own process.
 pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     super::with_model(settings, async |database: &Database, model: &LoadedModel| {
-        let backends = super::open(database, settings, Some(model)).await?;
+        let backends = super::open_backends(database, settings, Some(model)).await?;
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");
         work(&backends, settings, model, &Arc::default(), &stop, args.until_idle).await
     })
@@ -38,62 +38,63 @@ pub async fn work(
     backends: &Backends,
     settings: &Settings,
     model: &LoadedModel,
-    meter: &Arc<Meter>,
+    metrics: &Arc<Metrics>,
     stop: &CancellationToken,
     until_idle: bool,
 ) -> anyhow::Result<()> {
     let workers = settings.indexer.worker_count();
-    let worker = Worker::join(backends.postgres.clone(), "embed", workers, Arc::clone(meter)).await?;
+    let worker =
+        WorkerRegistration::join(backends.postgres.clone(), "embed", workers, Arc::clone(metrics)).await?;
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
     let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease));
     let indexer = Indexer::new(
         backends.queue.clone(),
         Arc::clone(&backends.ledger) as _,
         Arc::clone(&backends.index),
-        Scheduler::new(model.start(workers), settings.indexer.slice, Arc::clone(&clock)),
-        Arc::clone(meter),
+        EmbedScheduler::new(model.start(workers), settings.indexer.slice, Arc::clone(&clock)),
+        Arc::clone(metrics),
         Arc::clone(&lease),
-        Options {
+        IndexerOptions {
             source: settings.source.name.clone(),
             worker: worker.id.clone(),
             workers,
-            hold: settings.indexer.hold,
+            prefetch: settings.indexer.hold,
             poll: settings.indexer.poll,
             max_receives: settings.queue.max_receives,
             settle: settings.indexer.attempt(),
-            look: settings.index.pinecone().map_or(Duration::ZERO, |index| index.freshness),
+            freshness_poll: settings.index.pinecone().map_or(Duration::ZERO, |index| index.freshness),
         },
     )
     .reporting(Arc::clone(&worker.faults));
     let indexer = Arc::new(indexer);
     let abort = shutdown::after_grace(stop, settings.runtime.grace);
-    let over = CancellationToken::new();
-    let session = async {
-        if backends.index_is_fenced() {
+    let work_ended = CancellationToken::new();
+    let worker_lock = async {
+        if backends.index_is_transactional() {
             return Ok(());
         }
-        let kept = session::keep(&backends.postgres, &worker.id, &lease, &over).await;
+        let kept = worker_lock::keep(&backends.postgres, &worker.id, &lease, &work_ended).await;
         stop.cancel();
         kept
     };
     let work = async {
         let result = indexer.run(stop, &abort, until_idle).await;
-        over.cancel();
+        work_ended.cancel();
         result
     };
     let proof = async {
         // The continuous proof needs a process that keeps running.
         if !until_idle {
-            super::prove::keep(backends, settings, &worker.id, &over).await;
+            super::continuous_proof::run_until(backends, settings, &worker.id, &work_ended).await;
         }
     };
-    let marks = async {
-        let kept = lineage::keep(
+    let ownership = async {
+        let kept = ownership::keep(
             &backends.postgres,
-            backends.target.id,
+            backends.generation.id,
             &*backends.index,
             settings.indexer.attempt(),
-            &over,
+            &work_ended,
         )
         .await;
         stop.cancel();
@@ -101,35 +102,38 @@ pub async fn work(
     };
     // On the heap, because the futures of the roles are nested.
     let both = Box::pin(async {
-        claim(backends, settings.indexer.attempt(), &worker, &*clock, stop).await?;
-        let (done, alive, ours, ()) = tokio::join!(work, session, marks, Box::pin(proof));
+        claim_ownership(backends, settings.indexer.attempt(), &worker, &*clock, stop).await?;
+        let (done, alive, ours, ()) = tokio::join!(work, worker_lock, ownership, Box::pin(proof));
         Ok(done.and(alive).and(ours)?)
     });
-    let result = super::while_beating(&worker, both).await;
+    let result = super::with_heartbeat(&worker, both).await;
     abort.cancel();
     result
 }
 
 /// Claims the ownership of the index for this database. Retries until the index answers or `stop`, which also ends
 /// the waiting for late writes.
-async fn claim(
+async fn claim_ownership(
     backends: &Backends,
     settle: Duration,
-    worker: &Worker,
+    worker: &WorkerRegistration,
     clock: &dyn Clock,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     let mut backoff = Backoff::default();
-    let report = |why: &str| worker.faults.report(fault::HELD, why);
+    let report = |why: &str| worker.faults.report(fault::INDEXING_BLOCKED, why);
     loop {
-        let claim = lineage::claim(&backends.postgres, backends.target.id, &*backends.index, settle, &report);
+        let claim =
+            ownership::claim(&backends.postgres, backends.generation.id, &*backends.index, settle, &report);
         let Some(claimed) = stop.run_until_cancelled(claim).await else { break };
         match claimed {
             Ok(()) => break,
             Err(error) if error.class() != Class::Retryable => return Err(error.into()),
             Err(error) => {
                 let pause = backoff.next(clock);
-                worker.faults.report(fault::HELD, format_args!("the index cannot be reached: {error}"));
+                worker
+                    .faults
+                    .report(fault::INDEXING_BLOCKED, format_args!("the index cannot be reached: {error}"));
                 if backoff.failures() == 1 {
                     tracing::warn!(%error, "cannot reach the index; retrying until it answers");
                 }
@@ -137,6 +141,6 @@ async fn claim(
             }
         }
     }
-    worker.faults.clear(fault::HELD);
+    worker.faults.clear(fault::INDEXING_BLOCKED);
     Ok(())
 }

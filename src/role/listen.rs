@@ -4,20 +4,20 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::backend::postgres::registry::Worker;
+use crate::backend::postgres::worker_registry::WorkerRegistration;
 use crate::backend::{Backends, Database};
 use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::clock::BootClock;
-use crate::pipeline::meter::Meter;
-use crate::pipeline::relay::{Options, Relay};
+use crate::pipeline::metrics::Metrics;
+use crate::pipeline::relay::{Relay, RelayOptions};
 use crate::shutdown;
 
 /// Runs the role in its own process.
 pub async fn run(args: &cli::Listen, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     super::with_database(settings, async |database: &Database| {
-        let backends = super::open(database, settings, None).await?;
+        let backends = super::open_backends(database, settings, None).await?;
         tracing::info!(source = settings.source.name, table = settings.source.table, "capturing changes");
         work(&backends, settings, &stop, args.until_idle).await
     })
@@ -31,19 +31,21 @@ pub async fn work(
     stop: &CancellationToken,
     until_idle: bool,
 ) -> anyhow::Result<()> {
-    let worker = Worker::join(backends.postgres.clone(), "listen", 1, Arc::new(Meter::default())).await?;
+    let worker =
+        WorkerRegistration::join(backends.postgres.clone(), "listen", 1, Arc::new(Metrics::default()))
+            .await?;
     let mut relay = Relay::new(
         backends.outbox(),
         Arc::clone(&backends.queue.stats),
         Arc::new(BootClock),
-        Options {
+        RelayOptions {
             source: settings.source.name.clone(),
-            pack: settings.relay.pack,
+            changes_per_message: settings.relay.pack,
             bulk_threshold: settings.relay.bulk_threshold,
             live_bound: settings.relay.live_bound,
             poll: settings.relay.poll,
         },
     )
     .reporting(Arc::clone(&worker.faults));
-    super::while_beating(&worker, async { Ok(relay.run(stop, until_idle).await?) }).await
+    super::with_heartbeat(&worker, async { Ok(relay.run(stop, until_idle).await?) }).await
 }

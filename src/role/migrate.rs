@@ -3,14 +3,14 @@
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
-use crate::backend::postgres::migrate::uninstall::{How, Uninstalled};
-use crate::backend::postgres::migrate::{Options, Report};
+use crate::backend::postgres::migrate::uninstall::{UninstallOptions, Uninstalled};
+use crate::backend::postgres::migrate::{MigrateOptions, Report};
 use crate::backend::{self, Database};
 use crate::cli;
 use crate::config::Settings;
 
 /// Exit code of `--uninstall` without `--yes`.
-const NOT_DONE: u8 = 2;
+const NOT_CONFIRMED: u8 = 2;
 
 /// Migrates or uninstalls, and prints the steps that were done, or would be done in a dry run.
 pub async fn run(args: &cli::Migrate, settings: &Settings) -> anyhow::Result<ExitCode> {
@@ -25,7 +25,7 @@ pub async fn run(args: &cli::Migrate, settings: &Settings) -> anyhow::Result<Exi
 }
 
 async fn migrate(args: &cli::Migrate, settings: &Settings, database: &Database) -> anyhow::Result<ExitCode> {
-    let options = Options { rebuild: args.rebuild, roles: args.roles.clone() };
+    let options = MigrateOptions { rebuild: args.rebuild, roles: args.roles.clone() };
     let report = if args.dry_run {
         backend::plan_migration(&database.postgres, settings, &options).await?
     } else {
@@ -48,19 +48,19 @@ async fn uninstall(
     settings: &Settings,
     database: &Database,
 ) -> anyhow::Result<ExitCode> {
-    let how = How { is_plan: !args.yes, force: args.force };
-    let done = backend::uninstall(&database.postgres, settings, how).await?;
+    let options = UninstallOptions { is_plan: !args.yes, force: args.force };
+    let done = backend::uninstall(&database.postgres, settings, options).await?;
     let text = if args.json {
         serde_json::to_string(&done)? + "\n"
     } else {
-        text_of_uninstalled(&done, &database.postgres.address(), how.is_plan)
+        uninstall_text(&done, &database.postgres.address(), options.is_plan)
     };
     super::print(text.as_bytes())?;
     if args.yes || args.dry_run || done.removed.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
     eprintln!("nothing was removed: add --yes to uninstall");
-    Ok(ExitCode::from(NOT_DONE))
+    Ok(ExitCode::from(NOT_CONFIRMED))
 }
 
 fn text(report: &Report, address: &str, is_plan: bool) -> String {
@@ -95,7 +95,7 @@ fn text(report: &Report, address: &str, is_plan: bool) -> String {
     text
 }
 
-fn text_of_uninstalled(done: &Uninstalled, address: &str, is_plan: bool) -> String {
+fn uninstall_text(done: &Uninstalled, address: &str, is_plan: bool) -> String {
     if done.removed.is_empty() {
         return format!("nothing to do: refarch is not installed in {address}\n");
     }

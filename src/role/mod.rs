@@ -1,12 +1,12 @@
 //! One module for each subcommand.
 
 pub mod chaos;
+pub mod continuous_proof;
 pub mod embed;
 pub mod generate;
 pub mod listen;
 pub mod migrate;
 pub mod progress;
-pub mod prove;
 pub mod psql;
 pub mod redrive;
 pub mod serve;
@@ -20,8 +20,8 @@ use std::process::ExitCode;
 use clap::CommandFactory;
 use tokio_util::sync::CancellationToken;
 
-use crate::backend::postgres::registry::Worker;
-use crate::backend::postgres::target;
+use crate::backend::postgres::generation;
+use crate::backend::postgres::worker_registry::WorkerRegistration;
 use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::cli::{Cli, Command};
 use crate::config::{EmbedderKind, Settings};
@@ -91,7 +91,7 @@ async fn with_model<T>(
         let load = async || LoadedModel::load_known(&database.postgres, settings).await;
         let model = match local {
             Some(model) => model,
-            None => backend::patiently(settings, load).await?,
+            None => backend::with_connect_retry(settings, load).await?,
         };
         work(database, &model).await
     })
@@ -100,7 +100,7 @@ async fn with_model<T>(
 
 /// Opens the backends, with a model if the role has one. A private cluster is migrated automatically. Only
 /// `refarch migrate` changes the schema of a configured database.
-async fn open(
+async fn open_backends(
     database: &Database,
     settings: &Settings,
     model: Option<&LoadedModel>,
@@ -111,16 +111,16 @@ async fn open(
             tracing::warn!(warning, "migrated");
         }
     }
-    let opened = backend::patiently(settings, async || {
-        target::follow_swap(&database.postgres, &settings.source.name).await;
+    let opened = backend::with_connect_retry(settings, async || {
+        generation::follow_swap(&database.postgres, &settings.source.name).await;
         Backends::open_for(&database.postgres, settings, model).await
     });
     Ok(opened.await?)
 }
 
 /// Sends heartbeats during the work. After the work, the worker leaves the worker registry.
-async fn while_beating<T>(
-    worker: &Worker,
+async fn with_heartbeat<T>(
+    worker: &WorkerRegistration,
     work: impl Future<Output = anyhow::Result<T>>,
 ) -> anyhow::Result<T> {
     let done = CancellationToken::new();

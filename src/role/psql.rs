@@ -13,27 +13,28 @@ use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_postgres::config::Host;
 
-use crate::backend::embedded::{Cluster, Options, Tcp};
-use crate::backend::postgres::tls::Wanted;
+use crate::backend::embedded::{Cluster, ClusterOptions, Tcp};
+use crate::backend::postgres::tls::ConnectionSettings;
 use crate::cli::Psql;
 use crate::config::Settings;
 
 /// Variables of libpq that would override our variables or conflict with them.
-const FOREIGN: &[&str] =
+const CONFLICTING_VARIABLES: &[&str] =
     &["PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE", "PGPASSFILE", "PGOPTIONS", "PGTARGETSESSIONATTRS"];
 
 /// Runs psql. If the exit code of psql is not 0, ends this process with the same code.
 pub async fn run(psql: Psql, settings: &Settings) -> anyhow::Result<()> {
     let bundled = settings.runtime.dir.join("runtime/postgres/bin/psql");
     let status = if settings.database.url.is_empty() {
-        let cluster = Cluster::join(Options::in_runtime_dir(&settings.runtime.dir)).await?;
-        let status = attend(&find([Some(bundled), on_path()])?, &psql.args, of_cluster(cluster.tcp())).await;
+        let cluster = Cluster::join(ClusterOptions::in_runtime_dir(&settings.runtime.dir)).await?;
+        let status =
+            run_child(&find([Some(bundled), on_path()])?, &psql.args, cluster_variables(cluster.tcp())).await;
         cluster.leave().await?;
         status?
     } else {
-        let variables = of_url(&Wanted::read(&settings.database.url, &settings.database)?);
+        let variables = url_variables(&ConnectionSettings::read(&settings.database.url, &settings.database)?);
         // The bundled psql has no TLS, and a remote database may require TLS.
-        attend(&find([on_path(), Some(bundled)])?, &psql.args, variables).await?
+        run_child(&find([on_path(), Some(bundled)])?, &psql.args, variables).await?
     };
     match exit_code(status) {
         0 => Ok(()),
@@ -53,7 +54,7 @@ fn on_path() -> Option<PathBuf> {
     std::env::split_paths(&path).map(|dir| dir.join("psql")).find(|psql| psql.is_file())
 }
 
-async fn attend(
+async fn run_child(
     program: &Path,
     args: &[OsString],
     variables: BTreeMap<&str, String>,
@@ -62,7 +63,7 @@ async fn attend(
     let _interrupts = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut command = Command::new(program);
-    for name in FOREIGN {
+    for name in CONFLICTING_VARIABLES {
         command.env_remove(name);
     }
     let mut child = command
@@ -87,7 +88,7 @@ fn exit_code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
-fn of_cluster(tcp: &Tcp) -> BTreeMap<&'static str, String> {
+fn cluster_variables(tcp: &Tcp) -> BTreeMap<&'static str, String> {
     BTreeMap::from([
         ("PGHOST", tcp.host.clone()),
         ("PGPORT", tcp.port.to_string()),
@@ -99,7 +100,7 @@ fn of_cluster(tcp: &Tcp) -> BTreeMap<&'static str, String> {
     ])
 }
 
-fn of_url(wanted: &Wanted) -> BTreeMap<&'static str, String> {
+fn url_variables(wanted: &ConnectionSettings) -> BTreeMap<&'static str, String> {
     let config = &wanted.config;
     let hosts: Vec<_> = config
         .get_hosts()
@@ -136,7 +137,7 @@ mod tests {
     fn a_url_becomes_libpqs_variables() {
         let settings = Settings::load(None, &BTreeMap::new(), &[]).unwrap();
         let url = Secret::new("postgres://me:s%40fe@a:1,b:2/shop?sslmode=verify-ca&sslrootcert=/ca.pem");
-        let variables = of_url(&Wanted::read(&url, &settings.database).unwrap());
+        let variables = url_variables(&ConnectionSettings::read(&url, &settings.database).unwrap());
         let expected = [
             ("PGDATABASE", "shop"),
             ("PGHOST", "a,b"),

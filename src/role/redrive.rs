@@ -16,14 +16,14 @@ use crate::pipeline::queue::{DeadLetter, DeadLetters, Reason};
 const PAGE: usize = 500;
 
 /// Row ids of a dead letter in the text output.
-const IDS: usize = 5;
+const SHOWN_IDS: usize = 5;
 
 /// Characters of an undecodable body in the text output.
-const BODY: usize = 300;
+const SHOWN_BODY_CHARS: usize = 300;
 
 /// The dead letters that were queued again, or would be in a dry run.
 #[derive(Debug, Default, Serialize)]
-struct Outcome {
+struct RedriveReport {
     /// Number of dead letters.
     redriven: u64,
     /// Number of changes in these dead letters.
@@ -45,7 +45,7 @@ pub async fn run(args: &cli::Redrive, settings: &Settings) -> anyhow::Result<()>
         let backends = Backends::open(&database.postgres, settings).await?;
         let dead_letters = &*backends.queue.dead_letters;
         let outcome = if args.all {
-            all(dead_letters, args.dry_run).await?
+            redrive_everything(dead_letters, args.dry_run).await?
         } else if args.id.is_empty() {
             return list(dead_letters, args.json).await;
         } else {
@@ -63,12 +63,12 @@ pub async fn run(args: &cli::Redrive, settings: &Settings) -> anyhow::Result<()>
 }
 
 /// The dead letters page by page, oldest first.
-struct Pages<'a> {
+struct DeadLetterPages<'a> {
     dead_letters: &'a dyn DeadLetters,
     after: Option<String>,
 }
 
-impl<'a> Pages<'a> {
+impl<'a> DeadLetterPages<'a> {
     fn of(dead_letters: &'a dyn DeadLetters) -> Self {
         Self { dead_letters, after: None }
     }
@@ -83,7 +83,7 @@ impl<'a> Pages<'a> {
 }
 
 async fn list(dead_letters: &dyn DeadLetters, json: bool) -> anyhow::Result<()> {
-    let mut pages = Pages::of(dead_letters);
+    let mut pages = DeadLetterPages::of(dead_letters);
     let mut is_first = true;
     while let Some(page) = pages.next().await? {
         let mut text = String::new();
@@ -93,7 +93,7 @@ async fn list(dead_letters: &dyn DeadLetters, json: bool) -> anyhow::Result<()> 
                 text.push('\n');
             } else {
                 text += if is_first { "" } else { "\n" };
-                text += &block(&letter);
+                text += &letter_text(&letter);
             }
             is_first = false;
         }
@@ -107,23 +107,23 @@ async fn list(dead_letters: &dyn DeadLetters, json: bool) -> anyhow::Result<()> 
 
 /// Queues every present dead letter again, up to the one that is the newest now. A change that fails again at
 /// once becomes a new dead letter behind this one; without the bound the loop would never end.
-async fn all(dead_letters: &dyn DeadLetters, dry_run: bool) -> failure::Result<Outcome> {
-    let mut there = Outcome { dry_run: true, ..Outcome::default() };
+async fn redrive_everything(dead_letters: &dyn DeadLetters, dry_run: bool) -> failure::Result<RedriveReport> {
+    let mut there = RedriveReport { dry_run: true, ..RedriveReport::default() };
     let mut last = None;
-    let mut pages = Pages::of(dead_letters);
+    let mut pages = DeadLetterPages::of(dead_letters);
     while let Some(mut page) = pages.next().await? {
         there.redriven += page.len() as u64;
         there.changes += page.iter().map(|letter| letter.changes).sum::<u64>();
         last = page.pop();
     }
     let Some(last) = last.filter(|_| !dry_run) else {
-        return Ok(Outcome { dry_run, ..there });
+        return Ok(RedriveReport { dry_run, ..there });
     };
     if let Some(redriven) = dead_letters.redrive_all().await? {
-        return Ok(Outcome { redriven, changes: there.changes, ..Outcome::default() });
+        return Ok(RedriveReport { redriven, changes: there.changes, ..RedriveReport::default() });
     }
-    let mut outcome = Outcome::default();
-    let mut pages = Pages::of(dead_letters);
+    let mut outcome = RedriveReport::default();
+    let mut pages = DeadLetterPages::of(dead_letters);
     while let Some(mut page) = pages.next().await? {
         let end = page.iter().position(|letter| letter.id == last.id);
         // Another process may have redriven the last dead letter meanwhile.
@@ -132,7 +132,7 @@ async fn all(dead_letters: &dyn DeadLetters, dry_run: bool) -> failure::Result<O
         }
         page.truncate(end.map_or(page.len(), |end| end + 1));
         let changes = page.into_iter().map(|letter| (letter.id, letter.changes)).collect();
-        bring_back(dead_letters, &changes, &mut outcome).await?;
+        redrive_letters(dead_letters, &changes, &mut outcome).await?;
         if end.is_some() {
             break;
         }
@@ -141,10 +141,14 @@ async fn all(dead_letters: &dyn DeadLetters, dry_run: bool) -> failure::Result<O
 }
 
 /// Queues the dead letters with these ids again.
-async fn named(dead_letters: &dyn DeadLetters, ids: &[String], dry_run: bool) -> failure::Result<Outcome> {
+async fn named(
+    dead_letters: &dyn DeadLetters,
+    ids: &[String],
+    dry_run: bool,
+) -> failure::Result<RedriveReport> {
     let mut wanted: HashSet<&str> = ids.iter().map(String::as_str).collect();
     let mut changes = HashMap::new();
-    let mut pages = Pages::of(dead_letters);
+    let mut pages = DeadLetterPages::of(dead_letters);
     while !wanted.is_empty()
         && let Some(page) = pages.next().await?
     {
@@ -154,12 +158,12 @@ async fn named(dead_letters: &dyn DeadLetters, ids: &[String], dry_run: bool) ->
             }
         }
     }
-    let mut outcome = Outcome { dry_run, ..Outcome::default() };
+    let mut outcome = RedriveReport { dry_run, ..RedriveReport::default() };
     if dry_run {
         outcome.redriven = changes.len() as u64;
         outcome.changes = changes.values().sum();
     } else {
-        changes = bring_back(dead_letters, &changes, &mut outcome).await?;
+        changes = redrive_letters(dead_letters, &changes, &mut outcome).await?;
     }
     let mut seen = HashSet::new();
     outcome.missing =
@@ -169,10 +173,10 @@ async fn named(dead_letters: &dyn DeadLetters, ids: &[String], dry_run: bool) ->
 
 /// Queues dead letters again. `changes` holds the number of changes for each id. Returns the entries that
 /// still existed.
-async fn bring_back(
+async fn redrive_letters(
     dead_letters: &dyn DeadLetters,
     changes: &HashMap<String, u64>,
-    outcome: &mut Outcome,
+    outcome: &mut RedriveReport,
 ) -> failure::Result<HashMap<String, u64>> {
     let ids: Vec<String> = changes.keys().cloned().collect();
     let mut back = HashMap::new();
@@ -187,7 +191,7 @@ async fn bring_back(
     Ok(back)
 }
 
-fn describe(outcome: &Outcome) -> String {
+fn describe(outcome: &RedriveReport) -> String {
     let count = |count, what| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
     format!(
         "{} with {} {}\n",
@@ -198,7 +202,7 @@ fn describe(outcome: &Outcome) -> String {
 }
 
 /// A dead letter as text, one field on a line.
-fn block(letter: &DeadLetter) -> String {
+fn letter_text(letter: &DeadLetter) -> String {
     let times = |count: u32| if count == 1 { "once".to_owned() } else { format!("{count} times") };
     let mut text = format!(
         "id             {}\n\
@@ -214,29 +218,29 @@ fn block(letter: &DeadLetter) -> String {
     );
     // Writing to a string can't fail.
     let _ = if let Some(body) = &letter.body {
-        writeln!(text, "body           {}", line(&shortened(body)))
+        writeln!(text, "body           {}", single_line(&shortened(body)))
     } else {
-        let first: Vec<&str> = letter.ids.iter().take(IDS).map(String::as_str).collect();
-        let more = match letter.ids.len().saturating_sub(IDS) {
+        let first: Vec<&str> = letter.ids.iter().take(SHOWN_IDS).map(String::as_str).collect();
+        let more = match letter.ids.len().saturating_sub(SHOWN_IDS) {
             0 => String::new(),
             more => format!(" and {more} more"),
         };
-        writeln!(text, "rows           {}{more}", line(&first.join(", ")))
+        writeln!(text, "rows           {}{more}", single_line(&first.join(", ")))
     };
     if !letter.error.is_empty() {
-        let _ = writeln!(text, "error          {}", line(&letter.error));
+        let _ = writeln!(text, "error          {}", single_line(&letter.error));
     }
     text
 }
 
 fn shortened(body: &str) -> String {
-    match body.char_indices().nth(BODY) {
+    match body.char_indices().nth(SHOWN_BODY_CHARS) {
         Some((end, _)) => format!("{}...", &body[..end]),
         None => body.to_owned(),
     }
 }
 
 /// Foreign text on one line, without control characters, which a terminal would obey.
-fn line(text: &str) -> String {
+fn single_line(text: &str) -> String {
     text.replace(char::is_control, " ")
 }

@@ -16,7 +16,7 @@ const WATCH_EVERY: Duration = Duration::from_secs(1);
 pub async fn run(args: &cli::Status, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     super::with_database(settings, async |database: &Database| {
-        let backends = Backends::open_to_look(&database.postgres, settings).await?;
+        let backends = Backends::open_read_only(&database.postgres, settings).await?;
         loop {
             let status = backends.status().await?;
             let text = if args.json { serde_json::to_string(&status)? + "\n" } else { text(&status) };

@@ -14,11 +14,11 @@ use super::progress::Progress;
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
-use crate::pipeline::meter::Meter;
+use crate::pipeline::metrics::Metrics;
 use crate::shutdown;
 
 /// Time between two reads of the status for the progress line.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Seed of the products for an empty table, so that the products are always the same.
 const SEED: u64 = 1;
@@ -67,7 +67,7 @@ async fn run_roles(
 ) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let model = Arc::new(model);
-    let meter: Arc<Meter> = Arc::default();
+    let metrics: Arc<Metrics> = Arc::default();
     let mut roles: JoinSet<anyhow::Result<()>> = JoinSet::new();
     // A token of its own, so that this function can stop all roles if one role fails.
     let stop = stop.child_token();
@@ -79,9 +79,9 @@ async fn run_roles(
     }
     {
         let (backends, settings, stop) = (backends.clone(), settings.clone(), stop.clone());
-        let (model, meter) = (Arc::clone(&model), Arc::clone(&meter));
+        let (model, metrics) = (Arc::clone(&model), Arc::clone(&metrics));
         roles.spawn(async move {
-            super::embed::work(&backends, &settings, &model, &meter, &stop, false).await.context("embed")
+            super::embed::work(&backends, &settings, &model, &metrics, &stop, false).await.context("embed")
         });
     }
     {
@@ -93,13 +93,13 @@ async fn run_roles(
     }
     let foreground = async {
         let started = Instant::now();
-        fill(settings, backends, &stop).await?;
-        sync(backends, &stop).await?;
+        load_if_empty(settings, backends, &stop).await?;
+        wait_until_synced(backends, &stop).await?;
         if stop.is_cancelled() {
             return Ok(());
         }
         if args.until_synced {
-            return summarize(args, backends, &meter, started.elapsed()).await;
+            return summarize(args, backends, &metrics, started.elapsed()).await;
         }
         super::print(format!("refarch is up: http://{address}  (Ctrl-C stops it)\n").as_bytes())?;
         stop.cancelled().await;
@@ -122,8 +122,12 @@ async fn run_roles(
 }
 
 /// Loads products if the table is empty.
-async fn fill(settings: &Settings, backends: &Backends, stop: &CancellationToken) -> anyhow::Result<()> {
-    let table = &backends.target.table.relation;
+async fn load_if_empty(
+    settings: &Settings,
+    backends: &Backends,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let table = &backends.generation.table.relation;
     let client = backends.postgres.client().await?;
     let sql = format!("SELECT NOT EXISTS (SELECT FROM {table})");
     let empty: bool = client.query_one(&sql, &[]).await.context("check whether the table is empty")?.get(0);
@@ -140,7 +144,7 @@ async fn fill(settings: &Settings, backends: &Backends, stop: &CancellationToken
 }
 
 /// Shows progress until every row is searchable, or only dead letters are left.
-async fn sync(backends: &Backends, stop: &CancellationToken) -> anyhow::Result<()> {
+async fn wait_until_synced(backends: &Backends, stop: &CancellationToken) -> anyhow::Result<()> {
     let mut status = backends.status().await?;
     if status.is_synced() {
         return Ok(());
@@ -158,7 +162,7 @@ async fn sync(backends: &Backends, stop: &CancellationToken) -> anyhow::Result<(
         }
         progress.set_total(status.source_rows);
         progress.set(status.in_sync);
-        if stop.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_none() {
+        if stop.run_until_cancelled(tokio::time::sleep(POLL_INTERVAL)).await.is_none() {
             return Ok(());
         }
         status = backends.status().await?;
@@ -168,10 +172,15 @@ async fn sync(backends: &Backends, stop: &CancellationToken) -> anyhow::Result<(
     Ok(())
 }
 
-async fn summarize(args: &cli::Up, backends: &Backends, meter: &Meter, took: Duration) -> anyhow::Result<()> {
+async fn summarize(
+    args: &cli::Up,
+    backends: &Backends,
+    metrics: &Metrics,
+    took: Duration,
+) -> anyhow::Result<()> {
     let status = backends.status().await?;
-    let (_, embedded) = meter.totals();
-    let freshness = meter.freshness();
+    let (_, embedded) = metrics.totals();
+    let freshness = metrics.freshness();
     let summary = Summary {
         rows: status.source_rows,
         seconds: took.as_secs_f64(),

@@ -8,12 +8,12 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::progress::Progress;
-use crate::backend::postgres::lineage::{self, Standing};
+use crate::backend::postgres::ownership::{self, Ownership};
 use crate::backend::postgres::{Postgres, capture, proof};
 use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
-use crate::pipeline::audit::{Auditor, Options, Report};
+use crate::pipeline::audit::{AuditOptions, Auditor, Report};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::chain;
 
@@ -26,7 +26,7 @@ const WORKER: &str = "verify";
 
 /// The report of the audit, and further reasons why index and table may differ.
 #[derive(Debug, Serialize)]
-struct Verified {
+struct VerifyReport {
     #[serde(flatten)]
     report: Report,
     /// Changes in the dead-letter queue.
@@ -40,7 +40,7 @@ struct Verified {
     repair: bool,
 }
 
-impl Verified {
+impl VerifyReport {
     fn code(&self) -> u8 {
         if self.report.differences() > 0 || !self.capture_faults.is_empty() || self.foreign {
             DIFFERENT
@@ -95,8 +95,9 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
 
 /// Arms capture where that mends the faults, and asks for what may have changed unseen to be queued.
 async fn arm(postgres: &Postgres, settings: &Settings, faults: &[String]) -> anyhow::Result<()> {
-    let armed =
-        backend::patiently(settings, async || proof::rearm(postgres, &settings.source, WORKER, faults).await);
+    let armed = backend::with_connect_retry(settings, async || {
+        proof::restore_capture(postgres, &settings.source, WORKER, faults).await
+    });
     if armed.await.context("arm change capture")? {
         eprintln!("repaired: change capture is armed; refarch listen queues what may have changed unseen");
     }
@@ -109,14 +110,14 @@ async fn verify(
     backends: &Backends,
     model: Option<&LoadedModel>,
     capture_faults: Vec<String>,
-) -> anyhow::Result<Verified> {
+) -> anyhow::Result<VerifyReport> {
     let embedder = model.map(|model| model.start(settings.indexer.worker_count()));
-    let target = &backends.target;
+    let generation = &backends.generation;
     let foreign =
-        lineage::compare(&backends.postgres, target.id, &*backends.index).await? == Standing::Foreign;
+        ownership::compare(&backends.postgres, generation.id, &*backends.index).await? == Ownership::NotOwned;
     if args.repair && foreign {
         let settle = settings.indexer.attempt();
-        lineage::claim(&backends.postgres, target.id, &*backends.index, settle, &|_| ()).await?;
+        ownership::claim(&backends.postgres, generation.id, &*backends.index, settle, &|_| ()).await?;
         eprintln!("repaired: every row is queued");
     }
     let expected = backends.status().await?;
@@ -130,16 +131,20 @@ async fn verify(
         queue: &*backends.queue.stats,
         embedder,
         clock: &BootClock,
-        options: Options { sample: args.sample, wait: Duration::from_secs(args.wait), repair: args.repair },
+        options: AuditOptions {
+            sample: args.sample,
+            wait: Duration::from_secs(args.wait),
+            repair: args.repair,
+        },
     };
     let report = auditor.run(&|seen| progress.set(seen)).await?;
     progress.finish();
     let dead_letters = backends.queue.dead_letters.count().await?;
-    Ok(Verified { report, dead_letters, capture_faults, foreign, repair: args.repair })
+    Ok(VerifyReport { report, dead_letters, capture_faults, foreign, repair: args.repair })
 }
 
-fn text(verified: &Verified) -> String {
-    let Verified { report, dead_letters, capture_faults, foreign, repair } = verified;
+fn text(verified: &VerifyReport) -> String {
+    let VerifyReport { report, dead_letters, capture_faults, foreign, repair } = verified;
     let mut text = format!("{report}dead letters     {dead_letters}\n");
     // Writing to a string can't fail.
     for fault in capture_faults {

@@ -144,7 +144,7 @@ async fn shows_no_secret(args: &[&str], text: &str, env: &[(&str, &str)]) -> Run
 }
 
 #[tokio::test]
-async fn a_syntax_error_names_its_place_and_prints_nothing_of_the_file() {
+async fn a_syntax_error_names_its_position_and_prints_nothing_of_the_file() {
     for (text, key) in [
         ("[database]\nurl = \"postgres://u:MARK@h/d\n", Some("database.url")),
         ("[database]\nurl = postgres://u:MARK@h/d", Some("database.url")),

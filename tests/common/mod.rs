@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 use futures::SinkExt as _;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
-use refarch::backend::embedded::{Cluster, Options};
+use refarch::backend::embedded::{Cluster, ClusterOptions};
 use tokio::process::Command;
 use tokio::sync::{Mutex, mpsc};
 use tokio_postgres::{AsyncMessage, Client, CopyInSink, NoTls};
@@ -65,10 +65,10 @@ impl Database {
     /// A connection that listens on a channel, and what it hears.
     pub async fn listener(&self, channel: &str) -> (Client, mpsc::UnboundedReceiver<AsyncMessage>) {
         let (client, mut connection) = tokio_postgres::connect(&self.url(), NoTls).await.unwrap();
-        let (heard, notifications) = mpsc::unbounded_channel();
+        let (sender, notifications) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             while let Some(Ok(message)) = std::future::poll_fn(|cx| connection.poll_message(cx)).await {
-                let _ = heard.send(message);
+                let _ = sender.send(message);
             }
         });
         client.batch_execute(&format!("LISTEN {channel}")).await.unwrap();
@@ -112,10 +112,10 @@ async fn shared_cluster() -> Arc<Cluster> {
         // One test replicates a table, to show what capture can't see.
         ("wal_level", "logical"),
     ];
-    let options = Options {
+    let options = ClusterOptions {
         dir: Path::new(env!("CARGO_TARGET_TMPDIR")).join("postgres"),
         extra: extra.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
-        ..Options::in_runtime_dir(&runtime_dir())
+        ..ClusterOptions::in_runtime_dir(&runtime_dir())
     };
     let cluster = Arc::new(Cluster::join(options).await.unwrap());
     drop_abandoned(cluster.url().expose()).await;
@@ -216,13 +216,16 @@ pub async fn eventually(what: &str, timeout: Duration, mut condition: impl Async
 
 /// Whether a listener has been rung since the last call. A round trip to the server fetches what was
 /// committed before it, so nothing has to be waited for.
-pub async fn rings(listener: &Client, hears: &mut mpsc::UnboundedReceiver<AsyncMessage>) -> bool {
+pub async fn was_notified(
+    listener: &Client,
+    notifications: &mut mpsc::UnboundedReceiver<AsyncMessage>,
+) -> bool {
     listener.batch_execute("SELECT 1").await.unwrap();
-    let mut rung = false;
-    while let Ok(message) = hears.try_recv() {
-        rung |= matches!(message, AsyncMessage::Notification(_));
+    let mut notified = false;
+    while let Ok(message) = notifications.try_recv() {
+        notified |= matches!(message, AsyncMessage::Notification(_));
     }
-    rung
+    notified
 }
 
 /// Sends lines into a COPY and ends it.

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use refarch::backend::pgvector::{self, PgVector};
 use refarch::backend::postgres::Postgres;
+use refarch::backend::postgres::generation::{self, Generation, IndexLocation, IndexShape};
 use refarch::backend::postgres::ledger::PgLedger;
 use refarch::backend::postgres::migrate::{self, Report};
-use refarch::backend::postgres::target::{self, IndexShape, Place, Target};
 use refarch::config::Settings;
 use refarch::pipeline::failure::Error;
 use refarch::secret::Secret;
@@ -37,7 +37,7 @@ pub fn shape(kind: &str) -> IndexShape {
         model: "test".into(),
         former_model: None,
         dimensions: 3,
-        place: Place::default(),
+        location: IndexLocation::default(),
     }
 }
 
@@ -75,23 +75,23 @@ impl Migrated {
         Self { settings, shape, postgres, client, report, database }
     }
 
-    pub async fn target(&self) -> Target {
-        target::find(&self.postgres, &self.settings.source, &self.shape).await.unwrap()
+    pub async fn generation(&self) -> Generation {
+        generation::find(&self.postgres, &self.settings.source, &self.shape).await.unwrap()
     }
 
-    pub fn ledger(&self, target: &Target) -> PgLedger {
-        let table = Arc::new(target.table.clone());
-        PgLedger::new(self.postgres.clone(), table, target.id, target.salt.clone())
+    pub fn ledger(&self, generation: &Generation) -> PgLedger {
+        let table = Arc::new(generation.table.clone());
+        PgLedger::new(self.postgres.clone(), table, generation.id, generation.salt.clone())
     }
 
-    pub fn pgvector(&self, target: &Target) -> PgVector {
-        let options = pgvector::Options {
+    pub fn pgvector(&self, generation: &Generation) -> PgVector {
+        let options = pgvector::PgVectorOptions {
             graph_min_rows: 1_000,
             graph_max_backlog: 1_000,
             ef_search: 100,
             acknowledged_in_same_log: true,
         };
-        let table = Arc::new(target.table.clone());
-        PgVector::new(self.postgres.clone(), table, target.salt.clone(), target.id, options)
+        let table = Arc::new(generation.table.clone());
+        PgVector::new(self.postgres.clone(), table, generation.salt.clone(), generation.id, options)
     }
 }

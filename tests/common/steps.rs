@@ -7,11 +7,11 @@ use refarch::backend::postgres::Postgres;
 use refarch::backend::{self, Backends, LoadedModel};
 use refarch::config::Settings;
 use refarch::pipeline::clock::BootClock;
+use refarch::pipeline::embed_scheduler::EmbedScheduler;
 use refarch::pipeline::indexer::{self, Indexer};
 use refarch::pipeline::lease::Lease;
-use refarch::pipeline::meter::Meter;
+use refarch::pipeline::metrics::Metrics;
 use refarch::pipeline::relay::{self, Relay};
-use refarch::pipeline::schedule::Scheduler;
 use tokio::sync::{Mutex, OnceCell};
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +27,7 @@ pub async fn model(settings: &Settings) -> &'static LoadedModel {
 }
 
 /// A migrated database with the steps of relay and indexer at hand.
-pub struct Loop {
+pub struct SyncFixture {
     pub database: Database,
     pub settings: Settings,
     pub postgres: Postgres,
@@ -35,10 +35,10 @@ pub struct Loop {
     pub client: Client,
     pub indexer: Arc<Indexer>,
     pub relay: Mutex<Relay>,
-    pub meter: Arc<Meter>,
+    pub metrics: Arc<Metrics>,
 }
 
-impl Loop {
+impl SyncFixture {
     /// On what `setup` makes, with the settings of these environment variables.
     pub async fn new(setup: &str, env: &[(&str, &str)]) -> Self {
         let settings = settings(env);
@@ -63,35 +63,35 @@ impl Loop {
             backends.outbox(),
             Arc::clone(&backends.queue.stats),
             Arc::new(BootClock),
-            relay::Options {
+            relay::RelayOptions {
                 source: "products".into(),
-                pack: 500,
+                changes_per_message: 500,
                 bulk_threshold: 100,
                 live_bound: 5000,
                 poll: Duration::from_millis(100),
             },
         ));
-        let meter: Arc<Meter> = Arc::default();
+        let metrics: Arc<Metrics> = Arc::default();
         let indexer = Arc::new(Indexer::new(
             backends.queue.clone(),
             Arc::clone(&backends.ledger) as _,
             Arc::clone(&backends.index),
-            Scheduler::new(model.start(1), Duration::from_millis(50), Arc::new(BootClock)),
-            Arc::clone(&meter),
+            EmbedScheduler::new(model.start(1), Duration::from_millis(50), Arc::new(BootClock)),
+            Arc::clone(&metrics),
             Arc::new(Lease::new(Arc::new(BootClock), Duration::from_secs(10))),
-            indexer::Options {
+            indexer::IndexerOptions {
                 source: "products".into(),
                 worker: "test".into(),
                 workers: 1,
-                hold: Duration::from_secs(2),
+                prefetch: Duration::from_secs(2),
                 poll: Duration::from_millis(100),
                 // A test may hold the work for as long as it likes.
                 max_receives: 1000,
                 settle: Duration::from_secs(10),
-                look: Duration::from_millis(50),
+                freshness_poll: Duration::from_millis(50),
             },
         ));
-        Self { database, settings, postgres, backends, client, indexer, relay, meter }
+        Self { database, settings, postgres, backends, client, indexer, relay, metrics }
     }
 
     pub async fn run(&self, sql: &str) {

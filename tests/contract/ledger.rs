@@ -11,7 +11,7 @@ const ALL: usize = 100;
 
 /// What is around a ledger, and what a clause does to it.
 #[async_trait(?Send)]
-pub trait Bench {
+pub trait Fixture {
     /// Inserts or updates a row of the source, or deletes it when there is no text. Ids are numbers.
     async fn write(&self, id: u32, text: Option<&str>);
 
@@ -37,13 +37,13 @@ macro_rules! for_each_clause {
         $make! {
             rows_and_entries_come_in_the_order_asked,
             who_opens_second_is_told_so,
-            an_attempt_alone_settles,
+            a_tracked_write_alone_settles,
             a_row_that_is_gone_settles_as_deleted,
             who_overlaps_does_not_settle_and_the_last_one_queues,
-            an_attempt_within_another_spoils_both,
-            what_is_in_doubt_is_swept_once_it_has_settled,
+            a_tracked_write_within_another_settles_neither,
+            a_doubtful_write_is_swept_once_it_has_settled,
             what_was_not_written_is_as_it_was_unless_others_had_it_open,
-            only_a_dead_workers_attempts_are_swept_and_not_at_once,
+            only_a_dead_workers_tracked_writes_are_swept_and_not_at_once,
             a_sweep_takes_no_more_than_its_limit,
             what_was_swept_meanwhile_is_put_back,
             a_closing_told_as_failed_can_be_repeated,
@@ -114,34 +114,34 @@ async fn bring_in_sync(ledger: &dyn Ledger, id: &str) {
 }
 
 /// Sweeps now: what it found abandoned, took away and queued.
-async fn sweep(ledger: &dyn Ledger, bench: &dyn Bench) -> (u64, u64, u64) {
-    let Swept { abandoned, attempts, requeued } = ledger.sweep(bench.settle(), ALL).await.unwrap();
+async fn sweep(ledger: &dyn Ledger, fixture: &dyn Fixture) -> (u64, u64, u64) {
+    let Swept { abandoned, writes: attempts, requeued } = ledger.sweep(fixture.settle(), ALL).await.unwrap();
     (abandoned, attempts, requeued)
 }
 
 /// Sweeps after the settling time.
-async fn sweep_later(ledger: &dyn Ledger, bench: &dyn Bench) -> (u64, u64, u64) {
-    bench.pass(bench.settle()).await;
-    sweep(ledger, bench).await
+async fn sweep_later(ledger: &dyn Ledger, fixture: &dyn Fixture) -> (u64, u64, u64) {
+    fixture.pass(fixture.settle()).await;
+    sweep(ledger, fixture).await
 }
 
 /// That no attempt stands, but for those of living workers.
-async fn assert_no_attempt(ledger: &dyn Ledger, bench: &dyn Bench) {
+async fn assert_no_tracked_write(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for _ in 0..2 {
-        assert_eq!(sweep_later(ledger, bench).await, (0, 0, 0));
+        assert_eq!(sweep_later(ledger, fixture).await, (0, 0, 0));
     }
 }
 
 const NOTHING: [String; 0] = [];
 
-pub async fn rows_and_entries_come_in_the_order_asked(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn rows_and_entries_come_in_the_order_asked(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2, 10] {
-        bench.write(id, Some("text")).await;
+        fixture.write(id, Some("text")).await;
     }
     open_one(ledger, "a", "w", "2").await;
     open_one(ledger, "b", "w", "10").await;
-    bench.write(10, None).await;
-    let asked = ids(&["3", "2", bench.impossible(), "10", "1"]);
+    fixture.write(10, None).await;
+    let asked = ids(&["3", "2", fixture.impossible(), "10", "1"]);
     let peeked = ledger.peek(&asked).await.unwrap();
     let seen: Vec<_> = peeked
         .iter()
@@ -153,18 +153,18 @@ pub async fn rows_and_entries_come_in_the_order_asked(ledger: &dyn Ledger, bench
     let expected = [
         ("3", None, None),
         ("2", Some(("2", "text")), Some(1)),
-        (bench.impossible(), None, None),
+        (fixture.impossible(), None, None),
         ("10", None, Some(1)),
         ("1", Some(("1", "text")), None),
     ];
     assert_eq!(seen, expected);
     assert!(ledger.peek(&[]).await.unwrap().is_empty());
-    let impossible = peek(ledger, bench.impossible()).await;
+    let impossible = peek(ledger, fixture.impossible()).await;
     assert!(impossible.row.is_none() && impossible.entry.is_none());
 }
 
-pub async fn who_opens_second_is_told_so(ledger: &dyn Ledger, bench: &dyn Bench) {
-    bench.write(1, Some("text")).await;
+pub async fn who_opens_second_is_told_so(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+    fixture.write(1, Some("text")).await;
     bring_in_sync(ledger, "1").await;
     // Its row never was.
     bring_in_sync(ledger, "2").await;
@@ -188,11 +188,11 @@ pub async fn who_opens_second_is_told_so(ledger: &dyn Ledger, bench: &dyn Bench)
     assert_eq!(entry(ledger, "3").await.open, 3);
 }
 
-pub async fn an_attempt_alone_settles(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn a_tracked_write_alone_settles(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2] {
-        bench.write(id, Some("text")).await;
+        fixture.write(id, Some("text")).await;
     }
-    bench.take().await;
+    fixture.take().await;
     assert!(!matches(ledger, "1").await);
     let opened = ledger.open("a", "w", &ids(&["2", "1"])).await.unwrap();
     assert!(!matches(ledger, "1").await);
@@ -207,29 +207,32 @@ pub async fn an_attempt_alone_settles(ledger: &dyn Ledger, bench: &dyn Bench) {
         assert_eq!(entry(ledger, id).await.open, 0);
     }
     // What changes now is another matter.
-    bench.write(1, Some("other")).await;
+    fixture.write(1, Some("other")).await;
     assert!(!matches(ledger, "1").await);
-    assert_eq!(bench.take().await, ["1"]);
-    assert_no_attempt(ledger, bench).await;
-    assert_eq!(bench.take().await, NOTHING);
+    assert_eq!(fixture.take().await, ["1"]);
+    assert_no_tracked_write(ledger, fixture).await;
+    assert_eq!(fixture.take().await, NOTHING);
 }
 
-pub async fn a_row_that_is_gone_settles_as_deleted(ledger: &dyn Ledger, bench: &dyn Bench) {
-    bench.write(1, Some("text")).await;
+pub async fn a_row_that_is_gone_settles_as_deleted(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+    fixture.write(1, Some("text")).await;
     bring_in_sync(ledger, "1").await;
-    bench.write(1, None).await;
+    fixture.write(1, None).await;
     assert!(!matches(ledger, "1").await);
     bring_in_sync(ledger, "1").await;
     assert!(matches(ledger, "1").await);
     assert!(entry(ledger, "1").await.deleted);
-    bench.write(1, Some("text")).await;
+    fixture.write(1, Some("text")).await;
     assert!(!matches(ledger, "1").await);
 }
 
-pub async fn who_overlaps_does_not_settle_and_the_last_one_queues(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn who_overlaps_does_not_settle_and_the_last_one_queues(
+    ledger: &dyn Ledger,
+    fixture: &dyn Fixture,
+) {
     for (first, last) in [("a", "b"), ("b", "a")] {
-        bench.write(1, Some("text")).await;
-        bench.take().await;
+        fixture.write(1, Some("text")).await;
+        fixture.take().await;
         let a = open_one(ledger, "a", "wa", "1").await;
         let b = open_one(ledger, "b", "wb", "1").await;
         let of = |attempt: &str| if attempt == "a" { &a } else { &b };
@@ -238,43 +241,43 @@ pub async fn who_overlaps_does_not_settle_and_the_last_one_queues(ledger: &dyn L
         let closed = close(ledger, first, &format!("w{first}"), &[(of(first), &outcome)]).await;
         assert_eq!((closed.settled, closed.overlapped, closed.abandoned), (vec![], 1, 0), "{first} first");
         assert_unknown(ledger, "1", 1).await;
-        assert_eq!(bench.take().await, NOTHING, "{first} first");
+        assert_eq!(fixture.take().await, NOTHING, "{first} first");
 
         let closed = close(ledger, last, &format!("w{last}"), &[(of(last), &outcome)]).await;
         assert_eq!((closed.settled, closed.overlapped, closed.abandoned), (vec![], 1, 0), "{last} last");
         assert_unknown(ledger, "1", 0).await;
-        assert_eq!(bench.take().await, ["1"], "{last} last");
-        assert_no_attempt(ledger, bench).await;
-        assert_eq!(bench.take().await, NOTHING, "{last} last");
+        assert_eq!(fixture.take().await, ["1"], "{last} last");
+        assert_no_tracked_write(ledger, fixture).await;
+        assert_eq!(fixture.take().await, NOTHING, "{last} last");
         // Alone again.
         bring_in_sync(ledger, "1").await;
     }
 }
 
-pub async fn an_attempt_within_another_spoils_both(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn a_tracked_write_within_another_settles_neither(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2] {
-        bench.write(id, Some("text")).await;
+        fixture.write(id, Some("text")).await;
     }
-    bench.take().await;
+    fixture.take().await;
     let outer = ledger.open("outer", "w", &ids(&["1", "2"])).await.unwrap();
     let inner = open_one(ledger, "inner", "w", "1").await;
     let (one, two) = (written(ledger, "1").await, written(ledger, "2").await);
     // Even if it sent nothing: who comes from outside can't tell.
     close(ledger, "inner", "w", &[(&inner, &Outcome::Unwritten)]).await;
-    assert_eq!(bench.take().await, NOTHING);
+    assert_eq!(fixture.take().await, NOTHING);
     let closed = close(ledger, "outer", "w", &[(&outer[0], &one), (&outer[1], &two)]).await;
     assert_eq!((closed.settled, closed.overlapped), (ids(&["2"]), 1));
     assert_unknown(ledger, "1", 0).await;
-    assert_eq!(bench.take().await, ["1"]);
+    assert_eq!(fixture.take().await, ["1"]);
 }
 
-pub async fn what_is_in_doubt_is_swept_once_it_has_settled(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn a_doubtful_write_is_swept_once_it_has_settled(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2, 3] {
-        bench.write(id, Some("text")).await;
+        fixture.write(id, Some("text")).await;
     }
-    bench.take().await;
+    fixture.take().await;
     // That its worker lives changes nothing.
-    bench.set_alive("w", true).await;
+    fixture.set_alive("w", true).await;
     let opened = ledger.open("a", "w", &ids(&["1", "2", "3"])).await.unwrap();
     let (one, three) = (written(ledger, "1").await, written(ledger, "3").await);
     let closing = [(&opened[0], &one), (&opened[1], &Outcome::Doubtful), (&opened[2], &three)];
@@ -282,97 +285,100 @@ pub async fn what_is_in_doubt_is_swept_once_it_has_settled(ledger: &dyn Ledger, 
     closed.settled.sort();
     assert_eq!((closed.settled, closed.overlapped, closed.abandoned), (ids(&["1", "3"]), 0, 1));
     assert_eq!(entry(ledger, "2").await.open, 1);
-    bench.pass(bench.settle() / 2).await;
-    assert_eq!(sweep(ledger, bench).await, (0, 0, 0));
-    assert_eq!(bench.take().await, NOTHING);
-    assert_eq!(sweep_later(ledger, bench).await, (0, 1, 1));
-    assert_eq!(bench.take().await, ["2"]);
+    fixture.pass(fixture.settle() / 2).await;
+    assert_eq!(sweep(ledger, fixture).await, (0, 0, 0));
+    assert_eq!(fixture.take().await, NOTHING);
+    assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 1));
+    assert_eq!(fixture.take().await, ["2"]);
     assert_unknown(ledger, "2", 0).await;
     assert!(matches(ledger, "1").await && matches(ledger, "3").await);
-    assert_no_attempt(ledger, bench).await;
-    assert_eq!(bench.take().await, NOTHING);
+    assert_no_tracked_write(ledger, fixture).await;
+    assert_eq!(fixture.take().await, NOTHING);
 }
 
 pub async fn what_was_not_written_is_as_it_was_unless_others_had_it_open(
     ledger: &dyn Ledger,
-    bench: &dyn Bench,
+    fixture: &dyn Fixture,
 ) {
-    bench.write(1, Some("text")).await;
+    fixture.write(1, Some("text")).await;
     bring_in_sync(ledger, "1").await;
-    bench.take().await;
+    fixture.take().await;
     let opened = open_one(ledger, "a", "w", "1").await;
     let closed = close(ledger, "a", "w", &[(&opened, &Outcome::Unwritten)]).await;
     assert_eq!((closed.settled, closed.overlapped, closed.abandoned), (vec![], 0, 0));
     assert!(matches(ledger, "1").await, "nothing was written, so nothing changed");
-    assert_no_attempt(ledger, bench).await;
-    assert_eq!(bench.take().await, NOTHING);
+    assert_no_tracked_write(ledger, fixture).await;
+    assert_eq!(fixture.take().await, NOTHING);
     // Another one that was open meanwhile leaves the id to the last to close.
     let first = open_one(ledger, "first", "w", "1").await;
     let last = open_one(ledger, "last", "w", "1").await;
     let one = written(ledger, "1").await;
     close(ledger, "first", "w", &[(&first, &one)]).await;
-    assert_eq!(bench.take().await, NOTHING);
+    assert_eq!(fixture.take().await, NOTHING);
     close(ledger, "last", "w", &[(&last, &Outcome::Unwritten)]).await;
     assert_unknown(ledger, "1", 0).await;
-    assert_eq!(bench.take().await, ["1"]);
+    assert_eq!(fixture.take().await, ["1"]);
 }
 
-pub async fn only_a_dead_workers_attempts_are_swept_and_not_at_once(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn only_a_dead_workers_tracked_writes_are_swept_and_not_at_once(
+    ledger: &dyn Ledger,
+    fixture: &dyn Fixture,
+) {
     for id in [1, 2, 3] {
-        bench.write(id, Some("text")).await;
+        fixture.write(id, Some("text")).await;
     }
-    bench.take().await;
-    bench.set_alive("dies", true).await;
-    bench.set_alive("lives", true).await;
+    fixture.take().await;
+    fixture.set_alive("dies", true).await;
+    fixture.set_alive("lives", true).await;
     ledger.open("a", "dies", &ids(&["1", "2"])).await.unwrap();
     let lives = ledger.open("b", "lives", &ids(&["2", "3"])).await.unwrap();
-    assert_no_attempt(ledger, bench).await;
-    bench.set_alive("dies", false).await;
+    assert_no_tracked_write(ledger, fixture).await;
+    fixture.set_alive("dies", false).await;
     // The time begins when the worker is found dead.
-    assert_eq!(sweep(ledger, bench).await, (1, 0, 0));
-    bench.pass(bench.settle() / 2).await;
-    assert_eq!(sweep(ledger, bench).await, (0, 0, 0));
+    assert_eq!(sweep(ledger, fixture).await, (1, 0, 0));
+    fixture.pass(fixture.settle() / 2).await;
+    assert_eq!(sweep(ledger, fixture).await, (0, 0, 0));
     assert_eq!(entry(ledger, "1").await.open, 1);
-    assert_eq!(bench.take().await, NOTHING);
-    assert_eq!(sweep_later(ledger, bench).await, (0, 1, 1));
-    assert_eq!(bench.take().await, ["1"]);
+    assert_eq!(fixture.take().await, NOTHING);
+    assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 1));
+    assert_eq!(fixture.take().await, ["1"]);
     assert_unknown(ledger, "1", 0).await;
     assert_unknown(ledger, "2", 1).await;
     assert_eq!(entry(ledger, "3").await.open, 1);
-    assert_no_attempt(ledger, bench).await;
+    assert_no_tracked_write(ledger, fixture).await;
 
     let (two, three) = (written(ledger, "2").await, written(ledger, "3").await);
     let closed = close(ledger, "b", "lives", &[(&lives[0], &two), (&lives[1], &three)]).await;
     assert_eq!((closed.settled, closed.overlapped), (ids(&["3"]), 1));
-    assert_eq!(bench.take().await, ["2"]);
+    assert_eq!(fixture.take().await, ["2"]);
 }
 
-pub async fn a_sweep_takes_no_more_than_its_limit(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn a_sweep_takes_no_more_than_its_limit(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for attempt in ["1", "2", "3"] {
         open_one(ledger, attempt, "dead", attempt).await;
     }
-    let swept = ledger.sweep(bench.settle(), 2).await.unwrap();
-    assert_eq!((swept.abandoned, swept.attempts), (3, 0));
-    bench.pass(bench.settle()).await;
+    let swept = ledger.sweep(fixture.settle(), 2).await.unwrap();
+    assert_eq!((swept.abandoned, swept.writes), (3, 0));
+    fixture.pass(fixture.settle()).await;
     for attempts in [2, 1, 0] {
-        assert_eq!(ledger.sweep(bench.settle(), 2).await.unwrap().attempts, attempts);
-        assert_eq!(bench.take().await.len() as u64, attempts);
+        assert_eq!(ledger.sweep(fixture.settle(), 2).await.unwrap().writes, attempts);
+        assert_eq!(fixture.take().await.len() as u64, attempts);
     }
 }
 
-pub async fn what_was_swept_meanwhile_is_put_back(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn what_was_swept_meanwhile_is_put_back(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2, 3] {
-        bench.write(id, Some("text")).await;
+        fixture.write(id, Some("text")).await;
     }
-    bench.take().await;
+    fixture.take().await;
     let opened = ledger.open("a", "cut off", &ids(&["1", "2", "3"])).await.unwrap();
-    assert_eq!(sweep(ledger, bench).await, (1, 0, 0));
-    assert_eq!(sweep_later(ledger, bench).await, (0, 1, 3));
-    assert_eq!(bench.take().await, ["1", "2", "3"]);
+    assert_eq!(sweep(ledger, fixture).await, (1, 0, 0));
+    assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 3));
+    assert_eq!(fixture.take().await, ["1", "2", "3"]);
     let other = open_one(ledger, "b", "w", "1").await;
     bring_in_sync(ledger, "3").await;
 
-    bench.set_alive("cut off", true).await;
+    fixture.set_alive("cut off", true).await;
     let outcome = written(ledger, "1").await;
     let closing =
         [(&opened[0], &outcome), (&opened[1], &Outcome::Doubtful), (&opened[2], &Outcome::Unwritten)];
@@ -385,28 +391,28 @@ pub async fn what_was_swept_meanwhile_is_put_back(ledger: &dyn Ledger, bench: &d
     let closed = close(ledger, "b", "w", &[(&other, &outcome)]).await;
     assert_eq!((closed.settled, closed.overlapped), (vec![], 1));
 
-    bench.pass(bench.settle() / 2).await;
-    assert_eq!(sweep(ledger, bench).await, (0, 0, 0));
-    assert_eq!(bench.take().await, NOTHING);
-    assert_eq!(sweep_later(ledger, bench).await, (0, 1, 2));
-    assert_eq!(bench.take().await, ["1", "2"]);
+    fixture.pass(fixture.settle() / 2).await;
+    assert_eq!(sweep(ledger, fixture).await, (0, 0, 0));
+    assert_eq!(fixture.take().await, NOTHING);
+    assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 2));
+    assert_eq!(fixture.take().await, ["1", "2"]);
     assert_unknown(ledger, "1", 0).await;
-    assert_no_attempt(ledger, bench).await;
+    assert_no_tracked_write(ledger, fixture).await;
 }
 
-pub async fn a_closing_told_as_failed_can_be_repeated(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn a_closing_told_as_failed_can_be_repeated(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2, 3] {
-        bench.write(id, Some("text")).await;
+        fixture.write(id, Some("text")).await;
     }
-    bench.take().await;
+    fixture.take().await;
     // Nothing in doubt: the attempt is gone, and looks as if it had been swept.
     let opened = open_one(ledger, "a", "w", "1").await;
     let outcome = written(ledger, "1").await;
     close(ledger, "a", "w", &[(&opened, &outcome)]).await;
     let closed = close(ledger, "a", "w", &[(&opened, &outcome)]).await;
     assert_eq!((closed.settled, closed.abandoned), (vec![], 1));
-    assert_eq!(sweep_later(ledger, bench).await, (0, 1, 1));
-    assert_eq!(bench.take().await, ["1"]);
+    assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 1));
+    assert_eq!(fixture.take().await, ["1"]);
 
     // Some of it in doubt: the attempt stands for that alone.
     let opened = ledger.open("b", "w", &ids(&["1", "2", "3"])).await.unwrap();
@@ -418,12 +424,12 @@ pub async fn a_closing_told_as_failed_can_be_repeated(ledger: &dyn Ledger, bench
         assert_eq!(entry(ledger, "2").await.open, 1);
         assert_unknown(ledger, "3", 0).await;
     }
-    assert_eq!(sweep_later(ledger, bench).await, (0, 1, 1));
-    assert_eq!(bench.take().await, ["2"]);
-    assert_no_attempt(ledger, bench).await;
+    assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 1));
+    assert_eq!(fixture.take().await, ["2"]);
+    assert_no_tracked_write(ledger, fixture).await;
 }
 
-pub async fn a_repeated_closing_takes_nothing_from_others(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn a_repeated_closing_takes_nothing_from_others(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     let opened = ledger.open("a", "w", &ids(&["1", "2", "3"])).await.unwrap();
     let outcome = written(ledger, "1").await;
     let closing =
@@ -432,7 +438,7 @@ pub async fn a_repeated_closing_takes_nothing_from_others(ledger: &dyn Ledger, b
     let other = ledger.open("b", "w", &ids(&["1", "2"])).await.unwrap();
     let closed = close(ledger, "a", "w", &closing).await;
     assert_eq!((closed.settled, closed.overlapped, closed.abandoned), (vec![], 0, 1));
-    assert_eq!(bench.take().await, NOTHING);
+    assert_eq!(fixture.take().await, NOTHING);
     for id in ["1", "2"] {
         assert_eq!(entry(ledger, id).await.open, 1);
     }
@@ -441,42 +447,42 @@ pub async fn a_repeated_closing_takes_nothing_from_others(ledger: &dyn Ledger, b
     assert_eq!(closed.settled, ids(&["1", "2"]));
 }
 
-pub async fn who_disowns_keeps_what_is_in_hand(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn who_disowns_keeps_what_is_in_hand(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for worker in ["w", "other"] {
-        bench.set_alive(worker, true).await;
+        fixture.set_alive(worker, true).await;
     }
     open_one(ledger, "lost", "w", "1").await;
     open_one(ledger, "in hand", "w", "2").await;
     open_one(ledger, "of another", "other", "3").await;
     let in_hand = ids(&["in hand", "not opened yet"]);
-    assert_eq!(ledger.disown("w", &in_hand).await.unwrap(), 1);
-    assert_eq!(ledger.disown("w", &in_hand).await.unwrap(), 0);
-    assert_eq!(sweep(ledger, bench).await, (0, 0, 0));
-    assert_eq!(sweep_later(ledger, bench).await, (0, 1, 1));
-    assert_eq!(bench.take().await, ["1"]);
-    assert_no_attempt(ledger, bench).await;
+    assert_eq!(ledger.abandon_orphans("w", &in_hand).await.unwrap(), 1);
+    assert_eq!(ledger.abandon_orphans("w", &in_hand).await.unwrap(), 0);
+    assert_eq!(sweep(ledger, fixture).await, (0, 0, 0));
+    assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 1));
+    assert_eq!(fixture.take().await, ["1"]);
+    assert_no_tracked_write(ledger, fixture).await;
     assert_eq!(entry(ledger, "2").await.open, 1);
     assert_eq!(entry(ledger, "3").await.open, 1);
-    assert_eq!(ledger.disown("w", &[]).await.unwrap(), 1);
+    assert_eq!(ledger.abandon_orphans("w", &[]).await.unwrap(), 1);
 }
 
-pub async fn what_is_parked_is_not_queued_until_it_is_opened(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn what_is_parked_is_not_queued_until_it_is_opened(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     open_one(ledger, "a", "w", "1").await;
     ledger.park("1").await.unwrap();
     // Of which nothing is known yet.
     ledger.park("2").await.unwrap();
     assert!(entry(ledger, "1").await.parked && entry(ledger, "2").await.parked);
     assert_unknown(ledger, "2", 0).await;
-    sweep(ledger, bench).await;
-    assert_eq!(sweep_later(ledger, bench).await, (0, 1, 0));
-    assert_eq!(bench.take().await, NOTHING);
+    sweep(ledger, fixture).await;
+    assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 0));
+    assert_eq!(fixture.take().await, NOTHING);
     assert_unknown(ledger, "1", 0).await;
 
     ledger.open("b", "w", &ids(&["1", "2"])).await.unwrap();
     assert!(!entry(ledger, "1").await.parked && !entry(ledger, "2").await.parked);
-    sweep(ledger, bench).await;
-    assert_eq!(sweep_later(ledger, bench).await, (0, 1, 2));
-    assert_eq!(bench.take().await, ["1", "2"]);
+    sweep(ledger, fixture).await;
+    assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 2));
+    assert_eq!(fixture.take().await, ["1", "2"]);
 
     // Who got through to the index all the same is no dead letter.
     let first = open_one(ledger, "c", "w", "1").await;
@@ -485,12 +491,12 @@ pub async fn what_is_parked_is_not_queued_until_it_is_opened(ledger: &dyn Ledger
     let outcome = written(ledger, "1").await;
     close(ledger, "c", "w", &[(&first, &Outcome::Unwritten)]).await;
     close(ledger, "d", "w", &[(&second, &outcome)]).await;
-    assert_eq!(bench.take().await, ["1"]);
+    assert_eq!(fixture.take().await, ["1"]);
 }
 
-pub async fn tries_are_counted_until_the_entry_settles(ledger: &dyn Ledger, bench: &dyn Bench) {
-    bench.write(1, Some("text")).await;
-    bench.take().await;
+pub async fn tries_are_counted_until_the_entry_settles(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+    fixture.write(1, Some("text")).await;
+    fixture.take().await;
     for (by, tries) in
         [(0, 0), (1, 1), (2, 3), (-1, 2), (-9, 0), (1, 1), (i32::MIN, 0), (i32::MIN, 0), (2, 2)]
     {
@@ -514,17 +520,17 @@ pub async fn tries_are_counted_until_the_entry_settles(ledger: &dyn Ledger, benc
     assert_eq!(ledger.count_try("3", 0).await.unwrap(), 0);
 }
 
-pub async fn what_is_queued_again_is_not_trusted(ledger: &dyn Ledger, bench: &dyn Bench) {
+pub async fn what_is_queued_again_is_not_trusted(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2] {
-        bench.write(id, Some("text")).await;
+        fixture.write(id, Some("text")).await;
         bring_in_sync(ledger, &id.to_string()).await;
     }
-    bench.take().await;
+    fixture.take().await;
     let before = entry(ledger, "1").await.epoch;
     let meanwhile = open_one(ledger, "a", "w", "2").await;
     ledger.park("1").await.unwrap();
     ledger.requeue(&ids(&["2", "3", "1"])).await.unwrap();
-    assert_eq!(bench.take().await, ["1", "2", "3"]);
+    assert_eq!(fixture.take().await, ["1", "2", "3"]);
     assert_unknown(ledger, "1", 0).await;
     assert_unknown(ledger, "2", 1).await;
     assert_unknown(ledger, "3", 0).await;
@@ -534,7 +540,7 @@ pub async fn what_is_queued_again_is_not_trusted(ledger: &dyn Ledger, bench: &dy
     let outcome = written(ledger, "2").await;
     let closed = close(ledger, "a", "w", &[(&meanwhile, &outcome)]).await;
     assert_eq!((closed.settled, closed.overlapped), (vec![], 1));
-    assert_eq!(bench.take().await, ["2"]);
+    assert_eq!(fixture.take().await, ["2"]);
     bring_in_sync(ledger, "1").await;
     assert!(matches(ledger, "1").await);
 }

@@ -4,16 +4,16 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
-use refarch::pipeline::queue::{Backlog, DeadLetter, JobQueue, Message, Queue, Reason, Why};
+use refarch::pipeline::queue::{Backlog, DeadLetter, DeadLetterCause, JobQueue, Message, Queue, Reason};
 
 /// Visibility of the queues under test.
 pub const VISIBILITY: Duration = Duration::from_secs(2);
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A queue under test, and what is around it.
 #[async_trait]
-pub trait Bench: Send + Sync {
+pub trait Fixture: Send + Sync {
     fn queue(&self) -> Queue;
 
     /// Puts a body that is a JSON text straight into a queue: `live`, `bulk` or `dead`.
@@ -56,8 +56,8 @@ pub fn job(lane: Lane, ids: std::ops::Range<u32>) -> Job {
     }
 }
 
-pub fn why(error: &str) -> Why {
-    Why { reason: Reason::Refused, error: error.into(), tries: 1 }
+pub fn why(error: &str) -> DeadLetterCause {
+    DeadLetterCause { reason: Reason::Refused, error: error.into(), tries: 1 }
 }
 
 pub async fn receive_one(queue: &dyn JobQueue, lane: Lane) -> Message {
@@ -88,8 +88,8 @@ fn in_flight(in_flight: u64) -> Backlog {
     Backlog { visible: 0, in_flight }
 }
 
-pub async fn what_is_sent_is_received_in_its_lane_as_it_was(bench: &dyn Bench) {
-    let queue = bench.queue();
+pub async fn what_is_sent_is_received_in_its_lane_as_it_was(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
     let jobs = [job(Lane::Live, 0..2), job(Lane::Bulk, 0..500), job(Lane::Live, 5..7)];
     queue.jobs.send(&jobs).await.unwrap();
     assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), visible(4));
@@ -105,14 +105,14 @@ pub async fn what_is_sent_is_received_in_its_lane_as_it_was(bench: &dyn Bench) {
     assert_eq!(queue.stats.backlog(Lane::Bulk).await.unwrap(), in_flight(500));
 }
 
-pub async fn an_acknowledged_message_is_gone_and_another_comes_again(bench: &dyn Bench) {
-    let queue = bench.queue();
+pub async fn an_acknowledged_message_is_gone_and_another_comes_again(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
     queue.jobs.send(&[job(Lane::Live, 0..1), job(Lane::Live, 1..2)]).await.unwrap();
     let first = receive_one(&*queue.jobs, Lane::Live).await;
     let second = receive_one(&*queue.jobs, Lane::Live).await;
     queue.jobs.acknowledge(std::slice::from_ref(&first.receipt)).await.unwrap();
     queue.jobs.acknowledge(&[]).await.unwrap();
-    crate::common::eventually("the visibility timeout to end", PATIENCE, async || {
+    crate::common::eventually("the visibility timeout to end", TIMEOUT, async || {
         queue.stats.backlog(Lane::Live).await.unwrap().visible == 1
     })
     .await;
@@ -123,8 +123,8 @@ pub async fn an_acknowledged_message_is_gone_and_another_comes_again(bench: &dyn
     assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), Backlog::default());
 }
 
-pub async fn visibility_is_extended_and_released(bench: &dyn Bench) {
-    let queue = bench.queue();
+pub async fn visibility_is_extended_and_released(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
     queue.jobs.send(&[job(Lane::Bulk, 0..3)]).await.unwrap();
     let message = receive_one(&*queue.jobs, Lane::Bulk).await;
     queue
@@ -135,7 +135,7 @@ pub async fn visibility_is_extended_and_released(bench: &dyn Bench) {
     queue.jobs.extend_visibility(&[], Duration::ZERO).await.unwrap();
     queue.jobs.send(&[job(Lane::Bulk, 7..10)]).await.unwrap();
     let short = receive_one(&*queue.jobs, Lane::Bulk).await;
-    crate::common::eventually("the message that was not extended to come back", PATIENCE, async || {
+    crate::common::eventually("the message that was not extended to come back", TIMEOUT, async || {
         queue.stats.backlog(Lane::Bulk).await.unwrap() == Backlog { visible: 3, in_flight: 3 }
     })
     .await;
@@ -146,12 +146,12 @@ pub async fn visibility_is_extended_and_released(bench: &dyn Bench) {
     assert_eq!(receive_one(&*queue.jobs, Lane::Bulk).await.receive_count, 2);
 }
 
-pub async fn a_dead_letter_keeps_body_and_reason_and_leaves_its_lane(bench: &dyn Bench) {
-    let queue = bench.queue();
+pub async fn a_dead_letter_keeps_body_and_reason_and_leaves_its_lane(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
     queue.jobs.send(&[job(Lane::Live, 0..4)]).await.unwrap();
     let message = receive_one(&*queue.jobs, Lane::Live).await;
     queue.dead_letters.store(&message, None, &why("the index refuses it")).await.unwrap();
-    assert_eq!(queue.dead_letters.count().await.unwrap(), if bench.is_exact() { 4 } else { 1 });
+    assert_eq!(queue.dead_letters.count().await.unwrap(), if fixture.is_exact() { 4 } else { 1 });
     assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), Backlog::default());
     let letters = letters(&queue).await;
     let expected = DeadLetter {
@@ -169,12 +169,12 @@ pub async fn a_dead_letter_keeps_body_and_reason_and_leaves_its_lane(bench: &dyn
     assert_eq!(letters, [expected]);
 }
 
-pub async fn a_part_of_a_message_is_dead_lettered_while_the_message_stays(bench: &dyn Bench) {
-    let queue = bench.queue();
+pub async fn a_part_of_a_message_is_dead_lettered_while_the_message_stays(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
     queue.jobs.send(&[job(Lane::Bulk, 0..3)]).await.unwrap();
     let message = receive_one(&*queue.jobs, Lane::Bulk).await;
     let part = job(Lane::Bulk, 1..2);
-    let why = Why { reason: Reason::Failed, error: "time\0out".into(), tries: 4 };
+    let why = DeadLetterCause { reason: Reason::Failed, error: "time\0out".into(), tries: 4 };
     queue.dead_letters.store(&message, Some(&part), &why).await.unwrap();
     assert_eq!(queue.stats.backlog(Lane::Bulk).await.unwrap(), in_flight(3));
     assert_eq!(queue.dead_letters.count().await.unwrap(), 1);
@@ -188,8 +188,8 @@ pub async fn a_part_of_a_message_is_dead_lettered_while_the_message_stays(bench:
     assert_eq!(queue.dead_letters.count().await.unwrap(), 1);
 }
 
-pub async fn dead_letters_are_read_page_by_page(bench: &dyn Bench) {
-    let queue = bench.queue();
+pub async fn dead_letters_are_read_page_by_page(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
     assert_eq!(queue.dead_letters.list(None, 2).await.unwrap(), []);
     for n in 0..5 {
         dead(&queue, job([Lane::Live, Lane::Bulk][n as usize % 2], n..n + 1)).await;
@@ -204,7 +204,7 @@ pub async fn dead_letters_are_read_page_by_page(bench: &dyn Bench) {
     }
     assert_eq!(pages.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1]);
     let mut read = pages.concat();
-    if !bench.is_exact() {
+    if !fixture.is_exact() {
         read.sort();
     }
     assert_eq!(read, ["0", "1", "2", "3", "4"]);
@@ -212,8 +212,8 @@ pub async fn dead_letters_are_read_page_by_page(bench: &dyn Bench) {
     assert_eq!(letters(&queue).await.len(), 5);
 }
 
-pub async fn a_redriven_letter_is_back_in_its_lane_with_its_changes(bench: &dyn Bench) {
-    let queue = bench.queue();
+pub async fn a_redriven_letter_is_back_in_its_lane_with_its_changes(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
     let jobs = [job(Lane::Live, 0..4), job(Lane::Bulk, 0..500), job(Lane::Bulk, 500..501)];
     let mut ids = Vec::new();
     for job in &jobs {
@@ -240,8 +240,8 @@ pub async fn a_redriven_letter_is_back_in_its_lane_with_its_changes(bench: &dyn 
     assert_eq!(left, ids[2..]);
 }
 
-pub async fn all_letters_are_brought_back_at_once_or_not_at_all(bench: &dyn Bench) {
-    let queue = bench.queue();
+pub async fn all_letters_are_brought_back_at_once_or_not_at_all(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
     for n in 0..3 {
         dead(&queue, job([Lane::Live, Lane::Bulk][n as usize % 2], n..n + 1)).await;
     }
@@ -258,10 +258,10 @@ pub async fn all_letters_are_brought_back_at_once_or_not_at_all(bench: &dyn Benc
     }
 }
 
-pub async fn a_letter_of_somebody_else_is_listed_and_redriven_as_a_live_one(bench: &dyn Bench) {
-    let queue = bench.queue();
-    bench.put("dead", r#""a""#).await;
-    bench.put("dead", r#""b""#).await;
+pub async fn a_letter_of_somebody_else_is_listed_and_redriven_as_a_live_one(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
+    fixture.put("dead", r#""a""#).await;
+    fixture.put("dead", r#""b""#).await;
     let letters = letters(&queue).await;
     let mut seen: Vec<_> =
         letters.iter().map(|it| (it.lane, it.reason, it.changes, it.body.as_deref())).collect();
@@ -276,8 +276,8 @@ pub async fn a_letter_of_somebody_else_is_listed_and_redriven_as_a_live_one(benc
     assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), visible(2));
 }
 
-pub async fn a_body_that_is_no_job_comes_through_as_it_was(bench: &dyn Bench) {
-    let queue = bench.queue();
+pub async fn a_body_that_is_no_job_comes_through_as_it_was(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
     let bodies = [
         r#""text""#.to_owned(),
         "null".to_owned(),
@@ -288,7 +288,7 @@ pub async fn a_body_that_is_no_job_comes_through_as_it_was(bench: &dyn Bench) {
         format!("{}{}", "[".repeat(300), "]".repeat(300)),
     ];
     for body in &bodies {
-        bench.put("live", body).await;
+        fixture.put("live", body).await;
     }
     let received = async || {
         let mut messages = Vec::new();
@@ -305,7 +305,8 @@ pub async fn a_body_that_is_no_job_comes_through_as_it_was(bench: &dyn Bench) {
         messages.iter().map(|message| message.body.as_ref().unwrap_err().body.clone()).collect();
     for message in &messages {
         let undecodable = message.body.as_ref().unwrap_err();
-        let why = Why { reason: Reason::Undecodable, error: undecodable.reason.clone(), tries: 0 };
+        let why =
+            DeadLetterCause { reason: Reason::Undecodable, error: undecodable.reason.clone(), tries: 0 };
         queue.dead_letters.store(message, None, &why).await.unwrap();
     }
     assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), Backlog::default());
@@ -327,25 +328,25 @@ pub async fn a_body_that_is_no_job_comes_through_as_it_was(bench: &dyn Bench) {
     assert_eq!(queue.dead_letters.count().await.unwrap(), 0);
 }
 
-pub async fn a_receiver_has_what_is_sent_while_it_waits(bench: &dyn Bench) {
-    let queue = bench.queue();
-    let waiter = bench.queue();
+pub async fn a_receiver_has_what_is_sent_while_it_waits(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
+    let waiter = fixture.queue();
     let waiting = tokio::spawn(async move {
         loop {
             let messages = waiter.jobs.receive(Lane::Live, 1).await.unwrap();
             if let Some(message) = messages.into_iter().next() {
                 return message;
             }
-            waiter.jobs.wait(Lane::Live, PATIENCE).await;
+            waiter.jobs.wait(Lane::Live, TIMEOUT).await;
         }
     });
     queue.jobs.send(&[job(Lane::Live, 0..1)]).await.unwrap();
-    let message = tokio::time::timeout(PATIENCE / 2, waiting).await.expect("it did not come").unwrap();
+    let message = tokio::time::timeout(TIMEOUT / 2, waiting).await.expect("it did not come").unwrap();
     assert_eq!(message.body.unwrap().changes(), 1);
 }
 
-pub async fn a_queue_that_holds_something_has_an_oldest_change(bench: &dyn Bench) {
-    let queue = bench.queue();
+pub async fn a_queue_that_holds_something_has_an_oldest_change(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
     assert_eq!(queue.stats.oldest().await.unwrap(), None);
     queue.jobs.send(&[job(Lane::Bulk, 0..1)]).await.unwrap();
     let made = job(Lane::Bulk, 0..1).oldest;
@@ -356,8 +357,8 @@ pub async fn a_queue_that_holds_something_has_an_oldest_change(bench: &dyn Bench
     assert_eq!(queue.stats.oldest().await.unwrap(), None);
 }
 
-pub async fn many_messages_travel_in_one_go(bench: &dyn Bench) {
-    let queue = bench.queue();
+pub async fn many_messages_travel_in_one_go(fixture: &dyn Fixture) {
+    let queue = fixture.queue();
     let jobs: Vec<Job> = (0..25).map(|n| job(Lane::Bulk, n * 10..n * 10 + 10)).collect();
     queue.jobs.send(&jobs).await.unwrap();
     let mut receipts = Vec::new();

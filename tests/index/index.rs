@@ -1,8 +1,8 @@
 //! The vector index's contract, which every backend must keep, and how Pinecone's failures are classed.
 
-mod fenced;
-#[path = "../contract/fenced.rs"]
-mod fenced_contract;
+mod transactional;
+#[path = "../contract/transactional_index.rs"]
+mod transactional_contract;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -13,63 +13,63 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use refarch::backend::pgvector;
 use refarch::backend::pinecone::{self, Pinecone};
-use refarch::double::pinecone::{Double, Faults};
-use refarch::pipeline::catalog::{Hash, SourceRow};
+use refarch::double::pinecone::{PineconeDouble, PineconeFaults};
 use refarch::pipeline::failure::{Class, Error};
-use refarch::pipeline::index::{Match, PlainWrite, Record, VectorIndex, Writes};
+use refarch::pipeline::index::{Match, Record, UntrackedWrite, VectorIndex, Writes};
+use refarch::pipeline::source_row::{Hash, SourceRow};
 use refarch::secret::Secret;
 use serde_json::{Value, json};
 
 use crate::common::source::{Migrated, settings};
 use crate::common::{self, Database, eventually};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// An index of vectors of three, and what it is filled by.
-struct Bench {
+struct Fixture {
     index: Arc<dyn VectorIndex>,
-    keeper: Keeper,
+    keeper: Backing,
 }
 
-enum Keeper {
+enum Backing {
     Database { client: tokio_postgres::Client, table: String, _database: Database },
-    Double { _double: Double },
+    PineconeDouble { _double: PineconeDouble },
 }
 
-async fn on_pgvector() -> Bench {
+async fn on_pgvector() -> Fixture {
     let migrated = Migrated::new("", settings(&[]), "pgvector").await;
-    let target = migrated.target().await;
-    let index = Arc::new(migrated.pgvector(&target));
-    let table = pgvector::table_name(target.id);
+    let generation = migrated.generation().await;
+    let index = Arc::new(migrated.pgvector(&generation));
+    let table = pgvector::table_name(generation.id);
     let Migrated { client, database, .. } = migrated;
-    Bench { index, keeper: Keeper::Database { client, table, _database: database } }
+    Fixture { index, keeper: Backing::Database { client, table, _database: database } }
 }
 
-async fn on_pinecone() -> Bench {
-    let double = Double::start(3, 1).await.unwrap();
-    Bench { index: Arc::new(client(&double)), keeper: Keeper::Double { _double: double } }
+async fn on_pinecone() -> Fixture {
+    let double = PineconeDouble::start(3, 1).await.unwrap();
+    Fixture { index: Arc::new(client(&double)), keeper: Backing::PineconeDouble { _double: double } }
 }
 
-fn options(url: &str) -> pinecone::Options {
-    pinecone::Options {
+fn options(url: &str) -> pinecone::PineconeOptions {
+    pinecone::PineconeOptions {
         host: url.into(),
         api_key: Secret::new("key"),
         namespace: String::new(),
-        timeout: PATIENCE,
+        timeout: TIMEOUT,
         dimensions: 3,
         text: vec!["description".into()],
         metadata: Vec::new(),
     }
 }
 
-fn client(double: &Double) -> Pinecone {
+fn client(double: &PineconeDouble) -> Pinecone {
     Pinecone::new(options(&double.url())).unwrap()
 }
 
-impl Bench {
+impl Fixture {
     async fn store(&self, records: &[Record]) {
         match &self.keeper {
-            Keeper::Database { client, table, .. } => {
+            Backing::Database { client, table, .. } => {
                 let sql = format!("INSERT INTO {table} VALUES ($1, $2::text::halfvec, $3)");
                 for record in records {
                     let embedding = format!("{:?}", &record.embedding[..]);
@@ -77,24 +77,24 @@ impl Bench {
                     client.execute(&sql, &[&record.row.id, &embedding, &hash]).await.unwrap();
                 }
             }
-            Keeper::Double { .. } => plain(&*self.index).upsert(records).await.unwrap(),
+            Backing::PineconeDouble { .. } => untracked(&*self.index).upsert(records).await.unwrap(),
         }
     }
 
     async fn remove(&self, id: &str) {
         match &self.keeper {
-            Keeper::Database { client, table, .. } => {
+            Backing::Database { client, table, .. } => {
                 client.execute(&format!("DELETE FROM {table} WHERE id = $1"), &[&id]).await.unwrap();
             }
-            Keeper::Double { .. } => plain(&*self.index).delete(&[id.to_owned()]).await.unwrap(),
+            Backing::PineconeDouble { .. } => untracked(&*self.index).delete(&[id.to_owned()]).await.unwrap(),
         }
     }
 }
 
-fn plain(index: &dyn VectorIndex) -> &dyn PlainWrite {
+fn untracked(index: &dyn VectorIndex) -> &dyn UntrackedWrite {
     match index.writes() {
-        Writes::Plain(plain) => plain,
-        Writes::Fenced(_) => panic!("this index fences its writes"),
+        Writes::Untracked(untracked) => untracked,
+        Writes::Transactional(_) => panic!("this index fences its writes"),
     }
 }
 
@@ -147,11 +147,11 @@ contract!(
     ids_of_all_lengths_in_one_fetch,
     a_query_ranked_by_cosine,
     a_count_of_what_is_there,
-    notes_apart_from_records,
+    ownership_records_apart_from_records,
 );
 
-async fn nothing_in_an_empty_index(bench: Bench) {
-    let index = bench.index;
+async fn nothing_in_an_empty_index(fixture: Fixture) {
+    let index = fixture.index;
     assert_eq!(index.count().await.unwrap(), 0);
     assert_eq!(index.list(None, 10).await.unwrap(), refarch::pipeline::index::Listing::default());
     assert_eq!(index.fetch(&strings(&["a"])).await.unwrap(), []);
@@ -159,16 +159,16 @@ async fn nothing_in_an_empty_index(bench: Bench) {
     assert_eq!(index.query(&[1.0, 0.0, 0.0], 10).await.unwrap(), []);
 }
 
-async fn a_listing_with_every_id_once_in_order(bench: Bench) {
+async fn a_listing_with_every_id_once_in_order(fixture: Fixture) {
     let mut ids: Vec<String> = (0..240).map(|n| format!("SKU-{n}")).chain(strings(AWKWARD)).collect();
     let records: Vec<Record> = ids.iter().map(|id| record(id, &[1.0, 0.0, 0.0])).collect();
-    bench.store(&records).await;
+    fixture.store(&records).await;
     ids.sort();
     for limit in [1, 7, ids.len() - 1, ids.len(), 1_000] {
         let mut listed = Vec::new();
         let mut cursor = None;
         loop {
-            let page = bench.index.list(cursor.as_deref(), limit).await.unwrap();
+            let page = fixture.index.list(cursor.as_deref(), limit).await.unwrap();
             assert!(page.ids.len() <= limit);
             listed.extend(page.ids);
             cursor = page.next;
@@ -180,14 +180,14 @@ async fn a_listing_with_every_id_once_in_order(bench: Bench) {
     }
 }
 
-async fn a_fetch_of_what_is_there_and_only_that(bench: Bench) {
-    let mut dice = StdRng::seed_from_u64(3);
+async fn a_fetch_of_what_is_there_and_only_that(fixture: Fixture) {
+    let mut rng = StdRng::seed_from_u64(3);
     let ids: Vec<String> = (0..120).map(|n| n.to_string()).chain(strings(AWKWARD)).collect();
     let records: Vec<Record> =
-        ids.iter().map(|id| record(id, &[(); 3].map(|()| dice.random_range(-1.0..1.0)))).collect();
-    bench.store(&records).await;
+        ids.iter().map(|id| record(id, &[(); 3].map(|()| rng.random_range(-1.0..1.0)))).collect();
+    fixture.store(&records).await;
     let asked: Vec<String> = ids.iter().cloned().chain(strings(&["not there", "A"])).collect();
-    let stored = bench.index.fetch(&asked).await.unwrap();
+    let stored = fixture.index.fetch(&asked).await.unwrap();
     assert_eq!(stored.len(), records.len());
     let stored: BTreeMap<_, _> = stored.into_iter().map(|stored| (stored.id.clone(), stored)).collect();
     for record in &records {
@@ -201,18 +201,18 @@ async fn a_fetch_of_what_is_there_and_only_that(bench: Bench) {
         }
         assert_eq!(stored.embedding.len(), 3);
     }
-    assert_eq!(bench.index.fetch(&strings(&["é"])).await.unwrap().len(), 1);
+    assert_eq!(fixture.index.fetch(&strings(&["é"])).await.unwrap().len(), 1);
 }
 
-async fn ids_of_all_lengths_in_one_fetch(bench: Bench) {
+async fn ids_of_all_lengths_in_one_fetch(fixture: Fixture) {
     // A URL takes three characters for each of these.
     let ids: Vec<String> = (1..=120).map(|n| format!("{n}{}", "/".repeat((8 * n).min(509)))).collect();
     let records: Vec<Record> = ids.iter().map(|id| record(id, &[0.0, 1.0, 0.0])).collect();
-    bench.store(&records).await;
-    assert_eq!(bench.index.fetch(&ids).await.unwrap().len(), ids.len());
+    fixture.store(&records).await;
+    assert_eq!(fixture.index.fetch(&ids).await.unwrap().len(), ids.len());
 }
 
-async fn a_query_ranked_by_cosine(bench: Bench) {
+async fn a_query_ranked_by_cosine(fixture: Fixture) {
     // Neither the inner product nor the distance ranks these in the same way.
     let records = [
         record("far", &[0.0, 8.0, 0.0]),
@@ -220,8 +220,8 @@ async fn a_query_ranked_by_cosine(bench: Bench) {
         record("near", &[0.1, 0.01, 0.0]),
         record("opposite", &[-1.0, 0.0, 0.0]),
     ];
-    bench.store(&records).await;
-    let query = async |top| bench.index.query(&[2.0, 0.0, 0.0], top).await.unwrap();
+    fixture.store(&records).await;
+    let query = async |top| fixture.index.query(&[2.0, 0.0, 0.0], top).await.unwrap();
     let found = query(10).await;
     let expected = [("near", 0.995), ("long", 0.8), ("far", 0.0), ("opposite", -1.0)];
     assert_eq!(found.len(), expected.len());
@@ -233,23 +233,23 @@ async fn a_query_ranked_by_cosine(bench: Bench) {
     assert_eq!(query(usize::MAX).await, found);
 }
 
-async fn a_count_of_what_is_there(bench: Bench) {
-    bench.store(&[record("a", &[1.0, 0.0, 0.0]), record("b", &[1.0, 0.0, 0.0])]).await;
-    assert_eq!(bench.index.count().await.unwrap(), 2);
-    bench.remove("a").await;
-    bench.remove("a").await;
-    assert_eq!(bench.index.count().await.unwrap(), 1);
+async fn a_count_of_what_is_there(fixture: Fixture) {
+    fixture.store(&[record("a", &[1.0, 0.0, 0.0]), record("b", &[1.0, 0.0, 0.0])]).await;
+    assert_eq!(fixture.index.count().await.unwrap(), 2);
+    fixture.remove("a").await;
+    fixture.remove("a").await;
+    assert_eq!(fixture.index.count().await.unwrap(), 1);
 }
 
-async fn notes_apart_from_records(bench: Bench) {
-    let index = bench.index;
+async fn ownership_records_apart_from_records(fixture: Fixture) {
+    let index = fixture.index;
     // Only an index outside of the database can be ahead of it.
-    assert_eq!(index.notes().is_some(), matches!(index.writes(), Writes::Plain(_)));
-    if let Some(notes) = index.notes() {
-        assert_eq!(notes.note().await.unwrap(), None);
+    assert_eq!(index.ownership_store().is_some(), matches!(index.writes(), Writes::Untracked(_)));
+    if let Some(notes) = index.ownership_store() {
+        assert_eq!(notes.record().await.unwrap(), None);
         for note in ["one", r#"{"two": "é"}"#] {
-            notes.set_note(note).await.unwrap();
-            assert_eq!(notes.note().await.unwrap(), Some(note.to_owned()));
+            notes.set_record(note).await.unwrap();
+            assert_eq!(notes.record().await.unwrap(), Some(note.to_owned()));
         }
     }
     assert_eq!(index.count().await.unwrap(), 0);
@@ -260,9 +260,10 @@ async fn notes_apart_from_records(bench: Bench) {
 
 #[tokio::test]
 async fn namespaces_are_apart() {
-    let double = Double::start(3, 1).await.unwrap();
+    let double = PineconeDouble::start(3, 1).await.unwrap();
     let in_namespace = |namespace: &str| {
-        Pinecone::new(pinecone::Options { namespace: namespace.into(), ..options(&double.url()) }).unwrap()
+        Pinecone::new(pinecone::PineconeOptions { namespace: namespace.into(), ..options(&double.url()) })
+            .unwrap()
     };
     let (default, products) = (in_namespace(""), in_namespace("products"));
     products.upsert(&[record("a", &[1.0, 0.0, 0.0])]).await.unwrap();
@@ -278,11 +279,11 @@ async fn namespaces_are_apart() {
 
 #[tokio::test]
 async fn an_upsert_replaces_metadata_whole() {
-    let double = Double::start(3, 1).await.unwrap();
+    let double = PineconeDouble::start(3, 1).await.unwrap();
     let index = client(&double);
     let mut record = with_metadata("a", &[1.0, 0.0, 0.0], r#"{"price": 1.5, "name": "drill"}"#);
     index.upsert(std::slice::from_ref(&record)).await.unwrap();
-    let metadata = |double: &Double| double.snapshot("")["a"].metadata.clone();
+    let metadata = |double: &PineconeDouble| double.snapshot("")["a"].metadata.clone();
     assert_eq!((&metadata(&double)["price"], &metadata(&double)["name"]), (&json!(1.5), &json!("drill")));
     record.row.metadata = r#"{"name": "saw"}"#.into();
     index.upsert(&[record]).await.unwrap();
@@ -291,9 +292,9 @@ async fn an_upsert_replaces_metadata_whole() {
 }
 
 /// Upserts records in as many requests as the index asks for, and says how many those were.
-async fn upsert_all(double: &Double, mut records: &[Record]) -> usize {
-    let index =
-        Pinecone::new(pinecone::Options { dimensions: DIMENSIONS, ..options(&double.url()) }).unwrap();
+async fn upsert_all(double: &PineconeDouble, mut records: &[Record]) -> usize {
+    let index = Pinecone::new(pinecone::PineconeOptions { dimensions: DIMENSIONS, ..options(&double.url()) })
+        .unwrap();
     let mut requests = 0;
     while !records.is_empty() {
         let (first, rest) = records.split_at(index.fits(records));
@@ -309,9 +310,9 @@ async fn upsert_all(double: &Double, mut records: &[Record]) -> usize {
 const DIMENSIONS: usize = 384;
 
 fn vectors(count: usize) -> Vec<Vec<f32>> {
-    let mut dice = StdRng::seed_from_u64(5);
+    let mut rng = StdRng::seed_from_u64(5);
     let mut vector = || {
-        let vector: Vec<f32> = (0..DIMENSIONS).map(|_| dice.random_range(-1.0..1.0)).collect();
+        let vector: Vec<f32> = (0..DIMENSIONS).map(|_| rng.random_range(-1.0..1.0)).collect();
         let length = vector.iter().map(|value| value * value).sum::<f32>().sqrt();
         vector.into_iter().map(|value| value / length).collect()
     };
@@ -320,7 +321,7 @@ fn vectors(count: usize) -> Vec<Vec<f32>> {
 
 #[tokio::test]
 async fn what_fits_into_a_request_is_taken() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let vectors = vectors(1_200);
     let bare: Vec<Record> =
         (0..).map(|n: u32| n.to_string()).zip(&vectors).map(|(n, v)| record(&n, v)).collect();
@@ -362,15 +363,15 @@ async fn failing_writes(index: &Pinecone) -> [Error; 2] {
 }
 
 /// A double that holds the record `old`, with these faults from now on.
-async fn troubled(faults: Faults) -> (Double, Pinecone) {
-    let double = Double::start(3, 1).await.unwrap();
+async fn failing_index(faults: PineconeFaults) -> (PineconeDouble, Pinecone) {
+    let double = PineconeDouble::start(3, 1).await.unwrap();
     let index = client(&double);
     index.upsert(&[record("old", &[1.0, 0.0, 0.0])]).await.unwrap();
     double.set_faults(faults);
     (double, index)
 }
 
-fn ids(double: &Double) -> BTreeSet<String> {
+fn ids(double: &PineconeDouble) -> BTreeSet<String> {
     double.snapshot("").into_keys().collect()
 }
 
@@ -381,7 +382,8 @@ fn assert_classed(error: &Error, class: Class, doubtful: bool) {
 
 #[tokio::test]
 async fn a_rate_limit_is_retried_when_the_index_says_and_changes_nothing() {
-    let (double, index) = troubled(Faults { rate_limited: 1.0, ..Faults::default() }).await;
+    let (double, index) =
+        failing_index(PineconeFaults { rate_limited: 1.0, ..PineconeFaults::default() }).await;
     let mut waits = BTreeSet::new();
     for _ in 0..6 {
         for error in failing_writes(&index).await {
@@ -400,7 +402,8 @@ async fn a_rate_limit_is_retried_when_the_index_says_and_changes_nothing() {
 
 #[tokio::test]
 async fn an_index_that_is_down_leaves_doubt() {
-    let (double, index) = troubled(Faults { unavailable: 1.0, ..Faults::default() }).await;
+    let (double, index) =
+        failing_index(PineconeFaults { unavailable: 1.0, ..PineconeFaults::default() }).await;
     let mut messages = String::new();
     for _ in 0..10 {
         for error in failing_writes(&index).await {
@@ -411,13 +414,14 @@ async fn an_index_that_is_down_leaves_doubt() {
     assert!(messages.contains("500") && messages.contains("503"), "{messages}");
     assert_classed(&index.list(None, 10).await.unwrap_err(), Class::Retryable, true);
     assert_eq!(ids(&double), strings(&["old"]).into_iter().collect());
-    double.set_faults(Faults::default());
+    double.set_faults(PineconeFaults::default());
     assert_eq!(index.count().await.unwrap(), 1);
 }
 
 #[tokio::test]
 async fn a_write_that_is_applied_and_denied_is_in_doubt() {
-    let (double, index) = troubled(Faults { lie: 1.0, ..Faults::default() }).await;
+    let (double, index) =
+        failing_index(PineconeFaults { false_error: 1.0, ..PineconeFaults::default() }).await;
     for error in failing_writes(&index).await {
         assert_classed(&error, Class::Retryable, true);
     }
@@ -428,8 +432,8 @@ async fn a_write_that_is_applied_and_denied_is_in_doubt() {
 
 #[tokio::test]
 async fn a_write_that_comes_late_is_in_doubt() {
-    let faults = Faults { late: 1.0, max_late: Duration::from_secs(2), ..Faults::default() };
-    let (double, index) = troubled(faults).await;
+    let faults = PineconeFaults { late: 1.0, max_late: Duration::from_secs(2), ..PineconeFaults::default() };
+    let (double, index) = failing_index(faults).await;
     let records: Vec<Record> = (0..16).map(|n| record(&n.to_string(), &[1.0, 0.0, 0.0])).collect();
     for record in &records {
         assert_classed(
@@ -439,31 +443,32 @@ async fn a_write_that_comes_late_is_in_doubt() {
         );
     }
     assert!(ids(&double).len() <= records.len(), "nothing was late");
-    eventually("late writes to come", PATIENCE, async || ids(&double).len() == records.len() + 1).await;
+    eventually("late writes to come", TIMEOUT, async || ids(&double).len() == records.len() + 1).await;
     assert_classed(&index.delete(&strings(&["old"])).await.unwrap_err(), Class::Retryable, true);
-    eventually("a late delete to come", PATIENCE, async || !ids(&double).contains("old")).await;
+    eventually("a late delete to come", TIMEOUT, async || !ids(&double).contains("old")).await;
 }
 
 #[tokio::test]
 async fn a_write_without_an_answer_in_time_is_in_doubt() {
-    let faults = Faults { hang: 1.0, hang_for: Duration::from_secs(1), ..Faults::default() };
-    let (double, _) = troubled(faults).await;
+    let faults = PineconeFaults { hang: 1.0, hang_for: Duration::from_secs(1), ..PineconeFaults::default() };
+    let (double, _) = failing_index(faults).await;
     let timeout = Duration::from_millis(200);
-    let index = Pinecone::new(pinecone::Options { timeout, ..options(&double.url()) }).unwrap();
+    let index = Pinecone::new(pinecone::PineconeOptions { timeout, ..options(&double.url()) }).unwrap();
     assert_eq!(index.request_timeout(), timeout);
     let records: Vec<Record> = (0..8).map(|n| record(&n.to_string(), &[1.0, 0.0, 0.0])).collect();
     let writes = join_all(records.iter().map(|record| index.upsert(std::slice::from_ref(record)))).await;
     for error in writes.into_iter().map(Result::unwrap_err) {
         assert_classed(&error, Class::Retryable, true);
     }
-    eventually("some of the writes to come", PATIENCE, async || ids(&double).len() > 1).await;
+    eventually("some of the writes to come", TIMEOUT, async || ids(&double).len() > 1).await;
     assert_classed(&index.count().await.unwrap_err(), Class::Retryable, true);
     assert!((9..=12).contains(&double.counts().hung));
 }
 
 #[tokio::test]
 async fn a_write_whose_connection_breaks_is_in_doubt() {
-    let (double, index) = troubled(Faults { drop_connection: 1.0, ..Faults::default() }).await;
+    let (double, index) =
+        failing_index(PineconeFaults { drop_connection: 1.0, ..PineconeFaults::default() }).await;
     for error in failing_writes(&index).await {
         assert_classed(&error, Class::Retryable, true);
     }
@@ -473,7 +478,7 @@ async fn a_write_whose_connection_breaks_is_in_doubt() {
 
 #[tokio::test]
 async fn a_record_that_the_index_refuses_is_refused_for_good() {
-    let (double, index) = troubled(Faults::default()).await;
+    let (double, index) = failing_index(PineconeFaults::default()).await;
     let refused = [
         (with_metadata("a", &[1.0, 0.0, 0.0], r#"{"size": {"cm": 3}}"#), "for field 'size'"),
         (with_metadata("a", &[1.0, 0.0, 0.0], r#"{"size": 1e400}"#), "number out of range"),
@@ -496,8 +501,8 @@ async fn a_record_that_the_index_refuses_is_refused_for_good() {
 
 #[tokio::test]
 async fn a_key_that_is_not_accepted_ends_the_role() {
-    let double = Double::start(3, 1).await.unwrap();
-    let without = pinecone::Options { api_key: Secret::default(), ..options(&double.url()) };
+    let double = PineconeDouble::start(3, 1).await.unwrap();
+    let without = pinecone::PineconeOptions { api_key: Secret::default(), ..options(&double.url()) };
     let index = Pinecone::new(without).unwrap();
     for error in failing_writes(&index).await {
         assert_classed(&error, Class::Fatal, false);
@@ -511,9 +516,9 @@ async fn a_write_that_nobody_took_leaves_no_doubt() {
     for error in failing_writes(&index).await {
         assert_classed(&error, Class::Retryable, false);
     }
-    let (double, index) = troubled(Faults::default()).await;
+    let (double, index) = failing_index(PineconeFaults::default()).await;
     drop(double);
-    eventually("the double to stop", PATIENCE, async || {
+    eventually("the double to stop", TIMEOUT, async || {
         index.count().await.is_err_and(|error| !error.is_doubtful())
     })
     .await;

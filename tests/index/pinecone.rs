@@ -13,32 +13,32 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::response::Response;
 use refarch::backend::pinecone::{self, Pinecone, control};
-use refarch::double::pinecone::{Double, Faults};
-use refarch::pipeline::catalog::{Hash, SourceRow};
+use refarch::double::pinecone::{PineconeDouble, PineconeFaults};
 use refarch::pipeline::failure::Class;
-use refarch::pipeline::index::{PlainWrite, Record, VectorIndex};
+use refarch::pipeline::index::{Record, UntrackedWrite, VectorIndex};
+use refarch::pipeline::source_row::{Hash, SourceRow};
 use refarch::secret::Secret;
 use serde_json::{Map, Value, json};
 
 use crate::common::python::python;
 use crate::common::{Database, eventually};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-fn options(url: &str) -> pinecone::Options {
-    pinecone::Options {
+fn options(url: &str) -> pinecone::PineconeOptions {
+    pinecone::PineconeOptions {
         host: url.into(),
         api_key: Secret::new("test"),
         namespace: String::new(),
-        timeout: PATIENCE,
+        timeout: TIMEOUT,
         dimensions: 3,
         text: vec!["description".into()],
         metadata: Vec::new(),
     }
 }
 
-fn control_options(url: &str, name: &str, dimensions: usize) -> control::Options {
-    control::Options {
+fn control_options(url: &str, name: &str, dimensions: usize) -> control::ControlPlaneOptions {
+    control::ControlPlaneOptions {
         controller: url.into(),
         api_key: Secret::new("test"),
         name: name.into(),
@@ -72,7 +72,7 @@ fn records() -> Vec<Record> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_vendors_client_and_ours_read_each_others_records() {
-    let double = Double::start(3, 1).await.unwrap();
+    let double = PineconeDouble::start(3, 1).await.unwrap();
     assert!(control::ensure(&control_options(&double.url(), "by-refarch", 3)).await.unwrap());
     let index = Pinecone::new(options(&double.url())).unwrap();
     index.upsert(&records()).await.unwrap();
@@ -98,7 +98,8 @@ async fn the_vendors_client_and_ours_read_each_others_records() {
     assert!(output.status.success() && said.contains("all as expected"), "{said}");
 
     let theirs =
-        Pinecone::new(pinecone::Options { namespace: "python".into(), ..options(&double.url()) }).unwrap();
+        Pinecone::new(pinecone::PineconeOptions { namespace: "python".into(), ..options(&double.url()) })
+            .unwrap();
     assert_eq!(theirs.count().await.unwrap(), 239);
     let mut listed = BTreeSet::new();
     let mut cursor = None;
@@ -132,14 +133,14 @@ struct Exchange {
 }
 
 /// A server that passes everything on and keeps it.
-struct Wiretap {
+struct RecordingProxy {
     url: String,
     exchanges: Arc<Mutex<Vec<Exchange>>>,
 }
 
-type Tapped = (String, reqwest::Client, Arc<Mutex<Vec<Exchange>>>);
+type ProxyState = (String, reqwest::Client, Arc<Mutex<Vec<Exchange>>>);
 
-async fn pass_on(State((to, client, kept)): State<Tapped>, request: Request) -> Response {
+async fn forward(State((to, client, kept)): State<ProxyState>, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let body = axum::body::to_bytes(body, usize::MAX).await.unwrap();
     let path = parts.uri.path().to_owned();
@@ -166,13 +167,13 @@ async fn pass_on(State((to, client, kept)): State<Tapped>, request: Request) -> 
     response
 }
 
-impl Wiretap {
+impl RecordingProxy {
     async fn on(to: &str) -> Self {
         let exchanges = Arc::default();
-        let state: Tapped = (to.to_owned(), reqwest::Client::new(), Arc::clone(&exchanges));
+        let state: ProxyState = (to.to_owned(), reqwest::Client::new(), Arc::clone(&exchanges));
         let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let router = Router::new().fallback(pass_on).with_state(state);
+        let router = Router::new().fallback(forward).with_state(state);
         tokio::spawn(async move { axum::serve(listener, router).await });
         Self { url, exchanges }
     }
@@ -244,21 +245,22 @@ fn check(exchange: &Exchange, description: &Map<String, Value>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_and_answers_are_as_the_published_description_has_them() {
-    let double = Double::start(3, 1).await.unwrap();
-    let tap = Wiretap::on(&double.url()).await;
+    let double = PineconeDouble::start(3, 1).await.unwrap();
+    let tap = RecordingProxy::on(&double.url()).await;
     control::ensure(&control_options(&tap.url, "shop", 3)).await.unwrap();
     for namespace in ["", "shop"] {
         let index =
-            Pinecone::new(pinecone::Options { namespace: namespace.into(), ..options(&tap.url) }).unwrap();
+            Pinecone::new(pinecone::PineconeOptions { namespace: namespace.into(), ..options(&tap.url) })
+                .unwrap();
         index.delete(&["nothing".to_owned()]).await.unwrap();
         index.upsert(&records()).await.unwrap();
         index.query(&[1.0, 0.0, 0.0], 10).await.unwrap();
         index.fetch(&["a".to_owned(), "c/d e".to_owned(), "x".to_owned()]).await.unwrap();
         index.list(None, 2).await.unwrap();
         index.count().await.unwrap();
-        index.probe().await.unwrap();
-        index.notes().unwrap().set_note("note").await.unwrap();
-        assert_eq!(index.notes().unwrap().note().await.unwrap().as_deref(), Some("note"));
+        index.check_writable().await.unwrap();
+        index.ownership_store().unwrap().set_record("note").await.unwrap();
+        assert_eq!(index.ownership_store().unwrap().record().await.unwrap().as_deref(), Some("note"));
         index.delete(&["a".to_owned()]).await.unwrap();
     }
     // What only the vendor's client asks, the double answers as described, too.
@@ -292,7 +294,7 @@ async fn requests_and_answers_are_as_the_published_description_has_them() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_index_is_made_once_found_by_name_and_refused_if_it_is_of_another_shape() {
-    let double = Double::start(3, 1).await.unwrap();
+    let double = PineconeDouble::start(3, 1).await.unwrap();
     let options = control_options(&double.url(), "shop", 3);
     let error = control::host(&options).await.unwrap_err();
     assert!(error.class() == Class::Fatal && error.message().contains("run refarch migrate"), "{error}");
@@ -312,14 +314,14 @@ async fn an_index_is_made_once_found_by_name_and_refused_if_it_is_of_another_sha
     assert_eq!(request.json(&dotted).send().await.unwrap().status(), 201);
     let error = control::ensure(&control_options(&double.url(), "dotted", 3)).await.unwrap_err();
     assert!(error.message().contains("dotproduct"), "{error}");
-    let keyless = control::Options { api_key: Secret::default(), ..options };
+    let keyless = control::ControlPlaneOptions { api_key: Secret::default(), ..options };
     let error = control::ensure(&keyless).await.unwrap_err();
     assert!(error.class() == Class::Fatal && error.message().contains("PINECONE_API_KEY"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn migrate_makes_the_index_and_a_role_refuses_one_of_another_length() {
-    let double = Double::start(3, 1).await.unwrap();
+    let double = PineconeDouble::start(3, 1).await.unwrap();
     let database = Database::create().await;
     let run = async |args: &[&str]| {
         let mut command = database.refarch();
@@ -338,7 +340,7 @@ async fn migrate_makes_the_index_and_a_role_refuses_one_of_another_length() {
     assert_eq!(code, Some(0), "{said}");
     // By its host, another index: three numbers a vector, and the model has 384. An older version did not record
     // where the index was.
-    let other = Double::start(3, 1).await.unwrap();
+    let other = PineconeDouble::start(3, 1).await.unwrap();
     let client = database.client().await;
     client.batch_execute("UPDATE refarch.target SET name = 'vector', host = NULL").await.unwrap();
     let mut command = database.refarch();
@@ -353,28 +355,29 @@ async fn migrate_makes_the_index_and_a_role_refuses_one_of_another_length() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_written_is_searchable_when_a_query_has_seen_it() {
-    let double = Double::start(3, 1).await.unwrap();
+    let double = PineconeDouble::start(3, 1).await.unwrap();
     let index = Pinecone::new(options(&double.url())).unwrap();
-    let visibility = index.visibility().unwrap();
-    assert_eq!(visibility.written(), 0);
+    let visibility = index.freshness().unwrap();
+    assert_eq!(visibility.last_written(), 0);
     double.set_delay(Duration::from_millis(400));
     index.upsert(&records()).await.unwrap();
     index.delete(&["b".to_owned()]).await.unwrap();
-    assert_eq!(visibility.written(), 2);
+    assert_eq!(visibility.last_written(), 2);
     let found = async || index.query(&[1.0, 0.0, 0.0], 10).await.unwrap().len();
-    if visibility.seen().await.unwrap() < 2 {
+    if visibility.searchable_up_to().await.unwrap() < 2 {
         assert_ne!(found().await, 2, "queries found what they had not seen");
     }
-    eventually("queries to see both", PATIENCE, async || visibility.seen().await.unwrap() == 2).await;
+    eventually("queries to see both", TIMEOUT, async || visibility.searchable_up_to().await.unwrap() == 2)
+        .await;
     assert_eq!(found().await, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn reads_are_tried_again_and_writes_are_not() {
-    let double = Double::start(3, 1).await.unwrap();
+    let double = PineconeDouble::start(3, 1).await.unwrap();
     let index = Pinecone::new(options(&double.url())).unwrap();
     index.upsert(&records()).await.unwrap();
-    double.set_faults(Faults { unavailable: 0.4, ..Faults::default() });
+    double.set_faults(PineconeFaults { unavailable: 0.4, ..PineconeFaults::default() });
     for _ in 0..10 {
         // Four tries, of which four in ten fail.
         if let Err(error) = index.query(&[1.0, 0.0, 0.0], 1).await {
@@ -383,7 +386,7 @@ async fn reads_are_tried_again_and_writes_are_not() {
     }
     let before = double.counts();
     assert!(before.requests > 11, "{before:?}");
-    double.set_faults(Faults { unavailable: 1.0, ..Faults::default() });
+    double.set_faults(PineconeFaults { unavailable: 1.0, ..PineconeFaults::default() });
     let error = index.upsert(&records()).await.unwrap_err();
     assert!(error.is_doubtful());
     assert_eq!(

@@ -6,9 +6,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use refarch::backend::minilm::{MiniLm, Model, Options};
+use refarch::backend::minilm::{MiniLm, Model, ModelOptions};
 use refarch::pipeline::embedder::{Embedder as _, Embedding};
-use refarch::role::generate::catalogue::{Attributes, Catalogue, Text};
+use refarch::role::generate::fake_products::{Attributes, FakeProducts, ProductText};
 use refarch::role::generate::vocabulary::Power;
 
 /// Products that are searched; `REFARCH_TEST_PRODUCTS` sets another number.
@@ -74,12 +74,13 @@ async fn people_find_what_they_ask_for() {
     let count = std::env::var("REFARCH_TEST_PRODUCTS").map_or(PRODUCTS, |n| n.parse().unwrap());
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(".refarch/runtime/model");
     let threads = std::thread::available_parallelism().unwrap().get();
-    let minilm = Arc::new(MiniLm::start(Arc::new(Model::load(&dir, Options::default()).unwrap()), threads));
+    let minilm =
+        Arc::new(MiniLm::start(Arc::new(Model::load(&dir, ModelOptions::default()).unwrap()), threads));
 
-    let catalogue = Catalogue::new(1);
-    let mut text = Text::default();
+    let fake_products = FakeProducts::new(1);
+    let mut text = ProductText::default();
     let (attributes, texts): (Vec<Attributes>, Vec<Arc<str>>) = (0..count)
-        .map(|number| (catalogue.product(number, &mut text), Arc::from(text.description.as_str())))
+        .map(|number| (fake_products.product(number, &mut text), Arc::from(text.description.as_str())))
         .unzip();
     let parts = texts.chunks(64).map(|part| {
         let (minilm, part) = (Arc::clone(&minilm), part.to_vec());

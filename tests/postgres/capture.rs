@@ -303,19 +303,19 @@ async fn logical_replication_is_not_captured_and_migrate_says_so() {
 }
 
 #[tokio::test]
-async fn a_sleeping_relay_is_rung_and_an_awake_one_is_not() {
+async fn a_sleeping_relay_is_notified_and_an_awake_one_is_not() {
     let captured = Captured::products().await;
     let (listener, mut notifications) = captured.database.listener("refarch_outbox").await;
     captured.run(THREE).await;
-    assert!(common::rings(&listener, &mut notifications).await, "asleep is what a missing flag means");
+    assert!(common::was_notified(&listener, &mut notifications).await, "asleep is what a missing flag means");
     captured.run("INSERT INTO refarch.doorbell (asleep) VALUES (false); DELETE FROM products_with_increment WHERE id = 1").await;
-    assert!(!common::rings(&listener, &mut notifications).await);
+    assert!(!common::was_notified(&listener, &mut notifications).await);
     captured
         .run("UPDATE refarch.doorbell SET asleep = true; UPDATE products_with_increment SET name = name")
         .await;
-    assert!(!common::rings(&listener, &mut notifications).await, "nothing changed");
+    assert!(!common::was_notified(&listener, &mut notifications).await, "nothing changed");
     captured.run("UPDATE products_with_increment SET name = 'x'").await;
-    assert!(common::rings(&listener, &mut notifications).await);
+    assert!(common::was_notified(&listener, &mut notifications).await);
 }
 
 #[tokio::test]
@@ -486,12 +486,12 @@ async fn generated_columns_are_captured_through_what_they_are_made_of() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transaction_can_be_prepared_while_the_relay_sleeps() {
-    let options = refarch::backend::embedded::Options {
+    let options = refarch::backend::embedded::ClusterOptions {
         dir: std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("postgres-prepared"),
         extra: [("fsync", "off"), ("max_prepared_transactions", "10")]
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .into(),
-        ..refarch::backend::embedded::Options::in_runtime_dir(&common::runtime_dir())
+        ..refarch::backend::embedded::ClusterOptions::in_runtime_dir(&common::runtime_dir())
     };
     let cluster = refarch::backend::embedded::Cluster::join(options).await.unwrap();
     let url = cluster.url().expose().to_owned();

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
-use refarch::backend::embedded::{Cluster, Options};
+use refarch::backend::embedded::{Cluster, ClusterOptions};
 use tempfile::TempDir;
 
 use crate::common::{self, cannot_run, connect, eventually, refarch};
@@ -16,12 +16,12 @@ use crate::common::{self, cannot_run, connect, eventually, refarch};
 const SOON: Duration = Duration::from_secs(20);
 
 /// A runtime folder of one test's own, with the crate's PostgreSQL binaries.
-struct Home {
+struct ClusterFolder {
     _parent: TempDir,
     dir: PathBuf,
 }
 
-impl Home {
+impl ClusterFolder {
     fn new() -> Self {
         Self::within("project", 0o755)
     }
@@ -35,10 +35,10 @@ impl Home {
         Self { _parent: parent, dir }
     }
 
-    fn options(&self) -> Options {
+    fn options(&self) -> ClusterOptions {
         // These servers are killed, but the machine is not.
         let extra = vec![("fsync".to_owned(), "off".to_owned())];
-        Options { extra, ..Options::in_runtime_dir(&self.dir) }
+        ClusterOptions { extra, ..ClusterOptions::in_runtime_dir(&self.dir) }
     }
 
     async fn join(&self) -> anyhow::Result<Cluster> {
@@ -78,7 +78,7 @@ impl Home {
     }
 }
 
-impl Drop for Home {
+impl Drop for ClusterFolder {
     fn drop(&mut self) {
         // A failed test must not leave its server behind.
         if let Some(pid) = self.server() {
@@ -98,7 +98,7 @@ const IDENTITY: &str = "SELECT system_identifier::text FROM pg_control_system()"
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn many_join_a_fresh_folder_at_once_and_the_last_one_stops_it() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     let processes: Vec<_> =
         (0..4).map(|_| tokio::spawn(home.psql(&format!("{IDENTITY}, pg_sleep(0.2)")).output())).collect();
     let tasks: Vec<_> = (0..4)
@@ -129,7 +129,7 @@ async fn many_join_a_fresh_folder_at_once_and_the_last_one_stops_it() {
 
 #[tokio::test]
 async fn the_server_runs_until_the_last_user_leaves() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     let one = home.join().await.unwrap();
     let two = home.join().await.unwrap();
     let server = home.server();
@@ -146,7 +146,7 @@ async fn the_server_runs_until_the_last_user_leaves() {
 
 #[tokio::test]
 async fn a_caller_that_stops_waiting_leaves_no_server() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     drop(tokio::time::timeout(Duration::from_millis(200), home.join()).await);
     eventually("the abandoned join to end", SOON, async || {
         home.dir.join("postgres/users.lock").exists() && home.server().is_none() && {
@@ -161,7 +161,7 @@ async fn a_caller_that_stops_waiting_leaves_no_server() {
 
 #[tokio::test]
 async fn killed_users_leave_a_server_that_the_next_one_stops() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     let mut user = home.psql("SELECT pg_sleep(60)").spawn().unwrap();
     eventually("the server to start", SOON, async || home.server().is_some()).await;
     // Joining waits for the start to be over.
@@ -175,7 +175,7 @@ async fn killed_users_leave_a_server_that_the_next_one_stops() {
 
 #[tokio::test]
 async fn ctrl_c_in_the_starters_terminal_does_not_reach_the_server() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     let mut starter = home.psql("SELECT pg_sleep(60)");
     let starter = starter.process_group(0).spawn().unwrap();
     let group = Pid::from_raw(-i32::try_from(starter.id().unwrap()).unwrap());
@@ -197,7 +197,7 @@ async fn ctrl_c_in_the_starters_terminal_does_not_reach_the_server() {
 
 #[tokio::test]
 async fn a_killed_server_is_recovered_with_what_was_committed() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     let cluster = home.join().await.unwrap();
     let client = connect(cluster.url().expose()).await;
     client.batch_execute("CREATE TABLE kept AS SELECT 'kept'::text AS what").await.unwrap();
@@ -214,7 +214,7 @@ async fn a_killed_server_is_recovered_with_what_was_committed() {
 
 #[tokio::test]
 async fn a_pid_file_that_names_another_process_is_stale() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     home.join().await.unwrap().leave().await.unwrap();
     // PostgreSQL itself gives way to a process of its own user only.
     let data = fs::metadata(home.files().join("data")).unwrap();
@@ -238,7 +238,7 @@ async fn a_pid_file_that_names_another_process_is_stale() {
 
 #[tokio::test]
 async fn a_port_that_was_taken_meanwhile_is_replaced() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     let cluster = home.join().await.unwrap();
     let port = cluster.tcp().port;
     cluster.leave().await.unwrap();
@@ -261,7 +261,7 @@ async fn a_port_that_was_taken_meanwhile_is_replaced() {
 
 #[tokio::test]
 async fn the_password_is_wanted_and_readable_by_its_owner_only() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     let cluster = home.join().await.unwrap();
     let guess = cluster.url().expose().replace(cluster.tcp().password.expose(), "guess");
     let error = tokio_postgres::connect(&guess, tokio_postgres::NoTls).await.err().unwrap();
@@ -276,7 +276,7 @@ async fn the_password_is_wanted_and_readable_by_its_owner_only() {
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn the_server_holds_no_file_of_ours() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     let cluster = home.join().await.unwrap();
     let fds = fs::read_dir(format!("/proc/{}/fd", home.server().unwrap())).unwrap();
     let open: Vec<_> = fds.map(|fd| fs::read_link(fd.unwrap().path()).unwrap()).collect();
@@ -292,7 +292,7 @@ async fn root_keeps_the_files_elsewhere_when_the_servers_user_cannot_reach_the_p
     if !is_root() {
         return;
     }
-    let home = Home::within("project", 0o700);
+    let home = ClusterFolder::within("project", 0o700);
     let cluster = home.join().await.unwrap();
     assert!(home.files().starts_with("/var/lib/refarch"), "{:?}", home.files());
     answer(&cluster, "SELECT 'up'").await;
@@ -310,7 +310,7 @@ async fn root_keeps_the_files_elsewhere_when_the_servers_user_cannot_reach_the_p
 
 #[tokio::test]
 async fn a_path_too_long_for_a_socket_gets_a_private_one_under_tmp() {
-    let home = Home::within(&"long/".repeat(30), 0o755);
+    let home = ClusterFolder::within(&"long/".repeat(30), 0o755);
     let cluster = home.join().await.unwrap();
     let config: tokio_postgres::Config = cluster.url().expose().parse().unwrap();
     let [tokio_postgres::config::Host::Unix(dir)] = config.get_hosts() else { panic!("no socket") };
@@ -324,10 +324,10 @@ async fn a_path_too_long_for_a_socket_gets_a_private_one_under_tmp() {
 
 #[tokio::test]
 async fn names_that_shells_and_libpq_stumble_over_work_or_are_refused() {
-    let home = Home::within("it's a, well, folder", 0o755);
+    let home = ClusterFolder::within("it's a, well, folder", 0o755);
     home.join().await.unwrap().leave().await.unwrap();
     home.assert_stopped();
-    let home = Home::within("a \"$HOME\" folder", 0o755);
+    let home = ClusterFolder::within("a \"$HOME\" folder", 0o755);
     if Uid::effective().is_root() {
         home.join().await.unwrap().leave().await.unwrap();
         home.assert_stopped();
@@ -338,7 +338,7 @@ async fn names_that_shells_and_libpq_stumble_over_work_or_are_refused() {
 
 #[tokio::test]
 async fn missing_binaries_are_said_with_the_fix() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     fs::remove_file(home.dir.join("runtime")).unwrap();
     let refusal = home.refusal().await;
     assert!(refusal.contains("run scripts/setup, or set DATABASE_URL"), "{refusal}");
@@ -347,7 +347,7 @@ async fn missing_binaries_are_said_with_the_fix() {
 
 #[tokio::test]
 async fn a_half_finished_initialisation_is_begun_anew() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     let half = home.dir.join("postgres/data.new.1");
     fs::create_dir_all(half.join("base")).unwrap();
     home.join().await.unwrap().leave().await.unwrap();
@@ -357,7 +357,7 @@ async fn a_half_finished_initialisation_is_begun_anew() {
 
 #[tokio::test]
 async fn data_of_another_version_is_refused_and_kept() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     home.join().await.unwrap().leave().await.unwrap();
     fs::write(home.files().join("data/PG_VERSION"), "17\n").unwrap();
     let refusal = home.refusal().await;
@@ -368,9 +368,9 @@ async fn data_of_another_version_is_refused_and_kept() {
 
 #[tokio::test]
 async fn a_server_that_does_not_start_is_quoted() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     let extra = vec![("shared_buffers".to_owned(), "plenty".to_owned())];
-    let options = Options { extra, ..home.options() };
+    let options = ClusterOptions { extra, ..home.options() };
     let error = format!("{:#}", Cluster::join(options).await.unwrap_err());
     assert!(error.contains("invalid value for parameter \"shared_buffers\""), "{error}");
     home.join().await.unwrap().leave().await.unwrap();
@@ -379,7 +379,7 @@ async fn a_server_that_does_not_start_is_quoted() {
 
 #[tokio::test]
 async fn a_lost_password_is_named() {
-    let home = Home::new();
+    let home = ClusterFolder::new();
     home.join().await.unwrap().leave().await.unwrap();
     fs::remove_file(home.files().join("password")).unwrap();
     let refusal = home.refusal().await;
@@ -393,16 +393,16 @@ async fn a_copied_project_has_data_of_its_own() {
     if !is_root() {
         return;
     }
-    let home = Home::within("project", 0o700);
+    let home = ClusterFolder::within("project", 0o700);
     home.join().await.unwrap().leave().await.unwrap();
-    let copy = Home::within("project", 0o700);
+    let copy = ClusterFolder::within("project", 0o700);
     fs::create_dir(copy.dir.join("postgres")).unwrap();
-    let location = |home: &Home| home.dir.join("postgres/location");
+    let location = |home: &ClusterFolder| home.dir.join("postgres/location");
     fs::copy(location(&home), location(&copy)).unwrap();
     copy.join().await.unwrap().leave().await.unwrap();
     assert_ne!(home.files(), copy.files());
     // A project that moved keeps its data.
-    let moved = Home::within("project", 0o700);
+    let moved = ClusterFolder::within("project", 0o700);
     let before = copy.files();
     fs::rename(copy.dir.join("postgres"), moved.dir.join("postgres")).unwrap();
     moved.join().await.unwrap().leave().await.unwrap();
@@ -411,11 +411,11 @@ async fn a_copied_project_has_data_of_its_own() {
 }
 
 /// Something that only root may touch, and what it was.
-struct Vault {
+struct RootOnlyFolder {
     dir: TempDir,
 }
 
-impl Vault {
+impl RootOnlyFolder {
     const TEXT: &str = "root's own\n";
 
     fn new() -> Self {
@@ -454,7 +454,7 @@ impl Vault {
 }
 
 /// Joins if that is possible, and leaves; either is fine.
-async fn try_join(home: &Home) -> String {
+async fn try_join(home: &ClusterFolder) -> String {
     match home.join().await {
         Ok(cluster) => cluster.leave().await.map_or_else(|error| format!("{error:#}"), |()| "joined".into()),
         Err(error) => format!("{error:#}"),
@@ -474,9 +474,9 @@ async fn root_touches_nothing_through_what_the_servers_user_planted() {
     if !is_root() {
         return;
     }
-    let vault = Vault::new();
+    let vault = RootOnlyFolder::new();
     for mode in [0o755, 0o700] {
-        let home = Home::within("project", mode);
+        let home = ClusterFolder::within("project", mode);
         home.join().await.unwrap().leave().await.unwrap();
         let files = home.files();
         let user = fs::metadata(files.join("data")).unwrap();
@@ -513,14 +513,14 @@ async fn root_touches_nothing_through_what_the_servers_user_planted() {
                 (_, "data") => &["folder"],
                 _ => &["file", "new"],
             };
-            for target in targets.iter().copied() {
+            for generation in targets.iter().copied() {
                 let path = files.join(name);
                 let saved = path.with_extension("saved");
                 let existed = fs::rename(&path, &saved).is_ok();
                 if name == "server.log.1" {
                     long_log();
                 }
-                if target == "hard link" {
+                if generation == "hard link" {
                     // Systems forbid links to files of others; an old one may stand there.
                     if fs::hard_link(vault.path("file"), &path).is_err() {
                         cannot_run("no hard link can be made here");
@@ -528,11 +528,11 @@ async fn root_touches_nothing_through_what_the_servers_user_planted() {
                         continue;
                     }
                 } else {
-                    std::os::unix::fs::symlink(vault.path(target), &path).unwrap();
+                    std::os::unix::fs::symlink(vault.path(generation), &path).unwrap();
                     std::os::unix::fs::lchown(&path, uid, gid).unwrap();
                 }
                 let outcome = try_join(&home).await;
-                let what = format!("{name} led to the {target}, and the outcome was {outcome:?}");
+                let what = format!("{name} led to the {generation}, and the outcome was {outcome:?}");
                 assert!(!outcome.contains("root's own"), "{what}");
                 if fs::symlink_metadata(&path).is_ok_and(|meta| !meta.is_dir()) {
                     fs::remove_file(&path).unwrap();
@@ -556,8 +556,8 @@ async fn root_believes_no_location_that_it_did_not_write_and_gives_no_strange_fo
     if !is_root() {
         return;
     }
-    let vault = Vault::new();
-    let home = Home::new();
+    let vault = RootOnlyFolder::new();
+    let home = ClusterFolder::new();
     home.join().await.unwrap().leave().await.unwrap();
     let data = fs::metadata(home.files().join("data")).unwrap();
     let location = home.dir.join("postgres/location");
@@ -569,7 +569,7 @@ async fn root_believes_no_location_that_it_did_not_write_and_gives_no_strange_fo
     assert_eq!(try_join(&home).await, "joined");
     home.assert_stopped();
     // The cluster's folder is another one, by a link.
-    let linked = Home::new();
+    let linked = ClusterFolder::new();
     fs::create_dir_all(&linked.dir).unwrap();
     std::os::unix::fs::symlink(vault.path("folder"), linked.dir.join("postgres")).unwrap();
     fs::set_permissions(vault.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();

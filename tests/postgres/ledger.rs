@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use contract::Bench;
+use contract::Fixture;
 use futures::future::join_all;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
@@ -16,7 +16,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
 use refarch::backend::postgres::outbox::PgOutbox;
-use refarch::backend::postgres::session;
+use refarch::backend::postgres::worker_lock;
 use refarch::pipeline::clock::{BootClock, Clock};
 use refarch::pipeline::failure::Class;
 use refarch::pipeline::lease::Lease;
@@ -29,28 +29,28 @@ use tokio_util::sync::CancellationToken;
 use crate::common::source::{ITEM, Migrated, settings};
 use crate::common::{Database, eventually};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Far longer than any test: it passes by [`Bench::pass`] alone.
+/// Far longer than any test: it passes by [`Fixture::pass`] alone.
 const SETTLE: Duration = Duration::from_hours(1);
 
 /// A table with its ledger, and whoever seems to work on it.
-struct Real {
+struct PostgresFixture {
     postgres: Postgres,
     ledger: Arc<PgLedger>,
-    target: i32,
+    generation: i32,
     client: Client,
     sessions: Mutex<BTreeMap<String, (CancellationToken, JoinHandle<()>)>>,
     database: Database,
-    passed: Arc<Passed>,
+    passed: Arc<FixedClock>,
 }
 
-/// This process's clock: it goes on by [`Bench::pass`] alone.
+/// This process's clock: it goes on by [`Fixture::pass`] alone.
 #[derive(Default)]
-struct Passed(Mutex<Duration>);
+struct FixedClock(Mutex<Duration>);
 
 #[async_trait]
-impl Clock for Passed {
+impl Clock for FixedClock {
     fn now(&self) -> Duration {
         *self.0.lock().unwrap()
     }
@@ -62,7 +62,7 @@ impl Clock for Passed {
     async fn sleep(&self, _: Duration) {}
 }
 
-impl Real {
+impl PostgresFixture {
     async fn new() -> Self {
         Self::with_ids("bigint").await
     }
@@ -70,11 +70,19 @@ impl Real {
     async fn with_ids(id_type: &str) -> Self {
         let table = format!("CREATE TABLE item (id {id_type} PRIMARY KEY, body text)");
         let migrated = Migrated::new(&table, settings(&ITEM), "test").await;
-        let target = migrated.target().await;
-        let passed: Arc<Passed> = Arc::default();
-        let ledger = Arc::new(migrated.ledger(&target).with_clock(Arc::clone(&passed) as _));
+        let generation = migrated.generation().await;
+        let passed: Arc<FixedClock> = Arc::default();
+        let ledger = Arc::new(migrated.ledger(&generation).with_clock(Arc::clone(&passed) as _));
         let Migrated { postgres, client, database, .. } = migrated;
-        Self { postgres, ledger, target: target.id, client, sessions: Mutex::default(), database, passed }
+        Self {
+            postgres,
+            ledger,
+            generation: generation.id,
+            client,
+            sessions: Mutex::default(),
+            database,
+            passed,
+        }
     }
 
     async fn run(&self, sql: &str) {
@@ -85,7 +93,7 @@ impl Real {
     async fn blocked(&self) -> i32 {
         let sql = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
         let mut pid = 0;
-        eventually("somebody to wait for a lock", PATIENCE, async || {
+        eventually("somebody to wait for a lock", TIMEOUT, async || {
             let row = self.client.query_opt(sql, &[]).await.unwrap();
             pid = row.as_ref().map_or(0, |row| row.get(0));
             row.is_some()
@@ -95,7 +103,7 @@ impl Real {
     }
 }
 
-impl Drop for Real {
+impl Drop for PostgresFixture {
     fn drop(&mut self) {
         // A session would be made again, for as long as the test's runtime lives.
         for (stop, _) in self.sessions.lock().unwrap().values() {
@@ -105,7 +113,7 @@ impl Drop for Real {
 }
 
 #[async_trait(?Send)]
-impl Bench for Real {
+impl Fixture for PostgresFixture {
     async fn write(&self, id: u32, text: Option<&str>) {
         let id = i64::from(id);
         let upsert = "INSERT INTO item VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET body = excluded.body";
@@ -130,9 +138,9 @@ impl Bench for Real {
             let stop = CancellationToken::new();
             let (kept, stopped) = (Arc::clone(&lease), stop.clone());
             let session = tokio::spawn(async move {
-                session::keep(&postgres, &name, &kept, &stopped).await.unwrap();
+                worker_lock::keep(&postgres, &name, &kept, &stopped).await.unwrap();
             });
-            eventually("a session", PATIENCE, async || lease.session() > 0).await;
+            eventually("a session", TIMEOUT, async || lease.term() > 0).await;
             self.sessions.lock().unwrap().insert(worker.to_owned(), (stop, session));
             return;
         }
@@ -140,7 +148,7 @@ impl Bench for Real {
         stop.cancel();
         session.await.unwrap();
         let free = "SELECT pg_try_advisory_xact_lock(hashtext('refarch.worker'), hashtext($1))";
-        eventually("the session to end", PATIENCE, async || {
+        eventually("the session to end", TIMEOUT, async || {
             self.client.query_one(free, &[&worker]).await.unwrap().get(0)
         })
         .await;
@@ -166,7 +174,7 @@ macro_rules! on_postgresql {
     ($($clause:ident),* $(,)?) => {$(
         #[tokio::test]
         async fn $clause() {
-            let real = Real::new().await;
+            let real = PostgresFixture::new().await;
             contract::$clause(&*real.ledger, &real).await;
         }
     )*};
@@ -185,7 +193,7 @@ fn all(opened: Vec<Opened>, outcome: &Outcome) -> Vec<(Opened, Outcome)> {
 const GONE: Outcome = Outcome::Settled { content_hash: None, metadata_hash: None, deleted: true, version: 7 };
 
 /// Pages through the table and compares with what the database's own order gives.
-async fn assert_paged(real: &Real) {
+async fn assert_paged(real: &PostgresFixture) {
     let sql = "SELECT id::text FROM item ORDER BY item.id";
     let expected: Vec<String> =
         real.client.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect();
@@ -211,7 +219,7 @@ async fn assert_paged(real: &Real) {
 
 #[tokio::test]
 async fn pages_of_numbers_hold_each_row_once_in_order() {
-    let real = Real::with_ids("bigint").await;
+    let real = PostgresFixture::with_ids("bigint").await;
     real.run("INSERT INTO item SELECT (n * 7919) % 100003 - 50000, 'text' FROM generate_series(1, 600) n")
         .await;
     assert_paged(&real).await;
@@ -221,7 +229,7 @@ async fn pages_of_numbers_hold_each_row_once_in_order() {
 
 #[tokio::test]
 async fn pages_of_texts_hold_each_row_once_in_order() {
-    let real = Real::with_ids("text").await;
+    let real = PostgresFixture::with_ids("text").await;
     real.run("INSERT INTO item SELECT md5(n::text), 'text' FROM generate_series(1, 600) n").await;
     real.run(
         "INSERT INTO item VALUES (' ', 'text'), ('é', 'text'), ('E', 'text'), ('10', 'text'), ('9', 'text')",
@@ -232,12 +240,12 @@ async fn pages_of_texts_hold_each_row_once_in_order() {
 
 #[tokio::test]
 async fn pages_are_in_order_however_the_ledger_is_joined() {
-    let real = Real::with_ids("text").await;
+    let real = PostgresFixture::with_ids("text").await;
     // A ledger that is read whole costs less than looking each row up.
     real.run("INSERT INTO item SELECT md5(n::text), 'text' FROM generate_series(1, 600) n").await;
     let entries = "INSERT INTO refarch.ledger (target, id, epoch) \
                    SELECT $1, md5(n::text), n FROM generate_series(900, 1, -1) n";
-    real.client.execute(entries, &[&real.target]).await.unwrap();
+    real.client.execute(entries, &[&real.generation]).await.unwrap();
     real.run("ANALYZE item, refarch.ledger").await;
     assert_paged(&real).await;
     let page = real.ledger.rows_after(None, 600).await.unwrap();
@@ -246,7 +254,7 @@ async fn pages_are_in_order_however_the_ledger_is_joined() {
 
 #[tokio::test]
 async fn an_id_that_a_text_cannot_be_is_no_failure() {
-    let real = Real::with_ids("text").await;
+    let real = PostgresFixture::with_ids("text").await;
     real.run("INSERT INTO item VALUES ('a', 'text')").await;
     let peeked = real.ledger.peek(&ids(&["nul\0", "a", ""])).await.unwrap();
     let seen: Vec<_> = peeked.iter().map(|one| (&*one.id, one.row.is_some(), one.entry.is_some())).collect();
@@ -255,7 +263,7 @@ async fn an_id_that_a_text_cannot_be_is_no_failure() {
 
 #[tokio::test]
 async fn the_oldest_change_is_the_one_not_yet_in_the_queue() {
-    let real = Real::new().await;
+    let real = PostgresFixture::new().await;
     assert_eq!(real.ledger.pending().await.unwrap().oldest, None);
     real.write(1, Some("text")).await;
     let first = real.ledger.pending().await.unwrap();
@@ -278,8 +286,8 @@ async fn the_oldest_change_is_the_one_not_yet_in_the_queue() {
 }
 
 #[tokio::test]
-async fn a_worker_that_fell_silent_is_dead_whatever_its_session_says() {
-    let real = Real::new().await;
+async fn a_worker_without_heartbeat_is_dead_whatever_its_lock_says() {
+    let real = PostgresFixture::new().await;
     real.set_alive("w", true).await;
     real.ledger.open("a", "w", &ids(&["1"])).await.unwrap();
     real.run("INSERT INTO refarch.worker (worker_id, role, host, pid) VALUES ('w', 'indexer', 'h', 1)").await;
@@ -289,8 +297,8 @@ async fn a_worker_that_fell_silent_is_dead_whatever_its_session_says() {
 }
 
 #[tokio::test]
-async fn ledgers_of_other_targets_are_left_alone() {
-    let real = Real::new().await;
+async fn ledgers_of_other_generations_are_left_alone() {
+    let real = PostgresFixture::new().await;
     let other: i32 = real
         .client
         .query_one(
@@ -308,11 +316,11 @@ async fn ledgers_of_other_targets_are_left_alone() {
     real.client.execute(sql, &[&other]).await.unwrap();
     real.ledger.park("1").await.unwrap();
     assert_eq!(real.ledger.count_try("1", 0).await.unwrap(), 0);
-    assert_eq!(real.ledger.disown("w", &[]).await.unwrap(), 0);
+    assert_eq!(real.ledger.abandon_orphans("w", &[]).await.unwrap(), 0);
     assert!(!real.ledger.open("a", "w", &ids(&["1"])).await.unwrap()[0].shared);
     real.ledger.sweep(SETTLE, 10).await.unwrap();
     real.pass(SETTLE).await;
-    assert_eq!(real.ledger.sweep(SETTLE, 10).await.unwrap().attempts, 1);
+    assert_eq!(real.ledger.sweep(SETTLE, 10).await.unwrap().writes, 1);
     real.ledger.requeue(&ids(&["1"])).await.unwrap();
     let sql = "SELECT open, epoch, parked, tries FROM refarch.ledger WHERE target = $1";
     let row = real.client.query_one(sql, &[&other]).await.unwrap();
@@ -321,15 +329,15 @@ async fn ledgers_of_other_targets_are_left_alone() {
 
 #[tokio::test]
 async fn whoever_works_on_the_same_ids_at_once_does_not_deadlock() {
-    let real = Real::new().await;
-    let mut dice = StdRng::seed_from_u64(7);
+    let real = PostgresFixture::new().await;
+    let mut rng = StdRng::seed_from_u64(7);
     for round in 0..50 {
         // Some known, some new; the database's order is neither of numbers nor the one asked.
         let mut known: Vec<String> = (0..12).map(|id| (round * 4 + id).to_string()).collect();
         let tasks = (0..4).map(|task| {
-            known.shuffle(&mut dice);
+            known.shuffle(&mut rng);
             let (ledger, ids) = (Arc::clone(&real.ledger), known[..8].to_vec());
-            let outcome = [GONE, Outcome::Unwritten, Outcome::Doubtful][dice.random_range(0..3)].clone();
+            let outcome = [GONE, Outcome::Unwritten, Outcome::Doubtful][rng.random_range(0..3)].clone();
             tokio::spawn(async move {
                 let attempt = format!("{round}/{task}");
                 let opened = ledger.open(&attempt, "dead", &ids).await.unwrap();
@@ -350,7 +358,7 @@ async fn whoever_works_on_the_same_ids_at_once_does_not_deadlock() {
             done.unwrap();
         }
     }
-    while real.ledger.sweep(Duration::ZERO, 100).await.unwrap().attempts > 0 {}
+    while real.ledger.sweep(Duration::ZERO, 100).await.unwrap().writes > 0 {}
     // The invariants, when nobody works.
     let attempts: i64 =
         real.client.query_one("SELECT count(*) FROM refarch.attempt", &[]).await.unwrap().get(0);
@@ -360,7 +368,7 @@ async fn whoever_works_on_the_same_ids_at_once_does_not_deadlock() {
 
 #[tokio::test]
 async fn what_is_queued_again_is_locked_in_order_even_if_it_is_new() {
-    let real = Real::new().await;
+    let real = PostgresFixture::new().await;
     real.ledger.requeue(&ids(&["1"])).await.unwrap();
     let other = real.database.client().await;
     other.batch_execute("BEGIN; SELECT FROM refarch.ledger WHERE id = '1' FOR UPDATE").await.unwrap();
@@ -369,7 +377,7 @@ async fn what_is_queued_again_is_locked_in_order_even_if_it_is_new() {
     real.blocked().await;
     // What an opening of both does next.
     let sql = "INSERT INTO refarch.ledger (target, id) VALUES ($1, '2')";
-    other.execute(sql, &[&real.target]).await.unwrap();
+    other.execute(sql, &[&real.generation]).await.unwrap();
     other.batch_execute("COMMIT").await.unwrap();
     queued.await.unwrap().unwrap();
     let entries = real.ledger.peek(&ids(&["1", "2"])).await.unwrap();
@@ -377,8 +385,8 @@ async fn what_is_queued_again_is_locked_in_order_even_if_it_is_new() {
 }
 
 #[tokio::test]
-async fn a_closing_that_is_cut_off_leaves_the_attempt_standing() {
-    let real = Real::new().await;
+async fn a_close_that_is_cut_off_leaves_the_tracked_write_open() {
+    let real = PostgresFixture::new().await;
     let opened = real.ledger.open("a", "w", &ids(&["1", "2"])).await.unwrap();
     let closing = all(opened, &GONE);
     let blocker = real.database.client().await;
@@ -391,7 +399,7 @@ async fn a_closing_that_is_cut_off_leaves_the_attempt_standing() {
     assert_eq!(cut.await.unwrap().unwrap_err().class(), Class::Retryable);
     blocker.batch_execute("COMMIT").await.unwrap();
     // The pool may hand the dead connection out once more.
-    eventually("a connection", PATIENCE, async || real.ledger.peek(&[]).await.is_ok()).await;
+    eventually("a connection", TIMEOUT, async || real.ledger.peek(&[]).await.is_ok()).await;
     for peeked in real.ledger.peek(&ids(&["1", "2"])).await.unwrap() {
         let entry = peeked.entry.unwrap();
         assert_eq!((entry.open, entry.dirty), (1, true), "{}", peeked.id);
@@ -404,7 +412,7 @@ async fn a_closing_that_is_cut_off_leaves_the_attempt_standing() {
 
 #[tokio::test]
 async fn a_truncation_is_of_all_that_is_not_surely_gone() {
-    let real = Real::new().await;
+    let real = PostgresFixture::new().await;
     let settle = async |id: &str, outcome: &Outcome| {
         let opened = real.ledger.open("settle", "w", &ids(&[id])).await.unwrap();
         assert_eq!(
@@ -438,7 +446,7 @@ async fn a_truncation_is_of_all_that_is_not_surely_gone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_are_read_together_as_far_as_they_fit() {
-    let real = Real::new().await;
+    let real = PostgresFixture::new().await;
     real.run("INSERT INTO item SELECT n, repeat('x', 1000) FROM generate_series(1, 10) n").await;
     let asked = ids(&["1", "none", "77", "2", "3", "4"]);
     for (bytes, fitting) in [(0, 1), (1_100, 3), (2_100, 4), (3_500, 5), (1 << 30, 6)] {

@@ -353,8 +353,8 @@ async fn an_index_of_a_folder_by_its_former_name_is_kept() {
     articles.set("REFARCH_EMBEDDER_MODEL", folder.to_str().unwrap());
     articles.done(&["migrate"]).await;
     articles.sync().await;
-    let target = "SELECT model || ' ' || salt FROM refarch.target WHERE id = 1";
-    let name = async || articles.client.query_one(target, &[]).await.unwrap().get::<_, String>(0);
+    let generation = "SELECT model || ' ' || salt FROM refarch.target WHERE id = 1";
+    let name = async || articles.client.query_one(generation, &[]).await.unwrap().get::<_, String>(0);
     let now = name().await;
     assert!(now.starts_with("bert-6x384@"), "{now}");
     let call = async |model: &str| {
@@ -527,7 +527,7 @@ async fn every_row_is_queued_when_a_queue_outside_of_the_database_is_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_row_is_queued_when_a_queue_is_left_that_an_older_version_did_not_note() {
+async fn every_row_is_queued_when_a_queue_is_left_that_an_older_version_did_not_record() {
     let articles = self::articles().await;
     articles.done(&["migrate"]).await;
     articles.sync().await;

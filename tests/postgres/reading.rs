@@ -13,7 +13,7 @@ use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
 use refarch::backend::postgres::migrate;
 use refarch::backend::{self, Backends};
-use refarch::double::pinecone::Double;
+use refarch::double::pinecone::PineconeDouble;
 use refarch::pipeline::clock::{BootClock, Clock};
 use refarch::pipeline::failure::Class;
 use refarch::pipeline::index::{Desired, Planned, VectorIndex as _, Writes};
@@ -24,11 +24,11 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use crate::common::source::{ITEM, settings};
-use crate::common::steps::Loop;
+use crate::common::steps::SyncFixture;
 use crate::common::{self, Database, eventually};
 
 /// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(2);
+const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// Settings of a role that would spoil what relies on the usual ones.
 const ODD: &[&str] = &[
@@ -45,7 +45,7 @@ const ODD: &[&str] = &[
     "row_security = on",
 ];
 
-impl Loop {
+impl SyncFixture {
     /// By a role without rights of its own, with these settings, that only reads and writes.
     async fn by_role(setup: &str, env: &[(&str, &str)], role_settings: &[&str]) -> Self {
         let it = Self::new(setup, env).await;
@@ -56,7 +56,7 @@ impl Loop {
         }
         it.run(&sql).await;
         let roles = ["listen", "embed"].map(|part| (part.to_owned(), name.clone())).into();
-        let options = migrate::Options { roles, ..migrate::Options::default() };
+        let options = migrate::MigrateOptions { roles, ..migrate::MigrateOptions::default() };
         // Boxed, since it is large.
         Box::pin(backend::migrate_with(&it.postgres, &it.settings, &options)).await.unwrap();
         let url = Secret::new(url_of(&it.database, &name));
@@ -137,7 +137,7 @@ fn strings(ids: &[&str]) -> Vec<String> {
 }
 
 /// What an error of reading says; it must hold the work.
-async fn held(it: &Loop, ids: &[&str]) -> String {
+async fn held(it: &SyncFixture, ids: &[&str]) -> String {
     let error = it.backends.ledger.peek(&strings(ids)).await.expect_err("must not be believed");
     assert_eq!(error.class(), Class::Retryable, "{error}");
     let page = it.backends.ledger.rows_after(None, 10).await.expect_err("must not be believed");
@@ -210,7 +210,7 @@ async fn keys_of_every_kind_reach_the_index() {
             "{folded} {types} CREATE TABLE item (id {kind} PRIMARY KEY, body text); \
              INSERT INTO item SELECT {value}, 'text' FROM generate_series(1, 20) g"
         );
-        let it = Loop::new(&setup, &ITEM).await;
+        let it = SyncFixture::new(&setup, &ITEM).await;
         let expected = it.rows().await;
         assert_eq!(expected.len(), 20, "{kind}: {expected:?}");
         let peeked = it.backends.ledger.peek(&expected).await.unwrap();
@@ -254,7 +254,7 @@ async fn whatever_session_wrote_a_row_its_id_has_one_spelling() {
             "{folded} CREATE DOMAIN short_code AS char(8); CREATE DOMAIN day AS date; CREATE TABLE item (id {kind} PRIMARY KEY, body text); \
              {odd} INSERT INTO item SELECT {value}, 'text' FROM generate_series(1, 10) g"
         );
-        let it = Loop::new(&setup, &ITEM).await;
+        let it = SyncFixture::new(&setup, &ITEM).await;
         it.settle().await;
         assert_eq!(it.indexed().await.len(), 10, "{kind}");
         it.run(&format!(
@@ -273,7 +273,7 @@ async fn whatever_session_wrote_a_row_its_id_has_one_spelling() {
 async fn six_hundred_keys_of_fixed_length_are_indexed_and_verified() {
     let setup = "CREATE TABLE item (id char(26) PRIMARY KEY, body text); \
                  INSERT INTO item SELECT left(upper(md5(g::text)), 26), 'text ' || g % 5 FROM generate_series(1, 600) g";
-    let it = Loop::new(setup, &ITEM).await;
+    let it = SyncFixture::new(setup, &ITEM).await;
     it.settle().await;
     assert_eq!(it.backends.index.count().await.unwrap(), 600);
     it.run("DELETE FROM item WHERE id = (SELECT min(id) FROM item); UPDATE item SET body = 'new' WHERE id = (SELECT max(id) FROM item)")
@@ -288,7 +288,7 @@ async fn of_two_spellings_of_a_key_the_rows_own_is_the_row() {
     let setup = folded()
         + "CREATE CAST (text AS ext.folded) WITHOUT FUNCTION AS ASSIGNMENT; \
            CREATE TABLE item (id ext.folded PRIMARY KEY, body text); INSERT INTO item VALUES ('Kettle'::text, 'text')";
-    let it = Loop::new(&setup, &ITEM).await;
+    let it = SyncFixture::new(&setup, &ITEM).await;
     let peeked = it.backends.ledger.peek(&strings(&["KETTLE", "Kettle", "kettle", "tent"])).await.unwrap();
     let seen: Vec<_> = peeked.iter().map(|one| (&*one.id, one.row.is_some())).collect();
     assert_eq!(seen, [("KETTLE", false), ("Kettle", true), ("kettle", false), ("tent", false)]);
@@ -331,7 +331,7 @@ async fn a_key_without_an_order_is_refused() {
 async fn ids_that_the_keys_type_cannot_be_are_absent_and_do_no_harm() {
     let setup =
         "CREATE TABLE item (id date PRIMARY KEY, body text); INSERT INTO item VALUES ('2026-02-27', 'text')";
-    let it = Loop::new(setup, &ITEM).await;
+    let it = SyncFixture::new(setup, &ITEM).await;
     let asked = strings(&["not a date", "2026-02-27", "27.02.2026", "2026-02-30", "today", ""]);
     let peeked = it.backends.ledger.peek(&asked).await.unwrap();
     assert_eq!(
@@ -347,7 +347,7 @@ async fn ids_that_the_keys_type_cannot_be_are_absent_and_do_no_harm() {
 async fn rows_that_a_policy_hides_are_not_taken_for_gone() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, tenant text, body text); \
                  INSERT INTO item SELECT g, 't' || g % 2, 'text' FROM generate_series(1, 20) g";
-    let it = Loop::by_role(setup, &ITEM, &[]).await;
+    let it = SyncFixture::by_role(setup, &ITEM, &[]).await;
     let role = it.role();
     it.settle().await;
     it.run(
@@ -359,9 +359,9 @@ async fn rows_that_a_policy_hides_are_not_taken_for_gone() {
     let error = held(&it, &["1", "2"]).await;
     assert!(error.contains(&role) && error.contains("BYPASSRLS"), "{error}");
     // Nor by the write that reads rows again.
-    let Writes::Fenced(fence) = it.backends.index.writes() else { panic!("pgvector fences") };
+    let Writes::Transactional(transactional) = it.backends.index.writes() else { panic!("pgvector fences") };
     let plan = Planned { id: "1".into(), epoch: None, version: 1, desired: Desired::Absent };
-    let error = fence.apply(&[plan]).await.unwrap_err();
+    let error = transactional.apply(&[plan]).await.unwrap_err();
     assert!(error.class() == Class::Retryable && error.to_string().contains("BYPASSRLS"), "{error}");
     assert_eq!(it.indexed().await.len(), 20);
 
@@ -371,7 +371,7 @@ async fn rows_that_a_policy_hides_are_not_taken_for_gone() {
     assert!(status.is_err_and(|error| error.class() == Class::Retryable));
     it.run(&format!("ALTER ROLE {role} BYPASSRLS")).await;
     // What a session may see is looked at anew in each transaction.
-    eventually("all to be in sync", PATIENCE, async || {
+    eventually("all to be in sync", TIMEOUT, async || {
         it.backends.status().await.is_ok_and(|status| status.is_synced() && status.indexed == Some(20))
     })
     .await;
@@ -384,7 +384,7 @@ async fn rows_that_a_policy_hides_are_not_taken_for_gone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_is_widened_is_read_as_it_is_without_a_restart() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text' FROM generate_series(1, 5) g";
-    let it = Loop::new(setup, &ITEM).await;
+    let it = SyncFixture::new(setup, &ITEM).await;
     it.settle().await;
     it.run("ALTER TABLE item ALTER id TYPE bigint; INSERT INTO item VALUES (3000000000, 'text')").await;
     it.settle().await;
@@ -396,19 +396,19 @@ async fn a_key_that_is_widened_is_read_as_it_is_without_a_restart() {
     it.settle().await;
     assert_eq!(it.indexed().await.len(), 7);
     // By the fenced write alone: it was planned before.
-    let Writes::Fenced(fence) = it.backends.index.writes() else { panic!("pgvector fences") };
+    let Writes::Transactional(transactional) = it.backends.index.writes() else { panic!("pgvector fences") };
     it.run("ALTER TABLE item ALTER id TYPE varchar(40)").await;
     let epoch = it.backends.ledger.peek(&strings(&["six"])).await.unwrap()[0].entry.as_ref().map(|e| e.epoch);
     it.run("ALTER TABLE item ALTER id TYPE text COLLATE \"C\"").await;
     let plan = Planned { id: "six".into(), epoch, version: 1, desired: Desired::Absent };
-    assert_eq!(fence.apply(&[plan]).await.unwrap().conflicted, ["six"], "the row is there");
+    assert_eq!(transactional.apply(&[plan]).await.unwrap().conflicted, ["six"], "the row is there");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_column_that_is_gone_holds_the_work_until_it_is_back() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text, note text); INSERT INTO item SELECT g, 'text' FROM generate_series(1, 5) g";
     let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "id,note")];
-    let it = Loop::new(setup, &env).await;
+    let it = SyncFixture::new(setup, &env).await;
     it.settle().await;
     for (away, back, missing) in [
         ("RENAME body TO headline", "RENAME headline TO body", "body"),
@@ -428,13 +428,13 @@ async fn a_column_that_is_gone_holds_the_work_until_it_is_back() {
     it.backends.ledger.requeue(&strings(&["1", "2"])).await.unwrap();
     it.run("ALTER TABLE item DISABLE TRIGGER ALL; ALTER TABLE item RENAME body TO headline; UPDATE item SET headline = 'new'").await;
     it.relay().await;
-    eventually("the work to be held", PATIENCE, async || {
+    eventually("the work to be held", TIMEOUT, async || {
         let live = it.backends.queue.stats.backlog(refarch::pipeline::change::Lane::Live).await.unwrap();
         live.in_flight > 0
     })
     .await;
     it.run("ALTER TABLE item RENAME headline TO body").await;
-    eventually("the change to be applied", PATIENCE, async || {
+    eventually("the change to be applied", TIMEOUT, async || {
         it.backends.status().await.unwrap().outstanding() == 0
     })
     .await;
@@ -447,7 +447,7 @@ async fn a_column_that_is_gone_holds_the_work_until_it_is_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_table_under_the_name_is_not_believed() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text' FROM generate_series(1, 5) g";
-    let it = Loop::new(setup, &ITEM).await;
+    let it = SyncFixture::new(setup, &ITEM).await;
     it.settle().await;
     it.run(
         "BEGIN; ALTER TABLE item RENAME TO item_old; CREATE TABLE public.item (id integer PRIMARY KEY, body text); COMMIT",
@@ -478,7 +478,7 @@ async fn tables_of_a_hundred_columns_are_kept_in_step() {
     );
     let (columns, texts) = (columns.join(","), texts.join(","));
     let env = [ITEM[0], ("REFARCH_SOURCE_TEXT", &*texts), ("REFARCH_SOURCE_METADATA", &*columns)];
-    let it = Loop::new(&setup, &env).await;
+    let it = SyncFixture::new(&setup, &env).await;
     it.settle().await;
     assert_eq!(it.indexed().await.len(), 3);
     let row = it.backends.ledger.peek(&strings(&["1"])).await.unwrap().remove(0).row.unwrap();
@@ -493,7 +493,7 @@ async fn pgvector_may_be_in_any_schema() {
                  DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, \"my Extensions\"', current_database()); END $$; \
                  CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
     let env = [ITEM[0], ITEM[1], ITEM[2], ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10")];
-    let it = Loop::new(setup, &env).await;
+    let it = SyncFixture::new(setup, &env).await;
     it.run(
         "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = ''''', current_database()); END $$",
     )
@@ -507,7 +507,7 @@ async fn pgvector_may_be_in_any_schema() {
     assert_eq!(index.query(&vector, 1).await.unwrap()[0].id, "7");
 }
 
-async fn has_graph(it: &Loop) -> bool {
+async fn has_graph(it: &SyncFixture) -> bool {
     let sql = "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_am a ON true JOIN pg_class c ON c.oid = i.indexrelid AND c.relam = a.oid \
                WHERE a.amname = 'hnsw' AND i.indisvalid)";
     it.client.query_one(sql, &[]).await.unwrap().get(0)
@@ -519,10 +519,10 @@ async fn a_role_with_settings_of_its_own_reads_and_writes_as_any() {
                  INSERT INTO item SELECT '2026-02-27'::timestamptz + g * interval '1 hour', 'text ' || g, 12.5, 0.1, '2026-02-27 00:00:00+00', '\\x00ff' \
                  FROM generate_series(1, 30) g";
     let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "id,price,cost,at,data")];
-    let plain = Loop::new(setup, &env).await;
-    let odd = Loop::by_role(setup, &env, ODD).await;
+    let plain = SyncFixture::new(setup, &env).await;
+    let odd = SyncFixture::by_role(setup, &env, ODD).await;
     let id = "2026-02-27 01:00:00+00";
-    let read = async |it: &Loop| it.backends.ledger.peek(&strings(&[id])).await.unwrap().remove(0).row;
+    let read = async |it: &SyncFixture| it.backends.ledger.peek(&strings(&[id])).await.unwrap().remove(0).row;
     let (one, other) = (read(&plain).await, read(&odd).await);
     assert_eq!(one, other);
     assert!(one.is_some());
@@ -543,34 +543,34 @@ async fn a_role_with_settings_of_its_own_reads_and_writes_as_any() {
     let stop = CancellationToken::new();
     let (postgres, kept, stopped) = (odd.postgres.clone(), Arc::clone(&lease), stop.clone());
     let session = tokio::spawn(async move {
-        refarch::backend::postgres::session::keep(&postgres, worker, &kept, &stopped).await
+        refarch::backend::postgres::worker_lock::keep(&postgres, worker, &kept, &stopped).await
     });
     let waiting = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory' \
                    AND state_change < now() - interval '200 ms'";
-    eventually("the session to wait on", PATIENCE, async || {
+    eventually("the session to wait on", TIMEOUT, async || {
         odd.client.query_opt(waiting, &[]).await.unwrap().is_some()
     })
     .await;
     drop(first);
-    eventually("the session", PATIENCE, async || lease.session() > 0).await;
+    eventually("the session", TIMEOUT, async || lease.term() > 0).await;
     stop.cancel();
     session.await.unwrap().unwrap();
-    assert!(odd.postgres.has_sessions().await.unwrap());
+    assert!(odd.postgres.supports_sessions().await.unwrap());
     // And the graph, once its table is the role's.
-    let (role, target) = (odd.role(), &odd.backends.target);
+    let (role, generation) = (odd.role(), &odd.backends.generation);
     odd.run(&format!(
         "ALTER TABLE refarch.vector_{} OWNER TO {role}; GRANT CREATE ON SCHEMA refarch TO {role}",
-        target.id
+        generation.id
     ))
     .await;
-    let options = pgvector::Options {
+    let options = pgvector::PgVectorOptions {
         graph_min_rows: 10,
         graph_max_backlog: 10,
         ef_search: 100,
         acknowledged_in_same_log: true,
     };
-    let table = Arc::new(target.table.clone());
-    let index = PgVector::new(odd.postgres.clone(), table, target.salt.clone(), target.id, options);
+    let table = Arc::new(generation.table.clone());
+    let index = PgVector::new(odd.postgres.clone(), table, generation.salt.clone(), generation.id, options);
     index.maintain(0).await.unwrap();
     assert!(has_graph(&odd).await);
     odd.end().await;
@@ -578,7 +578,7 @@ async fn a_role_with_settings_of_its_own_reads_and_writes_as_any() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_that_is_set_outlives_its_transaction() {
-    let it = Loop::by_role("CREATE TABLE item (id integer PRIMARY KEY, body text)", &ITEM, ODD).await;
+    let it = SyncFixture::by_role("CREATE TABLE item (id integer PRIMARY KEY, body text)", &ITEM, ODD).await;
     let settings = "SELECT name || '=' || setting FROM pg_catalog.pg_settings WHERE name <> 'application_name' ORDER BY name";
     let read = async |client: &Client| -> Vec<String> {
         client.query(settings, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
@@ -601,7 +601,7 @@ async fn nothing_that_is_set_outlives_its_transaction() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plan_whose_result_changed_is_made_anew() {
-    let it = Loop::new("CREATE TABLE item (id integer PRIMARY KEY, body text); CREATE TABLE other (a integer); INSERT INTO other VALUES (1)", &ITEM).await;
+    let it = SyncFixture::new("CREATE TABLE item (id integer PRIMARY KEY, body text); CREATE TABLE other (a integer); INSERT INTO other VALUES (1)", &ITEM).await;
     let client = it.postgres.client().await.unwrap();
     client.query("SELECT * FROM public.other", &[]).await.unwrap();
     it.run("ALTER TABLE other ALTER a TYPE text, ADD b integer").await;
@@ -656,9 +656,9 @@ async fn metadata_is_known_by_names_and_values_and_not_by_order() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text, name text, sku text); \
                  INSERT INTO item SELECT g, 'text ' || g, 'name', 'sku' FROM generate_series(1, 10) g; INSERT INTO item VALUES (11, 'text 1', 'name', NULL)";
     let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "id,name")];
-    let it = Loop::new(setup, &env).await;
+    let it = SyncFixture::new(setup, &env).await;
     it.settle().await;
-    let (applied, embedded) = it.meter.totals();
+    let (applied, embedded) = it.metrics.totals();
     let with = async |metadata: &str| {
         let set = settings(&[ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", metadata)]);
         let backends = Backends::open(&it.postgres, &set).await.unwrap();
@@ -674,7 +674,7 @@ async fn metadata_is_known_by_names_and_values_and_not_by_order() {
     assert_eq!(with("name,id").await, 0, "reordered");
     assert_eq!(with("id,name,sku").await, 10, "of one the new column is null");
     assert_eq!(with("id,sku").await, 11);
-    assert_eq!(it.meter.totals(), (applied, embedded));
+    assert_eq!(it.metrics.totals(), (applied, embedded));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -684,7 +684,7 @@ async fn a_metadata_column_that_is_added_is_sent_and_nothing_is_embedded_again()
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text, name text, sku text); \
                  INSERT INTO item SELECT g, 'text ' || g, 'name', 'sku ' || g FROM generate_series(1, 10) g";
     client.batch_execute(setup).await.unwrap();
-    let double = Double::start(384, 1).await.unwrap();
+    let double = PineconeDouble::start(384, 1).await.unwrap();
     let run = async |metadata: &str, roles: &[&[&str]]| {
         for args in roles {
             let mut command = database.refarch();
@@ -717,10 +717,10 @@ async fn a_metadata_column_that_is_added_is_sent_and_nothing_is_embedded_again()
 
 /// A clock that goes on when it is told.
 #[derive(Default)]
-struct Hand(AtomicU64);
+struct ManualClock(AtomicU64);
 
 #[async_trait]
-impl Clock for Hand {
+impl Clock for ManualClock {
     fn now(&self) -> Duration {
         Duration::from_secs(self.0.load(Ordering::Relaxed))
     }
@@ -734,16 +734,20 @@ impl Clock for Hand {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_databases_clock_that_jumps_does_not_shorten_the_settling_time() {
-    let it = Loop::new("CREATE TABLE item (id integer PRIMARY KEY, body text)", &ITEM).await;
-    let hand = Arc::new(Hand::default());
-    let target = &it.backends.target;
-    let ledger =
-        PgLedger::new(it.postgres.clone(), Arc::new(target.table.clone()), target.id, target.salt.clone())
-            .with_clock(Arc::clone(&hand) as _);
+    let it = SyncFixture::new("CREATE TABLE item (id integer PRIMARY KEY, body text)", &ITEM).await;
+    let hand = Arc::new(ManualClock::default());
+    let generation = &it.backends.generation;
+    let ledger = PgLedger::new(
+        it.postgres.clone(),
+        Arc::new(generation.table.clone()),
+        generation.id,
+        generation.salt.clone(),
+    )
+    .with_clock(Arc::clone(&hand) as _);
     let settle = Duration::from_mins(1);
     let opened = ledger.open("a", "w", &strings(&["1"])).await.unwrap().remove(0);
     ledger.close("a", "w", &[(opened, Outcome::Doubtful)]).await.unwrap();
-    let sweep = async || ledger.sweep(settle, 10).await.unwrap().attempts;
+    let sweep = async || ledger.sweep(settle, 10).await.unwrap().writes;
     assert_eq!(sweep().await, 0);
     // The database's clock jumps ahead.
     it.run("UPDATE refarch.attempt SET abandoned_at = abandoned_at - interval '1 hour'").await;
@@ -779,11 +783,11 @@ impl std::io::Write for Lines {
 #[tokio::test]
 async fn a_graph_that_cannot_be_built_is_told_once_and_tried_ever_more_seldom() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
-    let it = Loop::by_role(setup, &ITEM, &[]).await;
+    let it = SyncFixture::by_role(setup, &ITEM, &[]).await;
     it.settle().await;
-    let hand = Arc::new(Hand::default());
-    let target = &it.backends.target;
-    let options = pgvector::Options {
+    let hand = Arc::new(ManualClock::default());
+    let generation = &it.backends.generation;
+    let options = pgvector::PgVectorOptions {
         graph_min_rows: 10,
         graph_max_backlog: 10,
         ef_search: 100,
@@ -792,8 +796,8 @@ async fn a_graph_that_cannot_be_built_is_told_once_and_tried_ever_more_seldom() 
     // Of the owner's table, and the role may not ask for an index on it either.
     it.run("REVOKE EXECUTE ON FUNCTION refarch.build_graph FROM PUBLIC").await;
     it.run(&format!("REVOKE EXECUTE ON FUNCTION refarch.build_graph FROM {}", it.role())).await;
-    let table = Arc::new(target.table.clone());
-    let index = PgVector::new(it.postgres.clone(), table, target.salt.clone(), target.id, options)
+    let table = Arc::new(generation.table.clone());
+    let index = PgVector::new(it.postgres.clone(), table, generation.salt.clone(), generation.id, options)
         .with_clock(Arc::clone(&hand) as _);
     let lines = Lines::default();
     let writer = lines.clone();
@@ -828,7 +832,7 @@ async fn an_older_pgvector_works_without_a_graph() {
     let setup = "CREATE EXTENSION vector; UPDATE pg_extension SET extversion = '0.8.1' WHERE extname = 'vector'; \
                  CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
     let env = [ITEM[0], ITEM[1], ITEM[2], ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10")];
-    let it = Loop::new(setup, &env).await;
+    let it = SyncFixture::new(setup, &env).await;
     let report = backend::migrate(&it.postgres, &it.settings).await.unwrap();
     assert!(report.warnings.iter().any(|warning| warning.contains("0.8.1")), "{report:?}");
     it.settle().await;
@@ -846,7 +850,7 @@ async fn a_cast_of_another_roles_making_is_not_run() {
     let setup = "CREATE TABLE seen (who name); GRANT INSERT ON seen TO PUBLIC; \
                  CREATE TABLE item (id integer PRIMARY KEY, body text, more text); INSERT INTO item VALUES (1, 'text', 'x')";
     let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "more")];
-    let it = Loop::by_role(setup, &env, &[]).await;
+    let it = SyncFixture::by_role(setup, &env, &[]).await;
     let owner = format!("owner_{}", it.database.name());
     let enums = ["key", "note", "label"].map(|name| {
         let body = "LANGUAGE plpgsql AS $$BEGIN INSERT INTO public.seen VALUES (current_user); RETURN";

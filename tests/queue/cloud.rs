@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use refarch::backend::sqs;
-use refarch::double::pinecone::Double;
+use refarch::double::pinecone::PineconeDouble;
 use serde_json::Value;
 use tokio::process::{Child, Command};
 
@@ -17,14 +17,14 @@ fn rows() -> u64 {
     std::env::var("REFARCH_ROWS").map_or(120, |text| text.parse().expect("a number"))
 }
 
-fn patience() -> Duration {
+fn drain_timeout() -> Duration {
     Duration::from_mins(3) + Duration::from_millis(rows() * 100)
 }
 
 /// A database, a queue and an index that are not in one place.
 struct Cloud {
     database: Database,
-    double: Double,
+    double: PineconeDouble,
     env: Vec<(String, String)>,
     _moto: std::sync::Arc<Moto>,
 }
@@ -45,7 +45,7 @@ impl Cloud {
             let create = client.create_queue().queue_name(name(lane)).attributes(policy_name, &policy);
             urls.push(create.send().await.unwrap().queue_url.unwrap());
         }
-        let double = Double::start(384, 1).await.unwrap();
+        let double = PineconeDouble::start(384, 1).await.unwrap();
         // Writes are found a moment after they are answered, as in the real one.
         double.set_delay(Duration::from_millis(300));
         let mut env = vec![
@@ -105,7 +105,7 @@ impl Cloud {
             if left == 0 && status["in_sync"] == status["source_rows"] {
                 return status;
             }
-            assert!(started.elapsed() < patience(), "not in step: {status}");
+            assert!(started.elapsed() < drain_timeout(), "not in step: {status}");
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
     }
@@ -142,7 +142,7 @@ async fn stays_in_step(cloud: Cloud) {
     let status = cloud.synced().await;
     assert_eq!(status["source_rows"], rows - 8);
     // Once a query finds them, and not before.
-    common::eventually("freshness to be known", patience(), async || {
+    common::eventually("freshness to be known", drain_timeout(), async || {
         cloud.status().await["freshness_ms"]["p50"].is_u64()
     })
     .await;

@@ -7,17 +7,19 @@ use std::time::Duration;
 
 use refarch::backend::pgmq::Pgmq;
 use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
-use refarch::pipeline::queue::{Backlog, DeadLetters as _, JobQueue as _, QueueStats as _, Reason, Why};
+use refarch::pipeline::queue::{
+    Backlog, DeadLetterCause, DeadLetters as _, JobQueue as _, QueueStats as _, Reason,
+};
 use serde_json::{Value, json};
 
 use crate::common::Database;
 use crate::common::source::settings;
 
 /// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(2);
+const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// A migrated database with its queue at hand.
-struct Post {
+struct QueueFixture {
     database: Database,
     queue: Pgmq,
 }
@@ -39,7 +41,7 @@ impl Run {
 
 async fn redrive(database: &Database, args: &[&str]) -> Run {
     let run = database.refarch().arg("redrive").args(args).output();
-    let output = tokio::time::timeout(PATIENCE, run).await.expect("it does not end").unwrap();
+    let output = tokio::time::timeout(TIMEOUT, run).await.expect("it does not end").unwrap();
     Run {
         code: output.status.code(),
         out: String::from_utf8(output.stdout).unwrap(),
@@ -47,7 +49,7 @@ async fn redrive(database: &Database, args: &[&str]) -> Run {
     }
 }
 
-impl Post {
+impl QueueFixture {
     async fn new() -> Self {
         let database = Database::create().await;
         assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
@@ -76,7 +78,7 @@ impl Post {
 
     async fn give_up(&self, lane: Lane, reason: Reason, error: &str) -> String {
         let message = self.queue.receive(lane, 1).await.unwrap().remove(0);
-        let why = Why { reason, error: error.into(), tries: 1 };
+        let why = DeadLetterCause { reason, error: error.into(), tries: 1 };
         self.queue.store(&message, None, &why).await.unwrap();
         self.queue.list(None, 100).await.unwrap().pop().unwrap().id
     }
@@ -98,7 +100,7 @@ impl Post {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_dead_letters_are_said_and_nothing_is_brought_back() {
-    let post = Post::new().await;
+    let post = QueueFixture::new().await;
     let list = post.redrive(&[]).await;
     assert_eq!((list.code, list.out.as_str()), (Some(0), "no dead letters\n"), "{list:?}");
     let list = post.redrive(&["--json"]).await;
@@ -113,7 +115,7 @@ async fn no_dead_letters_are_said_and_nothing_is_brought_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_list_says_what_lies_there_and_why() {
-    let post = Post::new().await;
+    let post = QueueFixture::new().await;
     let first = post.dead(Lane::Bulk, 1..501, "the index\nrefuses it").await;
     let client = post.database.client().await;
     client.batch_execute(r#"SELECT pgmq.send('refarch_live', '{"price": 1.10}')"#).await.unwrap();
@@ -151,7 +153,7 @@ async fn the_list_says_what_lies_there_and_why() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn all_go_back_and_a_dry_run_changes_nothing() {
-    let post = Post::new().await;
+    let post = QueueFixture::new().await;
     post.dead(Lane::Live, 0..3, "no").await;
     post.dead(Lane::Bulk, 3..10, "no").await;
     let dry = post.redrive(&["--all", "--dry-run"]).await;
@@ -173,7 +175,7 @@ async fn all_go_back_and_a_dry_run_changes_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_named_go_back_and_one_that_is_not_there_fails() {
-    let post = Post::new().await;
+    let post = QueueFixture::new().await;
     let mut ids = Vec::new();
     for n in 0..4 {
         ids.push(post.dead(Lane::Live, n..n + 1, "no").await);
@@ -211,7 +213,7 @@ async fn only_the_named_go_back_and_one_that_is_not_there_fails() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn all_means_those_there_at_the_start_however_many_they_are() {
-    let post = Post::new().await;
+    let post = QueueFixture::new().await;
     let client = post.database.client().await;
     // Each letter that goes back is dead at once.
     client

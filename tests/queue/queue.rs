@@ -11,12 +11,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use contract::{Bench, VISIBILITY, job, receive_one};
+use contract::{Fixture, VISIBILITY, job, receive_one};
 use refarch::backend::pgmq::Pgmq;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::outbox::PgOutbox;
 use refarch::backend::sqs::{self, Sqs};
-use refarch::double::sqs::{QueueDouble, QueueFaults};
+use refarch::double::sqs::{SqsDouble, SqsFaults};
 use refarch::pipeline::change::{Job, Lane};
 use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::queue::{Backlog, DeadLetters as _, JobQueue, Queue, QueueStats};
@@ -26,7 +26,7 @@ use crate::common::python::{Moto, python};
 use crate::common::source::{Migrated, settings};
 use crate::common::{self, Database};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 async fn database() -> (Database, Postgres) {
     let Migrated { database, postgres, .. } = Migrated::new("", settings(&[]), "pgvector").await;
@@ -44,7 +44,7 @@ async fn pgmq() -> OnPgmq {
 }
 
 #[async_trait]
-impl Bench for OnPgmq {
+impl Fixture for OnPgmq {
     fn queue(&self) -> Queue {
         self.queue.clone()
     }
@@ -64,10 +64,10 @@ struct OnSqs {
     queue: Queue,
     client: aws_sdk_sqs::Client,
     urls: [String; 3],
-    options: sqs::Options,
+    options: sqs::SqsOptions,
     postgres: Postgres,
     _database: Database,
-    double: Option<QueueDouble>,
+    double: Option<SqsDouble>,
     _moto: Option<Arc<Moto>>,
 }
 
@@ -99,9 +99,9 @@ async fn create_with(client: &aws_sdk_sqs::Client, attributes: &[(&str, u64)]) -
     [create("live", Some(&arn)).await, create("bulk", Some(&arn)).await, dead]
 }
 
-fn options(urls: &[String; 3]) -> sqs::Options {
+fn options(urls: &[String; 3]) -> sqs::SqsOptions {
     let [live, bulk, _] = urls;
-    sqs::Options {
+    sqs::SqsOptions {
         url: live.clone(),
         bulk_url: Some(bulk.clone()),
         dead_url: None,
@@ -113,7 +113,7 @@ fn options(urls: &[String; 3]) -> sqs::Options {
     }
 }
 
-async fn sqs(endpoint: &str, moto: Option<Arc<Moto>>, double: Option<QueueDouble>) -> OnSqs {
+async fn sqs(endpoint: &str, moto: Option<Arc<Moto>>, double: Option<SqsDouble>) -> OnSqs {
     let client = sqs::connect_to(endpoint);
     let urls = create(&client).await;
     let (database, postgres) = database().await;
@@ -130,12 +130,12 @@ async fn sqs_on_moto() -> OnSqs {
 }
 
 async fn sqs_on_double() -> OnSqs {
-    let double = QueueDouble::start(1).await.unwrap();
+    let double = SqsDouble::start(1).await.unwrap();
     sqs(&double.url(), None, Some(double)).await
 }
 
 #[async_trait]
-impl Bench for OnSqs {
+impl Fixture for OnSqs {
     fn queue(&self) -> Queue {
         self.queue.clone()
     }
@@ -171,7 +171,7 @@ contract::for_each_clause!(moto_keeps);
 contract::for_each_clause!(double_keeps);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_oldest_change_of_both_lanes_is_known_held_or_not() {
+async fn the_oldest_change_of_both_lanes_is_known_in_flight_or_not() {
     let OnPgmq { queue, database } = pgmq().await;
     let at = |lane, oldest: &str| Job { oldest: oldest.parse().unwrap(), ..job(lane, 0..1) };
     let oldest = async || queue.stats.oldest().await.unwrap().map(|oldest| oldest.to_string());
@@ -212,15 +212,15 @@ async fn a_waiting_receiver_wakes_when_something_is_sent() {
     let OnPgmq { queue, database } = pgmq().await;
     let client = database.client().await;
     // The listening connection is made in the background.
-    common::eventually("the queue to listen", PATIENCE, async || listening(&client).await.len() == 1).await;
+    common::eventually("the queue to listen", TIMEOUT, async || listening(&client).await.len() == 1).await;
     assert!(queue.jobs.receive(Lane::Live, 1).await.unwrap().is_empty());
     // The wake-up for what came before LISTEN took hold.
     queue.jobs.wait(Lane::Live, Duration::from_millis(200)).await;
     assert!(queue.jobs.receive(Lane::Live, 1).await.unwrap().is_empty());
     let waiter = Arc::clone(&queue.jobs);
-    let waiting = tokio::spawn(async move { waiter.wait(Lane::Live, PATIENCE).await });
+    let waiting = tokio::spawn(async move { waiter.wait(Lane::Live, TIMEOUT).await });
     queue.jobs.send(&[job(Lane::Live, 0..1)]).await.unwrap();
-    tokio::time::timeout(PATIENCE / 2, waiting).await.expect("it woke up by the timeout only").unwrap();
+    tokio::time::timeout(TIMEOUT / 2, waiting).await.expect("it woke up by the timeout only").unwrap();
     receive_one(&*queue.jobs, Lane::Live).await;
 }
 
@@ -228,10 +228,10 @@ async fn a_waiting_receiver_wakes_when_something_is_sent() {
 async fn a_waiting_receiver_wakes_after_the_listening_connection_was_lost() {
     let OnPgmq { queue, database } = pgmq().await;
     let client = database.client().await;
-    common::eventually("the queue to listen", PATIENCE, async || listening(&client).await.len() == 1).await;
+    common::eventually("the queue to listen", TIMEOUT, async || listening(&client).await.len() == 1).await;
     let lost = listening(&client).await;
     client.execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) pid", &[&lost]).await.unwrap();
-    common::eventually("the queue to listen again", PATIENCE, async || {
+    common::eventually("the queue to listen again", TIMEOUT, async || {
         let now = listening(&client).await;
         now.len() == 1 && now != lost
     })
@@ -239,11 +239,11 @@ async fn a_waiting_receiver_wakes_after_the_listening_connection_was_lost() {
     let waiter = Arc::clone(&queue.jobs);
     let waiting = tokio::spawn(async move {
         while waiter.receive(Lane::Live, 1).await.unwrap().is_empty() {
-            waiter.wait(Lane::Live, PATIENCE).await;
+            waiter.wait(Lane::Live, TIMEOUT).await;
         }
     });
     queue.jobs.send(&[job(Lane::Live, 0..1)]).await.unwrap();
-    tokio::time::timeout(PATIENCE / 2, waiting).await.expect("it woke up by the timeout only").unwrap();
+    tokio::time::timeout(TIMEOUT / 2, waiting).await.expect("it woke up by the timeout only").unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -290,9 +290,9 @@ async fn the_bulk_threshold_is_what_it_is_set_to() {
     let client = database.client().await;
     let relay = async |bulk_threshold: u64| {
         let queue: Arc<dyn QueueStats> = Arc::new(Pgmq::new(postgres.clone(), "refarch", VISIBILITY));
-        let options = relay::Options {
+        let options = relay::RelayOptions {
             source: "products".into(),
-            pack: 500,
+            changes_per_message: 500,
             bulk_threshold,
             live_bound: 5_000,
             poll: Duration::from_millis(100),
@@ -331,10 +331,10 @@ async fn the_bulk_threshold_is_what_it_is_set_to() {
 
 /// A queue for both lanes on a double.
 async fn shared(bound: u64) -> (OnSqs, Arc<Sqs>) {
-    let bench = sqs_on_double().await;
-    let options = sqs::Options { bulk_url: None, shared_bound: bound, ..bench.options.clone() };
-    let queue = Sqs::open(bench.client.clone(), bench.postgres.clone(), options).await.unwrap();
-    (bench, Arc::new(queue))
+    let fixture = sqs_on_double().await;
+    let options = sqs::SqsOptions { bulk_url: None, shared_bound: bound, ..fixture.options.clone() };
+    let queue = Sqs::open(fixture.client.clone(), fixture.postgres.clone(), options).await.unwrap();
+    (fixture, Arc::new(queue))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -378,7 +378,7 @@ async fn a_lane_that_is_not_taken_from_does_not_stop_the_other() {
     while taken < bulk.len() {
         taken += queue.receive(Lane::Bulk, 5).await.unwrap().len();
     }
-    let live = tokio::time::timeout(PATIENCE, live).await.expect("the live message never came").unwrap();
+    let live = tokio::time::timeout(TIMEOUT, live).await.expect("the live message never came").unwrap();
     assert_eq!(live.len(), 1);
 }
 
@@ -396,11 +396,11 @@ async fn what_a_shared_queue_may_hold_of_a_load_is_no_live_backlog() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_entries_that_failed_are_sent_again() {
-    let bench = sqs_on_double().await;
-    let double = bench.double.clone().unwrap();
-    double.set_faults(QueueFaults { entry: 0.2, ..QueueFaults::default() });
+    let fixture = sqs_on_double().await;
+    let double = fixture.double.clone().unwrap();
+    double.set_faults(SqsFaults { entry: 0.2, ..SqsFaults::default() });
     let jobs: Vec<Job> = (0..200).map(|n| job(Lane::Live, n..n + 1)).collect();
-    bench.queue.jobs.send(&jobs).await.unwrap();
+    fixture.queue.jobs.send(&jobs).await.unwrap();
     let counts = double.counts();
     // Half of the failures were done, and so come twice: that is what at least once means.
     assert!(counts.entries_failed > 10);
@@ -411,7 +411,7 @@ async fn only_the_entries_that_failed_are_sent_again() {
         counts.entries_failed
     );
     let mut ids: Vec<String> = double
-        .bodies(bench.urls[0].rsplit('/').next().unwrap())
+        .bodies(fixture.urls[0].rsplit('/').next().unwrap())
         .iter()
         .flat_map(|body| serde_json::from_str::<Job>(body).unwrap().groups.remove(0).ids)
         .collect();
@@ -419,23 +419,24 @@ async fn only_the_entries_that_failed_are_sent_again() {
     ids.dedup();
     assert_eq!(ids.len(), 200);
     // Acknowledging and extending go through, too.
-    let messages = bench.queue.jobs.receive(Lane::Live, 10).await.unwrap();
+    let messages = fixture.queue.jobs.receive(Lane::Live, 10).await.unwrap();
     let receipts: Vec<_> = messages.into_iter().map(|message| message.receipt).collect();
-    bench.queue.jobs.extend_visibility(&receipts, VISIBILITY).await.unwrap();
-    bench.queue.jobs.acknowledge(&receipts).await.unwrap();
-    double.set_faults(QueueFaults { entry: 1.0, ..QueueFaults::default() });
-    let error = bench.queue.jobs.send(&jobs[..1]).await.unwrap_err();
+    fixture.queue.jobs.extend_visibility(&receipts, VISIBILITY).await.unwrap();
+    fixture.queue.jobs.acknowledge(&receipts).await.unwrap();
+    double.set_faults(SqsFaults { entry: 1.0, ..SqsFaults::default() });
+    let error = fixture.queue.jobs.send(&jobs[..1]).await.unwrap_err();
     assert!(error.to_string().contains("InternalError"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_that_fail_are_made_again() {
-    let bench = sqs_on_double().await;
-    let double = bench.double.clone().unwrap();
-    let faults = QueueFaults { unavailable: 0.1, lie: 0.1, drop_connection: 0.1, ..QueueFaults::default() };
+    let fixture = sqs_on_double().await;
+    let double = fixture.double.clone().unwrap();
+    let faults =
+        SqsFaults { unavailable: 0.1, false_error: 0.1, drop_connection: 0.1, ..SqsFaults::default() };
     double.set_faults(faults);
     for n in 0..10 {
-        bench.queue.jobs.send(&[job(Lane::Live, n..n + 1)]).await.unwrap();
+        fixture.queue.jobs.send(&[job(Lane::Live, n..n + 1)]).await.unwrap();
     }
     let counts = double.counts();
     assert!(counts.unavailable + counts.lied + counts.dropped > 0);
@@ -444,17 +445,17 @@ async fn calls_that_fail_are_made_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receive_that_nobody_waits_for_releases_what_it_brought() {
-    let bench = sqs_on_double().await;
-    let double = bench.double.clone().unwrap();
-    bench.queue.jobs.send(&[job(Lane::Live, 0..1)]).await.unwrap();
-    double.set_faults(QueueFaults { latency: Duration::from_millis(300), ..QueueFaults::default() });
-    let (queue, arrived) = (Arc::clone(&bench.queue.jobs), double.counts().arrived);
+    let fixture = sqs_on_double().await;
+    let double = fixture.double.clone().unwrap();
+    fixture.queue.jobs.send(&[job(Lane::Live, 0..1)]).await.unwrap();
+    double.set_faults(SqsFaults { latency: Duration::from_millis(300), ..SqsFaults::default() });
+    let (queue, arrived) = (Arc::clone(&fixture.queue.jobs), double.counts().arrived);
     let waiting = tokio::spawn(async move { queue.receive(Lane::Live, 1).await });
-    common::eventually("the call to arrive", PATIENCE, async || double.counts().arrived > arrived).await;
+    common::eventually("the call to arrive", TIMEOUT, async || double.counts().arrived > arrived).await;
     waiting.abort();
     assert!(waiting.await.unwrap_err().is_cancelled());
-    common::eventually("the release", PATIENCE, async || double.counts().extend == 1).await;
-    assert_eq!(receive_one(&*bench.queue.jobs, Lane::Live).await.receive_count, 2);
+    common::eventually("the release", TIMEOUT, async || double.counts().extend == 1).await;
+    assert_eq!(receive_one(&*fixture.queue.jobs, Lane::Live).await.receive_count, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -463,22 +464,23 @@ async fn queues_that_cannot_serve_are_refused_with_what_to_do() {
     let client = sqs::connect_to(moto.url());
     let urls = create(&client).await;
     let (_database, postgres) = database().await;
-    let refusal = async |options: sqs::Options| {
+    let refusal = async |options: sqs::SqsOptions| {
         Sqs::open(client.clone(), postgres.clone(), options).await.err().map(|error| error.to_string())
     };
     let options = options(&urls);
     assert_eq!(refusal(options.clone()).await, None);
     let missing = format!("{}-not", urls[0]);
-    let error = refusal(sqs::Options { url: missing.clone(), ..options.clone() }).await.unwrap();
+    let error = refusal(sqs::SqsOptions { url: missing.clone(), ..options.clone() }).await.unwrap();
     assert!(error.contains(&missing) && error.contains("there is no such queue"), "{error}");
     // The dead-letter queue has no redrive policy itself.
-    let lone = sqs::Options { url: urls[2].clone(), bulk_url: None, ..options.clone() };
+    let lone = sqs::SqsOptions { url: urls[2].clone(), bulk_url: None, ..options.clone() };
     let error = refusal(lone.clone()).await.unwrap();
     assert!(error.contains("SQS_DEAD_LETTER_QUEUE_URL"), "{error}");
-    assert_eq!(refusal(sqs::Options { dead_url: Some(urls[1].clone()), ..lone }).await, None);
-    let error = refusal(sqs::Options { url: "http://x/1/a.fifo".into(), ..options.clone() }).await.unwrap();
+    assert_eq!(refusal(sqs::SqsOptions { dead_url: Some(urls[1].clone()), ..lone }).await, None);
+    let error =
+        refusal(sqs::SqsOptions { url: "http://x/1/a.fifo".into(), ..options.clone() }).await.unwrap();
     assert!(error.contains("FIFO"), "{error}");
-    let elsewhere = sqs::Options {
+    let elsewhere = sqs::SqsOptions {
         url: "https://sqs.eu-west-1.amazonaws.com/1/a".into(),
         bulk_url: Some("https://sqs.us-east-1.amazonaws.com/1/b".into()),
         ..options
@@ -530,7 +532,7 @@ async fn small_queues_carry_everything(endpoint: &str) {
     let whole = job(Lane::Bulk, 0..400);
     queue.send(std::slice::from_ref(&whole)).await.unwrap();
     let message = receive_one(&queue, Lane::Bulk).await;
-    let why = refarch::pipeline::queue::Why {
+    let why = refarch::pipeline::queue::DeadLetterCause {
         reason: refarch::pipeline::queue::Reason::Received,
         error: "e".repeat(3_000),
         tries: 2,
@@ -581,12 +583,12 @@ async fn messages_keep_to_what_each_queue_takes_on_moto() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_keep_to_what_each_queue_takes_on_the_double() {
-    let double = QueueDouble::start(1).await.unwrap();
+    let double = SqsDouble::start(1).await.unwrap();
     small_queues_carry_everything(&double.url()).await;
 }
 
 /// A run of the executable against queues of a double.
-fn on_double(database: &Database, double: &QueueDouble, urls: &[String; 3]) -> tokio::process::Command {
+fn on_double(database: &Database, double: &SqsDouble, urls: &[String; 3]) -> tokio::process::Command {
     let mut command = database.refarch();
     command
         .env("AWS_ENDPOINT_URL_SQS", double.url())
@@ -603,7 +605,7 @@ fn on_double(database: &Database, double: &QueueDouble, urls: &[String; 3]) -> t
 #[tokio::test(flavor = "multi_thread")]
 async fn a_queue_that_keeps_messages_for_too_short_is_told_at_the_start_and_by_migrate() {
     const DAY: u64 = 86_400;
-    let double = QueueDouble::start(1).await.unwrap();
+    let double = SqsDouble::start(1).await.unwrap();
     let client = sqs::connect_to(&double.url());
     let database = Database::create().await;
     let run = async |urls: &[String; 3], args: &[&str]| -> String {
@@ -645,7 +647,7 @@ async fn a_queue_that_keeps_messages_for_too_short_is_told_at_the_start_and_by_m
 
 #[tokio::test(flavor = "multi_thread")]
 async fn migrate_goes_on_and_tells_when_the_queues_cannot_be_looked_at() {
-    let double = QueueDouble::start(1).await.unwrap();
+    let double = SqsDouble::start(1).await.unwrap();
     let database = Database::create().await;
     let missing = ["a", "b", "c"].map(|name| format!("{}/123456789012/{name}", double.url()));
     let output = on_double(&database, &double, &missing).arg("migrate").output().await.unwrap();
@@ -656,7 +658,7 @@ async fn migrate_goes_on_and_tells_when_the_queues_cannot_be_looked_at() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_write_waits_for_the_disk_unless_its_acknowledgement_is_in_the_same_log() {
-    let double = QueueDouble::start(1).await.unwrap();
+    let double = SqsDouble::start(1).await.unwrap();
     let urls = create(&sqs::connect_to(&double.url())).await;
     let waits = async |with_sqs: bool, of_role: &str| -> Vec<(String, String)> {
         let database = Database::create().await;
@@ -736,7 +738,7 @@ async fn a_refused_key_ends_the_role_with_what_to_do() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_vendors_client_drives_the_double() {
-    let double = QueueDouble::start(1).await.unwrap();
+    let double = SqsDouble::start(1).await.unwrap();
     let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/drive_sqs.py");
     let output = tokio::process::Command::new(python()).arg(script).arg(double.url()).output().await.unwrap();
     let said =

@@ -12,7 +12,7 @@ use refarch::pipeline::change::{Job, Lane};
 use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::failure::{Error, FailureKind, Result};
 use refarch::pipeline::queue::{Backlog, JobQueue, Message, QueueStats, Receipt};
-use refarch::pipeline::relay::{Options, Relay};
+use refarch::pipeline::relay::{Relay, RelayOptions};
 use tokio::sync::{Mutex, Notify};
 use tokio_util::sync::CancellationToken;
 
@@ -21,7 +21,7 @@ use crate::common::{self, Database};
 
 /// A queue that keeps what it is sent, and fails or stalls when it is told to.
 #[derive(Default)]
-struct Sink {
+struct RecordingQueue {
     sent: Mutex<Vec<Job>>,
     fails: AtomicBool,
     stalls: AtomicBool,
@@ -30,7 +30,7 @@ struct Sink {
     bound: AtomicU64,
 }
 
-impl Sink {
+impl RecordingQueue {
     async fn ids(&self, lane: Lane) -> Vec<String> {
         let sent = self.sent.lock().await;
         let of_lane = sent.iter().filter(|job| job.lane == lane);
@@ -42,7 +42,7 @@ impl Sink {
 }
 
 #[async_trait]
-impl JobQueue for Sink {
+impl JobQueue for RecordingQueue {
     async fn send(&self, jobs: &[Job]) -> Result<()> {
         if self.stalls.load(Ordering::SeqCst) {
             self.stalled.notify_one();
@@ -71,13 +71,13 @@ impl JobQueue for Sink {
         unreachable!("a relay only sends")
     }
 
-    fn visibility(&self) -> Duration {
+    fn visibility_timeout(&self) -> Duration {
         Duration::from_mins(1)
     }
 }
 
 #[async_trait]
-impl QueueStats for Sink {
+impl QueueStats for RecordingQueue {
     async fn backlog(&self, lane: Lane) -> Result<Backlog> {
         let visible = if lane == Lane::Bulk { self.standing.load(Ordering::SeqCst) } else { 0 };
         Ok(Backlog { visible, in_flight: 0 })
@@ -92,13 +92,13 @@ impl QueueStats for Sink {
     }
 }
 
-struct Bench {
+struct Fixture {
     postgres: Postgres,
-    sink: Arc<Sink>,
+    sink: Arc<RecordingQueue>,
     database: Database,
 }
 
-impl Bench {
+impl Fixture {
     async fn new() -> Self {
         // Nobody asks the queue at that address: the sink is in its place.
         let settings = settings(&[("SQS_QUEUE_URL", "https://sqs.eu-west-1.amazonaws.com/1/jobs")]);
@@ -112,9 +112,9 @@ impl Bench {
             Box::new(PgOutbox::shipping(self.postgres.clone(), "products", Arc::clone(&self.sink) as _)),
             Arc::clone(&self.sink) as _,
             Arc::new(BootClock),
-            Options {
+            RelayOptions {
                 source: "products".into(),
-                pack: 500,
+                changes_per_message: 500,
                 bulk_threshold: 100,
                 live_bound: 5_000,
                 poll: Duration::from_millis(20),
@@ -158,14 +158,14 @@ fn numbers(ids: std::ops::Range<u32>) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn changes_are_shipped_in_their_lanes_and_struck_off() {
-    let bench = Bench::new().await;
-    bench.insert(0..3).await;
-    bench.insert(1_000..3_000).await;
-    bench.drain().await;
-    assert_eq!(bench.sink.ids(Lane::Live).await, numbers(0..3));
-    assert_eq!(bench.sink.ids(Lane::Bulk).await, numbers(1_000..3_000));
-    assert_eq!((bench.shipments().await, bench.pending().await), (0, 0));
-    let client = bench.database.client().await;
+    let fixture = Fixture::new().await;
+    fixture.insert(0..3).await;
+    fixture.insert(1_000..3_000).await;
+    fixture.drain().await;
+    assert_eq!(fixture.sink.ids(Lane::Live).await, numbers(0..3));
+    assert_eq!(fixture.sink.ids(Lane::Bulk).await, numbers(1_000..3_000));
+    assert_eq!((fixture.shipments().await, fixture.pending().await), (0, 0));
+    let client = fixture.database.client().await;
     let sql = "SELECT lane, messages, changes FROM refarch.packing ORDER BY lane";
     let packed: Vec<(String, i64, i64)> = client
         .query(sql, &[])
@@ -179,10 +179,10 @@ async fn changes_are_shipped_in_their_lanes_and_struck_off() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_queue_does_not_take_is_kept_and_sent_later() {
-    let bench = Bench::new().await;
-    bench.insert(0..3).await;
-    bench.sink.fails.store(true, Ordering::SeqCst);
-    let mut relay = bench.relay();
+    let fixture = Fixture::new().await;
+    fixture.insert(0..3).await;
+    fixture.sink.fails.store(true, Ordering::SeqCst);
+    let mut relay = fixture.relay();
     relay.step().await.unwrap();
     let error = loop {
         if let Err(error) = relay.step().await {
@@ -190,38 +190,38 @@ async fn what_the_queue_does_not_take_is_kept_and_sent_later() {
         }
     };
     assert!(error.to_string().contains("the queue is away"), "{error}");
-    assert_eq!((bench.shipments().await, bench.pending().await), (1, 3), "counted as not queued yet");
-    bench.sink.fails.store(false, Ordering::SeqCst);
+    assert_eq!((fixture.shipments().await, fixture.pending().await), (1, 3), "counted as not queued yet");
+    fixture.sink.fails.store(false, Ordering::SeqCst);
     // Another relay, as after a crash.
-    bench.drain().await;
-    assert_eq!(bench.sink.ids(Lane::Live).await, numbers(0..3));
-    assert_eq!((bench.shipments().await, bench.pending().await), (0, 0));
+    fixture.drain().await;
+    assert_eq!(fixture.sink.ids(Lane::Live).await, numbers(0..3));
+    assert_eq!((fixture.shipments().await, fixture.pending().await), (0, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_relay_that_died_while_sending_loses_nothing_and_nobody_sends_before_its_lease_ends() {
-    let bench = Bench::new().await;
-    bench.insert(0..3).await;
-    let relay = bench.stalled().await;
+    let fixture = Fixture::new().await;
+    fixture.insert(0..3).await;
+    let relay = fixture.stalled().await;
     // With it go its tasks.
     drop(relay);
-    bench.sink.stalls.store(false, Ordering::SeqCst);
-    bench.drain().await;
-    assert_eq!(bench.sink.ids(Lane::Live).await, Vec::<String>::new(), "its lease stands");
-    let client = bench.database.client().await;
+    fixture.sink.stalls.store(false, Ordering::SeqCst);
+    fixture.drain().await;
+    assert_eq!(fixture.sink.ids(Lane::Live).await, Vec::<String>::new(), "its lease stands");
+    let client = fixture.database.client().await;
     let ran_out = "UPDATE refarch.shipment SET claimed_until = clock_timestamp() - interval '1 second'";
     assert_eq!(client.execute(ran_out, &[]).await.unwrap(), 1);
-    bench.drain().await;
-    assert_eq!(bench.sink.ids(Lane::Live).await, numbers(0..3));
-    assert_eq!((bench.shipments().await, bench.pending().await), (0, 0));
+    fixture.drain().await;
+    assert_eq!(fixture.sink.ids(Lane::Live).await, numbers(0..3));
+    assert_eq!((fixture.shipments().await, fixture.pending().await), (0, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_transaction_is_open_while_the_queue_is_called() {
-    let bench = Bench::new().await;
-    bench.insert(0..3).await;
-    let _relay = bench.stalled().await;
-    let client = bench.database.client().await;
+    let fixture = Fixture::new().await;
+    fixture.insert(0..3).await;
+    let _relay = fixture.stalled().await;
+    let client = fixture.database.client().await;
     let open: i64 = client
         .query_one(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() \
@@ -236,8 +236,8 @@ async fn no_transaction_is_open_while_the_queue_is_called() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_truncation_is_shipped_as_deletes_of_what_the_ledger_knows() {
-    let bench = Bench::new().await;
-    let client = bench.database.client().await;
+    let fixture = Fixture::new().await;
+    let client = fixture.database.client().await;
     client
         .batch_execute(
             "INSERT INTO refarch.ledger (target, id) SELECT id, n::text FROM refarch.target, generate_series(1, 12000) n; \
@@ -245,27 +245,27 @@ async fn a_truncation_is_shipped_as_deletes_of_what_the_ledger_knows() {
         )
         .await
         .unwrap();
-    bench.drain().await;
-    assert_eq!(bench.sink.ids(Lane::Bulk).await, numbers(1..12_001));
-    assert_eq!((bench.shipments().await, bench.pending().await), (0, 0));
+    fixture.drain().await;
+    assert_eq!(fixture.sink.ids(Lane::Bulk).await, numbers(1..12_001));
+    assert_eq!((fixture.shipments().await, fixture.pending().await), (0, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_load_waits_in_the_outbox_while_a_shared_queue_is_full_and_edits_pass_it() {
-    let bench = Bench::new().await;
-    bench.sink.bound.store(1_000, Ordering::SeqCst);
-    bench.sink.standing.store(1_000, Ordering::SeqCst);
-    bench.insert(1_000..3_000).await;
-    bench.insert(0..3).await;
-    let mut relay = bench.relay();
+    let fixture = Fixture::new().await;
+    fixture.sink.bound.store(1_000, Ordering::SeqCst);
+    fixture.sink.standing.store(1_000, Ordering::SeqCst);
+    fixture.insert(1_000..3_000).await;
+    fixture.insert(0..3).await;
+    let mut relay = fixture.relay();
     // What was sent is struck off afterwards.
     common::eventually("the edits alone to be sent and struck off", Duration::from_secs(30), async || {
         relay.step().await.unwrap();
-        bench.sink.ids(Lane::Live).await == numbers(0..3) && bench.pending().await == 2_000
+        fixture.sink.ids(Lane::Live).await == numbers(0..3) && fixture.pending().await == 2_000
     })
     .await;
-    assert_eq!(bench.sink.ids(Lane::Bulk).await, Vec::<String>::new());
-    bench.sink.standing.store(0, Ordering::SeqCst);
-    bench.drain().await;
-    assert_eq!(bench.sink.ids(Lane::Bulk).await, numbers(1_000..3_000));
+    assert_eq!(fixture.sink.ids(Lane::Bulk).await, Vec::<String>::new());
+    fixture.sink.standing.store(0, Ordering::SeqCst);
+    fixture.drain().await;
+    assert_eq!(fixture.sink.ids(Lane::Bulk).await, numbers(1_000..3_000));
 }

@@ -10,12 +10,12 @@ use rand::SeedableRng as _;
 use rand::rngs::SmallRng;
 use refarch::pipeline::clock::Clock as _;
 
-use crate::contract::{self, Bench};
+use crate::contract::{self, Fixture};
 use crate::executor::SimClock;
 use crate::world::{IndexKind, RowText, SETTLE, View, World};
 
 #[async_trait(?Send)]
-impl Bench for View {
+impl Fixture for View {
     async fn write(&self, id: u32, text: Option<&str>) {
         let row = text.map(|text| RowText { text: text.into(), metadata: String::new() });
         self.world.lock().unwrap().write(&id.to_string(), row);
@@ -26,11 +26,11 @@ impl Bench for View {
     }
 
     async fn set_alive(&self, worker: &str, alive: bool) {
-        let sessions = &mut self.world.lock().unwrap().sessions;
+        let worker_locks = &mut self.world.lock().unwrap().worker_locks;
         if alive {
-            sessions.insert(worker.to_owned());
+            worker_locks.insert(worker.to_owned());
         } else {
-            sessions.remove(worker);
+            worker_locks.remove(worker);
         }
     }
 
@@ -66,7 +66,7 @@ macro_rules! on_the_simulations_ledger {
     ($($clause:ident),* $(,)?) => {$(
         #[test]
         fn $clause() {
-            let view = quiet(IndexKind::Plain);
+            let view = quiet(IndexKind::Untracked);
             block_on(contract::$clause(&view, &view));
         }
     )*};

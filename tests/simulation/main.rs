@@ -12,12 +12,12 @@
 #[path = "../contract/ledger.rs"]
 mod contract;
 mod executor;
-mod fenced;
-#[path = "../contract/fenced.rs"]
-mod fenced_contract;
 mod ledger;
 mod receiver;
 mod split;
+#[path = "../contract/transactional_index.rs"]
+mod transactional_contract;
+mod transactional_index;
 mod visibility;
 mod world;
 
@@ -30,19 +30,19 @@ use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use refarch::pipeline::change::Lane;
 use refarch::pipeline::clock::Clock;
+use refarch::pipeline::embed_scheduler::EmbedScheduler;
 use refarch::pipeline::indexer::{self, Indexer, Receiver};
 use refarch::pipeline::lease::Lease;
 use refarch::pipeline::queue::Queue;
 use refarch::pipeline::relay::{self, Relay};
-use refarch::pipeline::schedule::Scheduler;
 use tokio_util::sync::CancellationToken;
-use world::{FAILING, IndexKind, LEASE, Plant, REFUSED, RowText, SETTLE, View, World};
+use world::{FAILING, IndexKind, LEASE, ProtocolMutation, REFUSED, RowText, SETTLE, View, World};
 
 /// Schedules of one test, unless the environment says otherwise.
 const SCHEDULES: u64 = 3_000;
 
 /// Schedules within which a planted bug must show.
-const PLANT_WITHIN: u64 = 40_000;
+const MUTATION_FOUND_WITHIN: u64 = 40_000;
 
 /// So many schedules may pass without some kind of fault.
 const FEW: u64 = 100;
@@ -66,7 +66,7 @@ enum Poison {
 struct Schedule {
     seed: u64,
     kind: IndexKind,
-    plant: Option<Plant>,
+    mutation: Option<ProtocolMutation>,
     poison: Poison,
 }
 
@@ -80,7 +80,7 @@ struct Run {
     clock: Arc<SimClock>,
     /// Name of the worker that each process runs now.
     workers: BTreeMap<usize, String>,
-    generation: u64,
+    incarnation: u64,
     ids: Vec<String>,
 }
 
@@ -89,14 +89,14 @@ impl Run {
         let mut rng = SmallRng::seed_from_u64(schedule.seed);
         let clock = Arc::new(SimClock::new(rng.random()));
         let world_rng = SmallRng::seed_from_u64(rng.random());
-        let world = World::new(world_rng, Arc::clone(&clock), schedule.kind, schedule.plant);
+        let world = World::new(world_rng, Arc::clone(&clock), schedule.kind, schedule.mutation);
         let count = rng.random_range(1..5);
         Self {
             executor: Executor::new(Arc::clone(&clock)),
             world: Arc::new(Mutex::new(world)),
             clock,
             workers: BTreeMap::new(),
-            generation: 0,
+            incarnation: 0,
             ids: (0..count).map(|id| format!("{id}")).collect(),
             rng,
         }
@@ -108,9 +108,9 @@ impl Run {
 
     fn start_relay(&mut self) {
         let view = self.view("relay");
-        let options = relay::Options {
+        let options = relay::RelayOptions {
             source: "products".into(),
-            pack: 3,
+            changes_per_message: 3,
             bulk_threshold: 100,
             live_bound: 1_000,
             poll: Duration::from_secs(1),
@@ -123,8 +123,8 @@ impl Run {
     }
 
     fn start_worker(&mut self, process: usize) {
-        self.generation += 1;
-        let worker = format!("w{process}.{}", self.generation);
+        self.incarnation += 1;
+        let worker = format!("w{process}.{}", self.incarnation);
         self.workers.insert(process, worker.clone());
         let view = Arc::new(self.view(&worker));
         let clock: Arc<dyn Clock> = Arc::clone(&self.clock) as _;
@@ -154,7 +154,7 @@ impl Run {
                 executor::turn().await;
                 {
                     let mut world = view.world.lock().unwrap();
-                    if world.sessions.insert(worker.clone()) {
+                    if world.worker_locks.insert(worker.clone()) {
                         lease.begin(at);
                     } else {
                         lease.confirm(at);
@@ -166,7 +166,7 @@ impl Run {
     }
 
     /// Something goes wrong, or somebody writes.
-    fn happen(&mut self, poison: Poison) {
+    fn inject_event(&mut self, poison: Poison) {
         let process = self.rng.random_range(0..3_usize);
         match self.rng.random_range(0..24) {
             0..12 => {
@@ -175,14 +175,14 @@ impl Run {
                 self.world.lock().unwrap().write(&id, row);
             }
             12 if self.rng.random_ratio(1, 2) => self.world.lock().unwrap().truncate(),
-            13..16 => self.world.lock().unwrap().disturb_queue(),
+            13..16 => self.world.lock().unwrap().inject_queue_fault(),
             16 | 17 if self.workers.contains_key(&process) => {
                 let worker = self.workers[&process].clone();
                 let mut world = self.world.lock().unwrap();
-                if world.is_immortal(&worker) {
+                if world.must_survive(&worker) {
                     return;
                 }
-                world.sessions.remove(&worker);
+                world.worker_locks.remove(&worker);
                 world.count("worker killed");
                 drop(world);
                 self.executor.kill(process);
@@ -199,13 +199,13 @@ impl Run {
                 let long = self.rng.random_range(15_000..60_000);
                 self.executor.freeze(process, self.clock.now() + Duration::from_millis(long));
                 let mut world = self.world.lock().unwrap();
-                world.sessions.remove(&worker);
+                world.worker_locks.remove(&worker);
                 world.count("worker cut off");
             }
             20 => {
                 // A restart of the database: every session is gone, also those of who is frozen.
                 let mut world = self.world.lock().unwrap();
-                world.sessions.clear();
+                world.worker_locks.clear();
                 world.count("every session lost");
             }
             21 => {
@@ -248,19 +248,19 @@ fn build_indexer(view: &View, clock: &Arc<SimClock>) -> (Indexer, Arc<Lease>) {
         Queue::new(Arc::clone(&view)),
         view.clone() as _,
         view as _,
-        Scheduler::new(Arc::new(world::Instant), Duration::from_millis(50), clock),
+        EmbedScheduler::new(Arc::new(world::InstantEmbedder), Duration::from_millis(50), clock),
         Arc::default(),
         Arc::clone(&lease),
-        indexer::Options {
+        indexer::IndexerOptions {
             source: "products".into(),
             worker,
             workers: 1,
-            hold: Duration::from_secs(1),
+            prefetch: Duration::from_secs(1),
             poll: Duration::from_secs(2),
             // Chaos of this density would use up any number.
             max_receives: u32::MAX,
             settle: SETTLE,
-            look: Duration::from_secs(1),
+            freshness_poll: Duration::from_secs(1),
         },
     );
     (indexer, lease)
@@ -276,7 +276,7 @@ fn run(schedule: &Schedule, totals: &Mutex<BTreeMap<&'static str, u64>>) -> Resu
     let busy = run.rng.random_range(150..700);
     for _ in 0..busy {
         if run.rng.random_ratio(1, 12) {
-            run.happen(schedule.poison);
+            run.inject_event(schedule.poison);
         }
         step(&mut run);
     }
@@ -284,7 +284,7 @@ fn run(schedule: &Schedule, totals: &Mutex<BTreeMap<&'static str, u64>>) -> Resu
     run.world.lock().unwrap().faults = false;
     let mut result = quiesce(&mut run, schedule);
     if result.is_ok() && schedule.poison != Poison::None {
-        result = mend(&mut run, schedule);
+        result = repair(&mut run, schedule);
     }
     let mut totals = totals.lock().unwrap();
     for (what, count) in &run.world.lock().unwrap().counts {
@@ -310,8 +310,8 @@ fn quiesce(run: &mut Run, schedule: &Schedule) -> Result<(), Divergence> {
 }
 
 /// Mends the poisoned rows, brings the dead letters back, and lets them through.
-fn mend(run: &mut Run, schedule: &Schedule) -> Result<(), Divergence> {
-    mend_rows(run);
+fn repair(run: &mut Run, schedule: &Schedule) -> Result<(), Divergence> {
+    repair_rows(run);
     // Somebody who had read a row before it was mended may give it up once more.
     for _ in 0..5 {
         run.world.lock().unwrap().redrive();
@@ -323,7 +323,7 @@ fn mend(run: &mut Run, schedule: &Schedule) -> Result<(), Divergence> {
     Err("dead letters after mending".into())
 }
 
-fn mend_rows(run: &mut Run) {
+fn repair_rows(run: &mut Run) {
     let mut world = run.world.lock().unwrap();
     let poisoned: Vec<String> = world
         .rows
@@ -410,7 +410,7 @@ fn converges(name: &str, kind: IndexKind, poison: Poison) {
     let count = schedules();
     let started = Instant::now();
     let first = first_seed();
-    let make = |at| Schedule { seed: first + at, kind, plant: None, poison };
+    let make = |at| Schedule { seed: first + at, kind, mutation: None, poison };
     let (found, totals) = run_all(count, make, false);
     println!("{name}: {count} schedules in {:.1} s", started.elapsed().as_secs_f64());
     for (what, count) in &totals {
@@ -440,56 +440,56 @@ fn converges(name: &str, kind: IndexKind, poison: Poison) {
 
 #[test]
 fn an_index_without_conditions_converges() {
-    converges("plain index", IndexKind::Plain, Poison::None);
+    converges("untracked index", IndexKind::Untracked, Poison::None);
 }
 
 #[test]
-fn a_fenced_index_converges() {
-    converges("fenced index", IndexKind::Fenced, Poison::None);
+fn a_transactional_index_converges() {
+    converges("transactional index", IndexKind::Transactional, Poison::None);
 }
 
 #[test]
 fn what_is_refused_ends_among_the_dead_letters_and_comes_back_mended() {
-    converges("plain index, refused rows", IndexKind::Plain, Poison::Refused);
-    converges("fenced index, refused rows", IndexKind::Fenced, Poison::Refused);
+    converges("untracked index, refused rows", IndexKind::Untracked, Poison::Refused);
+    converges("transactional index, refused rows", IndexKind::Transactional, Poison::Refused);
 }
 
 #[test]
 fn what_fails_by_itself_ends_among_the_dead_letters_and_comes_back_mended() {
-    converges("plain index, failing rows", IndexKind::Plain, Poison::Failing);
+    converges("untracked index, failing rows", IndexKind::Untracked, Poison::Failing);
 }
 
-fn diverges(plant: Plant, kind: IndexKind) {
-    let make = |seed| Schedule { seed, kind, plant: Some(plant), poison: Poison::None };
-    let (found, _) = run_all(PLANT_WITHIN, make, true);
+fn diverges(mutation: ProtocolMutation, kind: IndexKind) {
+    let make = |seed| Schedule { seed, kind, mutation: Some(mutation), poison: Poison::None };
+    let (found, _) = run_all(MUTATION_FOUND_WITHIN, make, true);
     let Some((seed, divergence)) = found.first() else {
-        panic!("{plant:?} was not noticed in {PLANT_WITHIN} schedules");
+        panic!("{mutation:?} was not noticed in {MUTATION_FOUND_WITHIN} schedules");
     };
-    println!("{plant:?}: schedule {seed}: {}", divergence.split(';').next().unwrap_or_default());
+    println!("{mutation:?}: schedule {seed}: {}", divergence.split(';').next().unwrap_or_default());
 }
 
-macro_rules! plants {
-    ($($name:ident: $plant:ident, $kind:ident;)*) => {$(
+macro_rules! mutations {
+    ($($name:ident: $mutation:ident, $kind:ident;)*) => {$(
         #[test]
         fn $name() {
-            diverges(Plant::$plant, IndexKind::$kind);
+            diverges(ProtocolMutation::$mutation, IndexKind::$kind);
         }
     )*};
 }
 
-plants! {
-    without_the_overlap_rule_it_diverges: NoOverlapRule, Plain;
-    closing_clean_after_doubt_it_diverges: CleanCloseAfterDoubt, Plain;
-    sweeping_without_settling_it_diverges: SweepWithoutSettling, Plain;
-    skipping_what_is_open_it_diverges: SkipWhileOpen, Plain;
-    reading_before_opening_it_diverges: ReadBeforeOpen, Plain;
-    skipping_by_hash_what_is_dirty_it_diverges: HashSkipWhileDirty, Plain;
-    with_conditional_upserts_it_diverges: ConditionalUpsertAfterDelete, Fenced;
-    acknowledging_before_closing_it_diverges: AcknowledgeBeforeClose, Plain;
-    acknowledging_before_writing_it_diverges: AcknowledgeBeforeClose, Fenced;
-    expanding_a_truncation_without_what_is_open_it_diverges: TruncateSkipsWhatIsOpen, Plain;
-    leaving_a_lost_opening_it_is_never_quiet: LostOpeningStands, Plain;
-    not_putting_back_what_was_swept_it_diverges: SweptAttemptNotPutBack, Plain;
-    closing_again_what_others_have_open_it_diverges: RepeatedClosingTakesAll, Plain;
-    writing_anew_after_a_restore_without_settling_it_diverges: RestoreWithoutSettling, Plain;
+mutations! {
+    without_the_overlap_rule_it_diverges: NoOverlapRule, Untracked;
+    closing_clean_after_doubt_it_diverges: CleanCloseAfterDoubt, Untracked;
+    sweeping_without_settling_it_diverges: SweepWithoutSettling, Untracked;
+    skipping_what_is_open_it_diverges: SkipWhileOpen, Untracked;
+    reading_before_opening_it_diverges: ReadBeforeOpen, Untracked;
+    skipping_by_hash_what_is_dirty_it_diverges: HashSkipWhileDirty, Untracked;
+    with_conditional_upserts_it_diverges: ConditionalUpsertAfterDelete, Transactional;
+    acknowledging_before_closing_it_diverges: AcknowledgeBeforeClose, Untracked;
+    acknowledging_before_writing_it_diverges: AcknowledgeBeforeClose, Transactional;
+    expanding_a_truncation_without_what_is_open_it_diverges: TruncateSkipsWhatIsOpen, Untracked;
+    leaving_a_lost_opening_it_is_never_quiet: LostOpeningStands, Untracked;
+    not_putting_back_what_was_swept_it_diverges: SweptAttemptNotPutBack, Untracked;
+    closing_again_what_others_have_open_it_diverges: RepeatedClosingTakesAll, Untracked;
+    writing_anew_after_a_restore_without_settling_it_diverges: RestoreWithoutSettling, Untracked;
 }

@@ -7,7 +7,7 @@ use rand::rngs::SmallRng;
 use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
 use refarch::pipeline::clock::Clock as _;
 use refarch::pipeline::failure::{FailureKind, Result};
-use refarch::pipeline::fault::{self, Board};
+use refarch::pipeline::fault::{self, FaultBoard};
 use refarch::pipeline::indexer::{Indexer, Receiver};
 use refarch::pipeline::queue::JobQueue as _;
 use tokio_util::sync::CancellationToken;
@@ -23,7 +23,7 @@ struct Lanes {
     world: Arc<Mutex<World>>,
     executor: Executor,
     rng: SmallRng,
-    board: Arc<Board>,
+    board: Arc<FaultBoard>,
     stop: CancellationToken,
     abort: CancellationToken,
     /// How each loop ended.
@@ -35,7 +35,8 @@ impl Lanes {
     /// each fails like this, if at all.
     fn start(rows: usize, cannot_receive: Option<FailureKind>) -> Self {
         let clock = Arc::new(SimClock::new(1));
-        let mut world = World::new(SmallRng::seed_from_u64(1), Arc::clone(&clock), IndexKind::Plain, None);
+        let mut world =
+            World::new(SmallRng::seed_from_u64(1), Arc::clone(&clock), IndexKind::Untracked, None);
         world.faults = false;
         world.cannot_receive = cannot_receive;
         for id in 0..rows {
@@ -55,7 +56,7 @@ impl Lanes {
             .collect();
         let mut executor = Executor::new(Arc::clone(&clock));
         let (indexer, lease) = crate::build_indexer(&view, &clock);
-        let board: Arc<Board> = Arc::default();
+        let board: Arc<FaultBoard> = Arc::default();
         let indexer: Arc<Indexer> = Arc::new(indexer.reporting(Arc::clone(&board)));
         let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
         let ended: Arc<Mutex<Vec<Result<()>>>> = Arc::default();

@@ -10,12 +10,13 @@ use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
 use refarch::pipeline::queue::{Message, Reason, Receipt};
 
 use crate::executor::{Executor, SimClock};
-use crate::world::{IndexKind, Plant, REFUSED, RowText, View, World};
+use crate::world::{IndexKind, ProtocolMutation, REFUSED, RowText, View, World};
 
 /// Applies one message of these rows to a world where nothing else goes wrong.
-fn apply(kind: IndexKind, rows: &[bool]) -> (Arc<Mutex<World>>, refarch::pipeline::indexer::Stepped) {
+fn apply(kind: IndexKind, rows: &[bool]) -> (Arc<Mutex<World>>, refarch::pipeline::indexer::StepOutcome) {
     let clock = Arc::new(SimClock::new(1));
-    let mut world = World::new(SmallRng::seed_from_u64(1), Arc::clone(&clock), kind, None::<Plant>);
+    let mut world =
+        World::new(SmallRng::seed_from_u64(1), Arc::clone(&clock), kind, None::<ProtocolMutation>);
     world.faults = false;
     let ids: Vec<String> = (0..rows.len()).map(|id| id.to_string()).collect();
     for (id, refused) in ids.iter().zip(rows) {
@@ -64,9 +65,9 @@ proptest! {
     #[test]
     fn exactly_what_is_refused_is_given_up(
         rows in proptest::collection::vec(proptest::bool::weighted(0.05), 1..300),
-        fenced: bool,
+        transactional: bool,
     ) {
-        let kind = if fenced { IndexKind::Fenced } else { IndexKind::Plain };
+        let kind = if transactional { IndexKind::Transactional } else { IndexKind::Untracked };
         let (world, done) = apply(kind, &rows);
         let world = world.lock().unwrap();
         let refused: BTreeSet<String> =

@@ -34,7 +34,7 @@ impl Held {
     fn with(extensions: Extensions) -> Self {
         let clock = Arc::new(SimClock::new(1));
         let rng = SmallRng::seed_from_u64(1);
-        let mut world = World::new(rng.clone(), Arc::clone(&clock), IndexKind::Fenced, None);
+        let mut world = World::new(rng.clone(), Arc::clone(&clock), IndexKind::Transactional, None);
         world.faults = false;
         world.write("1", Some(RowText { text: "a text".into(), metadata: String::new() }));
         let world = Arc::new(Mutex::new(world));

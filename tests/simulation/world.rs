@@ -9,25 +9,27 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use rand::RngExt as _;
 use rand::rngs::SmallRng;
-use refarch::pipeline::catalog::{Hash, SourceRow};
 use refarch::pipeline::change::{Job, Lane, Op};
 use refarch::pipeline::clock::Clock;
 use refarch::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use refarch::pipeline::failure::{Error, FailureKind, Result};
 use refarch::pipeline::index::{
-    Applied, Desired, FencedWrite, Listing, Match, Notes, PlainWrite, Planned, Record, Stored, VectorIndex,
-    Writes,
+    Applied, Desired, Listing, Match, OwnershipStore, Planned, Record, Stored, TransactionalWrite,
+    UntrackedWrite, VectorIndex, Writes,
 };
-use refarch::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peeked, Pending, Swept};
-use refarch::pipeline::outbox::{ClaimRequest, Outbox, OutboxRow, Pack, Transferred};
+use refarch::pipeline::ledger::{
+    CloseResult, Closed, Entry, Ledger, Opened, Outcome, Peeked, Pending, Swept,
+};
+use refarch::pipeline::outbox::{BuildJobs, ClaimRequest, Outbox, OutboxRow, Transferred};
 use refarch::pipeline::queue::{
-    Backlog, DeadLetter, DeadLetters, JobQueue, Message, QueueStats, Receipt, Why,
+    Backlog, DeadLetter, DeadLetterCause, DeadLetters, JobQueue, Message, QueueStats, Receipt,
 };
+use refarch::pipeline::source_row::{Hash, SourceRow};
 
 use crate::executor::{SimClock, turn};
 
 /// How long a write that was accepted may take to be applied.
-pub const APPLIED_WITHIN: Duration = Duration::from_secs(12);
+pub const MAX_APPLY_DELAY: Duration = Duration::from_secs(12);
 
 /// The workers' lease.
 pub const LEASE: Duration = Duration::from_secs(6);
@@ -43,7 +45,7 @@ pub const VISIBILITY: Duration = Duration::from_secs(9);
 
 /// A rule of the protocol left out. Each must make the simulation diverge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Plant {
+pub enum ProtocolMutation {
     NoOverlapRule,
     CleanCloseAfterDoubt,
     SweepWithoutSettling,
@@ -71,12 +73,12 @@ pub enum Extensions {
 /// What the index can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IndexKind {
-    Fenced,
-    Plain,
+    Transactional,
+    Untracked,
 }
 
 #[derive(Clone)]
-struct Held {
+struct QueuedMessage {
     id: u64,
     job: Job,
     visible_at: Duration,
@@ -84,7 +86,7 @@ struct Held {
 }
 
 #[derive(Clone)]
-struct Attempt {
+struct TrackedWrite {
     worker: String,
     ids: Vec<String>,
     abandoned_at: Option<Duration>,
@@ -97,10 +99,10 @@ struct Backup {
     outbox: Vec<OutboxRow>,
     truncations: BTreeSet<i64>,
     ledger: BTreeMap<String, (Entry, i32)>,
-    attempts: BTreeMap<String, Attempt>,
+    attempts: BTreeMap<String, TrackedWrite>,
 }
 
-enum Late {
+enum DelayedWrite {
     Upsert(Record),
     Delete(String),
 }
@@ -126,7 +128,7 @@ pub struct World {
     pub rng: SmallRng,
     pub clock: Arc<SimClock>,
     pub kind: IndexKind,
-    pub plant: Option<Plant>,
+    pub mutation: Option<ProtocolMutation>,
     /// While this holds, things go wrong.
     pub faults: bool,
     pub counts: BTreeMap<&'static str, u64>,
@@ -136,23 +138,23 @@ pub struct World {
     seq: i64,
     xid: u64,
     ledger: BTreeMap<String, (Entry, i32)>,
-    attempts: BTreeMap<String, Attempt>,
+    attempts: BTreeMap<String, TrackedWrite>,
     /// Workers whose session lives.
-    pub sessions: BTreeSet<String>,
-    lanes: [Vec<Held>; 2],
+    pub worker_locks: BTreeSet<String>,
+    lanes: [Vec<QueuedMessage>; 2],
     pub extensions: Extensions,
     messages: u64,
-    pub dead: Vec<(Job, Why)>,
+    pub dead: Vec<(Job, DeadLetterCause)>,
     pub index: BTreeMap<String, Content>,
-    late: Vec<(Duration, Late)>,
+    late: Vec<(Duration, DelayedWrite)>,
     backup: Option<Backup>,
     /// When every row is queued, after the database was restored.
     distrust_at: Option<Duration>,
     /// Attempts that were swept and that their workers have not closed since.
-    swept: BTreeMap<String, Attempt>,
+    swept: BTreeMap<String, TrackedWrite>,
     /// Workers that must not die now, with the attempts that they must close before: they wrote under an
     /// attempt that had been swept, which is the residue that the protocol names.
-    immortal: BTreeMap<String, BTreeSet<String>>,
+    overwriting: BTreeMap<String, BTreeSet<String>>,
     /// The first invariant of the ledger that did not hold.
     pub broken: Option<String>,
     /// Rows as first peeked, for a plant.
@@ -162,12 +164,17 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(rng: SmallRng, clock: Arc<SimClock>, kind: IndexKind, plant: Option<Plant>) -> Self {
+    pub fn new(
+        rng: SmallRng,
+        clock: Arc<SimClock>,
+        kind: IndexKind,
+        mutation: Option<ProtocolMutation>,
+    ) -> Self {
         Self {
             rng,
             clock,
             kind,
-            plant,
+            mutation,
             faults: true,
             counts: BTreeMap::new(),
             rows: BTreeMap::new(),
@@ -177,7 +184,7 @@ impl World {
             xid: 0,
             ledger: BTreeMap::new(),
             attempts: BTreeMap::new(),
-            sessions: BTreeSet::new(),
+            worker_locks: BTreeSet::new(),
             lanes: [Vec::new(), Vec::new()],
             extensions: Extensions::Work,
             messages: 0,
@@ -187,7 +194,7 @@ impl World {
             backup: None,
             distrust_at: None,
             swept: BTreeMap::new(),
-            immortal: BTreeMap::new(),
+            overwriting: BTreeMap::new(),
             broken: None,
             peeked: BTreeMap::new(),
             cannot_receive: None,
@@ -198,8 +205,8 @@ impl World {
         *self.counts.entry(what).or_default() += 1;
     }
 
-    fn planted(&self, plant: Plant) -> bool {
-        self.plant == Some(plant)
+    fn is_mutated(&self, mutation: ProtocolMutation) -> bool {
+        self.mutation == Some(mutation)
     }
 
     fn now_us(&self) -> i64 {
@@ -245,7 +252,7 @@ impl World {
 
     /// Copies the database. An index in the database would go back together with it.
     pub fn back_up(&mut self) {
-        if self.kind == IndexKind::Plain {
+        if self.kind == IndexKind::Untracked {
             self.backup = Some(Backup {
                 rows: self.rows.clone(),
                 outbox: self.outbox.clone(),
@@ -267,20 +274,21 @@ impl World {
             ledger: self.ledger,
             attempts: self.attempts,
         } = backup;
-        self.sessions.clear();
-        let settle = if self.planted(Plant::RestoreWithoutSettling) { Duration::ZERO } else { SETTLE };
+        self.worker_locks.clear();
+        let settle =
+            if self.is_mutated(ProtocolMutation::RestoreWithoutSettling) { Duration::ZERO } else { SETTLE };
         self.distrust_at = Some(self.clock.now() + settle);
         self.count("database restored");
     }
 
     /// Queues every row and entry, and trusts no entry. Records without either get an entry and are queued too, as
     /// the proof does it.
-    fn distrust(&mut self) {
+    fn invalidate(&mut self) {
         self.distrust_at = None;
         for id in self.index.keys() {
             self.ledger.entry(id.clone()).or_default();
         }
-        self.ledger.values_mut().for_each(|(entry, _)| entry.distrust());
+        self.ledger.values_mut().for_each(|(entry, _)| entry.invalidate());
         let ids: BTreeSet<String> = self.rows.keys().chain(self.ledger.keys()).cloned().collect();
         self.requeue(ids.into_iter().collect());
     }
@@ -289,22 +297,22 @@ impl World {
     pub fn pass_time(&mut self) {
         let now = self.clock.now();
         if self.distrust_at.is_some_and(|at| at <= now) {
-            self.distrust();
+            self.invalidate();
         }
         if self.late.is_empty() {
             return;
         }
         let (due, later) = std::mem::take(&mut self.late).into_iter().partition(|(at, _)| *at <= now);
         self.late = later;
-        let due: Vec<(Duration, Late)> = due;
+        let due: Vec<(Duration, DelayedWrite)> = due;
         for (_, write) in due {
             self.apply(write);
         }
     }
 
-    fn apply(&mut self, write: Late) {
+    fn apply(&mut self, write: DelayedWrite) {
         match write {
-            Late::Upsert(record) => {
+            DelayedWrite::Upsert(record) => {
                 let content = Content {
                     text: record.row.content_hash,
                     metadata: record.row.metadata_hash,
@@ -313,7 +321,7 @@ impl World {
                 };
                 self.index.insert(record.row.id, content);
             }
-            Late::Delete(id) => drop(self.index.remove(&id)),
+            DelayedWrite::Delete(id) => drop(self.index.remove(&id)),
         }
     }
 
@@ -333,8 +341,8 @@ impl World {
     }
 
     /// Whether the worker must not die now.
-    pub fn is_immortal(&self, worker: &str) -> bool {
-        self.immortal.get(worker).is_some_and(|attempts| !attempts.is_empty())
+    pub fn must_survive(&self, worker: &str) -> bool {
+        self.overwriting.get(worker).is_some_and(|attempts| !attempts.is_empty())
     }
 
     /// Messages of a lane that are not acknowledged.
@@ -344,7 +352,7 @@ impl World {
 
     /// Whether nothing is under way. A worker that wrote late has still to say so.
     pub fn is_quiet(&self) -> bool {
-        self.immortal.values().all(BTreeSet::is_empty)
+        self.overwriting.values().all(BTreeSet::is_empty)
             && self.outbox.is_empty()
             && self.lanes.iter().all(Vec::is_empty)
             && self.attempts.is_empty()
@@ -364,7 +372,7 @@ impl World {
     }
 
     /// Makes some message come again, or come now though somebody holds it.
-    pub fn disturb_queue(&mut self) {
+    pub fn inject_queue_fault(&mut self) {
         let lane = self.rng.random_range(0..2);
         if self.lanes[lane].is_empty() {
             return;
@@ -372,7 +380,11 @@ impl World {
         let at = self.rng.random_range(0..self.lanes[lane].len());
         if self.rng.random() {
             self.messages += 1;
-            let copy = Held { id: self.messages, visible_at: Duration::ZERO, ..self.lanes[lane][at].clone() };
+            let copy = QueuedMessage {
+                id: self.messages,
+                visible_at: Duration::ZERO,
+                ..self.lanes[lane][at].clone()
+            };
             self.lanes[lane].push(copy);
             self.count("duplicated message");
         } else {
@@ -386,7 +398,7 @@ impl World {
         for (job, _) in std::mem::take(&mut self.dead) {
             self.messages += 1;
             let lane = job.lane as usize;
-            self.lanes[lane].push(Held {
+            self.lanes[lane].push(QueuedMessage {
                 id: self.messages,
                 job,
                 visible_at: Duration::ZERO,
@@ -433,7 +445,7 @@ impl World {
 
     /// A rule is broken by keeping what should have been forgotten.
     fn restore_hashes(&mut self, id: &str, before: &Entry) {
-        if self.planted(Plant::HashSkipWhileDirty) {
+        if self.is_mutated(ProtocolMutation::HashSkipWhileDirty) {
             let entry = self.entry(id);
             if entry.dirty {
                 entry.content_hash = before.content_hash;
@@ -518,7 +530,7 @@ impl Ledger for View {
             for id in ids {
                 let mut entry = world.ledger.get(id).map(|(entry, _)| entry.clone());
                 let mut row = world.rows.get(id).cloned();
-                if world.planted(Plant::ReadBeforeOpen) {
+                if world.is_mutated(ProtocolMutation::ReadBeforeOpen) {
                     let is_open = entry.as_ref().is_some_and(|entry| entry.open > 0);
                     if is_open {
                         row = world.peeked.get(id).cloned().unwrap_or(row);
@@ -526,12 +538,12 @@ impl Ledger for View {
                         world.peeked.insert(id.clone(), row.clone());
                     }
                 }
-                if world.planted(Plant::SkipWhileOpen)
+                if world.is_mutated(ProtocolMutation::SkipWhileOpen)
                     && let Some(entry) = &mut entry
                 {
                     entry.open = 0;
                 }
-                if world.planted(Plant::HashSkipWhileDirty)
+                if world.is_mutated(ProtocolMutation::HashSkipWhileDirty)
                     && let Some(entry) = &mut entry
                 {
                     entry.dirty &= entry.content_hash.is_none();
@@ -552,7 +564,7 @@ impl Ledger for View {
         let opened = {
             let mut world = self.world();
             let opened = ids.iter().map(|id| world.entry(id).open(id)).collect();
-            let held = Attempt { worker: worker.into(), ids: ids.to_vec(), abandoned_at: None };
+            let held = TrackedWrite { worker: worker.into(), ids: ids.to_vec(), abandoned_at: None };
             world.attempts.insert(attempt.into(), held);
             opened
         };
@@ -566,24 +578,24 @@ impl Ledger for View {
             let mut closed = Closed::default();
             let mut open = Vec::new();
             let mut requeue = Vec::new();
-            let forgetful = world.planted(Plant::RepeatedClosingTakesAll);
+            let forgetful = world.is_mutated(ProtocolMutation::RepeatedClosingTakesAll);
             if let Some(named) = world.attempts.get(attempt).map(|attempt| attempt.ids.clone()) {
                 let still = |opened: &Opened| forgetful || named.contains(&opened.id);
                 for (opened, outcome) in closing.iter().filter(|(opened, _)| still(opened)) {
                     let before = world.entry(&opened.id).clone();
                     let mut seen = opened.clone();
-                    if world.planted(Plant::NoOverlapRule) {
+                    if world.is_mutated(ProtocolMutation::NoOverlapRule) {
                         seen.epoch = before.epoch;
                         seen.shared = false;
                     }
                     match world.entry(&opened.id).close(&seen, outcome) {
-                        Left::Settled => {
+                        CloseResult::Settled => {
                             closed.settled.push(opened.id.clone());
                             world.ledger.entry(opened.id.clone()).or_default().1 = 0;
                         }
-                        Left::Open => open.push(opened.id.clone()),
-                        Left::Requeue => requeue.push(opened.id.clone()),
-                        Left::Dirty | Left::Unchanged => {}
+                        CloseResult::Open => open.push(opened.id.clone()),
+                        CloseResult::Requeue => requeue.push(opened.id.clone()),
+                        CloseResult::Dirty | CloseResult::Unchanged => {}
                     }
                     if matches!(outcome, Outcome::Settled { .. }) && world.entry(&opened.id).dirty {
                         closed.overlapped += 1;
@@ -594,10 +606,10 @@ impl Ledger for View {
                 if open.is_empty() {
                     world.attempts.remove(attempt);
                 }
-            } else if !world.planted(Plant::SweptAttemptNotPutBack) {
+            } else if !world.is_mutated(ProtocolMutation::SweptAttemptNotPutBack) {
                 for (opened, outcome) in closing {
                     if *outcome != Outcome::Unwritten {
-                        world.entry(&opened.id).put_back();
+                        world.entry(&opened.id).reopen();
                         open.push(opened.id.clone());
                         world.count("swept attempt put back");
                     }
@@ -606,12 +618,12 @@ impl Ledger for View {
             if !open.is_empty() {
                 closed.abandoned = open.len() as u64;
                 let held =
-                    Attempt { worker: worker.into(), ids: open, abandoned_at: Some(world.clock.now()) };
+                    TrackedWrite { worker: worker.into(), ids: open, abandoned_at: Some(world.clock.now()) };
                 world.attempts.insert(attempt.into(), held);
             }
             world.requeue(requeue);
             world.swept.remove(attempt);
-            if let Some(attempts) = world.immortal.get_mut(&self.worker) {
+            if let Some(attempts) = world.overwriting.get_mut(&self.worker) {
                 attempts.remove(attempt);
             }
             world.check_invariant();
@@ -621,15 +633,15 @@ impl Ledger for View {
         self.answer(closed).await
     }
 
-    async fn disown(&self, worker: &str, in_hand: &[String]) -> Result<u64> {
+    async fn abandon_orphans(&self, worker: &str, in_hand: &[String]) -> Result<u64> {
         self.database().await?;
         let mut world = self.world();
         // What a worker does not know of it will never close.
         world.swept.retain(|name, attempt| attempt.worker != worker || in_hand.contains(name));
-        if let Some(attempts) = world.immortal.get_mut(worker) {
+        if let Some(attempts) = world.overwriting.get_mut(worker) {
             attempts.retain(|name| in_hand.contains(name));
         }
-        if world.planted(Plant::LostOpeningStands) {
+        if world.is_mutated(ProtocolMutation::LostOpeningStands) {
             return Ok(0);
         }
         let now = world.clock.now();
@@ -650,11 +662,12 @@ impl Ledger for View {
         self.database().await?;
         let mut world = self.world();
         let now = world.clock.now();
-        let settle = if world.planted(Plant::SweepWithoutSettling) { Duration::ZERO } else { settle };
-        let World { attempts, sessions, .. } = &mut *world;
+        let settle =
+            if world.is_mutated(ProtocolMutation::SweepWithoutSettling) { Duration::ZERO } else { settle };
+        let World { attempts, worker_locks, .. } = &mut *world;
         let mut swept = Swept::default();
         for attempt in attempts.values_mut() {
-            if attempt.abandoned_at.is_none() && !sessions.contains(&attempt.worker) {
+            if attempt.abandoned_at.is_none() && !worker_locks.contains(&attempt.worker) {
                 attempt.abandoned_at = Some(now);
                 swept.abandoned += 1;
             }
@@ -667,20 +680,20 @@ impl Ledger for View {
             .collect();
         for name in due {
             let attempt = world.attempts.remove(&name).unwrap();
-            if world.sessions.contains(&attempt.worker) {
+            if world.worker_locks.contains(&attempt.worker) {
                 world.count("attempt swept while its worker lived");
             }
             let mut requeue = Vec::new();
             for id in &attempt.ids {
                 let before = world.entry(id).clone();
-                if world.entry(id).sweep() == Left::Requeue {
+                if world.entry(id).sweep() == CloseResult::Requeue {
                     requeue.push(id.clone());
                 }
                 world.restore_hashes(id, &before);
             }
             world.swept.insert(name, attempt);
             swept.requeued += requeue.len() as u64;
-            swept.attempts += 1;
+            swept.writes += 1;
             world.requeue(requeue);
             world.count("attempt swept");
         }
@@ -691,7 +704,7 @@ impl Ledger for View {
     async fn requeue(&self, ids: &[String]) -> Result<()> {
         let mut world = self.world();
         for id in ids {
-            world.entry(id).distrust();
+            world.entry(id).invalidate();
         }
         world.requeue(ids.to_vec());
         Ok(())
@@ -726,7 +739,7 @@ impl Ledger for View {
 
 #[async_trait]
 impl Outbox for View {
-    async fn transfer(&mut self, _: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
+    async fn transfer(&mut self, _: ClaimRequest, build_jobs: BuildJobs<'_>) -> Result<Transferred> {
         self.database().await?;
         let (jobs, claimed) = {
             let mut world = self.world();
@@ -735,7 +748,7 @@ impl Outbox for View {
             let mut rows = Vec::new();
             for row in &claimed {
                 if world.truncations.contains(&row.seq) {
-                    let skip = world.planted(Plant::TruncateSkipsWhatIsOpen);
+                    let skip = world.is_mutated(ProtocolMutation::TruncateSkipsWhatIsOpen);
                     let ids: Vec<String> = world
                         .ledger
                         .iter()
@@ -747,7 +760,7 @@ impl Outbox for View {
                     rows.push(row.clone());
                 }
             }
-            (pack(rows), claimed)
+            (build_jobs(rows), claimed)
         };
         let done = Transferred { rows: claimed.len(), ..Transferred::default() };
         // A queue elsewhere: sent first, deleted after. In the same database it is one transaction.
@@ -779,7 +792,7 @@ impl World {
             } else {
                 Duration::ZERO
             };
-            let held = Held {
+            let held = QueuedMessage {
                 id: self.messages,
                 job: job.clone(),
                 visible_at: self.clock.now() + delay,
@@ -811,7 +824,7 @@ impl JobQueue for View {
             let now = world.clock.now();
             // A queue need not give all that it has, and so workers share.
             let max = max.min(world.rng.random_range(1..4));
-            let taken: Vec<Held> = world.lanes[lane as usize]
+            let taken: Vec<QueuedMessage> = world.lanes[lane as usize]
                 .iter_mut()
                 .filter(|held| held.visible_at <= now)
                 .take(max)
@@ -821,7 +834,7 @@ impl JobQueue for View {
                     held.clone()
                 })
                 .collect();
-            if world.planted(Plant::AcknowledgeBeforeClose) {
+            if world.is_mutated(ProtocolMutation::AcknowledgeBeforeClose) {
                 world.lanes[lane as usize].retain(|held| !taken.iter().any(|t| t.id == held.id));
             }
             taken
@@ -882,14 +895,14 @@ impl JobQueue for View {
         Ok(())
     }
 
-    fn visibility(&self) -> Duration {
+    fn visibility_timeout(&self) -> Duration {
         VISIBILITY
     }
 }
 
 #[async_trait]
 impl DeadLetters for View {
-    async fn store(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
+    async fn store(&self, message: &Message, part: Option<&Job>, why: &DeadLetterCause) -> Result<()> {
         self.database().await?;
         {
             let mut world = self.world();
@@ -931,7 +944,7 @@ impl QueueStats for View {
 }
 
 /// What becomes of a request to the index.
-enum Fate {
+enum FaultDecision {
     Done,
     NotDone(Error),
     DoneButFailed(Error),
@@ -940,7 +953,7 @@ enum Fate {
 
 impl View {
     /// A request's way: what it comes to is decided while it travels.
-    async fn request(&self, writes: Vec<Late>) -> Result<()> {
+    async fn request(&self, writes: Vec<DelayedWrite>) -> Result<()> {
         // Long enough that a worker is frozen now and then amid a request.
         let travels = self.world().rng.random_range(1..8);
         for _ in 0..travels {
@@ -950,22 +963,22 @@ impl View {
             let mut world = self.world();
             for write in &writes {
                 let id = match write {
-                    Late::Upsert(record) => &record.row.id,
-                    Late::Delete(id) => id,
+                    DelayedWrite::Upsert(record) => &record.row.id,
+                    DelayedWrite::Delete(id) => id,
                 };
                 // Which of its attempts a worker writes under cannot be seen: it may be any that names the id.
                 let swept = world.swept.iter().filter(|(_, a)| a.worker == self.worker && a.ids.contains(id));
                 let swept: Vec<String> = swept.map(|(name, _)| name.clone()).collect();
                 if !swept.is_empty() {
-                    world.immortal.entry(self.worker.clone()).or_default().extend(swept);
+                    world.overwriting.entry(self.worker.clone()).or_default().extend(swept);
                     world.count("write that may be under a swept attempt");
                 }
             }
             let texts: Vec<&str> = writes
                 .iter()
                 .filter_map(|write| match write {
-                    Late::Upsert(record) => Some(&*record.row.text),
-                    Late::Delete(_) => None,
+                    DelayedWrite::Upsert(record) => Some(&*record.row.text),
+                    DelayedWrite::Delete(_) => None,
                 })
                 .collect();
             if texts.contains(&REFUSED) {
@@ -978,19 +991,19 @@ impl View {
                     "500 for this one always",
                 ));
             }
-            let fate = world.fate();
+            let decision = world.decide_fault();
             let now = world.clock.now();
-            match fate {
-                Fate::Done => writes.into_iter().for_each(|write| world.apply(write)),
-                Fate::NotDone(error) => return Err(error),
-                Fate::DoneButFailed(error) => {
+            match decision {
+                FaultDecision::Done => writes.into_iter().for_each(|write| world.apply(write)),
+                FaultDecision::NotDone(error) => return Err(error),
+                FaultDecision::DoneButFailed(error) => {
                     for write in writes {
                         world.apply(write);
                     }
                     return Err(error);
                 }
-                Fate::Late(error) => {
-                    let within = APPLIED_WITHIN.as_millis() as u64;
+                FaultDecision::Late(error) => {
+                    let within = MAX_APPLY_DELAY.as_millis() as u64;
                     for write in writes {
                         let after = Duration::from_millis(world.rng.random_range(1..within));
                         world.late.push((now + after, write));
@@ -1005,11 +1018,11 @@ impl View {
 }
 
 impl World {
-    fn fate(&mut self) -> Fate {
+    fn decide_fault(&mut self) -> FaultDecision {
         if !self.faults {
-            return Fate::Done;
+            return FaultDecision::Done;
         }
-        let kind = if self.planted(Plant::CleanCloseAfterDoubt) {
+        let kind = if self.is_mutated(ProtocolMutation::CleanCloseAfterDoubt) {
             FailureKind::Conflict
         } else {
             FailureKind::TimedOut
@@ -1018,33 +1031,33 @@ impl World {
         match self.rng.random_range(0..40) {
             0 => {
                 self.count("index 429");
-                Fate::NotDone(Error::new(FailureKind::RateLimited, "simulated index", "429"))
+                FaultDecision::NotDone(Error::new(FailureKind::RateLimited, "simulated index", "429"))
             }
             1 => {
                 self.count("index 503, not done");
-                Fate::NotDone(doubtful)
+                FaultDecision::NotDone(doubtful)
             }
             2 => {
                 self.count("index 500, but done");
-                Fate::DoneButFailed(doubtful)
+                FaultDecision::DoneButFailed(doubtful)
             }
             3 | 4 => {
                 self.count("index timeout, done late");
-                Fate::Late(doubtful)
+                FaultDecision::Late(doubtful)
             }
-            _ => Fate::Done,
+            _ => FaultDecision::Done,
         }
     }
 }
 
 #[async_trait]
-impl PlainWrite for View {
+impl UntrackedWrite for View {
     async fn upsert(&self, records: &[Record]) -> Result<()> {
-        self.request(records.iter().cloned().map(Late::Upsert).collect()).await
+        self.request(records.iter().cloned().map(DelayedWrite::Upsert).collect()).await
     }
 
     async fn delete(&self, ids: &[String]) -> Result<()> {
-        self.request(ids.iter().cloned().map(Late::Delete).collect()).await
+        self.request(ids.iter().cloned().map(DelayedWrite::Delete).collect()).await
     }
 
     fn fits(&self, _: &[Record]) -> usize {
@@ -1065,7 +1078,7 @@ impl PlainWrite for View {
 }
 
 #[async_trait]
-impl FencedWrite for View {
+impl TransactionalWrite for View {
     async fn apply(&self, planned: &[Planned]) -> Result<Applied> {
         self.database().await?;
         let applied =
@@ -1084,14 +1097,14 @@ impl FencedWrite for View {
                     return Err(Error::new(FailureKind::SuspectRows, "simulated index", said));
                 }
                 for plan in planned {
-                    if world.planted(Plant::ConditionalUpsertAfterDelete) {
+                    if world.is_mutated(ProtocolMutation::ConditionalUpsertAfterDelete) {
                         world.apply_by_version(plan);
                         continue;
                     }
                     let row = world.source_row(&plan.id);
                     if !world.settle(plan, row.as_ref()) {
                         applied.conflicted.push(plan.id.clone());
-                        world.count("fenced write conflicted");
+                        world.count("transactional write conflicted");
                     }
                 }
                 applied
@@ -1104,14 +1117,14 @@ impl World {
     /// Writes index and ledger if the write still rests on what is there.
     fn settle(&mut self, plan: &Planned, row: Option<&SourceRow>) -> bool {
         let (entry, tries) = self.ledger.entry(plan.id.clone()).or_default();
-        if !entry.settle_fenced(plan, row) {
+        if !entry.settle_transactional(plan, row) {
             return false;
         }
         *tries = 0;
         match &plan.desired {
             Desired::Present { row, embedding: Some(embedding) } => {
                 let record = Record { embedding: embedding.clone(), row: row.clone(), version: plan.version };
-                self.apply(Late::Upsert(record));
+                self.apply(DelayedWrite::Upsert(record));
             }
             Desired::Present { row, embedding: None } => {
                 if let Some(content) = self.index.get_mut(&plan.id) {
@@ -1161,18 +1174,18 @@ impl VectorIndex for View {
         Ok(found.collect())
     }
 
-    fn notes(&self) -> Option<&dyn Notes> {
+    fn ownership_store(&self) -> Option<&dyn OwnershipStore> {
         None
     }
 
-    async fn probe(&self) -> Result<()> {
+    async fn check_writable(&self) -> Result<()> {
         self.request(Vec::new()).await
     }
 
     fn writes(&self) -> Writes<'_> {
         match self.world().kind {
-            IndexKind::Fenced => Writes::Fenced(self),
-            IndexKind::Plain => Writes::Plain(self),
+            IndexKind::Transactional => Writes::Transactional(self),
+            IndexKind::Untracked => Writes::Untracked(self),
         }
     }
 
@@ -1182,10 +1195,10 @@ impl VectorIndex for View {
 }
 
 /// Embeds at once, into a number that tells what text it is of.
-pub struct Instant;
+pub struct InstantEmbedder;
 
 #[async_trait]
-impl Embedder for Instant {
+impl Embedder for InstantEmbedder {
     fn dimensions(&self) -> usize {
         0
     }

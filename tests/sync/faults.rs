@@ -14,14 +14,14 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use refarch::double::pinecone::{Double, Faults};
+use refarch::double::pinecone::{PineconeDouble, PineconeFaults};
 use serde_json::Value;
 use tokio::process::{Child, Command};
 
 use crate::common::{self, Database, eventually};
 
 /// Longer than anything here takes on a busy machine, for a thousand rows.
-const PATIENCE: Duration = Duration::from_mins(3);
+const TIMEOUT: Duration = Duration::from_mins(3);
 
 /// Length of the model's vectors.
 const DIMENSIONS: usize = 384;
@@ -33,20 +33,20 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
 }
 
-fn patience(rows: u64) -> Duration {
-    PATIENCE + Duration::from_millis(rows * 60)
+fn lost_after(rows: u64) -> Duration {
+    TIMEOUT + Duration::from_millis(rows * 60)
 }
 
 /// A database whose index is a double of Pinecone's.
 struct Remote {
     database: Database,
-    double: Double,
+    double: PineconeDouble,
     env: Vec<(String, String)>,
 }
 
 impl Remote {
     async fn start(extra: &[(&str, &str)]) -> Self {
-        let double = Double::start(DIMENSIONS, 1).await.unwrap();
+        let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
         let host = double.url();
         let set = [
             ("REFARCH_INDEX_KIND", "pinecone"),
@@ -89,7 +89,7 @@ impl Remote {
     /// Waits until nothing is under way, attempts included.
     async fn drained(&self, rows: u64) {
         let client = self.database.client().await;
-        eventually("everything to be applied", patience(rows), async || {
+        eventually("everything to be applied", lost_after(rows), async || {
             tokio::time::sleep(Duration::from_millis(200)).await;
             let open = client.query_one("SELECT count(*) FROM refarch.attempt", &[]).await.unwrap();
             open.get::<_, i64>(0) == 0 && outstanding(&self.status().await) == 0
@@ -128,14 +128,17 @@ async fn an_index_that_is_away_leaves_no_dead_letter_behind() {
     assert_eq!(remote.run(&["migrate"]).await.0, 0);
     let roles = [remote.spawn(&["listen"]), remote.spawn(&["embed", "--workers", "2"])];
     let noted = async || !remote.double.snapshot("refarch-notes").is_empty();
-    eventually("the indexer to have claimed the index", PATIENCE, noted).await;
-    remote.double.set_faults(Faults { unavailable: 0.5, rate_limited: 0.5, ..Faults::default() });
+    eventually("the indexer to have claimed the index", TIMEOUT, noted).await;
+    remote.double.set_faults(PineconeFaults {
+        unavailable: 0.5,
+        rate_limited: 0.5,
+        ..PineconeFaults::default()
+    });
     let before = remote.double.counts().requests;
     let began = Instant::now();
     assert_eq!(remote.run(&["generate", "--load", "--count", &rows.to_string()]).await.0, 0);
     // The work is tried, and none of it goes through.
-    eventually("the index to be asked", PATIENCE, async || remote.double.counts().requests > before + 5)
-        .await;
+    eventually("the index to be asked", TIMEOUT, async || remote.double.counts().requests > before + 5).await;
     while began.elapsed() < storm {
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(remote.double.snapshot("").len(), 0);
@@ -145,7 +148,7 @@ async fn an_index_that_is_away_leaves_no_dead_letter_behind() {
     let requests = remote.double.counts();
     println!("{rows} rows, {} s of 503 and 429: {requests:?}, dead letters 0", began.elapsed().as_secs());
 
-    remote.double.set_faults(Faults::default());
+    remote.double.set_faults(PineconeFaults::default());
     let over = Instant::now();
     remote.drained(rows).await;
     println!("drained {:.1} s after it was over", over.elapsed().as_secs_f64());
@@ -158,7 +161,7 @@ async fn an_index_that_is_away_leaves_no_dead_letter_behind() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_that_is_refused_stands_alone_among_the_dead_letters() {
+async fn a_refused_change_is_the_only_dead_letter() {
     let rows = number("REFARCH_ROWS", 600);
     let source = [
         ("REFARCH_SOURCE_TABLE", "public.item"),
@@ -272,7 +275,7 @@ async fn everybody_killed_at_once_during_a_load_loses_nothing() {
     let times = 3;
     for time in 1..=times {
         let share = rows * time / (times + 1);
-        eventually("a share to be in sync", patience(rows), async || {
+        eventually("a share to be in sync", lost_after(rows), async || {
             tokio::time::sleep(Duration::from_millis(300)).await;
             let status = json(&["status", "--json"]).await;
             status["indexed"].as_u64().unwrap() >= share
@@ -294,7 +297,7 @@ async fn everybody_killed_at_once_during_a_load_loses_nothing() {
             spawn(&["serve", "--bind", "127.0.0.1:0"]),
         ];
     }
-    eventually("everything to be applied", patience(rows), async || {
+    eventually("everything to be applied", lost_after(rows), async || {
         tokio::time::sleep(Duration::from_millis(500)).await;
         outstanding(&json(&["status", "--json"]).await) == 0
     })
@@ -308,7 +311,7 @@ async fn everybody_killed_at_once_during_a_load_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_short_drill_of_everything_leaves_nothing_behind() {
+async fn a_short_chaos_run_with_every_fault_converges() {
     // They wait most of the time.
     tokio::join!(drill("pinecone"), drill("pgvector"));
 }
@@ -342,7 +345,7 @@ async fn drill(index: &str) {
 
 /// How the embedding server answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mood {
+enum ServerBehaviour {
     Well,
     Status(u16),
     /// Takes the request and says nothing.
@@ -360,7 +363,7 @@ enum Mood {
 /// An embedding server of `OpenAI`'s protocol, with vectors of eight numbers, in a mood.
 #[derive(Clone)]
 struct Texts {
-    mood: Arc<Mutex<Mood>>,
+    behaviour: Arc<Mutex<ServerBehaviour>>,
     requests: Arc<AtomicU64>,
     /// Requests that were not answered.
     hung: Arc<AtomicU64>,
@@ -368,11 +371,15 @@ struct Texts {
 }
 
 impl Texts {
-    async fn start(mood: Mood) -> Self {
+    async fn start(behaviour: ServerBehaviour) -> Self {
         let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let texts =
-            Self { mood: Arc::new(Mutex::new(mood)), requests: Arc::default(), hung: Arc::default(), url };
+        let texts = Self {
+            behaviour: Arc::new(Mutex::new(behaviour)),
+            requests: Arc::default(),
+            hung: Arc::default(),
+            url,
+        };
         let answer = texts.clone();
         let router = axum::Router::new().fallback(move |body: axum::body::Bytes| {
             let answer = answer.clone();
@@ -384,32 +391,32 @@ impl Texts {
 
     async fn answer(&self, body: &[u8]) -> (axum::http::StatusCode, String) {
         self.requests.fetch_add(1, Ordering::SeqCst);
-        let mut mood = *self.mood.lock().unwrap();
-        if mood == Mood::HangingAtChairs {
+        let mut behaviour = *self.behaviour.lock().unwrap();
+        if behaviour == ServerBehaviour::HangingAtChairs {
             let is_chair = String::from_utf8_lossy(body).contains("a chair");
-            mood = if is_chair { Mood::Hanging } else { Mood::Well };
+            behaviour = if is_chair { ServerBehaviour::Hanging } else { ServerBehaviour::Well };
         }
-        if mood == Mood::HangingAfterTheGreeting {
+        if behaviour == ServerBehaviour::HangingAfterTheGreeting {
             let is_greeting = String::from_utf8_lossy(body).contains("refarch");
-            mood = if is_greeting { Mood::Well } else { Mood::Hanging };
+            behaviour = if is_greeting { ServerBehaviour::Well } else { ServerBehaviour::Hanging };
         }
-        if let Mood::Filtering(status) = mood {
+        if let ServerBehaviour::Filtering(status) = behaviour {
             let is_forbidden = String::from_utf8_lossy(body).contains("forbidden");
-            mood = if is_forbidden { Mood::Status(status) } else { Mood::Well };
+            behaviour = if is_forbidden { ServerBehaviour::Status(status) } else { ServerBehaviour::Well };
         }
-        if let Mood::FailingAtChairs(times) = mood {
-            mood = Mood::Well;
+        if let ServerBehaviour::FailingAtChairs(times) = behaviour {
+            behaviour = ServerBehaviour::Well;
             if String::from_utf8_lossy(body).contains("a chair") && times > 0 {
-                self.set(Mood::FailingAtChairs(times - 1));
-                mood = Mood::Status(500);
+                self.set(ServerBehaviour::FailingAtChairs(times - 1));
+                behaviour = ServerBehaviour::Status(500);
             }
         }
-        match mood {
-            Mood::Hanging => {
+        match behaviour {
+            ServerBehaviour::Hanging => {
                 self.hung.fetch_add(1, Ordering::SeqCst);
                 std::future::pending().await
             }
-            Mood::Status(status) => (
+            ServerBehaviour::Status(status) => (
                 axum::http::StatusCode::from_u16(status).unwrap(),
                 r#"{"error": {"message": "the double is in a mood"}}"#.into(),
             ),
@@ -425,8 +432,8 @@ impl Texts {
         }
     }
 
-    fn set(&self, mood: Mood) {
-        *self.mood.lock().unwrap() = mood;
+    fn set(&self, behaviour: ServerBehaviour) {
+        *self.behaviour.lock().unwrap() = behaviour;
     }
 
     fn requests(&self) -> u64 {
@@ -439,20 +446,20 @@ impl Texts {
 }
 
 /// A database whose table `item` is embedded by such a server into pgvector.
-struct Moody {
+struct UnreliableEmbedder {
     database: Database,
     texts: Texts,
     client: tokio_postgres::Client,
 }
 
-impl Moody {
-    async fn start(mood: Mood) -> Self {
-        Self::over("CREATE TABLE item (id bigint PRIMARY KEY, title text)", mood).await
+impl UnreliableEmbedder {
+    async fn start(behaviour: ServerBehaviour) -> Self {
+        Self::over("CREATE TABLE item (id bigint PRIMARY KEY, title text)", behaviour).await
     }
 
-    async fn over(table: &str, mood: Mood) -> Self {
+    async fn over(table: &str, behaviour: ServerBehaviour) -> Self {
         let database = Database::create().await;
-        let texts = Texts::start(mood).await;
+        let texts = Texts::start(behaviour).await;
         let client = database.client().await;
         client.batch_execute(table).await.unwrap();
         let moody = Self { database, texts, client };
@@ -493,8 +500,8 @@ impl Moody {
     /// The table of the vectors.
     async fn index(&self) -> String {
         let sql = "SELECT id FROM refarch.target WHERE state = 'active'";
-        let target: i32 = self.client.query_one(sql, &[]).await.unwrap().get(0);
-        format!("refarch.vector_{target}")
+        let generation: i32 = self.client.query_one(sql, &[]).await.unwrap().get(0);
+        format!("refarch.vector_{generation}")
     }
 
     /// Vectors that the index holds.
@@ -525,7 +532,7 @@ impl Moody {
     }
 
     async fn all_applied(&self, rows: i64) {
-        eventually("every row to be applied", patience(rows as u64), async || {
+        eventually("every row to be applied", lost_after(rows as u64), async || {
             tokio::time::sleep(Duration::from_millis(100)).await;
             self.vectors().await == rows && outstanding(&self.status().await) == 0
         })
@@ -540,37 +547,37 @@ impl Moody {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_refuses_every_text_is_one_fault_and_no_dead_letter() {
     let rows = 300;
-    let moody = Moody::start(Mood::Status(400)).await;
+    let moody = UnreliableEmbedder::start(ServerBehaviour::Status(400)).await;
     moody.rows(rows).await;
     let roles = [moody.refarch(&["listen"]).spawn().unwrap(), moody.refarch(&["embed"]).spawn().unwrap()];
-    eventually("many requests to be refused", PATIENCE, async || moody.texts.requests() > 14).await;
+    eventually("many requests to be refused", TIMEOUT, async || moody.texts.requests() > 14).await;
     assert_eq!(moody.dead().await, 0);
-    eventually("the fault to be shown", PATIENCE, async || moody.faults().await.len() == 1).await;
+    eventually("the fault to be shown", TIMEOUT, async || moody.faults().await.len() == 1).await;
     let faults = moody.faults().await;
     assert!(faults[0]["message"].as_str().unwrap().contains("400"), "{faults:?}");
     let text = moody.refarch(&["status"]).output().await.unwrap().stdout;
     assert!(String::from_utf8(text).unwrap().contains("400 Bad Request"));
     // Of a wrong key, too: the process stays, and goes on when the server is mended.
     for status in [401, 404] {
-        moody.texts.set(Mood::Status(status));
+        moody.texts.set(ServerBehaviour::Status(status));
         let before = moody.texts.requests();
-        eventually("another request", PATIENCE, async || moody.texts.requests() > before).await;
+        eventually("another request", TIMEOUT, async || moody.texts.requests() > before).await;
     }
-    eventually("the fault to say what it is now", PATIENCE, async || {
+    eventually("the fault to say what it is now", TIMEOUT, async || {
         let faults = moody.faults().await;
         faults.len() == 1 && faults[0]["message"].as_str().unwrap().contains("404")
     })
     .await;
-    moody.texts.set(Mood::Well);
+    moody.texts.set(ServerBehaviour::Well);
     moody.all_applied(rows).await;
     assert_eq!(moody.dead().await, 0);
-    eventually("the fault to be gone", PATIENCE, async || moody.faults().await.is_empty()).await;
+    eventually("the fault to be gone", TIMEOUT, async || moody.faults().await.is_empty()).await;
     // It ends, too, when what was held is taken away: nothing is embedded for a delete.
-    moody.texts.set(Mood::Status(400));
+    moody.texts.set(ServerBehaviour::Status(400));
     moody.client.batch_execute("UPDATE item SET title = 'other' WHERE id = 7").await.unwrap();
-    eventually("another fault", PATIENCE, async || moody.faults().await.len() == 1).await;
+    eventually("another fault", TIMEOUT, async || moody.faults().await.len() == 1).await;
     moody.client.batch_execute("DELETE FROM item WHERE id = 7").await.unwrap();
-    eventually("the fault to be gone", PATIENCE, async || moody.faults().await.is_empty()).await;
+    eventually("the fault to be gone", TIMEOUT, async || moody.faults().await.is_empty()).await;
     assert_eq!((moody.dead().await, moody.vectors().await), (0, rows - 1));
     for role in roles {
         stop(role).await;
@@ -579,7 +586,7 @@ async fn a_server_that_refuses_every_text_is_one_fault_and_no_dead_letter() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_key_and_many_starts_leave_no_dead_letter() {
-    let moody = Moody::start(Mood::Status(401)).await;
+    let moody = UnreliableEmbedder::start(ServerBehaviour::Status(401)).await;
     moody.rows(3).await;
     moody.relay().await;
     for _ in 0..RESTARTS {
@@ -590,7 +597,7 @@ async fn a_wrong_key_and_many_starts_leave_no_dead_letter() {
         moody.release().await;
     }
     assert_eq!(moody.dead().await, 0);
-    moody.texts.set(Mood::Well);
+    moody.texts.set(ServerBehaviour::Well);
     assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
     assert_eq!((moody.vectors().await, moody.dead().await), (3, 0));
 }
@@ -598,7 +605,7 @@ async fn a_wrong_key_and_many_starts_leave_no_dead_letter() {
 #[tokio::test(flavor = "multi_thread")]
 async fn restarts_amid_a_healthy_change_leave_no_dead_letter() {
     let killed_by = async |signal: Signal| {
-        let moody = Moody::start(Mood::HangingAfterTheGreeting).await;
+        let moody = UnreliableEmbedder::start(ServerBehaviour::HangingAfterTheGreeting).await;
         moody.rows(2).await;
         moody.relay().await;
         let receives = async || -> i32 {
@@ -608,8 +615,8 @@ async fn restarts_amid_a_healthy_change_leave_no_dead_letter() {
         for time in 1..=RESTARTS {
             let before = moody.texts.hung();
             let mut embed = moody.refarch(&["embed"]).spawn().unwrap();
-            eventually("the change to be received", PATIENCE, async || receives().await >= time).await;
-            eventually("a text to be sent", PATIENCE, async || moody.texts.hung() > before).await;
+            eventually("the change to be received", TIMEOUT, async || receives().await >= time).await;
+            eventually("a text to be sent", TIMEOUT, async || moody.texts.hung() > before).await;
             kill(Pid::from_raw(embed.id().unwrap() as i32), signal).unwrap();
             embed.wait().await.unwrap();
             moody.release().await;
@@ -620,7 +627,7 @@ async fn restarts_amid_a_healthy_change_leave_no_dead_letter() {
             let tries: i32 = moody.client.query_one(tries, &[]).await.unwrap().get(0);
             assert_eq!(tries, 0, "what a stop interrupts is not counted");
         }
-        moody.texts.set(Mood::Well);
+        moody.texts.set(ServerBehaviour::Well);
         assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
         assert_eq!((moody.vectors().await, moody.dead().await), (2, 0), "{signal}");
     };
@@ -630,7 +637,7 @@ async fn restarts_amid_a_healthy_change_leave_no_dead_letter() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tries_that_others_left_unfinished_are_not_a_changes_own_failures() {
     // Two failures, of four requests each.
-    let moody = Moody::start(Mood::FailingAtChairs(8)).await;
+    let moody = UnreliableEmbedder::start(ServerBehaviour::FailingAtChairs(8)).await;
     moody.rows(1).await;
     moody.relay().await;
     let sql = "INSERT INTO refarch.ledger (target, id, tries) SELECT id, '1', 9 FROM refarch.target; \
@@ -639,7 +646,7 @@ async fn tries_that_others_left_unfinished_are_not_a_changes_own_failures() {
     assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
     assert_eq!((moody.vectors().await, moody.dead().await), (1, 0));
     // But one that always fails is given up, however it is counted.
-    moody.texts.set(Mood::FailingAtChairs(u32::MAX));
+    moody.texts.set(ServerBehaviour::FailingAtChairs(u32::MAX));
     moody.client.batch_execute("UPDATE item SET title = 'a chair again'").await.unwrap();
     moody.relay().await;
     assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
@@ -648,7 +655,7 @@ async fn tries_that_others_left_unfinished_are_not_a_changes_own_failures() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_that_no_worker_survives_is_given_up_and_no_other() {
-    let moody = Moody::start(Mood::HangingAtChairs).await;
+    let moody = UnreliableEmbedder::start(ServerBehaviour::HangingAtChairs).await;
     moody.client.batch_execute("INSERT INTO item VALUES (1, 'a chair'), (2, 'a stool')").await.unwrap();
     moody.relay().await;
     let sql = "UPDATE pgmq.q_refarch_live SET read_ct = 9; \
@@ -660,7 +667,7 @@ async fn a_change_that_no_worker_survives_is_given_up_and_no_other() {
     };
     for left in 10..=13 {
         let mut embed = moody.refarch(&["embed"]).spawn().unwrap();
-        eventually("a try to be counted", PATIENCE, async || tries().await == left).await;
+        eventually("a try to be counted", TIMEOUT, async || tries().await == left).await;
         embed.kill().await.unwrap();
         // Whoever is killed may be about to count, or to take a count back.
         let sql = "UPDATE refarch.ledger SET tries = $1 WHERE id = '1'";
@@ -674,7 +681,7 @@ async fn a_change_that_no_worker_survives_is_given_up_and_no_other() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_of_another_build_or_source_is_put_back_and_told_of() {
-    let moody = Moody::start(Mood::Well).await;
+    let moody = UnreliableEmbedder::start(ServerBehaviour::Well).await;
     moody.rows(1).await;
     moody.relay().await;
     for body in [
@@ -691,8 +698,8 @@ async fn a_message_of_another_build_or_source_is_put_back_and_told_of() {
         moody.client.batch_execute(&sql).await.unwrap();
     }
     let embed = moody.refarch(&["embed"]).spawn().unwrap();
-    eventually("the fault to be shown", PATIENCE, async || !moody.faults().await.is_empty()).await;
-    eventually("what can be done to be done", PATIENCE, async || {
+    eventually("the fault to be shown", TIMEOUT, async || !moody.faults().await.is_empty()).await;
+    eventually("what can be done to be done", TIMEOUT, async || {
         outstanding(&moody.status().await) == 2 && moody.vectors().await == 1
     })
     .await;
@@ -720,7 +727,7 @@ async fn a_message_of_another_build_or_source_is_put_back_and_told_of() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_breaks_the_table_of_vectors_only_is_nobodys_dead_letter() {
-    let moody = Moody::start(Mood::Well).await;
+    let moody = UnreliableEmbedder::start(ServerBehaviour::Well).await;
     let roles = moody.working();
     moody.rows(3).await;
     moody.all_applied(3).await;
@@ -729,7 +736,7 @@ async fn what_breaks_the_table_of_vectors_only_is_nobodys_dead_letter() {
     let sql = format!("ALTER TABLE {table} ADD CONSTRAINT damaged CHECK (false) NOT VALID");
     moody.client.batch_execute(&sql).await.unwrap();
     moody.client.batch_execute("UPDATE item SET title = title || ' again'").await.unwrap();
-    eventually("the fault to be shown", PATIENCE, async || {
+    eventually("the fault to be shown", TIMEOUT, async || {
         assert_eq!(moody.dead().await, 0);
         moody.faults().await.iter().any(|fault| fault["kind"] == "held")
     })
@@ -750,7 +757,7 @@ async fn what_breaks_the_table_of_vectors_only_is_nobodys_dead_letter() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_text_that_a_filter_refuses_does_not_hold_the_others() {
     for status in [403, 406] {
-        let moody = Moody::start(Mood::Filtering(status)).await;
+        let moody = UnreliableEmbedder::start(ServerBehaviour::Filtering(status)).await;
         moody.rows(9).await;
         moody.client.batch_execute("UPDATE item SET title = 'a forbidden word' WHERE id = 5").await.unwrap();
         let roles = moody.working();
@@ -772,7 +779,7 @@ async fn rows_that_cannot_be_read_do_not_hold_the_others() {
           RETURN concat('a chair ', $1); END $$; \
         CREATE CAST (colour AS text) WITH FUNCTION colour_text(colour); \
         CREATE TABLE item (id bigint PRIMARY KEY, title colour)";
-    let moody = Moody::over(table, Mood::Well).await;
+    let moody = UnreliableEmbedder::over(table, ServerBehaviour::Well).await;
     let sql = "INSERT INTO item VALUES (1, 'red'), (2, 'broken'), (3, 'blue'), (4, 'deep')";
     moody.client.batch_execute(sql).await.unwrap();
     let roles = moody.working();
@@ -788,7 +795,7 @@ async fn rows_that_cannot_be_read_do_not_hold_the_others() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_application_does_not_wait_for_whoever_locks_the_vectors() {
-    let moody = Moody::start(Mood::Well).await;
+    let moody = UnreliableEmbedder::start(ServerBehaviour::Well).await;
     let roles = moody.working();
     moody.rows(1).await;
     moody.all_applied(1).await;
@@ -797,7 +804,7 @@ async fn the_application_does_not_wait_for_whoever_locks_the_vectors() {
     let builder = moody.database.client().await;
     builder.batch_execute(&format!("BEGIN; LOCK TABLE {table} IN SHARE MODE")).await.unwrap();
     moody.client.batch_execute("INSERT INTO item VALUES (2, 'a stool')").await.unwrap();
-    eventually("the indexer to wait", PATIENCE, async || {
+    eventually("the indexer to wait", TIMEOUT, async || {
         let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = $1::text::regclass)";
         moody.client.query_one(sql, &[&table]).await.unwrap().get(0)
     })
@@ -814,14 +821,14 @@ async fn the_application_does_not_wait_for_whoever_locks_the_vectors() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn roles_that_work_outlast_a_queue_that_is_gone_for_a_while() {
-    let moody = Moody::start(Mood::Well).await;
+    let moody = UnreliableEmbedder::start(ServerBehaviour::Well).await;
     let mut roles = moody.working();
     moody.rows(1).await;
     moody.all_applied(1).await;
     let sql = "ALTER TABLE pgmq.q_refarch_live RENAME TO gone; INSERT INTO item VALUES (2, 'a stool')";
     moody.client.batch_execute(sql).await.unwrap();
     let mut seen = Vec::new();
-    eventually("both faults to be shown", PATIENCE, async || {
+    eventually("both faults to be shown", TIMEOUT, async || {
         tokio::time::sleep(Duration::from_millis(100)).await;
         for role in &mut roles {
             assert_eq!(role.try_wait().unwrap(), None, "a role ended");
@@ -832,7 +839,7 @@ async fn roles_that_work_outlast_a_queue_that_is_gone_for_a_while() {
     .await;
     moody.client.batch_execute("ALTER TABLE pgmq.gone RENAME TO q_refarch_live").await.unwrap();
     moody.all_applied(2).await;
-    eventually("the faults to be gone", PATIENCE, async || moody.kinds().await.is_empty()).await;
+    eventually("the faults to be gone", TIMEOUT, async || moody.kinds().await.is_empty()).await;
     for role in roles {
         stop(role).await;
     }
@@ -840,7 +847,7 @@ async fn roles_that_work_outlast_a_queue_that_is_gone_for_a_while() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_was_put_back_stays_away_while_others_are_worked_on() {
-    let moody = Moody::start(Mood::Hanging).await;
+    let moody = UnreliableEmbedder::start(ServerBehaviour::Hanging).await;
     moody.rows(1).await;
     moody.relay().await;
     let sql = r#"SELECT pgmq.send('refarch_live', '{"v": 2, "source": "products"}')"#;
@@ -858,10 +865,10 @@ async fn a_message_that_was_put_back_stays_away_while_others_are_worked_on() {
         moody.client.query_one(sql, &[]).await.unwrap().get(0)
     };
     let embed = moody.refarch(&["embed"]).env("REFARCH_QUEUE_VISIBILITY_S", "3").spawn().unwrap();
-    eventually("the message to be put back", PATIENCE, async || hidden().await > 10.0).await;
+    eventually("the message to be put back", TIMEOUT, async || hidden().await > 10.0).await;
     let mut last = ours().await;
     for _ in 0..2 {
-        eventually("ours to be held on to", PATIENCE, async || ours().await > last).await;
+        eventually("ours to be held on to", TIMEOUT, async || ours().await > last).await;
         last = ours().await;
     }
     assert!(hidden().await > 10.0, "{}", hidden().await);
@@ -872,7 +879,7 @@ async fn a_message_that_was_put_back_stays_away_while_others_are_worked_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn large_texts_are_read_a_few_at_a_time() {
     let rows = 100;
-    let moody = Moody::start(Mood::Well).await;
+    let moody = UnreliableEmbedder::start(ServerBehaviour::Well).await;
     let sql =
         "INSERT INTO item SELECT n, n || repeat(' a chair', 250000) FROM generate_series(1, $1::bigint) n";
     moody.client.execute(sql, &[&rows]).await.unwrap();

@@ -7,14 +7,14 @@ use async_trait::async_trait;
 use refarch::backend::Backends;
 use refarch::backend::postgres::ledger::PgLedger;
 use refarch::backend::postgres::proof::PgRounds;
-use refarch::pipeline::audit::{ProofOptions, Prover, Rounds as _, Walk};
+use refarch::pipeline::audit::{ProofOptions, Prover, RoundStore as _, Walk};
 use refarch::pipeline::clock::Clock;
 use refarch::pipeline::failure::{Class, Result};
 use refarch::pipeline::ledger::{Ledger as _, Peeked};
 use serde_json::{Value, json};
 
 use crate::common::{self, eventually};
-use crate::shop::{self, PATIENCE, ROWS, Shop, TABLE, Verified};
+use crate::shop::{self, ROWS, Shop, TABLE, TIMEOUT, Verified};
 use crate::twisted::{Twist, Twisted};
 
 async fn on_pgvector() -> Shop {
@@ -82,10 +82,10 @@ impl Shop {
 }
 
 /// A clock on which every pause is over at once; in milliseconds.
-struct Hasty(std::sync::atomic::AtomicU64);
+struct FastClock(std::sync::atomic::AtomicU64);
 
 #[async_trait]
-impl Clock for Hasty {
+impl Clock for FastClock {
     fn now(&self) -> Duration {
         Duration::from_millis(self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
     }
@@ -100,9 +100,9 @@ impl Clock for Hasty {
 }
 
 /// A prover, and the clock that it goes by.
-struct Timed(Prover, Arc<Hasty>);
+struct TimedProver(Prover, Arc<FastClock>);
 
-impl Timed {
+impl TimedProver {
     async fn step(&mut self) {
         let wait = self.0.step().await.unwrap();
         self.1.sleep(wait).await;
@@ -110,24 +110,24 @@ impl Timed {
 }
 
 /// A prover of a worker of that name, with pages of five rows.
-fn prover(backends: &Backends, worker: &str) -> Timed {
-    let clock = Arc::new(Hasty(100.into()));
+fn prover(backends: &Backends, worker: &str) -> TimedProver {
+    let clock = Arc::new(FastClock(100.into()));
     let prover = Prover::new(
         Arc::clone(&backends.ledger) as _,
         Arc::clone(&backends.index),
         Arc::clone(&backends.queue.stats),
         Arc::clone(&backends.queue.dead_letters),
         Arc::clone(&clock) as _,
-        Arc::new(PgRounds::new(backends.postgres.clone(), backends.target.id, worker)),
+        Arc::new(PgRounds::new(backends.postgres.clone(), backends.generation.id, worker)),
         ProofOptions {
             period: Some(Duration::from_hours(1)),
             full: false,
-            patience: Duration::from_mins(1),
+            lost_after: Duration::from_mins(1),
             read_letters: true,
             page: 5,
         },
     );
-    Timed(prover, clock)
+    TimedProver(prover, clock)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -156,10 +156,10 @@ async fn an_empty_index_beside_rows_is_never_called_in_sync() {
 }
 
 /// A ledger whose reads by id see no row: of a type that cuts the id, or under a policy.
-struct Blind(Arc<PgLedger>);
+struct LedgerBlindToRows(Arc<PgLedger>);
 
 #[async_trait]
-impl Twist for Blind {
+impl Twist for LedgerBlindToRows {
     fn ledger(&self) -> &PgLedger {
         &self.0
     }
@@ -175,7 +175,7 @@ async fn rows_that_a_read_by_id_does_not_see_are_missing_and_not_gone() {
     let shop = on_pgvector().await.filled().await;
     shop.on_vectors("TRUNCATE {vectors}").await;
     let backends = shop.backends().await;
-    let report = Twisted(Blind(Arc::clone(&backends.ledger))).audit(&backends).await;
+    let report = Twisted(LedgerBlindToRows(Arc::clone(&backends.ledger))).audit(&backends).await;
     assert_eq!((report.missing, report.undecided), (ROWS - 1, 0), "{report:?}");
 }
 
@@ -247,7 +247,7 @@ async fn mends_whatever_differs(shop: Shop) {
     .await;
     assert!(!shop.line("in sync").await.contains("all of them"));
     let _roles = shop.start_roles();
-    eventually("a round to end that found nothing", PATIENCE, async || {
+    eventually("a round to end that found nothing", TIMEOUT, async || {
         let sql = "SELECT count(*) FROM refarch.proof_round r WHERE r.differences = 0 \
                    AND r.round_id > (SELECT min(round_id) FROM refarch.proof_round WHERE differences > 0)";
         shop.number(sql).await > 0
@@ -283,12 +283,12 @@ async fn missing_and_orphaned_records_are_found_by_their_ids_alone() {
     shop.copy("4", "777").await;
     let _roles = shop.start_roles();
     let double = shop.double.clone().unwrap();
-    eventually("the records to be as they should", PATIENCE, async || {
+    eventually("the records to be as they should", TIMEOUT, async || {
         let records = double.snapshot("");
         records.contains_key("1") && !records.contains_key("777")
     })
     .await;
-    eventually("the round to be told", PATIENCE, async || shop.rounds().await.0 > 0).await;
+    eventually("the round to be told", TIMEOUT, async || shop.rounds().await.0 > 0).await;
     let kind: String = shop
         .client
         .query_one("SELECT index_check FROM refarch.proof_round LIMIT 1", &[])
@@ -303,7 +303,7 @@ async fn a_column_that_is_rewritten_is_indexed_anew() {
     let shop = on_pgvector().await.filled().await.proving(&[]);
     shop.sql(&format!("ALTER TABLE {TABLE} ALTER description TYPE text USING upper(description)")).await;
     let _roles = shop.start_roles();
-    eventually("the rewritten rows to be found", PATIENCE, async || {
+    eventually("the rewritten rows to be found", TIMEOUT, async || {
         shop.rounds().await.1 >= ROWS as i64 - 1 && shop.compare(&[]).await.0 == Some(0)
     })
     .await;
@@ -319,7 +319,7 @@ async fn a_lost_update_is_mended_though_the_queue_never_drains() {
     )
     .await;
     let _roles = shop.start_roles();
-    eventually("the lost update to be mended", PATIENCE, async || {
+    eventually("the lost update to be mended", TIMEOUT, async || {
         shop.rounds().await.2 > 0 && shop.number("SELECT count(*) FROM refarch.ledger WHERE dirty").await == 0
     })
     .await;
@@ -336,7 +336,7 @@ async fn what_was_never_proved_is_told_so_and_no_proof_can_be_chosen() {
 }
 
 /// Steps until the round is over, and returns how many that took.
-async fn finish(shop: &Shop, prover: &mut Timed) -> u32 {
+async fn finish(shop: &Shop, prover: &mut TimedProver) -> u32 {
     for steps in 1..200 {
         prover.step().await;
         if shop.rounds().await.0 > 0 {
@@ -353,11 +353,11 @@ async fn goes_on(shop: Shop) {
     let backends = shop.backends().await;
     let mut first = prover(&backends, "first");
     let mut steps = 0;
-    let store = PgRounds::new(backends.postgres.clone(), backends.target.id, "first");
+    let store = PgRounds::new(backends.postgres.clone(), backends.generation.id, "first");
     loop {
         first.step().await;
         steps += 1;
-        let round = store.take(Duration::from_secs(45)).await.unwrap().unwrap().round.unwrap();
+        let round = store.acquire(Duration::from_secs(45)).await.unwrap().unwrap().round.unwrap();
         if round.walk == Walk::Rows && round.rows >= 10 {
             break;
         }
@@ -426,7 +426,7 @@ async fn a_disabled_trigger_is_told_and_armed_again() {
     let port = common::free_port();
     let _serve = shop.command(&["serve", "--bind", &format!("127.0.0.1:{port}")]).spawn().unwrap();
     let ready = format!("http://127.0.0.1:{port}/readyz");
-    eventually("readiness to tell the fault", PATIENCE, async || {
+    eventually("readiness to tell the fault", TIMEOUT, async || {
         let Ok(answer) = reqwest::get(&ready).await else { return false };
         answer.status() == 503 && answer.text().await.unwrap().contains("not captured")
     })
@@ -435,12 +435,12 @@ async fn a_disabled_trigger_is_told_and_armed_again() {
     let enabled =
         "SELECT count(*) FROM pg_trigger WHERE tgname = 'refarch_products_update' AND tgenabled <> 'D'";
     for _ in 0..2 {
-        eventually("the trigger to be armed again", PATIENCE, async || shop.number(enabled).await == 1).await;
+        eventually("the trigger to be armed again", TIMEOUT, async || shop.number(enabled).await == 1).await;
         shop.sql(&trigger).await;
     }
-    eventually("the trigger to be armed again", PATIENCE, async || shop.number(enabled).await == 1).await;
+    eventually("the trigger to be armed again", TIMEOUT, async || shop.number(enabled).await == 1).await;
     assert!(shop.number("SELECT count(*) FROM refarch.event WHERE kind = 'rearmed'").await >= 1);
-    eventually("readiness", PATIENCE, async || reqwest::get(&ready).await.is_ok_and(|a| a.status() == 200))
+    eventually("readiness", TIMEOUT, async || reqwest::get(&ready).await.is_ok_and(|a| a.status() == 200))
         .await;
 }
 
@@ -448,20 +448,20 @@ async fn a_disabled_trigger_is_told_and_armed_again() {
 async fn a_table_that_is_swapped_by_rename_is_captured_and_read_anew() {
     let shop = on_pgvector().await.filled().await.proving(&[("REFARCH_AUDIT_ARMED_S", "1")]);
     let _roles = shop.start_roles();
-    eventually("a first round", PATIENCE, async || shop.rounds().await.0 > 0).await;
+    eventually("a first round", TIMEOUT, async || shop.rounds().await.0 > 0).await;
     shop.sql(&format!(
         "BEGIN; CREATE TABLE public.made_anew (LIKE {TABLE} INCLUDING ALL); \
          INSERT INTO made_anew (id, description) SELECT i, 'Made anew ' || i FROM generate_series(20, 60) i; \
          ALTER TABLE {TABLE} RENAME TO made_before; ALTER TABLE made_anew RENAME TO {TABLE}; COMMIT"
     ))
     .await;
-    eventually("the table of that name to be in step", PATIENCE, async || {
+    eventually("the table of that name to be in step", TIMEOUT, async || {
         shop.number("SELECT count(*) FROM refarch.event WHERE kind = 'rearmed'").await > 0
             && shop.status().await["synced"] == json!(true)
     })
     .await;
     shop.sql(&format!("UPDATE {TABLE} SET description = 'Edited afterwards' WHERE id = 21")).await;
-    eventually("nothing to differ", PATIENCE, async || {
+    eventually("nothing to differ", TIMEOUT, async || {
         let (code, report) = shop.compare(&["--wait", "5"]).await;
         code == Some(0) && report["rows"] == json!(41) && report["indexed"] == json!(41)
     })
@@ -483,7 +483,7 @@ async fn what_is_old_is_pruned_while_workers_live() {
     let old = "SELECT (SELECT count(*) FROM refarch.sample WHERE worker_id = 'old') \
                     + (SELECT count(*) FROM refarch.event WHERE kind = 'old') \
                     + (SELECT count(*) FROM refarch.ledger WHERE id = '1')";
-    eventually("what is old to be pruned", PATIENCE, async || shop.number(old).await == 0).await;
+    eventually("what is old to be pruned", TIMEOUT, async || shop.number(old).await == 0).await;
     let kept = "SELECT count(*) FROM refarch.ledger WHERE id IN ('2', '3')";
     assert_eq!(shop.number(kept).await, 2, "deleted lately, and not deleted");
 }
@@ -610,7 +610,7 @@ async fn a_clock_that_was_ahead_does_not_turn_the_proof_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_that_the_books_forgot_enters_them_again() {
+async fn a_worker_that_the_registry_forgot_registers_again() {
     let shop = on_pgvector().await.filled().await;
     let _roles = shop.start_roles();
     let there = "SELECT count(*) FROM refarch.worker WHERE role = 'embed' AND threads = 1 AND pid > 0";

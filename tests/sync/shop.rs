@@ -5,7 +5,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use refarch::backend::Backends;
-use refarch::double::pinecone::{Double, Record};
+use refarch::double::pinecone::{PineconeDouble, Record};
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
 use tokio_postgres::Client;
@@ -14,7 +14,7 @@ use crate::common::source::settings;
 use crate::common::{self, Database, eventually};
 
 /// Longer than anything here takes on a busy machine.
-pub const PATIENCE: Duration = Duration::from_mins(2);
+pub const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// As many as the model's vectors have.
 pub const DIMENSIONS: usize = 384;
@@ -28,7 +28,7 @@ pub const TABLE: &str = "products_with_increment";
 pub struct Shop {
     pub database: Database,
     pub client: Client,
-    pub double: Option<Double>,
+    pub double: Option<PineconeDouble>,
     pub env: Vec<(&'static str, String)>,
 }
 
@@ -45,11 +45,11 @@ pub async fn on_pgvector() -> Shop {
 }
 
 pub async fn on_pinecone() -> Shop {
-    Shop::new(Some(Double::start(DIMENSIONS, 1).await.unwrap())).await
+    Shop::new(Some(PineconeDouble::start(DIMENSIONS, 1).await.unwrap())).await
 }
 
 impl Shop {
-    pub async fn new(double: Option<Double>) -> Self {
+    pub async fn new(double: Option<PineconeDouble>) -> Self {
         let database = Database::create().await;
         let mut env = Vec::new();
         if let Some(double) = &double {
@@ -111,7 +111,7 @@ impl Shop {
     /// Applies what is pending. Changes of one row in both lanes may overlap, and then are queued again.
     pub async fn apply(&self) {
         let left = "SELECT EXISTS (SELECT FROM refarch.outbox) OR EXISTS (SELECT FROM refarch.attempt)";
-        eventually("all changes to be applied", PATIENCE, async || {
+        eventually("all changes to be applied", TIMEOUT, async || {
             self.role(&["listen", "--until-idle"]).await;
             self.role(&["embed", "--until-idle", "--workers", "1"]).await;
             !self.client.query_one(left, &[]).await.unwrap().get::<_, bool>(0)
@@ -143,8 +143,9 @@ impl Shop {
 
     /// Runs statements over the table of vectors, which they call `{vectors}`.
     pub async fn on_vectors(&self, sql: &str) {
-        let target: i32 = self.client.query_one("SELECT id FROM refarch.target", &[]).await.unwrap().get(0);
-        self.sql(&sql.replace("{vectors}", &format!("refarch.vector_{target}"))).await;
+        let generation: i32 =
+            self.client.query_one("SELECT id FROM refarch.target", &[]).await.unwrap().get(0);
+        self.sql(&sql.replace("{vectors}", &format!("refarch.vector_{generation}"))).await;
     }
 
     /// Takes a record out.
@@ -198,14 +199,14 @@ impl Shop {
     }
 }
 
-async fn send(double: &Double, what: &str, body: Value) {
+async fn send(double: &PineconeDouble, what: &str, body: Value) {
     let url = format!("{}/vectors/{what}", double.url());
     let request = reqwest::Client::new().post(url).header("Api-Key", "x").json(&body);
     assert!(request.send().await.unwrap().status().is_success(), "{what}: {body}");
 }
 
 /// Writes a record as the change leaves it, under the same id or another.
-pub async fn rewrite(double: &Double, id: &str, to: &str, change: impl FnOnce(&mut Record)) {
+pub async fn rewrite(double: &PineconeDouble, id: &str, to: &str, change: impl FnOnce(&mut Record)) {
     let mut record = double.snapshot("")[id].clone();
     change(&mut record);
     let record = json!({ "id": to, "values": record.values, "metadata": record.metadata });

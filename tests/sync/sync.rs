@@ -8,13 +8,13 @@ use refarch::pipeline::queue::Backlog;
 use tokio::process::Child;
 use tokio_util::sync::CancellationToken;
 
-use crate::common::steps::{self, Loop};
+use crate::common::steps::{self, SyncFixture};
 use crate::common::{self, Database};
 
 /// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(2);
+const TIMEOUT: Duration = Duration::from_mins(2);
 
-impl Loop {
+impl SyncFixture {
     /// Relays and indexes until nothing is left, and proves the outcome.
     async fn converge(&self) {
         self.settle().await;
@@ -23,18 +23,18 @@ impl Loop {
 
     /// Ids whose row and vector do not agree, by comparing every one of them.
     async fn differences(&self) -> Vec<String> {
-        let target = self.backends.target.id;
-        let table = &self.backends.target.table;
+        let generation = self.backends.generation.id;
+        let table = &self.backends.generation.table;
         let sql = format!(
             "SELECT coalesce(s.id, v.id) FROM (SELECT {id}::text AS id, {text} AS text FROM {relation} s WHERE {text} ~ '\\S') s \
-             FULL JOIN refarch.vector_{target} v ON v.id = s.id \
+             FULL JOIN refarch.vector_{generation} v ON v.id = s.id \
              WHERE v.id IS NULL OR s.id IS NULL OR v.content_hash <> \
                sha256(convert_to($1, 'UTF8') || '\\x00'::bytea || convert_to(s.text, 'UTF8'))",
             id = table.id,
             text = table.text,
             relation = table.relation,
         );
-        let rows = self.client.query(&sql, &[&self.backends.target.salt.as_str()]).await.unwrap();
+        let rows = self.client.query(&sql, &[&self.backends.generation.salt.as_str()]).await.unwrap();
         rows.iter().map(|row| row.get(0)).collect()
     }
 
@@ -55,7 +55,7 @@ const KITCHEN: &str = "INSERT INTO products_with_increment (id, name, sku, descr
 
 #[tokio::test(flavor = "multi_thread")]
 async fn inserts_edits_deletes_and_truncations_reach_the_index() {
-    let it = Loop::new("", &[]).await;
+    let it = SyncFixture::new("", &[]).await;
     it.run(KITCHEN).await;
     it.converge().await;
     assert_eq!(it.find("boil water").await[0], "1");
@@ -74,22 +74,22 @@ async fn inserts_edits_deletes_and_truncations_reach_the_index() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_text_is_embedded_once_and_unchanged_text_not_at_all() {
-    let it = Loop::new("", &[]).await;
+    let it = SyncFixture::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'one of ' || i % 7 || ' texts' FROM generate_series(1, 300) i").await;
     it.converge().await;
-    assert_eq!(it.meter.totals(), (300, 7));
+    assert_eq!(it.metrics.totals(), (300, 7));
     it.run("UPDATE products_with_increment SET price = '$5'").await;
     it.converge().await;
-    assert_eq!(it.meter.totals(), (600, 7), "only metadata changed");
+    assert_eq!(it.metrics.totals(), (600, 7), "only metadata changed");
     it.run("UPDATE products_with_increment SET uuid = uuid; UPDATE products_with_increment SET description = 'x' WHERE id = 1; \
             UPDATE products_with_increment SET description = 'one of 1 texts' WHERE id = 1").await;
     it.converge().await;
-    assert_eq!(it.meter.totals(), (600, 7), "it is as it was");
+    assert_eq!(it.metrics.totals(), (600, 7), "it is as it was");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_without_text_are_in_sync_without_a_vector() {
-    let it = Loop::new("", &[]).await;
+    let it = SyncFixture::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, name, description) VALUES (1, 'a', NULL), (2, 'b', ''), (3, NULL, E' \\n\\t'), (4, NULL, 'text')").await;
     it.converge().await;
     assert_eq!(it.backends.index.count().await.unwrap(), 1);
@@ -102,7 +102,7 @@ async fn rows_without_text_are_in_sync_without_a_vector() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn odd_texts_are_embedded_too() {
-    let it = Loop::new("", &[]).await;
+    let it = SyncFixture::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) VALUES (1, repeat('very long ', 120000)), (2, repeat('x', 1000000)), \
             (3, E'\\u0007 \\U0001F600 \\u202E'), (4, '[CLS] [SEP] [MASK]')").await;
     it.converge().await;
@@ -111,7 +111,7 @@ async fn odd_texts_are_embedded_too() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_loads_changes_are_bulk_and_edits_are_live() {
-    let it = Loop::new("", &[]).await;
+    let it = SyncFixture::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text' FROM generate_series(1, 250) i").await;
     it.run(
         "BEGIN; UPDATE products_with_increment SET description = 'a' WHERE id <= 60; \
@@ -128,7 +128,7 @@ async fn a_loads_changes_are_bulk_and_edits_are_live() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_live_change_is_claimed_ahead_of_an_importers_single_rows() {
-    let it = Loop::new("", &[]).await;
+    let it = SyncFixture::new("", &[]).await;
     let mut importer = it.database.client().await;
     let transaction = importer.transaction().await.unwrap();
     transaction
@@ -148,7 +148,7 @@ async fn a_live_change_is_claimed_ahead_of_an_importers_single_rows() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_nobody_can_read_is_kept_among_the_dead_letters_with_the_reason() {
-    let it = Loop::new("", &[]).await;
+    let it = SyncFixture::new("", &[]).await;
     it.run("SELECT pgmq.send('refarch_live', '{\"hello\": 1}'); SELECT pgmq.send('refarch_bulk', '{\"v\": 99}'); \
             SELECT pgmq.send('refarch_live', '{\"v\": 1, \"source\": \"products\"}')").await;
     let foreign = Job {
@@ -181,7 +181,7 @@ async fn what_nobody_can_read_is_kept_among_the_dead_letters_with_the_reason() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ids_that_no_row_can_have_are_harmless() {
-    let it = Loop::new("", &[]).await;
+    let it = SyncFixture::new("", &[]).await;
     it.run(KITCHEN).await;
     it.relay().await;
     let job = Job {
@@ -210,7 +210,7 @@ async fn a_table_of_ones_own_is_kept_in_step() {
         ("REFARCH_SOURCE_TEXT", "title,body"),
         ("REFARCH_SOURCE_METADATA", "tags"),
     ];
-    let it = Loop::new(setup, &env).await;
+    let it = SyncFixture::new(setup, &env).await;
     it.converge().await;
     let tax: String = it
         .client
@@ -229,7 +229,7 @@ async fn a_table_of_ones_own_is_kept_in_step() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn writers_and_several_workers_at_once_converge() {
-    let it = Loop::new("", &[]).await;
+    let it = SyncFixture::new("", &[]).await;
     let mut roles: Vec<Child> = Vec::new();
     for role in [
         &["listen"][..],
@@ -259,7 +259,7 @@ async fn writers_and_several_workers_at_once_converge() {
     for writer in writers.collect::<Vec<_>>() {
         writer.await.unwrap();
     }
-    common::eventually("everything to be in sync", PATIENCE, async || {
+    common::eventually("everything to be in sync", TIMEOUT, async || {
         it.backends.status().await.unwrap().is_synced()
     })
     .await;
@@ -275,18 +275,18 @@ async fn writers_and_several_workers_at_once_converge() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_indexers_messages_come_again() {
-    let it = Loop::new("", &[]).await;
+    let it = SyncFixture::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text ' || i FROM generate_series(1, 400) i").await;
     it.relay().await;
     let mut command = it.database.refarch();
     let mut doomed =
         command.args(["embed", "--workers", "1"]).env("REFARCH_QUEUE_VISIBILITY_S", "1").spawn().unwrap();
-    common::eventually("the indexer to hold messages", PATIENCE, async || {
+    common::eventually("the indexer to hold messages", TIMEOUT, async || {
         it.backends.queue.stats.backlog(Lane::Bulk).await.unwrap().in_flight > 0
     })
     .await;
     doomed.kill().await.unwrap();
-    common::eventually("the messages to be visible again", PATIENCE, async || {
+    common::eventually("the messages to be visible again", TIMEOUT, async || {
         it.backends.queue.stats.backlog(Lane::Bulk).await.unwrap().in_flight == 0
     })
     .await;
@@ -295,13 +295,13 @@ async fn a_killed_indexers_messages_come_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_indexer_holds_little_more_than_it_works_on() {
-    let it = Loop::new("", &[]).await;
+async fn an_indexer_has_little_more_in_flight_than_it_works_on() {
+    let it = SyncFixture::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text ' || i FROM generate_series(1, 4000) i").await;
     it.relay().await;
     let mut indexer = it.database.refarch().args(["embed", "--workers", "1"]).spawn().unwrap();
     let mut most = 0;
-    common::eventually("a message to be done", PATIENCE, async || {
+    common::eventually("a message to be done", TIMEOUT, async || {
         let backlog = it.backends.queue.stats.backlog(Lane::Bulk).await.unwrap();
         most = most.max(backlog.in_flight);
         backlog.visible + backlog.in_flight < 4000
@@ -313,7 +313,7 @@ async fn an_indexer_holds_little_more_than_it_works_on() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_graph_is_built_once_a_load_has_drained_and_dropped_for_a_larger_one() {
-    let it = Loop::new("", &[("REFARCH_INDEX_GRAPH_MIN_ROWS", "20")]).await;
+    let it = SyncFixture::new("", &[("REFARCH_INDEX_GRAPH_MIN_ROWS", "20")]).await;
     let graph = async || -> bool {
         let sql = "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE c.relname LIKE 'vector%graph' AND indisvalid)";
         it.client.query_one(sql, &[]).await.unwrap().get(0)

@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use refarch::backend::Backends;
 use refarch::backend::postgres::ledger::PgLedger;
-use refarch::pipeline::audit::{Auditor, Options, Report};
+use refarch::pipeline::audit::{AuditOptions, Auditor, Report};
 use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::failure::Result;
 use refarch::pipeline::ledger::{Closed, Ledger, Opened, Outcome, Peeked, Pending, Swept};
@@ -37,7 +37,7 @@ impl<T: Twist> Twisted<T> {
             queue: &*backends.queue.stats,
             embedder: None,
             clock: &BootClock,
-            options: Options { sample: 0, wait: Duration::from_secs(1), repair: false },
+            options: AuditOptions { sample: 0, wait: Duration::from_secs(1), repair: false },
         };
         auditor.run(&|_| ()).await.unwrap()
     }
@@ -61,8 +61,8 @@ impl<T: Twist> Ledger for Twisted<T> {
         self.0.ledger().close(attempt, worker, closing).await
     }
 
-    async fn disown(&self, worker: &str, in_hand: &[String]) -> Result<u64> {
-        self.0.ledger().disown(worker, in_hand).await
+    async fn abandon_orphans(&self, worker: &str, in_hand: &[String]) -> Result<u64> {
+        self.0.ledger().abandon_orphans(worker, in_hand).await
     }
 
     async fn sweep(&self, settle: Duration, limit: usize) -> Result<Swept> {

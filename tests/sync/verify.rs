@@ -11,9 +11,9 @@ use rand::{RngExt as _, SeedableRng as _};
 use refarch::backend::Backends;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
-use refarch::backend::postgres::lineage::{self, Standing};
+use refarch::backend::postgres::ownership::{self, Ownership};
 use refarch::pipeline::failure::Result;
-use refarch::pipeline::index::{Listing, Match, Notes, Stored, VectorIndex, Writes};
+use refarch::pipeline::index::{Listing, Match, OwnershipStore, Stored, VectorIndex, Writes};
 use refarch::pipeline::ledger::{Ledger as _, Peeked};
 use serde_json::json;
 use tokio_postgres::Client;
@@ -187,13 +187,13 @@ async fn a_writer_makes_no_difference(shop: Shop) {
 
 /// Changes rows, some fifty a second, for as long as it is polled.
 async fn write(client: Client) {
-    let mut dice = StdRng::seed_from_u64(11);
+    let mut rng = StdRng::seed_from_u64(11);
     let mut tick = tokio::time::interval(Duration::from_millis(20));
     loop {
         tick.tick().await;
-        let id = dice.random_range(1..=40_i64);
-        let text = format!("A crate of {} apples", dice.random_range(0..1_000));
-        let done = match dice.random_range(0..10) {
+        let id = rng.random_range(1..=40_i64);
+        let text = format!("A crate of {} apples", rng.random_range(0..1_000));
+        let done = match rng.random_range(0..10) {
             0 | 1 => client.execute("DELETE FROM products_with_increment WHERE id = $1", &[&id]).await,
             2 => {
                 let sql = "UPDATE products_with_increment SET description = NULL WHERE id = $1";
@@ -389,14 +389,14 @@ enum Moment {
 }
 
 /// A ledger of which a row changes amid the audit, at the worst moment.
-struct Racing {
+struct RacingLedger {
     ledger: Arc<PgLedger>,
     client: Client,
     moment: Moment,
     calls: AtomicU32,
 }
 
-impl Racing {
+impl RacingLedger {
     async fn change_at(&self, moment: Moment, call: u32) {
         if moment == self.moment && self.calls.fetch_add(1, Ordering::Relaxed) == call {
             let sql = "UPDATE products_with_increment SET description = 'Changed' WHERE id = 1";
@@ -406,7 +406,7 @@ impl Racing {
 }
 
 #[async_trait]
-impl Twist for Racing {
+impl Twist for RacingLedger {
     fn ledger(&self) -> &PgLedger {
         &self.ledger
     }
@@ -431,7 +431,7 @@ async fn a_change_amid_the_audit_is_waited_for() {
             shop.remove("1").await;
         }
         let backends = shop.backends().await;
-        let ledger = Twisted(Racing {
+        let ledger = Twisted(RacingLedger {
             ledger: Arc::clone(&backends.ledger),
             client: shop.database.client().await,
             moment,
@@ -446,7 +446,7 @@ async fn a_change_amid_the_audit_is_waited_for() {
 struct Marked {
     index: Arc<dyn VectorIndex>,
     postgres: Postgres,
-    target: i32,
+    generation: i32,
 }
 
 #[async_trait]
@@ -475,37 +475,37 @@ impl VectorIndex for Marked {
         self.index.maintain(backlog).await
     }
 
-    async fn probe(&self) -> Result<()> {
-        self.index.probe().await
+    async fn check_writable(&self) -> Result<()> {
+        self.index.check_writable().await
     }
 
-    fn notes(&self) -> Option<&dyn Notes> {
+    fn ownership_store(&self) -> Option<&dyn OwnershipStore> {
         Some(self)
     }
 }
 
 #[async_trait]
-impl Notes for Marked {
-    async fn note(&self) -> Result<Option<String>> {
-        let notes = self.index.notes().unwrap();
-        lineage::mark(&self.postgres, self.target, notes, Duration::ZERO).await?;
-        let note = notes.note().await;
-        lineage::mark(&self.postgres, self.target, notes, Duration::ZERO).await?;
+impl OwnershipStore for Marked {
+    async fn record(&self) -> Result<Option<String>> {
+        let notes = self.index.ownership_store().unwrap();
+        ownership::renew(&self.postgres, self.generation, notes, Duration::ZERO).await?;
+        let note = notes.record().await;
+        ownership::renew(&self.postgres, self.generation, notes, Duration::ZERO).await?;
         note
     }
 
-    async fn set_note(&self, note: &str) -> Result<()> {
-        self.index.notes().unwrap().set_note(note).await
+    async fn set_record(&self, record: &str) -> Result<()> {
+        self.index.ownership_store().unwrap().set_record(record).await
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_mark_that_is_made_meanwhile_makes_no_index_foreign() {
+async fn an_ownership_record_written_meanwhile_makes_no_index_foreign() {
     let shop = on_pinecone().await;
     shop.role(&["migrate"]).await;
-    let Backends { postgres, target, index, .. } = shop.backends().await;
-    let index = Marked { index, postgres: postgres.clone(), target: target.id };
+    let Backends { postgres, generation, index, .. } = shop.backends().await;
+    let index = Marked { index, postgres: postgres.clone(), generation: generation.id };
     for _ in 0..2 {
-        assert_eq!(lineage::compare(&postgres, target.id, &index).await.unwrap(), Standing::Ours);
+        assert_eq!(ownership::compare(&postgres, generation.id, &index).await.unwrap(), Ownership::Owned);
     }
 }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use refarch::backend::postgres::Postgres;
+use refarch::backend::postgres::generation;
 use refarch::backend::postgres::ledger::PgLedger;
-use refarch::backend::postgres::target;
 use refarch::pipeline::ledger::Ledger as _;
 use refarch::secret::Secret;
 
@@ -40,7 +40,7 @@ async fn keys_of_extensions_types_are_read() {
         ]);
         let postgres = Postgres::new(&Secret::new(server.url("")), &set.database).unwrap();
         source::migrate(&postgres, &set, &shape).await.unwrap();
-        let target = target::find(&postgres, &set.source, &shape).await.unwrap();
+        let target = generation::find(&postgres, &set.source, &shape).await.unwrap();
         let ledger = PgLedger::new(postgres, Arc::new(target.table), target.id, target.salt);
         let mut ids = Vec::new();
         while let Some(peeked) = ledger.rows_after(ids.last().map(String::as_str), 1).await.unwrap().pop() {

@@ -10,7 +10,7 @@ use nix::unistd::{Uid, User};
 
 use crate::common;
 
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Where the servers listen; every resolver takes it for this machine.
 pub const NAME: &str = "localhost";
@@ -136,7 +136,7 @@ impl Drop for Pooler {
 }
 
 async fn answers(what: &str, url: &str) {
-    common::eventually(what, PATIENCE, async || {
+    common::eventually(what, TIMEOUT, async || {
         tokio_postgres::connect(url, tokio_postgres::NoTls).await.is_ok()
     })
     .await;

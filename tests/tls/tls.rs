@@ -16,7 +16,7 @@ use tokio::sync::Mutex;
 use crate::common;
 use crate::servers::{NAME, Pooler, Server};
 
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Certificates that the tests make.
 struct Certificates {
@@ -66,7 +66,7 @@ impl Certificates {
 }
 
 /// What the tests of this process share.
-struct Bench {
+struct Fixture {
     certificates: Certificates,
     good: Server,
     named: Server,
@@ -74,13 +74,13 @@ struct Bench {
     plain: Server,
 }
 
-static BENCH: Mutex<Weak<Bench>> = Mutex::const_new(Weak::new());
+static FIXTURE: Mutex<Weak<Fixture>> = Mutex::const_new(Weak::new());
 
-impl Bench {
+impl Fixture {
     async fn shared() -> Arc<Self> {
-        let mut shared = BENCH.lock().await;
-        if let Some(bench) = shared.upgrade() {
-            return bench;
+        let mut shared = FIXTURE.lock().await;
+        if let Some(fixture) = shared.upgrade() {
+            return fixture;
         }
         let certificates = Certificates::make();
         let (good, named, expired, plain) = tokio::join!(
@@ -89,9 +89,9 @@ impl Bench {
             certificates.server("expired"),
             Server::start(None)
         );
-        let bench = Arc::new(Self { certificates, good, named, expired, plain });
-        *shared = Arc::downgrade(&bench);
-        bench
+        let fixture = Arc::new(Self { certificates, good, named, expired, plain });
+        *shared = Arc::downgrade(&fixture);
+        fixture
     }
 }
 
@@ -112,12 +112,12 @@ type Case<'a> = (&'a Server, &'a str, Option<&'a str>, Result<bool, &'a str>);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_mode_asks_what_libpq_asks() {
-    let bench = Bench::shared().await;
-    let ours = bench.certificates.path("authority.pem");
-    let strange = bench.certificates.path("stranger.pem");
+    let fixture = Fixture::shared().await;
+    let ours = fixture.certificates.path("authority.pem");
+    let strange = fixture.certificates.path("stranger.pem");
     let none: Option<&str> = None;
     let (ours, strange) = (Some(ours.as_str()), Some(strange.as_str()));
-    let (good, named, expired, plain) = (&bench.good, &bench.named, &bench.expired, &bench.plain);
+    let (good, named, expired, plain) = (&fixture.good, &fixture.named, &fixture.expired, &fixture.plain);
     let unknown = "set database.sslrootcert";
     let cases: &[Case] = &[
         (good, "disable", ours, Ok(false)),
@@ -159,19 +159,19 @@ async fn every_mode_asks_what_libpq_asks() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn settings_and_pairs_of_keys_do_as_well_as_urls() {
-    let bench = Bench::shared().await;
+    let fixture = Fixture::shared().await;
     let set = Database {
         sslmode: "verify-full".into(),
-        sslrootcert: bench.certificates.path("authority.pem").into(),
+        sslrootcert: fixture.certificates.path("authority.pem").into(),
         ..settings()
     };
-    let pairs = format!("host={NAME} port={} user=refarch dbname=postgres", bench.good.port);
+    let pairs = format!("host={NAME} port={} user=refarch dbname=postgres", fixture.good.port);
     assert!(connect(&pairs, &set).await.unwrap());
     assert!(!connect(&format!("{pairs} sslmode='disable'"), &set).await.unwrap(), "the address wins");
     let missing = Database { sslrootcert: "/none.pem".into(), ..set.clone() };
     let error = connect(&pairs, &missing).await.unwrap_err().to_string();
     assert!(error.contains("database.sslrootcert = /none.pem"), "{error}");
-    let empty = Database { sslrootcert: bench.certificates.path("empty.pem").into(), ..set };
+    let empty = Database { sslrootcert: fixture.certificates.path("empty.pem").into(), ..set };
     let error = connect(&pairs, &empty).await.unwrap_err().to_string();
     assert!(error.contains("there is no certificate in it"), "{error}");
     // This machine needs nothing, unless it is said.
@@ -180,14 +180,14 @@ async fn settings_and_pairs_of_keys_do_as_well_as_urls() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn roles_work_over_a_verified_connection() {
-    let bench = Bench::shared().await;
-    let url = bench.good.url("sslmode=verify-full");
+    let fixture = Fixture::shared().await;
+    let url = fixture.good.url("sslmode=verify-full");
     let run = async |args: &[&str]| {
         let mut command = common::refarch();
         command
             .args(args)
             .env("DATABASE_URL", &url)
-            .env("PGSSLROOTCERT", bench.certificates.path("authority.pem"));
+            .env("PGSSLROOTCERT", fixture.certificates.path("authority.pem"));
         // Debian's server has no pgvector.
         command.env("PINECONE_INDEX_HOST", "http://127.0.0.1:9").env("PINECONE_API_KEY", "none");
         let output = command.output().await.unwrap();
@@ -196,7 +196,7 @@ async fn roles_work_over_a_verified_connection() {
     };
     run(&["migrate"]).await;
     let (client, connection) =
-        tokio_postgres::connect(&bench.good.url("sslmode=disable"), tokio_postgres::NoTls).await.unwrap();
+        tokio_postgres::connect(&fixture.good.url("sslmode=disable"), tokio_postgres::NoTls).await.unwrap();
     tokio::spawn(connection);
     client
         .batch_execute("INSERT INTO products_with_increment (description) VALUES ('a kettle')")
@@ -209,16 +209,16 @@ async fn roles_work_over_a_verified_connection() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pooler_in_transaction_mode_is_noticed() {
-    let bench = Bench::shared().await;
-    let pooler = Pooler::before(&bench.plain).await;
-    let direct = bench.plain.url("sslmode=disable");
+    let fixture = Fixture::shared().await;
+    let pooler = Pooler::before(&fixture.plain).await;
+    let direct = fixture.plain.url("sslmode=disable");
     let env = [("PINECONE_INDEX_HOST", "http://127.0.0.1:9"), ("PINECONE_API_KEY", "none")];
     let migrated =
         common::refarch().arg("migrate").env("DATABASE_URL", &direct).envs(env).output().await.unwrap();
     assert!(migrated.status.success(), "{}", String::from_utf8_lossy(&migrated.stderr));
     // The probe itself: a session of the server's is one, and the pooler's is none.
     let probe = async |url: &str| {
-        Postgres::new(&Secret::new(url), &settings()).unwrap().has_sessions().await.unwrap()
+        Postgres::new(&Secret::new(url), &settings()).unwrap().supports_sessions().await.unwrap()
     };
     assert!(probe(&direct).await);
     assert!(!probe(&pooler.url()).await);
@@ -235,7 +235,7 @@ async fn a_pooler_in_transaction_mode_is_noticed() {
         }
         panic!("it ended without a word")
     };
-    let line = tokio::time::timeout(PATIENCE, warned).await.expect("no warning came");
+    let line = tokio::time::timeout(TIMEOUT, warned).await.expect("no warning came");
     assert!(line.contains("polling"), "{line}");
     child.kill().await.unwrap();
 }

@@ -12,7 +12,7 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 use crate::common::{self, Database};
 
 /// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Keeps Chromium from looking anything up elsewhere.
 const FLAGS: &[&str] = &[
@@ -52,7 +52,7 @@ impl Page {
             .unwrap();
         let port_file = profile.path().join("DevToolsActivePort");
         let mut port = String::new();
-        common::eventually("Chromium to start", PATIENCE, async || {
+        common::eventually("Chromium to start", TIMEOUT, async || {
             port = std::fs::read_to_string(&port_file).unwrap_or_default();
             port.lines().count() == 2
         })
@@ -74,7 +74,7 @@ impl Page {
         let call = json!({ "id": id, "method": method, "params": parameters }).to_string();
         self.socket.send(Message::text(call)).await.unwrap();
         loop {
-            let message = tokio::time::timeout(PATIENCE, self.socket.next()).await.unwrap().unwrap().unwrap();
+            let message = tokio::time::timeout(TIMEOUT, self.socket.next()).await.unwrap().unwrap().unwrap();
             let Ok(text) = message.into_text() else { continue };
             let Ok(answer) = serde_json::from_str::<Value>(&text) else { continue };
             let event = answer["method"].as_str().unwrap_or_default();
@@ -100,9 +100,9 @@ impl Page {
     async fn until(&mut self, expression: &str) {
         let start = std::time::Instant::now();
         while self.eval(expression).await != true {
-            if start.elapsed() > PATIENCE {
+            if start.elapsed() > TIMEOUT {
                 let page = self.eval("document.body.innerText").await;
-                panic!("not within {PATIENCE:?}: {expression}\n{page}\n{:#?}", self.problems);
+                panic!("not within {TIMEOUT:?}: {expression}\n{page}\n{:#?}", self.problems);
             }
             tokio::time::sleep(Duration::from_millis(30)).await;
         }
@@ -129,7 +129,7 @@ async fn up(database: &Database, env: &[(&str, &str)]) -> (Child, String) {
     command.args(["up", "--products", "0", "--workers", "1", "--bind", &address]).envs(env.iter().copied());
     let roles = command.stdout(Stdio::null()).spawn().unwrap();
     let ready = format!("http://{address}/readyz");
-    common::eventually("the server to be ready", PATIENCE, async || {
+    common::eventually("the server to be ready", TIMEOUT, async || {
         reqwest::get(&ready).await.is_ok_and(|r| r.status().is_success())
     })
     .await;

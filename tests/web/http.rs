@@ -11,8 +11,10 @@ use async_trait::async_trait;
 use refarch::backend::postgres::products::Products;
 use refarch::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use refarch::pipeline::failure::{Error, FailureKind, Result};
-use refarch::pipeline::index::{Listing, Match, Notes, Stored, VectorIndex, Writes};
-use refarch::role::serve::{App, Bounds, Guard, Limits, Patience, Probe, router, serve};
+use refarch::pipeline::index::{Listing, Match, OwnershipStore, Stored, VectorIndex, Writes};
+use refarch::role::serve::{
+    AccessControl, App, ClientTimeouts, ConnectionLimits, Limits, SyncStatus, router, serve,
+};
 use refarch::secret::Secret;
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
@@ -26,7 +28,7 @@ use crate::common::source::settings;
 use crate::common::{self, Database};
 
 /// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 const TABLE: &str = include_str!("../../src/backend/postgres/schema/products.sql");
 
@@ -122,11 +124,11 @@ impl VectorIndex for FlatIndex {
         Ok(Vec::new())
     }
 
-    fn notes(&self) -> Option<&dyn Notes> {
+    fn ownership_store(&self) -> Option<&dyn OwnershipStore> {
         None
     }
 
-    async fn probe(&self) -> Result<()> {
+    async fn check_writable(&self) -> Result<()> {
         Ok(())
     }
 
@@ -141,7 +143,7 @@ impl VectorIndex for FlatIndex {
 
 /// Says what a test tells it to say.
 #[derive(Default)]
-struct ToldProbe {
+struct ScriptedSyncStatus {
     searchable: Mutex<HashSet<String>>,
     asked: Mutex<u32>,
     faults: Mutex<Vec<String>>,
@@ -149,7 +151,7 @@ struct ToldProbe {
 }
 
 #[async_trait]
-impl Probe for ToldProbe {
+impl SyncStatus for ScriptedSyncStatus {
     async fn status(&self) -> Result<Value> {
         *self.asked.lock().unwrap() += 1;
         Ok(json!({ "source_rows": 3 }))
@@ -159,7 +161,7 @@ impl Probe for ToldProbe {
         Ok(self.searchable.lock().unwrap().contains(id))
     }
 
-    async fn check_target(&self) -> Result<()> {
+    async fn check_generation(&self) -> Result<()> {
         if self.migrated.load(Ordering::Relaxed) {
             return Err(Error::new(
                 FailureKind::WrongShape,
@@ -176,23 +178,23 @@ impl Probe for ToldProbe {
 }
 
 /// How a server is made.
-struct Made<'a> {
+struct ServerOptions<'a> {
     /// What it thinks it is bound to; the tests reach it on loopback all the same.
     address: &'a str,
     token: &'a str,
     hosts: &'a [&'a str],
     limits: Limits,
-    bounds: Bounds,
+    connection_limits: ConnectionLimits,
 }
 
-impl Default for Made<'_> {
+impl Default for ServerOptions<'_> {
     fn default() -> Self {
         Self {
             address: "127.0.0.1:3000",
             token: "",
             hosts: &[],
             limits: Limits::new(12),
-            bounds: Bounds::new(0, 0),
+            connection_limits: ConnectionLimits::new(0, 0),
         }
     }
 }
@@ -204,7 +206,7 @@ struct Server {
     database: Database,
     sql: Client,
     index: Arc<FlatIndex>,
-    probe: Arc<ToldProbe>,
+    sync_status: Arc<ScriptedSyncStatus>,
     http: reqwest::Client,
     stop: CancellationToken,
     serving: JoinHandle<()>,
@@ -217,34 +219,40 @@ impl Server {
     }
 
     async fn start_as(address: &str, token: &str) -> Self {
-        Self::make(Made { address, token, ..Made::default() }).await
+        Self::make(ServerOptions { address, token, ..ServerOptions::default() }).await
     }
 
-    async fn make(made: Made<'_>) -> Self {
+    async fn make(made: ServerOptions<'_>) -> Self {
         let database = Database::create().await;
         let sql = database.client().await;
         sql.batch_execute(TABLE).await.unwrap();
         let postgres = database.postgres(&settings(&[]));
         let products = Products::new(postgres.pool, "public.products_with_increment");
         let index = Arc::new(FlatIndex::default());
-        let probe = Arc::new(ToldProbe::default());
+        let sync_status = Arc::new(ScriptedSyncStatus::default());
         let app = App::new(
             products,
             Arc::new(WordEmbedder),
             Arc::clone(&index) as _,
-            Arc::clone(&probe) as _,
+            Arc::clone(&sync_status) as _,
             10,
             made.limits,
         );
         let hosts: Vec<String> = made.hosts.iter().map(|host| (*host).to_owned()).collect();
-        let guard = Guard::new(made.address.parse().unwrap(), Secret::new(made.token)).with_hosts(&hosts);
+        let access =
+            AccessControl::new(made.address.parse().unwrap(), Secret::new(made.token)).with_hosts(&hosts);
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let serving = tokio::spawn(serve(listener, router(Arc::new(app), guard), made.bounds, stop.clone()));
+        let serving = tokio::spawn(serve(
+            listener,
+            router(Arc::new(app), access),
+            made.connection_limits,
+            stop.clone(),
+        ));
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
         let url = format!("http://{address}");
-        Self { url, address, database, sql, index, probe, http, stop, serving }
+        Self { url, address, database, sql, index, sync_status, http, stop, serving }
     }
 
     /// A connection on which these bytes were sent.
@@ -514,7 +522,7 @@ async fn a_row_is_added_changed_and_deleted() {
         format!("\"{}\"", created["revision"].as_str().unwrap())
     );
     assert_eq!(response.json::<Value>().await.unwrap()["searchable"], false);
-    server.probe.searchable.lock().unwrap().insert(id.to_string());
+    server.sync_status.searchable.lock().unwrap().insert(id.to_string());
     assert_eq!(server.get(&location).await["searchable"], true);
 
     let (status, changed) =
@@ -766,7 +774,7 @@ async fn readiness_tells_what_is_missing_and_nothing_of_the_inside() {
 
     *server.index.failing.lock().unwrap() = true;
     let not_ready = async || {
-        common::eventually("a new look", PATIENCE, async || status("/readyz").await == 503).await;
+        common::eventually("a new look", TIMEOUT, async || status("/readyz").await == 503).await;
         let stranger = server.request(Method::GET, "/readyz").header("x-forwarded-for", "203.0.113.9");
         (answer(server.request(Method::GET, "/readyz")).await.1, answer(stranger).await.1)
     };
@@ -777,10 +785,10 @@ async fn readiness_tells_what_is_missing_and_nothing_of_the_inside() {
     let (_, message) = refusal(server.request(Method::GET, "/api/v1/search?q=lamp"), 503).await;
     assert!(!message.contains("10.0.0.7"), "{message}");
     *server.index.failing.lock().unwrap() = false;
-    common::eventually("a new look", PATIENCE, async || status("/readyz").await == 200).await;
+    common::eventually("a new look", TIMEOUT, async || status("/readyz").await == 200).await;
 
-    *server.probe.faults.lock().unwrap() = vec!["public.lamp is not captured".into()];
-    server.probe.migrated.store(true, Ordering::Relaxed);
+    *server.sync_status.faults.lock().unwrap() = vec!["public.lamp is not captured".into()];
+    server.sync_status.migrated.store(true, Ordering::Relaxed);
     let (near, stranger) = not_ready().await;
     assert_eq!(
         stranger["reasons"],
@@ -790,9 +798,9 @@ async fn readiness_tells_what_is_missing_and_nothing_of_the_inside() {
         ])
     );
     assert_eq!(near["reasons"][1], "capture: public.lamp is not captured");
-    server.probe.faults.lock().unwrap().clear();
-    server.probe.migrated.store(false, Ordering::Relaxed);
-    common::eventually("a new look", PATIENCE, async || status("/readyz").await == 200).await;
+    server.sync_status.faults.lock().unwrap().clear();
+    server.sync_status.migrated.store(false, Ordering::Relaxed);
+    common::eventually("a new look", TIMEOUT, async || status("/readyz").await == 200).await;
 
     server.sql.batch_execute("DROP TABLE products_with_increment").await.unwrap();
     assert_eq!(status("/healthz").await, 200);
@@ -823,7 +831,7 @@ async fn the_status_is_read_once_for_many_pages() {
     for _ in 0..20 {
         assert_eq!(server.get("/api/v1/status").await["source_rows"], 3);
     }
-    assert!(*server.probe.asked.lock().unwrap() < 10);
+    assert!(*server.sync_status.asked.lock().unwrap() < 10);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -877,14 +885,14 @@ async fn the_words_of_a_back_end_are_not_for_strangers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_all_places_are_taken_others_are_told_to_come_again() {
-    let limits = Limits { reads: 1, turn: Duration::from_millis(50), ..Limits::new(12) };
-    let server = Server::make(Made { limits, ..Made::default() }).await;
+async fn while_all_permits_are_taken_others_are_told_to_try_again() {
+    let limits = Limits { reads: 1, permit_timeout: Duration::from_millis(50), ..Limits::new(12) };
+    let server = Server::make(ServerOptions { limits, ..ServerOptions::default() }).await;
     server.add("Lamp", "L-1", "A lamp").await;
     let mut other = server.database.client().await;
     let lock = other.transaction().await.unwrap();
     lock.batch_execute("LOCK TABLE products_with_increment IN ACCESS EXCLUSIVE MODE").await.unwrap();
-    common::eventually("one to have the place, and another to be told so", PATIENCE, async || {
+    common::eventually("one to have the place, and another to be told so", TIMEOUT, async || {
         let asks = (0..3).map(|_| server.request(Method::GET, "/api/v1/products").send());
         let mut told = false;
         for response in futures::future::join_all(asks).await {
@@ -921,16 +929,16 @@ async fn what_clients_ask_has_connections_and_time_of_its_own() {
 }
 
 /// Bounds in which a client soon has taken too long.
-fn strict(connections: usize) -> Bounds {
+fn strict(connections: usize) -> ConnectionLimits {
     let soon = Duration::from_millis(300);
-    let patience = Patience { head: soon, idle: soon, write: soon, answer: PATIENCE };
-    Bounds { connections, patience }
+    let timeouts = ClientTimeouts { head: soon, idle: soon, write: soon, answer: TIMEOUT };
+    ConnectionLimits { connections, timeouts }
 }
 
 /// Reads until the server closes the connection.
 async fn rest(socket: &mut TcpStream) -> String {
     let mut text = Vec::new();
-    let read = tokio::time::timeout(PATIENCE, socket.read_to_end(&mut text)).await;
+    let read = tokio::time::timeout(TIMEOUT, socket.read_to_end(&mut text)).await;
     // A connection that is reset is closed too.
     let _ = read.expect("the server closes the connection");
     String::from_utf8_lossy(&text).into_owned()
@@ -938,7 +946,8 @@ async fn rest(socket: &mut TcpStream) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_sends_nothing_more_is_let_go() {
-    let server = Server::make(Made { bounds: strict(100), ..Made::default() }).await;
+    let server =
+        Server::make(ServerOptions { connection_limits: strict(100), ..ServerOptions::default() }).await;
     for half in ["", "GET / HT", "GET / HTTP/1.1\r\nhost: localhost\r\n"] {
         assert_eq!(rest(&mut server.socket(half).await).await, "", "{half:?}");
     }
@@ -950,7 +959,7 @@ async fn a_client_that_sends_nothing_more_is_let_go() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_does_not_come_is_waited_for_no_longer_than_a_request_may_take() {
     let limits = Limits { request: Duration::from_millis(300), ..Limits::new(12) };
-    let server = Server::make(Made { limits, ..Made::default() }).await;
+    let server = Server::make(ServerOptions { limits, ..ServerOptions::default() }).await;
     let head = "POST /api/v1/products HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
                 content-length: 100\r\n\r\n{";
     let answer = rest(&mut server.socket(head).await).await;
@@ -959,7 +968,8 @@ async fn a_body_that_does_not_come_is_waited_for_no_longer_than_a_request_may_ta
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_does_not_read_its_answer_is_let_go() {
-    let server = Server::make(Made { bounds: strict(100), ..Made::default() }).await;
+    let server =
+        Server::make(ServerOptions { connection_limits: strict(100), ..ServerOptions::default() }).await;
     server
         .sql
         .batch_execute("INSERT INTO products_with_increment (description) SELECT repeat('lamp ', 100000) FROM generate_series(1, 100)")
@@ -980,7 +990,7 @@ async fn a_client_that_does_not_read_its_answer_is_let_go() {
 #[tokio::test(flavor = "multi_thread")]
 async fn answers_that_nobody_takes_fill_no_more_than_their_share_of_memory() {
     let limits = Limits { answers_kib: 60_000, ..Limits::new(12) };
-    let server = Server::make(Made { limits, ..Made::default() }).await;
+    let server = Server::make(ServerOptions { limits, ..ServerOptions::default() }).await;
     server
         .sql
         .batch_execute("INSERT INTO products_with_increment (description) SELECT repeat('lamp ', 100000) FROM generate_series(1, 100)")
@@ -1000,7 +1010,7 @@ async fn answers_that_nobody_takes_fill_no_more_than_their_share_of_memory() {
     assert!(code == "too_large" && message.contains("64 KiB"), "{message}");
     server.get("/api/v1/status").await;
     drop(slow);
-    common::eventually("the room to be free again", PATIENCE, async || {
+    common::eventually("the room to be free again", TIMEOUT, async || {
         large().send().await.unwrap().status() == StatusCode::OK
     })
     .await;
@@ -1008,8 +1018,12 @@ async fn answers_that_nobody_takes_fill_no_more_than_their_share_of_memory() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn when_all_connections_are_taken_the_one_that_waits_longest_makes_room() {
-    let patience = Bounds::new(0, 0).patience;
-    let server = Server::make(Made { bounds: Bounds { connections: 16, patience }, ..Made::default() }).await;
+    let timeouts = ConnectionLimits::new(0, 0).timeouts;
+    let server = Server::make(ServerOptions {
+        connection_limits: ConnectionLimits { connections: 16, timeouts },
+        ..ServerOptions::default()
+    })
+    .await;
     let mut waiting = Vec::new();
     for _ in 0..40 {
         waiting.push(server.socket("GET / HT").await);
@@ -1036,7 +1050,7 @@ async fn a_server_that_stops_answers_what_it_was_asked_and_no_more() {
     let asked = tokio::spawn(async move { request.send().await.unwrap().status().as_u16() });
     let waits =
         "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'products_with_increment'::regclass";
-    common::eventually("the request to wait", PATIENCE, async || {
+    common::eventually("the request to wait", TIMEOUT, async || {
         lock.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) == 1
     })
     .await;
@@ -1048,7 +1062,7 @@ async fn a_server_that_stops_answers_what_it_was_asked_and_no_more() {
     lock.rollback().await.unwrap();
     // Its statement may have waited too long by now.
     assert!([200, 503].contains(&asked.await.unwrap()));
-    tokio::time::timeout(PATIENCE, server.serving).await.unwrap().unwrap();
+    tokio::time::timeout(TIMEOUT, server.serving).await.unwrap().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

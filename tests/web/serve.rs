@@ -13,7 +13,7 @@ use tokio::process::{Child, Command};
 use crate::common::{self, Database};
 
 /// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A migrated database with every role running on it.
 struct Server {
@@ -50,7 +50,7 @@ impl Server {
         let base = format!("http://127.0.0.1:{port}");
         let client = Client::new();
         let ready = format!("{base}/readyz");
-        common::eventually("the server to be ready", PATIENCE, async || {
+        common::eventually("the server to be ready", TIMEOUT, async || {
             client.get(&ready).send().await.is_ok_and(|response| response.status().is_success())
         })
         .await;
@@ -95,7 +95,7 @@ impl Server {
 
     async fn searchable(&self, row: &Value) {
         let path = format!("/api/v1/products/{}", row["id"]);
-        common::eventually("the row to be searchable", PATIENCE, async || {
+        common::eventually("the row to be searchable", TIMEOUT, async || {
             self.get(&path).await.1["searchable"] == true
         })
         .await;
@@ -196,7 +196,7 @@ async fn an_exact_sku_then_an_exact_name_come_first_and_pages_do_not_overlap() {
         )
         .await
         .unwrap();
-    common::eventually("all rows to be searchable", PATIENCE, async || {
+    common::eventually("all rows to be searchable", TIMEOUT, async || {
         server.get("/api/v1/status").await.1["in_sync"] == 132
     })
     .await;
@@ -406,7 +406,7 @@ async fn status_has_the_documented_keys() {
         status["workers"].as_array().unwrap().iter().map(|worker| &worker["role"]).collect();
     assert_eq!(roles, ["embed", "listen", "serve"]);
     assert_eq!(server.get("/healthz").await.0, StatusCode::OK);
-    common::eventually("freshness to be sampled", PATIENCE, async || {
+    common::eventually("freshness to be sampled", TIMEOUT, async || {
         server.get("/api/v1/status").await.1["freshness_ms"]["p50"].is_u64()
     })
     .await;
@@ -426,7 +426,7 @@ async fn sockets_that_send_nothing_more_do_not_keep_others_out() {
     }
     // A client of its own, since one that has a connection already would keep it.
     for path in ["/healthz", "/api/v1/products", "/"] {
-        let client = Client::builder().timeout(PATIENCE / 2).build().unwrap();
+        let client = Client::builder().timeout(TIMEOUT / 2).build().unwrap();
         let answer = client.get(format!("{}{path}", server.base)).send().await;
         assert_eq!(answer.expect("an answer beside 300 that wait").status(), StatusCode::OK, "{path}");
     }
@@ -542,7 +542,7 @@ async fn a_process_without_a_file_to_spare_says_so_once_and_answers_others() {
         socket.write_all(b"GET / HT").await.unwrap();
         waiting.push(socket);
     }
-    let client = Client::builder().timeout(PATIENCE / 2).build().unwrap();
+    let client = Client::builder().timeout(TIMEOUT / 2).build().unwrap();
     let answer = client.get(format!("{}/healthz", server.base)).send().await;
     assert_eq!(answer.expect("an answer beside ten that wait").status(), StatusCode::OK);
     drop(waiting);

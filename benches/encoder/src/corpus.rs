@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use refarch::role::generate::catalogue::{Catalogue, Text};
+use refarch::role::generate::fake_products::{FakeProducts, ProductText};
 use serde_json::{Value, json};
 use tokenizers::{Tokenizer, TruncationParams};
 
@@ -16,7 +16,7 @@ const LEAST_LONG: usize = 20;
 
 /// A copy of a model folder with another maximum text length: as many tokens as the model has positions. The
 /// model's own settings may allow less.
-pub struct Folder {
+pub struct ModelFolder {
     pub path: PathBuf,
     pub tokenizer: Tokenizer,
     pub positions: usize,
@@ -24,7 +24,7 @@ pub struct Folder {
     pub width: usize,
 }
 
-impl Folder {
+impl ModelFolder {
     pub fn reading_all_positions(model: &Path, scratch: &Path) -> Result<Self> {
         let model = std::path::absolute(model)?;
         let path = scratch.join("model");
@@ -64,7 +64,7 @@ pub struct Corpus {
 }
 
 impl Corpus {
-    pub fn new(folder: &Folder, name: &'static str, texts: Vec<Arc<str>>) -> Result<Self> {
+    pub fn new(folder: &ModelFolder, name: &'static str, texts: Vec<Arc<str>>) -> Result<Self> {
         let encode = |text: &Arc<str>| tokens(&folder.tokenizer, text);
         let ids = texts.iter().map(encode).collect::<Result<_>>()?;
         Ok(Self { name, texts: texts.into(), ids })
@@ -91,12 +91,12 @@ pub fn tokens(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
 }
 
 /// Descriptions of generated products as short texts, and several of them joined as long texts.
-pub fn generated(folder: &Folder, count: usize) -> Result<Vec<Corpus>> {
-    let catalogue = Catalogue::new(1);
-    let mut text = Text::default();
+pub fn generated(folder: &ModelFolder, count: usize) -> Result<Vec<Corpus>> {
+    let fake_products = FakeProducts::new(1);
+    let mut text = ProductText::default();
     let short = (0..count as u64)
         .map(|number| {
-            catalogue.product(number, &mut text);
+            fake_products.product(number, &mut text);
             text.description.as_str().into()
         })
         .collect();
@@ -104,7 +104,7 @@ pub fn generated(folder: &Folder, count: usize) -> Result<Vec<Corpus>> {
 }
 
 /// As [`generated`], but with descriptions from a CSV file.
-pub fn from_csv(folder: &Folder, file: &Path, count: usize) -> Result<Vec<Corpus>> {
+pub fn from_csv(folder: &ModelFolder, file: &Path, count: usize) -> Result<Vec<Corpus>> {
     let context = || format!("cannot read {}", file.display());
     let mut reader = csv::Reader::from_path(file).with_context(context)?;
     let headers = reader.headers().with_context(context)?.clone();
@@ -118,7 +118,7 @@ pub fn from_csv(folder: &Folder, file: &Path, count: usize) -> Result<Vec<Corpus
     all(folder, short)
 }
 
-fn all(folder: &Folder, short: Vec<Arc<str>>) -> Result<Vec<Corpus>> {
+fn all(folder: &ModelFolder, short: Vec<Arc<str>>) -> Result<Vec<Corpus>> {
     let short = Corpus::new(folder, "short", short)?;
     let mut corpora = Vec::new();
     for (name, least, share) in LONG {

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result};
 use serde_json::json;
 
-use crate::corpus::{Corpus, Folder};
+use crate::candle_engine;
+use crate::corpus::{Corpus, ModelFolder};
 use crate::engine::Engine as _;
-use crate::through_candle;
 
 /// Short, unusual and long texts.
 const TEXTS: [&str; 10] = [
@@ -29,14 +29,14 @@ const TEXTS: [&str; 10] = [
 /// The last text is repeated this often, so that it is longer than the model's maximum.
 const REPEATED: usize = 200;
 
-pub fn write(folder: &Folder, file: &Path, limit: usize) -> Result<()> {
+pub fn write(folder: &ModelFolder, file: &Path, limit: usize) -> Result<()> {
     let mut texts: Vec<Arc<str>> = TEXTS.map(Arc::from).to_vec();
     if let Some(last) = texts.last_mut() {
         *last = last.repeat(REPEATED).into();
     }
     let mut corpus = Corpus::new(folder, "fixture", texts)?;
     corpus.cut(limit);
-    let mut candle = through_candle::load(folder, 1)?;
+    let mut candle = candle_engine::load(folder, 1)?;
     candle.settle(&corpus)?;
     candle.run()?;
     let vectors = candle.vectors()?;

@@ -8,18 +8,18 @@
 
 #![forbid(unsafe_code)]
 
+mod candle_engine;
 mod compare;
 mod corpus;
 mod engine;
 mod fixture;
 mod machine;
-mod ours;
 mod padded;
-mod peer;
 mod process;
+mod python_engine;
 mod query;
-mod through_candle;
-mod through_rten;
+mod refarch_engine;
+mod rten_engine;
 
 use std::path::{Path, PathBuf};
 
@@ -27,7 +27,7 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use serde_json::{Value, json};
 
-use corpus::{Corpus, Folder};
+use corpus::{Corpus, ModelFolder};
 use engine::{Engine, Label};
 
 /// Maximum number of tokens in a text for all-MiniLM-L6-v2.
@@ -77,7 +77,7 @@ fn main() -> Result<()> {
     }
     let threads = arguments.threads.unwrap_or_else(machine::cores);
     let scratch = tempfile::tempdir()?;
-    let folder = Folder::reading_all_positions(&model, scratch.path())?;
+    let folder = ModelFolder::reading_all_positions(&model, scratch.path())?;
     if let Some(file) = &arguments.fixture {
         return fixture::write(&folder, file, FIXTURE_TOKENS);
     }
@@ -124,19 +124,24 @@ fn main() -> Result<()> {
 }
 
 /// All engines for this machine. The first is candle, the reference for the vectors.
-fn engines(folder: &Folder, python: &Path, scratch: &Path, threads: usize) -> Result<Vec<Box<dyn Engine>>> {
-    let mut engines: Vec<Box<dyn Engine>> = vec![Box::new(through_candle::load(folder, threads)?)];
-    for ours in ours::all(folder, threads)? {
+fn engines(
+    folder: &ModelFolder,
+    python: &Path,
+    scratch: &Path,
+    threads: usize,
+) -> Result<Vec<Box<dyn Engine>>> {
+    let mut engines: Vec<Box<dyn Engine>> = vec![Box::new(candle_engine::load(folder, threads)?)];
+    for ours in refarch_engine::all(folder, threads)? {
         engines.push(Box::new(ours));
     }
-    peer::export(python, folder, scratch)?;
+    python_engine::export(python, folder, scratch)?;
     for (graph, precision) in [("encoder.onnx", "f32"), ("encoder-int8.onnx", "int8")] {
-        engines.push(Box::new(through_rten::load(folder, &scratch.join(graph), precision, threads)?));
+        engines.push(Box::new(rten_engine::load(folder, &scratch.join(graph), precision, threads)?));
     }
     for (name, precision) in
         [("onnxruntime", "f32"), ("onnxruntime", "int8"), ("openvino", "f32"), ("openvino", "bf16")]
     {
-        let peer = peer::Peer::start(python, folder, scratch, name, precision, threads)?;
+        let peer = python_engine::PythonEngine::start(python, folder, scratch, name, precision, threads)?;
         if peer.label().precision == precision {
             engines.push(Box::new(peer));
         } else {

@@ -9,11 +9,11 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::resource::{UsageWho, getrusage};
 use refarch::backend::minilm::{MiniLm, Model};
 use refarch::pipeline::embedder::Embedder as _;
-use refarch::role::generate::catalogue::{Catalogue, Text};
+use refarch::role::generate::fake_products::{FakeProducts, ProductText};
 use serde_json::{Value, json};
 
 use crate::engine::Label;
-use crate::{median, ours};
+use crate::{median, refarch_engine};
 
 /// Number of workers in the process.
 const WORKERS: usize = 2;
@@ -24,7 +24,7 @@ const TEXTS: u64 = 500;
 /// Measures each kernel in separate processes.
 pub fn measure(model: &Path, runs: usize, wanted: &dyn Fn(&Label) -> bool) -> Result<Vec<Value>> {
     let mut rows = Vec::new();
-    for (kind, _) in ours::kernels().filter(|(kind, _)| wanted(&ours::label(*kind))) {
+    for (kind, _) in refarch_engine::kernels().filter(|(kind, _)| wanted(&refarch_engine::label(*kind))) {
         let (mut load_ms, mut peak_mib) = (Vec::new(), Vec::new());
         for _ in 0..runs {
             let output = Command::new(std::env::current_exe()?)
@@ -41,26 +41,29 @@ pub fn measure(model: &Path, runs: usize, wanted: &dyn Fn(&Label) -> bool) -> Re
             "a process with {WORKERS} workers with {:<14} loads in {load:.0} ms, peak memory {peak:.0} MiB",
             kind.name()
         );
-        rows.push(json!({ "engine": "refarch", "precision": ours::precision(kind), "kernel": kind.name(),
-            "workers": WORKERS, "load_ms": load, "peak_mib": peak }));
+        rows.push(
+            json!({ "engine": "refarch", "precision": refarch_engine::precision(kind), "kernel": kind.name(),
+            "workers": WORKERS, "load_ms": load, "peak_mib": peak }),
+        );
     }
     Ok(rows)
 }
 
 /// The measured process: loads the model, embeds, and prints its figures as JSON.
 pub fn be_one(model: &Path, kernel: &str) -> Result<()> {
-    let (_, options) =
-        ours::kernels().find(|(kind, _)| kind.name() == kernel).context("no such kernel on this CPU")?;
+    let (_, options) = refarch_engine::kernels()
+        .find(|(kind, _)| kind.name() == kernel)
+        .context("no such kernel on this CPU")?;
     let started = Instant::now();
     let loaded = Arc::new(Model::load(model, options)?);
     let load_ms = started.elapsed().as_secs_f64() * 1e3;
     let minilm = MiniLm::start(loaded, WORKERS);
-    let catalogue = Catalogue::new(1);
-    let mut text = Text::default();
+    let fake_products = FakeProducts::new(1);
+    let mut text = ProductText::default();
     let mut texts = |first: u64| -> Vec<Arc<str>> {
         (first..first + TEXTS)
             .map(|number| {
-                catalogue.product(number, &mut text);
+                fake_products.product(number, &mut text);
                 text.description.as_str().into()
             })
             .collect()

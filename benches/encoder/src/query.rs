@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::corpus::Corpus;
 use crate::engine::Label;
-use crate::ours;
+use crate::refarch_engine;
 
 /// Number of timed searches. The same number of searches runs before them, untimed.
 const QUERIES: usize = 1_000;
@@ -30,10 +30,11 @@ pub fn measure(model: &Path, corpus: &Corpus, wanted: &dyn Fn(&Label) -> bool) -
         .collect();
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let mut rows = Vec::new();
-    for (kind, options) in ours::kernels().filter(|(kind, _)| wanted(&ours::label(*kind))) {
+    for (kind, options) in refarch_engine::kernels().filter(|(kind, _)| wanted(&refarch_engine::label(*kind)))
+    {
         let loaded = Arc::new(Model::load(model, options)?);
         let minilm = MiniLm::start(Arc::clone(&loaded), 1);
-        let mut worker = loaded.worker();
+        let mut worker = loaded.execution_context();
         let (mut pair, mut alone) = (Vec::new(), Vec::new());
         for round in 0..2 {
             for query in &queries {
@@ -59,8 +60,10 @@ pub fn measure(model: &Path, corpus: &Corpus, wanted: &dyn Fn(&Label) -> bool) -
             "one query with {:<14} p50 {p50:.2} ms, p99 {p99:.2} ms; on one thread p50 {one_thread:.2} ms",
             kind.name()
         );
-        rows.push(json!({ "engine": "refarch", "precision": ours::precision(kind), "kernel": kind.name(),
-            "p50_ms": p50, "p99_ms": p99, "p50_one_thread_ms": one_thread }));
+        rows.push(
+            json!({ "engine": "refarch", "precision": refarch_engine::precision(kind), "kernel": kind.name(),
+            "p50_ms": p50, "p99_ms": p99, "p50_one_thread_ms": one_thread }),
+        );
     }
     Ok(rows)
 }

@@ -6,10 +6,10 @@
 //! killed process. So if all processes were killed, the next process to join finds the server running, and
 //! stops it on leaving.
 
-mod conf;
-mod guarded;
+mod layout;
 mod log;
-mod place;
+mod no_follow;
+mod postgresql_conf;
 mod server;
 mod users;
 
@@ -22,7 +22,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::config::Settings;
 use crate::pipeline::failure::chain;
 use crate::secret::Secret;
-use place::Place;
+use layout::ClusterLayout;
 use server::Server;
 use users::{Membership, Transition};
 
@@ -34,7 +34,7 @@ const LOG_CHECK: Duration = Duration::from_mins(1);
 
 /// The folders of a cluster and of its binaries.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct ClusterOptions {
     /// A PostgreSQL installation: the folder with `bin`, `lib` and `share`.
     pub install: PathBuf,
     /// The cluster's folder.
@@ -43,7 +43,7 @@ pub struct Options {
     pub extra: Vec<(String, String)>,
 }
 
-impl Options {
+impl ClusterOptions {
     /// The cluster and the binaries under a runtime folder, in the layout of `scripts/setup`.
     #[must_use]
     pub fn in_runtime_dir(dir: &Path) -> Self {
@@ -76,7 +76,7 @@ pub struct Tcp {
 pub struct Cluster {
     url: Secret,
     tcp: Tcp,
-    place: Place,
+    layout: ClusterLayout,
     _log_keeper: AbortOnDropHandle<()>,
     membership: Membership,
 }
@@ -85,11 +85,11 @@ impl Cluster {
     /// Joins the cluster. Initialises and starts it if necessary.
     ///
     /// Safe to cancel: if the caller drops the future, the join continues in the background and then leaves.
-    pub async fn join(options: Options) -> anyhow::Result<Self> {
+    pub async fn join(options: ClusterOptions) -> anyhow::Result<Self> {
         tokio::spawn(Self::join_to_the_end(options)).await.context("joining the private PostgreSQL")?
     }
 
-    async fn join_to_the_end(options: Options) -> anyhow::Result<Self> {
+    async fn join_to_the_end(options: ClusterOptions) -> anyhow::Result<Self> {
         if !["postgres", "initdb", "pg_ctl"].iter().all(|name| options.binary(name).is_file()) {
             anyhow::bail!(
                 "there are no PostgreSQL binaries in {}: run scripts/setup, or set DATABASE_URL to use your own database",
@@ -99,22 +99,22 @@ impl Cluster {
         let dir = options.dir.display().to_string();
         // Values are dropped in reverse order. On an error the transition must end before the membership,
         // because the end of a membership needs a transition of its own.
-        let (membership, _transition, place) = tokio::task::spawn_blocking(move || {
+        let (membership, _transition, layout) = tokio::task::spawn_blocking(move || {
             std::fs::create_dir_all(&options.dir)
                 .with_context(|| format!("cannot create {}", options.dir.display()))?;
             let transition = Transition::begin(&options.dir)?;
-            let place = Place::find(&options)?;
-            let membership = Membership::enter(&options.dir, place.clone(), &transition)?;
-            anyhow::Ok((membership, transition, place))
+            let layout = ClusterLayout::find(&options)?;
+            let membership = Membership::enter(&options.dir, layout.clone(), &transition)?;
+            anyhow::Ok((membership, transition, layout))
         })
         .await?
         .with_context(|| format!("cannot use the private PostgreSQL in {dir}"))?;
-        let server = Server::new(place.clone());
+        let server = Server::new(layout.clone());
         let endpoint = server
             .ensure_ready()
             .await
             .with_context(|| format!("cannot start the private PostgreSQL in {dir}"))?;
-        let password = place.password()?;
+        let password = layout.password()?;
         let url = endpoint.url(NAME, &password);
         Ok(Self {
             tcp: Tcp {
@@ -125,8 +125,8 @@ impl Cluster {
                 password,
             },
             url,
-            _log_keeper: keep_log_short(&place),
-            place,
+            _log_keeper: keep_log_short(&layout),
+            layout,
             membership,
         })
     }
@@ -146,7 +146,7 @@ impl Cluster {
     /// The server's data directory.
     #[must_use]
     pub fn data_dir(&self) -> PathBuf {
-        self.place.data()
+        self.layout.data()
     }
 
     /// Stops the server, with `crash` without a clean shutdown, and starts it again at the same address.
@@ -160,33 +160,33 @@ impl Cluster {
         crash: bool,
         work: impl FnOnce(&Path) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<()> {
-        let place = self.place.clone();
+        let layout = self.layout.clone();
         let dir = self.membership.dir().to_owned();
         // The transition stays open, so that no other process starts the server meanwhile.
         let transition = tokio::task::spawn_blocking(move || {
             let transition = Transition::begin(&dir)?;
-            let server = Server::new(place.clone());
+            let server = Server::new(layout.clone());
             let stopped = if crash { server.crash() } else { server.stop() };
             stopped?;
-            work(&place.data())?;
+            work(&layout.data())?;
             anyhow::Ok(transition)
         })
         .await??;
-        let endpoint = Server::new(self.place.clone()).ensure_ready().await?;
+        let endpoint = Server::new(self.layout.clone()).ensure_ready().await?;
         drop(transition);
-        let url = endpoint.url(NAME, &self.place.password()?);
+        let url = endpoint.url(NAME, &self.layout.password()?);
         anyhow::ensure!(url == self.url, "the private PostgreSQL has another address after its restart");
         Ok(())
     }
 
     /// Leaves the cluster. If no other process uses it, removes all its files.
     pub async fn destroy(self) -> anyhow::Result<()> {
-        let (place, dir) = (self.place.clone(), self.membership.dir().to_owned());
+        let (layout, dir) = (self.layout.clone(), self.membership.dir().to_owned());
         self.leave().await?;
-        if place.data().join("postmaster.pid").exists() {
+        if layout.data().join("postmaster.pid").exists() {
             return Ok(());
         }
-        for path in [place.home, dir] {
+        for path in [layout.home, dir] {
             match std::fs::remove_dir_all(&path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(error).with_context(|| format!("cannot remove {}", path.display()));
@@ -208,17 +208,17 @@ pub async fn database_url(settings: &Settings) -> anyhow::Result<(Secret, Option
     if !settings.database.url.is_empty() {
         return Ok((settings.database.url.clone(), None));
     }
-    let cluster = Cluster::join(Options::in_runtime_dir(&settings.runtime.dir)).await?;
+    let cluster = Cluster::join(ClusterOptions::in_runtime_dir(&settings.runtime.dir)).await?;
     Ok((cluster.url().clone(), Some(cluster)))
 }
 
-fn keep_log_short(place: &Place) -> AbortOnDropHandle<()> {
-    let place = place.clone();
+fn keep_log_short(layout: &ClusterLayout) -> AbortOnDropHandle<()> {
+    let layout = layout.clone();
     AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
             tokio::time::sleep(LOG_CHECK).await;
-            let place = place.clone();
-            if let Ok(Err(error)) = tokio::task::spawn_blocking(move || place.shorten_log()).await {
+            let layout = layout.clone();
+            if let Ok(Err(error)) = tokio::task::spawn_blocking(move || layout.shorten_log()).await {
                 tracing::warn!(error = chain(error.as_ref()), "cannot shorten the private PostgreSQL's log");
             }
         }

@@ -12,8 +12,8 @@ use anyhow::{Context, anyhow, bail};
 use tokio_postgres::NoTls;
 use tokio_postgres::error::SqlState;
 
-use super::place::{Place, hex, short_hash};
-use super::{NAME, conf, log};
+use super::layout::{ClusterLayout, hex, short_hash};
+use super::{NAME, log, postgresql_conf};
 use crate::secret::Secret;
 
 /// Maximum time of a start with crash recovery, and of a stop with its checkpoint.
@@ -66,12 +66,12 @@ enum StartError {
 
 /// The server of one cluster.
 pub struct Server {
-    place: Place,
+    layout: ClusterLayout,
 }
 
 impl Server {
-    pub fn new(place: Place) -> Self {
-        Self { place }
+    pub fn new(layout: ClusterLayout) -> Self {
+        Self { layout }
     }
 
     /// Makes sure that the server runs, accepts connections and has our database.
@@ -79,7 +79,7 @@ impl Server {
         let this = std::sync::Arc::new(self);
         let blocking = this.clone();
         tokio::task::spawn_blocking(move || blocking.initialise()).await??;
-        let password = this.place.password()?;
+        let password = this.layout.password()?;
         let deadline = Instant::now() + BOUND;
         let mut ports_tried = 0;
         loop {
@@ -108,7 +108,7 @@ impl Server {
                 }
             };
             if Instant::now() > deadline {
-                let tail = log::tail(this.place.open(&this.place.log()), 0);
+                let tail = log::tail(this.layout.open(&this.layout.log()), 0);
                 return Err(problem).with_context(|| {
                     format!("not ready after {} seconds; its log ends:\n{tail}", BOUND.as_secs())
                 });
@@ -131,14 +131,14 @@ impl Server {
         if matches!(self.state(), State::Stopped) {
             return Ok(());
         }
-        let log_size = log::size(&self.place.log());
-        let mut command = self.place.program("pg_ctl");
+        let log_size = log::size(&self.layout.log());
+        let mut command = self.layout.program("pg_ctl");
         command.args(["stop", "--silent", "--wait"]).arg(format!("--mode={mode}"));
-        command.arg(format!("--timeout={}", BOUND.as_secs())).arg("--pgdata").arg(self.place.data());
+        command.arg(format!("--timeout={}", BOUND.as_secs())).arg("--pgdata").arg(self.layout.data());
         if let Err(error) = run(&mut command)
             && !matches!(self.state(), State::Stopped)
         {
-            let tail = log::tail(self.place.open(&self.place.log()), log_size);
+            let tail = log::tail(self.layout.open(&self.layout.log()), log_size);
             return Err(error).with_context(|| format!("the server does not stop; its log ends:\n{tail}"));
         }
         self.remove_short_socket_dir();
@@ -148,7 +148,7 @@ impl Server {
 
     /// Creates the data directory if it does not exist.
     fn initialise(&self) -> anyhow::Result<()> {
-        let (home, data) = (&self.place.home, self.place.data());
+        let (home, data) = (&self.layout.home, self.layout.data());
         for entry in fs::read_dir(home)? {
             let entry = entry?;
             if entry.file_name().as_bytes().starts_with(b"data.new") {
@@ -162,10 +162,10 @@ impl Server {
         tracing::info!(path = %data.display(), "initialising the private PostgreSQL");
         let password = self.make_password()?;
         let new = home.join(format!("data.new.{}", std::process::id()));
-        let mut command = self.place.program("initdb");
+        let mut command = self.layout.program("initdb");
         command.args(["--locale=C", "--encoding=UTF8", "--auth=scram-sha-256", "--no-instructions"]);
         command.arg(format!("--username={NAME}")).arg("--pwfile").arg(password).arg("--pgdata").arg(&new);
-        if self.place.extra.iter().any(|(name, value)| name == "fsync" && value == "off") {
+        if self.layout.extra.iter().any(|(name, value)| name == "fsync" && value == "off") {
             command.arg("--no-sync");
         }
         run(&mut command).context("cannot initialise its data directory")?;
@@ -173,11 +173,11 @@ impl Server {
     }
 
     fn make_password(&self) -> anyhow::Result<PathBuf> {
-        let path = self.place.password_file();
+        let path = self.layout.password_file();
         let mut bytes = [0; 32];
         std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut bytes)?;
-        self.place.write(&path, &(hex(&bytes) + "\n"))?;
-        self.place.open(&path)?.sync_all()?;
+        self.layout.write(&path, &(hex(&bytes) + "\n"))?;
+        self.layout.open(&path)?.sync_all()?;
         Ok(path)
     }
 
@@ -185,19 +185,19 @@ impl Server {
     fn start(&self, fresh_port: bool) -> Result<(), StartError> {
         let began = Instant::now();
         let (log_path, log_size) = self.prepare_start(fresh_port).map_err(StartError::Other)?;
-        let mut command = self.place.program("pg_ctl");
+        let mut command = self.layout.program("pg_ctl");
         // pg_ctl starts the server in its own session, so that signals of our terminal do not reach it.
         command.args(["start", "--silent", "--wait"]).arg(format!("--timeout={}", BOUND.as_secs()));
-        command.arg("--pgdata").arg(self.place.data()).arg("--log").arg(&log_path);
+        command.arg("--pgdata").arg(self.layout.data()).arg("--log").arg(&log_path);
         let Err(error) = run(&mut command) else {
             tracing::info!(
-                path = %self.place.home.display(),
+                path = %self.layout.home.display(),
                 duration_ms = began.elapsed().as_millis() as u64,
                 "started the private PostgreSQL"
             );
             return Ok(());
         };
-        let tail = log::tail(self.place.open(&log_path), log_size);
+        let tail = log::tail(self.layout.open(&log_path), log_size);
         if tail.contains("could not create any TCP/IP sockets") {
             return Err(StartError::PortTaken);
         }
@@ -210,37 +210,40 @@ impl Server {
     /// Prepares the start: port, socket folder and settings. Returns the path of the log and its size.
     fn prepare_start(&self, fresh_port: bool) -> anyhow::Result<(PathBuf, u64)> {
         self.check_version()?;
-        let (home, data, log_path) = (&self.place.home, self.place.data(), self.place.log());
+        let (home, data, log_path) = (&self.layout.home, self.layout.data(), self.layout.log());
         let socket_dir = self.socket_dir()?;
         let pid_file = data.join("postmaster.pid");
         if fs::symlink_metadata(&pid_file).is_ok() {
             // The server refuses to start if another process now has this pid, or if the old process is not
             // reaped.
             tracing::info!("the private PostgreSQL was killed; recovering");
-            self.place.as_server("rm -f -- \"$0\"", &pid_file, "")?;
+            self.layout.as_server("rm -f -- \"$0\"", &pid_file, "")?;
         }
         // A killed server leaves sockets, and lock files with its pid.
-        self.place.as_server("rm -f -- \"$0\"/.s.PGSQL.*", &socket_dir, "")?;
+        self.layout.as_server("rm -f -- \"$0\"/.s.PGSQL.*", &socket_dir, "")?;
         let port_file = home.join("port");
-        let remembered = self.place.read(&port_file).ok().and_then(|text| text.trim().parse().ok());
+        let remembered = self.layout.read(&port_file).ok().and_then(|text| text.trim().parse().ok());
         let port = match remembered.filter(|_| !fresh_port).filter(|port| bindable(*port).is_ok()) {
             Some(port) => port,
             None => bindable(0).context("no loopback port is free")?,
         };
-        self.place.write(&port_file, &format!("{port}\n"))?;
-        self.place.write(&data.join("postgresql.conf"), &conf::text(port, &socket_dir, &self.place.extra))?;
-        self.place.shorten_log()?;
-        self.place.as_server("umask 077 && : >>\"$0\"", &log_path, "")?;
+        self.layout.write(&port_file, &format!("{port}\n"))?;
+        self.layout.write(
+            &data.join("postgresql.conf"),
+            &postgresql_conf::text(port, &socket_dir, &self.layout.extra),
+        )?;
+        self.layout.shorten_log()?;
+        self.layout.as_server("umask 077 && : >>\"$0\"", &log_path, "")?;
         Ok((log_path.clone(), log::size(&log_path)))
     }
 
     fn check_version(&self) -> anyhow::Result<()> {
-        let data = self.place.data();
+        let data = self.layout.data();
         let path = data.join("PG_VERSION");
-        let found = self.place.read(&path).with_context(|| {
+        let found = self.layout.read(&path).with_context(|| {
             format!("{} is not a PostgreSQL data directory: cannot read {}", data.display(), path.display())
         })?;
-        let printed = run(self.place.program("postgres").arg("--version"))?;
+        let printed = run(self.layout.program("postgres").arg("--version"))?;
         // The output is like: postgres (PostgreSQL) 18.4
         let ours = printed.split_whitespace().nth(2).and_then(|v| v.split('.').next()).unwrap_or_default();
         if found.trim() != ours {
@@ -249,7 +252,7 @@ impl Server {
                  move {} away to start with an empty database, or install the old version again",
                 data.display(),
                 found.trim(),
-                self.place.home.display()
+                self.layout.home.display()
             );
         }
         Ok(())
@@ -257,47 +260,47 @@ impl Server {
 
     /// The folder for the socket: the home if its path is short enough, otherwise a folder under `/tmp`.
     fn socket_dir(&self) -> anyhow::Result<PathBuf> {
-        let home = self.place.home.as_os_str().as_bytes();
+        let home = self.layout.home.as_os_str().as_bytes();
         // A client would read a path with a comma as two hosts.
         let fits = home.len() + SOCKET_NAME.len() <= SOCKET_PATH_MAX
             && std::str::from_utf8(home).is_ok_and(|text| !text.contains(',') && !text.contains('"'));
         if fits {
-            return Ok(self.place.home.clone());
+            return Ok(self.layout.home.clone());
         }
-        let remembered = self.place.home.join("socket");
-        let known = self.place.read(&remembered).ok().map(PathBuf::from);
+        let remembered = self.layout.home.join("socket");
+        let known = self.layout.read(&remembered).ok().map(PathBuf::from);
         if let Some(dir) = known.filter(|dir| self.is_private(dir)) {
             return Ok(dir);
         }
         let seed = format!("{}-{:?}", std::process::id(), std::time::SystemTime::now());
         let dir =
             Path::new("/tmp").join(format!("refarch-{}", short_hash(&[home, seed.as_bytes()].concat())));
-        self.place
+        self.layout
             .as_server("mkdir -m 700 -- \"$0\"", &dir, "")
             .with_context(|| format!("cannot create {}", dir.display()))?;
-        self.place.write(&remembered, &dir.to_string_lossy())?;
+        self.layout.write(&remembered, &dir.to_string_lossy())?;
         Ok(dir)
     }
 
     /// Whether a folder under `/tmp` still exists, belongs to the server's user, and is closed to all others.
     fn is_private(&self, dir: &Path) -> bool {
-        let Ok(data) = fs::symlink_metadata(self.place.data()) else { return false };
+        let Ok(data) = fs::symlink_metadata(self.layout.data()) else { return false };
         fs::symlink_metadata(dir)
             .is_ok_and(|dir| dir.is_dir() && dir.uid() == data.uid() && dir.mode() & 0o777 == 0o700)
     }
 
     fn remove_short_socket_dir(&self) {
-        let remembered = self.place.home.join("socket");
-        if let Ok(dir) = self.place.read(&remembered) {
+        let remembered = self.layout.home.join("socket");
+        if let Ok(dir) = self.layout.read(&remembered) {
             // `rmdir` removes only an empty folder. The next start creates the folder again.
-            let _ = self.place.as_server("rmdir -- \"$0\"", Path::new(&dir), "");
+            let _ = self.layout.as_server("rmdir -- \"$0\"", Path::new(&dir), "");
             let _ = fs::remove_file(remembered);
         }
     }
 
     fn state(&self) -> State {
-        let data = self.place.data();
-        let Ok(text) = self.place.read(&data.join("postmaster.pid")) else { return State::Stopped };
+        let data = self.layout.data();
+        let Ok(text) = self.layout.read(&data.join("postmaster.pid")) else { return State::Stopped };
         // Lines: pid, data directory, start time, port, socket folder, address, shared memory, status
         let lines: Vec<_> = text.lines().map(str::trim).collect();
         let pid = lines.first().and_then(|pid| pid.parse::<u32>().ok());

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-use super::guarded;
-use super::place::Place;
+use super::layout::ClusterLayout;
+use super::no_follow;
 use super::server::Server;
 use crate::pipeline::failure::chain;
 
@@ -39,19 +39,19 @@ impl Transition {
 #[derive(Debug)]
 pub struct Membership {
     dir: PathBuf,
-    place: Place,
+    layout: ClusterLayout,
     /// Holds the shared lock; none after the end.
     lock: Option<File>,
 }
 
 impl Membership {
     /// Registers a user, within a transition.
-    pub fn enter(dir: &Path, place: Place, _within: &Transition) -> anyhow::Result<Self> {
+    pub fn enter(dir: &Path, layout: ClusterLayout, _within: &Transition) -> anyhow::Result<Self> {
         let path = dir.join("users.lock");
         let lock = open(&path)?;
         // This does not block: a process holds this lock exclusively only within its own transition.
         lock.lock_shared().with_context(|| format!("cannot lock {}", path.display()))?;
-        Ok(Self { dir: dir.to_owned(), place, lock: Some(lock) })
+        Ok(Self { dir: dir.to_owned(), layout, lock: Some(lock) })
     }
 
     /// The cluster's folder.
@@ -65,7 +65,7 @@ impl Membership {
         let _transition = Transition::begin(&self.dir)?;
         lock.unlock()?;
         match lock.try_lock() {
-            Ok(()) => Server::new(self.place.clone()).stop(),
+            Ok(()) => Server::new(self.layout.clone()).stop(),
             Err(TryLockError::WouldBlock) => Ok(()),
             Err(TryLockError::Error(error)) => Err(error.into()),
         }
@@ -82,5 +82,5 @@ impl Drop for Membership {
 
 /// Opens a lock file. Read access is enough for a lock, so a file of another user works too.
 fn open(path: &Path) -> anyhow::Result<File> {
-    guarded::open_lock(path).with_context(|| format!("cannot open {}", path.display()))
+    no_follow::open_lock(path).with_context(|| format!("cannot open {}", path.display()))
 }

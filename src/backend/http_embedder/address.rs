@@ -33,7 +33,7 @@ fn below(base: &Url, provider: Provider, root: &str, endpoint: &str) -> Url {
 }
 
 /// An address for a message: without user, query and fragment, any of which may hold a secret.
-pub(super) fn place(url: &Url) -> String {
+pub(super) fn redacted(url: &Url) -> String {
     let mut shown = url.clone();
     // These fail only for addresses that can have no user.
     let _ = shown.set_username("");

@@ -8,7 +8,7 @@ use tokio::sync::Semaphore;
 
 use super::provider::Purpose;
 use super::texts::{HALVINGS, SHORT, batches, cut, half, tokens};
-use super::{PROBE, Server};
+use super::{GREETING_TEXT, Server};
 use crate::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
@@ -45,7 +45,7 @@ impl HttpEmbedder {
     /// need be.
     async fn in_parts(&self, texts: &[&str], purpose: Purpose, refused: Error) -> Result<Vec<Vec<f32>>> {
         // A server that refuses everything is not asked for each text.
-        if let Err(error) = self.one(&[PROBE], purpose).await {
+        if let Err(error) = self.one(&[GREETING_TEXT], purpose).await {
             return Err(if is_refusal(&error) { refused } else { error });
         }
         let mut vectors = Vec::with_capacity(texts.len());
@@ -54,8 +54,8 @@ impl HttpEmbedder {
             let refused = match refused {
                 Some(error) => error,
                 None => match self.one(part, purpose).await {
-                    Ok(made) => {
-                        vectors.extend(made);
+                    Ok(embedded) => {
+                        vectors.extend(embedded);
                         continue;
                     }
                     Err(error) if is_refusal(&error) => error,
@@ -75,14 +75,14 @@ impl HttpEmbedder {
 
     /// A text that was refused by itself, halved until the server takes it.
     async fn shortened(&self, text: &str, purpose: Purpose, refused: Error) -> Result<Vec<f32>> {
-        static TOLD: Once = Once::new();
+        static LOGGED: Once = Once::new();
         let mut left = text;
         for _ in 0..HALVINGS {
             let Some(shorter) = half(left) else { break };
             left = shorter;
             match self.one(&[left], purpose).await {
-                Ok(mut made) => {
-                    TOLD.call_once(|| {
+                Ok(mut embedded) => {
+                    LOGGED.call_once(|| {
                         tracing::warn!(
                             refused = %refused.message(),
                             text.bytes = text.len(),
@@ -91,7 +91,7 @@ impl HttpEmbedder {
                              without a warning; a lower embedder.text_tokens saves the requests that are refused"
                         );
                     });
-                    if let Some(vector) = made.pop() {
+                    if let Some(vector) = embedded.pop() {
                         return Ok(vector);
                     }
                 }

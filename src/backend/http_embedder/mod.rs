@@ -7,9 +7,9 @@
 
 mod address;
 mod embedder;
+mod error_policy;
 mod known;
 mod provider;
-mod refusal;
 mod texts;
 
 use std::sync::Arc;
@@ -28,10 +28,10 @@ use crate::config;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::secret::{Secret, without_secrets};
 pub use embedder::HttpEmbedder;
+use error_policy::refusal;
 pub use known::Known;
 use known::signature;
 use provider::{Info, Limits, Provider, Purpose};
-use refusal::refusal;
 use texts::tokens;
 
 /// The longest that a request waits for a server that asks to be left alone. What holds work back waits for
@@ -42,7 +42,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(20);
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
 /// A text that is no server's business to refuse: what it is greeted with.
-const PROBE: &str = "refarch";
+const GREETING_TEXT: &str = "refarch";
 
 /// How long the greeting may take; a server that is slower is not waited for at the start.
 const GREETING: Duration = Duration::from_secs(5);
@@ -114,8 +114,8 @@ impl Server {
             server.dimensions = known.dimensions();
         }
         if server.dimensions == 0 {
-            let made = server.send(&[PROBE], Purpose::Passage).await.map_err(at_the_start)?;
-            server.dimensions = made[0].len();
+            let vectors = server.send(&[GREETING_TEXT], Purpose::Passage).await.map_err(at_the_start)?;
+            server.dimensions = vectors[0].len();
             server.has_answered = true;
         }
         server.signature = signature(provider, &server.model, server.dimensions);
@@ -129,11 +129,11 @@ impl Server {
         if self.has_answered {
             return Ok(());
         }
-        let _turn = self.rate_limit.turn(tokens(PROBE)).await;
-        let greeted = tokio::time::timeout(GREETING, self.once(&[PROBE], Purpose::Passage)).await;
+        let _turn = self.rate_limit.turn(tokens(GREETING_TEXT)).await;
+        let greeted = tokio::time::timeout(GREETING, self.once(&[GREETING_TEXT], Purpose::Passage)).await;
         let slow = |_| {
-            let place = address::place(&self.url);
-            let said = format!("{place} gave no answer within {} s", GREETING.as_secs());
+            let url = address::redacted(&self.url);
+            let said = format!("{url} gave no answer within {} s", GREETING.as_secs());
             Error::new(FailureKind::TimedOut, "embed texts", said)
         };
         let Err(error) = greeted.map_err(slow).flatten() else { return Ok(()) };
@@ -164,7 +164,7 @@ impl Server {
         match status.as_u16() {
             200..=299 if body.trim_ascii_start().starts_with(b"{") => {
                 serde_json::from_slice(&body).map_err(|error| {
-                    let message = format!("what {} says is cut or no JSON: {error}", address::place(&url));
+                    let message = format!("what {} says is cut or no JSON: {error}", address::redacted(&url));
                     Error::new(
                         FailureKind::UnexpectedAnswer,
                         "ask the embedding server for its model",
@@ -212,7 +212,7 @@ impl Server {
         if info.name() != self.model {
             let message = format!(
                 "{} has the model {}, and the index was made with {}: run refarch migrate",
-                address::place(&self.base),
+                address::redacted(&self.base),
                 info.name(),
                 self.model
             );
@@ -255,8 +255,8 @@ impl Server {
         let once = || async {
             let pause = self.rate_limit.pause();
             if pause > self.retry.longest_pause() {
-                let place = address::place(&self.url);
-                let said = format!("{place} asks to be left alone for {} s more", pause.as_secs());
+                let url = address::redacted(&self.url);
+                let said = format!("{url} asks to be left alone for {} s more", pause.as_secs());
                 return Err(Error::new(FailureKind::RateLimited, "embed texts", said).with_pause(Some(pause)));
             }
             let _turn = self.rate_limit.turn(tokens).await;
@@ -277,7 +277,7 @@ impl Server {
         while let Some(chunk) = answer.chunk().await.map_err(lost)? {
             read.extend_from_slice(&chunk);
             if read.len() > MAX_ANSWER {
-                let message = format!("the answer of {} is too long", address::place(&self.url));
+                let message = format!("the answer of {} is too long", address::redacted(&self.url));
                 return Err(Error::new(FailureKind::RefusedData, "embed texts", message));
             }
         }
@@ -287,14 +287,14 @@ impl Server {
         let vectors = self.provider.read(&read).map_err(|error| {
             let message = format!(
                 "the answer of {} is not what {} has: {error}; are embedder.url and embedder.kind right?",
-                address::place(&self.url),
+                address::redacted(&self.url),
                 self.provider.name()
             );
             Error::new(FailureKind::UnexpectedAnswer, "embed texts", message).because(error)
         })?;
         if vectors.len() != texts.len() {
-            let place = address::place(&self.url);
-            let message = format!("{} vectors came from {place} for {} texts", vectors.len(), texts.len());
+            let url = address::redacted(&self.url);
+            let message = format!("{} vectors came from {url} for {} texts", vectors.len(), texts.len());
             return Err(Error::new(FailureKind::UnexpectedAnswer, "embed texts", message));
         }
         vectors.into_iter().map(|vector| self.checked(vector)).collect()
@@ -305,7 +305,7 @@ impl Server {
         if self.dimensions > 0 && vector.len() != self.dimensions {
             let message = format!(
                 "vectors from {} have length {}, and {} is wanted: set embedder.dimensions to what the model gives, or to 0, and run refarch migrate",
-                address::place(&self.url),
+                address::redacted(&self.url),
                 vector.len(),
                 self.dimensions
             );
@@ -331,7 +331,7 @@ impl Server {
 fn at_the_start(error: Error) -> Error {
     match error {
         error if error.class() == Class::Permanent => {
-            let said = format!("{}; it was asked to embed the word {PROBE:?}", error.message());
+            let said = format!("{}; it was asked to embed the word {GREETING_TEXT:?}", error.message());
             Error::new(FailureKind::RefusesAll, error.what().to_owned(), said).because(error)
         }
         error => error,
@@ -340,11 +340,11 @@ fn at_the_start(error: Error) -> Error {
 
 /// A request that got no answer.
 fn unanswered(error: reqwest::Error, url: &Url) -> Error {
-    let place = address::place(url);
+    let url = address::redacted(url);
     let reason = unanswered::reason(&error).unwrap_or_else(|| {
         if error.is_timeout() { "it took too long".into() } else { "the answer broke off".into() }
     });
-    let said = without_secrets(&format!("no answer from {place}: {reason}"));
+    let said = without_secrets(&format!("no answer from {url}: {reason}"));
     let kind = if error.is_builder() { FailureKind::WrongSetting } else { unanswered::kind(&error) };
     Error::new(kind, "embed texts", said).because(error.without_url())
 }

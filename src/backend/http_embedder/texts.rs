@@ -56,9 +56,9 @@ mod tests {
         let limits = Limits { texts: 3, tokens: 10, text_tokens: 100 };
         let long = "x".repeat(60);
         let texts = ["a", "b", "c", "d", &long, "e", "ffffffffffff", "gggggggggggggggggg"];
-        let made = batches(&texts, limits);
-        assert_eq!(made.concat(), texts);
-        assert_eq!(made.iter().map(Vec::len).collect::<Vec<_>>(), [3, 1, 1, 2, 1]);
+        let batched = batches(&texts, limits);
+        assert_eq!(batched.concat(), texts);
+        assert_eq!(batched.iter().map(Vec::len).collect::<Vec<_>>(), [3, 1, 1, 2, 1]);
     }
 
     #[test]

@@ -12,14 +12,14 @@ use super::{CHANNEL, Pgmq, handles};
 use crate::backend::postgres::failure;
 use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::{Error, FailureKind, Result};
-use crate::pipeline::queue::{Backlog, DeadLetter, DeadLetters, Message, Undecodable, Why};
+use crate::pipeline::queue::{Backlog, DeadLetter, DeadLetterCause, DeadLetters, Message, Undecodable};
 
 /// A header that counts more changes than this is not ours; the pattern in [`count`] says the same.
 const MAX_COUNT: u64 = 9_999;
 
 #[async_trait]
 impl DeadLetters for Pgmq {
-    async fn store(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()> {
+    async fn store(&self, message: &Message, part: Option<&Job>, cause: &DeadLetterCause) -> Result<()> {
         let fail = |error: tokio_postgres::Error| failure("move to the dead letters", error);
         let body = match (part, &message.body) {
             (Some(job), _) | (None, Ok(job)) => json!(job).to_string(),
@@ -31,12 +31,12 @@ impl DeadLetters for Pgmq {
         };
         let changes = part.or(message.body.as_ref().ok()).map_or(1, Job::changes);
         // A server may put anything into its error, and neither text nor jsonb takes a NUL.
-        let error = why.error.replace('\0', "\u{fffd}");
+        let error = cause.error.replace('\0', "\u{fffd}");
         let headers = json!({
             "changes": changes,
-            "reason": why.reason,
+            "reason": cause.reason,
             "error": error,
-            "tries": why.tries,
+            "tries": cause.tries,
             "receive_count": message.receive_count,
             "lane": message.receipt.lane,
             "message_id": message.id,

@@ -177,7 +177,7 @@ impl JobQueue for Pgmq {
         Ok(())
     }
 
-    fn visibility(&self) -> Duration {
+    fn visibility_timeout(&self) -> Duration {
         self.visibility
     }
 }

@@ -3,7 +3,7 @@
 //! Each target has a table: `refarch.vector_N (id, embedding halfvec(d), content_hash)`. Without a graph a
 //! search is exact. The submodule says when an HNSW graph is built.
 
-mod graph;
+mod hnsw;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,18 +12,19 @@ use async_trait::async_trait;
 use pgvector::HalfVector;
 use tokio_postgres::Transaction;
 
-use graph::Builds;
+use hnsw::BuildHistory;
 
 use super::postgres::ledger::{Entries, source_row};
-use super::postgres::source::{Judged, MAX_LOOKS, Source, SourceTable, restless};
+use super::postgres::source::{MAX_REREADS, SourceRead, SourceReader, SourceTable, altered_too_often};
 use super::postgres::{Postgres, failure};
-use crate::pipeline::catalog::{ContentSalt, Hash, SourceRow};
 use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::index::{
-    Applied, Desired, FencedWrite, Listing, Match, Notes, Planned, Stored, VectorIndex, Writes,
+    Applied, Desired, Listing, Match, OwnershipStore, Planned, Stored, TransactionalWrite, VectorIndex,
+    Writes,
 };
+use crate::pipeline::source_row::{ContentSalt, Hash, SourceRow};
 
 /// A version of pgvector.
 pub type Version = (u32, u32, u32);
@@ -46,11 +47,11 @@ const MAX_TOP: usize = 1_000;
 const LOCK_WAIT_MS: u32 = 1_000;
 
 /// The id of a canary: it is written and rolled back, to see whether writes succeed. No row has this id.
-const PROBE_ID: &str = "\u{1}probe";
+const CANARY_ID: &str = "\u{1}probe";
 
 /// Settings of the index.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
+pub struct PgVectorOptions {
     /// From this many vectors on, a graph is built.
     pub graph_min_rows: u64,
     /// A graph is built if at most this many changes wait.
@@ -73,14 +74,14 @@ struct Extension {
 /// The vectors of one target.
 pub struct PgVector {
     postgres: Postgres,
-    source: Source,
+    source: SourceReader,
     salt: ContentSalt,
-    target: i32,
+    generation: i32,
     table: String,
-    options: Options,
+    options: PgVectorOptions,
     extension: Mutex<Option<Extension>>,
     clock: Arc<dyn Clock>,
-    builds: Mutex<Builds>,
+    builds: Mutex<BuildHistory>,
 }
 
 /// Reads a version such as `0.8.4`.
@@ -93,8 +94,8 @@ pub fn parse_version(text: &str) -> Version {
 
 /// The table that holds a target's vectors.
 #[must_use]
-pub fn table_name(target: i32) -> String {
-    format!("refarch.vector_{target}")
+pub fn table_name(generation: i32) -> String {
+    format!("refarch.vector_{generation}")
 }
 
 impl PgVector {
@@ -104,16 +105,16 @@ impl PgVector {
         postgres: Postgres,
         source: Arc<SourceTable>,
         salt: ContentSalt,
-        target: i32,
-        options: Options,
+        generation: i32,
+        options: PgVectorOptions,
     ) -> Self {
-        let table = table_name(target);
-        let source = Source::new(postgres.clone(), source);
+        let table = table_name(generation);
+        let source = SourceReader::new(postgres.clone(), source);
         Self {
             postgres,
             source,
             salt,
-            target,
+            generation,
             table,
             options,
             extension: Mutex::default(),
@@ -265,13 +266,13 @@ impl VectorIndex for PgVector {
             .collect())
     }
 
-    fn notes(&self) -> Option<&dyn Notes> {
-        // The vectors are restored together with rows and ledger and cannot be ahead of them. `lineage` says
+    fn ownership_store(&self) -> Option<&dyn OwnershipStore> {
+        // The vectors are restored together with rows and ledger and cannot be ahead of them. `ownership` says
         // more.
         None
     }
 
-    async fn probe(&self) -> Result<()> {
+    async fn check_writable(&self) -> Result<()> {
         let what = "try a write";
         // Writes ledger and index as for a change, so that whatever stops all changes stops the canary too.
         let schema = self.extension().await?.schema;
@@ -281,7 +282,7 @@ impl VectorIndex for PgVector {
         transaction
             .execute(
                 "INSERT INTO refarch.ledger (target, id) VALUES ($1, $2) ON CONFLICT DO NOTHING",
-                &[&self.target, &PROBE_ID],
+                &[&self.generation, &CANARY_ID],
             )
             .await
             .map_err(|error| failure(what, error))?;
@@ -292,30 +293,30 @@ impl VectorIndex for PgVector {
              ON CONFLICT (id) DO UPDATE SET embedding = excluded.embedding, content_hash = excluded.content_hash",
             table = self.table
         );
-        transaction.execute(&sql, &[&PROBE_ID]).await.map_err(|error| self.failed(what, error))?;
+        transaction.execute(&sql, &[&CANARY_ID]).await.map_err(|error| self.failed(what, error))?;
         transaction.rollback().await.map_err(|error| failure(what, error))?;
         Ok(())
     }
 
     fn writes(&self) -> Writes<'_> {
-        Writes::Fenced(self)
+        Writes::Transactional(self)
     }
 
     async fn maintain(&self, backlog: u64) -> Result<()> {
-        self.look_after_graph(backlog).await
+        self.maintain_graph(backlog).await
     }
 }
 
 #[async_trait]
-impl FencedWrite for PgVector {
+impl TransactionalWrite for PgVector {
     async fn apply(&self, planned: &[Planned]) -> Result<Applied> {
         let mut impossible: HashSet<String> = HashSet::new();
-        for _ in 0..MAX_LOOKS {
+        for _ in 0..MAX_REREADS {
             let table = self.source.table();
             match self.apply_by(&table, planned, &impossible).await? {
-                Judged::Read(applied) => return Ok(applied),
-                Judged::Again => impossible.clear(),
-                Judged::Value(error) => {
+                SourceRead::Rows(applied) => return Ok(applied),
+                SourceRead::Retry => impossible.clear(),
+                SourceRead::BadValue(error) => {
                     let ids: Vec<&str> = planned
                         .iter()
                         .map(|plan| plan.id.as_str())
@@ -329,7 +330,7 @@ impl FencedWrite for PgVector {
                 }
             }
         }
-        Err(restless("read rows again", &self.source.table()))
+        Err(altered_too_often("read rows again", &self.source.table()))
     }
 }
 
@@ -340,19 +341,19 @@ impl PgVector {
         table: &SourceTable,
         planned: &[Planned],
         impossible: &HashSet<String>,
-    ) -> Result<Judged<Applied>> {
+    ) -> Result<SourceRead<Applied>> {
         let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, error);
         let again = "read rows again";
         let mut client = self.postgres.client().await?;
         let prepared = async {
             let select = client.prepare_cached(&table.select_by_ids()).await?;
-            Ok((select, client.prepare_cached(&Source::check()).await?))
+            Ok((select, client.prepare_cached(&SourceReader::check()).await?))
         };
         let (select, check) = match prepared.await {
             Ok(prepared) => prepared,
             Err(error) => {
                 drop(client);
-                return Ok(self.source.judge(again, table, Err(error)).await?.without_rows());
+                return Ok(self.source.check_read(again, table, Err(error)).await?.without_rows());
             }
         };
         let transaction = client.transaction().await.map_err(fail("begin a write"))?;
@@ -374,24 +375,24 @@ impl PgVector {
                 .execute(
                     "INSERT INTO refarch.ledger (target, id) SELECT $1, k FROM unnest($2::text[]) k ORDER BY k COLLATE \"C\" \
                      ON CONFLICT DO NOTHING",
-                    &[&self.target, &new],
+                    &[&self.generation, &new],
                 )
                 .await
                 .map_err(fail("open ledger entries"))?;
         }
-        let ledger = Entries(self.target);
+        let ledger = Entries(self.generation);
         let mut entries = ledger.lock(&transaction, &ids).await?;
         let possible: Vec<&str> =
             ids.iter().copied().filter(|id| table.can_hold(id) && !impossible.contains(*id)).collect();
         // Read after the locks, in a new snapshot: the newest committed state of each row.
-        let read = Source::read(&*transaction, table, &select, &[&possible], &check).await;
+        let read = SourceReader::read(&*transaction, table, &select, &[&possible], &check).await;
         let rows = match read {
             Ok((rows, seen)) if table.is_as_seen(seen.as_ref()) => rows,
             read => {
                 // No lock and no connection is held while the table is looked up again.
                 let _ = transaction.rollback().await;
                 drop(client);
-                return Ok(self.source.judge(again, table, read).await?.without_rows());
+                return Ok(self.source.check_read(again, table, read).await?.without_rows());
             }
         };
         let rows: HashMap<String, SourceRow> = rows
@@ -412,7 +413,7 @@ impl PgVector {
         let mut conflicted = Vec::new();
         for plan in planned {
             let entry = entries.get_mut(&plan.id);
-            if entry.is_some_and(|entry| entry.settle_fenced(plan, rows.get(&plan.id))) {
+            if entry.is_some_and(|entry| entry.settle_transactional(plan, rows.get(&plan.id))) {
                 write.add(plan);
             } else {
                 entries.remove(&plan.id);
@@ -426,7 +427,7 @@ impl PgVector {
             .await
             .map_err(fail("read the clock"))?;
         transaction.commit().await.map_err(fail("commit a write"))?;
-        Ok(Judged::Read(Applied { conflicted, clock_us: clock.get(0) }))
+        Ok(SourceRead::Rows(Applied { conflicted, clock_us: clock.get(0) }))
     }
 }
 

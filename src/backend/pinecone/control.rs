@@ -14,7 +14,7 @@ use crate::secret::Secret;
 const READY_WITHIN: Duration = Duration::from_mins(5);
 
 /// How often it is asked whether it is.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const POLL_EVERY: Duration = Duration::from_secs(1);
 
 /// How long a call may take: making an index takes longer than reading one.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -24,7 +24,7 @@ const METRIC: &str = "cosine";
 
 /// Which index is meant, and where a missing one is made.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct ControlPlaneOptions {
     /// The control plane's address.
     pub controller: String,
     /// The key.
@@ -76,7 +76,7 @@ impl Described {
     }
 }
 
-fn open(options: &Options) -> Result<Http> {
+fn open(options: &ControlPlaneOptions) -> Result<Http> {
     Http::new("index.controller", &options.controller, &options.api_key, TIMEOUT)
 }
 
@@ -87,7 +87,7 @@ async fn describe(http: &Http, name: &str) -> Result<Option<Described>> {
     match response {
         Ok(response) => {
             let read = response.json().await;
-            read.map(Some).map_err(|error| super::answer::failure(&what, error))
+            read.map(Some).map_err(|error| super::response::failure(&what, error))
         }
         Err(error) if error.kind() == FailureKind::MissingResource => Ok(None),
         Err(error) => Err(explained(error)),
@@ -105,7 +105,7 @@ fn explained(error: Error) -> Error {
 }
 
 /// Refuses an index that can't hold the model's vectors.
-fn check(described: &Described, options: &Options) -> Result<()> {
+fn check(described: &Described, options: &ControlPlaneOptions) -> Result<()> {
     let (name, wanted) = (&options.name, options.dimensions);
     let wrong = |message: String| Err(Error::new(FailureKind::WrongShape, "check the index", message));
     match described.dimension() {
@@ -125,7 +125,7 @@ fn check(described: &Described, options: &Options) -> Result<()> {
 }
 
 /// The host of the index, once it is ready.
-pub async fn host(options: &Options) -> Result<String> {
+pub async fn host(options: &ControlPlaneOptions) -> Result<String> {
     let http = open(options)?;
     let missing = || {
         let message = format!(
@@ -139,7 +139,7 @@ pub async fn host(options: &Options) -> Result<String> {
 }
 
 /// Waits until an index is ready.
-async fn ready(http: &Http, mut described: Described, options: &Options) -> Result<String> {
+async fn ready(http: &Http, mut described: Described, options: &ControlPlaneOptions) -> Result<String> {
     let started = Instant::now();
     loop {
         check(&described, options)?;
@@ -150,7 +150,7 @@ async fn ready(http: &Http, mut described: Described, options: &Options) -> Resu
             let message = format!("{} is {} after {READY_WITHIN:?}", options.name, described.status.state);
             return Err(Error::new(FailureKind::TimedOut, "wait for the index", message));
         }
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(POLL_EVERY).await;
         let gone = || {
             Error::new(
                 FailureKind::MissingResource,
@@ -163,29 +163,29 @@ async fn ready(http: &Http, mut described: Described, options: &Options) -> Resu
 }
 
 /// Whether the index is there, and of the right shape.
-pub async fn exists(options: &Options) -> Result<bool> {
+pub async fn exists(options: &ControlPlaneOptions) -> Result<bool> {
     let http = open(options)?;
     let Some(described) = describe(&http, &options.name).await? else { return Ok(false) };
     check(&described, options).map(|()| true)
 }
 
 /// Makes the index if there is none, and waits until it is ready. Returns whether it was made.
-pub async fn ensure(options: &Options) -> Result<bool> {
+pub async fn ensure(options: &ControlPlaneOptions) -> Result<bool> {
     let http = open(options)?;
-    let mut made = false;
+    let mut created = false;
     let described = loop {
         if let Some(described) = describe(&http, &options.name).await? {
             break described;
         }
         create(&http, options).await?;
-        made = true;
+        created = true;
     };
     ready(&http, described, options).await?;
-    Ok(made)
+    Ok(created)
 }
 
 /// Makes a serverless index. Not protected from deletion: it can be made anew from the table.
-async fn create(http: &Http, options: &Options) -> Result<()> {
+async fn create(http: &Http, options: &ControlPlaneOptions) -> Result<()> {
     let body = json!({
         "name": options.name,
         "dimension": options.dimensions,

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use reqwest::{Method, RequestBuilder, StatusCode, Url, header};
 use serde::de::DeserializeOwned;
 
-use super::answer::{accepted, ask, failure};
+use super::response::{accepted, ask, failure};
 use crate::backend::http::client::client;
 use crate::backend::http::rate_limit::RateLimit;
 use crate::backend::http::retry::Retry;
@@ -82,8 +82,8 @@ impl Http {
     async fn once(&self, request: RequestBuilder, what: &str) -> Result<reqwest::Response> {
         let started = Instant::now();
         let turn = tokio::time::timeout(self.timeout, self.limit.turn(0)).await;
-        let too_fast = |_| Error::new(FailureKind::RateLimited, what, "the index asks for fewer requests");
-        let _turn = turn.map_err(too_fast)?;
+        let throttled = |_| Error::new(FailureKind::RateLimited, what, "the index asks for fewer requests");
+        let _turn = turn.map_err(throttled)?;
         let left = self.timeout.saturating_sub(started.elapsed()).max(Duration::from_millis(1));
         let response = ask(request.timeout(left), what).await?;
         self.limit.answered(response.status(), status::retry_after(response.headers()));

@@ -3,12 +3,12 @@
 //! Records are always written whole: an update merges metadata, so that a column set to NULL would
 //! survive, and it answers 200 for an id that is not there. Vectors travel as JSON.
 
-mod answer;
 pub mod control;
 mod http;
-mod keys;
-mod note;
-pub mod place;
+pub mod location;
+mod metadata_keys;
+mod ownership;
+mod response;
 mod wire;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,16 +18,16 @@ use async_trait::async_trait;
 use reqwest::{Method, StatusCode};
 use serde_json::{Map, json};
 
-use crate::config::NOTES_NAMESPACE;
+use crate::config::OWNERSHIP_NAMESPACE;
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::index::{
-    Listing, Match, Notes, PlainWrite, Record, Stored, VectorIndex, Visibility, Writes,
+    IndexFreshness, Listing, Match, OwnershipStore, Record, Stored, UntrackedWrite, VectorIndex, Writes,
 };
 use crate::secret::Secret;
-use answer::with_query;
 use http::Http;
-use keys::OldKeys;
+use metadata_keys::OldKeys;
+use response::with_query;
 use wire::{Fetched, Listed, Matches, Sent, Stats, Upsert, Vector, fetched_at_once, sent, weight};
 
 /// Records in an upsert at most, by Pinecone's limits.
@@ -43,7 +43,7 @@ const MAX_DELETES: usize = 1_000;
 const MAX_LISTED: usize = 100;
 
 /// An id that no row has: a row's id never holds a control character here.
-const PROBE_ID: &str = "refarch\u{1}probe";
+const CANARY_ID: &str = "refarch\u{1}probe";
 
 /// A write's place in the log of its namespace, and the place up to which a query has seen the log.
 const WRITTEN: &str = "x-pinecone-request-lsn";
@@ -51,7 +51,7 @@ const SEEN: &str = "x-pinecone-max-indexed-lsn";
 
 /// What the index needs of the settings.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct PineconeOptions {
     /// The index's host, with or without a scheme; without one it is HTTPS.
     pub host: String,
     /// The key that may use it.
@@ -84,13 +84,13 @@ pub struct Pinecone {
 }
 
 /// A place in the log, if an answer tells one.
-fn place(response: &reqwest::Response, name: &str) -> Option<u64> {
+fn log_position(response: &reqwest::Response, name: &str) -> Option<u64> {
     response.headers().get(name)?.to_str().ok()?.trim().parse().ok()
 }
 
 impl Pinecone {
     /// The index at a host. Nothing is asked of it yet.
-    pub fn new(options: Options) -> Result<Self> {
+    pub fn new(options: PineconeOptions) -> Result<Self> {
         Ok(Self {
             http: Http::new("index.host", &options.host, &options.api_key, options.timeout)?,
             namespace: options.namespace,
@@ -141,13 +141,13 @@ impl Pinecone {
 
     /// Writes the record that no row has.
     async fn upsert_probe(&self, namespace: &str) -> Result<()> {
-        let vector = Sent { id: PROBE_ID, values: &self.first_axis(), metadata: Map::new() };
+        let vector = Sent { id: CANARY_ID, values: &self.first_axis(), metadata: Map::new() };
         self.upsert_into(namespace, &[vector]).await.map(drop)
     }
 
-    fn note_written(&self, response: &reqwest::Response) {
-        if let Some(place) = place(response, WRITTEN) {
-            self.written.fetch_max(place, Ordering::Relaxed);
+    fn record_write_position(&self, response: &reqwest::Response) {
+        if let Some(position) = log_position(response, WRITTEN) {
+            self.written.fetch_max(position, Ordering::Relaxed);
         }
     }
 
@@ -168,20 +168,20 @@ impl Pinecone {
         });
         let request = self.http.request(Method::POST, "/query")?.json(&body);
         let response = self.http.ask(request, "search").await?;
-        if let Some(place) = place(&response, SEEN) {
-            self.seen.fetch_max(place, Ordering::Relaxed);
+        if let Some(position) = log_position(&response, SEEN) {
+            self.seen.fetch_max(position, Ordering::Relaxed);
         }
-        let answer: Matches = response.json().await.map_err(|error| answer::failure("search", error))?;
+        let answer: Matches = response.json().await.map_err(|error| response::failure("search", error))?;
         Ok(answer.matches.into_iter().map(|m| Match { id: m.id, score: m.score }).collect())
     }
 }
 
 #[async_trait]
-impl PlainWrite for Pinecone {
+impl UntrackedWrite for Pinecone {
     async fn upsert(&self, records: &[Record]) -> Result<()> {
         let vectors = records.iter().map(|record| sent(record, &self.text)).collect::<Result<Vec<_>>>()?;
         let response = self.upsert_into(&self.namespace, &vectors).await?;
-        self.note_written(&response);
+        self.record_write_position(&response);
         Ok(())
     }
 
@@ -190,7 +190,7 @@ impl PlainWrite for Pinecone {
         let request = self.http.request(Method::POST, "/vectors/delete")?.json(&body);
         // A namespace that was never written to holds nothing.
         let response = self.http.write(request, "delete records", Some(StatusCode::NOT_FOUND)).await?;
-        self.note_written(&response);
+        self.record_write_position(&response);
         Ok(())
     }
 
@@ -218,7 +218,7 @@ impl PlainWrite for Pinecone {
     async fn probe_record(&self) -> Result<()> {
         let written = self.upsert_probe(&self.namespace).await;
         // It may be there though the index said no.
-        let taken_out = self.delete(&[PROBE_ID.to_owned()]).await;
+        let taken_out = self.delete(&[CANARY_ID.to_owned()]).await;
         written.and(taken_out)
     }
 }
@@ -236,8 +236,8 @@ impl VectorIndex for Pinecone {
     async fn count(&self) -> Result<u64> {
         let stats = self.stats().await?;
         let of = |name: &str| stats.namespaces.get(name).map(|namespace| namespace.vector_count);
-        Ok(match place::spelled(&self.namespace) {
-            "" => of("").or_else(|| of(place::DEFAULT)),
+        Ok(match location::normalize_namespace(&self.namespace) {
+            "" => of("").or_else(|| of(location::DEFAULT_NAMESPACE)),
             named => of(named),
         }
         .unwrap_or_default())
@@ -275,35 +275,35 @@ impl VectorIndex for Pinecone {
     }
 
     fn writes(&self) -> Writes<'_> {
-        Writes::Plain(self)
+        Writes::Untracked(self)
     }
 
     async fn maintain(&self, _backlog: u64) -> Result<()> {
         Ok(())
     }
 
-    async fn probe(&self) -> Result<()> {
+    async fn check_writable(&self) -> Result<()> {
         // Among the records a delete of what can't be there, and an upsert beside them.
-        self.delete(&[PROBE_ID.to_owned()]).await?;
-        self.upsert_probe(NOTES_NAMESPACE).await
+        self.delete(&[CANARY_ID.to_owned()]).await?;
+        self.upsert_probe(OWNERSHIP_NAMESPACE).await
     }
 
-    fn visibility(&self) -> Option<&dyn Visibility> {
+    fn freshness(&self) -> Option<&dyn IndexFreshness> {
         Some(self)
     }
 
-    fn notes(&self) -> Option<&dyn Notes> {
+    fn ownership_store(&self) -> Option<&dyn OwnershipStore> {
         Some(self)
     }
 }
 
 #[async_trait]
-impl Visibility for Pinecone {
-    fn written(&self) -> u64 {
+impl IndexFreshness for Pinecone {
+    fn last_written(&self) -> u64 {
         self.written.load(Ordering::Relaxed)
     }
 
-    async fn seen(&self) -> Result<u64> {
+    async fn searchable_up_to(&self) -> Result<u64> {
         self.search(&self.first_axis(), 1).await?;
         Ok(self.seen.load(Ordering::Relaxed))
     }

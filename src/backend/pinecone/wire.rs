@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::keys;
+use super::metadata_keys;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::index::Record;
 
@@ -118,7 +118,7 @@ pub(super) fn sent<'a>(record: &'a Record, text: &[String]) -> Result<Sent<'a>> 
     }
     let mut metadata: Map<String, Value> = serde_json::from_str(&record.row.metadata)
         .map_err(|error| wrong(format!("metadata of {id:?}: {error}")))?;
-    keys::add(&mut metadata, record);
+    metadata_keys::add(&mut metadata, record);
     if let Some(over) = shorten(&mut metadata, text) {
         let message = format!(
             "metadata of {id:?} is {over} bytes beyond Pinecone's {MAX_METADATA} with every text cut: name fewer columns in source.metadata"
@@ -137,7 +137,7 @@ fn shorten(metadata: &mut Map<String, Value>, text: &[String]) -> Option<usize> 
     }
     let mut texts: Vec<(bool, usize, String)> = metadata
         .iter()
-        .filter(|(key, _)| !keys::is_ours(key))
+        .filter(|(key, _)| !metadata_keys::is_ours(key))
         .filter_map(|(key, value)| {
             Some((!text.contains(key), usize::MAX - value.as_str()?.len(), key.clone()))
         })

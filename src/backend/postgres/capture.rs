@@ -9,7 +9,10 @@ use crate::pipeline::failure::{Class, Result};
 
 /// Tables of a source, down to every leaf, whose changes are not captured: they were attached after the
 /// triggers were installed, or a trigger is missing, is disabled, or calls another function.
-pub(super) async fn unarmed_in(client: &impl GenericClient, table: &SourceTable) -> Result<Vec<String>> {
+pub(super) async fn tables_without_triggers_in(
+    client: &impl GenericClient,
+    table: &SourceTable,
+) -> Result<Vec<String>> {
     let rows = client
         .query(
             "SELECT l.relation::text FROM refarch.leaves($1, $2::text::regclass) l WHERE l.state <> 'gone' ORDER BY 1",
@@ -53,7 +56,7 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
         .map_err(fail)?;
     let mut columns: Vec<String> = columns.iter().map(|row| row.get(0)).collect();
     let mut cure = "refarch verify --repair reads the table again";
-    match super::target::find_table(&transaction, source).await {
+    match super::generation::find_table(&transaction, source).await {
         Ok(table) => {
             let row = transaction
                 .query_one(

@@ -17,7 +17,7 @@ use futures::future::join3;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error, IsolationLevel, Row, Statement};
 
-use super::source::{Source, SourceTable};
+use super::source::{SourceReader, SourceTable};
 
 /// How long a transaction may wait for its process, in milliseconds. Our transactions only talk to the
 /// database, so they are never idle for long, and a process that freezes must not lock rows for ever.
@@ -195,8 +195,9 @@ impl Connection {
     ) -> Result<(Vec<Row>, Option<Row>), Error> {
         loop {
             let statement = sql.prepared(&self.client).await?;
-            let check = Source::check().prepared(&self.client).await?;
-            let read = self.alone(Source::read(&**self.client, table, &statement, parameters, &check)).await;
+            let check = SourceReader::check().prepared(&self.client).await?;
+            let read =
+                self.alone(SourceReader::read(&**self.client, table, &statement, parameters, &check)).await;
             if !self.is_outdated(sql, &read) {
                 return read;
             }

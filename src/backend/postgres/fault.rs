@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::registry::WORKER_GONE_S;
+use super::worker_registry::WORKER_GONE_S;
 use super::{Postgres, failure};
 use crate::pipeline::failure::Result;
 

@@ -21,7 +21,7 @@ use crate::pipeline::failure::Result;
 use crate::pipeline::retry::Backoff;
 
 /// How long a notification of our own may take to be heard.
-const HEARD_WITHIN: Duration = Duration::from_secs(5);
+const NOTIFICATION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Pause before LISTEN is tried again behind what seems to be a pooler in transaction mode. Only another
 /// address mends that, so trying soon would be in vain.
@@ -126,15 +126,18 @@ async fn listen(
 ) -> Result<Ended, tokio_postgres::Error> {
     let (client, mut connection) = postgres.dedicated().await?;
     let mut messages = stream::poll_fn(move |cx| connection.poll_message(cx));
-    let heard = watch::channel(false).0;
+    let delivered = watch::channel(false).0;
     let listen = async {
         client.batch_execute(&format!("LISTEN {channel}")).await?;
         // What was sent before LISTEN took hold would be missed.
         notify.send_modify(|count| *count += 1);
         postgres.notify(channel).await;
-        let mut heard = heard.subscribe();
-        let is_heard = tokio::time::timeout(HEARD_WITHIN, heard.wait_for(|heard| *heard)).await.is_ok();
-        if !is_heard {
+        let mut delivered = delivered.subscribe();
+        let is_delivered =
+            tokio::time::timeout(NOTIFICATION_TIMEOUT, delivered.wait_for(|delivered| *delivered))
+                .await
+                .is_ok();
+        if !is_delivered {
             return Ok(Ended::HeardNothing);
         }
         // However this connection ends, the next one is made soon.
@@ -144,7 +147,7 @@ async fn listen(
     let pump = async {
         while let Some(message) = messages.next().await {
             if let AsyncMessage::Notification(_) = message? {
-                heard.send_replace(true);
+                delivered.send_replace(true);
                 notify.send_modify(|count| *count += 1);
             }
         }
@@ -171,7 +174,7 @@ impl Postgres {
 
     /// Whether a connection of ours is a session of its own, so that what it sets, locks and listens to
     /// stays with it: false behind a pooler in transaction mode.
-    pub async fn has_sessions(&self) -> Result<bool> {
+    pub async fn supports_sessions(&self) -> Result<bool> {
         let fail = |error: tokio_postgres::Error| super::failure("look for a pooler", error);
         // A channel of this process alone, so that a notification by another one is not taken for ours.
         let channel = format!("refarch_probe_{}_{:08x}", std::process::id(), rand::random::<u32>());
@@ -180,7 +183,7 @@ impl Postgres {
         let notify = async {
             client.batch_execute(&format!("LISTEN {channel}")).await.map_err(fail)?;
             self.notify(&channel).await;
-            tokio::time::sleep(HEARD_WITHIN).await;
+            tokio::time::sleep(NOTIFICATION_TIMEOUT).await;
             Ok(false)
         };
         let pump = async {

@@ -3,19 +3,19 @@
 pub mod capture;
 pub mod connection;
 pub mod fault;
+pub mod generation;
 pub mod ledger;
-pub mod lineage;
 pub mod listener;
 pub mod migrate;
 pub mod outbox;
+pub mod ownership;
 pub mod products;
 pub mod proof;
-pub mod registry;
-pub mod session;
 pub mod source;
 pub mod status;
-pub mod target;
 pub mod tls;
+pub mod worker_lock;
+pub mod worker_registry;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,7 +55,7 @@ pub struct Postgres {
 impl Postgres {
     /// Prepares a pool; nothing is connected yet.
     pub fn new(url: &Secret, settings: &Database) -> Result<Self> {
-        let wanted = tls::Wanted::read(url, settings)?;
+        let wanted = tls::ConnectionSettings::read(url, settings)?;
         let tls = wanted.connector()?;
         let mut config = wanted.config;
         if config.get_connect_timeout().is_none() {

@@ -10,10 +10,10 @@ use jiff::Timestamp;
 use serde::Serialize;
 use tokio_postgres::types::Json;
 
-use super::registry::KEEP;
+use super::worker_registry::KEEP;
 use super::{Postgres, capture, failure};
 use crate::config;
-use crate::pipeline::audit::{Kept, Round, Rounds};
+use crate::pipeline::audit::{Round, RoundStore, SavedProgress};
 use crate::pipeline::failure::{Error, Result};
 
 /// Rounds that are kept.
@@ -31,15 +31,15 @@ const PRUNED_AT_ONCE: i64 = 5_000;
 /// The proof's state of one target, as one worker reads and writes it.
 pub struct PgRounds {
     postgres: Postgres,
-    target: i32,
+    generation: i32,
     worker: String,
 }
 
 impl PgRounds {
     /// The proof's state of a target, for a worker of that name.
     #[must_use]
-    pub fn new(postgres: Postgres, target: i32, worker: &str) -> Self {
-        Self { postgres, target, worker: worker.into() }
+    pub fn new(postgres: Postgres, generation: i32, worker: &str) -> Self {
+        Self { postgres, generation, worker: worker.into() }
     }
 }
 
@@ -52,8 +52,8 @@ fn count(value: u64) -> i64 {
 }
 
 #[async_trait]
-impl Rounds for PgRounds {
-    async fn take(&self, lease: Duration) -> Result<Option<Kept>> {
+impl RoundStore for PgRounds {
+    async fn acquire(&self, lease: Duration) -> Result<Option<SavedProgress>> {
         let fail = fail("claim the proof");
         let client = self.postgres.client().await?;
         let row = client
@@ -64,7 +64,7 @@ impl Rounds for PgRounds {
                  WHERE p.worker_id IS NULL OR p.worker_id = excluded.worker_id OR p.held_until < clock_timestamp() \
                    OR p.held_until > clock_timestamp() + make_interval(secs => 2 * $3) \
                  RETURNING clock_timestamp(), round",
-                &[&self.target, &self.worker, &lease.as_secs_f64()],
+                &[&self.generation, &self.worker, &lease.as_secs_f64()],
             )
             .await
             .map_err(&fail)?;
@@ -76,12 +76,12 @@ impl Rounds for PgRounds {
             .query_opt(
                 "SELECT began_at, rows + records + entries FROM refarch.proof_round \
                  WHERE target = $1 ORDER BY round_id DESC LIMIT 1",
-                &[&self.target],
+                &[&self.generation],
             )
             .await
             .map_err(&fail)?;
         let last = last.map(|row| (row.get(0), row.get::<_, i64>(1).max(0).cast_unsigned()));
-        Ok(Some(Kept { now: row.get(0), round, last }))
+        Ok(Some(SavedProgress { now: row.get(0), round, last }))
     }
 
     async fn release(&self) -> Result<()> {
@@ -89,7 +89,7 @@ impl Rounds for PgRounds {
         client
             .execute(
                 "UPDATE refarch.proof SET worker_id = NULL WHERE target = $1 AND worker_id = $2",
-                &[&self.target, &self.worker],
+                &[&self.generation, &self.worker],
             )
             .await
             .map(drop)
@@ -101,7 +101,7 @@ impl Rounds for PgRounds {
         let saved = client
             .execute(
                 "UPDATE refarch.proof SET round = $3 WHERE target = $1 AND worker_id = $2",
-                &[&self.target, &self.worker, &Json(round)],
+                &[&self.generation, &self.worker, &Json(round)],
             )
             .await
             .map_err(fail("save the progress of the proof"))?;
@@ -121,7 +121,7 @@ impl Rounds for PgRounds {
                    (target, index_check, began_at, rows, records, entries, differences, mended, unreadable) \
                  SELECT target, $3, $4, $5, $6, $7, $8, $9, $10 FROM ended",
                 &[
-                    &self.target,
+                    &self.generation,
                     &self.worker,
                     &kind,
                     &round.began_at,
@@ -139,20 +139,20 @@ impl Rounds for PgRounds {
             .execute(
                 "DELETE FROM refarch.proof_round WHERE target = $1 AND round_id <= ( \
                    SELECT round_id FROM refarch.proof_round WHERE target = $1 ORDER BY round_id DESC OFFSET $2 LIMIT 1)",
-                &[&self.target, &MAX_ROUNDS],
+                &[&self.generation, &MAX_ROUNDS],
             )
             .await
             .map_err(&fail)?;
         Ok(ended == 1)
     }
 
-    async fn note_listed(&self, ids: &[String]) -> Result<()> {
+    async fn record_listed(&self, ids: &[String]) -> Result<()> {
         let client = self.postgres.client().await?;
         client
             .execute(
                 "INSERT INTO refarch.listed (target, id_hash) \
                  SELECT DISTINCT $1::integer, hashtextextended(k, 0) FROM unnest($2::text[]) k ON CONFLICT DO NOTHING",
-                &[&self.target, &storable(ids)],
+                &[&self.generation, &storable(ids)],
             )
             .await
             .map(drop)
@@ -164,7 +164,7 @@ impl Rounds for PgRounds {
         let rows = client
             .query(
                 "SELECT k FROM unnest($2::text[]) k JOIN refarch.listed l ON l.target = $1 AND l.id_hash = hashtextextended(k, 0)",
-                &[&self.target, &storable(ids)],
+                &[&self.generation, &storable(ids)],
             )
             .await
             .map_err(fail("read the ids that the index listed"))?;
@@ -174,7 +174,7 @@ impl Rounds for PgRounds {
     async fn forget_listed(&self) -> Result<()> {
         let client = self.postgres.client().await?;
         client
-            .execute("DELETE FROM refarch.listed WHERE target = $1", &[&self.target])
+            .execute("DELETE FROM refarch.listed WHERE target = $1", &[&self.generation])
             .await
             .map(drop)
             .map_err(fail("delete the ids that the index listed"))
@@ -224,7 +224,7 @@ pub struct RunningProof {
 
 impl Proof {
     /// Reads the state of a target's proof. A round takes `period`; `None`: the proof is off.
-    pub async fn read(postgres: &Postgres, target: i32, period: Option<Duration>) -> Result<Self> {
+    pub async fn read(postgres: &Postgres, generation: i32, period: Option<Duration>) -> Result<Self> {
         let client = postgres.client().await?;
         let row = client
             .query_opt(
@@ -233,7 +233,7 @@ impl Proof {
                  FROM refarch.target t LEFT JOIN refarch.proof p ON p.target = t.id LEFT JOIN LATERAL ( \
                    SELECT * FROM refarch.proof_round r WHERE r.target = t.id ORDER BY r.round_id DESC LIMIT 1) r ON true \
                  WHERE t.id = $1",
-                &[&target],
+                &[&generation],
             )
             .await;
         let row = match row.map_err(fail("read the state of the proof")) {
@@ -308,7 +308,7 @@ pub async fn capture_faults(postgres: &Postgres, source: &config::Source) -> Res
 
 /// Installs missing capture triggers and queues rows that may have changed without capture. False if there
 /// was nothing to repair.
-pub async fn rearm(
+pub async fn restore_capture(
     postgres: &Postgres,
     source: &config::Source,
     worker: &str,
@@ -343,7 +343,7 @@ pub async fn rearm(
 }
 
 /// Deletes old samples and events, some at a time.
-pub async fn prune_books(postgres: &Postgres) -> Result<()> {
+pub async fn prune_history(postgres: &Postgres) -> Result<()> {
     let client = postgres.client().await?;
     client
         .execute(
@@ -367,7 +367,7 @@ pub async fn prune_books(postgres: &Postgres) -> Result<()> {
 /// read again under the new entry's lock, and a write that was made for another state of the row does not
 /// happen. A write to an index outside of the database can be on its way only while an attempt is open on the
 /// entry, and then the entry stays. A day is far longer than a worker keeps an entry in memory.
-pub async fn prune_ledger(postgres: &Postgres, target: i32) -> Result<bool> {
+pub async fn prune_ledger(postgres: &Postgres, generation: i32) -> Result<bool> {
     let client = postgres.client().await?;
     // SKIP LOCKED: an entry that another transaction uses is not deleted now.
     let deleted = client
@@ -379,7 +379,7 @@ pub async fn prune_ledger(postgres: &Postgres, target: i32) -> Result<bool> {
                    ORDER BY k.id COLLATE \"C\" LIMIT $2 FOR UPDATE SKIP LOCKED)) \
                  AND l.deleted AND l.open = 0 AND NOT l.dirty"
             ),
-            &[&target, &PRUNED_AT_ONCE],
+            &[&generation, &PRUNED_AT_ONCE],
         )
         .await
         .map_err(fail("delete ledger entries of deleted rows"))?;

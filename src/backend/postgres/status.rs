@@ -6,16 +6,16 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::fault::{self, FaultStatus};
+use super::generation::Generation;
 use super::proof::{self, Proof};
-use super::registry::WORKER_GONE_S;
 use super::source::SourceTable;
-use super::target::Target;
+use super::worker_registry::WORKER_GONE_S;
 use super::{Postgres, failure, outbox};
 use crate::config;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
-use crate::pipeline::fault::shown;
-use crate::pipeline::freshness::Histogram;
+use crate::pipeline::fault::redacted;
+use crate::pipeline::histogram::Histogram;
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::queue::{Backlog, Queue};
 
@@ -231,14 +231,14 @@ async fn is_backfilling(postgres: &Postgres, source: &str) -> Result<bool> {
 pub async fn read(
     postgres: &Postgres,
     source: &config::Source,
-    target: &Target,
+    generation: &Generation,
     queue: &Queue,
     index: &dyn VectorIndex,
     counted: &Counted,
     period: Option<Duration>,
 ) -> Result<Status> {
     let fail = |error: tokio_postgres::Error| failure("read the status", error);
-    let table = &target.table;
+    let table = &generation.table;
     // The places are read in the order in which changes travel. A change that moves on while this counts is
     // counted twice rather than never, so that an outstanding change cannot look synced.
     let backfilling = is_backfilling(postgres, &table.name).await?;
@@ -247,14 +247,14 @@ pub async fn read(
     let lanes = Lanes { live: stats.backlog(Lane::Live).await?, bulk: stats.backlog(Lane::Bulk).await? };
     let dead_letters = dead_letters.count().await?;
     let client = postgres.client().await?;
-    let without_text = target.salt.hash("").0.to_vec();
+    let without_text = generation.salt.hash("").0.to_vec();
     let row = client
         .query_one(
             "SELECT count(*) FILTER (WHERE settled AND NOT deleted), \
                     count(*) FILTER (WHERE settled AND NOT deleted AND content_hash IS DISTINCT FROM $2), \
                     count(*) FILTER (WHERE NOT settled) \
              FROM (SELECT open = 0 AND NOT dirty AS settled, deleted, content_hash FROM refarch.ledger WHERE target = $1) l",
-            &[&target.id, &without_text],
+            &[&generation.id, &without_text],
         )
         .await
         .map_err(fail)?;
@@ -291,7 +291,7 @@ pub async fn read(
         Ok(count) => (Some(count), None),
         Err(error) => {
             tracing::warn!(%error, "cannot count the records of the index");
-            (None, Some(shown(&error.to_string())))
+            (None, Some(redacted(&error.to_string())))
         }
     };
     let mut status = Status {
@@ -305,7 +305,7 @@ pub async fn read(
         expected: settled.with_text,
         unsettled: settled.not,
         synced: false,
-        proof: Proof::read(postgres, target.id, period).await?,
+        proof: Proof::read(postgres, generation.id, period).await?,
         capture_faults: proof::capture_faults(postgres, source).await?,
         in_sync: 0,
         in_sync_estimated: false,
@@ -319,7 +319,7 @@ pub async fn read(
     status.in_sync = settled.rows.min(source_rows.saturating_sub(outstanding));
     status.in_sync_estimated = outstanding > 0 || (source_rows_estimated && settled.not > 0);
     // The count of an index outside of the database lags. But an empty index cannot be in sync with rows.
-    let is_late = !matches!(index.writes(), Writes::Fenced(_));
+    let is_late = !matches!(index.writes(), Writes::Transactional(_));
     let counts_agree = match indexed {
         Some(indexed) if is_late => indexed > 0 || settled.with_text == 0,
         Some(indexed) => indexed >= settled.with_text,

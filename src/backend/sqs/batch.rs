@@ -13,7 +13,7 @@ use aws_sdk_sqs::types::{
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::Sqs;
-use super::failure::failure;
+use super::error_policy::failure;
 use crate::pipeline::change::{Group, Job, Lane};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::{Error, FailureKind, Result};
@@ -105,14 +105,14 @@ fn calls(bodies: Vec<String>, max: usize) -> Vec<Vec<String>> {
 
 /// What is done with the messages of a call.
 #[derive(Clone, Copy)]
-enum Doing {
+enum BatchOperation {
     Send,
     Delete,
     /// Hides them for that many seconds from now on.
     Hide(i32),
 }
 
-impl Doing {
+impl BatchOperation {
     fn describe(self) -> &'static str {
         match self {
             Self::Send => "send jobs to",
@@ -211,12 +211,12 @@ impl Doing {
 impl Sqs {
     /// Sends bodies, ten a call, several calls at a time.
     pub(super) async fn send_bodies(&self, lane: Lane, bodies: Vec<String>) -> Result<()> {
-        Doing::Send.all(&self.client, self.url(lane), calls(bodies, self.max_bytes(lane))).await
+        BatchOperation::Send.all(&self.client, self.url(lane), calls(bodies, self.max_bytes(lane))).await
     }
 
     /// Deletes messages; one that is out of our hands is no error.
     pub(super) async fn delete(&self, url: &str, handles: Vec<String>) -> Result<()> {
-        Doing::Delete.all(&self.client, url, tens(handles)).await
+        BatchOperation::Delete.all(&self.client, url, chunks_of_ten(handles)).await
     }
 
     /// Receipt handles by the queue that they are of.
@@ -237,10 +237,10 @@ pub(super) async fn change_visibility(
     timeout: Duration,
 ) -> Result<()> {
     let seconds = i32::try_from(timeout.as_secs()).unwrap_or(i32::MAX);
-    Doing::Hide(seconds).all(client, url, tens(handles)).await
+    BatchOperation::Hide(seconds).all(client, url, chunks_of_ten(handles)).await
 }
 
-fn tens(mut handles: Vec<String>) -> Vec<Vec<String>> {
+fn chunks_of_ten(mut handles: Vec<String>) -> Vec<Vec<String>> {
     // SQS refuses a call that names a message twice.
     handles.sort_unstable();
     handles.dedup();

@@ -9,8 +9,8 @@ use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::QueueAttributeName;
 use serde_json::Value;
 
-use super::failure::failure;
-use super::{MAX_BYTES, Options, lacking};
+use super::error_policy::failure;
+use super::{MAX_BYTES, SqsOptions, lacking};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// How long a connection may take to be made.
@@ -21,7 +21,7 @@ pub(super) const ATTEMPT: Duration = Duration::from_secs(10);
 
 /// A client for the region in the queue's URL, or where it names none (another endpoint than Amazon's),
 /// the region of the environment or the profile.
-pub async fn connect(options: &Options) -> Result<Client> {
+pub async fn connect(options: &SqsOptions) -> Result<Client> {
     let region = region_of(&options.url);
     for url in [&options.bulk_url, &options.dead_url].into_iter().flatten() {
         if region_of(url) != region {
@@ -77,7 +77,7 @@ const MAX_RETENTION_S: u64 = 14 * DAY_S;
 const DAY_S: u64 = 86_400;
 
 /// What a look at the queues found.
-pub(super) struct Looked {
+pub(super) struct QueueInspection {
     pub(super) dead_url: String,
     /// Bytes of a message at most, in each lane's queue and in that of the dead letters.
     pub(super) max_bytes: [usize; 2],
@@ -97,7 +97,7 @@ struct Queue {
 }
 
 impl Queue {
-    async fn look(client: &Client, url: &str) -> Result<Self> {
+    async fn inspect(client: &Client, url: &str) -> Result<Self> {
         let attributes = attributes(client, url).await?;
         let number = |name| attributes.get(&name).and_then(|text| text.parse::<u64>().ok());
         let most = number(QueueAttributeName::MaximumMessageSize).map(|bytes| bytes as usize);
@@ -113,9 +113,9 @@ impl Queue {
     }
 
     /// Tells if messages are kept for less than `least` seconds (a warning) or than SQS can (a note).
-    fn judge_retention(&self, least: u64, what: &str, looked: &mut Looked) {
+    fn check_retention(&self, least: u64, what: &str, inspection: &mut QueueInspection) {
         let Some(kept) = self.retention_s.filter(|kept| *kept < MAX_RETENTION_S) else { return };
-        let to = if kept < least { &mut looked.warnings } else { &mut looked.notes };
+        let to = if kept < least { &mut inspection.warnings } else { &mut inspection.notes };
         to.push(format!(
             "{} has MessageRetentionPeriod = {kept} s ({:.1} days): {what}; set it to {MAX_RETENTION_S} (14 days)",
             self.url,
@@ -125,7 +125,7 @@ impl Queue {
 }
 
 /// Looks at the queues, and refuses those that can't serve.
-pub(super) async fn look(client: &Client, options: &Options) -> Result<Looked> {
+pub(super) async fn inspect(client: &Client, options: &SqsOptions) -> Result<QueueInspection> {
     let wrong = |message: String| Err(Error::new(FailureKind::WrongSetting, "use the queues", message));
     let mut lanes = Vec::new();
     for url in std::iter::once(&options.url).chain(&options.bulk_url) {
@@ -133,7 +133,7 @@ pub(super) async fn look(client: &Client, options: &Options) -> Result<Looked> {
         if url.trim_end_matches('/').rsplit('.').next() == Some("fifo") {
             return wrong(format!("{url} is a FIFO queue: use a standard one, since order is no help here"));
         }
-        lanes.push(Queue::look(client, url).await?);
+        lanes.push(Queue::inspect(client, url).await?);
     }
     let dead_url = match (&options.dead_url, lanes.iter().find_map(|lane| lane.policy.as_ref())) {
         (Some(url), _) => url.clone(),
@@ -145,9 +145,9 @@ pub(super) async fn look(client: &Client, options: &Options) -> Result<Looked> {
             ));
         }
     };
-    let dead = Queue::look(client, &dead_url).await?;
+    let dead = Queue::inspect(client, &dead_url).await?;
     let of_lane = |at: usize| lanes.get(at).or(lanes.first()).map_or(MAX_BYTES, |lane| lane.max_bytes);
-    let mut looked = Looked {
+    let mut inspection = QueueInspection {
         dead_url,
         max_bytes: [of_lane(0), of_lane(1)],
         dead_max_bytes: dead.max_bytes,
@@ -155,11 +155,11 @@ pub(super) async fn look(client: &Client, options: &Options) -> Result<Looked> {
         notes: Vec::new(),
     };
     for lane in &lanes {
-        looked.warnings.extend(judge_policy(lane, options));
+        inspection.warnings.extend(check_policy(lane, options));
         let what = "SQS drops a change that waits longer, such as while no embed runs";
-        lane.judge_retention(DEFAULT_RETENTION_S, what, &mut looked);
+        lane.check_retention(DEFAULT_RETENTION_S, what, &mut inspection);
         if lane.max_bytes > dead.max_bytes {
-            looked.warnings.push(format!(
+            inspection.warnings.push(format!(
                 "{} has MaximumMessageSize = {}, and {} takes {} bytes: a longer dead letter is cut into several; \
                  set it to {} or more",
                 dead.url, dead.max_bytes, lane.url, lane.max_bytes, lane.max_bytes
@@ -169,12 +169,12 @@ pub(super) async fn look(client: &Client, options: &Options) -> Result<Looked> {
     let longest = lanes.iter().filter_map(|lane| lane.retention_s).max().unwrap_or_default();
     let what = "SQS drops a dead letter that nobody brings back in this time, which counts from when a message was first sent \
                 if SQS moved it here itself";
-    dead.judge_retention(longest.max(DEFAULT_RETENTION_S), what, &mut looked);
-    Ok(looked)
+    dead.check_retention(longest.max(DEFAULT_RETENTION_S), what, &mut inspection);
+    Ok(inspection)
 }
 
 /// Whether the redrive policy gives messages up before refarch does, or never.
-fn judge_policy(lane: &Queue, options: &Options) -> Option<String> {
+fn check_policy(lane: &Queue, options: &SqsOptions) -> Option<String> {
     let (url, ours) = (&lane.url, options.max_receives);
     match &lane.policy {
         None => Some(format!(

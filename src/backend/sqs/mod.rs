@@ -5,9 +5,9 @@
 
 mod batch;
 mod client;
-mod dead;
-mod failure;
-mod intake;
+mod dead_letters;
+mod error_policy;
+mod receive;
 mod stats;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -20,8 +20,8 @@ use super::postgres::Postgres;
 use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::queue::{DeadLetter, JobQueue, Message, Receipt, decode};
-use intake::Intake;
-use stats::Packing;
+use receive::Receiver;
+use stats::MessageDensity;
 
 pub use client::{connect, connect_to};
 
@@ -30,7 +30,7 @@ pub const MAX_BYTES: usize = 1_048_576;
 
 /// Where the queues are, and how they are used.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct SqsOptions {
     /// URL of the queue for live changes, or for all.
     pub url: String,
     /// URL of the queue for loads; none when one queue carries both lanes.
@@ -53,34 +53,37 @@ pub struct Options {
 pub struct Sqs {
     client: Client,
     postgres: Postgres,
-    options: Options,
+    options: SqsOptions,
     dead_url: String,
     /// Bytes of a message at most: in each lane's queue, and in that of the dead letters.
     max_bytes: [usize; 2],
     dead_max_bytes: usize,
-    intakes: Vec<Intake>,
-    packing: Mutex<[Packing; 2]>,
+    receivers: Vec<Receiver>,
+    density: Mutex<[MessageDensity; 2]>,
     letters: tokio::sync::Mutex<Vec<DeadLetter>>,
 }
 
 /// What the queues' own settings will lose: warnings, and notes on what they may lose after a long time.
-pub async fn remarks(client: &Client, options: &Options) -> Result<(Vec<String>, Vec<String>)> {
-    let looked = client::look(client, options).await?;
-    Ok((looked.warnings, looked.notes))
+pub async fn configuration_warnings(
+    client: &Client,
+    options: &SqsOptions,
+) -> Result<(Vec<String>, Vec<String>)> {
+    let inspection = client::inspect(client, options).await?;
+    Ok((inspection.warnings, inspection.notes))
 }
 
 impl Sqs {
     /// Looks at the queues, and refuses those that can't serve.
-    pub async fn open(client: Client, postgres: Postgres, options: Options) -> Result<Self> {
-        let client::Looked { dead_url, max_bytes, dead_max_bytes, warnings, .. } =
-            client::look(&client, &options).await?;
+    pub async fn open(client: Client, postgres: Postgres, options: SqsOptions) -> Result<Self> {
+        let client::QueueInspection { dead_url, max_bytes, dead_max_bytes, warnings, .. } =
+            client::inspect(&client, &options).await?;
         for warning in warnings {
             tracing::warn!(warning, "looked at the queues");
         }
-        let intakes = match &options.bulk_url {
-            None => vec![Intake::new(&options.url, &Lane::ALL)],
+        let receivers = match &options.bulk_url {
+            None => vec![Receiver::new(&options.url, &Lane::ALL)],
             Some(bulk) => {
-                vec![Intake::new(&options.url, &[Lane::Live]), Intake::new(bulk, &[Lane::Bulk])]
+                vec![Receiver::new(&options.url, &[Lane::Live]), Receiver::new(bulk, &[Lane::Bulk])]
             }
         };
         Ok(Self {
@@ -90,8 +93,8 @@ impl Sqs {
             dead_url,
             max_bytes,
             dead_max_bytes,
-            intakes,
-            packing: Mutex::default(),
+            receivers,
+            density: Mutex::default(),
             letters: tokio::sync::Mutex::default(),
         })
     }
@@ -107,8 +110,8 @@ impl Sqs {
         self.max_bytes[lane as usize]
     }
 
-    fn packing(&self) -> MutexGuard<'_, [Packing; 2]> {
-        self.packing.lock().unwrap_or_else(PoisonError::into_inner)
+    fn density(&self) -> MutexGuard<'_, [MessageDensity; 2]> {
+        self.density.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -120,20 +123,20 @@ impl JobQueue for Sqs {
             for job in jobs.iter().filter(|job| job.lane == lane) {
                 batch::bodies(job, self.max_bytes(lane), &mut bodies)?;
             }
-            let sent = Packing::of_jobs(jobs.iter().filter(|job| job.lane == lane));
-            let sent = Packing { messages: bodies.len() as u64, ..sent };
+            let sent = MessageDensity::of_jobs(jobs.iter().filter(|job| job.lane == lane));
+            let sent = MessageDensity { messages: bodies.len() as u64, ..sent };
             self.send_bodies(lane, bodies).await?;
-            self.packing()[lane as usize].add(sent);
+            self.density()[lane as usize].add(sent);
         }
         Ok(())
     }
 
     async fn receive(&self, lane: Lane, max: usize) -> Result<Vec<Message>> {
-        let intake = self.intakes.iter().find(|intake| intake.carries(lane));
-        let Some(intake) = intake else { return Ok(Vec::new()) };
-        let messages = self.take_in(intake, lane, max).await?;
+        let receiver = self.receivers.iter().find(|receiver| receiver.carries(lane));
+        let Some(receiver) = receiver else { return Ok(Vec::new()) };
+        let messages = self.receive_for_lane(receiver, lane, max).await?;
         let jobs = messages.iter().filter_map(|message| message.body.as_ref().ok());
-        self.packing()[lane as usize].add(Packing::of_jobs(jobs));
+        self.density()[lane as usize].add(MessageDensity::of_jobs(jobs));
         Ok(messages)
     }
 
@@ -155,7 +158,7 @@ impl JobQueue for Sqs {
         Ok(())
     }
 
-    fn visibility(&self) -> Duration {
+    fn visibility_timeout(&self) -> Duration {
         self.options.visibility
     }
 }

@@ -6,19 +6,19 @@ use aws_sdk_sqs::types::QueueAttributeName;
 use jiff::Timestamp;
 
 use super::Sqs;
-use super::failure::failure;
+use super::error_policy::failure;
 use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::Result;
 use crate::pipeline::queue::{Backlog, QueueStats};
 
 /// Messages and the changes in them, as this process saw them.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Packing {
+pub(super) struct MessageDensity {
     pub(super) messages: u64,
     pub(super) changes: u64,
 }
 
-impl Packing {
+impl MessageDensity {
     pub(super) fn of_jobs<'a>(jobs: impl Iterator<Item = &'a Job>) -> Self {
         jobs.fold(Self::default(), |sum, job| Self {
             messages: sum.messages + 1,
@@ -56,10 +56,10 @@ impl Messages {
 
 impl Sqs {
     /// How messages were packed of late: as seen here, or else as the relay remembers.
-    async fn packed(&self, lanes: &[Lane]) -> Result<Packing> {
-        let mut sum = Packing::default();
+    async fn recent_density(&self, lanes: &[Lane]) -> Result<MessageDensity> {
+        let mut sum = MessageDensity::default();
         for lane in lanes {
-            sum.add(self.packing()[*lane as usize]);
+            sum.add(self.density()[*lane as usize]);
         }
         if sum.messages > 0 {
             return Ok(sum);
@@ -75,7 +75,7 @@ impl Sqs {
             .await
             .map_err(|error| crate::backend::postgres::failure("read how messages are packed", error))?;
         let number = |at| row.get::<_, i64>(at).max(0) as u64;
-        Ok(Packing { messages: number(0), changes: number(1) })
+        Ok(MessageDensity { messages: number(0), changes: number(1) })
     }
 
     /// Counts the messages of a queue.
@@ -111,17 +111,18 @@ impl QueueStats for Sqs {
     async fn backlog(&self, lane: Lane) -> Result<Backlog> {
         if self.options.bulk_url.is_some() {
             let counted = self.count_messages(self.url(lane)).await?;
-            let packed = self.packed(&[lane]).await?;
+            let recent_density = self.recent_density(&[lane]).await?;
             return Ok(Backlog {
-                visible: packed.estimate(counted.visible),
-                in_flight: packed.estimate(counted.in_flight),
+                visible: recent_density.estimate(counted.visible),
+                in_flight: recent_density.estimate(counted.in_flight),
             });
         }
         // Nobody can tell the lanes apart. What is within the bulk's bound is taken for bulk, so that
         // live changes are not called too many because of a load.
         let counted = self.count_messages(&self.options.url).await?;
-        let packed = self.packed(&Lane::ALL).await?;
-        let (visible, in_flight) = (packed.estimate(counted.visible), packed.estimate(counted.in_flight));
+        let recent_density = self.recent_density(&Lane::ALL).await?;
+        let (visible, in_flight) =
+            (recent_density.estimate(counted.visible), recent_density.estimate(counted.in_flight));
         let bound = self.options.shared_bound;
         let bulk =
             Backlog { in_flight: in_flight.min(bound), visible: visible.min(bound - in_flight.min(bound)) };
@@ -132,8 +133,8 @@ impl QueueStats for Sqs {
     }
 
     async fn oldest(&self) -> Result<Option<Timestamp>> {
-        for intake in &self.intakes {
-            let counted = self.count_messages(&intake.url).await?;
+        for receiver in &self.receivers {
+            let counted = self.count_messages(&receiver.url).await?;
             if counted.total() > 0 {
                 // SQS can't tell.
                 return Ok(Some(Timestamp::UNIX_EPOCH));

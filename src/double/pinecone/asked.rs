@@ -12,19 +12,19 @@ pub(super) const MAX_LISTED: usize = 100;
 const DEFAULT_NAMESPACE: &str = "__default__";
 
 /// Why a request is refused.
-pub(super) type Refused<T> = Result<T, String>;
+pub(super) type LimitResult<T> = Result<T, String>;
 
 /// A write that is within the limits.
 #[derive(Debug)]
 pub(super) enum Write {
     Upsert { namespace: String, records: Vec<(String, Record)> },
-    Delete { namespace: String, what: Deleted },
+    Delete { namespace: String, selection: DeleteSelection },
     Update(Update),
 }
 
 /// What a delete means.
 #[derive(Debug)]
-pub(super) enum Deleted {
+pub(super) enum DeleteSelection {
     Ids(Vec<String>),
     All,
     Filter(Value),
@@ -33,13 +33,15 @@ pub(super) enum Deleted {
 impl Write {
     pub(super) fn namespace(&self) -> &str {
         match self {
-            Self::Upsert { namespace, .. } | Self::Delete { namespace, .. } => named(namespace),
-            Self::Update(update) => named(&update.namespace),
+            Self::Upsert { namespace, .. } | Self::Delete { namespace, .. } => {
+                namespace_or_default(namespace)
+            }
+            Self::Update(update) => namespace_or_default(&update.namespace),
         }
     }
 }
 
-pub(super) fn named(namespace: &str) -> &str {
+pub(super) fn namespace_or_default(namespace: &str) -> &str {
     if namespace.is_empty() { DEFAULT_NAMESPACE } else { namespace }
 }
 
@@ -75,7 +77,7 @@ pub(super) struct Query {
 /// A fetch of what passes a filter.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct ByMetadata {
+pub(super) struct FetchByMetadata {
     #[serde(default)]
     pub(super) namespace: String,
     #[serde(default = "everything")]

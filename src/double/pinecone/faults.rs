@@ -9,7 +9,7 @@ use serde::Serialize;
 
 /// How likely each fault is for a write, from 0 to 1; together at most 1. Reads know the first three.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Faults {
+pub struct PineconeFaults {
     /// 500 or 503, and nothing is done.
     pub unavailable: f64,
     /// 429, half of the time with `Retry-After: 1`, and nothing is done.
@@ -18,7 +18,7 @@ pub struct Faults {
     /// never.
     pub hang: f64,
     /// The write is applied, and 500 is the answer.
-    pub lie: f64,
+    pub false_error: f64,
     /// 504 at once, and the write is applied some time later, within `max_late`.
     pub late: f64,
     /// The write is applied, and the connection breaks without an answer.
@@ -31,7 +31,7 @@ pub struct Faults {
 
 /// How many requests there were, and how many of them met which fault.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Counts {
+pub struct PineconeCounts {
     /// Requests of all kinds, with those that were refused.
     pub requests: u64,
     /// Answered with 500 or 503, with nothing done.
@@ -50,7 +50,7 @@ pub struct Counts {
 
 /// What becomes of one request.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Fate {
+pub(super) enum FaultDecision {
     /// It is served.
     Served,
     Unavailable(StatusCode),
@@ -62,16 +62,16 @@ pub(super) enum Fate {
         hold: Duration,
         applied: Option<Duration>,
     },
-    Lied,
+    FalseError,
     Late(Duration),
     Dropped,
 }
 
-impl Faults {
+impl PineconeFaults {
     /// Draws a request's fate.
-    pub(super) fn draw(&self, dice: &mut StdRng, is_write: bool) -> Fate {
+    pub(super) fn draw(&self, rng: &mut StdRng, is_write: bool) -> FaultDecision {
         // One draw decides among all, so that chances that sum up to 1 leave no request unharmed.
-        let mut left = dice.random::<f64>();
+        let mut left = rng.random::<f64>();
         let mut is = |chance: f64| {
             let hit = (0.0..chance).contains(&left);
             left -= chance;
@@ -79,36 +79,36 @@ impl Faults {
         };
         if is(self.unavailable) {
             let states = [StatusCode::INTERNAL_SERVER_ERROR, StatusCode::SERVICE_UNAVAILABLE];
-            Fate::Unavailable(states[usize::from(dice.random::<bool>())])
+            FaultDecision::Unavailable(states[usize::from(rng.random::<bool>())])
         } else if is(self.rate_limited) {
-            Fate::RateLimited { says_when: dice.random() }
+            FaultDecision::RateLimited { says_when: rng.random() }
         } else if is(self.hang) {
-            let after = self.hang_for.mul_f64(dice.random());
-            Fate::Hung { hold: self.hang_for, applied: dice.random::<bool>().then_some(after) }
+            let after = self.hang_for.mul_f64(rng.random());
+            FaultDecision::Hung { hold: self.hang_for, applied: rng.random::<bool>().then_some(after) }
         } else if !is_write {
-            Fate::Served
-        } else if is(self.lie) {
-            Fate::Lied
+            FaultDecision::Served
+        } else if is(self.false_error) {
+            FaultDecision::FalseError
         } else if is(self.late) {
-            Fate::Late(self.max_late.mul_f64(dice.random()))
+            FaultDecision::Late(self.max_late.mul_f64(rng.random()))
         } else if is(self.drop_connection) {
-            Fate::Dropped
+            FaultDecision::Dropped
         } else {
-            Fate::Served
+            FaultDecision::Served
         }
     }
 }
 
-impl Counts {
-    pub(super) fn add(&mut self, fate: Fate) {
-        let count = match fate {
-            Fate::Served => return,
-            Fate::Unavailable(_) => &mut self.unavailable,
-            Fate::RateLimited { .. } => &mut self.rate_limited,
-            Fate::Hung { .. } => &mut self.hung,
-            Fate::Lied => &mut self.lied,
-            Fate::Late(_) => &mut self.late,
-            Fate::Dropped => &mut self.dropped,
+impl PineconeCounts {
+    pub(super) fn add(&mut self, decision: FaultDecision) {
+        let count = match decision {
+            FaultDecision::Served => return,
+            FaultDecision::Unavailable(_) => &mut self.unavailable,
+            FaultDecision::RateLimited { .. } => &mut self.rate_limited,
+            FaultDecision::Hung { .. } => &mut self.hung,
+            FaultDecision::FalseError => &mut self.lied,
+            FaultDecision::Late(_) => &mut self.late,
+            FaultDecision::Dropped => &mut self.dropped,
         };
         *count += 1;
     }
@@ -122,22 +122,23 @@ mod tests {
 
     #[test]
     fn one_seed_gives_one_sequence_and_chances_of_one_spare_none() {
-        let faults = Faults { unavailable: 0.5, rate_limited: 0.5, ..Faults::default() };
+        let faults = PineconeFaults { unavailable: 0.5, rate_limited: 0.5, ..PineconeFaults::default() };
         let draw = |seed| {
-            let mut dice = StdRng::seed_from_u64(seed);
-            (0..1_000).map(|n| faults.draw(&mut dice, n % 2 == 0)).collect::<Vec<_>>()
+            let mut rng = StdRng::seed_from_u64(seed);
+            (0..1_000).map(|n| faults.draw(&mut rng, n % 2 == 0)).collect::<Vec<_>>()
         };
         let fates = draw(7);
         assert_eq!(fates, draw(7));
         assert_ne!(fates, draw(8));
-        assert!(!fates.contains(&Fate::Served));
+        assert!(!fates.contains(&FaultDecision::Served));
     }
 
     #[test]
     fn reads_are_never_lied_to() {
-        let faults = Faults { lie: 0.4, late: 0.3, drop_connection: 0.3, ..Faults::default() };
-        let mut dice = StdRng::seed_from_u64(1);
-        assert!((0..100).all(|_| faults.draw(&mut dice, false) == Fate::Served));
-        assert!((0..100).all(|_| faults.draw(&mut dice, true) != Fate::Served));
+        let faults =
+            PineconeFaults { false_error: 0.4, late: 0.3, drop_connection: 0.3, ..PineconeFaults::default() };
+        let mut rng = StdRng::seed_from_u64(1);
+        assert!((0..100).all(|_| faults.draw(&mut rng, false) == FaultDecision::Served));
+        assert!((0..100).all(|_| faults.draw(&mut rng, true) != FaultDecision::Served));
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 
-use super::asked::{Deleted, Write};
+use super::asked::{DeleteSelection, Write};
 use super::lock;
 
 /// What is asked about a record.
@@ -40,7 +40,7 @@ impl Forbidden {
             Write::Upsert { namespace, records } => {
                 records.iter().any(|(id, _)| is(Verb::Upsert, namespace, id))
             }
-            Write::Delete { namespace, what: Deleted::Ids(ids) } => {
+            Write::Delete { namespace, selection: DeleteSelection::Ids(ids) } => {
                 ids.iter().any(|id| is(Verb::Delete, namespace, id))
             }
             Write::Delete { .. } | Write::Update(_) => false,

@@ -5,7 +5,9 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::Record;
-use super::asked::{ByMetadata, Deleted, MAX_LISTED, Parameters, Query, Refused, Update, Write};
+use super::asked::{
+    DeleteSelection, FetchByMetadata, LimitResult, MAX_LISTED, Parameters, Query, Update, Write,
+};
 
 const MAX_RECORDS: usize = 1_000;
 const MAX_UPSERT_BYTES: usize = 2 * 1024 * 1024;
@@ -18,11 +20,11 @@ const MAX_TOP: usize = 10_000;
 struct Upsert {
     #[serde(default)]
     namespace: String,
-    vectors: Vec<Sent>,
+    vectors: Vec<UpsertedRecord>,
 }
 
 #[derive(Deserialize)]
-struct Sent {
+struct UpsertedRecord {
     id: String,
     values: Vec<f32>,
     #[serde(default)]
@@ -41,11 +43,11 @@ struct Delete {
     filter: Option<Value>,
 }
 
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Refused<T> {
+fn parse<T: DeserializeOwned>(body: &[u8]) -> LimitResult<T> {
     serde_json::from_slice(body).map_err(|error| error.to_string())
 }
 
-pub(super) fn upsert(body: &[u8], dimensions: usize) -> Refused<Write> {
+pub(super) fn upsert(body: &[u8], dimensions: usize) -> LimitResult<Write> {
     if body.len() > MAX_UPSERT_BYTES {
         return Err(format!("Request size {} exceeds the maximum of {MAX_UPSERT_BYTES} bytes", body.len()));
     }
@@ -54,7 +56,7 @@ pub(super) fn upsert(body: &[u8], dimensions: usize) -> Refused<Write> {
         return Err(format!("{} vectors in a request: from 1 to {MAX_RECORDS} are allowed", vectors.len()));
     }
     let mut records = Vec::with_capacity(vectors.len());
-    for Sent { id, values, metadata } in vectors {
+    for UpsertedRecord { id, values, metadata } in vectors {
         check_id(&id)?;
         check_values(&values, dimensions)?;
         check_metadata(&metadata)?;
@@ -63,24 +65,24 @@ pub(super) fn upsert(body: &[u8], dimensions: usize) -> Refused<Write> {
     Ok(Write::Upsert { namespace, records })
 }
 
-pub(super) fn delete(body: &[u8]) -> Refused<Write> {
+pub(super) fn delete(body: &[u8]) -> LimitResult<Write> {
     let Delete { namespace, ids, all, filter } = parse(body)?;
-    let what = match (all, filter) {
-        (true, None) if ids.is_empty() => Deleted::All,
+    let selection = match (all, filter) {
+        (true, None) if ids.is_empty() => DeleteSelection::All,
         (false, Some(filter)) if ids.is_empty() => {
-            super::filter::matches(&filter, &Map::new())?;
-            Deleted::Filter(filter)
+            super::metadata_filter::matches(&filter, &Map::new())?;
+            DeleteSelection::Filter(filter)
         }
         (false, None) => {
             check_ids(&ids)?;
-            Deleted::Ids(ids)
+            DeleteSelection::Ids(ids)
         }
         _ => return Err("ids, deleteAll and filter exclude each other".into()),
     };
-    Ok(Write::Delete { namespace, what })
+    Ok(Write::Delete { namespace, selection })
 }
 
-pub(super) fn update(body: &[u8], dimensions: usize) -> Refused<Write> {
+pub(super) fn update(body: &[u8], dimensions: usize) -> LimitResult<Write> {
     let update: Update = parse(body)?;
     check_id(&update.id)?;
     if let Some(values) = &update.values {
@@ -90,15 +92,15 @@ pub(super) fn update(body: &[u8], dimensions: usize) -> Refused<Write> {
     Ok(Write::Update(update))
 }
 
-pub(super) fn by_metadata(body: &[u8]) -> Refused<ByMetadata> {
-    let asked: ByMetadata = parse(body)?;
+pub(super) fn by_metadata(body: &[u8]) -> LimitResult<FetchByMetadata> {
+    let asked: FetchByMetadata = parse(body)?;
     if !(1..=MAX_LISTED).contains(&asked.limit) {
         return Err(format!("limit {} is not from 1 to {MAX_LISTED}", asked.limit));
     }
     Ok(asked)
 }
 
-pub(super) fn query(body: &[u8], dimensions: usize) -> Refused<Query> {
+pub(super) fn query(body: &[u8], dimensions: usize) -> LimitResult<Query> {
     let query: Query = parse(body)?;
     if query.id.is_some() != query.vector.is_empty() {
         return Err("either vector or id is needed".into());
@@ -112,13 +114,13 @@ pub(super) fn query(body: &[u8], dimensions: usize) -> Refused<Query> {
     Ok(query)
 }
 
-pub(super) fn fetch(query: Vec<(String, String)>) -> Refused<Parameters> {
+pub(super) fn fetch(query: Vec<(String, String)>) -> LimitResult<Parameters> {
     let parameters = parameters(query)?;
     check_ids(&parameters.ids)?;
     Ok(parameters)
 }
 
-pub(super) fn list(query: Vec<(String, String)>) -> Refused<Parameters> {
+pub(super) fn list(query: Vec<(String, String)>) -> LimitResult<Parameters> {
     let parameters = parameters(query)?;
     if !(1..=MAX_LISTED).contains(&parameters.limit) {
         return Err(format!("limit {} is not from 1 to {MAX_LISTED}", parameters.limit));
@@ -126,7 +128,7 @@ pub(super) fn list(query: Vec<(String, String)>) -> Refused<Parameters> {
     Ok(parameters)
 }
 
-fn parameters(query: Vec<(String, String)>) -> Refused<Parameters> {
+fn parameters(query: Vec<(String, String)>) -> LimitResult<Parameters> {
     let mut parameters = Parameters { limit: MAX_LISTED, ..Parameters::default() };
     for (key, value) in query {
         match key.as_str() {
@@ -143,21 +145,21 @@ fn parameters(query: Vec<(String, String)>) -> Refused<Parameters> {
     Ok(parameters)
 }
 
-fn check_ids(ids: &[String]) -> Refused<()> {
+fn check_ids(ids: &[String]) -> LimitResult<()> {
     if ids.is_empty() || ids.len() > MAX_IDS {
         return Err(format!("{} ids in a request: from 1 to {MAX_IDS} are allowed", ids.len()));
     }
     ids.iter().try_for_each(|id| check_id(id))
 }
 
-fn check_id(id: &str) -> Refused<()> {
+fn check_id(id: &str) -> LimitResult<()> {
     if id.is_empty() || id.len() > MAX_ID_BYTES {
         return Err(format!("an id of {} bytes: from 1 to {MAX_ID_BYTES} are allowed", id.len()));
     }
     Ok(())
 }
 
-fn check_values(values: &[f32], dimensions: usize) -> Refused<()> {
+fn check_values(values: &[f32], dimensions: usize) -> LimitResult<()> {
     if values.len() != dimensions {
         return Err(format!(
             "Vector dimension {} does not match the dimension of the index {dimensions}",
@@ -173,7 +175,7 @@ fn check_values(values: &[f32], dimensions: usize) -> Refused<()> {
     Ok(())
 }
 
-fn check_metadata(metadata: &Map<String, Value>) -> Refused<()> {
+fn check_metadata(metadata: &Map<String, Value>) -> LimitResult<()> {
     for (key, value) in metadata {
         if key.starts_with('$') {
             return Err(format!("Metadata key '{key}' must not start with $"));

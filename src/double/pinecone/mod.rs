@@ -4,11 +4,11 @@
 //! where both are right.
 
 mod asked;
-mod control;
+mod control_plane;
 mod faults;
-mod filter;
 mod forbid;
 mod limits;
+mod metadata_filter;
 mod store;
 
 use std::collections::BTreeMap;
@@ -29,16 +29,16 @@ use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use asked::{Refused, Write};
-use faults::Fate;
-pub use faults::{Counts, Faults};
+use asked::{LimitResult, Write};
+use faults::FaultDecision;
+pub use faults::{PineconeCounts, PineconeFaults};
 use forbid::Forbidden;
 pub use forbid::Verb;
 use store::Log;
 
 /// A write's place in the log of its namespace, and the place up to which a query has seen the log.
-const WRITTEN: &str = "x-pinecone-request-lsn";
-const SEEN: &str = "x-pinecone-max-indexed-lsn";
+const REQUEST_LSN_HEADER: &str = "x-pinecone-request-lsn";
+const MAX_INDEXED_LSN_HEADER: &str = "x-pinecone-max-indexed-lsn";
 
 /// A record as it is kept.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,50 +51,50 @@ pub struct Record {
 
 /// The double; it stops with its last clone.
 #[derive(Clone)]
-pub struct Double {
+pub struct PineconeDouble {
     url: String,
-    index: Arc<Index>,
+    index: Arc<ServerState>,
     _stop: Arc<DropGuard>,
 }
 
-struct Index {
+struct ServerState {
     url: String,
     dimensions: AtomicUsize,
     /// Whether no key is good any more.
     is_key_revoked: AtomicBool,
     forbidden: Forbidden,
-    indexes: Mutex<control::Indexes>,
+    indexes: Mutex<control_plane::Indexes>,
     log: Mutex<Log>,
-    chance: Mutex<Chance>,
+    fault_state: Mutex<FaultState>,
 }
 
-struct Chance {
-    dice: StdRng,
-    faults: Faults,
-    counts: Counts,
+struct FaultState {
+    rng: StdRng,
+    faults: PineconeFaults,
+    counts: PineconeCounts,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Double {
+impl PineconeDouble {
     /// Serves an empty index of vectors of that length on a loopback port that is free. What goes
     /// wrong follows from the seed and the order of requests.
     pub async fn start(dimensions: usize, seed: u64) -> std::io::Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let url = format!("http://{}", listener.local_addr()?);
-        let index = Arc::new(Index {
+        let index = Arc::new(ServerState {
             url: url.clone(),
             dimensions: AtomicUsize::new(dimensions),
             is_key_revoked: AtomicBool::new(false),
             forbidden: Forbidden::default(),
             indexes: Mutex::default(),
             log: Mutex::default(),
-            chance: Mutex::new(Chance {
-                dice: StdRng::seed_from_u64(seed),
-                faults: Faults::default(),
-                counts: Counts::default(),
+            fault_state: Mutex::new(FaultState {
+                rng: StdRng::seed_from_u64(seed),
+                faults: PineconeFaults::default(),
+                counts: PineconeCounts::default(),
             }),
         });
         let stop = CancellationToken::new();
@@ -111,14 +111,14 @@ impl Double {
     }
 
     /// What goes wrong from now on. Writes that are late already still come.
-    pub fn set_faults(&self, faults: Faults) {
-        lock(&self.index.chance).faults = faults;
+    pub fn set_faults(&self, faults: PineconeFaults) {
+        lock(&self.index.fault_state).faults = faults;
     }
 
     /// Requests and faults since the start.
     #[must_use]
-    pub fn counts(&self) -> Counts {
-        lock(&self.index.chance).counts
+    pub fn counts(&self) -> PineconeCounts {
+        lock(&self.index.fault_state).counts
     }
 
     /// The records of a namespace, as they are; empty names the default one.
@@ -143,7 +143,7 @@ impl Double {
     }
 }
 
-fn router(index: Arc<Index>) -> Router {
+fn router(index: Arc<ServerState>) -> Router {
     Router::new()
         .route("/vectors/upsert", post(upsert))
         .route("/vectors/delete", post(delete))
@@ -153,18 +153,21 @@ fn router(index: Arc<Index>) -> Router {
         .route("/vectors/list", get(list))
         .route("/namespaces", get(namespaces).post(add_namespace))
         .route("/namespaces/{name}", get(namespace).delete(remove_namespace))
-        .route("/indexes", get(control::list).post(control::create))
-        .route("/indexes/{name}", get(control::describe).patch(control::configure).delete(control::delete))
+        .route("/indexes", get(control_plane::list).post(control_plane::create))
+        .route(
+            "/indexes/{name}",
+            get(control_plane::describe).patch(control_plane::configure).delete(control_plane::delete),
+        )
         .route("/query", post(query))
         .route("/describe_index_stats", post(stats))
-        .layer(middleware::from_fn_with_state(Arc::clone(&index), admit))
+        .layer(middleware::from_fn_with_state(Arc::clone(&index), authenticate))
         // The limit is Pinecone's, with Pinecone's answer.
         .layer(DefaultBodyLimit::disable())
         .with_state(index)
 }
 
-async fn admit(State(index): State<Arc<Index>>, request: Request, next: Next) -> Response {
-    lock(&index.chance).counts.requests += 1;
+async fn authenticate(State(index): State<Arc<ServerState>>, request: Request, next: Next) -> Response {
+    lock(&index.fault_state).counts.requests += 1;
     let without_key = request.headers().get("Api-Key").is_none_or(header::HeaderValue::is_empty);
     if without_key || index.is_key_revoked.load(Ordering::Relaxed) {
         return (StatusCode::UNAUTHORIZED, "Unauthorized").into_response();
@@ -172,34 +175,37 @@ async fn admit(State(index): State<Arc<Index>>, request: Request, next: Next) ->
     next.run(request).await
 }
 
-async fn upsert(State(index): State<Arc<Index>>, body: Bytes) -> Response {
+async fn upsert(State(index): State<Arc<ServerState>>, body: Bytes) -> Response {
     index.write(|| limits::upsert(&body, index.dimensions())).await
 }
 
-async fn delete(State(index): State<Arc<Index>>, body: Bytes) -> Response {
+async fn delete(State(index): State<Arc<ServerState>>, body: Bytes) -> Response {
     index.write(|| limits::delete(&body)).await
 }
 
-async fn update(State(index): State<Arc<Index>>, body: Bytes) -> Response {
+async fn update(State(index): State<Arc<ServerState>>, body: Bytes) -> Response {
     index.write(|| limits::update(&body, index.dimensions())).await
 }
 
-async fn fetch(State(index): State<Arc<Index>>, Query(query): Query<Vec<(String, String)>>) -> Response {
+async fn fetch(
+    State(index): State<Arc<ServerState>>,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Response {
     if index.forbidden.has_fetch(&query) {
         return forbid::answer();
     }
     index.read(|| Ok((lock(&index.log).fetch(&limits::fetch(query)?), None))).await
 }
 
-async fn fetch_by_metadata(State(index): State<Arc<Index>>, body: Bytes) -> Response {
+async fn fetch_by_metadata(State(index): State<Arc<ServerState>>, body: Bytes) -> Response {
     index.read(|| Ok((lock(&index.log).fetch_by_metadata(&limits::by_metadata(&body)?)?, None))).await
 }
 
-async fn list(State(index): State<Arc<Index>>, Query(query): Query<Vec<(String, String)>>) -> Response {
+async fn list(State(index): State<Arc<ServerState>>, Query(query): Query<Vec<(String, String)>>) -> Response {
     index.read(|| Ok((lock(&index.log).list(&limits::list(query)?), None))).await
 }
 
-async fn query(State(index): State<Arc<Index>>, body: Bytes) -> Response {
+async fn query(State(index): State<Arc<ServerState>>, body: Bytes) -> Response {
     let answer = || {
         let asked = limits::query(&body, index.dimensions())?;
         let mut log = lock(&index.log);
@@ -213,41 +219,41 @@ async fn query(State(index): State<Arc<Index>>, body: Bytes) -> Response {
     index.read(answer).await
 }
 
-async fn stats(State(index): State<Arc<Index>>) -> Response {
+async fn stats(State(index): State<Arc<ServerState>>) -> Response {
     index.read(|| Ok((lock(&index.log).stats(index.dimensions()), None))).await
 }
 
-async fn namespaces(State(index): State<Arc<Index>>) -> Response {
+async fn namespaces(State(index): State<Arc<ServerState>>) -> Response {
     let counts = lock(&index.log).counts();
     let shown = counts.into_iter().map(|(name, count)| json!({ "name": name, "record_count": count }));
     Json(json!({ "namespaces": shown.collect::<Vec<_>>() })).into_response()
 }
 
-async fn namespace(State(index): State<Arc<Index>>, Path(name): Path<String>) -> Response {
+async fn namespace(State(index): State<Arc<ServerState>>, Path(name): Path<String>) -> Response {
     match lock(&index.log).counts().get(&name) {
         Some(count) => Json(json!({ "name": name, "record_count": count })).into_response(),
         None => error(StatusCode::NOT_FOUND, "Namespace not found"),
     }
 }
 
-async fn add_namespace(State(index): State<Arc<Index>>, Json(body): Json<Value>) -> Response {
+async fn add_namespace(State(index): State<Arc<ServerState>>, Json(body): Json<Value>) -> Response {
     let name = body["name"].as_str().unwrap_or_default().to_owned();
     lock(&index.log).add(&name);
     Json(json!({ "name": name, "record_count": 0 })).into_response()
 }
 
-async fn remove_namespace(State(index): State<Arc<Index>>, Path(name): Path<String>) -> Response {
+async fn remove_namespace(State(index): State<Arc<ServerState>>, Path(name): Path<String>) -> Response {
     if lock(&index.log).remove(&name) {
         return Json(json!({})).into_response();
     }
     error(StatusCode::NOT_FOUND, "Namespace not found")
 }
 
-impl Index {
+impl ServerState {
     /// Serves a write as chance has it.
-    async fn write(self: &Arc<Self>, check: impl FnOnce() -> Refused<Write>) -> Response {
-        let fate = self.draw(true);
-        if let Some(answer) = self.turn_away(fate) {
+    async fn write(self: &Arc<Self>, check: impl FnOnce() -> LimitResult<Write>) -> Response {
+        let decision = self.draw(true);
+        if let Some(answer) = self.injected_refusal(decision) {
             return answer;
         }
         let write = match check() {
@@ -262,17 +268,17 @@ impl Index {
         {
             return error(StatusCode::NOT_FOUND, "Namespace not found");
         }
-        self.count(fate);
+        self.count(decision);
         let answer = match &write {
             Write::Upsert { records, .. } => json!({ "upsertedCount": records.len() }),
             Write::Delete { .. } | Write::Update(_) => json!({}),
         };
-        match fate {
-            Fate::Late(delay) => {
+        match decision {
+            FaultDecision::Late(delay) => {
                 self.apply_later(write, delay);
                 error(StatusCode::GATEWAY_TIMEOUT, "the upstream server did not answer in time")
             }
-            Fate::Hung { hold, applied } => {
+            FaultDecision::Hung { hold, applied } => {
                 if let Some(delay) = applied {
                     self.apply_later(write, delay);
                 }
@@ -282,57 +288,59 @@ impl Index {
                     None => error(StatusCode::GATEWAY_TIMEOUT, "the upstream server did not answer in time"),
                 }
             }
-            Fate::Lied => {
+            FaultDecision::FalseError => {
                 self.apply(write);
                 error(StatusCode::INTERNAL_SERVER_ERROR, "internal error")
             }
-            Fate::Dropped => {
+            FaultDecision::Dropped => {
                 self.apply(write);
-                broken_off()
+                broken_connection()
             }
-            Fate::Served | Fate::Unavailable(_) | Fate::RateLimited { .. } => {
+            FaultDecision::Served | FaultDecision::Unavailable(_) | FaultDecision::RateLimited { .. } => {
                 let mut answer = Json(answer).into_response();
-                answer.headers_mut().insert(WRITTEN, self.apply(write).into());
+                answer.headers_mut().insert(REQUEST_LSN_HEADER, self.apply(write).into());
                 answer
             }
         }
     }
 
     /// Serves a read as chance has it.
-    async fn read(&self, answer: impl FnOnce() -> Refused<(Value, Option<u64>)>) -> Response {
-        let fate = self.draw(false);
-        if let Some(answer) = self.turn_away(fate) {
+    async fn read(&self, answer: impl FnOnce() -> LimitResult<(Value, Option<u64>)>) -> Response {
+        let decision = self.draw(false);
+        if let Some(answer) = self.injected_refusal(decision) {
             return answer;
         }
-        self.count(fate);
-        if let Fate::Hung { hold, .. } = fate {
+        self.count(decision);
+        if let FaultDecision::Hung { hold, .. } = decision {
             tokio::time::sleep(hold).await;
         }
         match answer() {
             Ok((answer, seen)) => {
                 let mut answer = Json(answer).into_response();
-                answer.headers_mut().extend(seen.map(|seen| (HeaderName::from_static(SEEN), seen.into())));
+                answer
+                    .headers_mut()
+                    .extend(seen.map(|seen| (HeaderName::from_static(MAX_INDEXED_LSN_HEADER), seen.into())));
                 answer
             }
             Err(message) => error(StatusCode::BAD_REQUEST, &message),
         }
     }
 
-    fn draw(&self, is_write: bool) -> Fate {
-        let mut chance = lock(&self.chance);
-        let faults = chance.faults;
-        faults.draw(&mut chance.dice, is_write)
+    fn draw(&self, is_write: bool) -> FaultDecision {
+        let mut fault_state = lock(&self.fault_state);
+        let faults = fault_state.faults;
+        faults.draw(&mut fault_state.rng, is_write)
     }
 
-    fn count(&self, fate: Fate) {
-        lock(&self.chance).counts.add(fate);
+    fn count(&self, decision: FaultDecision) {
+        lock(&self.fault_state).counts.add(decision);
     }
 
     /// The answer to a request that is not even looked at.
-    fn turn_away(&self, fate: Fate) -> Option<Response> {
-        let answer = match fate {
-            Fate::Unavailable(status) => error(status, "the service is unavailable"),
-            Fate::RateLimited { says_when } => {
+    fn injected_refusal(&self, decision: FaultDecision) -> Option<Response> {
+        let answer = match decision {
+            FaultDecision::Unavailable(status) => error(status, "the service is unavailable"),
+            FaultDecision::RateLimited { says_when } => {
                 let mut answer = error(StatusCode::TOO_MANY_REQUESTS, "too many requests");
                 if says_when {
                     answer.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
@@ -341,7 +349,7 @@ impl Index {
             }
             _ => return None,
         };
-        self.count(fate);
+        self.count(decision);
         Some(answer)
     }
 
@@ -378,7 +386,7 @@ fn error(status: StatusCode, message: &str) -> Response {
 }
 
 /// An answer that makes the server close the connection before anything of it was sent.
-fn broken_off() -> Response {
+fn broken_connection() -> Response {
     let broken = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
     let body = futures::stream::once(std::future::ready(Err::<Bytes, _>(broken)));
     Response::new(Body::from_stream(body))

@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::asked::{ByMetadata, Deleted, Parameters, Query, Refused, Update, Write, named};
-use super::{Record, filter};
+use super::asked::{
+    DeleteSelection, FetchByMetadata, LimitResult, Parameters, Query, Update, Write, namespace_or_default,
+};
+use super::{Record, metadata_filter};
 
 /// A namespace: what readers see, and what they will.
 #[derive(Default)]
@@ -28,20 +30,21 @@ pub(super) struct Log {
 impl Namespace {
     fn settle(&mut self, now: Instant) {
         while self.log.front().is_some_and(|(due, ..)| *due <= now)
-            && let Some((_, place, write)) = self.log.pop_front()
+            && let Some((_, lsn, write)) = self.log.pop_front()
         {
-            self.seen = place;
+            self.seen = lsn;
             match write {
                 Write::Upsert { records, .. } => self.records.extend(records),
-                Write::Delete { what: Deleted::Ids(ids), .. } => {
+                Write::Delete { selection: DeleteSelection::Ids(ids), .. } => {
                     for id in &ids {
                         self.records.remove(id);
                     }
                 }
-                Write::Delete { what: Deleted::All, .. } => self.records.clear(),
-                Write::Delete { what: Deleted::Filter(wanted), .. } => {
-                    self.records
-                        .retain(|_, record| !filter::matches(&wanted, &record.metadata).unwrap_or(false));
+                Write::Delete { selection: DeleteSelection::All, .. } => self.records.clear(),
+                Write::Delete { selection: DeleteSelection::Filter(wanted), .. } => {
+                    self.records.retain(|_, record| {
+                        !metadata_filter::matches(&wanted, &record.metadata).unwrap_or(false)
+                    });
                 }
                 Write::Update(update) => self.update(update),
             }
@@ -66,10 +69,10 @@ impl Log {
         let due = now + self.delay;
         let namespace = self.namespaces.entry(write.namespace().to_owned()).or_default();
         namespace.written += 1;
-        let place = namespace.written;
-        namespace.log.push_back((due, place, write));
+        let lsn = namespace.written;
+        namespace.log.push_back((due, lsn, write));
         namespace.settle(now);
-        place
+        lsn
     }
 
     pub(super) fn clear(&mut self) {
@@ -77,12 +80,12 @@ impl Log {
     }
 
     pub(super) fn contains(&self, namespace: &str) -> bool {
-        self.namespaces.contains_key(named(namespace))
+        self.namespaces.contains_key(namespace_or_default(namespace))
     }
 
     /// A namespace's place that readers have seen, and its records.
     fn read(&mut self, namespace: &str) -> Option<(u64, &BTreeMap<String, Record>)> {
-        let namespace = self.namespaces.get_mut(named(namespace))?;
+        let namespace = self.namespaces.get_mut(namespace_or_default(namespace))?;
         namespace.settle(Instant::now());
         Some((namespace.seen, &namespace.records))
     }
@@ -103,12 +106,12 @@ impl Log {
         json!({ "vectors": vectors, "namespace": asked.namespace, "usage": { "readUnits": 1 } })
     }
 
-    pub(super) fn fetch_by_metadata(&mut self, asked: &ByMetadata) -> Refused<Value> {
+    pub(super) fn fetch_by_metadata(&mut self, asked: &FetchByMetadata) -> LimitResult<Value> {
         let mut vectors = Map::new();
         let mut next = None;
         for (id, record) in self.read(&asked.namespace).into_iter().flat_map(|(_, records)| records) {
             let is_after = asked.pagination_token.as_ref().is_none_or(|after| id > after);
-            if !is_after || !filter::matches(&asked.filter, &record.metadata)? {
+            if !is_after || !metadata_filter::matches(&asked.filter, &record.metadata)? {
                 continue;
             }
             if vectors.len() == asked.limit {
@@ -146,10 +149,10 @@ impl Log {
         answer
     }
 
-    pub(super) fn query(&mut self, asked: &Query, vector: &[f32]) -> Refused<Value> {
+    pub(super) fn query(&mut self, asked: &Query, vector: &[f32]) -> LimitResult<Value> {
         let mut matches: Vec<(f64, &String, &Record)> = Vec::new();
         for (id, record) in self.read(&asked.namespace).into_iter().flat_map(|(_, records)| records) {
-            if filter::matches(&asked.filter, &record.metadata)? {
+            if metadata_filter::matches(&asked.filter, &record.metadata)? {
                 matches.push((cosine(vector, &record.values), id, record));
             }
         }
@@ -202,11 +205,11 @@ impl Log {
     }
 
     pub(super) fn remove(&mut self, namespace: &str) -> bool {
-        self.namespaces.remove(named(namespace)).is_some()
+        self.namespaces.remove(namespace_or_default(namespace)).is_some()
     }
 
     pub(super) fn add(&mut self, namespace: &str) {
-        self.namespaces.entry(named(namespace).to_owned()).or_default();
+        self.namespaces.entry(namespace_or_default(namespace).to_owned()).or_default();
     }
 }
 

@@ -11,13 +11,13 @@ const BILLED: usize = 64 * 1024;
 
 /// How likely each fault is, from 0 to 1; the first four together at most 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct QueueFaults {
+pub struct SqsFaults {
     /// 503, and nothing is done.
     pub unavailable: f64,
     /// `RequestThrottled`, and nothing is done.
     pub throttled: f64,
     /// The call is done, and 500 is the answer.
-    pub lie: f64,
+    pub false_error: f64,
     /// The call is done, and the connection breaks without an answer.
     pub drop_connection: f64,
     /// An entry of a batch fails, half of the time after it was done.
@@ -31,7 +31,7 @@ pub struct QueueFaults {
 /// Calls since the start, by their kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[allow(missing_docs)]
-pub struct QueueCounts {
+pub struct SqsCounts {
     /// Calls that have come, answered or not.
     pub arrived: u64,
     pub send: u64,
@@ -54,7 +54,7 @@ pub struct QueueCounts {
     pub duplicated: u64,
 }
 
-impl QueueCounts {
+impl SqsCounts {
     /// Counts a call and the bytes of its messages.
     pub(super) fn call(&mut self, operation: &str, bytes: usize) {
         let count = match operation {
@@ -71,32 +71,32 @@ impl QueueCounts {
 
 /// What becomes of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fate {
+pub(super) enum FaultDecision {
     Served,
     Unavailable,
     Throttled,
-    Lied,
+    FalseError,
     Dropped,
 }
 
-impl QueueFaults {
-    pub(super) fn draw(&self, dice: &mut StdRng) -> Fate {
-        let mut left = dice.random::<f64>();
+impl SqsFaults {
+    pub(super) fn draw(&self, rng: &mut StdRng) -> FaultDecision {
+        let mut left = rng.random::<f64>();
         let mut is = |chance: f64| {
             let hit = (0.0..chance).contains(&left);
             left -= chance;
             hit
         };
         if is(self.unavailable) {
-            Fate::Unavailable
+            FaultDecision::Unavailable
         } else if is(self.throttled) {
-            Fate::Throttled
-        } else if is(self.lie) {
-            Fate::Lied
+            FaultDecision::Throttled
+        } else if is(self.false_error) {
+            FaultDecision::FalseError
         } else if is(self.drop_connection) {
-            Fate::Dropped
+            FaultDecision::Dropped
         } else {
-            Fate::Served
+            FaultDecision::Served
         }
     }
 }

@@ -5,9 +5,9 @@
 //! passes the same contract tests as an independent server.
 
 mod faults;
-mod messages;
-mod operation;
+mod message_operations;
 mod queue;
+mod queue_operations;
 mod wire;
 
 use std::collections::HashMap;
@@ -27,10 +27,10 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use faults::Fate;
-pub use faults::{QueueCounts, QueueFaults};
+use faults::FaultDecision;
+pub use faults::{SqsCounts, SqsFaults};
 use queue::Queue;
-use wire::{Answer, Refused};
+use wire::{SqsError, SqsResult};
 
 /// What every queue's URL and ARN hold.
 const ACCOUNT: &str = "123456789012";
@@ -38,7 +38,7 @@ const REGION: &str = "us-east-1";
 
 /// The double; it stops with its last clone.
 #[derive(Clone)]
-pub struct QueueDouble {
+pub struct SqsDouble {
     url: String,
     server: Arc<Server>,
     _stop: Arc<DropGuard>,
@@ -48,16 +48,16 @@ pub struct QueueDouble {
 struct State {
     queues: HashMap<String, Queue>,
     moves: Vec<Value>,
-    dice: StdRng,
-    faults: QueueFaults,
-    counts: QueueCounts,
+    rng: StdRng,
+    faults: SqsFaults,
+    counts: SqsCounts,
 }
 
 struct Server {
     base: String,
     state: Mutex<State>,
     /// Rung when something may have come to be visible.
-    sent: Notify,
+    message_visible: Notify,
 }
 
 impl Server {
@@ -66,7 +66,7 @@ impl Server {
     }
 }
 
-impl QueueDouble {
+impl SqsDouble {
     /// Serves no queues yet, on a loopback port that is free. What goes wrong follows from the seed and
     /// the order of calls.
     pub async fn start(seed: u64) -> std::io::Result<Self> {
@@ -77,11 +77,11 @@ impl QueueDouble {
             state: Mutex::new(State {
                 queues: HashMap::new(),
                 moves: Vec::new(),
-                dice: StdRng::seed_from_u64(seed),
-                faults: QueueFaults::default(),
-                counts: QueueCounts::default(),
+                rng: StdRng::seed_from_u64(seed),
+                faults: SqsFaults::default(),
+                counts: SqsCounts::default(),
             }),
-            sent: Notify::new(),
+            message_visible: Notify::new(),
         });
         let stop = CancellationToken::new();
         let router = Router::new()
@@ -121,13 +121,13 @@ impl QueueDouble {
     }
 
     /// What goes wrong from now on.
-    pub fn set_faults(&self, faults: QueueFaults) {
+    pub fn set_faults(&self, faults: SqsFaults) {
         self.server.state().faults = faults;
     }
 
     /// Calls and faults since the start.
     #[must_use]
-    pub fn counts(&self) -> QueueCounts {
+    pub fn counts(&self) -> SqsCounts {
         self.server.state().counts
     }
 
@@ -157,7 +157,7 @@ impl QueueDouble {
             }
         }
         drop(state);
-        self.server.sent.notify_waiters();
+        self.server.message_visible.notify_waiters();
         duplicated
     }
 
@@ -184,10 +184,11 @@ impl QueueDouble {
 
     /// Lets others receive up to `count` messages of every queue that somebody holds.
     #[allow(clippy::must_use_candidate, reason = "the count is only for telling")]
-    pub fn hurry(&self, count: usize) -> u64 {
-        let hurried = self.server.state().queues.values_mut().map(|queue| queue.hurry(count)).sum();
-        self.server.sent.notify_waiters();
-        hurried
+    pub fn make_visible(&self, count: usize) -> u64 {
+        let made_visible =
+            self.server.state().queues.values_mut().map(|queue| queue.make_visible(count)).sum();
+        self.server.message_visible.notify_waiters();
+        made_visible
     }
 }
 
@@ -195,31 +196,31 @@ async fn serve(Shared(server): Shared<Arc<Server>>, headers: HeaderMap, body: By
     let target = headers.get("X-Amz-Target").and_then(|value| value.to_str().ok()).unwrap_or_default();
     let operation = target.strip_prefix("AmazonSQS.").unwrap_or_default().to_owned();
     if !headers.contains_key("Authorization") {
-        return refused(&Refused::missing_token());
+        return error_response(&SqsError::missing_token());
     }
-    let (latency, fate) = {
+    let (latency, decision) = {
         let mut state = server.state();
         state.counts.arrived += 1;
         let faults = state.faults;
-        (faults.latency, faults.draw(&mut state.dice))
+        (faults.latency, faults.draw(&mut state.rng))
     };
     if !latency.is_zero() {
         tokio::time::sleep(latency).await;
     }
-    let answer = match fate {
-        Fate::Unavailable => {
+    let answer = match decision {
+        FaultDecision::Unavailable => {
             server.state().counts.unavailable += 1;
             return (StatusCode::SERVICE_UNAVAILABLE, r#"{"__type":"com.amazonaws.sqs#ServiceUnavailable"}"#)
                 .into_response();
         }
-        Fate::Throttled => {
+        FaultDecision::Throttled => {
             server.state().counts.throttled += 1;
-            return refused(&Refused::throttled());
+            return error_response(&SqsError::throttled());
         }
-        Fate::Served | Fate::Lied | Fate::Dropped => {
+        FaultDecision::Served | FaultDecision::FalseError | FaultDecision::Dropped => {
             let parsed: Value = match serde_json::from_slice(&body) {
                 Ok(parsed) => parsed,
-                Err(error) => return refused(&Refused::invalid(error.to_string())),
+                Err(error) => return error_response(&SqsError::invalid(error.to_string())),
             };
             answer(&server, &operation, &parsed).await
         }
@@ -227,35 +228,35 @@ async fn serve(Shared(server): Shared<Arc<Server>>, headers: HeaderMap, body: By
     let sent = if operation.starts_with("Send") { body.len() } else { 0 };
     let (status, text) = match &answer {
         Ok(answer) => (StatusCode::OK, answer.to_string()),
-        Err(error) => return count_and(&server, &operation, sent, refused(error)),
+        Err(error) => return counted(&server, &operation, sent, error_response(error)),
     };
     let bytes = if operation == "ReceiveMessage" { text.len() } else { sent };
-    let response = match fate {
-        Fate::Lied => {
+    let response = match decision {
+        FaultDecision::FalseError => {
             server.state().counts.lied += 1;
             (StatusCode::INTERNAL_SERVER_ERROR, r#"{"__type":"com.amazonaws.sqs#InternalFailure"}"#)
                 .into_response()
         }
-        Fate::Dropped => {
+        FaultDecision::Dropped => {
             server.state().counts.dropped += 1;
-            broken_off()
+            broken_connection()
         }
         _ => (status, [("Content-Type", "application/x-amz-json-1.0")], text).into_response(),
     };
-    count_and(&server, &operation, bytes, response)
+    counted(&server, &operation, bytes, response)
 }
 
-fn count_and(server: &Server, operation: &str, bytes: usize, response: Response) -> Response {
+fn counted(server: &Server, operation: &str, bytes: usize, response: Response) -> Response {
     server.state().counts.call(operation, bytes);
     response
 }
 
 /// Does an operation; a receive waits for as long as it says.
-async fn answer(server: &Server, operation: &str, body: &Value) -> Answer {
+async fn answer(server: &Server, operation: &str, body: &Value) -> SqsResult {
     let wait = body.get("WaitTimeSeconds").and_then(Value::as_u64).unwrap_or_default();
     let until = Instant::now() + Duration::from_secs(wait);
     loop {
-        let sent = server.sent.notified();
+        let sent = server.message_visible.notified();
         let mut sent = std::pin::pin!(sent);
         sent.as_mut().enable();
         let (answer, due) = {
@@ -265,7 +266,7 @@ async fn answer(server: &Server, operation: &str, body: &Value) -> Answer {
             (answer, due)
         };
         if operation != "ReceiveMessage" {
-            server.sent.notify_waiters();
+            server.message_visible.notify_waiters();
             return answer;
         }
         let is_empty = answer.as_ref().is_ok_and(|answer| answer.get("Messages").is_none());
@@ -280,7 +281,7 @@ async fn answer(server: &Server, operation: &str, body: &Value) -> Answer {
     }
 }
 
-fn refused(error: &Refused) -> Response {
+fn error_response(error: &SqsError) -> Response {
     let body = json!({ "__type": format!("com.amazonaws.sqs#{}", error.name), "message": error.message });
     let headers = [
         ("Content-Type", "application/x-amz-json-1.0".to_owned()),
@@ -290,7 +291,7 @@ fn refused(error: &Refused) -> Response {
 }
 
 /// An answer that makes the server close the connection before anything of it was sent.
-fn broken_off() -> Response {
+fn broken_connection() -> Response {
     let broken = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
     let body = futures::stream::once(std::future::ready(Err::<Bytes, _>(broken)));
     Response::new(Body::from_stream(body))

@@ -31,9 +31,9 @@ pub(super) struct Message {
 
 /// A message in a queue. Each receipt, and each change of its visibility, has a turn of its own.
 #[derive(Debug)]
-struct Held {
+struct StoredMessage {
     message: Message,
-    turn: u64,
+    sequence: u64,
     /// Turn of the newest receipt.
     receipt: u64,
     /// When others may have it.
@@ -43,7 +43,7 @@ struct Held {
 
 /// Why a receipt can't be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Unusable {
+pub(super) enum ReceiptError {
     /// It is none of this queue's.
     Invalid,
     /// Its message is visible to others again, or gone.
@@ -54,7 +54,7 @@ pub(super) enum Unusable {
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     pub(super) settings: HashMap<String, String>,
-    messages: HashMap<u64, Held>,
+    messages: HashMap<u64, StoredMessage>,
     ready: VecDeque<u64>,
     due: BinaryHeap<Reverse<(Instant, u64, u64)>>,
     next: u64,
@@ -62,7 +62,7 @@ pub(super) struct Queue {
 
 /// How many messages are in which state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Counted {
+pub(super) struct MessageCounts {
     pub(super) visible: usize,
     pub(super) in_flight: usize,
     pub(super) delayed: usize,
@@ -77,29 +77,29 @@ impl Queue {
     pub(super) fn send(&mut self, message: Message, delay: Duration, now: Instant) {
         let key = self.next;
         self.next += 1;
-        let mut held = Held { message, turn: 0, receipt: 0, due: None, delayed: false };
+        let mut stored = StoredMessage { message, sequence: 0, receipt: 0, due: None, delayed: false };
         if delay.is_zero() {
             self.ready.push_back(key);
         } else {
-            held.delayed = true;
-            held.due = Some(now + delay);
+            stored.delayed = true;
+            stored.due = Some(now + delay);
             self.due.push(Reverse((now + delay, key, 0)));
         }
-        self.messages.insert(key, held);
+        self.messages.insert(key, stored);
     }
 
     /// Shows what is due.
-    fn ripen(&mut self, now: Instant) {
-        while let Some(Reverse((at, key, turn))) = self.due.peek().copied()
+    fn release_due(&mut self, now: Instant) {
+        while let Some(Reverse((at, key, sequence))) = self.due.peek().copied()
             && at <= now
         {
             self.due.pop();
-            if let Some(held) = self.messages.get_mut(&key)
-                && held.turn == turn
+            if let Some(stored) = self.messages.get_mut(&key)
+                && stored.sequence == sequence
             {
-                held.due = None;
-                held.delayed = false;
-                held.turn += 1;
+                stored.due = None;
+                stored.delayed = false;
+                stored.sequence += 1;
                 self.ready.push_back(key);
             }
         }
@@ -107,7 +107,7 @@ impl Queue {
 
     /// When something comes to be visible by itself.
     pub(super) fn next_due(&mut self, now: Instant) -> Option<Instant> {
-        self.ripen(now);
+        self.release_due(now);
         self.due.peek().map(|Reverse((at, ..))| *at)
     }
 
@@ -120,24 +120,24 @@ impl Queue {
         now: Instant,
         dead: &mut Vec<Message>,
     ) -> Result<Vec<(String, Message)>, OverLimit> {
-        self.ripen(now);
+        self.release_due(now);
         let mut received = Vec::new();
         while received.len() < max {
             if self.messages.len() - self.ready.len() >= MAX_IN_FLIGHT {
                 return if received.is_empty() { Err(OverLimit) } else { Ok(received) };
             }
             let Some(key) = self.ready.pop_front() else { break };
-            let Some(held) = self.messages.get_mut(&key) else { continue };
-            if max_receives.is_some_and(|max| held.message.receive_count >= max) {
-                dead.extend(self.messages.remove(&key).map(|held| held.message));
+            let Some(stored) = self.messages.get_mut(&key) else { continue };
+            if max_receives.is_some_and(|max| stored.message.receive_count >= max) {
+                dead.extend(self.messages.remove(&key).map(|stored| stored.message));
                 continue;
             }
-            held.message.receive_count += 1;
-            held.message.first_received.get_or_insert_with(SystemTime::now);
-            held.turn += 1;
-            held.receipt = held.turn;
-            let receipt = format!("{key}.{}", held.receipt);
-            let message = held.message.clone();
+            stored.message.receive_count += 1;
+            stored.message.first_received.get_or_insert_with(SystemTime::now);
+            stored.sequence += 1;
+            stored.receipt = stored.sequence;
+            let receipt = format!("{key}.{}", stored.receipt);
+            let message = stored.message.clone();
             self.hide(key, visibility, now);
             received.push((receipt, message));
         }
@@ -145,29 +145,30 @@ impl Queue {
     }
 
     fn hide(&mut self, key: u64, visibility: Duration, now: Instant) {
-        let Some(held) = self.messages.get_mut(&key) else { return };
+        let Some(stored) = self.messages.get_mut(&key) else { return };
         if visibility.is_zero() {
-            held.due = None;
+            stored.due = None;
             self.ready.push_back(key);
         } else {
-            held.due = Some(now + visibility);
-            self.due.push(Reverse((now + visibility, key, held.turn)));
+            stored.due = Some(now + visibility);
+            self.due.push(Reverse((now + visibility, key, stored.sequence)));
         }
     }
 
-    fn parse(receipt: &str) -> Result<(u64, u64), Unusable> {
-        let parts =
-            receipt.split_once('.').and_then(|(key, turn)| Some((key.parse().ok()?, turn.parse().ok()?)));
-        parts.ok_or(Unusable::Invalid)
+    fn parse(receipt: &str) -> Result<(u64, u64), ReceiptError> {
+        let parts = receipt
+            .split_once('.')
+            .and_then(|(key, sequence)| Some((key.parse().ok()?, sequence.parse().ok()?)));
+        parts.ok_or(ReceiptError::Invalid)
     }
 
     /// Deletes by a receipt. An older one than the newest succeeds and deletes nothing, as SQS may have it.
-    pub(super) fn delete(&mut self, receipt: &str) -> Result<(), Unusable> {
-        let (key, turn) = Self::parse(receipt)?;
-        if let Some(held) = self.messages.get(&key)
-            && held.receipt == turn
+    pub(super) fn delete(&mut self, receipt: &str) -> Result<(), ReceiptError> {
+        let (key, sequence) = Self::parse(receipt)?;
+        if let Some(stored) = self.messages.get(&key)
+            && stored.receipt == sequence
         {
-            if held.due.is_none() {
+            if stored.due.is_none() {
                 self.ready.retain(|ready| *ready != key);
             }
             self.messages.remove(&key);
@@ -181,24 +182,24 @@ impl Queue {
         receipt: &str,
         visibility: Duration,
         now: Instant,
-    ) -> Result<(), Unusable> {
-        self.ripen(now);
-        let (key, turn) = Self::parse(receipt)?;
-        let held = self.messages.get_mut(&key).ok_or(Unusable::NotInFlight)?;
-        if held.receipt != turn || held.due.is_none() {
-            return Err(Unusable::NotInFlight);
+    ) -> Result<(), ReceiptError> {
+        self.release_due(now);
+        let (key, sequence) = Self::parse(receipt)?;
+        let stored = self.messages.get_mut(&key).ok_or(ReceiptError::NotInFlight)?;
+        if stored.receipt != sequence || stored.due.is_none() {
+            return Err(ReceiptError::NotInFlight);
         }
         // What was due before is no more; the receipt stays good.
-        held.turn += 1;
+        stored.sequence += 1;
         self.hide(key, visibility, now);
         Ok(())
     }
 
-    pub(super) fn count(&mut self, now: Instant) -> Counted {
-        self.ripen(now);
-        let delayed = self.messages.values().filter(|held| held.delayed).count();
+    pub(super) fn count(&mut self, now: Instant) -> MessageCounts {
+        self.release_due(now);
+        let delayed = self.messages.values().filter(|stored| stored.delayed).count();
         let visible = self.ready.len();
-        Counted { visible, delayed, in_flight: self.messages.len() - visible - delayed }
+        MessageCounts { visible, delayed, in_flight: self.messages.len() - visible - delayed }
     }
 
     pub(super) fn purge(&mut self) {
@@ -209,49 +210,49 @@ impl Queue {
 
     /// Takes everything that is visible, to move it elsewhere.
     pub(super) fn drain(&mut self, now: Instant) -> Vec<Message> {
-        self.ripen(now);
+        self.release_due(now);
         let ready = std::mem::take(&mut self.ready);
-        ready.into_iter().filter_map(|key| self.messages.remove(&key)).map(|held| held.message).collect()
+        ready.into_iter().filter_map(|key| self.messages.remove(&key)).map(|stored| stored.message).collect()
     }
 
     /// Every message as it is, in no order.
     pub(super) fn messages(&self) -> impl Iterator<Item = &Message> {
-        self.messages.values().map(|held| &held.message)
+        self.messages.values().map(|stored| &stored.message)
     }
 
     /// Makes a message that somebody has visible to others.
-    pub(super) fn show(&mut self, receipt: &str) {
+    pub(super) fn make_message_visible(&mut self, receipt: &str) {
         if let Ok((key, _)) = Self::parse(receipt)
-            && let Some(held) = self.messages.get_mut(&key)
-            && held.due.is_some()
+            && let Some(stored) = self.messages.get_mut(&key)
+            && stored.due.is_some()
         {
-            held.turn += 1;
-            held.due = None;
+            stored.sequence += 1;
+            stored.due = None;
             self.ready.push_back(key);
         }
     }
 
     /// Makes up to `count` messages that somebody has visible to others.
-    pub(super) fn hurry(&mut self, count: usize) -> u64 {
-        let hidden = self.messages.iter_mut().filter(|(_, held)| held.due.is_some() && !held.delayed);
-        let mut hurried = 0;
-        for (key, held) in hidden.take(count) {
-            held.turn += 1;
-            held.due = None;
+    pub(super) fn make_visible(&mut self, count: usize) -> u64 {
+        let hidden = self.messages.iter_mut().filter(|(_, stored)| stored.due.is_some() && !stored.delayed);
+        let mut made_visible = 0;
+        for (key, stored) in hidden.take(count) {
+            stored.sequence += 1;
+            stored.due = None;
             self.ready.push_back(*key);
-            hurried += 1;
+            made_visible += 1;
         }
-        hurried
+        made_visible
     }
 
     /// Hides up to `count` messages that are visible, so that others come before them.
     pub(super) fn delay(&mut self, count: usize, delay: Duration, now: Instant) -> u64 {
-        self.ripen(now);
+        self.release_due(now);
         let mut delayed = 0;
         for _ in 0..count.min(self.ready.len()) {
             let Some(key) = self.ready.pop_front() else { break };
-            if let Some(held) = self.messages.get_mut(&key) {
-                held.turn += 1;
+            if let Some(stored) = self.messages.get_mut(&key) {
+                stored.sequence += 1;
                 self.hide(key, delay, now);
                 delayed += 1;
             }
@@ -295,12 +296,12 @@ mod tests {
         let again = receive(&mut queue, start + VISIBILITY * 2);
         assert_eq!(again.len(), 1);
         // The older receipt is taken, and does nothing.
-        assert_eq!(queue.change_visibility(&first[0], VISIBILITY, start), Err(Unusable::NotInFlight));
+        assert_eq!(queue.change_visibility(&first[0], VISIBILITY, start), Err(ReceiptError::NotInFlight));
         queue.delete(&first[0]).unwrap();
         assert_eq!(queue.count(start).in_flight, 1);
         queue.delete(&again[0]).unwrap();
-        assert_eq!(queue.count(start), Counted::default());
-        assert_eq!(queue.delete("x"), Err(Unusable::Invalid));
+        assert_eq!(queue.count(start), MessageCounts::default());
+        assert_eq!(queue.delete("x"), Err(ReceiptError::Invalid));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use md5::{Digest as _, Md5};
 use rand::RngExt as _;
 use serde_json::{Map, Value, json};
 
-use super::queue::{Message, Queue, Unusable};
+use super::queue::{Message, Queue, ReceiptError};
 use super::{ACCOUNT, REGION, State};
 
 pub(super) use super::queue::MAX_BYTES;
@@ -19,13 +19,13 @@ pub(super) const MAX_WAIT: u64 = 20;
 
 /// An error of SQS: its newer name, its older one, and what it says.
 #[derive(Debug)]
-pub(super) struct Refused {
+pub(super) struct SqsError {
     pub(super) name: &'static str,
     pub(super) query_name: &'static str,
     pub(super) message: String,
 }
 
-impl Refused {
+impl SqsError {
     pub(super) fn new(name: &'static str, query_name: &'static str, message: impl Into<String>) -> Self {
         Self { name, query_name, message: message.into() }
     }
@@ -54,17 +54,17 @@ impl Refused {
     }
 }
 
-pub(super) type Answer = Result<Value, Refused>;
+pub(super) type SqsResult = Result<Value, SqsError>;
 
-pub(super) fn text<'a>(body: &'a Value, field: &str) -> Result<&'a str, Refused> {
-    body.get(field).and_then(Value::as_str).ok_or_else(|| Refused::missing(field))
+pub(super) fn text<'a>(body: &'a Value, field: &str) -> Result<&'a str, SqsError> {
+    body.get(field).and_then(Value::as_str).ok_or_else(|| SqsError::missing(field))
 }
 
-pub(super) fn number(body: &Value, field: &str, max: u64) -> Result<Option<u64>, Refused> {
+pub(super) fn number(body: &Value, field: &str, max: u64) -> Result<Option<u64>, SqsError> {
     let Some(value) = body.get(field).filter(|value| !value.is_null()) else { return Ok(None) };
     let number = value.as_u64().filter(|number| *number <= max);
     let wrong = || {
-        Refused::invalid(format!(
+        SqsError::invalid(format!(
             "Value {value} for parameter {field} is invalid. Reason: Must be between 0 and {max}."
         ))
     };
@@ -117,40 +117,44 @@ fn size(body: &str, attributes: &Map<String, Value>) -> usize {
 }
 
 pub(super) fn random_id(state: &mut State) -> String {
-    let n: u128 = state.dice.random();
+    let n: u128 = state.rng.random();
     let hex = format!("{n:032x}");
     format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }
 
 /// Checks what is sent, as far as SQS does, and makes a message of it.
-pub(super) fn message(state: &mut State, queue: &str, entry: &Value) -> Result<(Message, Duration), Refused> {
+pub(super) fn message(
+    state: &mut State,
+    queue: &str,
+    entry: &Value,
+) -> Result<(Message, Duration), SqsError> {
     let body = text(entry, "MessageBody")?.to_owned();
     let attributes = entry.get("MessageAttributes").and_then(Value::as_object).cloned().unwrap_or_default();
     let fits = |c: char| matches!(c, '\t' | '\n' | '\r' | ' '..='\u{fffd}' | '\u{10000}'..);
     if body.is_empty() {
-        return Err(Refused::missing("MessageBody"));
+        return Err(SqsError::missing("MessageBody"));
     }
     if !body.chars().all(fits) {
         let message = "Invalid characters found. Valid unicode characters are #x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF";
-        return Err(Refused::new("InvalidMessageContents", "InvalidMessageContents", message));
+        return Err(SqsError::new("InvalidMessageContents", "InvalidMessageContents", message));
     }
     for (name, value) in &attributes {
         let text = value.get("StringValue").and_then(Value::as_str).unwrap_or_default();
         if text.is_empty() || !text.chars().all(fits) {
-            return Err(Refused::invalid(format!(
+            return Err(SqsError::invalid(format!(
                 "Message (user) attribute '{name}' must contain a non-empty value of valid characters."
             )));
         }
     }
     if attributes.len() > 10 {
-        return Err(Refused::invalid(format!(
+        return Err(SqsError::invalid(format!(
             "Number of message attributes [{}] exceeds the allowed maximum [10].",
             attributes.len()
         )));
     }
     let max = state.queues.get(queue).map_or(MAX_BYTES, Queue::max_bytes);
     if size(&body, &attributes) > max {
-        return Err(Refused::invalid(format!(
+        return Err(SqsError::invalid(format!(
             "One or more parameters are invalid. Reason: Message must be shorter than {max} bytes."
         )));
     }
@@ -169,23 +173,23 @@ pub(super) fn message(state: &mut State, queue: &str, entry: &Value) -> Result<(
 }
 
 /// What SQS says of a message that it has taken.
-pub(super) fn taken(message: &Message) -> Map<String, Value> {
-    let mut taken = Map::new();
-    taken.insert("MessageId".into(), message.id.clone().into());
-    taken.insert("MD5OfMessageBody".into(), md5(message.body.as_bytes()).into());
+pub(super) fn send_result(message: &Message) -> Map<String, Value> {
+    let mut send_result = Map::new();
+    send_result.insert("MessageId".into(), message.id.clone().into());
+    send_result.insert("MD5OfMessageBody".into(), md5(message.body.as_bytes()).into());
     if !message.attributes.is_empty() {
-        taken.insert("MD5OfMessageAttributes".into(), md5_of_attributes(&message.attributes).into());
+        send_result.insert("MD5OfMessageAttributes".into(), md5_of_attributes(&message.attributes).into());
     }
-    taken
+    send_result
 }
 
-pub(super) fn unusable(why: Unusable, receipt: &str) -> Refused {
+pub(super) fn receipt_error(why: ReceiptError, receipt: &str) -> SqsError {
     match why {
-        Unusable::Invalid => {
+        ReceiptError::Invalid => {
             let message = format!("The input receipt handle \"{receipt}\" is not a valid receipt handle.");
-            Refused::new("ReceiptHandleIsInvalid", "ReceiptHandleIsInvalid", message)
+            SqsError::new("ReceiptHandleIsInvalid", "ReceiptHandleIsInvalid", message)
         }
-        Unusable::NotInFlight => Refused::new(
+        ReceiptError::NotInFlight => SqsError::new(
             "MessageNotInflight",
             "AWS.SimpleQueueService.MessageNotInflight",
             "The message referred to is not in flight.",
@@ -198,8 +202,8 @@ pub(super) fn millis(time: SystemTime) -> u64 {
 }
 
 /// A message as it is handed out.
-pub(super) fn shown(receipt: &str, message: &Message) -> Value {
-    let mut shown = json!({
+pub(super) fn receive_result(receipt: &str, message: &Message) -> Value {
+    let mut receive_result = json!({
         "MessageId": message.id,
         "ReceiptHandle": receipt,
         "MD5OfBody": md5(message.body.as_bytes()),
@@ -212,8 +216,8 @@ pub(super) fn shown(receipt: &str, message: &Message) -> Value {
         },
     });
     if !message.attributes.is_empty() {
-        shown["MessageAttributes"] = Value::Object(message.attributes.clone());
-        shown["MD5OfMessageAttributes"] = md5_of_attributes(&message.attributes).into();
+        receive_result["MessageAttributes"] = Value::Object(message.attributes.clone());
+        receive_result["MD5OfMessageAttributes"] = md5_of_attributes(&message.attributes).into();
     }
-    shown
+    receive_result
 }

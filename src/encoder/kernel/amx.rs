@@ -7,9 +7,12 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid_count, _xgetbv};
 use std::sync::OnceLock;
 
-use super::super::lanes::Lanes;
-use super::super::lanes::avx512::Avx512;
-use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are, encode_bf16, encode_whole, quantize};
+use super::super::simd::Simd;
+use super::super::simd::avx512::Avx512;
+use super::{
+    Accumulators, Kernel, LeftMatrix, Quantization, RightPanel, WithSimd, encode_bf16, encode_int8, quantize,
+    unquantized,
+};
 
 /// Rows of a tile register.
 const SIDE: usize = 16;
@@ -189,7 +192,7 @@ macro_rules! multiply {
 pub(crate) struct Bf16;
 
 impl Kernel for Bf16 {
-    type Lanes = Avx512<true>;
+    type Simd = Avx512<true>;
     type Element = u16;
     type Operand = u16;
     type Weight = u16;
@@ -200,7 +203,7 @@ impl Kernel for Bf16 {
     const DEPTH: usize = 32;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
-    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+    unsafe fn vectorize<O: WithSimd>(op: O) -> O::Output {
         // SAFETY: the caller has checked the CPU features.
         unsafe {
             let _tiles = Tiles::set_up();
@@ -213,12 +216,12 @@ impl Kernel for Bf16 {
     }
 
     #[inline(always)]
-    fn left(elements: *const u16, width: usize, _: *const u16, _: *const Quantization) -> Left<Self> {
-        as_they_are(elements, width)
+    fn left(elements: *const u16, width: usize, _: *const u16, _: *const Quantization) -> LeftMatrix<Self> {
+        unquantized(elements, width)
     }
 
     #[inline(always)]
-    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+    unsafe fn tile(left: LeftMatrix<Self>, rows: usize, right: &RightPanel<Self>, sums: Accumulators) {
         let bytes = (left.data.cast::<u8>(), left.stride * 2);
         // SAFETY: guaranteed by the caller; rows up to the next multiple of 16 are slack. The compiler never
         // uses tile registers, so the assembly overwrites nothing.
@@ -236,7 +239,7 @@ impl Kernel for Bf16 {
 pub(crate) struct Int8;
 
 impl Kernel for Int8 {
-    type Lanes = Avx512<true>;
+    type Simd = Avx512<true>;
     type Element = u16;
     type Operand = u8;
     type Weight = i8;
@@ -248,7 +251,7 @@ impl Kernel for Int8 {
     const DEPTH: usize = 64;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
-    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+    unsafe fn vectorize<O: WithSimd>(op: O) -> O::Output {
         // SAFETY: the caller has checked the CPU features.
         unsafe {
             let _tiles = Tiles::set_up();
@@ -257,7 +260,7 @@ impl Kernel for Int8 {
     }
 
     fn encode(column: &[f32], to: &mut [i8]) -> f32 {
-        encode_whole(column, to)
+        encode_int8(column, to)
     }
 
     fn units(weight: i8) -> f32 {
@@ -273,23 +276,28 @@ impl Kernel for Int8 {
         quantizations: *mut Quantization,
     ) {
         // SAFETY: guaranteed by the caller.
-        unsafe { quantize::<u16, u8, Self::Lanes>(elements, rows, width, operands, quantizations) }
+        unsafe { quantize::<u16, u8, Self::Simd>(elements, rows, width, operands, quantizations) }
     }
 
     #[inline(always)]
-    fn left(_: *const u16, width: usize, data: *const u8, quantizations: *const Quantization) -> Left<Self> {
-        Left { data, stride: width, quantizations }
+    fn left(
+        _: *const u16,
+        width: usize,
+        data: *const u8,
+        quantizations: *const Quantization,
+    ) -> LeftMatrix<Self> {
+        LeftMatrix { data, stride: width, quantizations }
     }
 
     #[inline(always)]
-    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+    unsafe fn tile(left: LeftMatrix<Self>, rows: usize, right: &RightPanel<Self>, sums: Accumulators) {
         /// Sums as whole numbers.
         #[repr(C, align(64))]
         struct Products(std::mem::MaybeUninit<[[i32; COLUMNS]; 2 * SIDE]>);
         let mut products = Products(std::mem::MaybeUninit::uninit());
         let products = products.0.as_mut_ptr().cast::<i32>();
         let bytes = (left.data, left.stride);
-        let whole = Sums { data: products.cast(), stride: COLUMNS, add: false };
+        let whole = Accumulators { data: products.cast(), stride: COLUMNS, add: false };
         // SAFETY: as for bf16; only products that were written before are read.
         unsafe {
             if rows > SIDE {
@@ -298,16 +306,16 @@ impl Kernel for Int8 {
                 multiply!(one, "tdpbusd", bytes, right.data, right.depth / 64, whole);
             }
             for half in [0, SIDE] {
-                let scales = Self::Lanes::load(right.scales.add(half));
-                let units = Self::Lanes::load(right.sums.add(half));
+                let scales = Self::Simd::load(right.scales.add(half));
+                let units = Self::Simd::load(right.sums.add(half));
                 for row in 0..rows {
                     let Quantization { scale, least } = *left.quantizations.add(row);
-                    let least = units.mul(Self::Lanes::splat(least));
-                    let numbers = Self::Lanes::load_i32(products.add(row * COLUMNS + half));
-                    let numbers = numbers.mul_add(Self::Lanes::splat(scale), least);
+                    let least = units.mul(Self::Simd::splat(least));
+                    let numbers = Self::Simd::load_i32(products.add(row * COLUMNS + half));
+                    let numbers = numbers.mul_add(Self::Simd::splat(scale), least);
                     let to = sums.data.add(row * sums.stride + half);
                     if sums.add {
-                        numbers.mul_add(scales, Self::Lanes::load(to)).store(to);
+                        numbers.mul_add(scales, Self::Simd::load(to)).store(to);
                     } else {
                         numbers.mul(scales).store(to);
                     }

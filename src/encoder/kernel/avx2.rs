@@ -12,11 +12,11 @@ use std::arch::x86_64::{
     _mm256_setzero_si256, _mm256_slli_epi32, _mm256_storeu_ps,
 };
 
-use super::super::lanes::avx2::Avx2;
+use super::super::simd::avx2::Avx2;
 use super::rows::{Rows, opaque};
 use super::{
-    Kernel, Left, Op, Quantization, Right, Sums, Tile, as_they_are, by_rows, encode_bf16, encode_whole,
-    quantize,
+    Accumulators, Kernel, LeftMatrix, Quantization, RightPanel, Tile, WithSimd, by_rows, encode_bf16,
+    encode_int8, quantize, unquantized,
 };
 
 /// Columns of a panel: two registers.
@@ -33,7 +33,7 @@ const AHEAD: usize = 4096;
 pub(crate) struct F32;
 
 impl Kernel for F32 {
-    type Lanes = Avx2;
+    type Simd = Avx2;
     type Element = f32;
     type Operand = f32;
     type Weight = f32;
@@ -45,7 +45,7 @@ impl Kernel for F32 {
     const CHUNK: usize = 384;
 
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+    unsafe fn vectorize<O: WithSimd>(op: O) -> O::Output {
         // SAFETY: the caller has checked the CPU features.
         unsafe { op.run() }
     }
@@ -56,12 +56,12 @@ impl Kernel for F32 {
     }
 
     #[inline(always)]
-    fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> Left<Self> {
-        as_they_are(elements, width)
+    fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> LeftMatrix<Self> {
+        unquantized(elements, width)
     }
 
     #[inline(always)]
-    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+    unsafe fn tile(left: LeftMatrix<Self>, rows: usize, right: &RightPanel<Self>, sums: Accumulators) {
         // SAFETY: guaranteed by the caller.
         unsafe { TILE_F32S[rows - 1](left, right, sums) }
     }
@@ -70,7 +70,7 @@ impl Kernel for F32 {
 /// Initial sums: zeros, or the present sums.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-unsafe fn begin<const ROWS: usize>(sums: Sums) -> [[__m256; 2]; ROWS] {
+unsafe fn begin<const ROWS: usize>(sums: Accumulators) -> [[__m256; 2]; ROWS] {
     let mut registers = [[_mm256_setzero_ps(); 2]; ROWS];
     if sums.add {
         for (row, registers) in registers.iter_mut().enumerate() {
@@ -86,7 +86,7 @@ unsafe fn begin<const ROWS: usize>(sums: Sums) -> [[__m256; 2]; ROWS] {
 
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-unsafe fn finish<const ROWS: usize>(registers: [[__m256; 2]; ROWS], sums: Sums) {
+unsafe fn finish<const ROWS: usize>(registers: [[__m256; 2]; ROWS], sums: Accumulators) {
     for (row, [low, high]) in registers.into_iter().enumerate() {
         // SAFETY: the caller's sums have this many rows and 16 columns.
         unsafe {
@@ -125,10 +125,10 @@ fn held_i32(mut sum: __m256i) -> __m256i {
     sum
 }
 
-static TILE_F32S: [Tile<Left<F32>, Right<F32>>; 6] = by_rows!(tile_f32; 1 2 3 4 5 6);
+static TILE_F32S: [Tile<LeftMatrix<F32>, RightPanel<F32>>; 6] = by_rows!(tile_f32; 1 2 3 4 5 6);
 
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums: Sums) {
+unsafe fn tile_f32<const ROWS: usize>(left: LeftMatrix<F32>, right: &RightPanel<F32>, sums: Accumulators) {
     // SAFETY: the caller guarantees `ROWS` rows and 16 columns, `depth` deep.
     unsafe {
         let mut registers = begin::<ROWS>(sums);
@@ -157,7 +157,7 @@ unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums:
 pub(crate) struct Bf16;
 
 impl Kernel for Bf16 {
-    type Lanes = Avx2;
+    type Simd = Avx2;
     type Element = f32;
     type Operand = f32;
     type Weight = u16;
@@ -168,7 +168,7 @@ impl Kernel for Bf16 {
     const CHUNK: usize = 384;
 
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+    unsafe fn vectorize<O: WithSimd>(op: O) -> O::Output {
         // SAFETY: the caller has checked the CPU features.
         unsafe { op.run() }
     }
@@ -178,21 +178,21 @@ impl Kernel for Bf16 {
     }
 
     #[inline(always)]
-    fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> Left<Self> {
-        as_they_are(elements, width)
+    fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> LeftMatrix<Self> {
+        unquantized(elements, width)
     }
 
     #[inline(always)]
-    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+    unsafe fn tile(left: LeftMatrix<Self>, rows: usize, right: &RightPanel<Self>, sums: Accumulators) {
         // SAFETY: guaranteed by the caller.
         unsafe { TILE_BF16S[rows - 1](left, right, sums) }
     }
 }
 
-static TILE_BF16S: [Tile<Left<Bf16>, Right<Bf16>>; 6] = by_rows!(tile_bf16; 1 2 3 4 5 6);
+static TILE_BF16S: [Tile<LeftMatrix<Bf16>, RightPanel<Bf16>>; 6] = by_rows!(tile_bf16; 1 2 3 4 5 6);
 
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, sums: Sums) {
+unsafe fn tile_bf16<const ROWS: usize>(left: LeftMatrix<Bf16>, right: &RightPanel<Bf16>, sums: Accumulators) {
     // SAFETY: the caller guarantees `ROWS` rows and 16 columns, `depth` deep, which is a multiple of four.
     unsafe {
         let mut registers = begin::<ROWS>(sums);
@@ -235,7 +235,7 @@ unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, su
 pub(crate) struct Int8;
 
 impl Kernel for Int8 {
-    type Lanes = Avx2;
+    type Simd = Avx2;
     type Element = f32;
     type Operand = i16;
     type Weight = i16;
@@ -247,13 +247,13 @@ impl Kernel for Int8 {
     const COLUMNS: usize = COLUMNS;
 
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+    unsafe fn vectorize<O: WithSimd>(op: O) -> O::Output {
         // SAFETY: the caller has checked the CPU features.
         unsafe { op.run() }
     }
 
     fn encode(column: &[f32], to: &mut [i16]) -> f32 {
-        encode_whole(column, to)
+        encode_int8(column, to)
     }
 
     fn units(weight: i16) -> f32 {
@@ -269,25 +269,30 @@ impl Kernel for Int8 {
         quantizations: *mut Quantization,
     ) {
         // SAFETY: guaranteed by the caller.
-        unsafe { quantize::<f32, i16, Self::Lanes>(elements, rows, width, operands, quantizations) }
+        unsafe { quantize::<f32, i16, Self::Simd>(elements, rows, width, operands, quantizations) }
     }
 
     #[inline(always)]
-    fn left(_: *const f32, width: usize, data: *const i16, quantizations: *const Quantization) -> Left<Self> {
-        Left { data, stride: width, quantizations }
+    fn left(
+        _: *const f32,
+        width: usize,
+        data: *const i16,
+        quantizations: *const Quantization,
+    ) -> LeftMatrix<Self> {
+        LeftMatrix { data, stride: width, quantizations }
     }
 
     #[inline(always)]
-    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+    unsafe fn tile(left: LeftMatrix<Self>, rows: usize, right: &RightPanel<Self>, sums: Accumulators) {
         // SAFETY: guaranteed by the caller.
         unsafe { TILE_I16S[rows - 1](left, right, sums) }
     }
 }
 
-static TILE_I16S: [Tile<Left<Int8>, Right<Int8>>; 5] = by_rows!(tile_i16; 1 2 3 4 5);
+static TILE_I16S: [Tile<LeftMatrix<Int8>, RightPanel<Int8>>; 5] = by_rows!(tile_i16; 1 2 3 4 5);
 
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile_i16<const ROWS: usize>(left: Left<Int8>, right: &Right<Int8>, sums: Sums) {
+unsafe fn tile_i16<const ROWS: usize>(left: LeftMatrix<Int8>, right: &RightPanel<Int8>, sums: Accumulators) {
     // SAFETY: the caller guarantees `ROWS` rows and 16 columns, `depth` deep, which is even.
     unsafe {
         let mut registers = [[_mm256_setzero_si256(); 2]; ROWS];
@@ -308,7 +313,7 @@ unsafe fn tile_i16<const ROWS: usize>(left: Left<Int8>, right: &Right<Int8>, sum
             columns = columns.add(UNROLLED * 2 * COLUMNS);
         }
         for (row, [low, high]) in registers.into_iter().enumerate() {
-            let sums = Sums { data: sums.data.add(row * sums.stride), ..sums };
+            let sums = Accumulators { data: sums.data.add(row * sums.stride), ..sums };
             let [[before_low, before_high]] = begin::<1>(sums);
             let quantization = *left.quantizations.add(row);
             let low = dequantize(low, quantization, right, 0, before_low);
@@ -324,7 +329,7 @@ unsafe fn tile_i16<const ROWS: usize>(left: Left<Int8>, right: &Right<Int8>, sum
 unsafe fn dequantize(
     products: __m256i,
     row: Quantization,
-    right: &Right<Int8>,
+    right: &RightPanel<Int8>,
     column: usize,
     before: __m256,
 ) -> __m256 {

@@ -9,11 +9,11 @@ use std::arch::x86_64::{
     _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps,
 };
 
-use super::super::lanes::avx512::Avx512;
+use super::super::simd::avx512::Avx512;
 use super::rows::Rows;
 use super::{
-    Kernel, Left, Op, Quantization, Right, Sums, Tile, as_they_are, by_rows, encode_bf16, encode_whole,
-    quantize,
+    Accumulators, Kernel, LeftMatrix, Quantization, RightPanel, Tile, WithSimd, by_rows, encode_bf16,
+    encode_int8, quantize, unquantized,
 };
 
 /// Columns of a panel: two registers.
@@ -26,7 +26,7 @@ const UNROLLED: usize = 4;
 pub(crate) struct F32;
 
 impl Kernel for F32 {
-    type Lanes = Avx512<false>;
+    type Simd = Avx512<false>;
     type Element = f32;
     type Operand = f32;
     type Weight = f32;
@@ -37,7 +37,7 @@ impl Kernel for F32 {
     const COLUMNS: usize = COLUMNS;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+    unsafe fn vectorize<O: WithSimd>(op: O) -> O::Output {
         // SAFETY: the caller has checked the CPU features.
         unsafe { op.run() }
     }
@@ -48,12 +48,12 @@ impl Kernel for F32 {
     }
 
     #[inline(always)]
-    fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> Left<Self> {
-        as_they_are(elements, width)
+    fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> LeftMatrix<Self> {
+        unquantized(elements, width)
     }
 
     #[inline(always)]
-    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+    unsafe fn tile(left: LeftMatrix<Self>, rows: usize, right: &RightPanel<Self>, sums: Accumulators) {
         // SAFETY: guaranteed by the caller.
         unsafe { TILE_F32S[rows - 1](left, right, sums) }
     }
@@ -62,7 +62,7 @@ impl Kernel for F32 {
 /// Initial sums: zeros, or the present sums.
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn begin<const ROWS: usize>(sums: Sums) -> [[__m512; 2]; ROWS] {
+unsafe fn begin<const ROWS: usize>(sums: Accumulators) -> [[__m512; 2]; ROWS] {
     let mut registers = [[_mm512_setzero_ps(); 2]; ROWS];
     if sums.add {
         for (row, registers) in registers.iter_mut().enumerate() {
@@ -78,7 +78,7 @@ unsafe fn begin<const ROWS: usize>(sums: Sums) -> [[__m512; 2]; ROWS] {
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn finish<const ROWS: usize>(registers: [[__m512; 2]; ROWS], sums: Sums) {
+unsafe fn finish<const ROWS: usize>(registers: [[__m512; 2]; ROWS], sums: Accumulators) {
     for (row, [low, high]) in registers.into_iter().enumerate() {
         // SAFETY: the caller's sums have this many rows and 32 columns.
         unsafe {
@@ -89,10 +89,11 @@ unsafe fn finish<const ROWS: usize>(registers: [[__m512; 2]; ROWS], sums: Sums) 
     }
 }
 
-static TILE_F32S: [Tile<Left<F32>, Right<F32>>; 12] = by_rows!(tile_f32; 1 2 3 4 5 6 7 8 9 10 11 12);
+static TILE_F32S: [Tile<LeftMatrix<F32>, RightPanel<F32>>; 12] =
+    by_rows!(tile_f32; 1 2 3 4 5 6 7 8 9 10 11 12);
 
 #[target_feature(enable = "avx512f")]
-unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums: Sums) {
+unsafe fn tile_f32<const ROWS: usize>(left: LeftMatrix<F32>, right: &RightPanel<F32>, sums: Accumulators) {
     // SAFETY: the caller guarantees `ROWS` rows and 32 columns, `depth` deep.
     unsafe {
         let mut registers = begin::<ROWS>(sums);
@@ -119,7 +120,7 @@ unsafe fn tile_f32<const ROWS: usize>(left: Left<F32>, right: &Right<F32>, sums:
 pub(crate) struct Bf16;
 
 impl Kernel for Bf16 {
-    type Lanes = Avx512<true>;
+    type Simd = Avx512<true>;
     type Element = u16;
     type Operand = u16;
     type Weight = u16;
@@ -129,7 +130,7 @@ impl Kernel for Bf16 {
     const COLUMNS: usize = COLUMNS;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
-    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+    unsafe fn vectorize<O: WithSimd>(op: O) -> O::Output {
         // SAFETY: the caller has checked the CPU features.
         unsafe { op.run() }
     }
@@ -139,21 +140,22 @@ impl Kernel for Bf16 {
     }
 
     #[inline(always)]
-    fn left(elements: *const u16, width: usize, _: *const u16, _: *const Quantization) -> Left<Self> {
-        as_they_are(elements, width)
+    fn left(elements: *const u16, width: usize, _: *const u16, _: *const Quantization) -> LeftMatrix<Self> {
+        unquantized(elements, width)
     }
 
     #[inline(always)]
-    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+    unsafe fn tile(left: LeftMatrix<Self>, rows: usize, right: &RightPanel<Self>, sums: Accumulators) {
         // SAFETY: guaranteed by the caller.
         unsafe { TILE_BF16S[rows - 1](left, right, sums) }
     }
 }
 
-static TILE_BF16S: [Tile<Left<Bf16>, Right<Bf16>>; 12] = by_rows!(tile_bf16; 1 2 3 4 5 6 7 8 9 10 11 12);
+static TILE_BF16S: [Tile<LeftMatrix<Bf16>, RightPanel<Bf16>>; 12] =
+    by_rows!(tile_bf16; 1 2 3 4 5 6 7 8 9 10 11 12);
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn tile_bf16<const ROWS: usize>(left: Left<Bf16>, right: &Right<Bf16>, sums: Sums) {
+unsafe fn tile_bf16<const ROWS: usize>(left: LeftMatrix<Bf16>, right: &RightPanel<Bf16>, sums: Accumulators) {
     // SAFETY: the caller guarantees `ROWS` rows and 32 columns, `depth` deep, which is even. A `__m512bh` is
     // 64 bytes like the other registers.
     unsafe {
@@ -187,7 +189,7 @@ macro_rules! int8 {
         pub(crate) struct $name;
 
 impl Kernel for $name {
-    type Lanes = Avx512<$bf16>;
+    type Simd = Avx512<$bf16>;
     type Element = u16;
     type Operand = u8;
     type Weight = i8;
@@ -198,13 +200,13 @@ impl Kernel for $name {
     const COLUMNS: usize = COLUMNS;
 
     #[target_feature(enable = $features)]
-    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+    unsafe fn vectorize<O: WithSimd>(op: O) -> O::Output {
         // SAFETY: the caller has checked the CPU features.
         unsafe { op.run() }
     }
 
     fn encode(column: &[f32], to: &mut [i8]) -> f32 {
-        encode_whole(column, to)
+        encode_int8(column, to)
     }
 
     fn units(weight: i8) -> f32 {
@@ -220,7 +222,7 @@ impl Kernel for $name {
         quantizations: *mut Quantization,
     ) {
         // SAFETY: guaranteed by the caller.
-        unsafe { quantize::<u16, u8, Self::Lanes>(elements, rows, width, operands, quantizations) }
+        unsafe { quantize::<u16, u8, Self::Simd>(elements, rows, width, operands, quantizations) }
     }
 
     #[inline(always)]
@@ -229,12 +231,12 @@ impl Kernel for $name {
         width: usize,
         data: *const u8,
         quantizations: *const Quantization,
-    ) -> Left<Self> {
-        Left { data, stride: width, quantizations }
+    ) -> LeftMatrix<Self> {
+        LeftMatrix { data, stride: width, quantizations }
     }
 
     #[inline(always)]
-    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+    unsafe fn tile(left: LeftMatrix<Self>, rows: usize, right: &RightPanel<Self>, sums: Accumulators) {
         let left = Bytes { data: left.data, stride: left.stride, quantizations: left.quantizations };
         let right = Units { data: right.data, depth: right.depth, scales: right.scales, sums: right.sums };
         // SAFETY: guaranteed by the caller.
@@ -257,7 +259,7 @@ int8!(
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma"
 );
 
-/// [`Left`], whatever the kernel.
+/// [`LeftMatrix`], whatever the kernel.
 #[derive(Clone, Copy)]
 struct Bytes {
     data: *const u8,
@@ -265,7 +267,7 @@ struct Bytes {
     quantizations: *const Quantization,
 }
 
-/// [`Right`], whatever the kernel.
+/// [`RightPanel`], whatever the kernel.
 struct Units {
     data: *const i8,
     depth: usize,
@@ -276,7 +278,7 @@ struct Units {
 static TILE_I8S: [Tile<Bytes, Units>; 12] = by_rows!(tile_i8; 1 2 3 4 5 6 7 8 9 10 11 12);
 
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn tile_i8<const ROWS: usize>(left: Bytes, right: &Units, sums: Sums) {
+unsafe fn tile_i8<const ROWS: usize>(left: Bytes, right: &Units, sums: Accumulators) {
     // SAFETY: the caller guarantees `ROWS` rows and 32 columns, `depth` deep, a multiple of four.
     unsafe {
         let mut registers = [[_mm512_setzero_si512(); 2]; ROWS];
@@ -296,7 +298,7 @@ unsafe fn tile_i8<const ROWS: usize>(left: Bytes, right: &Units, sums: Sums) {
             columns = columns.add(UNROLLED * 4 * COLUMNS);
         }
         for (row, [low, high]) in registers.into_iter().enumerate() {
-            let sums = Sums { data: sums.data.add(row * sums.stride), ..sums };
+            let sums = Accumulators { data: sums.data.add(row * sums.stride), ..sums };
             let [[before_low, before_high]] = begin::<1>(sums);
             let quantization = *left.quantizations.add(row);
             let low = dequantize(low, quantization, right, 0, before_low);

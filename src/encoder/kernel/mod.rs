@@ -15,13 +15,13 @@ pub(super) mod portable;
 #[cfg(target_arch = "x86_64")]
 mod rows;
 
-use super::buffer::Plain;
+use super::aligned_buffer::Pod;
 #[cfg(target_arch = "x86_64")]
-use super::lanes::bf16;
-use super::lanes::{Element, Lanes, Whole};
+use super::simd::bf16;
+use super::simd::{Element, QuantizedInteger, Simd};
 
 /// Work that is compiled with a kernel's instructions. `run` must be inlined into its caller.
-pub(super) trait Op {
+pub(super) trait WithSimd {
     /// Result of the work.
     type Output;
 
@@ -33,7 +33,7 @@ pub(super) trait Op {
 
 /// A function that multiplies a number of rows known at compile time.
 #[cfg(target_arch = "x86_64")]
-type Tile<L, R> = unsafe fn(L, &R, Sums);
+type Tile<L, R> = unsafe fn(L, &R, Accumulators);
 
 /// A table of `Tile` functions, from one row on, for a number of rows known only at run time. The calls go
 /// through pointers to prevent inlining: the compiler (1.95) ignores `inline(never)` on functions with target
@@ -54,7 +54,7 @@ pub(super) struct Quantization {
 }
 
 /// The left matrix of a product, from some row on. Up to [`SLACK`] rows past the last row can be read.
-pub(super) struct Left<K: Kernel> {
+pub(super) struct LeftMatrix<K: Kernel> {
     pub(super) data: *const K::Operand,
     /// Operands from a row to the next.
     pub(super) stride: usize,
@@ -62,15 +62,15 @@ pub(super) struct Left<K: Kernel> {
     pub(super) quantizations: *const Quantization,
 }
 
-impl<K: Kernel> Clone for Left<K> {
+impl<K: Kernel> Clone for LeftMatrix<K> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<K: Kernel> Copy for Left<K> {}
+impl<K: Kernel> Copy for LeftMatrix<K> {}
 
-impl<K: Kernel> Left<K> {
+impl<K: Kernel> LeftMatrix<K> {
     /// The matrix from `row` and `depth` on.
     #[inline(always)]
     pub(super) unsafe fn at(self, row: usize, depth: usize) -> Self {
@@ -86,7 +86,7 @@ impl<K: Kernel> Left<K> {
 }
 
 /// A part of a panel of the right matrix.
-pub(super) struct Right<K: Kernel> {
+pub(super) struct RightPanel<K: Kernel> {
     pub(super) data: *const K::Weight,
     /// Depth, a multiple of [`Kernel::DEPTH`].
     pub(super) depth: usize,
@@ -100,7 +100,7 @@ pub(super) struct Right<K: Kernel> {
 
 /// Destination of a tile's sums.
 #[derive(Clone, Copy)]
-pub(super) struct Sums {
+pub(super) struct Accumulators {
     pub(super) data: *mut f32,
     /// Numbers from a row to the next.
     pub(super) stride: usize,
@@ -117,13 +117,13 @@ pub(super) const ALIGNMENT: usize = 64;
 /// Matrix products with one instruction set.
 pub(super) trait Kernel: Sized + Send + Sync + 'static {
     /// Registers of the stages between products.
-    type Lanes: Lanes;
+    type Simd: Simd;
     /// Numbers that the stages pass to each other.
     type Element: Element;
     /// Left factor of a product: the element itself, or a whole number.
-    type Operand: Plain;
+    type Operand: Pod;
     /// Right factor of a product.
-    type Weight: Plain;
+    type Weight: Pod;
     /// Weights in a 32-bit word: neighbours in depth that are side by side in a panel.
     const GROUP: usize;
     /// Rows of a tile.
@@ -146,7 +146,7 @@ pub(super) trait Kernel: Sized + Send + Sync + 'static {
     /// # Safety
     ///
     /// The CPU must have these instructions.
-    unsafe fn vectorize<O: Op>(op: O) -> O::Output;
+    unsafe fn vectorize<O: WithSimd>(op: O) -> O::Output;
 
     /// Writes a column of weights in the kernel's format. Returns the value of one unit.
     fn encode(column: &[f32], to: &mut [Self::Weight]) -> f32;
@@ -161,7 +161,7 @@ pub(super) trait Kernel: Sized + Send + Sync + 'static {
     ///
     /// # Safety
     ///
-    /// As [`Lanes`]. `elements` must hold the rows, and the destinations must have room for them.
+    /// As [`Simd`]. `elements` must hold the rows, and the destinations must have room for them.
     #[inline(always)]
     unsafe fn prepare(
         elements: *const Self::Element,
@@ -179,14 +179,14 @@ pub(super) trait Kernel: Sized + Send + Sync + 'static {
         width: usize,
         operands: *const Self::Operand,
         quantizations: *const Quantization,
-    ) -> Left<Self>;
+    ) -> LeftMatrix<Self>;
 
     /// Multiplies `rows` rows (at most [`Kernel::ROWS`]) with a part of a panel.
     ///
     /// # Safety
     ///
-    /// As [`Lanes`]. The matrices must have the documented sizes.
-    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums);
+    /// As [`Simd`]. The matrices must have the documented sizes.
+    unsafe fn tile(left: LeftMatrix<Self>, rows: usize, right: &RightPanel<Self>, sums: Accumulators);
 }
 
 /// A kernel that multiplies elements directly, without quantization.
@@ -199,11 +199,11 @@ impl<K: Kernel<Operand = <K as Kernel>::Element, Weight = <K as Kernel>::Element
 
 /// The left matrix for kernels that multiply elements directly.
 #[inline(always)]
-pub(super) fn as_they_are<K: Kernel<Operand = <K as Kernel>::Element>>(
+pub(super) fn unquantized<K: Kernel<Operand = <K as Kernel>::Element>>(
     elements: *const K::Element,
     width: usize,
-) -> Left<K> {
-    Left { data: elements, stride: width, quantizations: std::ptr::null() }
+) -> LeftMatrix<K> {
+    LeftMatrix { data: elements, stride: width, quantizations: std::ptr::null() }
 }
 
 /// Writes the weights of a column as bf16. The value of one unit is 1.
@@ -216,7 +216,7 @@ fn encode_bf16(column: &[f32], to: &mut [u16]) -> f32 {
 }
 
 /// Writes the weights of a column as whole numbers from -127 to 127. Returns the value of one unit.
-pub(super) fn encode_whole<W: From<i8>>(column: &[f32], to: &mut [W]) -> f32 {
+pub(super) fn encode_int8<W: From<i8>>(column: &[f32], to: &mut [W]) -> f32 {
     let largest = column.iter().fold(0.0_f32, |largest, weight| largest.max(weight.abs()));
     let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
     for (weight, to) in column.iter().zip(to) {
@@ -227,7 +227,7 @@ pub(super) fn encode_whole<W: From<i8>>(column: &[f32], to: &mut [W]) -> f32 {
 
 /// Maps each row of elements to 0 to 255, from the smallest element of the row to the largest.
 #[inline(always)]
-pub(super) unsafe fn quantize<E: Element, W: Whole, V: Lanes>(
+pub(super) unsafe fn quantize<E: Element, W: QuantizedInteger, V: Simd>(
     elements: *const E,
     rows: usize,
     width: usize,

@@ -1,13 +1,13 @@
 //! The kernel for any CPU: `f32` products by the crate matrixmultiply, which has NEON code for aarch64.
 
-use super::super::lanes::portable::Portable as Registers;
-use super::{Kernel, Left, Op, Quantization, Right, Sums, as_they_are};
+use super::super::simd::portable::Portable as Registers;
+use super::{Accumulators, Kernel, LeftMatrix, Quantization, RightPanel, WithSimd, unquantized};
 
 /// `f32` on any CPU.
 pub(crate) struct Portable;
 
 impl Kernel for Portable {
-    type Lanes = Registers;
+    type Simd = Registers;
     type Element = f32;
     type Operand = f32;
     type Weight = f32;
@@ -18,7 +18,7 @@ impl Kernel for Portable {
     const NARROW: usize = 32;
     const CHUNK: usize = usize::MAX;
 
-    unsafe fn vectorize<O: Op>(op: O) -> O::Output {
+    unsafe fn vectorize<O: WithSimd>(op: O) -> O::Output {
         // SAFETY: this kernel needs no CPU features.
         unsafe { op.run() }
     }
@@ -29,11 +29,11 @@ impl Kernel for Portable {
     }
 
     #[inline(always)]
-    fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> Left<Self> {
-        as_they_are(elements, width)
+    fn left(elements: *const f32, width: usize, _: *const f32, _: *const Quantization) -> LeftMatrix<Self> {
+        unquantized(elements, width)
     }
 
-    unsafe fn tile(left: Left<Self>, rows: usize, right: &Right<Self>, sums: Sums) {
+    unsafe fn tile(left: LeftMatrix<Self>, rows: usize, right: &RightPanel<Self>, sums: Accumulators) {
         // SAFETY: the caller's matrices have the stated sizes. The crate adds in the same order for any
         // number of rows, so that a row does not depend on the other rows.
         unsafe {

@@ -13,11 +13,11 @@
 //!
 //! What is not sure in time is undecided.
 
+mod pages;
 mod prover;
-mod read;
+mod recheck;
 mod round;
 mod sample;
-mod suspect;
 mod walk;
 
 use std::collections::HashMap;
@@ -25,9 +25,9 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use recheck::{Recheck, Suspect, difference};
 use sample::Sample;
 use serde::Serialize;
-use suspect::{Look, Suspect, difference};
 
 use super::clock::Clock;
 use super::embedder::Embedder;
@@ -37,7 +37,7 @@ use super::ledger::{Ledger, Peeked};
 use super::queue::QueueStats;
 
 pub use prover::Prover;
-pub use round::{Kept, ProofOptions, Round, Rounds, Walk};
+pub use round::{ProofOptions, Round, RoundStore, SavedProgress, Walk};
 
 /// Rows of one page.
 const PAGE: usize = 500;
@@ -46,14 +46,14 @@ const PAGE: usize = 500;
 const MAX_SUSPECTS: usize = 10_000;
 
 /// How often suspects are looked at again.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
+const RECHECK_PAUSE: Duration = Duration::from_millis(250);
 
 /// Differences that are named in the report.
 const MAX_EXAMPLES: usize = 20;
 
 /// What the audit needs of the settings.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
+pub struct AuditOptions {
     /// Rows whose text is embedded anew, to compare the vectors.
     pub sample: usize,
     /// How long to wait for suspects to be settled.
@@ -65,7 +65,7 @@ pub struct Options {
 /// How an index can differ from its table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum DifferenceKind {
     /// The row has a text, and the index has no record.
     Missing,
     /// The record is of another text or other metadata.
@@ -90,7 +90,7 @@ pub struct Difference {
     /// The row's id.
     pub id: String,
     /// How the index differs.
-    pub kind: Kind,
+    pub kind: DifferenceKind,
 }
 
 /// What an audit found. All counts are ids.
@@ -142,7 +142,7 @@ impl Report {
     fn name_unreadable(&mut self, ids: Vec<String>) {
         self.unreadable += ids.len() as u64;
         let room = MAX_EXAMPLES.saturating_sub(self.examples.len());
-        let named = ids.into_iter().take(room).map(|id| Difference { id, kind: Kind::Unreadable });
+        let named = ids.into_iter().take(room).map(|id| Difference { id, kind: DifferenceKind::Unreadable });
         self.examples.extend(named);
     }
 }
@@ -184,7 +184,7 @@ pub struct Auditor<'a> {
     /// For waiting.
     pub clock: &'a dyn Clock,
     /// What is asked for.
-    pub options: Options,
+    pub options: AuditOptions,
 }
 
 impl Auditor<'_> {
@@ -209,15 +209,15 @@ impl Auditor<'_> {
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<()> {
         let mut after: Option<String> = None;
-        let mut size = read::Size::default();
+        let mut size = pages::Size::default();
         loop {
             let limit = size.of(PAGE);
-            let page = read::rows_after(self.ledger, after.as_deref(), limit).await?;
+            let page = pages::rows_after(self.ledger, after.as_deref(), limit).await?;
             let Some(last) = page.last else { return Ok(()) };
             size.saw(&page.rows);
             let began = (after.replace(last), limit);
             let ids: Vec<String> = page.rows.iter().map(|peeked| peeked.id.clone()).collect();
-            let mut stored = self.look().fetch(&ids).await?;
+            let mut stored = self.recheck().fetch(&ids).await?;
             let mut differing = Vec::new();
             report.rows += page.unreadable.len() as u64;
             report.name_unreadable(page.unreadable);
@@ -230,7 +230,7 @@ impl Auditor<'_> {
                     (None, None) => {}
                 }
             }
-            suspects.extend(self.look().suspect(differing, Some(&began)).await?);
+            suspects.extend(self.recheck().suspect(differing, Some(&began)).await?);
             progress(report.rows);
             if suspects.len() >= MAX_SUSPECTS {
                 self.settle(std::mem::take(suspects), report).await?;
@@ -241,9 +241,9 @@ impl Auditor<'_> {
         }
     }
 
-    fn look(&self) -> Look<'_> {
+    fn recheck(&self) -> Recheck<'_> {
         let Self { ledger, index, queue, clock, .. } = *self;
-        Look { ledger, index, queue, clock, proving: None }
+        Recheck { ledger, index, queue, clock, proof: None }
     }
 
     async fn walk_index(
@@ -256,11 +256,12 @@ impl Auditor<'_> {
         loop {
             let page = self.index.list(cursor.as_deref(), PAGE).await?;
             // Rows that cannot be read were named with the rows.
-            let (peeked, _) = read::peek(self.ledger, &page.ids).await?;
+            let (peeked, _) = pages::peek(self.ledger, &page.ids).await?;
             report.indexed += page.ids.len() as u64;
             let without_text = |one: &&Peeked| one.row.as_ref().is_none_or(|row| !row.has_text());
-            let orphans = peeked.iter().filter(without_text).map(|one| (one, Kind::Orphaned)).collect();
-            suspects.extend(self.look().suspect(orphans, None).await?);
+            let orphans =
+                peeked.iter().filter(without_text).map(|one| (one, DifferenceKind::Orphaned)).collect();
+            suspects.extend(self.recheck().suspect(orphans, None).await?);
             progress(report.rows + report.indexed);
             if suspects.len() >= MAX_SUSPECTS {
                 self.settle(std::mem::take(suspects), report).await?;
@@ -283,39 +284,39 @@ impl Auditor<'_> {
         let started = self.clock.now();
         while !suspects.is_empty() {
             let over = self.clock.now().saturating_sub(started) >= self.options.wait;
-            let looked = self.look().all(suspects).await?;
-            report.name_unreadable(looked.unreadable);
-            self.count(looked.sure, report).await?;
-            suspects = looked.unsure;
+            let rechecked = self.recheck().run(suspects).await?;
+            report.name_unreadable(rechecked.unreadable);
+            self.count(rechecked.confirmed, report).await?;
+            suspects = rechecked.unconfirmed;
             if over {
                 report.undecided += suspects.len() as u64;
                 return Ok(());
             }
             if !suspects.is_empty() {
-                self.clock.sleep(LOOK_AGAIN).await;
+                self.clock.sleep(RECHECK_PAUSE).await;
             }
         }
         Ok(())
     }
 
-    async fn count(&self, sure: Vec<Difference>, report: &mut Report) -> Result<()> {
-        for difference in &sure {
+    async fn count(&self, confirmed: Vec<Difference>, report: &mut Report) -> Result<()> {
+        for difference in &confirmed {
             match difference.kind {
-                Kind::Missing => report.missing += 1,
-                Kind::Stale => report.stale += 1,
-                Kind::Orphaned => report.orphaned += 1,
-                Kind::Unsettled | Kind::Unreadable => {}
+                DifferenceKind::Missing => report.missing += 1,
+                DifferenceKind::Stale => report.stale += 1,
+                DifferenceKind::Orphaned => report.orphaned += 1,
+                DifferenceKind::Unsettled | DifferenceKind::Unreadable => {}
             }
         }
         if self.options.repair {
-            let ids: Vec<String> = sure.iter().map(|difference| difference.id.clone()).collect();
+            let ids: Vec<String> = confirmed.iter().map(|difference| difference.id.clone()).collect();
             for ids in ids.chunks(PAGE) {
                 self.ledger.requeue(ids).await?;
                 report.repaired += ids.len() as u64;
             }
         }
         let room = MAX_EXAMPLES.saturating_sub(report.examples.len());
-        report.examples.extend(sure.into_iter().take(room));
+        report.examples.extend(confirmed.into_iter().take(room));
         Ok(())
     }
 }

@@ -9,7 +9,7 @@
 //!   drains: doing an id again is harmless;
 //! - what stands in the dead letters is left there; an entry that says so without a letter is queued.
 //!
-//! Where the round is stands in its [`Rounds`], so that another process goes on with it.
+//! Where the round is stands in its [`RoundStore`], so that another process goes on with it.
 //!
 //! An index that is paid by the call is compared by its ids, which are listed, and by a sample of its
 //! records, unless all are asked for.
@@ -20,10 +20,10 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::Kind;
-use super::read;
-use super::round::{Kept, ProofOptions, Round, Rounds, Walk};
-use super::suspect::{Letters, Look, Proving, Suspect};
+use super::DifferenceKind;
+use super::pages;
+use super::recheck::{DeadLetterIds, ProofContext, Recheck, Suspect};
+use super::round::{ProofOptions, Round, RoundStore, SavedProgress, Walk};
 use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;
 use crate::pipeline::failure::{Error, FailureKind, Result};
@@ -38,7 +38,7 @@ const LEASE: Duration = Duration::from_secs(45);
 const IDLE: Duration = Duration::from_secs(10);
 
 /// How often suspects are looked at again.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const RECHECK_EVERY: Duration = Duration::from_secs(1);
 
 /// A step's pause is at least this many times as long as its work.
 const REST: u32 = 9;
@@ -70,11 +70,11 @@ pub(super) struct Running {
     pub(super) round: Round,
     suspects: Vec<Suspect>,
     /// How many rows to read at a time.
-    pub(super) size: read::Size,
+    pub(super) size: pages::Size,
     /// The pause for each row, record and entry that spreads the walk over the period.
     pause: Duration,
     next_page: Duration,
-    next_look: Duration,
+    next_recheck: Duration,
     /// Since when pages wait for fewer changes to be under way.
     waits_since: Option<Duration>,
 }
@@ -93,7 +93,7 @@ pub struct Prover {
     queue: Arc<dyn QueueStats>,
     dead_letters: Arc<dyn DeadLetters>,
     pub(super) clock: Arc<dyn Clock>,
-    pub(super) store: Arc<dyn Rounds>,
+    pub(super) store: Arc<dyn RoundStore>,
     pub(super) options: ProofOptions,
     running: Option<Running>,
     is_ours: bool,
@@ -108,7 +108,7 @@ impl Prover {
         queue: Arc<dyn QueueStats>,
         dead_letters: Arc<dyn DeadLetters>,
         clock: Arc<dyn Clock>,
-        store: Arc<dyn Rounds>,
+        store: Arc<dyn RoundStore>,
         options: ProofOptions,
     ) -> Self {
         Self { ledger, index, queue, dead_letters, clock, store, options, running: None, is_ours: false }
@@ -127,12 +127,12 @@ impl Prover {
 
     /// Whether each row's record is fetched, so that listed ids need not be remembered.
     pub(super) fn fetches_all(&self) -> bool {
-        self.options.full || matches!(self.index.writes(), Writes::Fenced(_))
+        self.options.full || matches!(self.index.writes(), Writes::Transactional(_))
     }
 
     /// Does a little, and returns how long to wait until the next step.
     pub async fn step(&mut self) -> Result<Duration> {
-        let Some(kept) = self.store.take(LEASE).await? else {
+        let Some(saved) = self.store.acquire(LEASE).await? else {
             (self.is_ours, self.running) = (false, None);
             return Ok(IDLE);
         };
@@ -140,8 +140,8 @@ impl Prover {
         let Some(period) = self.options.period else { return Ok(IDLE) };
         let mut running = match self.running.take() {
             // Unless another worker had it meanwhile.
-            Some(running) if kept.round.as_ref() == Some(&running.round) => running,
-            _ => match self.open(&kept, period).await? {
+            Some(running) if saved.round.as_ref() == Some(&running.round) => running,
+            _ => match self.open(&saved, period).await? {
                 Ok(running) => running,
                 Err(wait) => return Ok(wait),
             },
@@ -151,19 +151,19 @@ impl Prover {
         if is_over {
             if self.store.end(&running.round).await? {
                 self.store.forget_listed().await?;
-                tell_end(&running.round);
+                log_finished_round(&running.round);
             }
-            return Ok(LOOK_EVERY.min(period));
+            return Ok(RECHECK_EVERY.min(period));
         }
-        if kept.round.as_ref() == Some(&running.round) || self.store.save(&running.round).await? {
+        if saved.round.as_ref() == Some(&running.round) || self.store.save(&running.round).await? {
             self.running = Some(running);
         }
         Ok(wait)
     }
 
     /// The round under way, or a new one if it is time; else how long that is off.
-    async fn open(&self, kept: &Kept, period: Duration) -> Result<Result<Running, Duration>> {
-        let resumed = match &kept.round {
+    async fn open(&self, saved: &SavedProgress, period: Duration) -> Result<Result<Running, Duration>> {
+        let resumed = match &saved.round {
             Some(round) if round.full == self.fetches_all() && self.remembers(round).await? => {
                 Some(round.clone())
             }
@@ -173,17 +173,17 @@ impl Prover {
             round
         } else {
             // A beginning ahead of now is of a clock that was wrong, and tells nothing.
-            let began = kept.last.map(|(began, _)| began).filter(|began| *began <= kept.now);
-            let since = began.map(|began| elapsed(began, kept.now));
+            let began = saved.last.map(|(began, _)| began).filter(|began| *began <= saved.now);
+            let since = began.map(|began| elapsed(began, saved.now));
             if let Some(left) =
                 since.and_then(|since| period.checked_sub(since)).filter(|left| !left.is_zero())
             {
                 return Ok(Err(left.min(IDLE)));
             }
             self.check_reads().await?;
-            self.begin(kept.now).await?
+            self.begin(saved.now).await?
         };
-        let pause = match kept.last {
+        let pause = match saved.last {
             // The first round is not spread: nothing is proved until it ends.
             None => Duration::ZERO,
             Some((_, seen)) => {
@@ -194,10 +194,10 @@ impl Prover {
         let mut running = Running {
             round,
             suspects: Vec::new(),
-            size: read::Size::default(),
+            size: pages::Size::default(),
             pause,
             next_page: Duration::ZERO,
-            next_look: Duration::ZERO,
+            next_recheck: Duration::ZERO,
             waits_since: None,
         };
         self.recall(&mut running).await?;
@@ -208,7 +208,7 @@ impl Prover {
         let full = self.fetches_all();
         if !full {
             self.store.forget_listed().await?;
-            self.store.note_listed(&[MARKER.to_owned()]).await?;
+            self.store.record_listed(&[MARKER.to_owned()]).await?;
         }
         Ok(Round::new(now, full))
     }
@@ -223,14 +223,14 @@ impl Prover {
     async fn check_reads(&self) -> Result<()> {
         const SHOWN: usize = 10;
         for _ in 0..3 {
-            let shown = read::rows_after(&*self.ledger, None, SHOWN).await?.rows;
+            let shown = pages::rows_after(&*self.ledger, None, SHOWN).await?.rows;
             let ids: Vec<String> = shown.into_iter().map(|row| row.id).collect();
-            let (peeked, _) = read::peek(&*self.ledger, &ids).await?;
+            let (peeked, _) = pages::peek(&*self.ledger, &ids).await?;
             // All of them gone at once is no accident, unless the table is emptied just now.
             if peeked.is_empty() || peeked.iter().any(|one| one.row.is_some()) {
                 return Ok(());
             }
-            self.clock.sleep(LOOK_EVERY).await;
+            self.clock.sleep(RECHECK_EVERY).await;
         }
         Err(Error::new(
             FailureKind::SourceChanged,
@@ -244,23 +244,23 @@ impl Prover {
         if running.round.suspects.is_empty() {
             return Ok(());
         }
-        let look = self.look(Letters::None, true);
+        let recheck = self.recheck(DeadLetterIds::None, true);
         for ids in running.round.suspects.chunks(self.options.page.max(1)) {
-            let peeked = read::peek(&*self.ledger, ids).await?.0;
+            let peeked = pages::peek(&*self.ledger, ids).await?.0;
             // However they differ is seen at the next look.
-            let differing = peeked.iter().map(|one| (one, Kind::Unsettled)).collect();
-            running.suspects.extend(look.suspect(differing, None).await?);
+            let differing = peeked.iter().map(|one| (one, DifferenceKind::Unsettled)).collect();
+            running.suspects.extend(recheck.suspect(differing, None).await?);
         }
         Ok(())
     }
 
-    fn look(&self, letters: Letters, quiet: bool) -> Look<'_> {
-        Look {
+    fn recheck(&self, letters: DeadLetterIds, quiet: bool) -> Recheck<'_> {
+        Recheck {
             ledger: &*self.ledger,
             index: &*self.index,
             queue: &*self.queue,
             clock: &*self.clock,
-            proving: Some(Proving { patience: self.options.patience, quiet, letters }),
+            proof: Some(ProofContext { lost_after: self.options.lost_after, quiet, letters }),
         }
     }
 
@@ -270,19 +270,19 @@ impl Prover {
         let is_page_due = running.round.walk != Walk::Done
             && started >= running.next_page
             && running.suspects.len() < MAX_SUSPECTS;
-        let is_look_due = !running.suspects.is_empty() && started >= running.next_look;
-        if is_page_due || is_look_due {
+        let is_recheck_due = !running.suspects.is_empty() && started >= running.next_recheck;
+        if is_page_due || is_recheck_due {
             let quiet = self.backlog().await? <= QUIET;
-            let look = self.look(self.letters().await?, quiet);
+            let recheck = self.recheck(self.letters().await?, quiet);
             let before = running.round.seen();
             let walks = is_page_due && (quiet || running.has_waited(started));
             if walks {
                 running.waits_since = None;
-                self.page(&look, running).await?;
+                self.page(&recheck, running).await?;
             }
             let seen = running.round.seen().saturating_sub(before).max(1);
-            if is_look_due {
-                self.settle(&look, running).await?;
+            if is_recheck_due {
+                self.settle(&recheck, running).await?;
             }
             let worked = self.clock.now().saturating_sub(started);
             let rest = self.clock.now() + worked * REST;
@@ -292,7 +292,7 @@ impl Prover {
                 let pause = running.pause.saturating_mul(u32::try_from(seen).unwrap_or(u32::MAX));
                 running.next_page = rest.max(self.clock.now() + pause.min(MAX_PAUSE));
             }
-            running.next_look = rest.max(self.clock.now() + LOOK_EVERY);
+            running.next_recheck = rest.max(self.clock.now() + RECHECK_EVERY);
             running.round.suspects = running.suspects.iter().map(|suspect| suspect.id.clone()).collect();
         }
         let mut wait = IDLE;
@@ -300,7 +300,7 @@ impl Prover {
             wait = wait.min(running.next_page.saturating_sub(self.clock.now()));
         }
         if !running.suspects.is_empty() {
-            wait = wait.min(running.next_look.saturating_sub(self.clock.now()));
+            wait = wait.min(running.next_recheck.saturating_sub(self.clock.now()));
         }
         Ok(wait)
     }
@@ -318,33 +318,33 @@ impl Prover {
         Ok(sum)
     }
 
-    async fn letters(&self) -> Result<Letters> {
+    async fn letters(&self) -> Result<DeadLetterIds> {
         let count = self.dead_letters.count().await?;
         if count == 0 {
-            return Ok(Letters::None);
+            return Ok(DeadLetterIds::None);
         }
         if !self.options.read_letters || count > MAX_LETTERS as u64 {
-            return Ok(Letters::Some);
+            return Ok(DeadLetterIds::Some);
         }
         let mut ids = HashSet::new();
         let mut after: Option<String> = None;
         loop {
             let letters = self.dead_letters.list(after.as_deref(), 1_000).await?;
-            let Some(last) = letters.last() else { return Ok(Letters::Of(ids)) };
+            let Some(last) = letters.last() else { return Ok(DeadLetterIds::Of(ids)) };
             after = Some(last.id.clone());
             ids.extend(letters.into_iter().flat_map(|letter| letter.ids));
             if ids.len() > MAX_LETTERS {
-                return Ok(Letters::Some);
+                return Ok(DeadLetterIds::Some);
             }
         }
     }
 
     /// Walks one page.
-    async fn page(&self, look: &Look<'_>, running: &mut Running) -> Result<()> {
+    async fn page(&self, recheck: &Recheck<'_>, running: &mut Running) -> Result<()> {
         let suspects = match running.round.walk {
-            Walk::Records => self.page_of_records(look, &mut running.round).await?,
-            Walk::Rows => self.page_of_rows(look, running).await?,
-            Walk::Entries => self.page_of_entries(look, &mut running.round).await?,
+            Walk::Records => self.page_of_records(recheck, &mut running.round).await?,
+            Walk::Rows => self.page_of_rows(recheck, running).await?,
+            Walk::Entries => self.page_of_entries(recheck, &mut running.round).await?,
             Walk::Done => Vec::new(),
         };
         let known: HashSet<String> = running.suspects.iter().map(|suspect| suspect.id.clone()).collect();
@@ -353,14 +353,14 @@ impl Prover {
     }
 
     /// Looks at the suspects, and queues those that surely differ.
-    async fn settle(&self, look: &Look<'_>, running: &mut Running) -> Result<()> {
-        let looked = look.all(std::mem::take(&mut running.suspects)).await?;
-        let ids: Vec<String> = looked.sure.iter().map(|difference| difference.id.clone()).collect();
+    async fn settle(&self, recheck: &Recheck<'_>, running: &mut Running) -> Result<()> {
+        let rechecked = recheck.run(std::mem::take(&mut running.suspects)).await?;
+        let ids: Vec<String> = rechecked.confirmed.iter().map(|difference| difference.id.clone()).collect();
         for ids in ids.chunks(self.options.page.max(1)) {
             self.ledger.requeue(ids).await?;
         }
         if !ids.is_empty() {
-            let examples: Vec<String> = looked.sure.iter().take(5).map(ToString::to_string).collect();
+            let examples: Vec<String> = rechecked.confirmed.iter().take(5).map(ToString::to_string).collect();
             tracing::warn!(
                 rows = ids.len(),
                 examples = examples.join(", "),
@@ -370,11 +370,11 @@ impl Prover {
         running.round.differences += ids.len() as u64;
         running.round.mended += ids.len() as u64;
         // A row that changes all the time is worked on all the time.
-        let give_up = self.clock.now().saturating_sub(self.options.patience * 3);
+        let give_up = self.clock.now().saturating_sub(self.options.lost_after * 3);
         let moves = |suspect: &Suspect| {
-            suspect.first < give_up && suspect.confirmed.is_none_or(|since| since > give_up)
+            suspect.first < give_up && suspect.stable_since.is_none_or(|since| since > give_up)
         };
-        running.suspects = looked.unsure.into_iter().filter(|suspect| !moves(suspect)).collect();
+        running.suspects = rechecked.unconfirmed.into_iter().filter(|suspect| !moves(suspect)).collect();
         Ok(())
     }
 }
@@ -383,7 +383,7 @@ fn elapsed(from: Timestamp, to: Timestamp) -> Duration {
     Duration::try_from(to.duration_since(from)).unwrap_or_default()
 }
 
-fn tell_end(round: &Round) {
+fn log_finished_round(round: &Round) {
     tracing::info!(
         rows = round.rows,
         records = round.records,

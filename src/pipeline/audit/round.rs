@@ -17,7 +17,7 @@ pub struct ProofOptions {
     /// Whether every record is compared, of an index outside of the database too.
     pub full: bool,
     /// How long a difference must last until it is taken for a lost message.
-    pub patience: Duration,
+    pub lost_after: Duration,
     /// Whether dead letters can be read without keeping them from others.
     pub read_letters: bool,
     /// Rows of a page.
@@ -91,7 +91,7 @@ impl Round {
 
 /// What is kept of the proof, as its holder finds it.
 #[derive(Clone, Debug)]
-pub struct Kept {
+pub struct SavedProgress {
     /// The database's clock.
     pub now: Timestamp,
     /// The round under way.
@@ -102,9 +102,9 @@ pub struct Kept {
 
 /// Where rounds are kept, and who may prove.
 #[async_trait]
-pub trait Rounds: Send + Sync {
+pub trait RoundStore: Send + Sync {
     /// Takes the right to prove, or keeps it, for `lease`. None while another worker has it.
-    async fn take(&self, lease: Duration) -> Result<Option<Kept>>;
+    async fn acquire(&self, lease: Duration) -> Result<Option<SavedProgress>>;
 
     /// Gives the right back.
     async fn release(&self) -> Result<()>;
@@ -116,7 +116,7 @@ pub trait Rounds: Send + Sync {
     async fn end(&self, round: &Round) -> Result<bool>;
 
     /// Notes ids that the index listed in this round.
-    async fn note_listed(&self, ids: &[String]) -> Result<()>;
+    async fn record_listed(&self, ids: &[String]) -> Result<()>;
 
     /// Those of the ids that the index listed in this round.
     async fn listed(&self, ids: &[String]) -> Result<HashSet<String>>;

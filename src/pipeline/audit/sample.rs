@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::{Auditor, Difference, Kind, MAX_EXAMPLES, Peeked, Report, Stored};
+use super::{Auditor, Difference, DifferenceKind, MAX_EXAMPLES, Peeked, Report, Stored};
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Error, FailureKind, Result};
-use crate::pipeline::fault::shown;
+use crate::pipeline::fault::redacted;
 
 /// Vectors of one text that are less alike than this are not of the same model. A stored vector's
 /// rounding costs a ten-thousandth at most.
@@ -28,8 +28,8 @@ impl Auditor<'_> {
             sample.push(one);
             return;
         }
-        let place = (self.clock.chance() * seen as f64) as usize;
-        if let Some(old) = sample.get_mut(place) {
+        let index = (self.clock.chance() * seen as f64) as usize;
+        if let Some(old) = sample.get_mut(index) {
             *old = one;
         }
     }
@@ -53,7 +53,7 @@ impl Auditor<'_> {
                     };
                     let error = failed.err().unwrap_or_else(few);
                     report.unsampled = sample.len() as u64 - report.sampled;
-                    report.unsampled_error = Some(shown(&error.to_string()));
+                    report.unsampled_error = Some(redacted(&error.to_string()));
                     break;
                 }
             };
@@ -66,7 +66,8 @@ impl Auditor<'_> {
         }
         report.vector_mismatch += differ.len() as u64;
         let room = MAX_EXAMPLES.saturating_sub(report.examples.len());
-        let named = differ.iter().take(room).map(|id| Difference { id: id.clone(), kind: Kind::Stale });
+        let named =
+            differ.iter().take(room).map(|id| Difference { id: id.clone(), kind: DifferenceKind::Stale });
         report.examples.extend(named);
         if self.options.repair && !differ.is_empty() {
             self.ledger.requeue(&differ).await?;

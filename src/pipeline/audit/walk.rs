@@ -2,21 +2,25 @@
 
 use std::collections::HashSet;
 
-use super::Kind;
+use super::DifferenceKind;
+use super::pages;
 use super::prover::{Prover, Running};
-use super::read;
+use super::recheck::{Recheck, Suspect, is_unsettled};
 use super::round::{Round, Walk};
-use super::suspect::{Look, Suspect, is_unsettled};
-use crate::pipeline::catalog::SourceRow;
 use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::ledger::Peeked;
+use crate::pipeline::source_row::SourceRow;
 
 /// Records of a page that are fetched for a sample.
 const SAMPLE: usize = 5;
 
 impl Prover {
     /// Ids of the index: records without a row.
-    pub(super) async fn page_of_records(&self, look: &Look<'_>, round: &mut Round) -> Result<Vec<Suspect>> {
+    pub(super) async fn page_of_records(
+        &self,
+        recheck: &Recheck<'_>,
+        round: &mut Round,
+    ) -> Result<Vec<Suspect>> {
         let page = match self.index.list(round.cursor.as_deref(), self.options.page).await {
             Ok(page) => page,
             // A place in a listing may be good for a while only.
@@ -28,9 +32,9 @@ impl Prover {
             Err(error) => return Err(error),
         };
         // Rows that cannot be read are counted with the rows.
-        let (peeked, _) = read::peek(&*self.ledger, &page.ids).await?;
+        let (peeked, _) = pages::peek(&*self.ledger, &page.ids).await?;
         if !self.fetches_all() && !page.ids.is_empty() {
-            self.store.note_listed(&page.ids).await?;
+            self.store.record_listed(&page.ids).await?;
         }
         round.records += page.ids.len() as u64;
         round.cursor = page.next;
@@ -38,15 +42,19 @@ impl Prover {
             round.walk = Walk::Rows;
         }
         let without_text = |one: &&Peeked| one.row.as_ref().is_none_or(|row| !row.has_text());
-        let orphans = peeked.iter().filter(without_text).map(|one| (one, Kind::Orphaned)).collect();
-        look.suspect(orphans, None).await
+        let orphans = peeked.iter().filter(without_text).map(|one| (one, DifferenceKind::Orphaned)).collect();
+        recheck.suspect(orphans, None).await
     }
 
     /// Rows: records that are missing or of another text, and entries that nobody has settled.
-    pub(super) async fn page_of_rows(&self, look: &Look<'_>, running: &mut Running) -> Result<Vec<Suspect>> {
+    pub(super) async fn page_of_rows(
+        &self,
+        recheck: &Recheck<'_>,
+        running: &mut Running,
+    ) -> Result<Vec<Suspect>> {
         let Running { round, size, .. } = running;
         let began = (round.cursor.clone(), size.of(self.options.page));
-        let page = read::rows_after(&*self.ledger, began.0.as_deref(), began.1).await?;
+        let page = pages::rows_after(&*self.ledger, began.0.as_deref(), began.1).await?;
         size.saw(&page.rows);
         let fetched: HashSet<String> = if self.fetches_all() {
             page.rows.iter().map(|row| row.id.clone()).collect()
@@ -55,20 +63,20 @@ impl Prover {
         };
         let ids: Vec<String> =
             page.rows.iter().map(|row| row.id.clone()).filter(|id| fetched.contains(id)).collect();
-        let stored = look.fetch(&ids).await?;
+        let stored = recheck.fetch(&ids).await?;
         let differing = page
             .rows
             .iter()
             .filter_map(|row| {
                 let kind = if fetched.contains(&row.id) {
-                    look.judge(row, stored.get(&row.id))
+                    recheck.classify(row, stored.get(&row.id))
                 } else {
-                    is_unsettled(row).then_some(Kind::Unsettled)
+                    is_unsettled(row).then_some(DifferenceKind::Unsettled)
                 };
                 Some((row, kind?))
             })
             .collect();
-        let suspects = look.suspect(differing, Some(&began)).await?;
+        let suspects = recheck.suspect(differing, Some(&began)).await?;
         round.rows += (page.rows.len() + page.unreadable.len()) as u64;
         round.unreadable += page.unreadable.len() as u64;
         if page.last.is_some() {
@@ -91,16 +99,20 @@ impl Prover {
         let mut chosen: HashSet<String> =
             with_text.iter().filter(|id| !listed.contains(*id)).cloned().collect();
         for _ in 0..SAMPLE.min(with_text.len()) {
-            let place = (self.clock.chance() * with_text.len() as f64) as usize;
-            chosen.extend(with_text.get(place).cloned());
+            let index = (self.clock.chance() * with_text.len() as f64) as usize;
+            chosen.extend(with_text.get(index).cloned());
         }
         Ok(chosen)
     }
 
     /// Entries of rows that are gone: those of rows were seen with them.
-    pub(super) async fn page_of_entries(&self, look: &Look<'_>, round: &mut Round) -> Result<Vec<Suspect>> {
+    pub(super) async fn page_of_entries(
+        &self,
+        recheck: &Recheck<'_>,
+        round: &mut Round,
+    ) -> Result<Vec<Suspect>> {
         let ids = self.ledger.entries_after(round.cursor.as_deref(), self.options.page).await?;
-        let (peeked, _) = read::peek(&*self.ledger, &ids).await?;
+        let (peeked, _) = pages::peek(&*self.ledger, &ids).await?;
         round.entries += ids.len() as u64;
         let is_full = ids.len() == self.options.page;
         round.cursor = ids.into_iter().next_back();
@@ -110,8 +122,8 @@ impl Prover {
         let differing = peeked
             .iter()
             .filter(|one| one.row.is_none() && is_unsettled(one))
-            .map(|one| (one, Kind::Unsettled))
+            .map(|one| (one, DifferenceKind::Unsettled))
             .collect();
-        look.suspect(differing, None).await
+        recheck.suspect(differing, None).await
     }
 }

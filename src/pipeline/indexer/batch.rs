@@ -6,12 +6,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::Stepped;
+use super::StepOutcome;
 use super::poison::{self, Tries};
-use crate::pipeline::catalog::Hash;
 use crate::pipeline::change::{Group, Job};
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::queue::{Message, Receipt};
+use crate::pipeline::source_row::Hash;
 
 /// A change as the messages tell it.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +39,7 @@ pub(super) struct Batch {
     pub(super) hints: Hints,
     /// The vectors that were made for the batch, so that a text is embedded once however often it is tried.
     pub(super) vectors: Vectors,
-    pub(super) done: Stepped,
+    pub(super) done: StepOutcome,
     /// Ids to be tried together.
     groups: VecDeque<Vec<String>>,
     /// Ids that are not done with.
@@ -90,7 +90,7 @@ impl Batch {
             receipts_in_flight: Arc::new(Mutex::new(
                 messages.iter().map(|message| message.receipt.clone()).collect(),
             )),
-            done: Stepped { changes: hints.len() as u64, ..Stepped::default() },
+            done: StepOutcome { changes: hints.len() as u64, ..StepOutcome::default() },
             remaining: hints.keys().cloned().collect(),
             hints,
             vectors: Vectors::new(),

@@ -11,8 +11,8 @@ use std::time::Duration;
 use super::batch::Hints;
 use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;
-use crate::pipeline::index::{VectorIndex, Visibility};
-use crate::pipeline::meter::Meter;
+use crate::pipeline::index::{IndexFreshness, VectorIndex};
+use crate::pipeline::metrics::Metrics;
 
 /// Changes whose freshness is awaited at most: more are not counted.
 const MAX_PENDING: usize = 100_000;
@@ -72,7 +72,7 @@ impl PendingWrites {
 /// Measures the freshness of what one process writes.
 pub(super) struct FreshnessTracker {
     index: Arc<dyn VectorIndex>,
-    meter: Arc<Meter>,
+    metrics: Arc<Metrics>,
     clock: Arc<dyn Clock>,
     /// How often an index whose queries are behind is asked how far they are.
     every: Duration,
@@ -82,11 +82,11 @@ pub(super) struct FreshnessTracker {
 impl FreshnessTracker {
     pub(super) fn new(
         index: Arc<dyn VectorIndex>,
-        meter: Arc<Meter>,
+        metrics: Arc<Metrics>,
         clock: Arc<dyn Clock>,
         every: Duration,
     ) -> Self {
-        Self { index, meter, clock, every, pending: Mutex::default() }
+        Self { index, metrics, clock, every, pending: Mutex::default() }
     }
 
     fn pending(&self) -> MutexGuard<'_, PendingWrites> {
@@ -105,7 +105,7 @@ impl FreshnessTracker {
         let at = self.clock.now();
         let changed_at_us = ids.filter_map(|id| hints.get(id)).map(|hint| hint.changed_at_us).collect();
         let write = Write { lane, committed_us, at, changed_at_us };
-        match self.index.visibility().map_or(0, Visibility::written) {
+        match self.index.freshness().map_or(0, IndexFreshness::last_written) {
             0 => self.count(&write, at),
             position => self.pending().push(position, write),
         }
@@ -113,12 +113,12 @@ impl FreshnessTracker {
 
     /// Counts a write that queries find now.
     fn count(&self, write: &Write, now: Duration) {
-        self.meter.fresh(write.lane, write.ages(now));
+        self.metrics.record_freshness(write.lane, write.ages(now));
     }
 
     /// Asks the index how far its queries are, for as long as it is polled.
     pub(super) async fn poll(&self) {
-        if self.index.visibility().is_none() {
+        if self.index.freshness().is_none() {
             return;
         }
         loop {
@@ -129,11 +129,11 @@ impl FreshnessTracker {
 
     /// Counts what queries find now, if anything is pending.
     pub(super) async fn update(&self) {
-        let Some(visibility) = self.index.visibility() else { return };
+        let Some(freshness) = self.index.freshness() else { return };
         if self.pending().queue.is_empty() {
             return;
         }
-        let searchable_up_to = match visibility.seen().await {
+        let searchable_up_to = match freshness.searchable_up_to().await {
             Ok(searchable_up_to) => searchable_up_to,
             Err(error) => {
                 tracing::debug!(%error, "cannot ask the index how far its queries are");

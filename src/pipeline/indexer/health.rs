@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::writer::Failure;
-use crate::pipeline::fault::{self, Board};
+use crate::pipeline::fault::{self, FaultBoard};
 
 /// What has gone through in this process, and what has not.
 #[derive(Debug, Default)]
@@ -15,7 +15,7 @@ pub(super) struct Health {
     /// Batches that are under way.
     under_way: AtomicUsize,
     /// Where faults are shown; a board of its own unless one is given.
-    faults: OnceLock<Arc<Board>>,
+    faults: OnceLock<Arc<FaultBoard>>,
 }
 
 /// A batch that is under way, for as long as this lives.
@@ -32,13 +32,13 @@ impl Drop for UnderWay<'_> {
 
 impl Health {
     /// Shows faults on this board from now on. To be called before anything is shown.
-    pub(super) fn report_to(&self, faults: Arc<Board>) {
+    pub(super) fn report_to(&self, faults: Arc<FaultBoard>) {
         let given = self.faults.set(faults);
         debug_assert!(given.is_ok(), "faults were shown on another board before");
     }
 
     /// Where faults are shown.
-    pub(super) fn faults(&self) -> &Board {
+    pub(super) fn faults(&self) -> &FaultBoard {
         self.faults.get_or_init(Arc::default)
     }
 
@@ -66,8 +66,8 @@ impl Health {
     pub(super) fn recovered(&self) {
         self.at_embedder.store(false, Ordering::Relaxed);
         let failures = self.failures_in_a_row.swap(0, Ordering::Relaxed);
-        if failures >= fault::IN_A_ROW {
-            self.faults().clear(fault::HELD);
+        if failures >= fault::FAILURE_THRESHOLD {
+            self.faults().clear(fault::INDEXING_BLOCKED);
             tracing::info!("changes go through again");
         }
     }
@@ -76,7 +76,7 @@ impl Health {
     fn reset(&self) {
         self.at_embedder.store(false, Ordering::Relaxed);
         self.failures_in_a_row.store(0, Ordering::Relaxed);
-        self.faults().clear(fault::HELD);
+        self.faults().clear(fault::INDEXING_BLOCKED);
     }
 
     /// Something failed that another try may mend.
@@ -86,7 +86,7 @@ impl Health {
 
     /// Something failed that is nobody's change's fault and that no other try mends, until somebody does.
     pub(super) fn trip(&self, failure: &Failure) {
-        self.add(fault::IN_A_ROW, failure);
+        self.add(fault::FAILURE_THRESHOLD, failure);
     }
 
     fn add(&self, failures: u32, failure: &Failure) {
@@ -97,10 +97,10 @@ impl Health {
             .failures_in_a_row
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
             .unwrap_or_default();
-        if before.saturating_add(failures) >= fault::IN_A_ROW {
-            self.faults().report(fault::HELD, format_args!("no change goes through: {error}"));
+        if before.saturating_add(failures) >= fault::FAILURE_THRESHOLD {
+            self.faults().report(fault::INDEXING_BLOCKED, format_args!("no change goes through: {error}"));
             // Told once; the fault shows how it goes on.
-            if before < fault::IN_A_ROW {
+            if before < fault::FAILURE_THRESHOLD {
                 tracing::warn!(%error, "nothing goes through: holding what was received, and receiving no more");
             }
         }
@@ -108,6 +108,6 @@ impl Health {
 
     /// Whether nothing goes through.
     pub(super) fn is_outage(&self) -> bool {
-        self.failures_in_a_row.load(Ordering::Relaxed) >= fault::IN_A_ROW
+        self.failures_in_a_row.load(Ordering::Relaxed) >= fault::FAILURE_THRESHOLD
     }
 }

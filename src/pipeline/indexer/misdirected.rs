@@ -15,7 +15,7 @@ use crate::pipeline::change::JOB_VERSION;
 use crate::pipeline::clock::Clock;
 use crate::pipeline::failure::Result;
 use crate::pipeline::fault;
-use crate::pipeline::queue::{DeadLetters, JobQueue, Message, Reason, Why};
+use crate::pipeline::queue::{DeadLetterCause, DeadLetters, JobQueue, Message, Reason};
 
 /// How long such a message is put back for at first, and at most.
 const FIRST_PAUSE: Duration = Duration::from_secs(30);
@@ -70,7 +70,7 @@ impl Misdirected {
                     "a message {}: moved to the dead letters",
                     Reason::Undecodable.describe()
                 );
-                let cause = Why { reason: Reason::Undecodable, error, tries: 0 };
+                let cause = DeadLetterCause { reason: Reason::Undecodable, error, tries: 0 };
                 self.dead_letters.store(message, None, &cause).await?;
             } else {
                 at += 1;

@@ -35,14 +35,14 @@ pub use spawn::{Spawn, Task, TokioTasks};
 
 use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;
+use crate::pipeline::embed_scheduler::EmbedScheduler;
 use crate::pipeline::failure::Result;
-use crate::pipeline::fault::Board;
+use crate::pipeline::fault::FaultBoard;
 use crate::pipeline::index::VectorIndex;
 use crate::pipeline::lease::Lease;
 use crate::pipeline::ledger::{Ledger, Swept};
-use crate::pipeline::meter::Meter;
+use crate::pipeline::metrics::Metrics;
 use crate::pipeline::queue::{JobQueue, Message, Queue, QueueStats};
-use crate::pipeline::schedule::Scheduler;
 use batch::Batch;
 use health::Health;
 use misdirected::Misdirected;
@@ -52,7 +52,7 @@ use writer::Writer;
 
 /// What the indexer needs of the settings.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct IndexerOptions {
     /// The source's name: messages of another source are not ours.
     pub source: String,
     /// This worker's name, unique among all that ever were: attempts stand under it.
@@ -60,7 +60,7 @@ pub struct Options {
     /// Embedding threads.
     pub workers: usize,
     /// A lane holds at most what is embedded in this time.
-    pub hold: Duration,
+    pub prefetch: Duration,
     /// How often a lane is looked at when no wake-up comes.
     pub poll: Duration,
     /// Of a message that was received more often nothing is read before its change is counted: the last
@@ -69,12 +69,12 @@ pub struct Options {
     /// After this long an accepted write has been applied, or never will be; the lease included.
     pub settle: Duration,
     /// How often an index whose queries are behind is asked how far they are.
-    pub look: Duration,
+    pub freshness_poll: Duration,
 }
 
 /// What a batch came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stepped {
+pub struct StepOutcome {
     /// Distinct ids in the messages.
     pub changes: u64,
     /// Ids that were written or deleted in the index.
@@ -93,7 +93,7 @@ pub struct Indexer {
     /// Tells when nothing is left to do.
     stats: Arc<dyn QueueStats>,
     clock: Arc<dyn Clock>,
-    options: Options,
+    options: IndexerOptions,
     /// Whether things go through at all; it decides whether more is received.
     health: Arc<Health>,
     /// Sizes groups and receives.
@@ -110,10 +110,10 @@ impl Indexer {
         queue: Queue,
         ledger: Arc<dyn Ledger>,
         index: Arc<dyn VectorIndex>,
-        scheduler: Scheduler,
-        meter: Arc<Meter>,
+        scheduler: EmbedScheduler,
+        metrics: Arc<Metrics>,
         lease: Arc<Lease>,
-        options: Options,
+        options: IndexerOptions,
     ) -> Self {
         let Queue { jobs, dead_letters, stats } = queue;
         let health: Arc<Health> = Arc::default();
@@ -122,12 +122,12 @@ impl Indexer {
             ledger: Arc::clone(&ledger),
             index,
             scheduler,
-            meter,
+            metrics,
             lease,
             health: Arc::clone(&health),
             worker: options.worker.clone(),
             settle: options.settle,
-            freshness_poll: options.look,
+            freshness_poll: options.freshness_poll,
         }));
         Self {
             isolation: Isolation::new(
@@ -156,14 +156,14 @@ impl Indexer {
 
     /// The same, telling a board what holds the work. To be called before anything is worked on.
     #[must_use]
-    pub fn reporting(self, faults: Arc<Board>) -> Self {
+    pub fn reporting(self, faults: Arc<FaultBoard>) -> Self {
         self.health.report_to(faults);
         self
     }
 
     /// Applies messages of one lane and acknowledges them. On an error, those that are not done with
     /// stay unacknowledged.
-    pub async fn step(&self, lane: Lane, messages: &[Message]) -> Result<Stepped> {
+    pub async fn step(&self, lane: Lane, messages: &[Message]) -> Result<StepOutcome> {
         let mut batch = self.batch(messages);
         self.work(lane, &mut batch).await?;
         Ok(batch.done)

@@ -39,7 +39,7 @@ use super::writer::{Failure, Writer};
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::ledger::Ledger;
-use crate::pipeline::queue::{DeadLetters, Message, Reason, Why};
+use crate::pipeline::queue::{DeadLetterCause, DeadLetters, Message, Reason};
 
 /// From this receive on, a message is worked change by change.
 const ONE_BY_ONE_FROM: u32 = 3;
@@ -184,7 +184,8 @@ impl Isolation {
         self.send_canaries(lane, CANARIES, false).await?;
         if tries > MAX_UNFINISHED + MAX_UNFINISHED_ALONE {
             let error = "whoever worked on it did not come to an end, with nothing else going on".to_owned();
-            self.dead_letter(batch, id, &Why { reason: Reason::Failed, error, tries: tries - 1 }).await?;
+            self.dead_letter(batch, id, &DeadLetterCause { reason: Reason::Failed, error, tries: tries - 1 })
+                .await?;
             return Ok(Admitted::DeadLettered);
         }
         self.count(batch, id).await?;
@@ -267,7 +268,7 @@ impl Isolation {
         *failures += 1;
         // The ledger's count may hold tries that others left unfinished.
         if tries.min(*failures) >= MAX_TRIES {
-            let cause = Why { reason: Reason::Failed, error: error.to_string(), tries };
+            let cause = DeadLetterCause { reason: Reason::Failed, error: error.to_string(), tries };
             self.dead_letter(batch, &id, &cause).await?;
             batch.drop_alone(&id);
         }
@@ -315,7 +316,7 @@ impl Isolation {
             return Ok(false);
         }
         let tries = self.ledger.count_try(id, 0).await?.max(1);
-        let cause = Why { reason: Reason::Refused, error: refusal.error.to_string(), tries };
+        let cause = DeadLetterCause { reason: Reason::Refused, error: refusal.error.to_string(), tries };
         self.dead_letter(batch, id, &cause).await?;
         Ok(true)
     }
@@ -347,7 +348,7 @@ impl Isolation {
     }
 
     /// Dead-letters one change, for every message that carries it.
-    async fn dead_letter(&self, batch: &mut Batch, id: &str, cause: &Why) -> Result<()> {
+    async fn dead_letter(&self, batch: &mut Batch, id: &str, cause: &DeadLetterCause) -> Result<()> {
         // One letter is enough: the change is the row's, not the message's.
         if let Some((message, part)) = batch.part_about(id) {
             self.dead_letters.store(message, Some(&part), cause).await?;

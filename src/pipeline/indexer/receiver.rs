@@ -175,7 +175,7 @@ impl Receiver {
     /// Changes that the lane may have in flight.
     fn max_in_flight(&self) -> u64 {
         let Indexer { throughput, options, .. } = &*self.indexer;
-        throughput.within(options.hold).clamp(MIN_IN_FLIGHT, MAX_IN_FLIGHT)
+        throughput.within(options.prefetch).clamp(MIN_IN_FLIGHT, MAX_IN_FLIGHT)
     }
 
     /// Receives while batches run; ends with the first of these that fails for good, and with nothing on
@@ -226,7 +226,7 @@ impl Receiver {
         } else {
             tracing::debug!(lane, %error, retry_in_ms, "cannot receive");
         }
-        if error.class() == Class::Fatal || self.backoff.failures() >= fault::IN_A_ROW {
+        if error.class() == Class::Fatal || self.backoff.failures() >= fault::FAILURE_THRESHOLD {
             let faults = self.indexer.health.faults();
             faults.report(fault::QUEUE, format_args!("nothing can be received: {error}"));
         }

@@ -14,7 +14,7 @@
 //! - *before the opening is committed*: nothing happened. Told "failed" of an opening that was
 //!   committed, the worker does not know its attempt; attempts have names that the worker chose
 //!   beforehand, and what stands under its name and is not in its hand it disowns
-//!   ([`disown`](crate::pipeline::ledger::Ledger::disown));
+//!   ([`abandon_orphans`](crate::pipeline::ledger::Ledger::abandon_orphans));
 //! - *between opening and writing, or amid writing*: the attempt stands, so the entry is open and is
 //!   neither dropped nor trusted by others. When the worker's session is gone, the attempt is swept
 //!   once everything that it may have sent has been applied: the id goes back into the outbox, and
@@ -42,13 +42,13 @@ use std::collections::HashMap;
 use super::batch::{Batch, Texts};
 use super::open_writes::Closing;
 use super::writer::{Failure, Writer, Written};
-use crate::pipeline::catalog::SourceRow;
 use crate::pipeline::change::Lane;
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
-use crate::pipeline::index::{PlainWrite, Record};
+use crate::pipeline::index::{Record, UntrackedWrite};
 use crate::pipeline::ledger::{Opened, Outcome, Swept};
 use crate::pipeline::retry::Backoff;
+use crate::pipeline::source_row::SourceRow;
 use crate::pipeline::unchanged::needed;
 
 /// Tries of one request before its attempt is closed: each later one needs the rows read anew.
@@ -91,11 +91,11 @@ enum Request<'a> {
 }
 
 /// What came of one request.
-enum Sent {
+enum SendResult {
     /// It was applied, and no earlier try of it is in doubt.
-    Surely,
+    Applied,
     /// It was applied, but an earlier try may be applied later.
-    Doubtfully,
+    InDoubt,
     /// It was refused for good.
     Refused(Error),
     /// It failed; whether it is in doubt stands in the first half.
@@ -105,7 +105,7 @@ enum Sent {
 impl Writer {
     pub(super) async fn write_tracked(
         &self,
-        index: &dyn PlainWrite,
+        index: &dyn UntrackedWrite,
         lane: Lane,
         ids: &[String],
         batch: &mut Batch,
@@ -116,7 +116,7 @@ impl Writer {
             return Ok(Written::default());
         }
         // An attempt of a worker without a session would be taken for a dead one's.
-        let session = self.lease.current(index.request_timeout()).await?;
+        let term = self.lease.current(index.request_timeout()).await?;
         let write = self.open_writes.begin();
         let worker = self.open_writes.worker();
         let opened = self.ledger.open(&write.id, worker, &ids).await?;
@@ -127,7 +127,7 @@ impl Writer {
         // Until it is closed: whatever ends this, somebody must still say that writes may be about.
         let doubtful = parts.iter().map(|part| (part.opened.clone(), Outcome::Doubtful)).collect();
         self.open_writes.keep_closing(&write.id, doubtful);
-        let written = self.write_parts(index, lane, session, &ids, &mut parts, batch).await;
+        let written = self.write_parts(index, lane, term, &ids, &mut parts, batch).await;
         let closing: Closing = parts.into_iter().map(|part| (part.opened, part.outcome)).collect();
         self.open_writes.keep_closing(&write.id, closing.clone());
         let closed = self.ledger.close(&write.id, worker, &closing).await;
@@ -163,11 +163,11 @@ impl Writer {
             return Ok(Swept::default());
         }
         self.close_leftover().await?;
-        self.ledger.disown(self.open_writes.worker(), &self.open_writes.ids()).await?;
+        self.ledger.abandon_orphans(self.open_writes.worker(), &self.open_writes.ids()).await?;
         let swept = self.ledger.sweep(self.settle, SWEEP_AT_ONCE).await?;
-        if swept.attempts > 0 || swept.abandoned > 0 {
+        if swept.writes > 0 || swept.abandoned > 0 {
             tracing::info!(
-                attempts = swept.attempts,
+                writes = swept.writes,
                 abandoned = swept.abandoned,
                 requeued = swept.requeued,
                 "swept attempts that nobody closed"
@@ -180,9 +180,9 @@ impl Writer {
     /// was refused; fails when nothing more can be sent.
     async fn write_parts(
         &self,
-        index: &dyn PlainWrite,
+        index: &dyn UntrackedWrite,
         lane: Lane,
-        session: u64,
+        term: u64,
         ids: &[String],
         parts: &mut [Part],
         batch: &mut Batch,
@@ -218,12 +218,12 @@ impl Writer {
         let mut rest = records.as_slice();
         while !rest.is_empty() {
             let (now, later) = rest.split_at(index.fits(rest).clamp(1, rest.len()));
-            let sent = self.send(index, session, Request::Upsert(now)).await;
+            let sent = self.send(index, term, Request::Upsert(now)).await;
             outcomes.take(now.iter().map(|record| record.row.id.clone()).collect(), sent)?;
             rest = later;
         }
         for ids in gone.chunks(index.max_deletes().max(1)) {
-            let sent = self.send(index, session, Request::Delete(ids)).await;
+            let sent = self.send(index, term, Request::Delete(ids)).await;
             outcomes.take(ids.to_vec(), sent)?;
         }
         Ok(outcomes.refusal)
@@ -262,22 +262,22 @@ impl Writer {
     }
 
     /// Sends a request within the lease, a few times if need be.
-    async fn send(&self, plain: &dyn PlainWrite, session: u64, request: Request<'_>) -> Sent {
+    async fn send(&self, index: &dyn UntrackedWrite, term: u64, request: Request<'_>) -> SendResult {
         let mut doubtful = false;
         let mut backoff = Backoff::default();
         loop {
             // Not with the lease in hand: an index may ask to be left alone for longer than that lasts.
             self.index.ready().await;
-            if let Err(error) = self.lease.ensure(session, plain.request_timeout()).await {
-                return Sent::Failed(doubtful, error);
+            if let Err(error) = self.lease.ensure(term, index.request_timeout()).await {
+                return SendResult::Failed(doubtful, error);
             }
             let answer = match request {
-                Request::Upsert(records) => plain.upsert(records).await,
-                Request::Delete(ids) => plain.delete(ids).await,
+                Request::Upsert(records) => index.upsert(records).await,
+                Request::Delete(ids) => index.delete(ids).await,
             };
             let error = match answer {
-                Ok(()) if doubtful => return Sent::Doubtfully,
-                Ok(()) => return Sent::Surely,
+                Ok(()) if doubtful => return SendResult::InDoubt,
+                Ok(()) => return SendResult::Applied,
                 Err(error) => error,
             };
             // What would concern everything may be said of this request only, as by a filter before the
@@ -288,7 +288,7 @@ impl Writer {
             let over = backoff.failures() + 1 >= REQUEST_TRIES || self.health.is_outage();
             match error.class() {
                 // A refusal says nothing of an earlier try, and that one's ids must stay open.
-                Class::Permanent if !doubtful => return Sent::Refused(error),
+                Class::Permanent if !doubtful => return SendResult::Refused(error),
                 Class::Retryable if !over => {
                     let pause = backoff.next(self.clock());
                     // The index itself says when it is ready again.
@@ -296,7 +296,7 @@ impl Writer {
                         self.clock().sleep(pause).await;
                     }
                 }
-                _ => return Sent::Failed(doubtful, error),
+                _ => return SendResult::Failed(doubtful, error),
             }
         }
     }
@@ -318,20 +318,20 @@ impl<'a> Outcomes<'a> {
     }
 
     /// Takes what came of a request for these ids; fails when nothing more can be sent.
-    fn take(&mut self, ids: Vec<String>, sent: Sent) -> Result<()> {
+    fn take(&mut self, ids: Vec<String>, sent: SendResult) -> Result<()> {
         match sent {
-            Sent::Surely => {
+            SendResult::Applied => {
                 for id in &ids {
                     let part = &mut self.parts[self.at[id]];
                     part.outcome = part.settled(self.batch.version(id));
                 }
             }
-            Sent::Doubtfully => self.doubt(&ids),
-            Sent::Refused(error) => match &mut self.refusal {
+            SendResult::InDoubt => self.doubt(&ids),
+            SendResult::Refused(error) => match &mut self.refusal {
                 Some((all, _)) => all.extend(ids),
                 None => self.refusal = Some((ids, error)),
             },
-            Sent::Failed(doubtful, error) => {
+            SendResult::Failed(doubtful, error) => {
                 if doubtful {
                     self.doubt(&ids);
                 }

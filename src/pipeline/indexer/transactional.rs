@@ -13,11 +13,11 @@ use std::collections::HashSet;
 
 use super::batch::{Batch, Texts, Vectors};
 use super::writer::{Failure, Writer, Written};
-use crate::pipeline::catalog::Hash;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
-use crate::pipeline::index::{Desired, FencedWrite, Planned};
+use crate::pipeline::index::{Desired, Planned, TransactionalWrite};
 use crate::pipeline::ledger::Peeked;
+use crate::pipeline::source_row::Hash;
 use crate::pipeline::unchanged::Need;
 
 /// The content hash of the text whose vector a write wants, if it wants one.
@@ -26,7 +26,7 @@ type Wants = Option<Hash>;
 impl Writer {
     pub(super) async fn write_transactional(
         &self,
-        index: &dyn FencedWrite,
+        index: &dyn TransactionalWrite,
         lane: Lane,
         ids: &[String],
         batch: &mut Batch,

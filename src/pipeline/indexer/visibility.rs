@@ -39,7 +39,7 @@ impl<'a> Visibility<'a> {
         lane: Lane,
         held: Arc<Mutex<Vec<Receipt>>>,
     ) -> Self {
-        let timeout = queue.visibility();
+        let timeout = queue.visibility_timeout();
         Self { queue, clock, lane, held, timeout, deadline: clock.now() + timeout }
     }
 

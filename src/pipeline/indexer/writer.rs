@@ -13,15 +13,15 @@ use super::batch::{Batch, Texts};
 use super::freshness::FreshnessTracker;
 use super::health::Health;
 use super::open_writes::OpenWrites;
-use crate::pipeline::catalog::Hash;
 use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;
+use crate::pipeline::embed_scheduler::EmbedScheduler;
 use crate::pipeline::failure::{Error, Result};
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::lease::Lease;
 use crate::pipeline::ledger::Ledger;
-use crate::pipeline::meter::Meter;
-use crate::pipeline::schedule::Scheduler;
+use crate::pipeline::metrics::Metrics;
+use crate::pipeline::source_row::Hash;
 
 /// Bytes of rows that are read together. A row is held a few times over (as it came, as it is hashed, and
 /// as it is read again under its lock), and each lane has a few batches under way.
@@ -75,8 +75,8 @@ impl Failure {
 pub(super) struct Parts {
     pub(super) ledger: Arc<dyn Ledger>,
     pub(super) index: Arc<dyn VectorIndex>,
-    pub(super) scheduler: Scheduler,
-    pub(super) meter: Arc<Meter>,
+    pub(super) scheduler: EmbedScheduler,
+    pub(super) metrics: Arc<Metrics>,
     pub(super) lease: Arc<Lease>,
     pub(super) health: Arc<Health>,
     /// This worker's name: tracked writes stand under it.
@@ -91,8 +91,8 @@ pub(super) struct Parts {
 pub(super) struct Writer {
     pub(super) ledger: Arc<dyn Ledger>,
     pub(super) index: Arc<dyn VectorIndex>,
-    scheduler: Scheduler,
-    meter: Arc<Meter>,
+    scheduler: EmbedScheduler,
+    metrics: Arc<Metrics>,
     /// The right to send a tracked write.
     pub(super) lease: Arc<Lease>,
     pub(super) health: Arc<Health>,
@@ -103,15 +103,16 @@ pub(super) struct Writer {
 
 impl Writer {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { ledger, index, scheduler, meter, lease, health, worker, settle, freshness_poll } = parts;
+        let Parts { ledger, index, scheduler, metrics, lease, health, worker, settle, freshness_poll } =
+            parts;
         let freshness = FreshnessTracker::new(
             Arc::clone(&index),
-            Arc::clone(&meter),
+            Arc::clone(&metrics),
             Arc::clone(lease.clock()),
             freshness_poll,
         );
         let open_writes = OpenWrites::new(worker);
-        Self { ledger, index, scheduler, meter, lease, health, freshness, open_writes, settle }
+        Self { ledger, index, scheduler, metrics, lease, health, freshness, open_writes, settle }
     }
 
     /// Embeds slices for whoever asks, one at a time, for as long as it is polled.
@@ -121,7 +122,7 @@ impl Writer {
 
     /// Whether the index shares a transaction with source and ledger.
     pub(super) fn is_transactional(&self) -> bool {
-        matches!(self.index.writes(), Writes::Fenced(_))
+        matches!(self.index.writes(), Writes::Transactional(_))
     }
 
     /// Writes a group of ids; those that are in sync are left alone.
@@ -133,11 +134,11 @@ impl Writer {
     ) -> Result<Written, Failure> {
         let (now, later) = ids.split_at(self.fits(ids).await?);
         let mut written = match self.index.writes() {
-            Writes::Fenced(index) => self.write_transactional(index, lane, now, batch).await,
-            Writes::Plain(index) => self.write_tracked(index, lane, now, batch).await,
+            Writes::Transactional(index) => self.write_transactional(index, lane, now, batch).await,
+            Writes::Untracked(index) => self.write_tracked(index, lane, now, batch).await,
         }?;
         written.unread = later.to_vec();
-        self.meter.applied(written.applied);
+        self.metrics.applied(written.applied);
         Ok(written)
     }
 
@@ -165,7 +166,7 @@ impl Writer {
         let vectors = embedded.map_err(|error| Failure::at_embedder(error.over_the_change()))?;
         self.health.embedded();
         batch.done.embedded += hashes.len() as u64;
-        self.meter.embedded(hashes.len() as u64);
+        self.metrics.embedded(hashes.len() as u64);
         batch.vectors.extend(hashes.into_iter().zip(vectors));
         Ok(())
     }
@@ -176,8 +177,8 @@ impl Writer {
         self.ledger.peek(&[CANARY_ID.into()]).await?;
         self.scheduler.embed(lane, vec![CANARY_TEXT.into()]).await.map_err(Failure::at_embedder)?;
         self.index.ready().await;
-        self.index.probe().await?;
-        if let Writes::Plain(index) = self.index.writes()
+        self.index.check_writable().await?;
+        if let Writes::Untracked(index) = self.index.writes()
             && among_records
         {
             index.probe_record().await?;

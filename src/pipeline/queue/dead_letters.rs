@@ -16,7 +16,7 @@ use crate::pipeline::failure::Result;
 pub trait DeadLetters: Send + Sync {
     /// Stores a message with the reason, and acknowledges it. With `part`, stores only that part of it, and
     /// the message stays as it is: in flight, and not acknowledged.
-    async fn store(&self, message: &Message, part: Option<&Job>, why: &Why) -> Result<()>;
+    async fn store(&self, message: &Message, part: Option<&Job>, cause: &DeadLetterCause) -> Result<()>;
 
     /// Changes in the dead-letter queue. A queue that counts by messages takes each for one change.
     async fn count(&self) -> Result<u64>;
@@ -37,7 +37,7 @@ pub trait DeadLetters: Send + Sync {
 
 /// Why a change or a message is given up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Why {
+pub struct DeadLetterCause {
     /// Which rule gave it up.
     pub reason: Reason,
     /// The error, in the backend's own words.

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-pub use dead_letters::{DeadLetter, DeadLetters, Reason, Why};
+pub use dead_letters::{DeadLetter, DeadLetterCause, DeadLetters, Reason};
 pub use message::{Message, Receipt, Undecodable, decode};
 pub use stats::{Backlog, QueueStats};
 
@@ -49,7 +49,7 @@ pub trait JobQueue: Send + Sync {
     async fn extend_visibility(&self, receipts: &[Receipt], timeout: Duration) -> Result<()>;
 
     /// The visibility timeout of a received message.
-    fn visibility(&self) -> Duration;
+    fn visibility_timeout(&self) -> Duration;
 }
 
 /// One backend of the queue, by its three contracts.

@@ -4,21 +4,21 @@ use std::collections::HashMap;
 
 use jiff::Timestamp;
 
-use super::Options;
+use super::RelayOptions;
 use super::lane::choose_lane;
 use crate::pipeline::change::{Group, JOB_VERSION, Job, Lane};
 use crate::pipeline::outbox::OutboxRow;
 
-/// Packs rows into messages of at most `options.pack` changes, each in the lane that [`choose_lane`] gives
+/// Packs rows into messages of at most `options.changes_per_message` changes, each in the lane that [`choose_lane`] gives
 /// it. `live_room` is how many changes the live lane still takes. Every id travels once.
-pub(super) fn pack(mut rows: Vec<OutboxRow>, options: &Options, mut live_room: u64) -> Vec<Job> {
+pub(super) fn build_jobs(mut rows: Vec<OutboxRow>, options: &RelayOptions, mut live_room: u64) -> Vec<Job> {
     rows.sort_by_key(|row| row.seq);
     let lanes: Vec<Lane> =
         rows.iter().map(|row| choose_lane(row, options.bulk_threshold, &mut live_room)).collect();
     let kept = kept_rows(&rows, &lanes);
     let mut jobs = Vec::new();
     for lane in Lane::ALL {
-        let mut open = Packing::default();
+        let mut open = JobBuilder::default();
         for (at, row) in rows.iter().enumerate().filter(|(at, _)| lanes[*at] == lane) {
             let mut once: Vec<&String> =
                 row.ids.iter().filter(|id| kept.get(id.as_str()) == Some(&at)).collect();
@@ -28,10 +28,10 @@ pub(super) fn pack(mut rows: Vec<OutboxRow>, options: &Options, mut live_room: u
             }
             let mut ids = once.as_slice();
             while !ids.is_empty() {
-                let (now, later) = ids.split_at(ids.len().min(options.pack - open.changes));
+                let (now, later) = ids.split_at(ids.len().min(options.changes_per_message - open.changes));
                 open.push(row, now);
                 ids = later;
-                if open.changes == options.pack {
+                if open.changes == options.changes_per_message {
                     jobs.push(std::mem::take(&mut open).close(&options.source, lane));
                 }
             }
@@ -60,12 +60,12 @@ fn kept_rows<'a>(rows: &'a [OutboxRow], lanes: &[Lane]) -> HashMap<&'a str, usiz
 
 /// A message being filled.
 #[derive(Default)]
-struct Packing {
+struct JobBuilder {
     groups: Vec<(i64, Group)>,
     changes: usize,
 }
 
-impl Packing {
+impl JobBuilder {
     fn push(&mut self, row: &OutboxRow, ids: &[&String]) {
         self.changes += ids.len();
         let ids = ids.iter().map(|id| (*id).clone()).collect();
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn the_newest_entry_of_an_id_stays_and_a_live_one_wins() {
-        let jobs = pack(
+        let jobs = build_jobs(
             vec![row(1, &["a", "b"], 2), row(3, &["b"], 1), row(2, &["b", "c"], 99)],
             &options(500),
             100,
@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn what_exceeds_the_live_lane_is_bulk() {
         let rows = (0..20).map(|seq| row(seq, &[&format!("{seq}")], 1)).collect();
-        let jobs = pack(rows, &options(500), 15);
+        let jobs = build_jobs(rows, &options(500), 15);
         let changes = |lane| jobs.iter().filter(|j| j.lane == lane).map(Job::changes).sum::<usize>();
         assert_eq!((changes(Lane::Live), changes(Lane::Bulk)), (15, 5));
     }
@@ -137,7 +137,7 @@ mod tests {
                 row(seq as i64, &ids.iter().map(String::as_str).collect::<Vec<_>>(), xid_changes)
             }).collect();
             let expected: HashSet<String> = rows.iter().flat_map(|row| row.ids.clone()).collect();
-            let jobs = pack(rows, &options(pack_size), room);
+            let jobs = build_jobs(rows, &options(pack_size), room);
             let sent: Vec<String> = jobs.iter().flat_map(|j| &j.groups).flat_map(|g| g.ids.clone()).collect();
             prop_assert_eq!(sent.len(), expected.len());
             prop_assert_eq!(sent.into_iter().collect::<HashSet<_>>(), expected);

@@ -15,11 +15,11 @@ use tokio_util::sync::CancellationToken;
 use super::change::Lane;
 use super::clock::Clock;
 use super::failure::{Class, Result};
-use super::fault::{self, Board};
+use super::fault::{self, FaultBoard};
 use super::outbox::{ClaimRequest, Outbox, Transferred};
 use super::queue::QueueStats;
 use super::retry::Backoff;
-use message::pack;
+use message::build_jobs;
 
 /// Small outbox rows in one claim: an outbox calls rows of at most 100 ids small, so some 10 MB at worst.
 const SMALL_ROWS: usize = 2_000;
@@ -35,11 +35,11 @@ const IDLE_BACKLOG_AGE: Duration = Duration::from_mins(1);
 
 /// What the relay needs of the settings.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct RelayOptions {
     /// The source's name, for messages.
     pub source: String,
     /// Changes in one message at most.
-    pub pack: usize,
+    pub changes_per_message: usize,
     /// A transaction with more changes is bulk.
     pub bulk_threshold: u64,
     /// While more changes wait in the live lane, further ones are bulk.
@@ -54,7 +54,7 @@ pub struct Relay {
     /// How full the queue is that the outbox sends to.
     queue: Arc<dyn QueueStats>,
     clock: Arc<dyn Clock>,
-    options: Options,
+    options: RelayOptions,
     /// Changes in the lanes: as counted, and those that were sent since.
     live_backlog: u64,
     /// Counted only where the lanes share a queue.
@@ -63,7 +63,7 @@ pub struct Relay {
     counted_at: Option<Duration>,
     /// Whether the last step found the outbox empty.
     is_idle: bool,
-    faults: Arc<Board>,
+    faults: Arc<FaultBoard>,
 }
 
 impl Relay {
@@ -73,7 +73,7 @@ impl Relay {
         outbox: Box<dyn Outbox>,
         queue: Arc<dyn QueueStats>,
         clock: Arc<dyn Clock>,
-        options: Options,
+        options: RelayOptions,
     ) -> Self {
         Self {
             outbox,
@@ -90,7 +90,7 @@ impl Relay {
 
     /// The same, telling a board when nothing can be queued.
     #[must_use]
-    pub fn reporting(self, faults: Arc<Board>) -> Self {
+    pub fn reporting(self, faults: Arc<FaultBoard>) -> Self {
         Self { faults, ..self }
     }
 
@@ -99,16 +99,16 @@ impl Relay {
         self.count_backlog().await?;
         let live_room = self.options.live_bound.saturating_sub(self.live_backlog);
         // In the outbox a load is stepped over; in a queue that the lanes share it stands in the way.
-        let standing = self.live_backlog + self.bulk_backlog;
-        let is_full = self.queue.shared_bound().is_some_and(|bound| standing >= bound);
+        let backlog_of = self.live_backlog + self.bulk_backlog;
+        let is_full = self.queue.shared_bound().is_some_and(|bound| backlog_of >= bound);
         let large_rows = if is_full { 0 } else { LARGE_ROWS };
         let request = ClaimRequest {
             small_rows: SMALL_ROWS,
             large_rows,
             large_transaction: self.options.bulk_threshold,
         };
-        let pack = |rows| pack(rows, &self.options, live_room);
-        let done = self.outbox.transfer(request, &pack).await?;
+        let build_jobs = |rows| build_jobs(rows, &self.options, live_room);
+        let done = self.outbox.transfer(request, &build_jobs).await?;
         self.live_backlog += done.live;
         self.bulk_backlog += done.bulk;
         self.is_idle = done.rows == 0 && !is_full;
@@ -160,7 +160,7 @@ impl Relay {
                     } else {
                         tracing::debug!(%error, class = %error.class(), retry_in_ms, "cannot queue changes");
                     }
-                    if error.class() == Class::Fatal || backoff.failures() >= fault::IN_A_ROW {
+                    if error.class() == Class::Fatal || backoff.failures() >= fault::FAILURE_THRESHOLD {
                         self.faults.report(fault::RELAY, format_args!("changes cannot be queued: {error}"));
                     }
                     stop.run_until_cancelled(self.clock.sleep(pause)).await;
@@ -190,10 +190,10 @@ mod tests {
     use crate::pipeline::change::Op;
     use crate::pipeline::outbox::OutboxRow;
 
-    pub(super) fn options(pack: usize) -> Options {
-        Options {
+    pub(super) fn options(changes_per_message: usize) -> RelayOptions {
+        RelayOptions {
             source: "products".into(),
-            pack,
+            changes_per_message,
             bulk_threshold: 10,
             live_bound: 1000,
             poll: Duration::from_millis(100),

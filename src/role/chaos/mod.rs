@@ -9,12 +9,12 @@
 //! The processes of the roles have only the database rights that `refarch migrate --roles` gives. The
 //! application has its own database role. `refarch chaos` itself connects as the superuser.
 
-mod crew;
-mod lab;
+mod environment;
+mod fault_injector;
+mod fault_schedule;
 mod operator;
-mod schedule;
-mod torment;
-mod writer;
+mod processes;
+mod workload;
 
 use std::fmt::Write as _;
 use std::process::ExitCode;
@@ -33,17 +33,17 @@ use crate::backend::postgres::Postgres;
 use crate::backend::{Backends, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
-use crate::double::pinecone::{Counts, Double, Faults};
-use crate::double::sqs::{QueueCounts, QueueDouble, QueueFaults};
-use crate::pipeline::audit::{Auditor, Options, Report};
+use crate::double::pinecone::{PineconeCounts, PineconeDouble, PineconeFaults};
+use crate::double::sqs::{SqsCounts, SqsDouble, SqsFaults};
+use crate::pipeline::audit::{AuditOptions, Auditor, Report};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::chain;
 use crate::shutdown;
-use crew::Crew;
-use lab::Lab;
-use operator::{Operated, Operator};
-use torment::{Done, Torment};
-use writer::{Form, Model, Writer, Written};
+use environment::Environment;
+use fault_injector::{FaultInjector, InjectedFaults};
+use operator::{OperationCounts, Operator};
+use processes::RoleProcesses;
+use workload::{ExpectedRows, TableShape, Workload, WorkloadCounts};
 
 /// The roles that run, one process each.
 const ROLES: &[&[&str]] = &[&["listen"], &["listen"], &["embed"], &["embed"]];
@@ -52,7 +52,7 @@ const ROLES: &[&[&str]] = &[&["listen"], &["listen"], &["embed"], &["embed"]];
 const STUCK_AFTER: Duration = Duration::from_mins(3);
 
 /// How often the backlog is polled while it drains.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Number of rows whose vectors are compared.
 const SAMPLE: usize = 200;
@@ -65,22 +65,22 @@ const WAIT: Duration = Duration::from_mins(2);
 
 /// The report: what was done, and the comparisons.
 #[derive(Debug, Serialize)]
-struct Outcome {
+struct ChaosReport {
     seed: u64,
     minutes: f64,
     products: u64,
     /// Faults that were injected.
-    faults: Done,
+    faults: InjectedFaults,
     /// Operations on the database, as operators do them.
-    operated: Operated,
+    operated: OperationCounts,
     /// Processes that refused settings which differed from those of the fleet.
     configurations_refused: u64,
     /// Requests to the Pinecone double and its faults; none with pgvector.
-    index: Option<Counts>,
+    index: Option<PineconeCounts>,
     /// Requests to the SQS double and its faults; none with pgmq.
-    queue: Option<QueueCounts>,
+    queue: Option<SqsCounts>,
     /// Statements of the application.
-    written: Written,
+    written: WorkloadCounts,
     /// Errors of the application's statements, the first few.
     failures: Vec<String>,
     /// Seconds from the end of the faults to the end of a round of the continuous proof; none without the
@@ -102,7 +102,7 @@ struct Outcome {
     report: Report,
 }
 
-impl Outcome {
+impl ChaosReport {
     fn code(&self) -> u8 {
         let differs = self.report.differences()
             + self.dead_letters
@@ -123,11 +123,11 @@ impl Outcome {
 /// Runs the command.
 pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
-    let lab = Box::pin(Lab::set_up(settings, args)).await?;
-    let outcome = Box::pin(drill(args, &lab, &stop)).await;
+    let environment = Box::pin(Environment::create(settings, args)).await?;
+    let outcome = Box::pin(run_experiment(args, &environment, &stop)).await;
     let clean = outcome.as_ref().is_ok_and(|outcome| outcome.as_ref().is_none_or(|o| o.code() == 0));
-    let dir = lab.dir.clone();
-    lab.tear_down(!clean).await?;
+    let dir = environment.dir.clone();
+    environment.tear_down(!clean).await?;
     if !clean {
         eprintln!("the logs of the roles are in {}", dir.display());
     }
@@ -140,111 +140,128 @@ pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitC
     Ok(ExitCode::from(outcome.code()))
 }
 
-async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow::Result<Option<Outcome>> {
-    let table = &lab.settings.source.table;
-    let client = lab.client().await?;
+async fn run_experiment(
+    args: &cli::Chaos,
+    environment: &Environment,
+    stop: &CancellationToken,
+) -> anyhow::Result<Option<ChaosReport>> {
+    let table = &environment.settings.source.table;
+    let client = environment.client().await?;
     let progress = Progress::new("loading products", args.products);
     generate::load(&client, table, args.products, args.seed, &progress).await?;
     progress.finish();
     drop(client);
 
     let lasting = Duration::from_secs_f64(args.minutes * 60.0);
-    let crew = Mutex::new(Crew::new(ROLES, lab.env(), &lab.dir));
-    let faults = schedule::schedule(args.seed, lasting, ROLES.len(), &args.faults);
-    let form: Arc<RwLock<Form>> = Arc::default();
-    let mut writer = Writer::new(lab.application_url(), args.seed, Arc::clone(&form)).await?;
+    let processes = Mutex::new(RoleProcesses::new(ROLES, environment.variables(), &environment.dir));
+    let faults = fault_schedule::generate(args.seed, lasting, ROLES.len(), &args.faults);
+    let table_shape: Arc<RwLock<TableShape>> = Arc::default();
+    let mut workload =
+        Workload::new(environment.application_url(), args.seed, Arc::clone(&table_shape)).await?;
     let truncate = AtomicBool::new(false);
-    let (over, written_out) = (stop.child_token(), stop.child_token());
-    crew.lock().await.tend()?;
+    let (over, workload_stop) = (stop.child_token(), stop.child_token());
+    processes.lock().await.supervise()?;
     let progress = Progress::new("seconds of chaos", lasting.as_secs());
     let (operations, ordered) = mpsc::unbounded_channel();
-    let mut torment = Torment { lab, crew: &crew, operations, truncate: &truncate, done: Done::default() };
-    let mut operator = Operator { lab, crew: &crew, form: &form, done: Operated::default() };
-    let tormented = async {
-        let result = torment.run(faults, lasting, stop, &progress).await;
+    let mut injector = FaultInjector {
+        environment,
+        processes: &processes,
+        operations,
+        truncate: &truncate,
+        done: InjectedFaults::default(),
+    };
+    let mut operator = Operator {
+        environment,
+        processes: &processes,
+        table_shape: &table_shape,
+        done: OperationCounts::default(),
+    };
+    let injected = async {
+        let result = injector.run(faults, lasting, stop, &progress).await;
         over.cancel();
         result
     };
     // The application writes until the operator has restored the table's form.
     let operated = async {
         let result = operator.run(ordered, &over).await;
-        written_out.cancel();
+        workload_stop.cancel();
         result
     };
-    let (tormented, operated, wrote) = tokio::join!(
-        tormented,
+    let (injected, operated, wrote) = tokio::join!(
+        injected,
         operated,
-        writer.run(&written_out, || truncate.swap(false, Ordering::Relaxed))
+        workload.run(&workload_stop, || truncate.swap(false, Ordering::Relaxed))
     );
-    let (done, operated_on) = (torment.done, operator.done);
+    let (done, operated_on) = (injector.done, operator.done);
     progress.finish();
-    tormented?;
+    injected?;
     operated?;
     wrote?;
-    let mut crew = crew.into_inner();
+    let mut processes = processes.into_inner();
 
-    if let Some(double) = &lab.double {
-        double.set_faults(Faults::default());
+    if let Some(double) = &environment.pinecone_double {
+        double.set_faults(PineconeFaults::default());
     }
-    if let Some(double) = &lab.queue_double {
-        double.set_faults(QueueFaults::default());
+    if let Some(double) = &environment.sqs_double {
+        double.set_faults(SqsFaults::default());
     }
-    if let Some(double) = &lab.embedder_double {
+    if let Some(double) = &environment.embedder_double {
         double.refuse(Duration::ZERO);
     }
-    crew.thaw_all();
-    let counts = lab.double.as_ref().map(Double::counts);
-    let queue_counts = lab.queue_double.as_ref().map(QueueDouble::counts);
+    processes.thaw_all();
+    let counts = environment.pinecone_double.as_ref().map(PineconeDouble::counts);
+    let queue_counts = environment.sqs_double.as_ref().map(SqsDouble::counts);
     let quiet = Instant::now();
-    let postgres = Postgres::new(lab.url(), &lab.settings.database)?;
-    let backends = open(lab, &postgres, &mut crew).await?;
-    if !drain(&backends, &mut crew, stop).await? {
+    let postgres = Postgres::new(environment.url(), &environment.settings.database)?;
+    let backends = open(environment, &postgres, &mut processes).await?;
+    if !drain(&backends, &mut processes, stop).await? {
         return Ok(None);
     }
     let drained_s = quiet.elapsed().as_secs_f64();
-    let proved = if args.no_proof { Proved::None } else { prove(&backends, &mut crew, stop).await? };
+    let proved =
+        if args.no_proof { ProofWait::None } else { wait_for_proof(&backends, &mut processes, stop).await? };
     let proved_s = match proved {
-        Proved::None => None,
-        Proved::Stopped => return Ok(None),
-        Proved::Round => Some(quiet.elapsed().as_secs_f64()),
+        ProofWait::None => None,
+        ProofWait::Stopped => return Ok(None),
+        ProofWait::Round => Some(quiet.elapsed().as_secs_f64()),
     };
-    let proof_differences = if proved_s.is_some() { differences_of_the_proof(&backends).await? } else { 0 };
+    let proof_differences = if proved_s.is_some() { count_proof_differences(&backends).await? } else { 0 };
     // The differences that the proof queued must drain as well.
-    if proved_s.is_some() && !drain(&backends, &mut crew, stop).await? {
+    if proved_s.is_some() && !drain(&backends, &mut processes, stop).await? {
         return Ok(None);
     }
 
-    let model = LoadedModel::load(&lab.settings_now()).await?;
+    let model = LoadedModel::load(&environment.settings_now()).await?;
     let auditor = Auditor {
         ledger: &*backends.ledger,
         index: &*backends.index,
         queue: &*backends.queue.stats,
-        embedder: Some(model.start(lab.settings.indexer.worker_count())),
+        embedder: Some(model.start(environment.settings.indexer.worker_count())),
         clock: &BootClock,
-        options: Options { sample: SAMPLE, wait: WAIT, repair: false },
+        options: AuditOptions { sample: SAMPLE, wait: WAIT, repair: false },
     };
     let report = auditor.run(&|_| {}).await?;
     let dead_letters = backends.queue.dead_letters.count().await?;
-    crew.stop().await?;
-    let table = Writer::new(lab.url().clone(), 0, Arc::default()).await?.model;
-    let outcome = Outcome {
+    processes.stop().await?;
+    let table = Workload::new(environment.url().clone(), 0, Arc::default()).await?.expected;
+    let outcome = ChaosReport {
         seed: args.seed,
         minutes: args.minutes,
         products: args.products,
         faults: done,
         operated: operated_on,
-        configurations_refused: crew.refused,
+        configurations_refused: processes.refused,
         index: counts,
         queue: queue_counts,
-        written: writer.written,
-        failures: std::mem::take(&mut writer.failures),
+        written: workload.counts,
+        failures: std::mem::take(&mut workload.failures),
         proved_s,
         proof_differences,
         drained_s,
         dead_letters,
-        ended: std::mem::take(&mut crew.ended),
-        table_differs: differing(&writer.model, &table),
-        index_differs: index_differs(lab, &backends, &writer.model).await?,
+        ended: std::mem::take(&mut processes.ended),
+        table_differs: count_differing_rows(&workload.expected, &table),
+        index_differs: index_differs(environment, &backends, &workload.expected).await?,
         report,
     };
     postgres.pool.close();
@@ -252,7 +269,7 @@ async fn drill(args: &cli::Chaos, lab: &Lab, stop: &CancellationToken) -> anyhow
 }
 
 /// How waiting for a round of the continuous proof ended.
-enum Proved {
+enum ProofWait {
     /// A whole round began and ended after the faults.
     Round,
     /// There is no continuous proof.
@@ -262,13 +279,17 @@ enum Proved {
 }
 
 /// Waits for a round of the continuous proof that began after this call.
-async fn prove(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -> anyhow::Result<Proved> {
+async fn wait_for_proof(
+    backends: &Backends,
+    processes: &mut RoleProcesses,
+    stop: &CancellationToken,
+) -> anyhow::Result<ProofWait> {
     let ask = async |sql: &str| -> anyhow::Result<bool> {
         let client = backends.postgres.client().await?;
         Ok(client.query_one(sql, &[]).await.context("look for the continuous proof")?.get(0))
     };
     if !ask("SELECT to_regclass('refarch.proof_round') IS NOT NULL").await? {
-        return Ok(Proved::None);
+        return Ok(ProofWait::None);
     }
     let client = backends.postgres.client().await?;
     let now = client.query_one("SELECT clock_timestamp()::text", &[]).await.context("ask the time")?;
@@ -278,27 +299,31 @@ async fn prove(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -
         format!("SELECT EXISTS (SELECT FROM refarch.proof_round WHERE began_at >= '{now}'::timestamptz)");
     let started = Instant::now();
     while !ask(&round).await? {
-        crew.tend()?;
+        processes.supervise()?;
         anyhow::ensure!(
             started.elapsed() < PROOF_WAIT,
             "the continuous proof did not finish a round within {PROOF_WAIT:?}: see the logs of embed"
         );
-        if stop.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_none() {
-            return Ok(Proved::Stopped);
+        if stop.run_until_cancelled(tokio::time::sleep(POLL_INTERVAL)).await.is_none() {
+            return Ok(ProofWait::Stopped);
         }
     }
-    Ok(Proved::Round)
+    Ok(ProofWait::Round)
 }
 
 /// Opens the backends. Retries until the roles have followed the last swap of the table.
-async fn open(lab: &Lab, postgres: &Postgres, crew: &mut Crew) -> anyhow::Result<Backends> {
+async fn open(
+    environment: &Environment,
+    postgres: &Postgres,
+    processes: &mut RoleProcesses,
+) -> anyhow::Result<Backends> {
     let started = Instant::now();
     loop {
-        match lab.backends(postgres).await {
+        match environment.backends(postgres).await {
             Err(error) if started.elapsed() < STUCK_AFTER => {
                 tracing::debug!(error = chain(error.as_ref()), "cannot open the backends yet");
-                crew.tend()?;
-                tokio::time::sleep(LOOK_EVERY).await;
+                processes.supervise()?;
+                tokio::time::sleep(POLL_INTERVAL).await;
             }
             opened => return opened,
         }
@@ -306,7 +331,7 @@ async fn open(lab: &Lab, postgres: &Postgres, crew: &mut Crew) -> anyhow::Result
 }
 
 /// Differences that the continuous proof found, in all of its rounds.
-async fn differences_of_the_proof(backends: &Backends) -> anyhow::Result<u64> {
+async fn count_proof_differences(backends: &Backends) -> anyhow::Result<u64> {
     let client = backends.postgres.client().await?;
     let sql = "SELECT coalesce(sum(differences), 0)::bigint FROM refarch.proof_round";
     let row = client.query_one(sql, &[]).await.context("read the rounds of the continuous proof")?;
@@ -314,14 +339,18 @@ async fn differences_of_the_proof(backends: &Backends) -> anyhow::Result<u64> {
 }
 
 /// Waits until nothing is under way; false if stopped before.
-async fn drain(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -> anyhow::Result<bool> {
+async fn drain(
+    backends: &Backends,
+    processes: &mut RoleProcesses,
+    stop: &CancellationToken,
+) -> anyhow::Result<bool> {
     let mut least = u64::MAX;
     let mut progressed = Instant::now();
     let mut most = 0;
     let progress = Progress::new("draining changes", 0);
     loop {
-        crew.tend()?;
-        let left = backends.status().await?.outstanding() + attempts(backends).await?;
+        processes.supervise()?;
+        let left = backends.status().await?.outstanding() + count_tracked_writes(backends).await?;
         most = most.max(left);
         progress.set_total(most);
         progress.set(most - left);
@@ -341,39 +370,43 @@ async fn drain(backends: &Backends, crew: &mut Crew, stop: &CancellationToken) -
             );
             return Ok(true);
         }
-        if stop.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_none() {
+        if stop.run_until_cancelled(tokio::time::sleep(POLL_INTERVAL)).await.is_none() {
             return Ok(false);
         }
     }
 }
 
-async fn attempts(backends: &Backends) -> anyhow::Result<u64> {
+async fn count_tracked_writes(backends: &Backends) -> anyhow::Result<u64> {
     let client = backends.postgres.client().await?;
     let sql = "SELECT coalesce(sum(cardinality(ids)), 0)::bigint FROM refarch.attempt WHERE target = $1";
-    let row = client.query_one(sql, &[&backends.target.id]).await.context("count the attempts")?;
+    let row = client.query_one(sql, &[&backends.generation.id]).await.context("count the attempts")?;
     Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
 }
 
-fn differing(a: &Model, b: &Model) -> u64 {
+fn count_differing_rows(a: &ExpectedRows, b: &ExpectedRows) -> u64 {
     let ids: std::collections::BTreeSet<&i64> = a.keys().chain(b.keys()).collect();
     ids.into_iter().filter(|id| a.get(id) != b.get(id)).count() as u64
 }
 
 /// Counts differences between the index itself and the writer's memory, without ledger and audit.
-async fn index_differs(lab: &Lab, backends: &Backends, model: &Model) -> anyhow::Result<u64> {
+async fn index_differs(
+    environment: &Environment,
+    backends: &Backends,
+    expected: &ExpectedRows,
+) -> anyhow::Result<u64> {
     let wanted = |id: &str| {
-        let product = id.parse().ok().and_then(|id: i64| model.get(&id));
+        let product = id.parse().ok().and_then(|id: i64| expected.get(&id));
         product.filter(|p| p.description.as_ref().is_some_and(|text| !text.trim().is_empty()))
     };
-    let searchable = model.keys().filter(|id| wanted(&id.to_string()).is_some()).count() as u64;
+    let searchable = expected.keys().filter(|id| wanted(&id.to_string()).is_some()).count() as u64;
     let mut agree = 0_u64;
     let mut held = 0_u64;
-    if let Some(double) = &lab.double {
+    if let Some(double) = &environment.pinecone_double {
         for (id, record) in double.snapshot("") {
             held += 1;
             let text =
                 |key: &str| record.metadata.get(key).and_then(|value| value.as_str()).map(str::to_owned);
-            let same = |product: &writer::Product| {
+            let same = |product: &workload::ExpectedRow| {
                 product.name == text("name") && product.description == text("description")
             };
             agree += u64::from(wanted(&id).is_some_and(same));
@@ -393,8 +426,8 @@ async fn index_differs(lab: &Lab, backends: &Backends, model: &Model) -> anyhow:
     Ok((searchable - agree) + (held - agree))
 }
 
-fn text(outcome: &Outcome) -> String {
-    let Outcome { faults, written, report, .. } = outcome;
+fn text(outcome: &ChaosReport) -> String {
+    let ChaosReport { faults, written, report, .. } = outcome;
     let index = outcome.index.map_or_else(String::new, |index| {
         format!(
             "index            {} requests: {} unavailable, {} rate limited, {} delayed, {} applied but reported as failed, {} applied late, {} connections cut\n",

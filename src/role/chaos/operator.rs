@@ -11,24 +11,24 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{Mutex, RwLock};
 use tokio_util::sync::CancellationToken;
 
-use super::crew::Crew;
-use super::lab::{APPLICATION, APPLICATION_SEES, FLEET, Lab};
-use super::writer::Form;
+use super::environment::{APPLICATION_POLICY, APPLICATION_ROLE, Environment, FLEET_ROLE};
+use super::processes::RoleProcesses;
+use super::workload::TableShape;
 
 /// The application's table.
 const TABLE: &str = "public.products_with_increment";
 
 /// The column that is added to the table and to the metadata.
-pub const ADDED: &str = "stock";
+pub const ADDED_COLUMN: &str = "stock";
 
 /// Lock timeout of the operator's statements. It is short, because the application waits behind them.
 const LOCK_TIMEOUT: &str = "1s";
 
 /// Pause before a retry.
-const AGAIN: Duration = Duration::from_millis(500);
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
 
 /// How long an operation is retried: the database may be away, or the table locked.
-const PATIENCE: Duration = Duration::from_mins(2);
+const OPERATION_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// An operation on the database or the fleet.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,7 +56,7 @@ pub enum Operation {
 /// Counts of operations.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 #[allow(missing_docs)]
-pub struct Operated {
+pub struct OperationCounts {
     pub metadata_added: u64,
     pub columns_renamed: u64,
     pub keys_widened: u64,
@@ -75,13 +75,13 @@ pub struct Operated {
 /// Runs operations one after the other.
 pub struct Operator<'a> {
     /// The environment.
-    pub lab: &'a Lab,
+    pub environment: &'a Environment,
     /// The processes, which some operations restart with other settings.
-    pub crew: &'a Mutex<Crew>,
+    pub processes: &'a Mutex<RoleProcesses>,
     /// The table's form, which the application must know.
-    pub form: &'a RwLock<Form>,
+    pub table_shape: &'a RwLock<TableShape>,
     /// Operations done so far.
-    pub done: Operated,
+    pub done: OperationCounts,
 }
 
 impl Operator<'_> {
@@ -113,7 +113,7 @@ impl Operator<'_> {
             }
             Operation::WidenKey => {
                 self.sql(&format!("ALTER TABLE {TABLE} ALTER id TYPE bigint")).await?;
-                self.form.write().await.is_wide = true;
+                self.table_shape.write().await.is_wide = true;
                 self.done.keys_widened += 1;
             }
             Operation::SwapTable => {
@@ -122,8 +122,8 @@ impl Operator<'_> {
                     "LOCK TABLE {TABLE} IN SHARE ROW EXCLUSIVE MODE; \
                      CREATE TABLE public.products_next_{number} (LIKE {TABLE} INCLUDING ALL); \
                      INSERT INTO public.products_next_{number} SELECT * FROM {TABLE}; \
-                     GRANT SELECT ON public.products_next_{number} TO {FLEET}; \
-                     GRANT ALL ON public.products_next_{number} TO {APPLICATION}; \
+                     GRANT SELECT ON public.products_next_{number} TO {FLEET_ROLE}; \
+                     GRANT ALL ON public.products_next_{number} TO {APPLICATION_ROLE}; \
                      ALTER TABLE {TABLE} RENAME TO products_before_{number}; \
                      ALTER TABLE public.products_next_{number} RENAME TO products_with_increment"
                 ))
@@ -139,7 +139,7 @@ impl Operator<'_> {
             Operation::HideRows(long) => {
                 let hidden_at = self.database_time().await?;
                 self.sql(&format!(
-                    "CREATE POLICY application ON {TABLE} USING ({APPLICATION_SEES}); \
+                    "CREATE POLICY application ON {TABLE} USING ({APPLICATION_POLICY}); \
                      ALTER TABLE {TABLE} ENABLE ROW LEVEL SECURITY; ALTER TABLE {TABLE} FORCE ROW LEVEL SECURITY"
                 ))
                 .await?;
@@ -155,20 +155,20 @@ impl Operator<'_> {
                 self.done.rows_hidden += 1;
             }
             // pgvector is restored together with the database, so there is nothing to test.
-            Operation::Restore(_) if self.lab.double.is_none() => {}
+            Operation::Restore(_) if self.environment.pinecone_double.is_none() => {}
             Operation::Restore(ago) => {
-                self.lab.while_database_is_stopped(|data| copy(data, &kept(data))).await?;
+                self.environment.while_database_is_stopped(|data| copy(data, &copy_path(data))).await?;
                 pause(ago).await;
                 // The lock keeps the application from writing until it knows that the database was restored.
-                let mut form = self.form.write().await;
-                self.lab
+                let mut table_shape = self.table_shape.write().await;
+                self.environment
                     .while_database_is_stopped(|data| {
                         std::fs::remove_dir_all(data)
-                            .and_then(|()| std::fs::rename(kept(data), data))
+                            .and_then(|()| std::fs::rename(copy_path(data), data))
                             .context("replace the database by its copy")
                     })
                     .await?;
-                form.was_restored = true;
+                table_shape.was_restored = true;
                 self.done.databases_restored += 1;
             }
             Operation::Migrate => {
@@ -180,11 +180,11 @@ impl Operator<'_> {
             }
             Operation::TwoConfigurations(long) => {
                 let fewer: Vec<String> =
-                    self.lab.metadata().into_iter().filter(|column| column != "uuid").collect();
+                    self.environment.metadata().into_iter().filter(|column| column != "uuid").collect();
                 let other = [("REFARCH_SOURCE_METADATA".to_owned(), fewer.join(","))];
-                self.crew.lock().await.give_half_other_settings(&other).await?;
+                self.processes.lock().await.reconfigure_half(&other).await?;
                 pause(long).await;
-                self.crew.lock().await.give_all_the_same_settings(self.lab.env()).await?;
+                self.processes.lock().await.reconfigure_all(self.environment.variables()).await?;
                 self.done.fleets_of_two_configurations += 1;
             }
         }
@@ -192,34 +192,36 @@ impl Operator<'_> {
     }
 
     async fn add_metadata(&mut self) -> anyhow::Result<()> {
-        self.sql(&format!("ALTER TABLE {TABLE} ADD COLUMN IF NOT EXISTS {ADDED} text DEFAULT 'plenty'"))
-            .await?;
-        self.lab.add_metadata(ADDED);
+        self.sql(&format!(
+            "ALTER TABLE {TABLE} ADD COLUMN IF NOT EXISTS {ADDED_COLUMN} text DEFAULT 'plenty'"
+        ))
+        .await?;
+        self.environment.add_metadata(ADDED_COLUMN);
         if !self.migrate().await? {
             self.done.migrations_refused += 1;
             // Hold the lock: otherwise the fleet would be restarted meanwhile.
-            let mut crew = self.crew.lock().await;
-            crew.stop().await?;
+            let mut processes = self.processes.lock().await;
+            processes.stop().await?;
             // A killed process counts as running for a while.
             let started = Instant::now();
             while !self.migrate().await? {
                 anyhow::ensure!(
-                    started.elapsed() < PATIENCE,
-                    "migrate still refuses after {PATIENCE:?} although no role runs: see migrate.log"
+                    started.elapsed() < OPERATION_TIMEOUT,
+                    "migrate still refuses after {OPERATION_TIMEOUT:?} although no role runs: see migrate.log"
                 );
             }
         }
         self.done.migrations += 1;
-        self.crew.lock().await.give_all_the_same_settings(self.lab.env()).await?;
+        self.processes.lock().await.reconfigure_all(self.environment.variables()).await?;
         self.done.metadata_added += 1;
         Ok(())
     }
 
     /// Renames a column while the application does not write, and passes the new name on.
     async fn rename(&self, from: &str, to: &str) -> anyhow::Result<()> {
-        let mut form = self.form.write().await;
+        let mut table_shape = self.table_shape.write().await;
         self.sql(&format!("ALTER TABLE {TABLE} RENAME {from} TO {to}")).await?;
-        to.clone_into(&mut form.description);
+        to.clone_into(&mut table_shape.description);
         Ok(())
     }
 
@@ -229,16 +231,16 @@ impl Operator<'_> {
         let started = Instant::now();
         loop {
             let done = async {
-                let client = self.lab.client().await?;
+                let client = self.environment.client().await?;
                 client.batch_execute(&sql).await
             };
             let Err(error) = done.await else { return Ok(()) };
             let passes =
                 error.code().is_none_or(|code| matches!(&code.code()[..2], "08" | "40" | "53" | "55" | "57"));
-            if !passes || started.elapsed() > PATIENCE {
+            if !passes || started.elapsed() > OPERATION_TIMEOUT {
                 return Err(error).with_context(|| format!("the operator's statements: {statements}"));
             }
-            tokio::time::sleep(AGAIN).await;
+            tokio::time::sleep(RETRY_PAUSE).await;
         }
     }
 
@@ -247,11 +249,12 @@ impl Operator<'_> {
         let started = Instant::now();
         loop {
             let asked = async {
-                let row = self.lab.client().await?.query_one("SELECT clock_timestamp()::text", &[]).await?;
+                let row =
+                    self.environment.client().await?.query_one("SELECT clock_timestamp()::text", &[]).await?;
                 Ok::<_, tokio_postgres::Error>(row.get(0))
             };
             match asked.await {
-                Err(_) if started.elapsed() < PATIENCE => tokio::time::sleep(AGAIN).await,
+                Err(_) if started.elapsed() < OPERATION_TIMEOUT => tokio::time::sleep(RETRY_PAUSE).await,
                 time => return time.context("ask the database's time"),
             }
         }
@@ -264,14 +267,14 @@ impl Operator<'_> {
         );
         let started = Instant::now();
         loop {
-            let asked = async { self.lab.client().await?.query_one(&sql, &[]).await };
+            let asked = async { self.environment.client().await?.query_one(&sql, &[]).await };
             if asked.await.is_ok_and(|row| row.get(0)) {
                 return true;
             }
-            if started.elapsed() > PATIENCE {
+            if started.elapsed() > OPERATION_TIMEOUT {
                 return false;
             }
-            tokio::time::sleep(AGAIN).await;
+            tokio::time::sleep(RETRY_PAUSE).await;
         }
     }
 
@@ -281,28 +284,28 @@ impl Operator<'_> {
             if self.run_migrate().await? {
                 return Ok(true);
             }
-            tokio::time::sleep(AGAIN).await;
+            tokio::time::sleep(RETRY_PAUSE).await;
         }
         Ok(false)
     }
 
     async fn run_migrate(&self) -> anyhow::Result<bool> {
-        let path = self.lab.dir.join("migrate.log");
+        let path = self.environment.dir.join("migrate.log");
         let log = std::fs::File::options().create(true).append(true).open(&path);
         let log = log.with_context(|| format!("cannot write {}", path.display()))?;
         let status = Command::new(std::env::current_exe().context("find this executable")?)
             .arg("migrate")
             .env_clear()
-            .envs(self.lab.env())
+            .envs(self.environment.variables())
             // The fleet's database role owns nothing, so migrate connects as the superuser.
-            .env("DATABASE_URL", self.lab.url().expose())
-            .current_dir(&self.lab.dir)
+            .env("DATABASE_URL", self.environment.url().expose())
+            .current_dir(&self.environment.dir)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
             .kill_on_drop(true)
             .status();
-        let status = tokio::time::timeout(PATIENCE, status)
+        let status = tokio::time::timeout(OPERATION_TIMEOUT, status)
             .await
             .context("refarch migrate did not end in time: see migrate.log")??;
         Ok(status.success())
@@ -310,7 +313,7 @@ impl Operator<'_> {
 }
 
 /// Path of the copy of a data directory.
-fn kept(data: &Path) -> PathBuf {
+fn copy_path(data: &Path) -> PathBuf {
     data.with_extension("copy")
 }
 

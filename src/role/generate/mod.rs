@@ -1,6 +1,6 @@
 //! `refarch generate`: fake products for load tests, as CSV or directly into the table.
 
-pub mod catalogue;
+pub mod fake_products;
 pub mod vocabulary;
 
 use std::fs::File;
@@ -19,7 +19,7 @@ use super::progress::Progress;
 use crate::backend::Database;
 use crate::cli;
 use crate::config::Settings;
-use catalogue::{Catalogue, MAX_COUNT, Text};
+use fake_products::{FakeProducts, MAX_COUNT, ProductText};
 
 /// Columns of the CSV, in the reference architecture's order.
 pub const COLUMNS: [&str; 5] = ["name", "sku", "description", "price", "last_updated"];
@@ -41,9 +41,9 @@ pub async fn run(args: &cli::Generate, settings: &Settings) -> anyhow::Result<()
     let progress = Progress::new("generating products", args.count);
     if args.load {
         return super::with_database(settings, async |database: &Database| {
-            let backends = super::open(database, settings, None).await?;
+            let backends = super::open_backends(database, settings, None).await?;
             let client = backends.postgres.client().await?;
-            load(&client, &backends.target.table.relation, args.count, args.seed, &progress).await?;
+            load(&client, &backends.generation.table.relation, args.count, args.seed, &progress).await?;
             progress.finish();
             Ok(())
         })
@@ -66,9 +66,9 @@ pub async fn load(
     seed: u64,
     progress: &Progress,
 ) -> anyhow::Result<()> {
-    let (blocks, mut made) = mpsc::channel::<(u64, Vec<u8>)>(2);
+    let (blocks, mut generated) = mpsc::channel::<(u64, Vec<u8>)>(2);
     let maker = tokio::task::spawn_blocking(move || {
-        in_order(&Catalogue::new(seed), count, |done, csv| {
+        generate_blocks(&FakeProducts::new(seed), count, |done, csv| {
             // The channel closes when the COPY fails; the COPY returns that error.
             blocks.blocking_send((done, csv)).map_err(|_| io::ErrorKind::BrokenPipe.into())
         })
@@ -77,7 +77,7 @@ pub async fn load(
     let what = || format!("load products into {table}");
     let sink = client.copy_in(&sql).await.with_context(what)?;
     let mut sink = pin!(sink);
-    while let Some((done, csv)) = made.recv().await {
+    while let Some((done, csv)) = generated.recv().await {
         sink.send(Bytes::from(csv)).await.with_context(what)?;
         progress.set(done);
     }
@@ -88,9 +88,9 @@ pub async fn load(
 
 /// Writes a CSV file, or to standard output for `-`. The file gets its name only after it is complete.
 fn write(path: &Path, count: u64, seed: u64, progress: &Progress) -> anyhow::Result<()> {
-    let catalogue = Catalogue::new(seed);
+    let fake_products = FakeProducts::new(seed);
     if path == Path::new("-") {
-        return write_to(&mut io::stdout().lock(), &catalogue, count, progress)
+        return write_to(&mut io::stdout().lock(), &fake_products, count, progress)
             .context("write to standard output");
     }
     let what = || format!("write {}", path.display());
@@ -100,12 +100,12 @@ fn write(path: &Path, count: u64, seed: u64, progress: &Progress) -> anyhow::Res
             bail!("cannot write {}: it is a folder; give the name of a file", path.display());
         }
         let mut file = File::options().write(true).open(path).with_context(what)?;
-        return write_to(&mut file, &catalogue, count, progress).with_context(what);
+        return write_to(&mut file, &fake_products, count, progress).with_context(what);
     }
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
     let written = File::create(&partial).and_then(|mut file| {
-        write_to(&mut file, &catalogue, count, progress)?;
+        write_to(&mut file, &fake_products, count, progress)?;
         std::fs::rename(&partial, path)
     });
     if written.is_err() {
@@ -116,18 +116,23 @@ fn write(path: &Path, count: u64, seed: u64, progress: &Progress) -> anyhow::Res
 }
 
 /// Writes the header and `count` products.
-fn write_to(out: &mut impl Write, catalogue: &Catalogue, count: u64, progress: &Progress) -> io::Result<()> {
+fn write_to(
+    out: &mut impl Write,
+    fake_products: &FakeProducts,
+    count: u64,
+    progress: &Progress,
+) -> io::Result<()> {
     out.write_all(COLUMNS.join(",").as_bytes())?;
     out.write_all(b"\n")?;
     // Other threads make the products while this thread writes.
-    let (rounds, made) = blocking::sync_channel::<(u64, Vec<u8>)>(ROUNDS_AHEAD);
+    let (rounds, generated) = blocking::sync_channel::<(u64, Vec<u8>)>(ROUNDS_AHEAD);
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            in_order(catalogue, count, |done, csv| {
+            generate_blocks(fake_products, count, |done, csv| {
                 rounds.send((done, csv)).map_err(|_| io::ErrorKind::BrokenPipe.into())
             })
         });
-        for (done, csv) in made {
+        for (done, csv) in generated {
             out.write_all(&csv)?;
             progress.set(done);
         }
@@ -135,32 +140,32 @@ fn write_to(out: &mut impl Write, catalogue: &Catalogue, count: u64, progress: &
     })
 }
 
-/// Makes products in blocks on all threads of the current rayon pool. Passes the blocks to `hand_on` in
+/// Makes products in blocks on all threads of the current rayon pool. Passes the blocks to `consume` in
 /// order, each with the number of products so far.
-pub fn in_order(
-    catalogue: &Catalogue,
+pub fn generate_blocks(
+    fake_products: &FakeProducts,
     count: u64,
-    mut hand_on: impl FnMut(u64, Vec<u8>) -> io::Result<()>,
+    mut consume: impl FnMut(u64, Vec<u8>) -> io::Result<()>,
 ) -> io::Result<()> {
     let round = BLOCKS_PER_THREAD * rayon::current_num_threads() as u64;
     let blocks = count.div_ceil(BLOCK);
     for first in (0..blocks).step_by(round as usize) {
-        let made: Vec<Vec<u8>> = (first..blocks.min(first + round))
+        let generated: Vec<Vec<u8>> = (first..blocks.min(first + round))
             .into_par_iter()
-            .map(|block| csv_of(catalogue, block * BLOCK..count.min((block + 1) * BLOCK)))
+            .map(|block| csv_block(fake_products, block * BLOCK..count.min((block + 1) * BLOCK)))
             .collect::<Result<_, _>>()?;
-        for (block, csv) in (first..).zip(made) {
-            hand_on(count.min((block + 1) * BLOCK), csv)?;
+        for (block, csv) in (first..).zip(generated) {
+            consume(count.min((block + 1) * BLOCK), csv)?;
         }
     }
     Ok(())
 }
 
-fn csv_of(catalogue: &Catalogue, numbers: std::ops::Range<u64>) -> io::Result<Vec<u8>> {
+fn csv_block(fake_products: &FakeProducts, numbers: std::ops::Range<u64>) -> io::Result<Vec<u8>> {
     let mut writer = csv::Writer::from_writer(Vec::with_capacity((BLOCK * 280) as usize));
-    let mut text = Text::default();
+    let mut text = ProductText::default();
     for number in numbers {
-        catalogue.product(number, &mut text);
+        fake_products.product(number, &mut text);
         writer.write_record([&text.name, &text.sku, &text.description, &text.price, &text.last_updated])?;
     }
     writer.into_inner().map_err(|error| io::Error::other(error.to_string()))
@@ -173,10 +178,10 @@ mod tests {
     fn bytes(threads: usize, seed: u64, count: u64) -> Vec<u8> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let mut all = Vec::new();
-        let catalogue = Catalogue::new(seed);
+        let fake_products = FakeProducts::new(seed);
         let done = pool.install(|| {
             let mut last = 0;
-            in_order(&catalogue, count, |done, csv| {
+            generate_blocks(&fake_products, count, |done, csv| {
                 all.extend_from_slice(&csv);
                 last = done;
                 Ok(())
@@ -202,10 +207,10 @@ mod tests {
     fn what_was_written_reads_back_as_csv() {
         let csv = bytes(2, 1, 5_000);
         let mut reader = csv::ReaderBuilder::new().has_headers(false).from_reader(csv.as_slice());
-        let catalogue = Catalogue::new(1);
-        let mut text = Text::default();
+        let fake_products = FakeProducts::new(1);
+        let mut text = ProductText::default();
         for (number, record) in (0..).zip(reader.records()) {
-            catalogue.product(number, &mut text);
+            fake_products.product(number, &mut text);
             let record = record.unwrap();
             let expected = [&text.name, &text.sku, &text.description, &text.price, &text.last_updated];
             assert_eq!(record.iter().collect::<Vec<_>>(), expected.map(String::as_str));

@@ -39,7 +39,7 @@ impl Power {
 
 /// A kind of product.
 #[derive(Debug)]
-pub struct Kind {
+pub struct ProductKind {
     /// Code of the kind, and prefix of its SKUs.
     pub code: &'static str,
     /// Nouns for the product inside a sentence.
@@ -100,8 +100,8 @@ const MAKERS_OF_PICTURES: &[&str] =
     &["travellers", "hobby photographers", "journalists", "film students", "families"];
 
 /// Every kind. Do not change the order: the same seed would give other products.
-pub static KINDS: &[Kind] = &[
-    Kind {
+pub static PRODUCT_KINDS: &[ProductKind] = &[
+    ProductKind {
         code: "KET",
         nouns: &["kettle", "tea kettle", "gooseneck kettle"],
         materials: &["stainless steel", "borosilicate glass", "brushed copper"],
@@ -117,7 +117,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["0.8-litre", "1-litre", "1.5-litre", "1.7-litre", "2-litre"],
         price: (24, 160),
     },
-    Kind {
+    ProductKind {
         code: "ESP",
         nouns: &["espresso machine", "coffee maker", "bean-to-cup coffee machine"],
         materials: &["stainless steel", "matt black steel", "chromed brass"],
@@ -133,7 +133,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["single-boiler", "two-cup", "15-bar", "compact", "dual-boiler"],
         price: (60, 1900),
     },
-    Kind {
+    ProductKind {
         code: "PAN",
         nouns: &["frying pan", "saucepan set", "set of pots and pans", "casserole pot"],
         materials: &["stainless steel", "cast iron", "enamelled steel", "copper"],
@@ -149,7 +149,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["20 cm", "24 cm", "28 cm", "three-piece", "five-piece"],
         price: (19, 320),
     },
-    Kind {
+    ProductKind {
         code: "BRD",
         nouns: &["chopping board", "serving board", "salad bowl", "set of kitchen utensils"],
         materials: &["bamboo", "olive wood", "oak", "bamboo fibre"],
@@ -165,7 +165,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["small", "medium", "large", "extra-large", "three-piece"],
         price: (9, 90),
     },
-    Kind {
+    ProductKind {
         code: "BLD",
         nouns: &["blender", "smoothie maker", "food processor", "hand blender"],
         materials: &["steel and glass", "brushed aluminium", "impact-proof plastic"],
@@ -181,7 +181,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["0.6-litre", "1-litre", "1.5-litre", "2-litre", "three-speed"],
         price: (25, 420),
     },
-    Kind {
+    ProductKind {
         code: "FRG",
         nouns: &["refrigerator", "fridge-freezer", "wine fridge"],
         materials: &["brushed steel", "white enamel", "black glass"],
@@ -199,7 +199,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["90-litre", "180-litre", "250-litre", "360-litre", "tall"],
         price: (190, 2600),
     },
-    Kind {
+    ProductKind {
         code: "COL",
         nouns: &["cool box", "portable fridge", "cooler"],
         materials: &["recycled plastic", "rotomoulded plastic", "aluminium"],
@@ -214,7 +214,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["12-litre", "20-litre", "28-litre", "35-litre", "50-litre"],
         price: (39, 780),
     },
-    Kind {
+    ProductKind {
         code: "GRL",
         nouns: &["barbecue grill", "grill", "table-top barbecue"],
         materials: &["cast iron", "stainless steel", "enamelled steel"],
@@ -229,7 +229,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["two-burner", "three-burner", "portable", "large", "compact"],
         price: (49, 1400),
     },
-    Kind {
+    ProductKind {
         code: "STV",
         nouns: &["camping stove", "backpacking stove", "camp cooker"],
         materials: &["titanium", "aluminium", "stainless steel"],
@@ -240,7 +240,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["85-gram", "110-gram", "single-burner", "two-burner", "folding"],
         price: (22, 240),
     },
-    Kind {
+    ProductKind {
         code: "TNT",
         nouns: &["tent", "dome tent", "trekking tent"],
         materials: &["ripstop nylon", "recycled polyester", "cotton canvas"],
@@ -251,7 +251,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["one-person", "two-person", "three-person", "four-person", "six-person"],
         price: (69, 900),
     },
-    Kind {
+    ProductKind {
         code: "SLB",
         nouns: &["sleeping bag", "down quilt", "insulated sleeping mat"],
         materials: &["goose down", "recycled synthetic fill", "merino wool"],
@@ -262,7 +262,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["minus 10 degree", "zero degree", "three-season", "ultralight", "extra-wide"],
         price: (45, 620),
     },
-    Kind {
+    ProductKind {
         code: "WTF",
         nouns: &["water filter bottle", "water purifier", "portable water filter"],
         materials: &["BPA-free plastic", "stainless steel", "ceramic"],
@@ -277,7 +277,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["0.6-litre", "0.75-litre", "1-litre", "2-litre", "pocket-sized"],
         price: (19, 190),
     },
-    Kind {
+    ProductKind {
         code: "CHG",
         nouns: &["phone charger", "power bank", "folding charging panel"],
         materials: &["rugged rubber", "aluminium", "recycled plastic"],
@@ -292,7 +292,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["10-watt", "15-watt", "21-watt", "20,000 mAh", "28-watt"],
         price: (24, 210),
     },
-    Kind {
+    ProductKind {
         code: "GLT",
         nouns: &["garden light", "path light", "outdoor lantern"],
         materials: &["weatherproof steel", "bamboo", "aluminium"],
@@ -307,7 +307,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["set of four", "set of six", "30 cm", "60 cm", "tall"],
         price: (14, 190),
     },
-    Kind {
+    ProductKind {
         code: "MOW",
         nouns: &["lawn mower", "robot lawn mower", "push mower"],
         materials: &["steel", "impact-proof plastic", "aluminium"],
@@ -318,7 +318,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["32 cm", "38 cm", "42 cm", "400 square metre", "800 square metre"],
         price: (89, 1900),
     },
-    Kind {
+    ProductKind {
         code: "IRR",
         nouns: &["irrigation kit", "plant watering system", "drip watering set"],
         materials: &["recycled plastic", "brass", "terracotta"],
@@ -333,7 +333,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["ten-plant", "fifteen-plant", "20-metre", "30-plant", "balcony-sized"],
         price: (19, 260),
     },
-    Kind {
+    ProductKind {
         code: "PRN",
         nouns: &["pair of pruning shears", "hedge trimmer", "pole pruner"],
         materials: &["forged steel", "carbon steel and ash wood", "aluminium"],
@@ -344,7 +344,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["20 cm", "45 cm", "55 cm", "telescopic", "lightweight"],
         price: (18, 330),
     },
-    Kind {
+    ProductKind {
         code: "DRL",
         nouns: &["drill", "hammer drill", "drill driver"],
         materials: &["steel and reinforced plastic", "magnesium alloy", "steel"],
@@ -359,7 +359,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["12-volt", "18-volt", "700-watt", "850-watt", "two-speed"],
         price: (29, 480),
     },
-    Kind {
+    ProductKind {
         code: "SAW",
         nouns: &["circular saw", "jigsaw", "bench saw", "fine wood saw"],
         materials: &["tempered steel", "steel and beech wood", "aluminium and steel"],
@@ -370,7 +370,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["165 mm", "190 mm", "1,200-watt", "18-volt", "compact"],
         price: (19, 900),
     },
-    Kind {
+    ProductKind {
         code: "VAC",
         nouns: &["vacuum cleaner", "robot vacuum", "stick vacuum"],
         materials: &["recycled plastic", "impact-proof plastic", "aluminium"],
@@ -385,7 +385,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["0.5-litre", "700-watt", "900-watt", "compact", "bagless"],
         price: (59, 1100),
     },
-    Kind {
+    ProductKind {
         code: "WSH",
         nouns: &["washing machine", "washer-dryer", "tumble dryer"],
         materials: &["white enamel", "stainless steel", "graphite steel"],
@@ -396,7 +396,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["6 kg", "7 kg", "8 kg", "9 kg", "slim"],
         price: (280, 1700),
     },
-    Kind {
+    ProductKind {
         code: "CAM",
         nouns: &["security camera", "doorbell camera", "home surveillance camera"],
         materials: &["weatherproof plastic", "aluminium", "vandal-proof steel"],
@@ -411,7 +411,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["2K", "4K", "wide-angle", "compact", "twin-lens"],
         price: (35, 420),
     },
-    Kind {
+    ProductKind {
         code: "THM",
         nouns: &["thermostat", "radiator thermostat", "heating controller"],
         materials: &["brushed metal", "white plastic", "glass"],
@@ -429,7 +429,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["single-zone", "two-zone", "set of two", "set of three", "wireless"],
         price: (39, 280),
     },
-    Kind {
+    ProductKind {
         code: "HDP",
         nouns: &["pair of headphones", "pair of noise-cancelling headphones", "headset"],
         materials: &["aluminium and leather", "recycled plastic", "walnut wood"],
@@ -444,7 +444,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["24-hour", "30-hour", "40-hour", "folding", "lightweight"],
         price: (39, 520),
     },
-    Kind {
+    ProductKind {
         code: "SPK",
         nouns: &["radio", "portable radio", "table radio"],
         materials: &["oak", "recycled plastic", "aluminium"],
@@ -459,7 +459,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["10-watt", "20-watt", "60-watt", "pocket-sized", "stereo"],
         price: (25, 900),
     },
-    Kind {
+    ProductKind {
         code: "LAP",
         nouns: &["laptop", "notebook computer", "tablet computer"],
         materials: &["aluminium", "magnesium alloy", "recycled aluminium"],
@@ -474,7 +474,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["11-inch", "13-inch", "14-inch", "15-inch", "16-inch"],
         price: (290, 2900),
     },
-    Kind {
+    ProductKind {
         code: "TRL",
         nouns: &["pocket translator", "translation device", "language interpreter"],
         materials: &["aluminium", "recycled plastic", "rubberised plastic"],
@@ -489,7 +489,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["two-way", "pocket-sized", "touch-screen", "offline", "slim"],
         price: (89, 420),
     },
-    Kind {
+    ProductKind {
         code: "CHR",
         nouns: &["office chair", "desk chair", "kneeling chair"],
         materials: &["mesh and aluminium", "leather", "beech wood"],
@@ -504,7 +504,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["high-back", "adjustable", "extra-wide", "compact", "tall"],
         price: (79, 1300),
     },
-    Kind {
+    ProductKind {
         code: "DSK",
         nouns: &["standing desk", "height-adjustable desk", "sit-stand desk"],
         materials: &["oak", "bamboo", "walnut", "recycled wood"],
@@ -519,7 +519,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["100 cm", "120 cm", "140 cm", "160 cm", "corner"],
         price: (149, 1200),
     },
-    Kind {
+    ProductKind {
         code: "RLT",
         nouns: &["reading lamp", "bedside lamp", "clip-on book light"],
         materials: &["brass", "bamboo", "aluminium", "linen"],
@@ -534,7 +534,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["30 cm", "40 cm", "dimmable", "foldable", "warm-white"],
         price: (12, 180),
     },
-    Kind {
+    ProductKind {
         code: "SLP",
         nouns: &["sleep tracker", "sleep mask", "bedside sound machine"],
         materials: &["organic cotton", "bamboo fibre", "soft wool"],
@@ -545,7 +545,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["small", "lightweight", "two-person", "quiet", "travel-sized"],
         price: (25, 260),
     },
-    Kind {
+    ProductKind {
         code: "BPM",
         nouns: &["blood pressure monitor", "pulse oximeter", "heart monitor"],
         materials: &["medical-grade plastic", "soft fabric", "aluminium"],
@@ -560,7 +560,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["upper-arm", "wrist", "large-display", "compact", "two-user"],
         price: (25, 260),
     },
-    Kind {
+    ProductKind {
         code: "MOB",
         nouns: &["mobility scooter", "stair lift", "motorised walking frame"],
         materials: &["aluminium", "steel", "carbon fibre"],
@@ -575,7 +575,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["foldable", "lightweight", "120 kg", "150 kg", "indoor"],
         price: (29, 2900),
     },
-    Kind {
+    ProductKind {
         code: "BAB",
         nouns: &["baby monitor", "baby cam", "breathing monitor for babies"],
         materials: &["recycled plastic", "soft silicone", "white plastic"],
@@ -590,7 +590,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["300-metre", "five-inch", "two-way", "wide-angle", "compact"],
         price: (39, 330),
     },
-    Kind {
+    ProductKind {
         code: "STR",
         nouns: &["pushchair", "stroller", "baby carrier", "child car seat"],
         materials: &["aluminium and cotton", "organic cotton", "recycled polyester"],
@@ -601,7 +601,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["foldable", "twin", "lightweight", "cabin-sized", "all-terrain"],
         price: (49, 1100),
     },
-    Kind {
+    ProductKind {
         code: "TOY",
         nouns: &["building block set", "toy train", "talking puzzle", "toy robot"],
         materials: &["beech wood", "recycled plastic", "bamboo", "maple wood"],
@@ -612,7 +612,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["24-piece", "48-piece", "100-piece", "giant", "starter"],
         price: (12, 180),
     },
-    Kind {
+    ProductKind {
         code: "PET",
         nouns: &["dog toy", "cat toy", "pet feeder", "treat dispenser"],
         materials: &["natural rubber", "stainless steel", "bamboo", "hemp rope"],
@@ -623,7 +623,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["small", "medium", "large", "2-litre", "indestructible"],
         price: (9, 190),
     },
-    Kind {
+    ProductKind {
         code: "BIK",
         nouns: &["bicycle", "city bike", "folding bike", "commuter bike"],
         materials: &["aluminium", "steel", "carbon fibre", "bamboo"],
@@ -634,7 +634,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["20-inch", "26-inch", "28-inch", "seven-gear", "eleven-gear"],
         price: (190, 3400),
     },
-    Kind {
+    ProductKind {
         code: "FIT",
         nouns: &["rowing machine", "exercise bike", "treadmill", "cross trainer"],
         materials: &["steel", "ash wood", "cast iron"],
@@ -645,7 +645,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["foldable", "120 kg", "150 kg", "16-level", "compact"],
         price: (39, 2400),
     },
-    Kind {
+    ProductKind {
         code: "JKT",
         nouns: &["winter jacket", "ski jacket", "insulated parka"],
         materials: &["recycled polyester", "merino wool", "goose down"],
@@ -656,7 +656,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["small", "medium", "large", "extra-large", "tall"],
         price: (69, 720),
     },
-    Kind {
+    ProductKind {
         code: "BOT",
         nouns: &["pair of hiking boots", "pair of running shoes", "pair of trail shoes"],
         materials: &["leather", "recycled mesh", "waterproof membrane"],
@@ -671,7 +671,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["size 38", "size 40", "size 42", "size 44", "wide-fit"],
         price: (59, 320),
     },
-    Kind {
+    ProductKind {
         code: "GTR",
         nouns: &["digital piano", "keyboard", "practice drum kit"],
         materials: &["black lacquer", "maple wood", "recycled wood"],
@@ -686,7 +686,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["compact", "full-size", "stage-ready", "quiet", "travel-sized"],
         price: (49, 1900),
     },
-    Kind {
+    ProductKind {
         code: "PHO",
         nouns: &["camera", "mirrorless camera", "travel camera", "action camera"],
         materials: &["magnesium alloy", "aluminium", "weather-sealed plastic"],
@@ -701,7 +701,7 @@ pub static KINDS: &[Kind] = &[
         sizes: &["20-megapixel", "24-megapixel", "33-megapixel", "4K", "pocket-sized"],
         price: (149, 3600),
     },
-    Kind {
+    ProductKind {
         code: "AIR",
         nouns: &["air purifier", "air cleaner", "room air filter"],
         materials: &["white plastic", "bamboo", "aluminium"],

@@ -23,13 +23,13 @@ use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use super::watched::{self, Patience, Stream, Watch};
+use super::connection_tracker::{self, ClientTimeouts, ConnectionTracker, TrackedStream};
 
 /// Default number of connections, if the limit on open files allows as many.
-const CONNECTIONS: usize = 512;
+const DEFAULT_CONNECTIONS: usize = 512;
 
 /// Fewest connections, whatever the limit on open files.
-const FEWEST: usize = 16;
+const MIN_CONNECTIONS: usize = 16;
 
 /// Files that the process opens beside the connections of clients and to the database: logs, the model, the
 /// runtime's files, connections to embedder, queue and index.
@@ -48,10 +48,10 @@ const SWEEP_EVERY: Duration = Duration::from_millis(250);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Least time between two warnings that connections cannot be accepted.
-const TELL_EVERY: Duration = Duration::from_mins(1);
+const WARNING_INTERVAL: Duration = Duration::from_mins(1);
 
 /// Timeout of a request's head while the server stops.
-const HEAD_AT_STOP: Duration = Duration::from_millis(500);
+const STOP_HEAD_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The address at a connection's other end.
 #[derive(Clone, Copy, Debug)]
@@ -59,20 +59,20 @@ pub struct Peer(pub SocketAddr);
 
 /// Limits on connections.
 #[derive(Clone, Copy, Debug)]
-pub struct Bounds {
+pub struct ConnectionLimits {
     /// Connections at once.
     pub connections: usize,
     /// Timeouts of a client.
-    pub patience: Patience,
+    pub timeouts: ClientTimeouts,
 }
 
-impl Bounds {
+impl ConnectionLimits {
     /// Limits for a server that wants `wanted` connections of clients (0: the default) and has `other`
     /// connections to its database. The limit on open files may reduce the number.
     #[must_use]
     pub fn new(wanted: usize, other: usize) -> Self {
         let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(usize::MAX, |(soft, _)| soft as usize);
-        let room = files.saturating_sub(OTHER_FILES + CLOSING + other).max(FEWEST);
+        let room = files.saturating_sub(OTHER_FILES + CLOSING + other).max(MIN_CONNECTIONS);
         if wanted > room {
             tracing::warn!(
                 wanted,
@@ -81,8 +81,8 @@ impl Bounds {
             );
         }
         Self {
-            connections: room.min(if wanted == 0 { CONNECTIONS } else { wanted }),
-            patience: Patience {
+            connections: room.min(if wanted == 0 { DEFAULT_CONNECTIONS } else { wanted }),
+            timeouts: ClientTimeouts {
                 head: Duration::from_secs(10),
                 // Longer than a proxy keeps an unused connection: nginx 60 s.
                 idle: Duration::from_secs(75),
@@ -95,36 +95,42 @@ impl Bounds {
 
 /// Serves requests until `stop`, then finishes the requests that were begun. Dropping the future closes every
 /// connection.
-pub async fn serve(listener: TcpListener, router: Router, bounds: Bounds, stop: CancellationToken) {
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    connection_limits: ConnectionLimits,
+    stop: CancellationToken,
+) {
     let clients = Clients::default();
     let mut tasks = JoinSet::new();
     let mut sweep = tokio::time::interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut told: Option<Instant> = None;
+    let mut last_warning: Option<Instant> = None;
     loop {
         let now = Instant::now();
-        let room = tasks.len() < bounds.connections
-            || (tasks.len() < bounds.connections + CLOSING && clients.dispensable(now).is_some());
+        let room = tasks.len() < connection_limits.connections
+            || (tasks.len() < connection_limits.connections + CLOSING
+                && clients.eviction_candidate(now).is_some());
         tokio::select! {
             biased;
             () = stop.cancelled() => break,
-            _ = sweep.tick() => clients.sweep(&bounds.patience),
+            _ = sweep.tick() => clients.sweep(&connection_limits.timeouts),
             Some(_) = tasks.join_next() => {}
             accepted = listener.accept(), if room => match accepted {
                 Ok((stream, peer)) => {
-                    if clients.count() >= bounds.connections {
-                        clients.make_room();
+                    if clients.count() >= connection_limits.connections {
+                        clients.evict_one();
                     }
                     let client = clients.join();
-                    tasks.spawn(converse(stream, peer, router.clone(), client, stop.clone()));
+                    tasks.spawn(serve_connection(stream, peer, router.clone(), client, stop.clone()));
                 }
-                Err(error) if is_clients(&error) => {}
+                Err(error) if is_client_error(&error) => {}
                 Err(error) => {
-                    if told.is_none_or(|told| told.elapsed() >= TELL_EVERY) {
-                        told = Some(Instant::now());
+                    if last_warning.is_none_or(|last_warning| last_warning.elapsed() >= WARNING_INTERVAL) {
+                        last_warning = Some(Instant::now());
                         tracing::warn!(%error, "cannot accept a connection; trying again (too many open files? raise ulimit -n)");
                     }
-                    clients.make_room();
+                    clients.evict_one();
                     tokio::select! {
                         () = stop.cancelled() => break,
                         () = tokio::time::sleep(ACCEPT_PAUSE) => {}
@@ -134,23 +140,23 @@ pub async fn serve(listener: TcpListener, router: Router, bounds: Bounds, stop: 
         }
     }
     drop(listener);
-    let patience = Patience { head: HEAD_AT_STOP, ..bounds.patience };
+    let timeouts = ClientTimeouts { head: STOP_HEAD_TIMEOUT, ..connection_limits.timeouts };
     while !tasks.is_empty() {
         tokio::select! {
-            _ = sweep.tick() => clients.sweep(&patience),
+            _ = sweep.tick() => clients.sweep(&timeouts),
             _ = tasks.join_next() => {}
         }
     }
 }
 
 /// Whether only this one connection failed, not the listener.
-fn is_clients(error: &std::io::Error) -> bool {
+fn is_client_error(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
 /// Serves the requests of one connection.
-async fn converse(
+async fn serve_connection(
     stream: TcpStream,
     peer: SocketAddr,
     router: Router,
@@ -159,22 +165,22 @@ async fn converse(
 ) {
     // Small packets need no delay: a response is written in one piece.
     let _ = stream.set_nodelay(true);
-    let watch = &client.watch;
+    let tracker = &client.tracker;
     let service = service_fn(|request: hyper::Request<Incoming>| {
-        watch.begin();
-        let mut request = request.map(|body| watched::request(body, watch));
+        tracker.begin();
+        let mut request = request.map(|body| connection_tracker::request(body, tracker));
         request.extensions_mut().insert(Peer(peer));
-        request.extensions_mut().insert(Arc::clone(watch));
+        request.extensions_mut().insert(Arc::clone(tracker));
         let answer = TowerToHyperService::new(router.clone()).call(request);
         async move {
             let Ok(response) = answer.await;
-            Ok::<_, Infallible>(watched::answer(response, watch))
+            Ok::<_, Infallible>(connection_tracker::answer(response, tracker))
         }
     });
     let connection = http1::Builder::new()
         .header_read_timeout(None)
         .max_buf_size(HEAD_BYTES)
-        .serve_connection(TokioIo::new(Stream::new(stream, Arc::clone(watch))), service);
+        .serve_connection(TokioIo::new(TrackedStream::new(stream, Arc::clone(tracker))), service);
     let mut connection = std::pin::pin!(connection);
     let mut stopping = false;
     loop {
@@ -196,51 +202,53 @@ async fn converse(
 
 /// All connections.
 #[derive(Clone, Default)]
-struct Clients(Arc<Mutex<Members>>);
+struct Clients(Arc<Mutex<ConnectionTable>>);
 
 #[derive(Default)]
-struct Members {
+struct ConnectionTable {
     next: u64,
-    by_id: HashMap<u64, (Arc<Watch>, CancellationToken)>,
+    by_id: HashMap<u64, (Arc<ConnectionTracker>, CancellationToken)>,
 }
 
 impl Clients {
-    fn members(&self) -> std::sync::MutexGuard<'_, Members> {
+    fn table(&self) -> std::sync::MutexGuard<'_, ConnectionTable> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn join(&self) -> Client {
-        let mut members = self.members();
-        members.next += 1;
-        let (id, watch, close) = (members.next, Arc::<Watch>::default(), CancellationToken::new());
-        members.by_id.insert(id, (Arc::clone(&watch), close.clone()));
-        Client { id, watch, close, all: self.clone() }
+        let mut table = self.table();
+        table.next += 1;
+        let (id, tracker, close) =
+            (table.next, Arc::<ConnectionTracker>::default(), CancellationToken::new());
+        table.by_id.insert(id, (Arc::clone(&tracker), close.clone()));
+        Client { id, tracker, close, all: self.clone() }
     }
 
     fn count(&self) -> usize {
-        self.members().by_id.len()
+        self.table().by_id.len()
     }
 
     /// The connection to close first, of those that wait for their client.
-    fn dispensable(&self, now: Instant) -> Option<u64> {
-        let members = self.members();
-        let ranked = members.by_id.iter().filter_map(|(id, (watch, _))| Some((watch.dispensable(now)?, *id)));
+    fn eviction_candidate(&self, now: Instant) -> Option<u64> {
+        let table = self.table();
+        let ranked =
+            table.by_id.iter().filter_map(|(id, (tracker, _))| Some((tracker.eviction_rank(now)?, *id)));
         ranked.min().map(|(_, id)| id)
     }
 
-    fn make_room(&self) {
-        if let Some(id) = self.dispensable(Instant::now())
-            && let Some((_, close)) = self.members().by_id.remove(&id)
+    fn evict_one(&self) {
+        if let Some(id) = self.eviction_candidate(Instant::now())
+            && let Some((_, close)) = self.table().by_id.remove(&id)
         {
             close.cancel();
         }
     }
 
     /// Closes the connections whose timeout has passed.
-    fn sweep(&self, patience: &Patience) {
+    fn sweep(&self, timeouts: &ClientTimeouts) {
         let now = Instant::now();
-        for (watch, close) in self.members().by_id.values() {
-            if watch.due(patience).is_some_and(|due| due <= now) {
+        for (tracker, close) in self.table().by_id.values() {
+            if tracker.due(timeouts).is_some_and(|due| due <= now) {
                 close.cancel();
             }
         }
@@ -250,13 +258,13 @@ impl Clients {
 /// One connection. Dropping it removes it from the list.
 struct Client {
     id: u64,
-    watch: Arc<Watch>,
+    tracker: Arc<ConnectionTracker>,
     close: CancellationToken,
     all: Clients,
 }
 
 impl Drop for Client {
     fn drop(&mut self) {
-        self.all.members().by_id.remove(&self.id);
+        self.all.table().by_id.remove(&self.id);
     }
 }

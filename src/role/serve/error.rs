@@ -5,12 +5,12 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::viewer;
+use super::caller_trust;
 use crate::pipeline::failure::{Class, Error};
 
 /// An error response. The body is `{"error": {"code", "message"}}`.
 #[derive(Debug)]
-pub struct Refusal {
+pub struct ApiError {
     status: StatusCode,
     code: &'static str,
     message: String,
@@ -25,7 +25,7 @@ fn request_id() -> String {
     format!("{:08x}", rand::random::<u32>())
 }
 
-impl Refusal {
+impl ApiError {
     /// An error with its status, a code for machines and a message for people.
     pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
         Self { status, code, message: message.into(), extra: None, after: None }
@@ -56,10 +56,10 @@ impl Refusal {
     }
 }
 
-impl From<Error> for Refusal {
+impl From<Error> for ApiError {
     fn from(error: Error) -> Self {
         // Error texts of a backend may name its hosts, tables and texts.
-        if error.class() == Class::Permanent && viewer::is_trusted() {
+        if error.class() == Class::Permanent && caller_trust::is_trusted() {
             return Self::bad_request(error.to_string());
         }
         let request_id = request_id();
@@ -92,7 +92,7 @@ impl From<Error> for Refusal {
     }
 }
 
-impl IntoResponse for Refusal {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut body = json!({ "error": { "code": self.code, "message": self.message } });
         if let Some((key, value)) = self.extra {

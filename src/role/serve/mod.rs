@@ -1,17 +1,17 @@
 //! `refarch serve`: the page, and the HTTP API that it uses.
 
-mod asset;
+mod access_control;
+mod caller_trust;
+mod connection_tracker;
 mod connections;
 mod error;
-mod guard;
 mod hosts;
-mod ready;
+mod page_files;
+mod readiness;
 mod route;
 mod search;
 mod status;
 mod throttle;
-mod viewer;
-mod watched;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres;
 use crate::backend::postgres::products::Products;
-use crate::backend::postgres::registry::Worker;
+use crate::backend::postgres::worker_registry::WorkerRegistration;
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::config::Settings;
 use crate::pipeline::embedder::Embedder;
@@ -37,11 +37,11 @@ use crate::pipeline::index::VectorIndex;
 use crate::pipeline::ledger::Ledger as _;
 use crate::shutdown;
 
-pub use connections::{Bounds, serve};
-use error::Refusal;
-pub use guard::Guard;
+pub use access_control::AccessControl;
+pub use connection_tracker::ClientTimeouts;
+pub use connections::{ConnectionLimits, serve};
+use error::ApiError;
 pub use route::router;
-pub use watched::Patience;
 
 /// How long a request may take. Its database statements have the same timeout.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
@@ -57,13 +57,13 @@ const ANSWERS_KIB: u32 = 256 * 1024;
 const SMALL_ANSWER_KIB: u64 = 64;
 
 /// How long a request waits for a permit.
-const TURN: Duration = Duration::from_secs(5);
+const PERMIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The state of the sync, as the page shows it.
 #[async_trait]
-pub trait Probe: Send + Sync {
+pub trait SyncStatus: Send + Sync {
     /// Checks that the index which is searched is the one that is kept in step.
-    async fn check_target(&self) -> Result<()> {
+    async fn check_generation(&self) -> Result<()> {
         Ok(())
     }
     /// The output of `refarch status --json`.
@@ -77,9 +77,9 @@ pub trait Probe: Send + Sync {
 }
 
 #[async_trait]
-impl Probe for Backends {
-    async fn check_target(&self) -> Result<()> {
-        if postgres::target::is_active(&self.postgres, self.target.id).await? {
+impl SyncStatus for Backends {
+    async fn check_generation(&self) -> Result<()> {
+        if postgres::generation::is_active(&self.postgres, self.generation.id).await? {
             return Ok(());
         }
         let message = "refarch migrate made another index after this process started: restart this process";
@@ -110,7 +110,7 @@ pub struct Limits {
     /// How long a request may take.
     pub request: Duration,
     /// How long a request waits for a permit.
-    pub turn: Duration,
+    pub permit_timeout: Duration,
     /// Searches at once, embedding included.
     pub searches: usize,
     /// Searches at once in the database and the index. Each takes two connections.
@@ -129,7 +129,7 @@ impl Limits {
     pub fn new(connections: usize) -> Self {
         Self {
             request: REQUEST_TIMEOUT,
-            turn: TURN,
+            permit_timeout: PERMIT_TIMEOUT,
             searches: SEARCHES,
             queries: (connections / 4).max(1),
             reads: (connections / 4).max(1),
@@ -144,7 +144,7 @@ pub struct App {
     products: Products,
     embedder: Arc<dyn Embedder>,
     index: Arc<dyn VectorIndex>,
-    probe: Arc<dyn Probe>,
+    sync_status: Arc<dyn SyncStatus>,
     limits: Limits,
     searches: Semaphore,
     queries: Semaphore,
@@ -152,7 +152,7 @@ pub struct App {
     edits: Semaphore,
     answers: Arc<Semaphore>,
     status: status::Cache,
-    ready: ready::Cache,
+    ready: readiness::Cache,
     page_size: u64,
     /// A query vector for checking that the index answers.
     zero: Vec<f32>,
@@ -165,7 +165,7 @@ impl App {
         products: Products,
         embedder: Arc<dyn Embedder>,
         index: Arc<dyn VectorIndex>,
-        probe: Arc<dyn Probe>,
+        sync_status: Arc<dyn SyncStatus>,
         page_size: u32,
         limits: Limits,
     ) -> Self {
@@ -174,7 +174,7 @@ impl App {
             products,
             embedder,
             index,
-            probe,
+            sync_status,
             limits,
             searches: Semaphore::new(limits.searches),
             queries: Semaphore::new(limits.queries),
@@ -182,34 +182,34 @@ impl App {
             edits: Semaphore::new(limits.edits),
             answers: Arc::new(Semaphore::new(limits.answers_kib as usize)),
             status: status::Cache::default(),
-            ready: ready::Cache::default(),
+            ready: readiness::Cache::default(),
             page_size: page_size.into(),
             zero,
         }
     }
 
     /// Reserves memory for a large response; `busy` if too little is left.
-    fn with_room(&self, mut response: Response) -> std::result::Result<Response, Refusal> {
+    fn with_room(&self, mut response: Response) -> std::result::Result<Response, ApiError> {
         let kib = response.body().size_hint().lower() / 1024;
         if kib > SMALL_ANSWER_KIB {
             let kib = u32::try_from(kib).unwrap_or(u32::MAX).min(self.limits.answers_kib);
             let room = Arc::clone(&self.answers).try_acquire_many_owned(kib).map_err(|_| busy())?;
-            response.extensions_mut().insert(watched::Room::new(room));
+            response.extensions_mut().insert(connection_tracker::MemoryReservation::new(room));
         }
         Ok(response)
     }
 
     /// A permit for one kind of work; `busy` if none is free in time.
-    async fn turn<'a>(&self, places: &'a Semaphore) -> std::result::Result<SemaphorePermit<'a>, Refusal> {
-        match tokio::time::timeout(self.limits.turn, places.acquire()).await {
-            Ok(Ok(turn)) => Ok(turn),
+    async fn permit<'a>(&self, permits: &'a Semaphore) -> std::result::Result<SemaphorePermit<'a>, ApiError> {
+        match tokio::time::timeout(self.limits.permit_timeout, permits.acquire()).await {
+            Ok(Ok(permit)) => Ok(permit),
             _ => Err(busy()),
         }
     }
 }
 
-fn busy() -> Refusal {
-    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "busy", "too many requests at once; try again")
+fn busy() -> ApiError {
+    ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "busy", "too many requests at once; try again")
 }
 
 /// Binds the address in the settings.
@@ -225,7 +225,7 @@ pub async fn run(settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     let listener = bind(settings).await?;
     super::with_model(settings, async |database: &Database, model: &LoadedModel| {
-        let backends = super::open(database, settings, Some(model)).await?;
+        let backends = super::open_backends(database, settings, Some(model)).await?;
         let address = listener.local_addr()?;
         super::print(format!("refarch serves http://{address}\n").as_bytes())?;
         work(listener, &backends, settings, model, &stop).await
@@ -243,9 +243,9 @@ pub async fn work(
 ) -> anyhow::Result<()> {
     let requests = backends.postgres.for_requests(settings.serve.pool_size, REQUEST_TIMEOUT)?;
     let asked = Backends::open_for(&requests, settings, Some(model)).await?;
-    let products = Products::new(requests.pool.clone(), &asked.target.table.relation);
+    let products = Products::new(requests.pool.clone(), &asked.generation.table.relation);
     products.check().await?;
-    let guard = Guard::new(listener.local_addr()?, settings.serve.edit_token.clone())
+    let access = AccessControl::new(listener.local_addr()?, settings.serve.edit_token.clone())
         .with_hosts(&settings.serve.allowed_hosts);
     // Searches have their own embedding thread, so that a search does not wait behind a load.
     let app = App::new(
@@ -256,12 +256,14 @@ pub async fn work(
         settings.serve.page_size,
         Limits::new(settings.serve.pool_size),
     );
-    let bounds =
-        Bounds::new(settings.serve.max_connections, settings.serve.pool_size + settings.database.pool_size);
-    let worker = Worker::join(backends.postgres.clone(), "serve", 1, Arc::default()).await?;
+    let connection_limits = ConnectionLimits::new(
+        settings.serve.max_connections,
+        settings.serve.pool_size + settings.database.pool_size,
+    );
+    let worker = WorkerRegistration::join(backends.postgres.clone(), "serve", 1, Arc::default()).await?;
     let abort = shutdown::after_grace(stop, settings.runtime.grace);
-    let server = serve(listener, router(Arc::new(app), guard), bounds, stop.clone());
-    let result = super::while_beating(&worker, async {
+    let server = serve(listener, router(Arc::new(app), access), connection_limits, stop.clone());
+    let result = super::with_heartbeat(&worker, async {
         tokio::select! {
             () = server => {}
             () = abort.cancelled() => {}

@@ -12,10 +12,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tower_http::set_header::SetResponseHeaderLayer;
 
-use super::error::Refusal;
-use super::guard::{Guard, watch};
-use super::watched::Watch;
-use super::{App, asset, search, viewer};
+use super::access_control::{AccessControl, check_request};
+use super::connection_tracker::ConnectionTracker;
+use super::error::ApiError;
+use super::{App, caller_trust, page_files, search};
 use crate::backend::postgres::products::{Edit, Edited, EditedBySku, LISTED};
 use crate::product::Product;
 
@@ -36,24 +36,24 @@ const CONTENT_SECURITY_POLICY: &str =
     "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'";
 
 type Shared = State<Arc<App>>;
-type Answer<T> = Result<T, Refusal>;
+type Answer<T> = Result<T, ApiError>;
 
 /// A JSON body. Errors have the API's form.
 #[derive(FromRequest)]
-#[from_request(via(axum::Json), rejection(Refusal))]
+#[from_request(via(axum::Json), rejection(ApiError))]
 struct Body<T>(T);
 
 /// A query string. Errors have the API's form.
 #[derive(FromRequestParts)]
-#[from_request(via(axum::extract::Query), rejection(Refusal))]
+#[from_request(via(axum::extract::Query), rejection(ApiError))]
 struct Query<T>(T);
 
 /// A part of the path. Errors have the API's form.
 #[derive(FromRequestParts)]
-#[from_request(via(axum::extract::Path), rejection(Refusal))]
+#[from_request(via(axum::extract::Path), rejection(ApiError))]
 struct Path<T>(T);
 
-impl From<JsonRejection> for Refusal {
+impl From<JsonRejection> for ApiError {
     fn from(rejection: JsonRejection) -> Self {
         let (code, message) = match rejection.status() {
             StatusCode::PAYLOAD_TOO_LARGE => (
@@ -74,13 +74,13 @@ impl From<JsonRejection> for Refusal {
     }
 }
 
-impl From<QueryRejection> for Refusal {
+impl From<QueryRejection> for ApiError {
     fn from(rejection: QueryRejection) -> Self {
         Self::bad_request(rejection.body_text())
     }
 }
 
-impl From<PathRejection> for Refusal {
+impl From<PathRejection> for ApiError {
     fn from(rejection: PathRejection) -> Self {
         Self::bad_request(rejection.body_text())
     }
@@ -88,7 +88,7 @@ impl From<PathRejection> for Refusal {
 
 /// All routes. Bodies are bounded by axum itself, whose limit the extractors tell of in our form. Nothing is compressed:
 /// answers are counted by their bytes, and a proxy compresses them where that is worth its time.
-pub fn router(app: Arc<App>, guard: Guard) -> Router {
+pub fn router(app: Arc<App>, access: AccessControl) -> Router {
     Router::new()
         .route("/api/v1/products", get(list).post(create))
         .route("/api/v1/products/{id}", get(read).patch(patch).delete(delete))
@@ -98,10 +98,10 @@ pub fn router(app: Arc<App>, guard: Guard) -> Router {
         .route("/api/updateDescription", post(legacy_update))
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
-        .merge(asset::routes())
-        .fallback(async |uri: Uri| Refusal::not_found(format!("there is nothing at {}", uri.path())))
+        .merge(page_files::routes())
+        .fallback(async |uri: Uri| ApiError::not_found(format!("there is nothing at {}", uri.path())))
         .method_not_allowed_fallback(async || {
-            Refusal::new(
+            ApiError::new(
                 StatusCode::METHOD_NOT_ALLOWED,
                 "method_not_allowed",
                 "this path does not support that method",
@@ -109,7 +109,7 @@ pub fn router(app: Arc<App>, guard: Guard) -> Router {
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), time_out))
-        .layer(middleware::from_fn_with_state(Arc::new(guard), watch))
+        .layer(middleware::from_fn_with_state(Arc::new(access), check_request))
         .layer(always(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
         .layer(always(header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY_POLICY))
         .layer(always(header::REFERRER_POLICY, "no-referrer"))
@@ -128,15 +128,15 @@ fn always(name: HeaderName, value: &'static str) -> SetResponseHeaderLayer<Heade
 /// Ends what takes too long. By hand: `tower-http`'s layer answers with an empty body and one status, and here the
 /// answer depends on whether the client or the server was late.
 async fn time_out(State(app): Shared, request: axum::extract::Request, next: middleware::Next) -> Response {
-    let watch = request.extensions().get::<Arc<Watch>>().cloned();
+    let tracker = request.extensions().get::<Arc<ConnectionTracker>>().cloned();
     if let Ok(response) = tokio::time::timeout(app.limits.request, next.run(request)).await {
         return app.with_room(response).unwrap_or_else(IntoResponse::into_response);
     }
-    if watch.is_some_and(|watch| watch.waits_for_body()) {
+    if tracker.is_some_and(|tracker| tracker.waits_for_body()) {
         let message = "the request's body did not arrive in time";
-        return Refusal::new(StatusCode::REQUEST_TIMEOUT, "slow_body", message).into_response();
+        return ApiError::new(StatusCode::REQUEST_TIMEOUT, "slow_body", message).into_response();
     }
-    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "timeout", "the request took too long; try again")
+    ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "timeout", "the request took too long; try again")
         .into_response()
 }
 
@@ -153,7 +153,7 @@ impl Paging {
         let number = |name: &str, given: &Option<String>, default: u64, most: u64| match given {
             None => Ok(default),
             Some(text) => text.parse().ok().filter(|value| (1..=most).contains(value)).ok_or_else(|| {
-                Refusal::bad_request(format!("{name}={text}: use a whole number from 1 to {most}"))
+                ApiError::bad_request(format!("{name}={text}: use a whole number from 1 to {most}"))
             }),
         };
         Ok((
@@ -167,12 +167,12 @@ async fn list(State(app): Shared, Query(paging): Query<Paging>) -> Answer<Json<V
     let (page, per_page) = paging.resolve(&app)?;
     let last = LISTED / per_page;
     if page > last {
-        return Err(Refusal::bad_request(format!(
+        return Err(ApiError::bad_request(format!(
             "page={page}: the last page is {last}, which ends with row {}; use the search to find later rows",
             last * per_page
         )));
     }
-    let _turn = app.turn(&app.reads).await?;
+    let _permit = app.permit(&app.reads).await?;
     let found = app.products.page(page, per_page).await?;
     Ok(Json(json!({
         "page": page,
@@ -191,14 +191,14 @@ async fn find(State(app): Shared, Query(paging): Query<Paging>) -> Answer<Json<s
 
 fn row_id(text: &str) -> Answer<i64> {
     text.parse()
-        .map_err(|_| Refusal::bad_request(format!("{text:?} is not the id of a row: use a whole number")))
+        .map_err(|_| ApiError::bad_request(format!("{text:?} is not the id of a row: use a whole number")))
 }
 
 async fn read(State(app): Shared, Path(id): Path<String>) -> Answer<Response> {
     let id = row_id(&id)?;
-    let _turn = app.turn(&app.reads).await?;
+    let _permit = app.permit(&app.reads).await?;
     let product = app.products.get(id).await?.ok_or_else(|| no_row(id))?;
-    let searchable = app.probe.is_searchable(&id.to_string()).await?;
+    let searchable = app.sync_status.is_searchable(&id.to_string()).await?;
     let mut response = with_revision(StatusCode::OK, &product);
     let mut body = json!(product);
     body["searchable"] = json!(searchable);
@@ -210,7 +210,7 @@ async fn read(State(app): Shared, Path(id): Path<String>) -> Answer<Response> {
 /// would not name the column at fault.
 fn edit_of(body: serde_json::Map<String, Value>) -> Answer<Edit> {
     if body.is_empty() {
-        return Err(Refusal::bad_request(
+        return Err(ApiError::bad_request(
             "the edit is empty: set at least one of name, sku, description and price",
         ));
     }
@@ -223,13 +223,13 @@ fn edit_of(body: serde_json::Map<String, Value>) -> Answer<Edit> {
             "price" => &mut edit.price,
             _ => {
                 let message = format!("{key:?} cannot be edited: use name, sku, description and price");
-                return Err(Refusal::bad_request(message));
+                return Err(ApiError::bad_request(message));
             }
         };
         *column = Some(match value {
             Value::Null => None,
             Value::String(text) => Some(text),
-            _ => return Err(Refusal::bad_request(format!("{key} must be a text or null"))),
+            _ => return Err(ApiError::bad_request(format!("{key} must be a text or null"))),
         });
     }
     Ok(edit)
@@ -237,7 +237,7 @@ fn edit_of(body: serde_json::Map<String, Value>) -> Answer<Edit> {
 
 async fn create(State(app): Shared, Body(body): Body<serde_json::Map<String, Value>>) -> Answer<Response> {
     let edit = edit_of(body)?;
-    let _turn = app.turn(&app.edits).await?;
+    let _permit = app.permit(&app.edits).await?;
     let product = app.products.create(edit).await?;
     let mut response = with_revision(StatusCode::CREATED, &product);
     if let Ok(location) = HeaderValue::from_str(&format!("/api/v1/products/{}", product.id)) {
@@ -254,7 +254,7 @@ async fn patch(
 ) -> Answer<Response> {
     let id = row_id(&id)?;
     let (revision, edit) = (revision(&headers)?, edit_of(body)?);
-    let _turn = app.turn(&app.edits).await?;
+    let _permit = app.permit(&app.edits).await?;
     match app.products.patch(id, revision, edit).await? {
         Edited::Done(product) => Ok(with_revision(StatusCode::OK, &product)),
         Edited::Stale(current) => Err(stale(&current)),
@@ -265,7 +265,7 @@ async fn patch(
 async fn delete(State(app): Shared, Path(id): Path<String>, headers: HeaderMap) -> Answer<StatusCode> {
     let id = row_id(&id)?;
     let revision = revision(&headers)?;
-    let _turn = app.turn(&app.edits).await?;
+    let _permit = app.permit(&app.edits).await?;
     match app.products.delete(id, revision).await? {
         Edited::Done(()) => Ok(StatusCode::NO_CONTENT),
         Edited::Stale(current) => Err(stale(&current)),
@@ -273,12 +273,12 @@ async fn delete(State(app): Shared, Path(id): Path<String>, headers: HeaderMap) 
     }
 }
 
-fn no_row(id: i64) -> Refusal {
-    Refusal::not_found(format!("there is no row {id}"))
+fn no_row(id: i64) -> ApiError {
+    ApiError::not_found(format!("there is no row {id}"))
 }
 
-fn stale(current: &Product) -> Refusal {
-    Refusal::new(
+fn stale(current: &Product) -> ApiError {
+    ApiError::new(
         StatusCode::PRECONDITION_FAILED,
         "stale",
         "the row was changed meanwhile; its new version is in current",
@@ -297,7 +297,7 @@ fn with_revision(status: StatusCode, product: &Product) -> Response {
 /// The revision that an edit is based on.
 fn revision(headers: &HeaderMap) -> Answer<&str> {
     let required = || {
-        Refusal::new(
+        ApiError::new(
             StatusCode::PRECONDITION_REQUIRED,
             "revision_required",
             "send If-Match with the row's revision in quotes, so that your edit overwrites no other",
@@ -308,19 +308,19 @@ fn revision(headers: &HeaderMap) -> Answer<&str> {
 }
 
 async fn status(State(app): Shared) -> Answer<Json<Value>> {
-    app.status.get(&*app.probe).await.map(viewer::shown).map(Json).map_err(Refusal::from)
+    app.status.get(&*app.sync_status).await.map(caller_trust::redacted).map(Json).map_err(ApiError::from)
 }
 
 async fn ready(State(app): Shared) -> Answer<String> {
-    let super::ready::Found { reasons, proof } = app.ready.get(&app).await;
+    let super::readiness::Readiness { reasons, proof } = app.ready.get(&app).await;
     if reasons.is_empty() {
         return Ok(format!("ready\n{proof}").trim_end().to_owned() + "\n");
     }
     let mut kinds: Vec<&str> = reasons.iter().map(|reason| reason.kind).collect();
     kinds.dedup();
     let message = format!("not ready: {}", kinds.join(", "));
-    let reasons: Vec<String> = reasons.iter().map(super::ready::Reason::shown).collect();
-    let refusal = Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message);
+    let reasons: Vec<String> = reasons.iter().map(super::readiness::Reason::shown).collect();
+    let refusal = ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message);
     Err(refusal.with("reasons", json!(reasons)))
 }
 
@@ -335,11 +335,11 @@ struct LegacySearch {
 async fn legacy_search(State(app): Shared, Body(body): Body<LegacySearch>) -> Answer<Json<Vec<Value>>> {
     let page = body.current_page.and_then(|page| u64::try_from(page).ok()).unwrap_or(1).clamp(1, MAX_PAGE);
     if body.search_term.trim().is_empty() {
-        let _turn = app.turn(&app.reads).await?;
+        let _permit = app.permit(&app.reads).await?;
         return Ok(Json(app.products.legacy_page(page, LEGACY_PAGE).await?));
     }
     let results = search::search(&app, &body.search_term, page, LEGACY_PAGE).await?;
-    let _turn = app.turn(&app.reads).await?;
+    let _permit = app.permit(&app.reads).await?;
     let ids: Vec<i64> = results.rows.iter().map(|hit| hit.product.id).collect();
     Ok(Json(app.products.legacy_by_ids(&ids).await?))
 }
@@ -351,11 +351,11 @@ struct LegacyUpdate {
 }
 
 async fn legacy_update(State(app): Shared, Body(body): Body<LegacyUpdate>) -> Answer<Json<Value>> {
-    let _turn = app.turn(&app.edits).await?;
+    let _permit = app.permit(&app.edits).await?;
     match app.products.describe_by_sku(&body.sku, &body.description).await? {
         EditedBySku::Done(row) => Ok(Json(row)),
-        EditedBySku::Unknown => Err(Refusal::not_found(format!("no row has the SKU {:?}", body.sku))),
-        EditedBySku::Ambiguous(count) => Err(Refusal::new(
+        EditedBySku::Unknown => Err(ApiError::not_found(format!("no row has the SKU {:?}", body.sku))),
+        EditedBySku::Ambiguous(count) => Err(ApiError::new(
             StatusCode::CONFLICT,
             "ambiguous_sku",
             format!(

@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::App;
-use super::error::Refusal;
+use super::error::ApiError;
 use crate::backend::postgres::products::Exact;
 use crate::product::Product;
 
@@ -21,7 +21,7 @@ const MAX_TERM: usize = 2_000;
 /// Why a row is in the results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum MatchKind {
     /// Its SKU is the term.
     Sku,
     /// Its name is the term.
@@ -40,7 +40,7 @@ pub struct Hit {
     pub score: Option<f32>,
     /// Why the row is in the results.
     #[serde(rename = "match")]
-    pub kind: Kind,
+    pub kind: MatchKind,
 }
 
 /// A page of results.
@@ -65,11 +65,11 @@ pub struct Results {
 pub(super) struct Ranked {
     pub id: i64,
     pub score: Option<f32>,
-    pub kind: Kind,
+    pub kind: MatchKind,
 }
 
 /// Searches for a term.
-pub async fn search(app: &App, term: &str, page: u64, per_page: u64) -> Result<Results, Refusal> {
+pub async fn search(app: &App, term: &str, page: u64, per_page: u64) -> Result<Results, ApiError> {
     let started = Instant::now();
     let term = check(term)?;
     let first = usize::try_from((page - 1).saturating_mul(per_page)).unwrap_or(usize::MAX);
@@ -85,10 +85,10 @@ pub async fn search(app: &App, term: &str, page: u64, per_page: u64) -> Result<R
     if first >= TOP {
         return Ok(results(false, Vec::new()));
     }
-    let _turn = app.turn(&app.searches).await?;
+    let _permit = app.permit(&app.searches).await?;
     let vector = app.embedder.embed_query(&Arc::from(term)).await?;
     // A second permit, because a slow embedder needs no connection.
-    let _query = app.turn(&app.queries).await?;
+    let _query = app.permit(&app.queries).await?;
     let ranked = rank(app, term, &vector).await?;
     let start = first.min(ranked.len());
     let end = start.saturating_add(per_page as usize).min(ranked.len());
@@ -106,20 +106,20 @@ pub async fn search(app: &App, term: &str, page: u64, per_page: u64) -> Result<R
 }
 
 /// The trimmed term, if it can be searched for.
-fn check(term: &str) -> Result<&str, Refusal> {
+fn check(term: &str) -> Result<&str, ApiError> {
     let term = term.trim();
     if term.is_empty() {
-        return Err(Refusal::bad_request("q is empty: give a search term"));
+        return Err(ApiError::bad_request("q is empty: give a search term"));
     }
     let length = term.chars().count();
     if length > MAX_TERM {
-        return Err(Refusal::bad_request(format!("q has {length} characters; use at most {MAX_TERM}")));
+        return Err(ApiError::bad_request(format!("q has {length} characters; use at most {MAX_TERM}")));
     }
     Ok(term)
 }
 
 /// Ranks the rows that the table still has.
-async fn rank(app: &App, term: &str, vector: &[f32]) -> Result<Vec<Ranked>, Refusal> {
+async fn rank(app: &App, term: &str, vector: &[f32]) -> Result<Vec<Ranked>, ApiError> {
     let (exact, nearest) = tokio::try_join!(app.products.exact(term), app.index.query(vector, TOP))?;
     let nearest = nearest
         .into_iter()
@@ -141,15 +141,18 @@ fn merge(exact: &[(i64, Exact)], nearest: &[(i64, f32)], existing: &HashSet<i64>
     let mut seen = HashSet::new();
     let exact = exact.iter().map(|(id, exact)| {
         let kind = match exact {
-            Exact::Sku => Kind::Sku,
-            Exact::Name => Kind::Name,
+            Exact::Sku => MatchKind::Sku,
+            Exact::Name => MatchKind::Name,
         };
         Ranked { id: *id, score: score(*id), kind }
     });
     let mut nearest: Vec<&(i64, f32)> = nearest.iter().filter(|(id, _)| existing.contains(id)).collect();
     nearest.sort_by(|(a_id, a), (b_id, b)| b.total_cmp(a).then(a_id.cmp(b_id)));
-    let nearest =
-        nearest.into_iter().map(|(id, score)| Ranked { id: *id, score: Some(*score), kind: Kind::Semantic });
+    let nearest = nearest.into_iter().map(|(id, score)| Ranked {
+        id: *id,
+        score: Some(*score),
+        kind: MatchKind::Semantic,
+    });
     exact.chain(nearest).filter(|ranked| seen.insert(ranked.id)).take(TOP).collect()
 }
 
@@ -165,11 +168,11 @@ mod tests {
         assert_eq!(
             short,
             [
-                (5, Kind::Sku, Some(0.8)),
-                (9, Kind::Name, None),
-                (1, Kind::Semantic, Some(0.9)),
-                (2, Kind::Semantic, Some(0.7)),
-                (3, Kind::Semantic, Some(0.7))
+                (5, MatchKind::Sku, Some(0.8)),
+                (9, MatchKind::Name, None),
+                (1, MatchKind::Semantic, Some(0.9)),
+                (2, MatchKind::Semantic, Some(0.7)),
+                (3, MatchKind::Semantic, Some(0.7))
             ]
         );
     }

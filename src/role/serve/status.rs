@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::sync::Mutex;
 
-use super::Probe;
+use super::SyncStatus;
 use crate::pipeline::failure::Result;
 
 /// Least time that a status is reused.
@@ -21,7 +21,7 @@ pub struct Cache(Mutex<Option<(Instant, Value)>>);
 
 impl Cache {
     /// The last status, or a new one. Requests that arrive during a read wait for its result.
-    pub async fn get(&self, probe: &dyn Probe) -> Result<Value> {
+    pub async fn get(&self, sync_status: &dyn SyncStatus) -> Result<Value> {
         let mut last = self.0.lock().await;
         if let Some((until, status)) = &*last
             && Instant::now() < *until
@@ -29,7 +29,7 @@ impl Cache {
             return Ok(status.clone());
         }
         let started = Instant::now();
-        let status = probe.status().await?;
+        let status = sync_status.status().await?;
         let age = (started.elapsed() * AGE_FOR_COST).max(MIN_AGE);
         *last = Some((Instant::now() + age, status.clone()));
         Ok(status)

@@ -12,25 +12,25 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Wrong tokens of one client without a pause, for typing errors.
-const FREE: u32 = 5;
+const FREE_GUESSES: u32 = 5;
 
-/// After more than [`FREE`] wrong tokens, no token is checked for this long after each wrong token.
+/// After more than [`FREE_GUESSES`] wrong tokens, no token is checked for this long after each wrong token.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// A client's wrong tokens are forgotten after this long without another.
-const FORGET: Duration = Duration::from_mins(15);
+const FORGET_AFTER: Duration = Duration::from_mins(15);
 
 /// Clients with wrong tokens that are remembered. The oldest is dropped.
-const CLIENTS: usize = 1_024;
+const MAX_CLIENTS: usize = 1_024;
 
 /// Wrong tokens in a [`WINDOW`] without a [`PAUSE`], of all clients together that never sent the right token.
-const GUESSES: u32 = 60;
+const MAX_GUESSES: u32 = 60;
 
-/// See [`GUESSES`].
+/// See [`MAX_GUESSES`].
 const WINDOW: Duration = Duration::from_mins(1);
 
 /// Clients with the right token that are remembered. Guesses of other clients do not delay them.
-const KNOWN: usize = 256;
+const MAX_TRUSTED_CLIENTS: usize = 256;
 
 /// The result of checking a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,16 +65,16 @@ struct Misses {
 
 impl Throttle {
     /// Decides about a token of a client; `right` says whether the token is right.
-    pub fn judge(&self, client: IpAddr, right: bool) -> Verdict {
-        self.judge_at(client, right, Instant::now())
+    pub fn check_token(&self, client: IpAddr, right: bool) -> Verdict {
+        self.check_token_at(client, right, Instant::now())
     }
 
-    fn judge_at(&self, client: IpAddr, right: bool, now: Instant) -> Verdict {
+    fn check_token_at(&self, client: IpAddr, right: bool, now: Instant) -> Verdict {
         let client = network(client);
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        state.misses.retain(|_, misses| now.duration_since(misses.last) < FORGET);
+        state.misses.retain(|_, misses| now.duration_since(misses.last) < FORGET_AFTER);
         if let Some(misses) = state.misses.get(&client)
-            && misses.count > FREE
+            && misses.count > FREE_GUESSES
             && let Some(pause) = left(misses.last, now)
         {
             return Verdict::Wait(pause);
@@ -83,7 +83,7 @@ impl Throttle {
             (state.window, state.guesses) = (Some(now), 0);
         }
         let is_known = state.known.contains(&client);
-        if state.guesses >= GUESSES
+        if state.guesses >= MAX_GUESSES
             && !is_known
             && let Some(pause) = state.guessed.and_then(|last| left(last, now))
         {
@@ -92,7 +92,7 @@ impl Throttle {
         if right {
             // The wrong tokens still count: another client behind the same proxy may have sent them.
             if !is_known {
-                state.known.truncate(KNOWN - 1);
+                state.known.truncate(MAX_TRUSTED_CLIENTS - 1);
                 state.known.push_front(client);
             }
             return Verdict::Right;
@@ -101,7 +101,7 @@ impl Throttle {
             state.guesses += 1;
             state.guessed = Some(now);
         }
-        if state.misses.len() >= CLIENTS
+        if state.misses.len() >= MAX_CLIENTS
             && let Some(oldest) = state.misses.iter().min_by_key(|(_, misses)| misses.last).map(|(ip, _)| *ip)
         {
             state.misses.remove(&oldest);
@@ -141,26 +141,26 @@ mod tests {
     fn after_some_wrong_tokens_one_a_second_is_looked_at() {
         let throttle = Throttle::default();
         let mut now = Instant::now();
-        for _ in 0..FREE {
-            assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
+        for _ in 0..FREE_GUESSES {
+            assert_eq!(throttle.check_token_at(client(1), false, now), Verdict::Wrong);
         }
         for _ in 0..100 {
-            assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
+            assert_eq!(throttle.check_token_at(client(1), false, now), Verdict::Wrong);
             // The right token is not checked either: its answer would show that it is right.
             for right in [false, true] {
-                assert_eq!(throttle.judge_at(client(1), right, now), Verdict::Wait(PAUSE));
+                assert_eq!(throttle.check_token_at(client(1), right, now), Verdict::Wait(PAUSE));
             }
-            assert_eq!(throttle.judge_at(client(2), true, now), Verdict::Right);
+            assert_eq!(throttle.check_token_at(client(2), true, now), Verdict::Right);
             now += PAUSE;
         }
-        assert_eq!(throttle.judge_at(client(1), true, now), Verdict::Right);
-        assert_eq!(throttle.judge_at(client(1), true, now), Verdict::Right);
+        assert_eq!(throttle.check_token_at(client(1), true, now), Verdict::Right);
+        assert_eq!(throttle.check_token_at(client(1), true, now), Verdict::Right);
         // A right token does not reset the limit for other guesses.
-        assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
-        assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wait(PAUSE));
-        let later = now + FORGET;
-        for _ in 0..=FREE {
-            assert_eq!(throttle.judge_at(client(1), false, later), Verdict::Wrong);
+        assert_eq!(throttle.check_token_at(client(1), false, now), Verdict::Wrong);
+        assert_eq!(throttle.check_token_at(client(1), false, now), Verdict::Wait(PAUSE));
+        let later = now + FORGET_AFTER;
+        for _ in 0..=FREE_GUESSES {
+            assert_eq!(throttle.check_token_at(client(1), false, later), Verdict::Wrong);
         }
     }
 
@@ -168,14 +168,14 @@ mod tests {
     fn a_stranger_behind_the_same_proxy_locks_nobody_out() {
         let throttle = Throttle::default();
         let mut now = Instant::now();
-        for _ in 0..=FREE {
-            assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
+        for _ in 0..=FREE_GUESSES {
+            assert_eq!(throttle.check_token_at(client(1), false, now), Verdict::Wrong);
         }
         for minute in 0..60 {
             now += Duration::from_mins(1);
-            assert_eq!(throttle.judge_at(client(1), false, now), Verdict::Wrong);
+            assert_eq!(throttle.check_token_at(client(1), false, now), Verdict::Wrong);
             let soon = now + Duration::from_millis(1_500);
-            assert_eq!(throttle.judge_at(client(1), true, soon), Verdict::Right, "minute {minute}");
+            assert_eq!(throttle.check_token_at(client(1), true, soon), Verdict::Right, "minute {minute}");
         }
     }
 
@@ -183,28 +183,29 @@ mod tests {
     fn many_clients_together_guess_no_more_often_and_lock_nobody_out() {
         let throttle = Throttle::default();
         let now = Instant::now();
-        assert_eq!(throttle.judge_at(client(7), true, now), Verdict::Right);
-        let wrong = (100..100_000).filter(|n| throttle.judge_at(client(*n), false, now) == Verdict::Wrong);
-        assert_eq!(wrong.count(), GUESSES as usize);
-        assert!(throttle.0.lock().unwrap().misses.len() <= CLIENTS);
-        assert_eq!(throttle.judge_at(client(8), true, now), Verdict::Wait(PAUSE));
-        assert_eq!(throttle.judge_at(client(7), true, now), Verdict::Right);
+        assert_eq!(throttle.check_token_at(client(7), true, now), Verdict::Right);
+        let wrong =
+            (100..100_000).filter(|n| throttle.check_token_at(client(*n), false, now) == Verdict::Wrong);
+        assert_eq!(wrong.count(), MAX_GUESSES as usize);
+        assert!(throttle.0.lock().unwrap().misses.len() <= MAX_CLIENTS);
+        assert_eq!(throttle.check_token_at(client(8), true, now), Verdict::Wait(PAUSE));
+        assert_eq!(throttle.check_token_at(client(7), true, now), Verdict::Right);
         // All of them together have one guess a second, for as long as the window lasts.
         let next = now + PAUSE;
-        assert_eq!(throttle.judge_at(client(9), false, next), Verdict::Wrong);
-        assert_eq!(throttle.judge_at(client(10), false, next), Verdict::Wait(PAUSE));
-        assert_eq!(throttle.judge_at(client(8), true, next + PAUSE), Verdict::Right);
+        assert_eq!(throttle.check_token_at(client(9), false, next), Verdict::Wrong);
+        assert_eq!(throttle.check_token_at(client(10), false, next), Verdict::Wait(PAUSE));
+        assert_eq!(throttle.check_token_at(client(8), true, next + PAUSE), Verdict::Right);
     }
 
     #[test]
     fn the_addresses_of_one_network_are_one_client() {
         let throttle = Throttle::default();
         let now = Instant::now();
-        for host in 0..=FREE {
+        for host in 0..=FREE_GUESSES {
             let address = format!("2001:db8::{host:x}").parse().unwrap();
-            assert_eq!(throttle.judge_at(address, false, now), Verdict::Wrong);
+            assert_eq!(throttle.check_token_at(address, false, now), Verdict::Wrong);
         }
         let next = "2001:db8::ffff:1".parse().unwrap();
-        assert!(matches!(throttle.judge_at(next, false, now), Verdict::Wait(_)));
+        assert!(matches!(throttle.check_token_at(next, false, now), Verdict::Wait(_)));
     }
 }

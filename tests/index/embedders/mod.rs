@@ -37,7 +37,7 @@ async fn real() -> Arc<dyn Embedder> {
 }
 
 #[derive(Default)]
-struct Double {
+struct EmbeddingServer {
     /// Statuses to answer with, before it works again.
     failures: Mutex<Vec<u16>>,
     requests: AtomicU32,
@@ -47,7 +47,7 @@ struct Double {
     length: Mutex<Option<usize>>,
 }
 
-impl Double {
+impl EmbeddingServer {
     async fn start(self: &Arc<Self>) -> String {
         let router = Router::new()
             .route("/v1/embeddings", routing::post(openai))
@@ -108,7 +108,11 @@ fn strings(value: &Value) -> Vec<String> {
     value.as_array().into_iter().flatten().map(|text| text.as_str().unwrap().to_owned()).collect()
 }
 
-async fn openai(State(double): State<Arc<Double>>, headers: HeaderMap, Json(body): Json<Value>) -> Response {
+async fn openai(
+    State(double): State<Arc<EmbeddingServer>>,
+    headers: HeaderMap,
+    Json(body): Json<Value>,
+) -> Response {
     assert_eq!((&body["model"], &body["encoding_format"]), (&json!("all-minilm"), &json!("float")));
     let texts = strings(&body["input"]);
     if let Some(refused) = double.admit(&headers, &texts, 2_048, None) {
@@ -126,7 +130,12 @@ async fn openai(State(double): State<Arc<Double>>, headers: HeaderMap, Json(body
 }
 
 /// Two protocols share the path.
-async fn embed(State(double): State<Arc<Double>>, headers: HeaderMap, _: Uri, body: Bytes) -> Response {
+async fn embed(
+    State(double): State<Arc<EmbeddingServer>>,
+    headers: HeaderMap,
+    _: Uri,
+    body: Bytes,
+) -> Response {
     let body: Value = serde_json::from_slice(&body).unwrap();
     if body.get("parameters").is_none() {
         let texts = strings(&body["inputs"]);
@@ -215,7 +224,7 @@ async fn every_embedder_keeps_the_contract_and_makes_the_same_vectors() {
         ("tei", "tei:all-minilm@384"),
         ("pinecone", "pinecone:all-minilm@384"),
     ] {
-        let double = Arc::new(Double::default());
+        let double = Arc::new(EmbeddingServer::default());
         let embedder = open(kind, &double.start().await, &[]).await.unwrap();
         assert_eq!((embedder.model(), embedder.dimensions()), (name, 384), "the server was asked");
         keeps_the_contract(&*embedder).await;
@@ -231,11 +240,11 @@ async fn every_embedder_keeps_the_contract_and_makes_the_same_vectors() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_keep_to_the_limits_that_are_set_and_those_that_the_server_tells() {
-    let double = Arc::new(Double::default());
+    let double = Arc::new(EmbeddingServer::default());
     let url = double.start().await;
     let many: Vec<Arc<str>> = (0..70).map(|n| format!("text {n}").into()).collect();
     open("tei", &url, &[]).await.unwrap().embed_texts(&many).await.unwrap();
-    let sizes = |double: &Double| -> Vec<usize> {
+    let sizes = |double: &EmbeddingServer| -> Vec<usize> {
         let mut sizes: Vec<usize> = double.seen.lock().unwrap().drain(..).map(|(texts, _)| texts).collect();
         sizes.sort_unstable();
         sizes
@@ -251,7 +260,7 @@ async fn requests_keep_to_the_limits_that_are_set_and_those_that_the_server_tell
 
 #[tokio::test(flavor = "multi_thread")]
 async fn failures_are_classed_and_passing_ones_sat_out() {
-    let double = Arc::new(Double::default());
+    let double = Arc::new(EmbeddingServer::default());
     let url = double.start().await;
     let embedder = open("openai", &url, &[]).await.unwrap();
     double.fail(&[503, 429]);
@@ -276,7 +285,7 @@ async fn failures_are_classed_and_passing_ones_sat_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_customary_key_goes_to_its_own_provider_only() {
+async fn a_conventional_key_goes_to_its_own_provider_only() {
     let key = |kind: &str| {
         let set = settings(&[
             ("REFARCH_EMBEDDER_KIND", kind),
@@ -294,7 +303,7 @@ async fn a_customary_key_goes_to_its_own_provider_only() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_is_kept_in_step_through_a_server_and_one_refused_text_stops_nobody() {
-    let double = Arc::new(Double::default());
+    let double = Arc::new(EmbeddingServer::default());
     let url = double.start().await;
     let database = Database::create().await;
     let run = async |args: &[&str]| {

@@ -8,11 +8,11 @@ use refarch::pipeline::embedder::Embedder;
 use refarch::pipeline::failure::{Class, Error, FailureKind};
 use serde_json::json;
 
-use super::stub::{Stub, status, vectors, with_header};
+use super::stub::{ScriptedServer, status, vectors, with_header};
 use super::{KEY, open, settings, texts, variables};
 use crate::common::{self, Database};
 
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// With the length of the vectors set, so that nobody needs to ask for it.
 const SET: (&str, &str) = ("REFARCH_EMBEDDER_DIMENSIONS", "4");
@@ -25,8 +25,8 @@ fn crude_tokens(text: &str) -> usize {
 }
 
 /// A server that refuses a request in which a text has too many tokens, as `OpenAI` does.
-async fn strict(most: usize) -> Stub {
-    Stub::start(move |asked, _| {
+async fn strict(most: usize) -> ScriptedServer {
+    ScriptedServer::start(move |asked, _| {
         let worst = asked.texts.iter().map(|text| crude_tokens(text)).max().unwrap_or_default();
         if worst > most {
             let message =
@@ -49,7 +49,7 @@ async fn a_server_that_fails_once_is_asked_again_whatever_its_status() {
         507, 520, 529,
     ];
     for kind in ["openai", "tei"] {
-        let server = Stub::start(move |asked, number| {
+        let server = ScriptedServer::start(move |asked, number| {
             let at = number.checked_sub(1).filter(|at| at % 2 == 0).map(|at| at / 2);
             match at.filter(|_| !asked.is_get).and_then(|at| statuses.get(at)) {
                 Some(code) => status(*code, "not now"),
@@ -70,7 +70,7 @@ async fn a_server_that_fails_once_is_asked_again_whatever_its_status() {
 async fn an_answer_that_is_no_vectors_is_asked_for_again() {
     let wrong =
         ["<html><title>Sign in</title></html>", r#"{"data":[{"index":0,"embedding":[1.0,"#, "", "[]", "null"];
-    let server = Stub::start(move |asked, number| match wrong.get(number.wrapping_sub(1) / 2) {
+    let server = ScriptedServer::start(move |asked, number| match wrong.get(number.wrapping_sub(1) / 2) {
         Some(body) if number % 2 == 1 => status(200, body),
         _ => vectors(asked),
     })
@@ -80,8 +80,10 @@ async fn an_answer_that_is_no_vectors_is_asked_for_again() {
         let done = one(&*embedder).await;
         assert!(done.is_ok(), "{body}: {done:?}");
     }
-    let server =
-        Stub::start(|asked, number| if number == 0 { vectors(asked) } else { status(200, "<html>") }).await;
+    let server = ScriptedServer::start(
+        |asked, number| if number == 0 { vectors(asked) } else { status(200, "<html>") },
+    )
+    .await;
     let embedder = open("openai", &server.url, &[]).await.unwrap();
     let error = one(&*embedder).await.unwrap_err();
     assert!(error.class() == Class::Retryable && error.message().contains("/v1/embeddings"), "{error}");
@@ -89,9 +91,9 @@ async fn an_answer_that_is_no_vectors_is_asked_for_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redirect_is_told_and_not_followed_with_the_key() {
-    let other = Stub::start(|asked, _| vectors(asked)).await;
+    let other = ScriptedServer::start(|asked, _| vectors(asked)).await;
     let to = format!("{}/elsewhere/embeddings?token=hidden", other.url);
-    let server = Stub::start(move |_, _| with_header(307, "Location", &to)).await;
+    let server = ScriptedServer::start(move |_, _| with_header(307, "Location", &to)).await;
     let embedder = open("openai", &server.url, &[SET]).await.unwrap();
     let error = one(&*embedder).await.unwrap_err();
     assert_eq!(error.class(), Class::Retryable, "{error}");
@@ -112,7 +114,7 @@ async fn a_server_is_left_alone_for_as_long_as_it_asks() {
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
     ] {
         let value = value.to_owned();
-        let server = Stub::start(move |asked, number| match number {
+        let server = ScriptedServer::start(move |asked, number| match number {
             0 => vectors(asked),
             _ => with_header(503, "Retry-After", &value),
         })
@@ -161,12 +163,13 @@ async fn one_refused_text_among_many_costs_few_requests_and_a_server_that_refuse
     let long = |n: usize| -> Arc<str> { format!("{n} {}", "and so on, ".repeat(100)).into() };
     let many: Vec<Arc<str>> = (0..64).map(long).collect();
     let server =
-        Stub::start(|asked, number| if number == 0 { vectors(asked) } else { status(400, "no") }).await;
+        ScriptedServer::start(|asked, number| if number == 0 { vectors(asked) } else { status(400, "no") })
+            .await;
     let embedder = open("openai", &server.url, &[]).await.unwrap();
     let error = embedder.embed_texts(&many).await.unwrap_err();
     assert_eq!(error.class(), Class::Permanent, "{error}");
     assert!(server.asked().len() <= 4, "{}", server.asked().len());
-    let server = Stub::start(|asked, _| {
+    let server = ScriptedServer::start(|asked, _| {
         let is_refused = asked.texts.iter().any(|text| text.starts_with("7 "));
         if is_refused { status(422, "no") } else { vectors(asked) }
     })
@@ -207,7 +210,7 @@ async fn long_rows_are_indexed_and_one_warning_tells_of_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn path_and_query_of_the_address_are_kept() {
-    let server = Stub::start(|asked, _| vectors(asked)).await;
+    let server = ScriptedServer::start(|asked, _| vectors(asked)).await;
     for (kind, given, wanted) in [
         ("openai", "", "/v1/embeddings"),
         ("openai", "/", "/v1/embeddings"),
@@ -271,7 +274,10 @@ fn an_address_that_cannot_be_used_is_refused_by_name_and_not_shown() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_key_is_told_at_the_start_though_the_length_is_set() {
     let server =
-        Stub::start(|asked, _| if asked.is_get { vectors(asked) } else { status(401, "no such key") }).await;
+        ScriptedServer::start(
+            |asked, _| if asked.is_get { vectors(asked) } else { status(401, "no such key") },
+        )
+        .await;
     for kind in ["openai", "tei", "pinecone"] {
         let error = open(kind, &server.url, &[SET]).await.err();
         let error = error.unwrap_or_else(|| panic!("{kind}: the wrong key went unnoticed"));
@@ -291,7 +297,7 @@ async fn a_server_that_is_not_up_yet_is_waited_for() {
     let nowhere = format!("http://127.0.0.1:{}", common::free_port());
     let embedder = open("openai", &nowhere, &[SET]).await.unwrap();
     assert_eq!(one(&*embedder).await.unwrap_err().class(), Class::Retryable);
-    let busy = Stub::start(|_, _| status(503, "loading the model")).await;
+    let busy = ScriptedServer::start(|_, _| status(503, "loading the model")).await;
     let embedder = open("openai", &busy.url, &[SET]).await.unwrap();
     assert_eq!(one(&*embedder).await.unwrap_err().class(), Class::Retryable);
     // What it would be named by is not known yet: another name would be another model.
@@ -304,9 +310,10 @@ async fn a_server_that_is_not_up_yet_is_waited_for() {
 async fn what_concerns_every_request_is_fatal_and_names_the_place_and_no_secret() {
     for code in [401, 403, 404, 405, 410, 415] {
         let said = format!("wrong: {KEY}");
-        let server =
-            Stub::start(move |asked, number| if number == 0 { vectors(asked) } else { status(code, &said) })
-                .await;
+        let server = ScriptedServer::start(
+            move |asked, number| if number == 0 { vectors(asked) } else { status(code, &said) },
+        )
+        .await;
         let url = format!("{}/api/v1?code=hidden", server.url);
         let embedder = open("openai", &url, &[]).await.unwrap();
         let error = one(&*embedder).await.unwrap_err();
@@ -331,7 +338,7 @@ async fn while_the_server_is_away_all_goes_on_but_embedding() {
     for (kind, name) in [("openai", "all-minilm"), ("tei", "")] {
         let mood = Arc::new(AtomicU8::new(WELL));
         let seen = Arc::clone(&mood);
-        let server = Stub::start(move |asked, _| match seen.load(Ordering::SeqCst) {
+        let server = ScriptedServer::start(move |asked, _| match seen.load(Ordering::SeqCst) {
             AWAY => status(503, "not now"),
             OF_ANOTHER_MODEL if asked.is_get => status(200, r#"{"model_id": "another"}"#),
             _ => vectors(asked),
@@ -368,7 +375,7 @@ async fn while_the_server_is_away_all_goes_on_but_embedding() {
         assert_eq!(run(&["listen", "--until-idle"], &nowhere).await.0, 0);
         let bind = format!("127.0.0.1:{}", common::free_port());
         let mut serve = command(&["serve", "--bind", &bind], &nowhere).spawn().unwrap();
-        common::eventually("the page to be served", PATIENCE, async || {
+        common::eventually("the page to be served", TIMEOUT, async || {
             let page = reqwest::get(format!("http://{bind}/")).await;
             page.is_ok_and(|page| page.status().is_success())
         })
@@ -382,13 +389,13 @@ async fn while_the_server_is_away_all_goes_on_but_embedding() {
         };
         mood.store(AWAY, Ordering::SeqCst);
         let mut embed = command(&["embed"], &server.url).spawn().unwrap();
-        common::eventually("the fault to be told", PATIENCE, async || fault("503").await).await;
+        common::eventually("the fault to be told", TIMEOUT, async || fault("503").await).await;
         if name.is_empty() {
             mood.store(OF_ANOTHER_MODEL, Ordering::SeqCst);
-            common::eventually("the other model to be told", PATIENCE, async || fault("another").await).await;
+            common::eventually("the other model to be told", TIMEOUT, async || fault("another").await).await;
         }
         mood.store(WELL, Ordering::SeqCst);
-        common::eventually("all to be in sync", PATIENCE, async || {
+        common::eventually("all to be in sync", TIMEOUT, async || {
             run(&["status"], &nowhere).await.1.contains("in sync        4,")
         })
         .await;

@@ -13,7 +13,7 @@ pub const DIMENSIONS: usize = 4;
 
 /// One request.
 #[derive(Clone, Debug)]
-pub struct Asked {
+pub struct ReceivedRequest {
     /// Path and query.
     pub target: String,
     pub texts: Vec<String>,
@@ -22,16 +22,18 @@ pub struct Asked {
     pub is_get: bool,
 }
 
-type Asks = Arc<Mutex<Vec<Asked>>>;
+type Asks = Arc<Mutex<Vec<ReceivedRequest>>>;
 
-pub struct Stub {
+pub struct ScriptedServer {
     pub url: String,
     asked: Asks,
 }
 
-impl Stub {
+impl ScriptedServer {
     /// Starts it. `answer` is given each request and how many came before.
-    pub async fn start(answer: impl Fn(&Asked, usize) -> Response + Clone + Send + Sync + 'static) -> Self {
+    pub async fn start(
+        answer: impl Fn(&ReceivedRequest, usize) -> Response + Clone + Send + Sync + 'static,
+    ) -> Self {
         let asked = Asks::default();
         let log = Arc::clone(&asked);
         let handle = move |method: Method, uri: Uri, headers: HeaderMap, body: Bytes| {
@@ -49,17 +51,17 @@ impl Stub {
     }
 
     /// All requests so far.
-    pub fn asked(&self) -> Vec<Asked> {
+    pub fn asked(&self) -> Vec<ReceivedRequest> {
         self.asked.lock().unwrap().clone()
     }
 }
 
-fn read(method: &Method, uri: &Uri, headers: &HeaderMap, body: &Bytes) -> Asked {
+fn read(method: &Method, uri: &Uri, headers: &HeaderMap, body: &Bytes) -> ReceivedRequest {
     let body: Value = serde_json::from_slice(body).unwrap_or_default();
     let texts = body.get("input").or_else(|| body.get("inputs")).and_then(Value::as_array);
     let text = |one: &Value| one.as_str().or(one["text"].as_str()).unwrap().to_owned();
     let key = headers.get("Authorization").or_else(|| headers.get("Api-Key"));
-    Asked {
+    ReceivedRequest {
         target: uri.path_and_query().unwrap().to_string(),
         texts: texts.into_iter().flatten().map(text).collect(),
         key: key.and_then(|key| key.to_str().ok()).unwrap_or_default().to_owned(),
@@ -74,7 +76,7 @@ fn vector(text: &str) -> [f32; DIMENSIONS] {
 }
 
 /// What the stub answers when nothing is wrong, in the protocol of the path.
-pub fn vectors(asked: &Asked) -> Response {
+pub fn vectors(asked: &ReceivedRequest) -> Response {
     let path = asked.target.split('?').next().unwrap();
     if path.ends_with("/embeddings") {
         let data: Vec<Value> = asked

@@ -23,7 +23,7 @@ const LONG: Duration = Duration::from_mins(3);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_late_write_of_the_lost_time_does_not_stay() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.impatient().filled().await;
     let shop = shop.with("REFARCH_INDEXER_SETTLE_MS", "16000");
     shop.sql(WENT_BACK).await;
@@ -46,7 +46,7 @@ async fn a_late_write_of_the_lost_time_does_not_stay() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_signal_ends_the_waiting_for_late_writes() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.filled().await;
     let shop = shop.with("REFARCH_INDEXER_SETTLE_MS", "3600000");
     shop.sql(WENT_BACK).await;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use refarch::backend::Backends;
 use refarch::backend::postgres::Postgres;
-use refarch::backend::postgres::lineage::{self, Known, Renewed, Standing};
+use refarch::backend::postgres::ownership::{self, KnownEpoch, Ownership, Renewal};
 use tokio::process::Command;
 use tokio_postgres::Client;
 
@@ -17,7 +17,7 @@ use crate::common::source::settings;
 pub const DIMENSIONS: usize = 384;
 
 /// The namespace that the notes are kept in.
-const NOTES: &str = "refarch-notes";
+const OWNERSHIP_NAMESPACE: &str = "refarch-notes";
 
 /// The table of the tests here: its columns have the names of keys that records once had of ours.
 const TABLE: &str = "CREATE TABLE item (id bigint PRIMARY KEY, body text, name text, sku text, version integer, \
@@ -31,7 +31,7 @@ pub struct Shop {
 }
 
 impl Shop {
-    pub async fn new(double: &Double, namespace: &str, metadata: &str) -> Self {
+    pub async fn new(double: &PineconeDouble, namespace: &str, metadata: &str) -> Self {
         let database = Database::create().await;
         let client = database.client().await;
         client.batch_execute(TABLE).await.unwrap();
@@ -97,7 +97,7 @@ impl Shop {
         let left = "SELECT count(*) FROM (SELECT seq FROM refarch.outbox UNION ALL SELECT 1 FROM refarch.backfill UNION ALL \
                     SELECT 1 FROM refarch.ledger WHERE open > 0 OR dirty) l";
         let mut said = String::new();
-        eventually("all changes to be applied", PATIENCE, async || {
+        eventually("all changes to be applied", TIMEOUT, async || {
             self.ok(&["listen", "--until-idle"]).await;
             said += &self.ok(&["embed", "--until-idle", "--workers", "1"]).await;
             self.number(left).await == 0
@@ -147,14 +147,17 @@ impl Shop {
     }
 }
 
-fn index_of(double: &Double, namespace: &str) -> Pinecone {
-    let options =
-        pinecone::Options { namespace: namespace.into(), dimensions: DIMENSIONS, ..options(&double.url()) };
+fn index_of(double: &PineconeDouble, namespace: &str) -> Pinecone {
+    let options = pinecone::PineconeOptions {
+        namespace: namespace.into(),
+        dimensions: DIMENSIONS,
+        ..options(&double.url())
+    };
     Pinecone::new(options).unwrap()
 }
 
 /// Writes a record behind everybody's back.
-pub async fn put(double: &Double, namespace: &str, id: &str, values: &[f32], metadata: &Value) {
+pub async fn put(double: &PineconeDouble, namespace: &str, id: &str, values: &[f32], metadata: &Value) {
     let url = format!("{}/vectors/upsert", double.url());
     let body =
         json!({ "namespace": namespace, "vectors": [{ "id": id, "values": values, "metadata": metadata }] });
@@ -163,18 +166,18 @@ pub async fn put(double: &Double, namespace: &str, id: &str, values: &[f32], met
 }
 
 /// Leaves the one note that older versions kept for a whole index.
-async fn put_old_note(double: &Double, text: &str) {
-    let delete = json!({ "namespace": NOTES, "deleteAll": true });
+async fn put_old_ownership_record(double: &PineconeDouble, text: &str) {
+    let delete = json!({ "namespace": OWNERSHIP_NAMESPACE, "deleteAll": true });
     let request = reqwest::Client::new().post(format!("{}/vectors/delete", double.url()));
     assert!(request.header("Api-Key", "x").json(&delete).send().await.unwrap().status().is_success());
     let mut values = vec![0.0; DIMENSIONS];
     values[0] = 1.0;
-    put(double, NOTES, "note", &values, &json!({ "text": text })).await;
+    put(double, OWNERSHIP_NAMESPACE, "note", &values, &json!({ "text": text })).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_databases_share_an_index_by_namespaces() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let n1 = Shop::new(&double, "n1", "id,name").await.filled().await;
     let n2 = Shop::new(&double, "n2", "id,name").await.filled().await;
     for shop in [&n1, &n2, &n1] {
@@ -185,37 +188,37 @@ async fn two_databases_share_an_index_by_namespaces() {
     // A second database in one of them is noticed.
     let other = Shop::new(&double, "n1", "id,name").await;
     other.ok(&["migrate"]).await;
-    let (postgres, target) = other.postgres().await;
+    let (postgres, generation) = other.postgres().await;
     let index = index_of(&double, "n1");
-    assert_eq!(lineage::compare(&postgres, target, &index).await.unwrap(), Standing::Foreign);
+    assert_eq!(ownership::compare(&postgres, generation, &index).await.unwrap(), Ownership::NotOwned);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_note_of_an_older_version_is_taken_over() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+async fn an_ownership_record_of_an_older_version_is_taken_over() {
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "n1", "id,name").await.filled().await;
     let text: String =
         shop.client.query_one("SELECT name || '/' || mark FROM refarch.lineage", &[]).await.unwrap().get(0);
-    put_old_note(&double, &text).await;
+    put_old_ownership_record(&double, &text).await;
     let said = shop.sync().await;
     assert!(!said.contains("written anew"), "{said}");
-    assert_eq!(double.snapshot(NOTES).len(), 2, "the old note and the namespace's own");
+    assert_eq!(double.snapshot(OWNERSHIP_NAMESPACE).len(), 2, "the old note and the namespace's own");
     // An empty namespace is nobody's, whatever a note for the whole index says.
     let new = Shop::new(&double, "n3", "id,name").await.filled().await;
     let index = index_of(&double, "n3");
-    let (postgres, target) = new.postgres().await;
-    assert_eq!(lineage::compare(&postgres, target, &index).await.unwrap(), Standing::Ours);
+    let (postgres, generation) = new.postgres().await;
+    assert_eq!(ownership::compare(&postgres, generation, &index).await.unwrap(), Ownership::Owned);
     new.agrees().await;
     shop.agrees().await;
     // An old note of ours says nothing of a namespace that holds nothing.
     let elsewhere = index_of(&double, "n4");
-    let (postgres, target) = shop.postgres().await;
-    assert_eq!(lineage::compare(&postgres, target, &elsewhere).await.unwrap(), Standing::Foreign);
+    let (postgres, generation) = shop.postgres().await;
+    assert_eq!(ownership::compare(&postgres, generation, &elsewhere).await.unwrap(), Ownership::NotOwned);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_namespace_is_refused_before_anything_is_taken_away() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "n1", "id,name").await.filled().await;
     let records = double.snapshot("n1");
     let shop = shop.with("PINECONE_NAMESPACE", "n3");
@@ -235,7 +238,7 @@ async fn another_namespace_is_refused_before_anything_is_taken_away() {
     let shop = shop.with("PINECONE_NAMESPACE", "n1");
     shop.agrees().await;
     // The same index under another address is no other place: its note tells.
-    let tap = Wiretap::on(&double.url()).await;
+    let tap = RecordingProxy::on(&double.url()).await;
     let shop = shop.with("REFARCH_INDEX_HOST", &tap.url);
     let (code, said) = shop.run(&["embed", "--until-idle"]).await;
     assert!(code == Some(1) && said.contains("run refarch migrate"), "{said}");
@@ -252,15 +255,15 @@ async fn another_namespace_is_refused_before_anything_is_taken_away() {
     shop.agrees().await;
     assert_eq!((double.snapshot("n1").len(), double.snapshot("n3").len()), (3, 3));
     // Another index is another place.
-    let other = Double::start(DIMENSIONS, 1).await.unwrap();
+    let other = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = shop.with("REFARCH_INDEX_HOST", &other.url());
     let (code, said) = shop.run(&["migrate"]).await;
     assert!(code == Some(1) && said.contains("--rebuild"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_place_that_was_never_recorded_is_recorded_and_not_refused() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+async fn an_index_location_that_was_never_recorded_is_recorded_and_not_refused() {
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "n1", "id,name").await.filled().await;
     shop.sql("UPDATE refarch.target SET name = 'vector', namespace = '', host = NULL").await;
     shop.sync().await;
@@ -271,7 +274,7 @@ async fn a_place_that_was_never_recorded_is_recorded_and_not_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn columns_named_like_keys_of_ours_travel_as_they_are() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,version,content_hash,metadata_hash").await.filled().await;
     let metadata = double.snapshot("")["2"].metadata.clone();
     let told = ["version", "content_hash", "metadata_hash"].map(|key| metadata.get(key).cloned());
@@ -284,7 +287,7 @@ async fn columns_named_like_keys_of_ours_travel_as_they_are() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn records_of_an_older_version_are_understood() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.filled().await;
     for (id, mut record) in double.snapshot("") {
         for key in ["version", "content_hash", "metadata_hash"] {
@@ -307,7 +310,7 @@ async fn records_of_an_older_version_are_understood() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_metadata_column_more_is_sent_and_no_text_is_embedded() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.filled().await;
     let vectors = double.snapshot("");
     let queued = "SELECT (SELECT count(*) FROM refarch.outbox) + (SELECT count(*) FROM refarch.backfill)";
@@ -332,31 +335,31 @@ async fn a_metadata_column_more_is_sent_and_no_text_is_embedded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_goes_back_under_a_running_worker_is_noticed_at_the_next_mark() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+async fn a_database_that_is_restored_under_a_running_worker_is_noticed_at_the_next_ownership_check() {
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.filled().await;
-    let (postgres, target) = shop.postgres().await;
+    let (postgres, generation) = shop.postgres().await;
     let index = index_of(&double, "");
-    let notes = index.notes().unwrap();
+    let notes = index.ownership_store().unwrap();
     for _ in 0..3 {
-        lineage::mark(&postgres, target, notes, Duration::ZERO).await.unwrap();
+        ownership::renew(&postgres, generation, notes, Duration::ZERO).await.unwrap();
         assert_eq!(shop.distrusted().await, (0, 0), "marks alone are no restore");
     }
-    let marks = (0..8).map(|_| lineage::mark(&postgres, target, notes, Duration::ZERO));
+    let marks = (0..8).map(|_| ownership::renew(&postgres, generation, notes, Duration::ZERO));
     for marked in futures::future::join_all(marks).await {
         marked.unwrap();
     }
     assert_eq!(shop.distrusted().await, (0, 0), "nor are workers that mark at once");
-    let seen = notes.note().await.unwrap();
+    let seen = notes.record().await.unwrap();
     // As an older copy of the database has it.
     shop.sql("UPDATE refarch.lineage SET mark = 2").await;
-    lineage::mark(&postgres, target, notes, Duration::ZERO).await.unwrap();
+    ownership::renew(&postgres, generation, notes, Duration::ZERO).await.unwrap();
     assert_eq!(shop.distrusted().await, (3, 3), "the note said {seen:?}");
     // Once, whoever of the fleet comes next, and without making vectors that the index holds.
     let said = shop.sync_once().await;
     assert!(said.contains("applied=3 embedded=0"), "{said}");
     for _ in 0..2 {
-        lineage::mark(&postgres, target, notes, Duration::ZERO).await.unwrap();
+        ownership::renew(&postgres, generation, notes, Duration::ZERO).await.unwrap();
     }
     assert_eq!(shop.distrusted().await, (0, 0));
     shop.agrees().await;
@@ -368,7 +371,7 @@ async fn copied(shop: Shop) -> (Shop, Database) {
     drop(client);
     let copy = Database::create().await;
     let admin = common::connect(&database.url().replace(database.name(), "postgres")).await;
-    eventually("the database to be free", PATIENCE, async || {
+    eventually("the database to be free", TIMEOUT, async || {
         let (name, of) = (copy.name(), database.name());
         admin.batch_execute(&format!("DROP DATABASE IF EXISTS {name}")).await.unwrap();
         admin.batch_execute(&format!("CREATE DATABASE {name} TEMPLATE {of}")).await.is_ok()
@@ -380,7 +383,7 @@ async fn copied(shop: Shop) -> (Shop, Database) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restored_database_brings_the_index_back_to_what_it_says() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let (shop, copy) = copied(Shop::new(&double, "", "id,name").await.impatient().filled().await).await;
     shop.sql(
         "UPDATE item SET body = 'Another text' WHERE id = 1; UPDATE item SET name = 'other' WHERE id = 2; \
@@ -405,7 +408,7 @@ async fn a_restored_database_brings_the_index_back_to_what_it_says() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_timeline_sends_every_row_again_and_embeds_nothing() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.filled().await;
     let known = "SELECT count(*) FROM refarch.lineage \
                  WHERE incarnation = refarch.incarnation() AND incarnation ~ '^[0-9]+/[0-9A-F]{8}$'";
@@ -419,18 +422,21 @@ async fn another_timeline_sends_every_row_again_and_embeds_nothing() {
     let mut record = double.snapshot("")["2"].clone();
     record.metadata.insert("name".into(), json!("lost"));
     put(&double, "", "2", &record.values, &record.metadata.into()).await;
-    let (postgres, target) = shop.postgres().await;
+    let (postgres, generation) = shop.postgres().await;
     let index = index_of(&double, "");
-    let mut worker = Known::new(&postgres, target).await.unwrap();
+    let mut worker = KnownEpoch::new(&postgres, generation).await.unwrap();
     shop.sql(&format!(
         "CREATE TABLE IF NOT EXISTS refarch.proof (target integer, worker_id text, held_until timestamptz, round jsonb); \
          CREATE TABLE IF NOT EXISTS refarch.proof_round (target integer, index_check text, began_at timestamptz, \
            rows bigint, records bigint, entries bigint, differences bigint, mended bigint, unreadable bigint); \
          INSERT INTO refarch.proof_round (target, index_check, began_at, rows, records, entries, differences, mended, unreadable) \
-         VALUES ({target}, 'full', now(), 3, 3, 3, 0, 0, 0)"
+         VALUES ({generation}, 'full', now(), 3, 3, 3, 0, 0, 0)"
     ))
     .await;
-    assert!(matches!(worker.renew(&postgres, target, &index, Duration::ZERO).await.unwrap(), Renewed::Ours));
+    assert!(matches!(
+        worker.renew(&postgres, generation, &index, Duration::ZERO).await.unwrap(),
+        Renewal::Owned
+    ));
     assert_eq!(shop.distrusted().await, (3, 3));
     let proved = "SELECT count(*) FROM refarch.proof_round";
     assert_eq!(shop.number(proved).await, 0, "what was proved of another state is to be proved again");
@@ -439,7 +445,7 @@ async fn another_timeline_sends_every_row_again_and_embeds_nothing() {
     assert!(said.contains("applied=3 embedded=0") && !said.contains("written anew"), "{said}");
     assert_eq!(double.snapshot("")["2"].metadata["name"], "n2");
     for _ in 0..2 {
-        worker.renew(&postgres, target, &index, Duration::ZERO).await.unwrap();
+        worker.renew(&postgres, generation, &index, Duration::ZERO).await.unwrap();
     }
     assert_eq!(shop.distrusted().await, (0, 0));
     shop.agrees().await;
@@ -447,13 +453,14 @@ async fn another_timeline_sends_every_row_again_and_embeds_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_databases_that_write_to_one_namespace_the_elder_stops() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let first = Shop::new(&double, "n1", "id,name").await.impatient().filled().await;
     let index = index_of(&double, "n1");
-    let (postgres, target) = first.postgres().await;
-    let mut worker = Known::new(&postgres, target).await.unwrap();
+    let (postgres, generation) = first.postgres().await;
+    let mut worker = KnownEpoch::new(&postgres, generation).await.unwrap();
     let second = Shop::new(&double, "n1", "id,name").await.impatient().filled().await;
-    let Renewed::Taken(error) = worker.renew(&postgres, target, &index, Duration::ZERO).await.unwrap() else {
+    let Renewal::Lost(error) = worker.renew(&postgres, generation, &index, Duration::ZERO).await.unwrap()
+    else {
         panic!("the second's note was not noticed")
     };
     assert!(error.class() == Class::Fatal && error.message().contains("index.namespace"), "{error}");
@@ -469,17 +476,17 @@ async fn of_two_databases_that_write_to_one_namespace_the_elder_stops() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn vectors_in_a_database_that_went_back_are_looked_at_and_not_made_again() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.with("REFARCH_INDEX_KIND", "pgvector").filled().await;
     // A queue outside of the database has delivered and forgotten this change, which the restored copy had not
     // applied yet.
     let lost = "UPDATE item SET body = 'Lost by the queue' WHERE id = 2; DELETE FROM refarch.outbox";
-    let (postgres, target) = shop.postgres().await;
+    let (postgres, generation) = shop.postgres().await;
     let env: Vec<_> = shop.env.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
     let backends = Backends::open(&postgres, &settings(&env)).await.unwrap();
-    let mut worker = Known::new(&postgres, target).await.unwrap();
+    let mut worker = KnownEpoch::new(&postgres, generation).await.unwrap();
     for _ in 0..2 {
-        worker.renew(&postgres, target, &*backends.index, Duration::ZERO).await.unwrap();
+        worker.renew(&postgres, generation, &*backends.index, Duration::ZERO).await.unwrap();
     }
     assert_eq!(shop.distrusted().await, (0, 0));
     for went_back in
@@ -487,18 +494,18 @@ async fn vectors_in_a_database_that_went_back_are_looked_at_and_not_made_again()
     {
         shop.sql(lost).await;
         shop.sql(went_back).await;
-        worker.renew(&postgres, target, &*backends.index, Duration::ZERO).await.unwrap();
+        worker.renew(&postgres, generation, &*backends.index, Duration::ZERO).await.unwrap();
         assert_eq!(shop.distrusted().await, (3, 0), "{went_back}");
         shop.sync().await;
         shop.agrees().await;
-        worker.renew(&postgres, target, &*backends.index, Duration::ZERO).await.unwrap();
+        worker.renew(&postgres, generation, &*backends.index, Duration::ZERO).await.unwrap();
         assert_eq!(shop.distrusted().await, (0, 0), "{went_back}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_index_by_name_is_refused_before_it_is_made() {
-    let double = Double::start(DIMENSIONS, 1).await.unwrap();
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let mut shop = Shop::new(&double, "", "id,name").await;
     let host = shop.env.remove("REFARCH_INDEX_HOST").unwrap();
     let shop = shop

@@ -1,10 +1,10 @@
 //! Rows that a policy hides from the workers.
 
-use super::{Mood, Moody, PATIENCE, eventually, stop};
+use super::{ServerBehaviour, TIMEOUT, UnreliableEmbedder, eventually, stop};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_that_a_policy_hides_are_one_fault_until_they_are_shown_again() {
-    let moody = Moody::start(Mood::Well).await;
+    let moody = UnreliableEmbedder::start(ServerBehaviour::Well).await;
     let role = format!("role_{}", moody.database.name());
     moody.client.batch_execute(&format!("CREATE ROLE {role} LOGIN PASSWORD 'secret'")).await.unwrap();
     let rights = format!("listen={role},embed={role}");
@@ -19,7 +19,7 @@ async fn rows_that_a_policy_hides_are_one_fault_until_they_are_shown_again() {
                 CREATE POLICY nobody ON item USING (false); UPDATE item SET title = title || ' again'";
     moody.client.batch_execute(hide).await.unwrap();
     let mut told = String::new();
-    eventually("the fault to be told", PATIENCE, async || {
+    eventually("the fault to be told", TIMEOUT, async || {
         let sql = "SELECT string_agg(message, '; ') FROM refarch.fault WHERE kind = 'held'";
         let row = moody.client.query_one(sql, &[]).await.unwrap();
         told = row.get::<_, Option<String>>(0).unwrap_or_default();
@@ -32,7 +32,7 @@ async fn rows_that_a_policy_hides_are_one_fault_until_they_are_shown_again() {
     assert_eq!((moody.vectors().await, moody.dead().await), (3, 0), "no row was taken for gone");
     moody.client.batch_execute("ALTER TABLE item DISABLE ROW LEVEL SECURITY").await.unwrap();
     moody.all_applied(3).await;
-    eventually("the fault to be gone", PATIENCE, async || moody.kinds().await.is_empty()).await;
+    eventually("the fault to be gone", TIMEOUT, async || moody.kinds().await.is_empty()).await;
     assert!(moody.refarch(&["verify", "--sample", "0"]).status().await.unwrap().success());
     for role in roles {
         stop(role).await;

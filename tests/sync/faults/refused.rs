@@ -4,7 +4,7 @@ use refarch::double::pinecone::Verb;
 use serde_json::{Value, json};
 use tokio::process::Child;
 
-use super::{PATIENCE, Remote, assert_clean, eventually, stop};
+use super::{Remote, TIMEOUT, assert_clean, eventually, stop};
 
 /// A table of texts and a note, over a double of Pinecone's.
 async fn items() -> (Remote, [Child; 2]) {
@@ -62,7 +62,7 @@ async fn an_index_that_refuses_every_record_is_one_fault_and_no_dead_letter() {
     // All else it allows, as with a key that may not write there.
     remote.double.forbid(|verb, namespace, _| verb == Verb::Upsert && namespace.is_empty());
     client.batch_execute(NINE).await.unwrap();
-    eventually("the fault to be shown", PATIENCE, async || {
+    eventually("the fault to be shown", TIMEOUT, async || {
         let status = remote.status().await;
         assert_eq!(status["dead_letters"], 0, "{status}");
         let faults = status["faults"].as_array().unwrap();
@@ -71,11 +71,11 @@ async fn an_index_that_refuses_every_record_is_one_fault_and_no_dead_letter() {
     .await;
     let before = remote.double.counts().requests;
     let tried = async || remote.double.counts().requests > before + 12;
-    eventually("it to be tried again and again", PATIENCE, tried).await;
+    eventually("it to be tried again and again", TIMEOUT, tried).await;
     remote.double.forbid(|_, _, _| false);
     remote.drained(9).await;
     assert_clean(&remote.json(&["verify", "--json"]).await, 9);
-    eventually("the fault to be gone", PATIENCE, async || {
+    eventually("the fault to be gone", TIMEOUT, async || {
         remote.status().await["faults"].as_array().unwrap().is_empty()
     })
     .await;

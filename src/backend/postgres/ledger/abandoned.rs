@@ -10,15 +10,15 @@ pub(super) struct Abandoned(HashMap<String, (Option<i64>, Duration)>);
 
 impl Abandoned {
     /// Records that this process abandoned an attempt just now.
-    pub(super) fn note(&mut self, attempt: &str, now: Duration) {
-        self.0.insert(attempt.to_owned(), (None, now));
+    pub(super) fn record(&mut self, write_id: &str, now: Duration) {
+        self.0.insert(write_id.to_owned(), (None, now));
     }
 
     /// Keeps only these attempts. The time of one that is new, or was abandoned again, starts now.
     pub(super) fn keep(&mut self, there: &HashMap<String, i64>, now: Duration) {
-        self.0.retain(|attempt, _| there.contains_key(attempt));
-        for (attempt, at) in there {
-            let (known, seen) = self.0.entry(attempt.clone()).or_insert((Some(*at), now));
+        self.0.retain(|write_id, _| there.contains_key(write_id));
+        for (write_id, at) in there {
+            let (known, seen) = self.0.entry(write_id.clone()).or_insert((Some(*at), now));
             if known.is_some_and(|known| known < *at) {
                 *seen = now;
             }
@@ -27,8 +27,8 @@ impl Abandoned {
     }
 
     /// How long an attempt has been seen as abandoned.
-    pub(super) fn seen_for(&self, attempt: &str, now: Duration) -> Duration {
-        self.0.get(attempt).map_or(Duration::ZERO, |(_, seen)| now.saturating_sub(*seen))
+    pub(super) fn seen_for(&self, write_id: &str, now: Duration) -> Duration {
+        self.0.get(write_id).map_or(Duration::ZERO, |(_, seen)| now.saturating_sub(*seen))
     }
 }
 
@@ -44,7 +44,7 @@ mod tests {
     fn time_is_counted_from_the_first_sight_and_anew_when_it_is_abandoned_again() {
         let mut all = Abandoned::default();
         let there = |pairs: &[(&str, i64)]| pairs.iter().map(|(id, at)| ((*id).to_owned(), *at)).collect();
-        all.note("own", at(1));
+        all.record("own", at(1));
         all.keep(&there(&[("own", 10), ("other", 7)]), at(5));
         assert_eq!((all.seen_for("own", at(8)), all.seen_for("other", at(8))), (at(7), at(3)));
         // The database's clock went back: the attempt was not abandoned again.

@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, HashMap};
 use tokio_postgres::{Row, Transaction};
 
 use super::{PgLedger, fail};
-use crate::pipeline::catalog::Hash;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::ledger::Entry;
+use crate::pipeline::source_row::Hash;
 
 /// Columns of an entry, in the order in which [`read_entry`] reads them.
 pub(super) const ENTRY: &str =
@@ -19,7 +19,7 @@ impl PgLedger {
         transaction: &Transaction<'_>,
         ids: &[&str],
     ) -> Result<BTreeMap<String, Entry>> {
-        Entries(self.target).lock(transaction, ids).await
+        Entries(self.generation).lock(transaction, ids).await
     }
 
     pub(super) async fn put(
@@ -28,7 +28,7 @@ impl PgLedger {
         entries: &BTreeMap<String, Entry>,
         settled: &HashMap<&str, i64>,
     ) -> Result<()> {
-        Entries(self.target).put(transaction, entries, settled).await
+        Entries(self.generation).put(transaction, entries, settled).await
     }
 }
 

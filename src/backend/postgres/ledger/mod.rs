@@ -19,13 +19,13 @@ pub(crate) use entry::Entries;
 use entry::{ENTRY, hash, read_entry};
 
 use super::connection::Connection;
-use super::session::WORKER_LOCKS;
-use super::source::{Judged, MAX_LOOKS, Source, SourceTable, restless};
+use super::source::{MAX_REREADS, SourceRead, SourceReader, SourceTable, altered_too_often};
+use super::worker_lock::WORKER_LOCKS;
 use super::{Postgres, failure};
-use crate::pipeline::catalog::{ContentSalt, Hash, SourceRow};
 use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
-use crate::pipeline::ledger::{Closed, Entry, Ledger, Left, Opened, Outcome, Peeked, Pending, Swept};
+use crate::pipeline::ledger::{CloseResult, Closed, Entry, Ledger, Opened, Outcome, Peeked, Pending, Swept};
+use crate::pipeline::source_row::{ContentSalt, Hash, SourceRow};
 
 /// A worker whose heartbeat is older counts as dead, even if its session seems to live: the connection of a
 /// host that lost its power or its network stays open for as long as the kernel keeps it.
@@ -41,10 +41,10 @@ const MAX_WATCHED: i64 = 10_000;
 #[derive(Clone)]
 pub struct PgLedger {
     postgres: Postgres,
-    source: Arc<Source>,
+    source: Arc<SourceReader>,
     /// The source's name.
     name: String,
-    target: i32,
+    generation: i32,
     salt: ContentSalt,
     clock: Arc<dyn Clock>,
     abandoned: Arc<Mutex<Abandoned>>,
@@ -53,10 +53,18 @@ pub struct PgLedger {
 impl PgLedger {
     /// The ledger of a target over its source's table.
     #[must_use]
-    pub fn new(postgres: Postgres, table: Arc<SourceTable>, target: i32, salt: ContentSalt) -> Self {
+    pub fn new(postgres: Postgres, table: Arc<SourceTable>, generation: i32, salt: ContentSalt) -> Self {
         let name = table.name.clone();
-        let source = Arc::new(Source::new(postgres.clone(), table));
-        Self { postgres, source, name, target, salt, clock: Arc::new(BootClock), abandoned: Arc::default() }
+        let source = Arc::new(SourceReader::new(postgres.clone(), table));
+        Self {
+            postgres,
+            source,
+            name,
+            generation,
+            salt,
+            clock: Arc::new(BootClock),
+            abandoned: Arc::default(),
+        }
     }
 
     /// Measures the settling time by this clock too.
@@ -74,10 +82,10 @@ impl PgLedger {
 fn peek_sql(table: &SourceTable) -> String {
     format!(
         "SELECT k.id, s.id IS NOT NULL, s.text, s.metadata, l.id IS NOT NULL, {ENTRY} \
-         FROM unnest($1::text[]) WITH ORDINALITY AS k(id, place) \
+         FROM unnest($1::text[]) WITH ORDINALITY AS k(id, ordinal) \
          LEFT JOIN ({rows}) s ON s.id = k.id \
          LEFT JOIN refarch.ledger l ON l.target = $2 AND l.id = k.id \
-         ORDER BY k.place",
+         ORDER BY k.ordinal",
         rows = table.select_by_ids(),
     )
 }
@@ -117,7 +125,7 @@ impl Ledger for PgLedger {
         // Ids that no row can have. The index may hold such a record all the same, if another program wrote
         // it.
         let mut impossible: HashSet<String> = HashSet::new();
-        for _ in 0..MAX_LOOKS {
+        for _ in 0..MAX_REREADS {
             let table = self.source.table();
             let possible: Vec<&str> = ids
                 .iter()
@@ -125,10 +133,10 @@ impl Ledger for PgLedger {
                 .filter(|id| table.can_hold(id) && !impossible.contains(*id))
                 .collect();
             let client = self.postgres.client().await?;
-            let read = client.read_source(&table, &peek_sql(&table), &[&possible, &self.target]).await;
+            let read = client.read_source(&table, &peek_sql(&table), &[&possible, &self.generation]).await;
             drop(client);
-            match self.source.judge(what, &table, read).await? {
-                Judged::Read(rows) => {
+            match self.source.check_read(what, &table, read).await? {
+                SourceRead::Rows(rows) => {
                     let peeked = rows.iter().map(|row| self.read(row)).collect::<Result<Vec<_>>>()?;
                     return if possible.len() == ids.len() {
                         Ok(peeked)
@@ -136,8 +144,8 @@ impl Ledger for PgLedger {
                         self.with_impossible(ids, peeked).await
                     };
                 }
-                Judged::Again => impossible.clear(),
-                Judged::Value(error) => {
+                SourceRead::Retry => impossible.clear(),
+                SourceRead::BadValue(error) => {
                     let more = self.source.impossible(&table, &possible).await?;
                     if more.is_empty() {
                         return Err(error);
@@ -146,7 +154,7 @@ impl Ledger for PgLedger {
                 }
             }
         }
-        Err(restless(what, &self.source.table()))
+        Err(altered_too_often(what, &self.source.table()))
     }
 
     async fn fits(&self, ids: &[String], bytes: u64) -> Result<usize> {
@@ -178,37 +186,37 @@ impl Ledger for PgLedger {
 
     async fn rows_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<Peeked>> {
         let what = "read a page of rows";
-        for _ in 0..MAX_LOOKS {
+        for _ in 0..MAX_REREADS {
             let table = self.source.table();
             let client = self.postgres.client().await?;
-            let parameters: [&(dyn ToSql + Sync); 3] = [&id, &(limit as i64), &self.target];
+            let parameters: [&(dyn ToSql + Sync); 3] = [&id, &(limit as i64), &self.generation];
             let read = client.read_source(&table, &page_sql(&table), &parameters).await;
             drop(client);
-            match self.source.judge(what, &table, read).await? {
-                Judged::Read(rows) => return rows.iter().map(|row| self.read(row)).collect(),
-                Judged::Again => {}
-                Judged::Value(error) => return Err(error),
+            match self.source.check_read(what, &table, read).await? {
+                SourceRead::Rows(rows) => return rows.iter().map(|row| self.read(row)).collect(),
+                SourceRead::Retry => {}
+                SourceRead::BadValue(error) => return Err(error),
             }
         }
-        Err(restless(what, &self.source.table()))
+        Err(altered_too_often(what, &self.source.table()))
     }
 
     async fn ids_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<String>> {
         let what = "read a page of ids";
-        for _ in 0..MAX_LOOKS {
+        for _ in 0..MAX_REREADS {
             let table = self.source.table();
             // The query selects only ids. So it computes no text, and a row that cannot be read does no harm.
             let sql = format!("SELECT s.id FROM ({rows}) s ORDER BY s.key", rows = table.select_after());
             let client = self.postgres.client().await?;
             let read = client.read_source(&table, &sql, &[&id, &(limit as i64)]).await;
             drop(client);
-            match self.source.judge(what, &table, read).await? {
-                Judged::Read(rows) => return Ok(rows.iter().map(|row| row.get(0)).collect()),
-                Judged::Again => {}
-                Judged::Value(error) => return Err(error),
+            match self.source.check_read(what, &table, read).await? {
+                SourceRead::Rows(rows) => return Ok(rows.iter().map(|row| row.get(0)).collect()),
+                SourceRead::Retry => {}
+                SourceRead::BadValue(error) => return Err(error),
             }
         }
-        Err(restless(what, &self.source.table()))
+        Err(altered_too_often(what, &self.source.table()))
     }
 
     async fn entries_after(&self, id: Option<&str>, limit: usize) -> Result<Vec<String>> {
@@ -217,14 +225,14 @@ impl Ledger for PgLedger {
             .query(
                 "SELECT l.id FROM refarch.ledger l WHERE l.target = $1 AND ($2::text IS NULL OR l.id > $2) \
                  ORDER BY l.id LIMIT $3",
-                &[&self.target, &id, &(limit as i64)],
+                &[&self.generation, &id, &(limit as i64)],
             )
             .await
             .map_err(fail("read a page of entries"))?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
-    async fn open(&self, attempt: &str, worker: &str, ids: &[String]) -> Result<Vec<Opened>> {
+    async fn open(&self, write_id: &str, worker: &str, ids: &[String]) -> Result<Vec<Opened>> {
         let fail = fail("open an attempt");
         let mut client = self.postgres.client().await?;
         let open = client
@@ -237,11 +245,11 @@ impl Ledger for PgLedger {
             .await
             .map_err(&fail)?;
         let transaction = client.transaction().await.map_err(&fail)?;
-        let rows = transaction.query(&open, &[&self.target, &ids]).await.map_err(&fail)?;
+        let rows = transaction.query(&open, &[&self.generation, &ids]).await.map_err(&fail)?;
         transaction
             .execute(
                 "INSERT INTO refarch.attempt (attempt_id, target, worker_id, ids) VALUES ($1, $2, $3, $4)",
-                &[&attempt, &self.target, &worker, &ids],
+                &[&write_id, &self.generation, &worker, &ids],
             )
             .await
             .map_err(&fail)?;
@@ -268,12 +276,12 @@ impl Ledger for PgLedger {
             .collect()
     }
 
-    async fn close(&self, attempt: &str, worker: &str, closing: &[(Opened, Outcome)]) -> Result<Closed> {
+    async fn close(&self, write_id: &str, worker: &str, closing: &[(Opened, Outcome)]) -> Result<Closed> {
         let fail = fail("close an attempt");
         let mut client = self.postgres.client().await?;
         let transaction = client.transaction().await.map_err(&fail)?;
         let stands = transaction
-            .query_opt("SELECT ids FROM refarch.attempt WHERE attempt_id = $1 FOR UPDATE", &[&attempt])
+            .query_opt("SELECT ids FROM refarch.attempt WHERE attempt_id = $1 FOR UPDATE", &[&write_id])
             .await
             .map_err(&fail)?
             .map(|row| row.get::<_, Vec<String>>(0).into_iter().collect::<HashSet<_>>());
@@ -289,15 +297,15 @@ impl Ledger for PgLedger {
             for (opened, outcome) in closing {
                 let Some(entry) = entries.get_mut(&opened.id) else { continue };
                 match entry.close(opened, outcome) {
-                    Left::Settled => {
+                    CloseResult::Settled => {
                         closed.settled.push(opened.id.clone());
                         if let Outcome::Settled { version, .. } = outcome {
                             versions.insert(opened.id.as_str(), *version);
                         }
                     }
-                    Left::Open => open.push(opened.id.clone()),
-                    Left::Requeue => requeue.push(opened.id.clone()),
-                    Left::Dirty | Left::Unchanged => {}
+                    CloseResult::Open => open.push(opened.id.clone()),
+                    CloseResult::Requeue => requeue.push(opened.id.clone()),
+                    CloseResult::Dirty | CloseResult::Unchanged => {}
                 }
                 closed.overlapped += u64::from(matches!(outcome, Outcome::Settled { .. }) && entry.dirty);
             }
@@ -305,7 +313,7 @@ impl Ledger for PgLedger {
             self.queue(&transaction, &requeue).await?;
             if open.is_empty() {
                 transaction
-                    .execute("DELETE FROM refarch.attempt WHERE attempt_id = $1", &[&attempt])
+                    .execute("DELETE FROM refarch.attempt WHERE attempt_id = $1", &[&write_id])
                     .await
                     .map_err(&fail)?;
             }
@@ -318,7 +326,7 @@ impl Ledger for PgLedger {
                 .collect();
             let ids: Vec<&str> = open.iter().map(String::as_str).collect();
             let mut entries = self.lock(&transaction, &ids).await?;
-            entries.values_mut().for_each(Entry::put_back);
+            entries.values_mut().for_each(Entry::reopen);
             self.put(&transaction, &entries, &HashMap::new()).await?;
         }
         if !open.is_empty() {
@@ -327,7 +335,7 @@ impl Ledger for PgLedger {
                     "INSERT INTO refarch.attempt AS a (attempt_id, target, worker_id, ids, abandoned_at) \
                      VALUES ($1, $2, $3, $4, clock_timestamp()) \
                      ON CONFLICT (attempt_id) DO UPDATE SET ids = excluded.ids, abandoned_at = excluded.abandoned_at",
-                    &[&attempt, &self.target, &worker, &open],
+                    &[&write_id, &self.generation, &worker, &open],
                 )
                 .await
                 .map_err(&fail)?;
@@ -340,28 +348,28 @@ impl Ledger for PgLedger {
         closed.clock_us = clock.get(0);
         transaction.commit().await.map_err(&fail)?;
         if closed.abandoned > 0 {
-            self.abandoned().note(attempt, self.clock.now());
+            self.abandoned().record(write_id, self.clock.now());
         }
         Ok(closed)
     }
 
-    async fn disown(&self, worker: &str, in_hand: &[String]) -> Result<u64> {
+    async fn abandon_orphans(&self, worker: &str, open_writes: &[String]) -> Result<u64> {
         let client = self.postgres.client().await?;
-        let disowned = client
+        let orphans = client
             .query(
                 "UPDATE refarch.attempt SET abandoned_at = clock_timestamp() \
                  WHERE target = $1 AND worker_id = $2 AND abandoned_at IS NULL AND attempt_id <> ALL ($3) RETURNING attempt_id",
-                &[&self.target, &worker, &in_hand],
+                &[&self.generation, &worker, &open_writes],
             )
             .await
             .map_err(fail("abandon attempts"))?;
         let now = self.clock.now();
         let mut abandoned = self.abandoned();
-        for row in &disowned {
-            abandoned.note(row.get(0), now);
+        for row in &orphans {
+            abandoned.record(row.get(0), now);
         }
         drop(abandoned);
-        Ok(disowned.len() as u64)
+        Ok(orphans.len() as u64)
     }
 
     async fn sweep(&self, settle: Duration, limit: usize) -> Result<Swept> {
@@ -377,16 +385,16 @@ impl Ledger for PgLedger {
                OR EXISTS (SELECT FROM refarch.worker w WHERE w.worker_id = a.worker_id \
                           AND w.heartbeat_at < now() - interval '{SILENT_FOR}'))"
         );
-        let abandoned = client.execute(&sql, &[&self.target, &WORKER_LOCKS]).await.map_err(&fail)?;
+        let abandoned = client.execute(&sql, &[&self.generation, &WORKER_LOCKS]).await.map_err(&fail)?;
         let mut swept = Swept { abandoned, ..Swept::default() };
         let due = self.due(&client, settle).await?;
         // One attempt in a transaction, so that entries are locked in order.
-        for (attempt, since) in due.into_iter().take(limit) {
+        for (write_id, since) in due.into_iter().take(limit) {
             let transaction = client.transaction().await.map_err(&fail)?;
             let due = transaction
                 .query_opt(
                     &format!("SELECT ids FROM refarch.attempt WHERE attempt_id = $1 AND {SINCE} = $2 FOR UPDATE SKIP LOCKED"),
-                    &[&attempt, &since],
+                    &[&write_id, &since],
                 )
                 .await
                 .map_err(&fail)?;
@@ -396,16 +404,16 @@ impl Ledger for PgLedger {
             let mut entries = self.lock(&transaction, &ids).await?;
             let requeue: Vec<String> = entries
                 .iter_mut()
-                .filter_map(|(id, entry)| (entry.sweep() == Left::Requeue).then(|| id.clone()))
+                .filter_map(|(id, entry)| (entry.sweep() == CloseResult::Requeue).then(|| id.clone()))
                 .collect();
             self.put(&transaction, &entries, &HashMap::new()).await?;
             self.queue(&transaction, &requeue).await?;
             transaction
-                .execute("DELETE FROM refarch.attempt WHERE attempt_id = $1", &[&attempt])
+                .execute("DELETE FROM refarch.attempt WHERE attempt_id = $1", &[&write_id])
                 .await
                 .map_err(&fail)?;
             transaction.commit().await.map_err(&fail)?;
-            swept.attempts += 1;
+            swept.writes += 1;
             swept.requeued += requeue.len() as u64;
         }
         Ok(swept)
@@ -422,13 +430,13 @@ impl Ledger for PgLedger {
                 "INSERT INTO refarch.ledger AS l (target, id) \
                  SELECT $1, k FROM (SELECT DISTINCT unnest($2::text[]) COLLATE \"C\") u(k) ORDER BY k \
                  ON CONFLICT (target, id) DO UPDATE SET epoch = l.epoch WHERE false",
-                &[&self.target, &ids],
+                &[&self.generation, &ids],
             )
             .await
             .map_err(&fail)?;
         let refs: Vec<&str> = ids.iter().map(String::as_str).collect();
         let mut entries = self.lock(&transaction, &refs).await?;
-        entries.values_mut().for_each(Entry::distrust);
+        entries.values_mut().for_each(Entry::invalidate);
         self.put(&transaction, &entries, &HashMap::new()).await?;
         self.queue(&transaction, ids).await?;
         transaction.commit().await.map_err(&fail)
@@ -469,7 +477,7 @@ impl Ledger for PgLedger {
             .query_one(
                 "INSERT INTO refarch.ledger AS l (target, id, tries) VALUES ($1, $2, greatest($3, 0)) \
                  ON CONFLICT (target, id) DO UPDATE SET tries = greatest(l.tries::bigint + $3, 0)::integer RETURNING tries",
-                &[&self.target, &id, &by],
+                &[&self.generation, &id, &by],
             )
             .await
             .map_err(fail("count an attempt at a change"))?;
@@ -482,7 +490,7 @@ impl Ledger for PgLedger {
             .execute(
                 "INSERT INTO refarch.ledger AS l (target, id, parked) VALUES ($1, $2, true) \
                  ON CONFLICT (target, id) DO UPDATE SET parked = true, tries = 0",
-                &[&self.target, &id],
+                &[&self.generation, &id],
             )
             .await
             .map_err(fail("park a change"))?;
@@ -501,7 +509,7 @@ impl PgLedger {
             format!("SELECT l.id, {ENTRY} FROM refarch.ledger l WHERE l.target = $1 AND l.id = ANY ($2)");
         let client = self.postgres.client().await?;
         let entries =
-            client.query(&sql, &[&self.target, &held]).await.map_err(fail("read rows and ledger"))?;
+            client.query(&sql, &[&self.generation, &held]).await.map_err(fail("read rows and ledger"))?;
         for row in &entries {
             let id: String = row.get(0);
             let entry = Some(read_entry(row, 1, &id)?);
@@ -521,7 +529,7 @@ impl PgLedger {
                     "SELECT attempt_id, {SINCE}, abandoned_at < clock_timestamp() - make_interval(secs => $2) FROM refarch.attempt \
                      WHERE target = $1 AND abandoned_at IS NOT NULL ORDER BY abandoned_at LIMIT {MAX_WATCHED}"
                 ),
-                &[&self.target, &settle.as_secs_f64()],
+                &[&self.generation, &settle.as_secs_f64()],
             )
             .await
             .map_err(fail("look for abandoned attempts"))?;
@@ -531,8 +539,8 @@ impl PgLedger {
         Ok(rows
             .iter()
             .map(|row| (row.get::<_, String>(0), row.get(1), row.get(2)))
-            .filter(|(attempt, _, due)| *due && watched.seen_for(attempt, now) >= settle)
-            .map(|(attempt, since, _)| (attempt, since))
+            .filter(|(write_id, _, due)| *due && watched.seen_for(write_id, now) >= settle)
+            .map(|(write_id, since, _)| (write_id, since))
             .collect())
     }
 

@@ -2,17 +2,17 @@
 
 use tokio_postgres::Transaction;
 
-use super::Options;
+use super::MigrateOptions;
 use super::report::Report;
 use super::uninstall::refuse_while_running;
 use crate::backend::postgres::failure;
+use crate::backend::postgres::generation::{self, IndexShape};
 use crate::backend::postgres::source::SourceTable;
-use crate::backend::postgres::target::{self, IndexShape};
 use crate::config;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// The source as recorded, compared with the settings.
-pub(super) struct Known {
+pub(super) struct RecordedSource {
     /// Whether another table was indexed.
     pub(super) is_other: bool,
     /// Whether the metadata columns changed. Their order does not matter.
@@ -24,7 +24,7 @@ pub(super) struct Known {
     differences: Vec<String>,
 }
 
-impl Known {
+impl RecordedSource {
     /// Reads the recorded source; `None` for a new source.
     pub(super) async fn read(
         transaction: &Transaction<'_>,
@@ -36,9 +36,9 @@ impl Known {
             .query_opt(
                 "SELECT coalesce(s.table_name, s.relation::text), s.relation = $2::text::regclass, \
                    coalesce(to_regclass(s.table_name) = $2::text::regclass, false), $2::text::regclass::text, s.id_column, s.text_columns, s.metadata_columns, \
-                   (SELECT array_agg(c.number ORDER BY k.place) FROM unnest(s.id_column || s.text_columns) WITH ORDINALITY AS k(name, place) \
+                   (SELECT array_agg(c.number ORDER BY k.ordinal) FROM unnest(s.id_column || s.text_columns) WITH ORDINALITY AS k(name, ordinal) \
                     LEFT JOIN refarch.source_column c ON c.source = s.name AND c.name = k.name), \
-                   (SELECT array_agg(a.attnum ORDER BY k.place) FROM unnest($3::text || $4::text[]) WITH ORDINALITY AS k(name, place) \
+                   (SELECT array_agg(a.attnum ORDER BY k.ordinal) FROM unnest($3::text || $4::text[]) WITH ORDINALITY AS k(name, ordinal) \
                     LEFT JOIN pg_attribute a ON a.attrelid = $2::text::regclass AND a.attname = k.name AND NOT a.attisdropped), \
                    EXISTS (SELECT FROM refarch.column_faults($1, $2::text::regclass)) \
                  FROM refarch.source s WHERE s.name = $1",
@@ -83,12 +83,12 @@ impl Known {
 
 /// Makes sure that there is an active target for these settings. Returns whether there was one. A target with
 /// other content is deleted if it has no rows or if the options allow a rebuild.
-pub(super) async fn settle_target(
+pub(super) async fn settle_generation(
     transaction: &Transaction<'_>,
     table: &SourceTable,
     shape: &IndexShape,
-    known: Option<&Known>,
-    options: &Options,
+    known: Option<&RecordedSource>,
+    options: &MigrateOptions,
     report: &mut Report,
 ) -> Result<bool> {
     let fail = |error: tokio_postgres::Error| failure("look for the index", error);
@@ -114,13 +114,16 @@ pub(super) async fn settle_target(
             }
         }
         // An index of another kind is at another place anyway.
-        let moved =
-            if kind == shape.kind { target::settle_place(transaction, id, shape).await? } else { None };
+        let moved = if kind == shape.kind {
+            generation::settle_location(transaction, id, shape).await?
+        } else {
+            None
+        };
         if let Some(was) = &moved {
-            differences.push(format!("the index was in {was} and is in {}", shape.place));
+            differences.push(format!("the index was in {was} and is in {}", shape.location));
         }
         if differences.is_empty() {
-            target::settle_model(transaction, id, shape).await?;
+            generation::settle_model(transaction, id, shape).await?;
             return Ok(true);
         }
         let rows: i64 = transaction
@@ -141,11 +144,11 @@ pub(super) async fn settle_target(
             ));
         }
         refuse_while_running(transaction, "migrate", "stop them first").await?;
-        target::retire(transaction, id, &differences, report).await?;
+        generation::retire(transaction, id, &differences, report).await?;
         if let Some(was) = moved {
             report.notes.push(format!("the old records stay in {was}: delete them there"));
         }
     }
-    target::create(transaction, table, shape, &table.salt(&shape.model), report).await?;
+    generation::create(transaction, table, shape, &table.salt(&shape.model), report).await?;
     Ok(false)
 }

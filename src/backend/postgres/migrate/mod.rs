@@ -1,24 +1,24 @@
 //! The schema `refarch`: versioned and idempotent. One migration runs at a time.
 
 mod adopt;
-mod arming;
 mod content;
-mod patience;
+mod lock_retry;
 mod queues;
 pub(super) mod report;
+mod triggers;
 pub mod uninstall;
 mod versions;
 
 use tokio_postgres::Transaction;
 
+use super::generation::{self, IndexShape};
 use super::source::SourceTable;
-use super::target::{self, IndexShape};
 use super::{Postgres, capture, failure};
 use crate::backend::pgvector;
 use crate::config;
 use crate::pipeline::failure::{Error, FailureKind, Result};
-use content::Known;
-use patience::Session;
+use content::RecordedSource;
+use lock_retry::LockRetrySession;
 pub use report::Report;
 pub(super) use versions::check;
 
@@ -28,13 +28,13 @@ const PRODUCTS: &str = include_str!("../schema/products.sql");
 /// The table that [`PRODUCTS`] makes; any other table must exist.
 const PRODUCTS_TABLE: &str = "public.products_with_increment";
 
-/// The parts that [`Options::roles`] may name. `edit` is the right to change the table's rows, for a `serve`
+/// The parts that [`MigrateOptions::roles`] may name. `edit` is the right to change the table's rows, for a `serve`
 /// that edits products.
 pub const PARTS: [&str; 5] = ["listen", "embed", "serve", "verify", "edit"];
 
 /// What a migration may do beyond an update of the database.
 #[derive(Clone, Debug, Default)]
-pub struct Options {
+pub struct MigrateOptions {
     /// Delete an index whose content differs from the settings.
     pub rebuild: bool,
     /// Roles of the database that get the rights of a part: pairs of part, from [`PARTS`], and role.
@@ -48,7 +48,7 @@ pub async fn migrate(
     queue: &config::Queue,
     shape: &IndexShape,
 ) -> Result<Report> {
-    migrate_with(postgres, source, queue, shape, &Options::default()).await
+    migrate_with(postgres, source, queue, shape, &MigrateOptions::default()).await
 }
 
 /// The same with options.
@@ -61,18 +61,20 @@ pub async fn migrate_with(
     source: &config::Source,
     queue: &config::Queue,
     shape: &IndexShape,
-    options: &Options,
+    options: &MigrateOptions,
 ) -> Result<Report> {
     postgres.check().await?;
-    let mut session = Session::open(postgres).await?;
+    let mut session = LockRetrySession::open(postgres).await?;
     let done = session
-        .attempt(None, false, async |transaction| prepare(transaction, source, queue, shape, options).await)
+        .with_lock_retry(None, false, async |transaction| {
+            prepare(transaction, source, queue, shape, options).await
+        })
         .await?;
     let Prepared { table, mut report, stands, .. } = done;
-    arming::arm(&mut session, &table, stands, &mut report).await?;
-    arming::disarm(&mut session, &table, &mut report).await?;
+    triggers::install_triggers(&mut session, &table, stands, &mut report).await?;
+    triggers::remove_stray_triggers(&mut session, &table, &mut report).await?;
     session.close().await;
-    arming::backfill(postgres, &table, &mut report).await?;
+    triggers::backfill(postgres, &table, &mut report).await?;
     Ok(report)
 }
 
@@ -82,7 +84,7 @@ pub async fn plan(
     source: &config::Source,
     queue: &config::Queue,
     shape: &IndexShape,
-    options: &Options,
+    options: &MigrateOptions,
 ) -> Result<Report> {
     let (mut report, counted) = rehearse(postgres, source, queue, shape, options).await?;
     // Counting a large table takes long, so the rehearsal's transaction has ended. It took back a table that
@@ -107,17 +109,17 @@ pub async fn rehearse(
     source: &config::Source,
     queue: &config::Queue,
     shape: &IndexShape,
-    options: &Options,
+    options: &MigrateOptions,
 ) -> Result<(Report, Option<String>)> {
     postgres.check().await?;
-    let mut session = Session::open(postgres).await?;
+    let mut session = LockRetrySession::open(postgres).await?;
     let rehearsed = session
-        .attempt(None, true, async |transaction| {
+        .with_lock_retry(None, true, async |transaction| {
             let Prepared { table, mut report, asked, .. } =
                 prepare(transaction, source, queue, shape, options).await?;
-            report.armed = capture::unarmed_in(transaction, &table).await?;
+            report.armed = capture::tables_without_triggers_in(transaction, &table).await?;
             adopt::report(&adopt::find(transaction, &table).await?, &mut report);
-            let strays = arming::strays(transaction, &table).await?;
+            let strays = triggers::stray_triggers(transaction, &table).await?;
             report.removed.extend(strays.iter().map(|name| format!("capture triggers on {name}")));
             let counted = (asked || !report.armed.is_empty()).then_some(table.relation);
             Ok((report, counted))
@@ -142,7 +144,7 @@ async fn prepare(
     source: &config::Source,
     queue: &config::Queue,
     shape: &IndexShape,
-    options: &Options,
+    options: &MigrateOptions,
 ) -> Result<Prepared> {
     let fail = |error: tokio_postgres::Error| failure("prepare change capture", error);
     let mut report = Report::default();
@@ -152,14 +154,14 @@ async fn prepare(
     if queue.is_pgmq() {
         queues::create(transaction, queue, &mut report).await?;
     }
-    if shape.kind == target::PGVECTOR {
+    if shape.kind == generation::PGVECTOR {
         create_extension(transaction, &mut report).await?;
     }
-    let table = target::find_table(transaction, source).await?;
-    let known = Known::read(transaction, source, &table).await?;
+    let table = generation::find_table(transaction, source).await?;
+    let known = RecordedSource::read(transaction, source, &table).await?;
     write_source(transaction, source, &table).await?;
     let stands =
-        content::settle_target(transaction, &table, shape, known.as_ref(), options, &mut report).await?;
+        content::settle_generation(transaction, &table, shape, known.as_ref(), options, &mut report).await?;
     transaction
         .execute(
             "SELECT refarch.make_capture($1, $2::text::regclass, $3, $4), refarch.note_columns($1, $2::text::regclass, $3, $4)",
@@ -216,7 +218,7 @@ async fn write_source(
 
 /// Gives roles of the database the rights that their parts need, and revokes the right to call our functions
 /// from everyone else.
-async fn give_rights(transaction: &Transaction<'_>, options: &Options) -> Result<()> {
+async fn give_rights(transaction: &Transaction<'_>, options: &MigrateOptions) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("grant rights to roles", error);
     for (part, name) in &options.roles {
         let there: bool = transaction
@@ -243,7 +245,7 @@ async fn give_rights(transaction: &Transaction<'_>, options: &Options) -> Result
 }
 
 /// Records an object that was made outside of our schema.
-async fn remember(transaction: &Transaction<'_>, what: &str, name: &str) -> Result<()> {
+async fn record_created(transaction: &Transaction<'_>, what: &str, name: &str) -> Result<()> {
     transaction
         .execute(
             "INSERT INTO refarch.made (what, name) VALUES ($1, $2) ON CONFLICT DO NOTHING",
@@ -286,7 +288,7 @@ async fn create_extension(transaction: &Transaction<'_>, report: &mut Report) ->
         let public: bool = transaction.query_one(schemas, &[]).await.map_err(fail)?.get(0);
         let sql = if public { "CREATE EXTENSION vector SCHEMA public" } else { "CREATE EXTENSION vector" };
         transaction.batch_execute(sql).await.map_err(fail)?;
-        remember(transaction, uninstall::EXTENSION, "vector").await?;
+        record_created(transaction, uninstall::EXTENSION, "vector").await?;
         report.created.push("extension vector".into());
         row = transaction.query_opt(version, &[]).await.map_err(fail)?;
     }

@@ -3,7 +3,7 @@
 use tokio_postgres::Transaction;
 
 use super::report::Report;
-use super::{remember, uninstall};
+use super::{record_created, uninstall};
 use crate::backend::pgmq::Names;
 use crate::backend::postgres::failure;
 use crate::backend::postgres::source::quote_ident;
@@ -27,7 +27,7 @@ pub(super) async fn create(
         .get(0);
     if !there {
         transaction.batch_execute(PGMQ).await.map_err(fail)?;
-        remember(transaction, uninstall::PGMQ, "pgmq").await?;
+        record_created(transaction, uninstall::PGMQ, "pgmq").await?;
         report.created.push("pgmq".into());
     }
     for name in Names::new(&queue.name).all() {
@@ -41,7 +41,7 @@ pub(super) async fn create(
                 .execute("SELECT pgmq.create($1)", &[&name])
                 .await
                 .map_err(|error| failure("create a queue", error))?;
-            remember(transaction, uninstall::QUEUE, name).await?;
+            record_created(transaction, uninstall::QUEUE, name).await?;
             report.created.push(name.into());
         }
     }

@@ -3,10 +3,10 @@
 use serde::Serialize;
 use tokio_postgres::Transaction;
 
-use super::patience::Session;
+use super::lock_retry::LockRetrySession;
 use crate::backend::pgmq::Names;
-use crate::backend::postgres::registry::WORKER_GONE_S;
 use crate::backend::postgres::source::quote_ident;
+use crate::backend::postgres::worker_registry::WORKER_GONE_S;
 use crate::backend::postgres::{Postgres, failure};
 use crate::config;
 use crate::pipeline::failure::{Error, FailureKind, Result};
@@ -27,7 +27,7 @@ pub struct Uninstalled {
 
 /// How to uninstall.
 #[derive(Clone, Copy, Debug)]
-pub struct How {
+pub struct UninstallOptions {
     /// Only report what would be removed.
     pub is_plan: bool,
     /// Uninstall even if roles are running.
@@ -37,15 +37,19 @@ pub struct How {
 /// Removes our triggers, schema and queues, and everything that was made for them. The triggers are removed
 /// first, table by table, so that no writer waits while another table is waited for. The rest is removed in
 /// one transaction.
-pub async fn uninstall(postgres: &Postgres, queue: &config::Queue, how: How) -> Result<Uninstalled> {
+pub async fn uninstall(
+    postgres: &Postgres,
+    queue: &config::Queue,
+    options: UninstallOptions,
+) -> Result<Uninstalled> {
     postgres.check().await?;
-    let mut session = Session::open(postgres).await?;
+    let mut session = LockRetrySession::open(postgres).await?;
     let found = session
-        .attempt(None, true, async |transaction| {
+        .with_lock_retry(None, true, async |transaction| {
             if !exists(transaction, "refarch").await? {
                 return Ok(None);
             }
-            if !how.force {
+            if !options.force {
                 refuse_while_running(transaction, "uninstall", "stop them first, or add --force").await?;
             }
             triggers(transaction).await.map(Some)
@@ -54,11 +58,11 @@ pub async fn uninstall(postgres: &Postgres, queue: &config::Queue, how: How) -> 
     let Some(found) = found else { return Ok(Uninstalled::default()) };
     let mut done = Uninstalled::default();
     for (name, relation) in &found {
-        if !how.is_plan {
+        if !options.is_plan {
             let sql = format!("DROP TRIGGER IF EXISTS {} ON {relation}", quote_ident(name));
             let fail = |error: tokio_postgres::Error| failure("remove the capture triggers", error);
             session
-                .attempt(Some(relation), false, async |transaction| {
+                .with_lock_retry(Some(relation), false, async |transaction| {
                     transaction.batch_execute(&sql).await.map_err(fail)
                 })
                 .await?;
@@ -66,7 +70,9 @@ pub async fn uninstall(postgres: &Postgres, queue: &config::Queue, how: How) -> 
         done.removed.push(format!("trigger {name} on {relation}"));
     }
     let rest = session
-        .attempt(None, how.is_plan, async |transaction| take_away(transaction, queue, how).await)
+        .with_lock_retry(None, options.is_plan, async |transaction| {
+            take_away(transaction, queue, options).await
+        })
         .await?;
     session.close().await;
     done.removed.extend(rest.removed);
@@ -76,18 +82,22 @@ pub async fn uninstall(postgres: &Postgres, queue: &config::Queue, how: How) -> 
 
 /// Removes everything but the triggers. A plan does not drop the schema, since that would need to drop the
 /// triggers.
-async fn take_away(transaction: &Transaction<'_>, queue: &config::Queue, how: How) -> Result<Uninstalled> {
+async fn take_away(
+    transaction: &Transaction<'_>,
+    queue: &config::Queue,
+    options: UninstallOptions,
+) -> Result<Uninstalled> {
     let fail = |error: tokio_postgres::Error| failure("uninstall", error);
     let mut done = Uninstalled::default();
-    let made = made(transaction).await?;
+    let created = created(transaction).await?;
     let granted = granted(transaction).await?;
-    drop_queues(transaction, queue, made.as_deref(), &mut done).await?;
+    drop_queues(transaction, queue, created.as_deref(), &mut done).await?;
     save_extension(transaction).await?;
-    if !how.is_plan {
+    if !options.is_plan {
         transaction.batch_execute("DROP SCHEMA refarch CASCADE").await.map_err(fail)?;
     }
     done.removed.push("schema refarch".into());
-    drop_extension(transaction, made.as_deref(), how.is_plan, &mut done).await?;
+    drop_extension(transaction, created.as_deref(), options.is_plan, &mut done).await?;
     done.notes.push("the table and its rows stay as they are".into());
     if !granted.is_empty() {
         done.notes.push(format!(
@@ -151,7 +161,7 @@ pub(super) async fn refuse_while_running(
 }
 
 /// Kinds and names of objects that refarch made; `None` if an older version recorded none.
-async fn made(transaction: &Transaction<'_>) -> Result<Option<Vec<(String, String)>>> {
+async fn created(transaction: &Transaction<'_>) -> Result<Option<Vec<(String, String)>>> {
     let fail = |error: tokio_postgres::Error| failure("look for what was made", error);
     let remembered: bool = transaction
         .query_one("SELECT to_regclass('refarch.made') IS NOT NULL", &[])
@@ -178,14 +188,14 @@ async fn triggers(transaction: &Transaction<'_>) -> Result<Vec<(String, String)>
     Ok(triggers.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
-fn is_made(made: Option<&[(String, String)]>, what: &str, name: &str) -> bool {
-    made.is_some_and(|made| made.iter().any(|(kind, named)| kind == what && named == name))
+fn was_created(created: Option<&[(String, String)]>, what: &str, name: &str) -> bool {
+    created.is_some_and(|created| created.iter().any(|(kind, named)| kind == what && named == name))
 }
 
 async fn drop_queues(
     transaction: &Transaction<'_>,
     queue: &config::Queue,
-    made: Option<&[(String, String)]>,
+    created: Option<&[(String, String)]>,
     done: &mut Uninstalled,
 ) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("drop the queues", error);
@@ -194,8 +204,8 @@ async fn drop_queues(
     }
     let there = transaction.query("SELECT queue_name FROM pgmq.meta ORDER BY 1", &[]).await.map_err(fail)?;
     // If nothing was recorded, the queues that the settings name are ours.
-    let ours = |name: &str| match made {
-        Some(_) => is_made(made, QUEUE, name),
+    let ours = |name: &str| match created {
+        Some(_) => was_created(created, QUEUE, name),
         None => Names::new(&queue.name).all().contains(&name),
     };
     let mut left = 0;
@@ -210,7 +220,7 @@ async fn drop_queues(
     }
     if left > 0 {
         done.notes.push(format!("schema pgmq stays: {left} queue(s) in it were not made by refarch"));
-    } else if is_made(made, PGMQ, "pgmq") {
+    } else if was_created(created, PGMQ, "pgmq") {
         transaction.batch_execute("DROP SCHEMA pgmq CASCADE").await.map_err(fail)?;
         done.removed.push("schema pgmq".into());
     } else {
@@ -244,12 +254,12 @@ async fn save_extension(transaction: &Transaction<'_>) -> Result<()> {
 /// Drops the extension, if refarch made it and nothing else uses it.
 async fn drop_extension(
     transaction: &Transaction<'_>,
-    made: Option<&[(String, String)]>,
+    created: Option<&[(String, String)]>,
     is_plan: bool,
     done: &mut Uninstalled,
 ) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("drop the extension vector", error);
-    if !is_made(made, EXTENSION, "vector") {
+    if !was_created(created, EXTENSION, "vector") {
         return Ok(());
     }
     let used: bool = transaction

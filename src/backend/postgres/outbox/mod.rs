@@ -16,7 +16,7 @@ use super::listener::{Listener, WakeUp};
 use super::{Postgres, failure};
 use crate::pipeline::change::{Job, Lane, Op};
 use crate::pipeline::failure::{Error, FailureKind, Result};
-use crate::pipeline::outbox::{ClaimRequest, Outbox, OutboxRow, Pack, Transferred};
+use crate::pipeline::outbox::{BuildJobs, ClaimRequest, Outbox, OutboxRow, Transferred};
 use crate::pipeline::queue::JobQueue;
 use shipping::Shipping;
 use truncate::Truncate;
@@ -162,7 +162,7 @@ impl PgOutbox {
         Ok(())
     }
 
-    async fn tell_writers(&self, asleep: bool) -> Result<()> {
+    async fn set_relay_asleep(&self, asleep: bool) -> Result<()> {
         let client = self.postgres.client().await?;
         client
             .execute(
@@ -171,7 +171,7 @@ impl PgOutbox {
                 &[&asleep],
             )
             .await
-            .map_err(|error| failure("set the doorbell", error))?;
+            .map_err(|error| failure("set the relay's wake-up flag", error))?;
         Ok(())
     }
 }
@@ -219,13 +219,13 @@ enum Claimed {
 
 #[async_trait]
 impl Outbox for PgOutbox {
-    async fn transfer(&mut self, request: ClaimRequest, pack: Pack<'_>) -> Result<Transferred> {
+    async fn transfer(&mut self, request: ClaimRequest, build_jobs: BuildJobs<'_>) -> Result<Transferred> {
         self.wake_up.arm();
         let mut done = Transferred::default();
         self.backfill().await?;
         if let Delivery::Shipped(shipping) = &mut self.delivery {
             shipping.make_room().await?;
-            shipping.take_left(&mut done).await?;
+            shipping.resume_leftover(&mut done).await?;
         }
         let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, error);
         let (low, high) = gaps(&self.known_large);
@@ -282,18 +282,18 @@ impl Outbox for PgOutbox {
                 }
                 Claimed::Truncate(truncate) => {
                     let (source, delivery) = (&self.source, &mut self.delivery);
-                    truncate.send_deletes(&transaction, source, pack, delivery, &mut done).await?;
+                    truncate.send_deletes(&transaction, source, build_jobs, delivery, &mut done).await?;
                     truncate.changed_at_us
                 }
             };
             done.oldest_ms = done.oldest_ms.max(((now_us - changed_at_us) / 1000).max(0) as u64);
         }
-        let jobs = pack(plain);
+        let jobs = build_jobs(plain);
         count_lanes(&jobs, &mut done);
         let mut shipment = None;
         match &self.delivery {
             Delivery::Pgmq(prefix) => crate::backend::pgmq::send_within(&transaction, prefix, &jobs).await?,
-            Delivery::Shipped(shipping) => shipment = shipping.book(&transaction, jobs).await?,
+            Delivery::Shipped(shipping) => shipment = shipping.stage(&transaction, jobs).await?,
         }
         if matches!(self.delivery, Delivery::Pgmq(_)) {
             transaction
@@ -313,15 +313,15 @@ impl Outbox for PgOutbox {
         // Full claims mean that work stands in line: writers need not notify.
         let is_full = done.rows >= request.small_rows.min(request.large_rows);
         if is_full && !std::mem::replace(&mut self.awake, true) {
-            self.tell_writers(false).await?;
+            self.set_relay_asleep(false).await?;
         }
         Ok(done)
     }
 
     async fn wait(&mut self, timeout: Duration) {
         if std::mem::take(&mut self.awake) {
-            if let Err(error) = self.tell_writers(true).await {
-                tracing::debug!(%error, "cannot set the doorbell");
+            if let Err(error) = self.set_relay_asleep(true).await {
+                tracing::debug!(%error, "cannot set the relay's wake-up flag");
                 self.awake = true;
                 tokio::time::sleep(timeout).await;
             }

@@ -26,31 +26,31 @@ const LEASE_S: f64 = 15.0;
 const AT_ONCE: usize = 4;
 
 /// How often it is looked for shipments that were left.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const CHECK_EVERY: Duration = Duration::from_secs(1);
 
 /// Messages in a shipment that is left for later, so that few are read back at a time.
 const LEFT_TOGETHER: usize = 100;
 
 /// Sums of the packing above this are halved.
-const REMEMBERED: i64 = 1_000;
+const MAX_DENSITY_MESSAGES: i64 = 1_000;
 
-const STRIKE_OFF: &str = "DELETE FROM refarch.shipment WHERE id = $1";
+const DELETE_SENT: &str = "DELETE FROM refarch.shipment WHERE id = $1";
 
-const REMEMBER: &str = "INSERT INTO refarch.packing AS p (source, lane, messages, changes) VALUES ($1, $2, $3, $4) \
+const RECORD_DENSITY: &str = "INSERT INTO refarch.packing AS p (source, lane, messages, changes) VALUES ($1, $2, $3, $4) \
     ON CONFLICT (source, lane) DO UPDATE SET \
       messages = p.messages / CASE WHEN p.messages > $5 THEN 2 ELSE 1 END + excluded.messages, \
       changes = p.changes / CASE WHEN p.messages > $5 THEN 2 ELSE 1 END + excluded.changes";
 
-const BOOK: &str = "INSERT INTO refarch.shipment (source, bodies, changes, oldest, claimed_until) \
+const STAGE: &str = "INSERT INTO refarch.shipment (source, bodies, changes, oldest, claimed_until) \
     VALUES ($1, $2, $3, $4, clock_timestamp() + make_interval(secs => $5)) RETURNING id";
 
 /// Of those that stand past their time, the oldest is leased anew.
-const TAKE_LEFT: &str = "UPDATE refarch.shipment SET claimed_until = clock_timestamp() + make_interval(secs => $2) \
+const RESUME_LEFTOVER: &str = "UPDATE refarch.shipment SET claimed_until = clock_timestamp() + make_interval(secs => $2) \
     WHERE id = (SELECT id FROM refarch.shipment WHERE source = $1 AND claimed_until < clock_timestamp() \
                 ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED) \
     RETURNING id, bodies";
 
-const PUT_BACK: &str = "UPDATE refarch.shipment SET claimed_until = '-infinity' WHERE id = $1";
+const RELEASE: &str = "UPDATE refarch.shipment SET claimed_until = '-infinity' WHERE id = $1";
 
 /// A shipment that is ours to send.
 pub(super) struct Shipment {
@@ -65,7 +65,7 @@ enum Sent {
     /// The queue does not have it, and its lease was given up.
     PutBack(Error),
     /// It stands until its lease has run out: the database could not be told.
-    Standing(Error),
+    Ownership(Error),
 }
 
 /// Sends what is booked.
@@ -121,13 +121,13 @@ impl Shipping {
                 self.is_left = true;
                 Err(error)
             }
-            Ok(Sent::Standing(error)) => Err(error),
+            Ok(Sent::Ownership(error)) => Err(error),
             Err(error) => Err(Error::caused(FailureKind::ConnectionLost, "send a shipment", error)),
         }
     }
 
     /// Books jobs as a shipment that this relay sends after the transaction.
-    pub(super) async fn book(
+    pub(super) async fn stage(
         &self,
         transaction: &Transaction<'_>,
         jobs: Vec<Job>,
@@ -141,7 +141,7 @@ impl Shipping {
 
     /// Books jobs for whoever comes next, this relay among others: there may be more than memory should
     /// hold.
-    pub(super) async fn leave(&mut self, transaction: &Transaction<'_>, jobs: &[Job]) -> Result<()> {
+    pub(super) async fn stage_unleased(&mut self, transaction: &Transaction<'_>, jobs: &[Job]) -> Result<()> {
         for jobs in jobs.chunks(LEFT_TOGETHER) {
             self.insert(transaction, jobs, 0.0).await?;
         }
@@ -158,7 +158,7 @@ impl Shipping {
         let changes = jobs.iter().map(|job| job.changes() as i64).sum::<i64>();
         let oldest = jobs.iter().map(|job| job.oldest).min().unwrap_or(Timestamp::UNIX_EPOCH);
         transaction
-            .query_one(BOOK, &[&self.source, &bodies, &changes, &oldest, &lease_s])
+            .query_one(STAGE, &[&self.source, &bodies, &changes, &oldest, &lease_s])
             .await
             .map(|row| row.get(0))
             .map_err(|error| failure("book a shipment", error))
@@ -170,23 +170,23 @@ impl Shipping {
         let (postgres, source, queue) = (self.postgres.clone(), self.source.clone(), Arc::clone(&self.queue));
         self.sending.spawn(async move {
             let done = match queue.send(&shipment.jobs).await {
-                Ok(()) => strike_off(&postgres, &source, &shipment).await.map(|()| Sent::StruckOff),
+                Ok(()) => delete_sent(&postgres, &source, &shipment).await.map(|()| Sent::StruckOff),
                 Err(error) => put_back(&postgres, &shipment).await.map(|()| Sent::PutBack(error)),
             };
-            done.unwrap_or_else(Sent::Standing)
+            done.unwrap_or_else(Sent::Ownership)
         });
     }
 
     /// Takes over a shipment that was left, if there is one.
-    pub(super) async fn take_left(&mut self, done: &mut Transferred) -> Result<()> {
-        let is_due = self.looked_at.is_none_or(|at| at.elapsed() >= LOOK_EVERY);
+    pub(super) async fn resume_leftover(&mut self, done: &mut Transferred) -> Result<()> {
+        let is_due = self.looked_at.is_none_or(|at| at.elapsed() >= CHECK_EVERY);
         if !std::mem::take(&mut self.is_left) && !is_due {
             return Ok(());
         }
         self.looked_at = Some(Instant::now());
         let client = self.postgres.client().await?;
         let row = client
-            .query_opt(TAKE_LEFT, &[&self.source, &LEASE_S])
+            .query_opt(RESUME_LEFTOVER, &[&self.source, &LEASE_S])
             .await
             .map_err(|error| failure("look for shipments that were left", error))?;
         let Some(row) = row else { return Ok(()) };
@@ -208,19 +208,19 @@ impl Shipping {
 }
 
 /// Strikes off a shipment that the queue has taken, and remembers how it was packed.
-async fn strike_off(postgres: &Postgres, source: &str, shipment: &Shipment) -> Result<()> {
+async fn delete_sent(postgres: &Postgres, source: &str, shipment: &Shipment) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("strike off a shipment", error);
     let mut client = postgres.client().await?;
     let transaction = client.transaction().await.map_err(fail)?;
-    transaction.execute(STRIKE_OFF, &[&shipment.id]).await.map_err(fail)?;
+    transaction.execute(DELETE_SENT, &[&shipment.id]).await.map_err(fail)?;
     for lane in Lane::ALL {
         let of_lane = shipment.jobs.iter().filter(|job| job.lane == lane);
         let (messages, changes) = of_lane
             .fold((0_i64, 0_i64), |(messages, changes), job| (messages + 1, changes + job.changes() as i64));
         if messages > 0 {
             let values: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
-                [&source, &lane.name(), &messages, &changes, &REMEMBERED];
-            transaction.execute(REMEMBER, &values).await.map_err(fail)?;
+                [&source, &lane.name(), &messages, &changes, &MAX_DENSITY_MESSAGES];
+            transaction.execute(RECORD_DENSITY, &values).await.map_err(fail)?;
         }
     }
     transaction.commit().await.map_err(fail)
@@ -229,6 +229,6 @@ async fn strike_off(postgres: &Postgres, source: &str, shipment: &Shipment) -> R
 /// Gives up the lease on a shipment that the queue has not taken, so that it is sent again soon.
 async fn put_back(postgres: &Postgres, shipment: &Shipment) -> Result<()> {
     let client = postgres.client().await?;
-    let put_back = client.execute(PUT_BACK, &[&shipment.id]).await;
+    let put_back = client.execute(RELEASE, &[&shipment.id]).await;
     put_back.map(drop).map_err(|error| failure("put a shipment back", error))
 }

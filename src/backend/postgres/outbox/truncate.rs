@@ -9,7 +9,7 @@ use super::{Delivery, count_lanes};
 use crate::backend::postgres::failure;
 use crate::pipeline::change::{MAX_CHANGES_PER_JOB, Op};
 use crate::pipeline::failure::Result;
-use crate::pipeline::outbox::{OutboxRow, Pack, Transferred};
+use crate::pipeline::outbox::{BuildJobs, OutboxRow, Transferred};
 
 /// Ids that are read from the ledger and sent at a time.
 const PAGE: i64 = 5_000;
@@ -35,7 +35,7 @@ impl Truncate {
         self,
         transaction: &Transaction<'_>,
         source: &str,
-        pack: Pack<'_>,
+        build_jobs: BuildJobs<'_>,
         delivery: &mut Delivery,
         done: &mut Transferred,
     ) -> Result<()> {
@@ -50,13 +50,13 @@ impl Truncate {
             let ids: Vec<String> = page.iter().map(|row| row.get(1)).collect();
             done.changes += ids.len() as u64;
             let rows = ids.chunks(MAX_CHANGES_PER_JOB).map(|ids| self.delete(ids)).collect();
-            let jobs = pack(rows);
+            let jobs = build_jobs(rows);
             count_lanes(&jobs, done);
             match delivery {
                 Delivery::Pgmq(prefix) => {
                     crate::backend::pgmq::send_within(transaction, prefix, &jobs).await?;
                 }
-                Delivery::Shipped(shipping) => shipping.leave(transaction, &jobs).await?,
+                Delivery::Shipped(shipping) => shipping.stage_unleased(transaction, &jobs).await?,
             }
         }
     }

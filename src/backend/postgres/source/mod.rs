@@ -1,25 +1,25 @@
 //! The source's table, and the SQL that reads it.
 
 mod casts;
-mod current;
 mod expression;
 mod key;
 mod name;
+mod reader;
 
 use tokio_postgres::{GenericClient, Row};
 
 use super::failure;
 use crate::config;
-use crate::pipeline::catalog::ContentSalt;
 use crate::pipeline::failure::{Error, FailureKind, Result};
-pub(crate) use current::{Judged, MAX_LOOKS, Source, restless};
+use crate::pipeline::source_row::ContentSalt;
 use key::Key;
+pub(crate) use reader::{MAX_REREADS, SourceRead, SourceReader, altered_too_often};
 
 /// A fingerprint of what a description depends on, of the table that has schema `$1` and name `$2` now: the
 /// relation, and numbers, types, collations and names of the columns in `$3`.
-const PRINT: &str = "SELECT c.oid, c.oid::text || coalesce((SELECT string_agg(' ' || a.attnum || '/' || a.atttypid \
+const FINGERPRINT: &str = "SELECT c.oid, c.oid::text || coalesce((SELECT string_agg(' ' || a.attnum || '/' || a.atttypid \
       || '/' || a.attcollation || '/' || a.attname, '' ORDER BY a.attnum) FROM pg_catalog.pg_attribute a \
-      WHERE a.attrelid = c.oid AND a.attname = ANY ($3) AND NOT a.attisdropped), '') AS print \
+      WHERE a.attrelid = c.oid AND a.attname = ANY ($3) AND NOT a.attisdropped), '') AS fingerprint \
     FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
     WHERE n.nspname = $1 AND c.relname = $2";
 
@@ -52,10 +52,10 @@ pub struct SourceTable {
     /// The settings by which the table was found, to look it up again.
     settings: config::Source,
     /// Schema and name, not quoted.
-    place: (String, String),
+    qualified_name: (String, String),
     key: Key,
-    /// The result of [`PRINT`] when the table was found.
-    print: String,
+    /// The result of [`FINGERPRINT`] when the table was found.
+    fingerprint: String,
 }
 
 impl SourceTable {
@@ -75,9 +75,9 @@ impl SourceTable {
         let names = columns(source);
         // Before the columns are read: a change in between then shows as another fingerprint at the first
         // read.
-        let print: Option<Row> =
-            client.query_opt(PRINT, &[&found.schema, &found.table, &names]).await.map_err(fail)?;
-        let (oid, print): (u32, String) = print
+        let fingerprint: Option<Row> =
+            client.query_opt(FINGERPRINT, &[&found.schema, &found.table, &names]).await.map_err(fail)?;
+        let (oid, fingerprint): (u32, String) = fingerprint
             .map(|row| (row.get(0), row.get(1)))
             .ok_or_else(|| wrong("the table was renamed or dropped just now: try again".into()))?;
         let columns = client
@@ -124,9 +124,9 @@ impl SourceTable {
             template: source.text.join("\u{1f}"),
             watched,
             settings: source.clone(),
-            place: (found.schema, found.table),
+            qualified_name: (found.schema, found.table),
             key,
-            print,
+            fingerprint,
         })
     }
 

@@ -41,9 +41,9 @@ pub(super) async fn find(client: &impl GenericClient, name: &str) -> Result<Foun
         let schemas = schema.as_ref().map_or(searched.as_slice(), std::slice::from_ref);
         let row = client
             .query_opt(
-                "SELECT n.nspname, c.relname, c.relkind::text FROM unnest($1::text[]) WITH ORDINALITY AS s(name, place) \
+                "SELECT n.nspname, c.relname, c.relkind::text FROM unnest($1::text[]) WITH ORDINALITY AS s(name, ordinal) \
                  JOIN pg_catalog.pg_namespace n ON n.nspname = s.name JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid \
-                 WHERE c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f') ORDER BY s.place LIMIT 1",
+                 WHERE c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f') ORDER BY s.ordinal LIMIT 1",
                 &[&schemas, &table],
             )
             .await

@@ -3,7 +3,7 @@
 //! tokio-postgres knows three of the six modes and no file of certificates. So both options, and the options
 //! of other tools, are removed from the address before tokio-postgres reads it.
 
-mod address;
+mod connection_string;
 mod options;
 mod verifier;
 
@@ -23,8 +23,8 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use crate::config::Database;
 use crate::pipeline::failure::{Error, FailureKind, Result, causes, chain};
 use crate::secret::Secret;
-use address::Parted;
-use verifier::{AnyName, Anyone};
+use connection_string::ConnectionString;
+use verifier::{AcceptAnyCertificate, IgnoreServerName};
 
 /// The value of `sslrootcert` that stands for the certificates of this machine.
 const SYSTEM: &str = "system";
@@ -73,7 +73,7 @@ impl Mode {
 
 /// An address for tokio-postgres, and the encryption of its connections.
 #[derive(Clone)]
-pub struct Wanted {
+pub struct ConnectionSettings {
     /// The address without options of encryption.
     pub config: tokio_postgres::Config,
     /// What a connection requires.
@@ -82,12 +82,12 @@ pub struct Wanted {
     pub root: Option<PathBuf>,
 }
 
-impl Wanted {
+impl ConnectionSettings {
     /// Reads an address and the settings. An option in the address overrides a setting.
     pub fn read(url: &Secret, settings: &Database) -> Result<Self> {
-        let parted = Parted::of(url.expose())?;
-        warn_once(&parted);
-        let Parted { rest, sslmode, sslrootcert, .. } = parted;
+        let connection_string = ConnectionString::of(url.expose())?;
+        warn_once(&connection_string);
+        let ConnectionString { rest, sslmode, sslrootcert, .. } = connection_string;
         let mut config: tokio_postgres::Config = rest
             .parse()
             // The parser's message names the wrong key, never its value.
@@ -122,7 +122,7 @@ impl Wanted {
             (mode, _) => mode,
         };
         let verifier: Arc<dyn ServerCertVerifier> = if mode <= Mode::Require {
-            Arc::new(Anyone(Arc::clone(&provider)))
+            Arc::new(AcceptAnyCertificate(Arc::clone(&provider)))
         } else {
             let known: Arc<dyn ServerCertVerifier> = match file {
                 Some(path) => {
@@ -136,7 +136,7 @@ impl Wanted {
                         .map_err(|error| wrong(error.to_string()))?,
                 ),
             };
-            if mode == Mode::VerifyCa { Arc::new(AnyName(known)) } else { known }
+            if mode == Mode::VerifyCa { Arc::new(IgnoreServerName(known)) } else { known }
         };
         let config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
@@ -149,10 +149,10 @@ impl Wanted {
 }
 
 /// Warns of ignored options once in a process, since the address is read several times.
-fn warn_once(parted: &Parted) {
-    static TOLD: Once = Once::new();
-    if let Some(warning) = parted.warning() {
-        TOLD.call_once(|| tracing::warn!("{warning}"));
+fn warn_once(connection_string: &ConnectionString) {
+    static LOGGED: Once = Once::new();
+    if let Some(warning) = connection_string.warning() {
+        LOGGED.call_once(|| tracing::warn!("{warning}"));
     }
 }
 
@@ -235,7 +235,9 @@ mod tests {
     #[test]
     fn nothing_said_is_verify_full_unless_the_host_is_this_machine() {
         let settings = Settings::load(None, &BTreeMap::new(), &[]).unwrap().database;
-        let mode = |url: &str| Wanted::read(&Secret::new(url), &settings).map(|wanted| wanted.mode);
+        let mode = |url: &str| {
+            ConnectionSettings::read(&Secret::new(url), &settings).map(|connection| connection.mode)
+        };
         assert_eq!(mode("postgres://u@db.example.com/d").unwrap(), Mode::VerifyFull);
         for local in
             ["postgres://u@localhost/d", "postgres://u@127.0.0.9/d", "host=/run/x user=u", "host=::1 user=u"]
@@ -247,6 +249,6 @@ mod tests {
         let error = mode("postgres://u@h/d?sslmode=allow").unwrap_err().to_string();
         assert!(error.contains("sslmode = allow"), "{error}");
         let set = Database { sslmode: "prefer".into(), ..settings };
-        assert_eq!(Wanted::read(&Secret::new("host=h user=u"), &set).unwrap().mode, Mode::Prefer);
+        assert_eq!(ConnectionSettings::read(&Secret::new("host=h user=u"), &set).unwrap().mode, Mode::Prefer);
     }
 }

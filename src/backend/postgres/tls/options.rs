@@ -3,7 +3,7 @@
 
 /// What happens to an option.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Fate {
+pub(super) enum OptionPolicy {
     /// tokio-postgres reads it.
     Read,
     /// The mode of encryption.
@@ -13,9 +13,9 @@ pub(super) enum Fate {
     /// tokio-postgres reads it under another name.
     As(&'static str),
     /// An option for another tool's own behaviour: ignored with a warning.
-    PassOver,
+    Ignore,
     /// The same, except for these values, which change nothing and give no warning.
-    PassOverUnless(&'static [&'static str]),
+    IgnoreUnless(&'static [&'static str]),
     /// An option that changes which server is trusted or reached, and that is not supported. The text says
     /// what to do instead.
     Refuse(&'static str),
@@ -23,7 +23,7 @@ pub(super) enum Fate {
     RefuseUnless(&'static [&'static str], &'static str),
 }
 
-use Fate::{As, Mode, PassOver, PassOverUnless, Read, Refuse, RefuseUnless, Root};
+use OptionPolicy::{As, Ignore, IgnoreUnless, Mode, Read, Refuse, RefuseUnless, Root};
 
 const CLIENT_CERTIFICATE: &str = "client certificates are not supported: give the role a password";
 const REVOCATION: &str =
@@ -33,7 +33,7 @@ const WRITES: &str = "refarch must write: use read-write or any, and the address
 const SERVICE: &str = "service files are not read: put host, user and database into the address";
 
 /// The options, by tool.
-const OPTIONS: &[(&str, Fate)] = &[
+const OPTIONS: &[(&str, OptionPolicy)] = &[
     // libpq, as tokio-postgres reads it.
     ("user", Read),
     ("password", Read),
@@ -55,9 +55,9 @@ const OPTIONS: &[(&str, Fate)] = &[
     // libpq's encryption.
     ("sslmode", Mode),
     ("sslrootcert", Root),
-    ("sslnegotiation", PassOverUnless(&["postgres"])),
-    ("sslcompression", PassOverUnless(&["0"])),
-    ("sslsni", PassOverUnless(&["1"])),
+    ("sslnegotiation", IgnoreUnless(&["postgres"])),
+    ("sslcompression", IgnoreUnless(&["0"])),
+    ("sslsni", IgnoreUnless(&["1"])),
     ("sslcert", Refuse(CLIENT_CERTIFICATE)),
     ("sslkey", Refuse(CLIENT_CERTIFICATE)),
     ("sslpassword", Refuse(CLIENT_CERTIFICATE)),
@@ -71,20 +71,20 @@ const OPTIONS: &[(&str, Fate)] = &[
             "refarch uses TLS 1.2 and 1.3: require TLS 1.3 at the server",
         ),
     ),
-    ("ssl_max_protocol_version", PassOverUnless(&["", "TLSv1.3"])),
+    ("ssl_max_protocol_version", IgnoreUnless(&["", "TLSv1.3"])),
     (
         "gssencmode",
         RefuseUnless(&["disable", "prefer"], "Kerberos is not supported: use sslmode=verify-full"),
     ),
-    ("krbsrvname", PassOver),
-    ("gsslib", PassOver),
-    ("gssdelegation", PassOver),
+    ("krbsrvname", Ignore),
+    ("gsslib", Ignore),
+    ("gssdelegation", Ignore),
     ("requirepeer", Refuse("the owner of the server's process is not checked: remove the option")),
     ("require_auth", Refuse("login methods cannot be excluded: use channel_binding=require, or pg_hba.conf")),
     // libpq's other options.
-    ("tcp_user_timeout", PassOver),
-    ("client_encoding", PassOverUnless(&["utf8", "UTF8", "utf-8", "UTF-8", "auto"])),
-    ("fallback_application_name", PassOver),
+    ("tcp_user_timeout", Ignore),
+    ("client_encoding", IgnoreUnless(&["utf8", "UTF8", "utf-8", "UTF-8", "auto"])),
+    ("fallback_application_name", Ignore),
     (
         "replication",
         RefuseUnless(
@@ -96,99 +96,99 @@ const OPTIONS: &[(&str, Fate)] = &[
     ("servicefile", Refuse(SERVICE)),
     ("passfile", Refuse("password files are not read: put the password into the address")),
     // Prisma.
-    ("schema", PassOverUnless(&["", "public"])),
-    ("pgbouncer", PassOver),
-    ("connection_limit", PassOver),
-    ("pool_timeout", PassOver),
-    ("socket_timeout", PassOver),
-    ("statement_cache_size", PassOver),
+    ("schema", IgnoreUnless(&["", "public"])),
+    ("pgbouncer", Ignore),
+    ("connection_limit", Ignore),
+    ("pool_timeout", Ignore),
+    ("socket_timeout", Ignore),
+    ("statement_cache_size", Ignore),
     ("sslaccept", Refuse(VERIFY)),
     ("sslidentity", Refuse(CLIENT_CERTIFICATE)),
     // SQLAlchemy, asyncpg, psycopg, Django.
     ("ssl", Mode),
-    ("prepared_statement_cache_size", PassOver),
-    ("prepared_statement_name_func", PassOver),
-    ("max_cached_statement_lifetime", PassOver),
-    ("max_cacheable_statement_size", PassOver),
-    ("command_timeout", PassOver),
-    ("timeout", PassOver),
-    ("async_fallback", PassOver),
-    ("prepare_threshold", PassOver),
-    ("executemany_mode", PassOver),
-    ("conn_max_age", PassOver),
-    ("CONN_MAX_AGE", PassOver),
-    ("conn_health_checks", PassOver),
-    ("disable_server_side_cursors", PassOver),
-    ("atomic_requests", PassOver),
+    ("prepared_statement_cache_size", Ignore),
+    ("prepared_statement_name_func", Ignore),
+    ("max_cached_statement_lifetime", Ignore),
+    ("max_cacheable_statement_size", Ignore),
+    ("command_timeout", Ignore),
+    ("timeout", Ignore),
+    ("async_fallback", Ignore),
+    ("prepare_threshold", Ignore),
+    ("executemany_mode", Ignore),
+    ("conn_max_age", Ignore),
+    ("CONN_MAX_AGE", Ignore),
+    ("conn_health_checks", Ignore),
+    ("disable_server_side_cursors", Ignore),
+    ("atomic_requests", Ignore),
     // Rails.
-    ("pool", PassOver),
-    ("prepared_statements", PassOver),
-    ("advisory_locks", PassOver),
-    ("reaping_frequency", PassOver),
-    ("checkout_timeout", PassOver),
-    ("idle_timeout", PassOver),
-    ("encoding", PassOver),
-    ("min_messages", PassOver),
-    ("statement_limit", PassOver),
-    ("schema_search_path", PassOver),
-    ("search_path", PassOver),
+    ("pool", Ignore),
+    ("prepared_statements", Ignore),
+    ("advisory_locks", Ignore),
+    ("reaping_frequency", Ignore),
+    ("checkout_timeout", Ignore),
+    ("idle_timeout", Ignore),
+    ("encoding", Ignore),
+    ("min_messages", Ignore),
+    ("statement_limit", Ignore),
+    ("schema_search_path", Ignore),
+    ("search_path", Ignore),
     // node-postgres, postgres.js, Sequelize, Vercel's and Supabase's addresses.
-    ("uselibpqcompat", PassOverUnless(&["true", "false"])),
-    ("max", PassOver),
-    ("min", PassOver),
-    ("idleTimeoutMillis", PassOver),
-    ("connectionTimeoutMillis", PassOver),
-    ("keepAlive", PassOver),
-    ("statement_timeout", PassOver),
-    ("query_timeout", PassOver),
-    ("lock_timeout", PassOver),
-    ("idle_in_transaction_session_timeout", PassOver),
-    ("prepare", PassOver),
-    ("workaround", PassOver),
-    ("supa", PassOver),
-    ("pool_mode", PassOver),
+    ("uselibpqcompat", IgnoreUnless(&["true", "false"])),
+    ("max", Ignore),
+    ("min", Ignore),
+    ("idleTimeoutMillis", Ignore),
+    ("connectionTimeoutMillis", Ignore),
+    ("keepAlive", Ignore),
+    ("statement_timeout", Ignore),
+    ("query_timeout", Ignore),
+    ("lock_timeout", Ignore),
+    ("idle_in_transaction_session_timeout", Ignore),
+    ("prepare", Ignore),
+    ("workaround", Ignore),
+    ("supa", Ignore),
+    ("pool_mode", Ignore),
     // pgx, lib/pq.
-    ("pool_max_conns", PassOver),
-    ("pool_min_conns", PassOver),
-    ("pool_min_idle_conns", PassOver),
-    ("pool_max_conn_lifetime", PassOver),
-    ("pool_max_conn_lifetime_jitter", PassOver),
-    ("pool_max_conn_idle_time", PassOver),
-    ("pool_health_check_period", PassOver),
-    ("default_query_exec_mode", PassOver),
-    ("statement_cache_capacity", PassOver),
-    ("description_cache_capacity", PassOver),
-    ("binary_parameters", PassOver),
+    ("pool_max_conns", Ignore),
+    ("pool_min_conns", Ignore),
+    ("pool_min_idle_conns", Ignore),
+    ("pool_max_conn_lifetime", Ignore),
+    ("pool_max_conn_lifetime_jitter", Ignore),
+    ("pool_max_conn_idle_time", Ignore),
+    ("pool_health_check_period", Ignore),
+    ("default_query_exec_mode", Ignore),
+    ("statement_cache_capacity", Ignore),
+    ("description_cache_capacity", Ignore),
+    ("binary_parameters", Ignore),
     // Ecto.
-    ("pool_size", PassOver),
-    ("queue_target", PassOver),
-    ("queue_interval", PassOver),
+    ("pool_size", Ignore),
+    ("queue_target", Ignore),
+    ("queue_interval", Ignore),
     // sqlx.
     ("ssl-mode", Mode),
     ("ssl-root-cert", Root),
     ("ssl-ca", Root),
     ("ssl-cert", Refuse(CLIENT_CERTIFICATE)),
     ("ssl-key", Refuse(CLIENT_CERTIFICATE)),
-    ("statement-cache-capacity", PassOver),
+    ("statement-cache-capacity", Ignore),
     // JDBC.
-    ("currentSchema", PassOverUnless(&["", "public"])),
+    ("currentSchema", IgnoreUnless(&["", "public"])),
     ("ApplicationName", As("application_name")),
-    ("prepareThreshold", PassOver),
-    ("preparedStatementCacheQueries", PassOver),
-    ("preparedStatementCacheSizeMiB", PassOver),
-    ("binaryTransfer", PassOver),
-    ("reWriteBatchedInserts", PassOver),
-    ("stringtype", PassOver),
-    ("socketTimeout", PassOver),
-    ("loginTimeout", PassOver),
+    ("prepareThreshold", Ignore),
+    ("preparedStatementCacheQueries", Ignore),
+    ("preparedStatementCacheSizeMiB", Ignore),
+    ("binaryTransfer", Ignore),
+    ("reWriteBatchedInserts", Ignore),
+    ("stringtype", Ignore),
+    ("socketTimeout", Ignore),
+    ("loginTimeout", Ignore),
     ("connectTimeout", As("connect_timeout")),
-    ("tcpKeepAlive", PassOver),
-    ("defaultRowFetchSize", PassOver),
-    ("assumeMinServerVersion", PassOver),
-    ("autosave", PassOver),
-    ("preferQueryMode", PassOver),
-    ("loadBalanceHosts", PassOver),
-    ("hostRecheckSeconds", PassOver),
+    ("tcpKeepAlive", Ignore),
+    ("defaultRowFetchSize", Ignore),
+    ("assumeMinServerVersion", Ignore),
+    ("autosave", Ignore),
+    ("preferQueryMode", Ignore),
+    ("loadBalanceHosts", Ignore),
+    ("hostRecheckSeconds", Ignore),
     ("targetServerType", RefuseUnless(&["any", "primary", "master"], WRITES)),
     ("sslfactory", Refuse(VERIFY)),
     ("sslhostnameverifier", Refuse(VERIFY)),
@@ -198,8 +198,8 @@ const OPTIONS: &[(&str, Fate)] = &[
 const MAX_EDIT_DISTANCE: usize = 2;
 
 /// What happens to an option; `None` if it is unknown.
-pub(super) fn fate(name: &str) -> Option<Fate> {
-    OPTIONS.iter().find_map(|(known, fate)| (*known == name).then_some(*fate))
+pub(super) fn policy(name: &str) -> Option<OptionPolicy> {
+    OPTIONS.iter().find_map(|(known, policy)| (*known == name).then_some(*policy))
 }
 
 /// The known name that is nearest to an unknown one.
@@ -229,9 +229,9 @@ mod tests {
 
     #[test]
     fn what_tokio_postgres_is_given_it_reads() {
-        for (name, fate) in OPTIONS {
-            let (Read | As(_)) = fate else { continue };
-            let name = if let As(other) = fate { other } else { name };
+        for (name, policy) in OPTIONS {
+            let (Read | As(_)) = policy else { continue };
+            let name = if let As(other) = policy { other } else { name };
             let value = match *name {
                 "hostaddr" => "127.0.0.1",
                 "channel_binding" | "load_balance_hosts" => "disable",

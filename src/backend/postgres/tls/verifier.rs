@@ -10,24 +10,24 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
 
 /// Accepts any certificate. The handshake still proves that the server holds the certificate's key.
-pub(super) struct Anyone(pub(super) Arc<CryptoProvider>);
+pub(super) struct AcceptAnyCertificate(pub(super) Arc<CryptoProvider>);
 
 /// Accepts a certificate that is valid except for its name.
-pub(super) struct AnyName(pub(super) Arc<dyn ServerCertVerifier>);
+pub(super) struct IgnoreServerName(pub(super) Arc<dyn ServerCertVerifier>);
 
-impl fmt::Debug for Anyone {
+impl fmt::Debug for AcceptAnyCertificate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Anyone")
+        f.write_str("AcceptAnyCertificate")
     }
 }
 
-impl fmt::Debug for AnyName {
+impl fmt::Debug for IgnoreServerName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("AnyName")
+        f.write_str("IgnoreServerName")
     }
 }
 
-impl ServerCertVerifier for Anyone {
+impl ServerCertVerifier for AcceptAnyCertificate {
     fn verify_server_cert(
         &self,
         _end_entity: &CertificateDer<'_>,
@@ -62,7 +62,7 @@ impl ServerCertVerifier for Anyone {
     }
 }
 
-impl ServerCertVerifier for AnyName {
+impl ServerCertVerifier for IgnoreServerName {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,

@@ -161,7 +161,7 @@ fn a_weights_file_that_is_cut_or_changed_after_it_was_loaded_does_nothing() {
     let dir = tiny();
     let encoder = load(dir.path()).unwrap();
     let sequences = sequences(TINY, &[1, 30, 80], 3);
-    let mut worker = encoder.worker();
+    let mut worker = encoder.execution_context();
     let before = worker.embed(&slices(&sequences));
     let file = dir.path().join(WEIGHTS);
     let length = std::fs::metadata(&file).unwrap().len();
@@ -169,5 +169,5 @@ fn a_weights_file_that_is_cut_or_changed_after_it_was_loaded_does_nothing() {
     assert!(worker.embed(&slices(&sequences)) == before, "written over");
     std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(0).unwrap();
     assert!(worker.embed(&slices(&sequences)) == before, "cut short");
-    assert!(encoder.worker().embed(&slices(&sequences)) == before, "by a worker that came later");
+    assert!(encoder.execution_context().embed(&slices(&sequences)) == before, "by a worker that came later");
 }

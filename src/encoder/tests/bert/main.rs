@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use refarch_encoder::{Encoder, Error, Instructions, KernelKind, Precision};
+use refarch_encoder::{Encoder, Error, InstructionSet, KernelKind, Precision};
 use reference::{Reference, Shape};
 use safetensors::tensor::Dtype;
 use serde::Deserialize;
@@ -102,7 +102,8 @@ fn every_kernel_computes_a_bert_of_any_shape() {
         let sequences = sequences(shape, &lengths, number as u64);
         let expected: Vec<Vec<f64>> = sequences.iter().map(|ids| reference.embed(ids)).collect();
         for kind in &kernels {
-            let vectors = Encoder::load(dir.path(), *kind).unwrap().worker().embed(&slices(&sequences));
+            let vectors =
+                Encoder::load(dir.path(), *kind).unwrap().execution_context().embed(&slices(&sequences));
             for ((ids, expected), vector) in
                 sequences.iter().zip(&expected).zip(vectors.chunks_exact(shape.hidden))
             {
@@ -127,7 +128,7 @@ fn a_vector_is_the_same_to_the_bit_in_any_company() {
         let sequences = sequences(shape, &lengths, 7);
         for kind in kernels() {
             let encoder = Encoder::load(dir.path(), kind).unwrap();
-            let (mut worker, mut pair) = (encoder.worker(), encoder.pair());
+            let (mut worker, mut pair) = (encoder.execution_context(), encoder.two_threaded_context());
             let together = worker.embed(&slices(&sequences));
             let bits = |vector: &[f32]| vector.iter().map(|number| number.to_bits()).collect::<Vec<_>>();
             let mut backwards = sequences.clone();
@@ -165,7 +166,7 @@ fn the_real_model_gives_the_vectors_that_candle_gives() {
     let mut of_int8: Vec<(KernelKind, Vec<f32>)> = Vec::new();
     for kind in kernels() {
         let encoder = Encoder::load(&real_model(), kind).expect("run scripts/setup first, or scripts/test");
-        let vectors = encoder.worker().embed(&sequences);
+        let vectors = encoder.execution_context().embed(&sequences);
         let width = encoder.description().bert.hidden_size;
         let cosines: Vec<f64> = real
             .texts
@@ -208,13 +209,14 @@ fn workers_share_a_model_and_pairs_come_and_go() {
     let sequences = sequences(TINY, &[3, 20, 80, 1, 9], 1);
     for kind in kernels() {
         let encoder = Encoder::load(dir.path(), kind).unwrap();
-        let expected = encoder.worker().embed(&slices(&sequences));
+        let expected = encoder.execution_context().embed(&slices(&sequences));
         std::thread::scope(|scope| {
             for helped in [false, true, true] {
                 let (encoder, sequences, expected) = (&encoder, &sequences, &expected);
                 scope.spawn(move || {
                     for _ in 0..20 {
-                        let mut worker = if helped { encoder.pair() } else { encoder.worker() };
+                        let mut worker =
+                            if helped { encoder.two_threaded_context() } else { encoder.execution_context() };
                         assert!(worker.embed(&slices(sequences)) == *expected, "{kind}");
                     }
                 });
@@ -229,7 +231,7 @@ fn too_long_empty_and_unknown_sequences() {
     let dir = tempfile::tempdir().unwrap();
     Reference::write(TINY, 1, dir.path());
     let encoder = Encoder::load(dir.path(), KernelKind::Portable).unwrap();
-    let mut worker = encoder.worker();
+    let mut worker = encoder.execution_context();
     let long: Vec<u32> = (0..200).map(|at| at % 100).collect();
     let vectors = worker.embed(&[&long, &[], &long[..80]]);
     let [too_long, empty, cut] = [0, 1, 2].map(|at| &vectors[at * 64..][..64]);
@@ -242,20 +244,20 @@ fn too_long_empty_and_unknown_sequences() {
 
 #[test]
 fn a_kernel_is_chosen_by_cpu_precision_and_instructions() {
-    use Instructions::{Auto, Avx2, Portable};
-    assert_eq!(KernelKind::choose(Precision::F32, Portable).unwrap(), KernelKind::Portable);
-    assert_eq!(KernelKind::choose(Precision::Auto, Portable).unwrap(), KernelKind::Portable);
+    use InstructionSet::{Auto, Avx2, Portable};
+    assert_eq!(KernelKind::select(Precision::F32, Portable).unwrap(), KernelKind::Portable);
+    assert_eq!(KernelKind::select(Precision::Auto, Portable).unwrap(), KernelKind::Portable);
     for precision in [Precision::Bf16, Precision::Int8] {
-        let error = KernelKind::choose(precision, Portable).unwrap_err().to_string();
+        let error = KernelKind::select(precision, Portable).unwrap_err().to_string();
         assert!(error.contains("embedder.precision") && error.contains("auto"), "{error}");
     }
-    let best = KernelKind::choose(Precision::Auto, Auto).unwrap();
+    let best = KernelKind::select(Precision::Auto, Auto).unwrap();
     assert!(best.is_supported() && best.precision() != Precision::Int8, "{best}");
     if KernelKind::Avx2.is_supported() {
-        assert_eq!(KernelKind::choose(Precision::F32, Avx2).unwrap(), KernelKind::Avx2);
-        assert_eq!(KernelKind::choose(Precision::Auto, Avx2).unwrap(), KernelKind::Avx2Bf16);
-        assert_eq!(KernelKind::choose(Precision::Bf16, Avx2).unwrap(), KernelKind::Avx2Bf16);
-        assert_eq!(KernelKind::choose(Precision::Int8, Avx2).unwrap(), KernelKind::Avx2Int8);
+        assert_eq!(KernelKind::select(Precision::F32, Avx2).unwrap(), KernelKind::Avx2);
+        assert_eq!(KernelKind::select(Precision::Auto, Avx2).unwrap(), KernelKind::Avx2Bf16);
+        assert_eq!(KernelKind::select(Precision::Bf16, Avx2).unwrap(), KernelKind::Avx2Bf16);
+        assert_eq!(KernelKind::select(Precision::Int8, Avx2).unwrap(), KernelKind::Avx2Int8);
         assert_ne!(best, KernelKind::Portable);
     }
     // For an index, f32 and bf16 are one class of precision, and int8 is another class.

@@ -1,0 +1,145 @@
+//! Reading pages: of rows that may be large, and in which one may be that cannot be read.
+//!
+//! A `json` value with `\u0000` has no text that PostgreSQL can give: a statement that reads the row
+//! fails, whatever else it reads. So a page that is refused for good is read in halves, down to the rows
+//! at fault. Their ids can be read.
+
+use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::ledger::{Ledger, Peeked};
+use crate::pipeline::source_row::SourceRow;
+
+/// Rows of a page at most, and of the first one.
+const PAGE: usize = super::PAGE;
+const FIRST: usize = 10;
+
+/// Bytes of a page's texts and metadata, if its rows are like those before them.
+const PAGE_BYTES: usize = 8 << 20;
+
+/// How much larger than the last a page may be: the next rows may be larger.
+const GROWTH: usize = 4;
+
+/// How many rows to read at a time, so that a page of large ones fits into the memory.
+pub(super) struct Size(usize);
+
+impl Default for Size {
+    fn default() -> Self {
+        Self(FIRST)
+    }
+}
+
+impl Size {
+    /// Rows to read, when `most` are wanted.
+    pub(super) fn of(&self, most: usize) -> usize {
+        self.0.min(most).max(1)
+    }
+
+    /// Sizes the next page by this one.
+    pub(super) fn saw(&mut self, rows: &[Peeked]) {
+        let weight = |row: &SourceRow| row.text.len() + row.metadata.len();
+        let bytes: usize = rows.iter().filter_map(|one| one.row.as_ref()).map(weight).sum();
+        let fitting = PAGE_BYTES / bytes.div_ceil(rows.len().max(1)).max(1);
+        self.0 = fitting.clamp(1, (self.0 * GROWTH).min(PAGE));
+    }
+}
+
+/// Takes a row's text and metadata away, and leaves whether it has a text.
+fn lighten(peeked: &mut Peeked) {
+    if let Some(row) = &mut peeked.row {
+        row.text = if row.has_text() { "text" } else { "" }.into();
+        row.metadata = "{}".into();
+    }
+}
+
+/// Rows in a row that cannot be read: more have a cause of their own, which is not the rows'.
+const MAX_UNREADABLE: usize = 100;
+
+/// How often a row is read again whose failure might be the server's.
+const TRIES: usize = 3;
+
+/// Rows of a page, and ids of those that cannot be read.
+pub(super) struct Page {
+    pub(super) rows: Vec<Peeked>,
+    pub(super) unreadable: Vec<String>,
+    /// The page's last id; none when nothing is left.
+    pub(super) last: Option<String>,
+    /// Whether more may follow.
+    pub(super) is_full: bool,
+}
+
+/// The next rows of the source.
+pub(super) async fn rows_after(ledger: &dyn Ledger, after: Option<&str>, limit: usize) -> Result<Page> {
+    let failed = match ledger.rows_after(after, limit).await {
+        Ok(rows) => {
+            let last = rows.last().map(|row| row.id.clone());
+            let is_full = rows.len() == limit;
+            return Ok(Page { rows, unreadable: Vec::new(), last, is_full });
+        }
+        Err(error) if may_be_of_a_row(&error) => error,
+        Err(error) => return Err(error),
+    };
+    let ids = ledger.ids_after(after, limit).await?;
+    if ids.is_empty() {
+        return Err(failed);
+    }
+    let (rows, unreadable) = peek(ledger, &ids).await?;
+    Ok(Page { rows, unreadable, last: ids.last().cloned(), is_full: ids.len() == limit })
+}
+
+/// Whether one of the rows that were asked for may be at fault.
+fn may_be_of_a_row(error: &Error) -> bool {
+    error.class() == Class::Permanent || error.is_about_change()
+}
+
+/// Whether a row fails time and again though the database answers otherwise. Else another try may do.
+async fn fails_alone(ledger: &dyn Ledger, part: &[String]) -> Result<bool> {
+    for _ in 0..TRIES {
+        ledger.pending().await?;
+        match ledger.peek(part).await {
+            Ok(_) => return Ok(false),
+            Err(error) if may_be_of_a_row(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
+}
+
+/// Rows (without their texts, but for whether they have one) and entries of these ids, and the ids that
+/// cannot be read.
+pub(super) async fn peek(ledger: &dyn Ledger, ids: &[String]) -> Result<(Vec<Peeked>, Vec<String>)> {
+    let mut rows = Vec::with_capacity(ids.len());
+    let mut unreadable = Vec::new();
+    let mut size = Size::default();
+    // The next part to read is on top, so that rows come in the order asked.
+    let mut parts = vec![ids];
+    while let Some(part) = parts.pop() {
+        if part.is_empty() {
+            continue;
+        }
+        let (part, rest) = part.split_at(size.of(part.len()));
+        parts.push(rest);
+        match ledger.peek(part).await {
+            Ok(mut peeked) => {
+                size.saw(&peeked);
+                peeked.iter_mut().for_each(lighten);
+                rows.extend(peeked);
+            }
+            Err(error) if may_be_of_a_row(&error) && part.len() == 1 => {
+                if error.class() != Class::Permanent && !fails_alone(ledger, part).await? {
+                    parts.push(part);
+                    continue;
+                }
+                if rows.is_empty() && unreadable.len() == MAX_UNREADABLE {
+                    return Err(error);
+                }
+                tracing::debug!(row.id = part[0], %error, "a row cannot be read");
+                unreadable.push(part[0].clone());
+            }
+            Err(error) if may_be_of_a_row(&error) => {
+                let (first, second) = part.split_at(part.len() / 2);
+                parts.extend([second, first]);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((rows, unreadable))
+}

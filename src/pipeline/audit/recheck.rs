@@ -1,0 +1,283 @@
+//! Suspects: ids that differed when they were last seen, and when their difference is sure.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use super::pages;
+use super::{Difference, DifferenceKind, PAGE, RECHECK_PAUSE};
+use crate::pipeline::clock::Clock;
+use crate::pipeline::failure::Result;
+use crate::pipeline::index::{Stored, VectorIndex, Writes};
+use crate::pipeline::ledger::{Ledger, Peeked};
+use crate::pipeline::queue::QueueStats;
+use crate::pipeline::source_row::{Hash, SourceRow};
+use crate::pipeline::unchanged::{Need, needed};
+
+/// An index outside of the database may show a write a little later than it accepts it: a difference
+/// to a clean entry must last this long.
+const VISIBLE_AFTER: Duration = Duration::from_secs(5);
+
+/// With many changes under way, a difference must last this many times as long as without.
+const LOST_AFTER_UNDER_LOAD: u32 = 30;
+
+/// Epoch of the entry and hashes of the row, and how they differ from the index.
+pub(super) type State = (Option<i64>, Option<(Hash, Hash)>, DifferenceKind);
+
+pub(super) fn state(peeked: &Peeked, kind: DifferenceKind) -> State {
+    let hashes = peeked.row.as_ref().map(|row| (row.content_hash, row.metadata_hash));
+    (peeked.entry.as_ref().map(|entry| entry.epoch), hashes, kind)
+}
+
+/// An id that differed when it was last seen.
+pub(super) struct Suspect {
+    pub(super) id: String,
+    /// As last seen.
+    pub(super) state: State,
+    /// Since when it has looked like this at the latest, by the database's clock: read after the
+    /// state, so that whatever led to the state was captured before.
+    pub(super) since: Timestamp,
+    /// Since when it has looked like this, by ours; none before it was looked at again.
+    pub(super) stable_since: Option<Duration>,
+    /// Whether the table was to be read anew when it was seen: a change of it is still to be captured, then.
+    pub(super) waits: bool,
+    /// When it was first seen, by our clock.
+    pub(super) first: Duration,
+    /// The page of rows that showed a row with a text: the id before the page, which is none for the
+    /// first page, and how many rows it had.
+    pub(super) page: Option<(Option<String>, usize)>,
+}
+
+/// How a record differs from its row, if it does.
+pub(super) fn difference(peeked: &Peeked, stored: Option<&Stored>) -> Option<DifferenceKind> {
+    match (peeked.row.as_ref().filter(|row| row.has_text()), stored) {
+        (None, None) => None,
+        (None, Some(_)) => Some(DifferenceKind::Orphaned),
+        (Some(_), None) => Some(DifferenceKind::Missing),
+        (Some(row), Some(stored)) => match needed(Some(row), stored.known()) {
+            Need::Nothing => None,
+            // Not every index keeps metadata.
+            Need::Metadata if stored.metadata_hash.is_none() => None,
+            _ => Some(DifferenceKind::Stale),
+        },
+    }
+}
+
+/// Whether the ledger does not say that the index holds this row: somebody must still see to the id.
+pub(super) fn is_unsettled(peeked: &Peeked) -> bool {
+    !peeked.is_in_sync()
+}
+
+/// What stands in the dead letters.
+#[derive(Debug)]
+pub(super) enum DeadLetterIds {
+    /// Nothing.
+    None,
+    /// Changes of these ids.
+    Of(HashSet<String>),
+    /// Something: reading it would keep it from others, or there is too much.
+    Some,
+}
+
+/// What the continuous proof does beyond an audit.
+pub(super) struct ProofContext {
+    /// How long a difference must last until it is taken for a lost message.
+    pub(super) lost_after: Duration,
+    /// Whether hardly any changes are under way.
+    pub(super) quiet: bool,
+    pub(super) letters: DeadLetterIds,
+}
+
+impl ProofContext {
+    /// Whether an entry waits in the dead letters for somebody to bring it back.
+    fn is_dead_lettered(&self, peeked: &Peeked) -> bool {
+        peeked.entry.as_ref().is_some_and(|entry| entry.parked)
+            && match &self.letters {
+                DeadLetterIds::None => false,
+                DeadLetterIds::Of(ids) => ids.contains(&peeked.id),
+                DeadLetterIds::Some => true,
+            }
+    }
+}
+
+/// What looking at suspects came to.
+#[derive(Default)]
+pub(super) struct Rechecked {
+    pub(super) confirmed: Vec<Difference>,
+    pub(super) unconfirmed: Vec<Suspect>,
+    pub(super) unreadable: Vec<String>,
+}
+
+/// A look at suspects.
+pub(super) struct Recheck<'a> {
+    pub(super) ledger: &'a dyn Ledger,
+    pub(super) index: &'a dyn VectorIndex,
+    pub(super) queue: &'a dyn QueueStats,
+    pub(super) clock: &'a dyn Clock,
+    /// None for an audit.
+    pub(super) proof: Option<ProofContext>,
+}
+
+impl Recheck<'_> {
+    /// How an id differs. For the proof an entry that nobody has settled differs too: its message may be
+    /// lost.
+    pub(super) fn classify(&self, peeked: &Peeked, stored: Option<&Stored>) -> Option<DifferenceKind> {
+        let Some(proof) = &self.proof else { return difference(peeked, stored) };
+        if proof.is_dead_lettered(peeked) {
+            return None;
+        }
+        difference(peeked, stored).or_else(|| is_unsettled(peeked).then_some(DifferenceKind::Unsettled))
+    }
+
+    pub(super) async fn fetch(&self, ids: &[String]) -> Result<HashMap<String, Stored>> {
+        if ids.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let stored = self.index.fetch(ids).await?;
+        Ok(stored.into_iter().map(|stored| (stored.id.clone(), stored)).collect())
+    }
+
+    /// Makes suspects of ids that differ. The clock is read after they were seen.
+    pub(super) async fn suspect(
+        &self,
+        differing: Vec<(&Peeked, DifferenceKind)>,
+        page: Option<&(Option<String>, usize)>,
+    ) -> Result<Vec<Suspect>> {
+        if differing.is_empty() {
+            return Ok(Vec::new());
+        }
+        let pending = self.ledger.pending().await?;
+        let first = self.clock.now();
+        let has_text = |peeked: &Peeked| peeked.row.as_ref().is_some_and(SourceRow::has_text);
+        let suspects = differing.into_iter().map(|(peeked, kind)| Suspect {
+            id: peeked.id.clone(),
+            state: state(peeked, kind),
+            since: pending.now,
+            stable_since: None,
+            waits: pending.rereads,
+            first,
+            page: page.filter(|_| has_text(peeked)).cloned(),
+        });
+        Ok(suspects.collect())
+    }
+
+    /// Looks at all suspects once.
+    pub(super) async fn run(&self, mut suspects: Vec<Suspect>) -> Result<Rechecked> {
+        // The outbox before the queue: what moves in between is seen twice, and not missed.
+        let pending = self.ledger.pending().await?;
+        // What a table's being read anew puts into the outbox seems younger than the suspects that it is about.
+        // When that is over, all of it is older than now.
+        for suspect in &mut suspects {
+            if pending.rereads {
+                suspect.waits = true;
+            } else if std::mem::take(&mut suspect.waits) {
+                (suspect.since, suspect.stable_since) = (pending.now, None);
+            }
+        }
+        let queued = self.queue.oldest().await?;
+        let oldest = [pending.oldest, queued].into_iter().flatten().min();
+        let mut rechecked = Rechecked::default();
+        while !suspects.is_empty() {
+            let rest = suspects.split_off(suspects.len().min(PAGE));
+            self.recheck_page(std::mem::replace(&mut suspects, rest), oldest, &mut rechecked).await?;
+        }
+        Ok(rechecked)
+    }
+
+    async fn recheck_page(
+        &self,
+        suspects: Vec<Suspect>,
+        oldest: Option<Timestamp>,
+        rechecked: &mut Rechecked,
+    ) -> Result<()> {
+        let ids: Vec<String> = suspects.iter().map(|suspect| suspect.id.clone()).collect();
+        let before = by_id(pages::peek(self.ledger, &ids).await?.0);
+        let stored = self.fetch(&ids).await?;
+        let (after, unreadable) = pages::peek(self.ledger, &ids).await?;
+        let now = self.ledger.pending().await?.now;
+        let after = by_id(after);
+        rechecked.unreadable.extend(unreadable);
+        let visible_after = if matches!(self.index.writes(), Writes::Transactional(_)) {
+            Duration::ZERO
+        } else {
+            VISIBLE_AFTER
+        };
+        let mut vanished = Vec::new();
+        for mut suspect in suspects {
+            let Some(after) = after.get(&suspect.id) else { continue };
+            let before = before.get(&suspect.id);
+            let stands = |kind| before.is_some_and(|before| state(before, kind) == state(after, kind));
+            let Some(kind) = self.classify(after, stored.get(&suspect.id)) else {
+                // A row that moves on while we look will be looked at again.
+                if !stands(DifferenceKind::Stale) {
+                    rechecked.unconfirmed.push(suspect);
+                } else if after.row.is_none() && suspect.page.is_some() {
+                    vanished.push(suspect);
+                }
+                continue;
+            };
+            let seen = state(after, kind);
+            let is_open = after.entry.as_ref().is_some_and(|entry| entry.open > 0);
+            if is_open || suspect.state != seen || !stands(kind) {
+                rechecked.unconfirmed.push(Suspect {
+                    state: seen,
+                    since: now,
+                    stable_since: None,
+                    ..suspect
+                });
+                continue;
+            }
+            let at = self.clock.now();
+            let lasted = at.saturating_sub(*suspect.stable_since.get_or_insert(at));
+            let is_clean = after.entry.as_ref().is_some_and(|entry| entry.matches(after.row.as_ref()));
+            let drained = oldest.is_none_or(|oldest| oldest > suspect.since);
+            let is_lost = !suspect.waits && (drained || self.outlasts(lasted));
+            if lasted >= visible_after && (is_clean || is_lost) {
+                rechecked.confirmed.push(Difference { id: suspect.id, kind });
+            } else {
+                rechecked.unconfirmed.push(suspect);
+            }
+        }
+        self.confirm_gone(vanished, rechecked).await
+    }
+
+    /// Whether a difference has lasted so long that its message must be lost. Doing it again is harmless,
+    /// so that this may be wrong; but while a load waits its turn it would double the load.
+    fn outlasts(&self, lasted: Duration) -> bool {
+        self.proof.as_ref().is_some_and(|proof| {
+            lasted >= proof.lost_after * if proof.quiet { 1 } else { LOST_AFTER_UNDER_LOAD }
+        })
+    }
+
+    /// A row that a page showed and that a read by its id does not find is gone only if the page does not
+    /// show it any more. Else reads by id lie, and every row would pass for one that is gone.
+    async fn confirm_gone(&self, vanished: Vec<Suspect>, rechecked: &mut Rechecked) -> Result<()> {
+        let mut by_page: BTreeMap<(Option<String>, usize), Vec<Suspect>> = BTreeMap::new();
+        for suspect in vanished {
+            if let Some(page) = suspect.page.clone() {
+                by_page.entry(page).or_default().push(suspect);
+            }
+        }
+        for ((after, limit), suspects) in by_page {
+            let rows = pages::rows_after(self.ledger, after.as_deref(), limit).await?.rows;
+            let shown: HashSet<&str> = rows.iter().map(|row| row.id.as_str()).collect();
+            for suspect in suspects.into_iter().filter(|suspect| shown.contains(suspect.id.as_str())) {
+                let at = self.clock.now();
+                let lasted = at.saturating_sub(suspect.stable_since.unwrap_or(at));
+                // Once more, for a row that came back in between.
+                if suspect.stable_since.is_some() && lasted >= RECHECK_PAUSE {
+                    rechecked.confirmed.push(Difference { id: suspect.id, kind: DifferenceKind::Missing });
+                } else {
+                    let stable_since = Some(suspect.stable_since.unwrap_or(at));
+                    rechecked.unconfirmed.push(Suspect { stable_since, ..suspect });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn by_id(peeked: Vec<Peeked>) -> HashMap<String, Peeked> {
+    peeked.into_iter().map(|one| (one.id.clone(), one)).collect()
+}
