@@ -45,6 +45,8 @@ pub async fn work(
     let workers = settings.indexer.worker_count();
     let worker =
         WorkerRegistration::join(backends.postgres.clone(), "embed", workers, Arc::clone(metrics)).await?;
+    // Before the first heartbeat, so that none is missed.
+    let lost = worker.lost.subscribe();
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
     let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease));
     let indexer = Indexer::new(
@@ -94,6 +96,7 @@ pub async fn work(
             backends.generation.id,
             &*backends.index,
             settings.indexer.attempt(),
+            lost,
             &work_ended,
         )
         .await;

@@ -19,6 +19,14 @@
 //!   embedding. The database gets a new name. So the old server, if it still runs, is recognised as another
 //!   database.
 //!
+//! The number grows once a minute, so it does not show a restore to a state of less than a minute ago, if server
+//! and timeline stay the same (a storage snapshot, or a copy of the files). A running worker shows it: it wrote
+//! a heartbeat each second to `refarch.worker`, and the restored database does not hold the last one. That cannot
+//! be overtaken by what is written after the restore, as a position in the write-ahead log could be. The workers
+//! of a fleet notice it each, and the first to hold the lock queues every row: `changed_at` is then later than
+//! the lost heartbeats of all the others. If no worker ran at the restore, only the number tells. A state that
+//! holds the last heartbeats of all workers is not told apart from the newest.
+//!
 //! The index may apply a write up to the settling time after it accepted the write. While that may still
 //! happen, the ledger keeps the row open. But the ledger of the lost time is gone, and so is what it knew of
 //! such writes. If a row were written anew at once, a write of the lost time could still replace it, and
@@ -36,8 +44,9 @@
 //! the database went back (another server or timeline, or a number lower than one that this process set),
 //! every id is queued. A row that agrees with the index costs one comparison.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use tokio::sync::watch;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
@@ -58,6 +67,9 @@ const TAKEN_FOR: &str = "10 minutes";
 /// How many times a missing record is looked for, a second apart, before it counts as missing: an index may
 /// show a write some time later.
 const CHECKS_BEFORE_MISSING: u32 = 4;
+
+/// How soon a worker tries again to handle that the database went back.
+const AGAIN_AFTER: Duration = Duration::from_secs(5);
 
 /// How often a worker that waits for late writes uses its session.
 const BEAT_EVERY: Duration = Duration::from_secs(1);
@@ -80,7 +92,7 @@ enum Check {
     Unclaimed,
     /// The record has this database's name, and the database is on another server or timeline.
     ServerChanged,
-    /// The record has this database's name and a higher number.
+    /// The record has this database's name and a higher number, or the database lost a heartbeat.
     IndexAhead(i64),
     /// The record has another name.
     OtherDatabase,
@@ -111,6 +123,8 @@ struct DatabaseEpoch {
     handled_record: Option<String>,
     /// Whether this database changed its name within [`OLD_NAME_SEEN_FOR`].
     changed_now: bool,
+    /// When every row was last queued because this database went back or moved.
+    changed_at: Option<SystemTime>,
     /// Whether an index of another database was taken over within [`TAKEN_FOR`].
     taken_lately: bool,
     /// Server and timeline when the epoch last grew, and now.
@@ -129,6 +143,11 @@ impl DatabaseEpoch {
             return false;
         };
         then.iter().zip(&now).any(|(then, now)| !then.is_empty() && !now.is_empty() && then != now)
+    }
+
+    /// Whether the database went back to before this heartbeat, and nobody has queued every row since.
+    fn went_back(&self, lost: Option<SystemTime>) -> bool {
+        lost.is_some_and(|lost| self.changed_at.is_none_or(|at| at <= lost))
     }
 
     /// Whether a record of another name was handled already.
@@ -161,7 +180,8 @@ async fn read(postgres: &Postgres, generation: i32) -> Result<DatabaseEpoch> {
         "INSERT INTO refarch.lineage AS l (target) VALUES ($1) ON CONFLICT (target) DO UPDATE SET mark = l.mark \
          RETURNING name, mark, EXISTS (SELECT FROM refarch.ledger e WHERE e.target = $1 AND e.epoch > 0), \
            foreign_note, coalesce(changed_at > clock_timestamp() - interval '{OLD_NAME_SEEN_FOR}', false), \
-           coalesce(taken_at > clock_timestamp() - interval '{TAKEN_FOR}', false), incarnation, refarch.incarnation()"
+           coalesce(taken_at > clock_timestamp() - interval '{TAKEN_FOR}', false), incarnation, refarch.incarnation(), \
+           changed_at"
     );
     let row = client
         .query_one(&sql, &[&generation])
@@ -176,14 +196,16 @@ async fn read(postgres: &Postgres, generation: i32) -> Result<DatabaseEpoch> {
         taken_lately: row.get(5),
         recorded: row.get(6),
         current: row.get(7),
+        changed_at: row.get(8),
     })
 }
 
-/// Reads the record and compares it.
+/// Reads the record and compares it. `lost` is a heartbeat that the database has lost.
 async fn read_and_check(
     postgres: &Postgres,
     generation: i32,
     store: &dyn OwnershipStore,
+    lost: Option<SystemTime>,
 ) -> Result<(DatabaseEpoch, Option<String>, Check)> {
     let before = read(postgres, generation).await?;
     let record = store.record().await?;
@@ -193,14 +215,17 @@ async fn read_and_check(
         Some(_) => DatabaseEpoch { written: before.written, ..read(postgres, generation).await? },
         None => before,
     };
-    let found = state.check(record.as_deref());
+    let found = match state.check(record.as_deref()) {
+        Check::Owned if state.went_back(lost) => Check::IndexAhead(state.epoch),
+        found => found,
+    };
     Ok((state, record, found))
 }
 
 /// Compares the ownership record of the index with the database.
 pub async fn compare(postgres: &Postgres, generation: i32, index: &dyn VectorIndex) -> Result<Ownership> {
     let Some(store) = index.ownership_store() else { return Ok(Ownership::Owned) };
-    Ok(match read_and_check(postgres, generation, store).await?.2 {
+    Ok(match read_and_check(postgres, generation, store, None).await?.2 {
         // After a change of server, records may be ahead of the ledger. The caller compares records and finds
         // them.
         Check::Owned | Check::ServerChanged => Ownership::Owned,
@@ -250,10 +275,20 @@ pub async fn renew(
     store: &dyn OwnershipStore,
     settle: Duration,
 ) -> Result<()> {
-    match read_and_check(postgres, generation, store).await?.2 {
+    advance(postgres, generation, store, settle, None).await
+}
+
+async fn advance(
+    postgres: &Postgres,
+    generation: i32,
+    store: &dyn OwnershipStore,
+    settle: Duration,
+    lost: Option<SystemTime>,
+) -> Result<()> {
+    match read_and_check(postgres, generation, store, lost).await?.2 {
         Check::Owned | Check::Unclaimed => write_record(postgres, generation, store).await,
         // Another worker may have seen the same: the lock lets one worker handle it.
-        _ => take_over(postgres, generation, store, settle, &|_| ()).await,
+        _ => take_over(postgres, generation, store, settle, lost, &|_| ()).await,
     }
 }
 
@@ -274,7 +309,7 @@ pub async fn claim(
     report: &(dyn Fn(&str) + Sync),
 ) -> Result<()> {
     if let Some(store) = index.ownership_store() {
-        return take_over(postgres, generation, store, settle, report).await;
+        return take_over(postgres, generation, store, settle, None, report).await;
     }
     let state = read(postgres, generation).await?;
     if state.has_changed_server() {
@@ -288,10 +323,11 @@ async fn take_over(
     generation: i32,
     store: &dyn OwnershipStore,
     settle: Duration,
+    lost: Option<SystemTime>,
     report: &(dyn Fn(&str) + Sync),
 ) -> Result<()> {
     // Before the lock: if another worker has the lock and waits, so does this one.
-    let (state, _, found) = read_and_check(postgres, generation, store).await?;
+    let (state, _, found) = read_and_check(postgres, generation, store, lost).await?;
     if let Some(why) = found.why_wait().filter(|_| !is_shared(&state, found)) {
         report(&format!(
             "{why}, and writes that the ledger does not know of may still be applied to the index: every row is \
@@ -310,11 +346,11 @@ async fn take_over(
         .await
         .map_err(fail)?;
     session.batch_execute("COMMIT").await.map_err(fail)?;
-    let (mut state, mut seen, mut found) = read_and_check(postgres, generation, store).await?;
+    let (mut state, mut seen, mut found) = read_and_check(postgres, generation, store, lost).await?;
     for _ in 1..CHECKS_BEFORE_MISSING {
         if found == Check::RecordMissing {
             tokio::time::sleep(Duration::from_secs(1)).await;
-            (state, seen, found) = read_and_check(postgres, generation, store).await?;
+            (state, seen, found) = read_and_check(postgres, generation, store, lost).await?;
         }
     }
     if let Some(why) = found.why_wait().filter(|_| !is_shared(&state, found)) {
@@ -324,7 +360,7 @@ async fn take_over(
             "waiting until the index has applied every write that the ledger does not know of"
         );
         wait(&session, settle).await.map_err(fail)?;
-        (state, seen, found) = read_and_check(postgres, generation, store).await?;
+        (state, seen, found) = read_and_check(postgres, generation, store, lost).await?;
     }
     match found {
         Check::Owned | Check::Unclaimed => {}
@@ -392,10 +428,10 @@ async fn invalidate_all(
         .execute(
             "UPDATE refarch.lineage SET name = CASE WHEN $2 THEN gen_random_uuid()::text ELSE name END, \
                mark = greatest(mark, $3) + 1, foreign_note = $4, \
-               changed_at = CASE WHEN $2 THEN clock_timestamp() ELSE changed_at END, \
+               changed_at = CASE WHEN $6 THEN clock_timestamp() ELSE changed_at END, \
                taken_at = CASE WHEN $5 THEN clock_timestamp() ELSE taken_at END, incarnation = refarch.incarnation() \
              WHERE target = $1",
-            &[&generation, &has_changed_server, &seen, &record, &(found == Check::OtherDatabase)],
+            &[&generation, &has_changed_server, &seen, &record, &(found == Check::OtherDatabase), &keep],
         )
         .await
         .map_err(fail)?;
@@ -425,7 +461,8 @@ async fn requeue_all(postgres: &Postgres, generation: i32, state: &DatabaseEpoch
     transaction.execute("SELECT refarch.queue_all($1)", &[&generation]).await.map_err(fail)?;
     transaction
         .execute(
-            "UPDATE refarch.lineage SET mark = greatest(mark, $2), incarnation = refarch.incarnation() WHERE target = $1",
+            "UPDATE refarch.lineage SET mark = greatest(mark, $2), changed_at = clock_timestamp(), \
+             incarnation = refarch.incarnation() WHERE target = $1",
             &[&generation, &seen],
         )
         .await
@@ -453,13 +490,20 @@ pub enum Renewal {
 pub struct KnownEpoch {
     name: String,
     epoch: i64,
+    /// A heartbeat that the database has lost, until that is handled.
+    lost: Option<SystemTime>,
 }
 
 impl KnownEpoch {
     /// The epoch after the index has been claimed.
     pub async fn new(postgres: &Postgres, generation: i32) -> Result<Self> {
         let DatabaseEpoch { name, epoch, .. } = read(postgres, generation).await?;
-        Ok(Self { name, epoch })
+        Ok(Self { name, epoch, lost: None })
+    }
+
+    /// The database does not hold a heartbeat that a worker wrote at `lost`. The next renewal handles it.
+    pub fn went_back(&mut self, lost: SystemTime) {
+        self.lost = Some(lost);
     }
 
     /// Compares, handles the result, and advances the epoch. May wait for `settle` as [`claim`] does.
@@ -471,44 +515,53 @@ impl KnownEpoch {
         settle: Duration,
     ) -> Result<Renewal> {
         if let Some(store) = index.ownership_store() {
-            let (state, record, found) = read_and_check(postgres, generation, store).await?;
+            let (state, record, found) = read_and_check(postgres, generation, store, self.lost).await?;
             // If the name in the database changed too, the database itself is another one.
             if found == Check::OtherDatabase && state.name == self.name {
                 return Ok(Renewal::Lost(shared_namespace(record.as_deref())));
             }
-            self::renew(postgres, generation, store, settle).await?;
+            advance(postgres, generation, store, settle, self.lost).await?;
             *self = Self::new(postgres, generation).await?;
         } else {
             let state = read(postgres, generation).await?;
-            if state.has_changed_server() || state.epoch < self.epoch || state.name != self.name {
+            if state.has_changed_server()
+                || state.epoch < self.epoch
+                || state.name != self.name
+                || state.went_back(self.lost)
+            {
                 requeue_all(postgres, generation, &state, self.epoch).await?;
             }
             let (name, epoch) = advance_epoch(postgres, generation).await?;
-            *self = Self { name, epoch };
+            *self = Self { name, epoch, lost: None };
         }
         Ok(Renewal::Owned)
     }
 }
 
-/// Advances the epoch every `RENEW_EVERY` until `stop`, which also ends the waiting for `settle`. Ends early with
-/// an error if another database took the index over.
+/// Advances the epoch every `RENEW_EVERY`, and at once when the database `lost` a heartbeat, until `stop`, which also
+/// ends the waiting for `settle`. Ends early with an error if another database took the index over.
 pub async fn keep(
     postgres: &Postgres,
     generation: i32,
     index: &dyn VectorIndex,
     settle: Duration,
+    mut lost: watch::Receiver<Option<SystemTime>>,
     stop: &CancellationToken,
 ) -> Result<()> {
     let mut known = None;
+    let mut unhandled: Option<SystemTime> = None;
     loop {
         let renew = async {
-            match &mut known {
-                None => {
-                    known = Some(KnownEpoch::new(postgres, generation).await?);
-                    Ok(Renewal::Owned)
-                }
-                Some(known) => known.renew(postgres, generation, index, settle).await,
+            let Some(known) = &mut known else {
+                known = Some(KnownEpoch::new(postgres, generation).await?);
+                return Ok(Renewal::Owned);
+            };
+            if let Some(lost) = unhandled {
+                known.went_back(lost);
             }
+            let renewed = known.renew(postgres, generation, index, settle).await?;
+            unhandled = None;
+            Ok::<_, Error>(renewed)
         };
         let Some(renewed) = stop.run_until_cancelled(renew).await else { return Ok(()) };
         match renewed {
@@ -516,7 +569,14 @@ pub async fn keep(
             Ok(Renewal::Lost(error)) => return Err(error),
             Err(error) => tracing::debug!(%error, "cannot renew the ownership of the index"),
         }
-        if stop.run_until_cancelled(tokio::time::sleep(RENEW_EVERY)).await.is_none() {
+        let pause = if unhandled.is_some() { AGAIN_AFTER } else { RENEW_EVERY };
+        let next = async {
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                Ok(()) = lost.changed() => unhandled = *lost.borrow(),
+            }
+        };
+        if stop.run_until_cancelled(next).await.is_none() {
             return Ok(());
         }
     }

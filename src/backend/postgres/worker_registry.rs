@@ -1,8 +1,9 @@
 //! The worker registry: heartbeats, samples and events of each process.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{Connection, Postgres, failure};
@@ -30,6 +31,9 @@ pub struct WorkerRegistration {
     pub id: String,
     /// Faults that parts of this worker report. Each heartbeat writes them.
     pub faults: Arc<FaultBoard>,
+    /// The last heartbeat that this worker wrote and the database does not hold: the database went back to an
+    /// earlier state.
+    pub lost: watch::Sender<Option<SystemTime>>,
     metrics: Arc<Metrics>,
     role: String,
     host: String,
@@ -40,16 +44,19 @@ pub struct WorkerRegistration {
 /// What the last heartbeat wrote, to see what is new.
 #[derive(Default)]
 struct Last {
+    /// When, by the database's clock.
+    at: Option<SystemTime>,
     totals: (u64, u64),
     faults: WrittenFaults,
 }
 
 impl WorkerRegistration {
-    /// Registers a worker.
+    /// Registers a worker. Its heartbeats wait for the disk, so a crash of the server loses none.
     pub async fn join(postgres: Postgres, role: &str, threads: usize, metrics: Arc<Metrics>) -> Result<Self> {
         let host = nix::unistd::gethostname()
             .map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned());
         let pid = std::process::id() as i32;
+        let postgres = postgres.waiting_for_the_disk();
         let id = format!("{role}-{host}-{pid}-{:04x}", rand::random::<u16>());
         let joined = async {
             let client = postgres.client().await?;
@@ -69,7 +76,17 @@ impl WorkerRegistration {
             Ok(_) => {}
         }
         let (role, threads) = (role.to_owned(), threads as i32);
-        Ok(Self { postgres, id, faults: Arc::default(), metrics, role, host, pid, threads })
+        Ok(Self {
+            postgres,
+            id,
+            faults: Arc::default(),
+            lost: watch::Sender::new(None),
+            metrics,
+            role,
+            host,
+            pid,
+            threads,
+        })
     }
 
     /// Writes heartbeats until `stop`, then removes the entry.
@@ -91,13 +108,20 @@ impl WorkerRegistration {
         let fail = |error: tokio_postgres::Error| failure("write a heartbeat", error);
         let (applied, embedded) = self.metrics.totals();
         let client = self.postgres.client().await?;
-        // INSERT, since a database that was restored to an earlier state may not have this worker's row.
-        client
-            .execute(
-                "INSERT INTO refarch.worker (worker_id, role, host, pid, threads, heartbeat_at, applied, embedded) \
+        // INSERT, since a database that was restored to an earlier state may not have this worker's row. Without a
+        // restore, only a row that was not written for long is removed.
+        let sql = format!(
+            "WITH before AS (SELECT heartbeat_at FROM refarch.worker WHERE worker_id = $1) \
+                 INSERT INTO refarch.worker (worker_id, role, host, pid, threads, heartbeat_at, applied, embedded) \
                  VALUES ($1, $4, $5, $6, $7, clock_timestamp(), $2, $3) \
                  ON CONFLICT (worker_id) DO UPDATE SET heartbeat_at = excluded.heartbeat_at, applied = excluded.applied, \
-                   embedded = excluded.embedded",
+                   embedded = excluded.embedded \
+                 RETURNING heartbeat_at, coalesce((SELECT heartbeat_at FROM before) < $8::timestamptz, \
+                   $8 > clock_timestamp() - interval '{KEEP}', false)"
+        );
+        let row = client
+            .query_one(
+                &sql,
                 &[
                     &self.id,
                     &(applied as i64),
@@ -106,10 +130,19 @@ impl WorkerRegistration {
                     &self.host,
                     &self.pid,
                     &self.threads,
+                    &last.at,
                 ],
             )
             .await
             .map_err(fail)?;
+        let lost = last.at.replace(row.get(0));
+        if row.get(1) {
+            tracing::warn!(
+                worker.id = self.id,
+                "the database went back: it has lost this worker's last heartbeat"
+            );
+            self.lost.send_replace(lost);
+        }
         last.faults.keep(&client, &self.id, self.faults.current()).await?;
         let recent = |lane| -> (Vec<i16>, Vec<i64>) {
             let recent = self.metrics.take_recent(lane);

@@ -365,6 +365,32 @@ async fn a_database_that_is_restored_under_a_running_worker_is_noticed_at_the_ne
     shop.agrees().await;
 }
 
+/// How often every row was queued again.
+const TIMES: &str = "SELECT max(epoch) FROM refarch.ledger";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_lost_heartbeats_of_its_workers_is_noticed_once() {
+    let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
+    let shop = Shop::new(&double, "", "id,name").await.impatient().filled().await;
+    let mark = "SELECT mark FROM refarch.lineage";
+    let beating = "SELECT count(*) FROM refarch.worker WHERE heartbeat_at > started_at + interval '1 second'";
+    let claimed = shop.number(mark).await + 2;
+    let _workers = [0, 1].map(|_| shop.command(&["embed", "--workers", "1"]).spawn().unwrap());
+    eventually("both workers to run", TIMEOUT * 2, async || {
+        shop.number(beating).await == 2 && shop.number(mark).await >= claimed
+    })
+    .await;
+    assert_eq!(shop.distrusted().await, (0, 0));
+    let before = shop.number(TIMES).await;
+    // As a copy from ten seconds ago has it: server, timeline and mark are the same.
+    shop.sql("UPDATE refarch.worker SET heartbeat_at = heartbeat_at - interval '10 seconds'").await;
+    eventually("every row to be queued again", TIMEOUT * 2, async || shop.distrusted().await == (3, 3)).await;
+    // The second worker marks only, as the first one does in the end.
+    eventually("both workers to have marked", TIMEOUT * 2, async || shop.number(mark).await >= claimed + 3)
+        .await;
+    assert_eq!(shop.number(TIMES).await, before + 1, "whoever of the fleet notices it");
+}
+
 /// Sets a database back to an earlier copy of itself.
 async fn copied(shop: Shop) -> (Shop, Database) {
     let Shop { database, client, env } = shop;
@@ -501,6 +527,16 @@ async fn vectors_in_a_database_that_went_back_are_looked_at_and_not_made_again()
         worker.renew(&postgres, generation, &*backends.index, Duration::ZERO).await.unwrap();
         assert_eq!(shop.distrusted().await, (0, 0), "{went_back}");
     }
+    // Nor does it hold a heartbeat that was written: two workers notice that, and one queues the rows.
+    let lost = shop.client.query_one("SELECT clock_timestamp()", &[]).await.unwrap().get(0);
+    let mut other = KnownEpoch::new(&postgres, generation).await.unwrap();
+    for (worker, queued) in [(&mut worker, 3), (&mut other, 0)] {
+        worker.went_back(lost);
+        worker.renew(&postgres, generation, &*backends.index, Duration::ZERO).await.unwrap();
+        assert_eq!(shop.distrusted().await, (queued, 0));
+        shop.sync().await;
+    }
+    shop.agrees().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
