@@ -218,7 +218,7 @@ impl Isolation {
     pub(super) async fn uncount_try(&self, batch: &mut Batch) {
         let Some(id) = batch.tries.in_try.take() else { return };
         if let Err(error) = self.ledger.count_try(&id, -1).await {
-            tracing::debug!(product.id = id, %error, "cannot take back the count of a try");
+            tracing::debug!(row.id = id, %error, "cannot take back the count of a try");
             batch.tries.counted.insert(id);
         }
     }
@@ -354,7 +354,7 @@ impl Isolation {
             self.dead_letters.store(message, Some(&part), cause).await?;
         }
         tracing::error!(
-            product.id = id,
+            row.id = id,
             tries = cause.tries,
             error = cause.error,
             "a change {}: moved to the dead letters",
