@@ -398,12 +398,13 @@ async fn what_a_shared_queue_may_hold_of_a_load_is_no_live_backlog() {
 async fn only_the_entries_that_failed_are_sent_again() {
     let fixture = sqs_on_double().await;
     let double = fixture.double.clone().unwrap();
-    double.set_faults(SqsFaults { entry: 0.2, ..SqsFaults::default() });
+    // Few enough that no entry fails at each of its tries.
+    double.set_faults(SqsFaults { entry: 0.08, ..SqsFaults::default() });
     let jobs: Vec<Job> = (0..200).map(|n| job(Lane::Live, n..n + 1)).collect();
     fixture.queue.jobs.send(&jobs).await.unwrap();
     let counts = double.counts();
     // Half of the failures were done, and so come twice: that is what at least once means.
-    assert!(counts.entries_failed > 10);
+    assert!(counts.entries_failed > 3);
     assert!(
         counts.messages_sent <= 200 + counts.entries_failed,
         "{} sent, {} failed",
