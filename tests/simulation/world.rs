@@ -250,9 +250,11 @@ impl World {
         self.count("truncate");
     }
 
-    /// Copies the database. An index in the database would go back together with it.
+    /// Copies the database. An index in the database would go back together with it. A restore has every row written
+    /// anew, which hides what another mutation did: then there is no copy.
     pub fn back_up(&mut self) {
-        if self.kind == IndexKind::Untracked {
+        let is_hidden = self.mutation.is_some() && !self.is_mutated(ProtocolMutation::RestoreWithoutSettling);
+        if self.kind == IndexKind::Untracked && !is_hidden {
             self.backup = Some(Backup {
                 rows: self.rows.clone(),
                 outbox: self.outbox.clone(),
