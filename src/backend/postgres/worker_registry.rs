@@ -135,13 +135,13 @@ impl WorkerRegistration {
             )
             .await
             .map_err(fail)?;
-        let lost = last.at.replace(row.get(0));
+        let previous = last.at.replace(row.get(0));
         if row.get(1) {
             tracing::warn!(
                 worker.id = self.id,
                 "the database went back: it has lost this worker's last heartbeat"
             );
-            self.lost.send_replace(lost);
+            self.lost.send_replace(previous);
         }
         last.faults.keep(&client, &self.id, self.faults.current()).await?;
         let recent = |lane| -> (Vec<i16>, Vec<i64>) {

@@ -157,9 +157,9 @@ impl Sqs {
         let only = if let [lane] = receiver.lanes[..] { Some(lane) } else { None };
         let (answer, answered) = oneshot::channel();
         tokio::spawn(async move {
-            let received = receive(&client, &url, max, wait, visibility).await;
-            let received = received.map(|raw| raw.into_iter().filter_map(|raw| read(raw, only)).collect());
-            if let Err(Ok(unwanted)) = answer.send(received) {
+            let messages = receive(&client, &url, max, wait, visibility).await;
+            let messages = messages.map(|raw| raw.into_iter().filter_map(|raw| read(raw, only)).collect());
+            if let Err(Ok(unwanted)) = answer.send(messages) {
                 let unwanted: Vec<Message> = unwanted;
                 let handles = unwanted.into_iter().map(|message| message.receipt.handle).collect();
                 if let Err(error) = change_visibility(&client, &url, handles, Duration::ZERO).await {
