@@ -1,6 +1,6 @@
 //! A batch of messages, from received to acknowledged: what of it remains, and in which groups that is tried.
 //!
-//! Plain data. [`groups`](super::groups) works it off, and [`poison`](super::poison) keeps in it how often
+//! Plain data. [`groups`](super::groups) works it off, and [`poison`] keeps in it how often
 //! its changes were tried.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};

@@ -1,7 +1,7 @@
 //! The tracked writes of one worker that are not known to be closed.
 //!
 //! What a worker has begun and the ledger names, but this list does not, is nobody's: the ledger marks it as
-//! abandoned ([`disown`](crate::pipeline::ledger::Ledger::disown)).
+//! abandoned ([`abandon_orphans`](crate::pipeline::ledger::Ledger::abandon_orphans)).
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
