@@ -424,13 +424,31 @@ async fn a_large_table_is_not_counted_for_a_page_nor_read_to_its_end() {
 async fn a_row_looks_the_same_whatever_the_settings_of_the_database() {
     let server = Server::start().await;
     let settings = format!(
-        "ALTER DATABASE {name} SET datestyle = 'German'; ALTER DATABASE {name} SET statement_timeout = '1ms'; \
+        "ALTER DATABASE {name} SET datestyle = 'German'; ALTER DATABASE {name} SET lock_timeout = '1ms'; \
          ALTER DATABASE {name} SET search_path = ''",
         name = server.database.name()
     );
     let id = server.add("Lamp", "L-1", "A lamp").await;
     server.sql.batch_execute(&settings).await.unwrap();
-    let row = server.get(&format!("/api/v1/products/{id}")).await;
+    // The first read of a row prepares its statement, which waits for this lock.
+    let mut other = server.database.client().await;
+    let lock = other.transaction().await.unwrap();
+    lock.batch_execute("LOCK TABLE public.products_with_increment IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let path = format!("/api/v1/products/{id}");
+    let waits = async {
+        let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                       AND wait_event_type = 'Lock' AND clock_timestamp() - query_start > '20 ms'";
+        while server.sql.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) == 0 {
+            tokio::task::yield_now().await;
+        }
+        lock.rollback().await.unwrap();
+    };
+    let read = server.get(&path);
+    tokio::pin!(read, waits);
+    let row = tokio::select! {
+        row = &mut read => row,
+        () = &mut waits => read.await,
+    };
     assert_eq!(row["last_updated"], "2023-09-20");
     assert_eq!(ids(&server.get("/api/v1/search?q=lamp").await), [id]);
 }

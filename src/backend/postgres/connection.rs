@@ -9,11 +9,14 @@
 //! SQL that runs here names the schema of everything outside of `pg_catalog`.
 
 use std::ops::Deref;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use async_trait::async_trait;
 use deadpool_postgres::{ClientWrapper, Object, Transaction};
-use futures::future::join3;
+use futures::future::{FutureExt, join3};
+use futures::poll;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error, IsolationLevel, Row, Statement};
 
@@ -127,13 +130,7 @@ impl Connection {
         sql: &(impl Sql + ?Sized),
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Error> {
-        loop {
-            let statement = sql.prepared(&self.client).await?;
-            let result = self.alone(self.client.query(&statement, parameters)).await;
-            if !self.is_outdated(sql, &result) {
-                return result;
-            }
-        }
+        self.run(sql, |statement| async move { self.client.query(&statement, parameters).await }).await
     }
 
     /// Runs one statement that gives exactly one row.
@@ -142,13 +139,7 @@ impl Connection {
         sql: &(impl Sql + ?Sized),
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Row, Error> {
-        loop {
-            let statement = sql.prepared(&self.client).await?;
-            let result = self.alone(self.client.query_one(&statement, parameters)).await;
-            if !self.is_outdated(sql, &result) {
-                return result;
-            }
-        }
+        self.run(sql, |statement| async move { self.client.query_one(&statement, parameters).await }).await
     }
 
     /// Runs one statement that gives one row or none.
@@ -157,13 +148,7 @@ impl Connection {
         sql: &(impl Sql + ?Sized),
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Option<Row>, Error> {
-        loop {
-            let statement = sql.prepared(&self.client).await?;
-            let result = self.alone(self.client.query_opt(&statement, parameters)).await;
-            if !self.is_outdated(sql, &result) {
-                return result;
-            }
-        }
+        self.run(sql, |statement| async move { self.client.query_opt(&statement, parameters).await }).await
     }
 
     /// Runs one statement and returns how many rows it touched.
@@ -172,18 +157,12 @@ impl Connection {
         sql: &(impl Sql + ?Sized),
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<u64, Error> {
-        loop {
-            let statement = sql.prepared(&self.client).await?;
-            let result = self.alone(self.client.execute(&statement, parameters)).await;
-            if !self.is_outdated(sql, &result) {
-                return result;
-            }
-        }
+        self.run(sql, |statement| async move { self.client.execute(&statement, parameters).await }).await
     }
 
     /// Runs statements without parameters, in one transaction.
     pub async fn batch_execute(&self, sql: &str) -> Result<(), Error> {
-        self.alone(self.client.batch_execute(sql)).await
+        self.transact(async { Ok(()) }, |()| self.client.batch_execute(sql)).await
     }
 
     /// Reads the source's table by a description, and the catalog to check that description.
@@ -194,10 +173,14 @@ impl Connection {
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<(Vec<Row>, Option<Row>), Error> {
         loop {
-            let statement = sql.prepared(&self.client).await?;
-            let check = SourceReader::check().prepared(&self.client).await?;
-            let read =
-                self.alone(SourceReader::read(&**self.client, table, &statement, parameters, &check)).await;
+            let prepare = async {
+                Ok((sql.prepared(&self.client).await?, SourceReader::check().prepared(&self.client).await?))
+            };
+            let read = self
+                .transact(prepare, |(statement, check)| async move {
+                    SourceReader::read(&**self.client, table, &statement, parameters, &check).await
+                })
+                .await;
             if !self.is_outdated(sql, &read) {
                 return read;
             }
@@ -223,16 +206,66 @@ impl Connection {
         result.as_ref().is_err_and(super::is_outdated) && sql.forget(&self.client)
     }
 
-    /// Sends the beginning of the transaction, the work and the commit at once: each is sent when it is first
-    /// polled, in this order. After an error, the commit rolls back.
-    async fn alone<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    /// Prepares the statement and runs it in a transaction of its own.
+    async fn run<T, W: Future<Output = Result<T, Error>>>(
+        &self,
+        sql: &(impl Sql + ?Sized),
+        work: impl Fn(Statement) -> W,
+    ) -> Result<T, Error> {
+        loop {
+            let result = self.transact(sql.prepared(&self.client), &work).await;
+            if !self.is_outdated(sql, &result) {
+                return result;
+            }
+        }
+    }
+
+    /// Sends the beginning of the transaction, the work and the commit. A future of the client sends its
+    /// message when it is first polled, so all three go out at once if the statement is already prepared.
+    /// Otherwise it is prepared inside the transaction: to parse a statement can wait for a lock, and the
+    /// role's own timeouts would cut that off. After an error, the commit rolls back.
+    async fn transact<S, T, W: Future<Output = Result<T, Error>>>(
+        &self,
+        prepare: impl Future<Output = Result<S, Error>>,
+        work: impl FnOnce(S) -> W,
+    ) -> Result<T, Error> {
         let opening = begun_by(&self.settings);
-        let (begun, done, ended) =
-            join3(self.client.batch_execute(&opening), work, self.client.batch_execute("COMMIT")).await;
+        let mut begun = pin!(self.client.batch_execute(&opening));
+        let at_once = poll!(begun.as_mut());
+        let open = OpenTransaction(&self.client);
+        let prepared = prepare.await;
+        open.closes_now();
+        let commit = self.client.batch_execute("COMMIT");
+        let begun = async {
+            match at_once {
+                Poll::Ready(result) => result,
+                Poll::Pending => begun.await,
+            }
+        };
+        let work = async { work(prepared?).await };
+        let (begun, done, ended) = join3(begun, work, commit).await;
         begun?;
         let done = done?;
         ended?;
         Ok(done)
+    }
+}
+
+/// A transaction whose commit is not sent yet. It is rolled back if the caller gives up meanwhile: the
+/// connection goes back to the pool.
+struct OpenTransaction<'a>(&'a ClientWrapper);
+
+impl OpenTransaction<'_> {
+    /// The caller sends the commit before it waits for anything else.
+    fn closes_now(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for OpenTransaction<'_> {
+    fn drop(&mut self) {
+        // The first poll sends the message. Nobody waits for the answer.
+        let _ = self.0.batch_execute("ROLLBACK").now_or_never();
     }
 }
 

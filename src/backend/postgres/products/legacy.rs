@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
-use super::{Products, STATEMENT_TIMEOUT, check_text, failed};
+use super::{Products, STATEMENT_TIMEOUT, check_text, failed, time_limits};
 use crate::pipeline::failure::Result;
 
 /// The columns in the reference architecture's responses. Its driver turns dates into timestamps, and its
@@ -48,10 +48,7 @@ impl Products {
         let fail = |error: tokio_postgres::Error| failed(error);
         let mut client = super::super::client(&self.pool).await?;
         let transaction = client.transaction().await.map_err(fail)?;
-        transaction
-            .batch_execute(&format!("SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}'"))
-            .await
-            .map_err(fail)?;
+        transaction.batch_execute(&time_limits(STATEMENT_TIMEOUT)).await.map_err(fail)?;
         let sql = format!("SELECT id::bigint FROM {} WHERE sku = $1 FOR UPDATE", self.relation);
         let rows = transaction.query(&sql, &[&sku]).await.map_err(fail)?;
         let [row] = rows.as_slice() else {

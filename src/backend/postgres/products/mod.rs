@@ -9,6 +9,7 @@ use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
+use super::connection::Connection;
 use super::failure;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::product::Product;
@@ -270,25 +271,22 @@ impl Products {
         self.query_within(STATEMENT_TIMEOUT, sql, parameters).await
     }
 
-    /// Runs one statement, which PostgreSQL ends after `timeout`.
+    /// Runs one statement, which PostgreSQL ends after `timeout`. Triggers of the table run with the role's own
+    /// search path, as for any other client.
     async fn query_within(
         &self,
         timeout: &str,
         sql: &str,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>> {
-        let fail = |error: tokio_postgres::Error| failed(error);
-        let mut client = super::client(&self.pool).await?;
-        let statement = client.prepare_cached(sql).await.map_err(fail)?;
-        let transaction = client.transaction().await.map_err(fail)?;
-        transaction
-            .batch_execute(&format!("SET LOCAL statement_timeout = '{timeout}'"))
-            .await
-            .map_err(fail)?;
-        let rows = transaction.query(&statement, parameters).await.map_err(fail)?;
-        transaction.commit().await.map_err(fail)?;
-        Ok(rows)
+        let client = Connection::new(super::client(&self.pool).await?, time_limits(timeout).into());
+        client.query(sql, parameters).await.map_err(failed)
     }
+}
+
+/// Replaces the role's own time limits in a transaction. A wait for a lock counts towards `timeout`.
+fn time_limits(timeout: &str) -> String {
+    format!("SET LOCAL statement_timeout = '{timeout}'; SET LOCAL lock_timeout = 0")
 }
 
 /// An error of the database. If the client can correct the cause, the message is PostgreSQL's own, or that of
