@@ -1,4 +1,4 @@
-//! The model that the settings name: what an index of its vectors holds, and the model itself.
+//! The model of the settings: the shape of an index for its vectors, and the model itself.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,13 +20,13 @@ pub fn model_dir(settings: &Settings) -> PathBuf {
     }
 }
 
-/// What the index must hold under these settings. A model on this machine is read, but not loaded; a server
-/// is asked, if the settings don't say how long its vectors are.
+/// The shape that the index must have under these settings. A local model is read but not loaded. A server is
+/// asked if the settings do not name the length of its vectors.
 pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
     match &settings.embedder.kind {
         EmbedderKind::Minilm(local) => {
             let (dir, precision) = (model_dir(settings), local.precision);
-            // The whole model is read for its name.
+            // The model's name contains a hash of the whole model, so all of it is read.
             let read = tokio::task::spawn_blocking(move || minilm::Description::read(&dir, precision)).await;
             let description =
                 read.map_err(|error| Error::caused(FailureKind::ProcessBroken, "read the model", error))??;
@@ -42,8 +42,9 @@ pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
     }
 }
 
-/// The same where there may be an index: a server is only asked if the index was made with another model than the
-/// settings name, or if there is none. So a role that embeds nothing starts while the server is away.
+/// Like [`index_shape`], for a database that may have an index already. A server is asked only if there is no
+/// index, or the index was made with another model than the settings name. So a role that embeds nothing
+/// starts while the server is down.
 pub(super) async fn known_shape(postgres: &Postgres, settings: &Settings) -> Result<IndexShape> {
     match known(postgres, settings).await? {
         Some(known) => Ok(shape(settings, known.signature(), known.dimensions())),
@@ -51,7 +52,7 @@ pub(super) async fn known_shape(postgres: &Postgres, settings: &Settings) -> Res
     }
 }
 
-/// What the database knows of the server's model; none for a model on this machine.
+/// What the database records about the server's model; `None` for a local model.
 async fn known(postgres: &Postgres, settings: &Settings) -> Result<Option<Known>> {
     if matches!(settings.embedder.kind, EmbedderKind::Minilm(_)) {
         return Ok(None);
@@ -74,7 +75,7 @@ fn shape(settings: &Settings, model: &str, dimensions: usize) -> IndexShape {
     }
 }
 
-/// A loaded model, from which embedders with threads of their own are started.
+/// A loaded model. Embedders with threads of their own are started from it.
 pub enum LoadedModel {
     /// A `MiniLM`-class model on this machine's CPU.
     Minilm(Arc<Model>),
@@ -83,13 +84,13 @@ pub enum LoadedModel {
 }
 
 impl LoadedModel {
-    /// Loads the model of the settings, or looks at its server.
+    /// Loads the local model, or connects to the server.
     pub async fn load(settings: &Settings) -> Result<Self> {
         Self::load_as(settings, None).await
     }
 
-    /// The same where there may be an index: a server is not asked for what the database knows of its model. If
-    /// it is away, texts cannot be embedded until it is back, and nothing else waits for it.
+    /// Like [`Self::load`], for a database that may have an index already: the server is not asked for what
+    /// the database records. If the server is down, only the embedding of texts waits for it.
     pub async fn load_known(postgres: &Postgres, settings: &Settings) -> Result<Self> {
         let known = known(postgres, settings).await?;
         Self::load_as(settings, known.as_ref()).await
@@ -116,7 +117,7 @@ impl LoadedModel {
         })
     }
 
-    /// What an index of this model's vectors holds under these settings.
+    /// The shape of an index for this model's vectors under these settings.
     pub(super) async fn shape(&self, settings: &Settings) -> Result<IndexShape> {
         match self {
             Self::Minilm(_) => index_shape(settings).await,
@@ -124,7 +125,8 @@ impl LoadedModel {
         }
     }
 
-    /// Starts an embedder with `threads` threads, which share the weights, or so many requests at once.
+    /// Starts an embedder with `threads` threads that share the weights. For a server: at most `threads`
+    /// requests at once.
     #[must_use]
     pub fn start(&self, threads: usize) -> Arc<dyn Embedder> {
         match self {

@@ -1,11 +1,11 @@
-//! The client.
+//! The HTTP client.
 
 use std::time::Duration;
 
 use reqwest::header::HeaderMap;
 
-/// A client that sends these headers with each request, which may take so long. No redirect is followed: the
-/// credentials would go with it.
+/// A client that sends these headers with each request. `timeout` bounds one request. Redirects are not
+/// followed, because the credentials would be sent to the new address.
 pub(in crate::backend) fn client(headers: HeaderMap, timeout: Duration) -> reqwest::Result<reqwest::Client> {
     reqwest::Client::builder()
         .default_headers(headers)

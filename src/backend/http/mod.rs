@@ -1,5 +1,5 @@
-//! What all services that are reached over HTTP share: the client, how fast they are asked, how often a request is
-//! tried, and what their answers mean.
+//! The common parts of all backends that use HTTP: the client, rate limits, retries, and the meaning of
+//! statuses.
 
 pub(super) mod client;
 pub(super) mod rate_limit;

@@ -1,8 +1,9 @@
-//! When the next request may be sent: the one place that obeys `429 Too Many Requests` and `Retry-After`.
+//! The rate limit: the only place that obeys `429 Too Many Requests` and `Retry-After`.
 //!
-//! Each request takes a turn before it is sent, and its answer is told here. After an answer that asks to be left
-//! alone no request of the process goes out before that time. Who must not wait with a request in hand (because a
-//! lease runs, say) first waits until the service is ready.
+//! Each request takes a turn before it is sent, and reports its answer here. After an answer that asks for a
+//! pause, the process sends no request to the service before the pause is over. A caller that must not wait
+//! while it holds work (because its lease runs, for example) waits for [`RateLimit::ready`] before it takes
+//! work.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,24 +14,24 @@ use tokio::sync::Notify;
 use super::throughput::Throughput;
 use crate::pipeline::clock::{BootClock, Clock as _};
 
-/// Requests at once at the start, and at most, where their number is adapted.
+/// The adaptive limit on requests in flight: its first value and its maximum.
 const FIRST: f64 = 8.0;
 const MOST: f64 = 32.0;
 
-/// Refusals this close together are one: they answer requests that were sent together.
+/// Refusals within this time count as one, because they answer requests that were sent together.
 const TOGETHER: Duration = Duration::from_millis(500);
 
-/// The longest that a service may ask to be left alone: a wrong header must not stop the work for a day.
+/// The longest pause that is obeyed: a wrong `Retry-After` must not stop the work for a day.
 const MAX_PAUSE: Duration = Duration::from_mins(5);
 
-/// How long a service is left alone that was asked too fast, and does not say for how long. Half of it is certain,
-/// and half is chance. What lasts longer is sat out by whoever asks for the work.
+/// The pause after a 429 without `Retry-After`. Half of it is fixed and half is random. The caller waits out
+/// longer overloads.
 const UNSAID_PAUSE: Duration = Duration::from_millis(200);
 
 #[derive(Debug)]
 struct State {
-    /// Requests at once; none for as many as there are. Additive increase, multiplicative decrease (Chiu and Jain,
-    /// 1989): every answer lets a little more through, a refusal for being too fast halves it.
+    /// The most requests in flight; `None` for no limit. Additive increase, multiplicative decrease (Chiu and
+    /// Jain, 1989): each success raises the limit a little, a 429 halves it.
     at_once: Option<f64>,
     under_way: usize,
     halved: Option<Instant>,
@@ -55,26 +56,26 @@ impl State {
         self.not_before = Some(self.not_before.map_or(until, |old| old.max(until)));
     }
 
-    /// How long the service is to be left alone; none if it may be asked.
+    /// The rest of the pause; `None` if the service may be asked.
     fn pause(&self, now: Instant) -> Option<Duration> {
         self.not_before.map(|until| until.saturating_duration_since(now)).filter(|left| !left.is_zero())
     }
 
-    /// How long a request must wait at least; none if it may go now.
+    /// The least time that a request must wait; `None` if it may be sent now.
     fn wait(&self, now: Instant) -> Option<Duration> {
         let is_full = self.at_once.is_some_and(|limit| self.under_way as f64 >= limit.floor());
         self.pause(now).or_else(|| is_full.then_some(Duration::MAX))
     }
 }
 
-/// What all requests of a process to one service go by.
+/// The rate limit that all requests of this process to one service share.
 #[derive(Debug)]
 pub(in crate::backend) struct RateLimit {
     state: Mutex<State>,
     freed: Notify,
 }
 
-/// A request under way.
+/// Permission to send one request. Dropped when the request is over.
 pub(in crate::backend) struct Turn<'a>(&'a RateLimit);
 
 impl Drop for Turn<'_> {
@@ -85,12 +86,12 @@ impl Drop for Turn<'_> {
 }
 
 impl RateLimit {
-    /// As many requests at once as go through.
+    /// Adapts the number of requests in flight to what the service accepts.
     pub(in crate::backend) fn adaptive() -> Self {
         Self::new(Some(FIRST), Throughput::new(0, 0))
     }
 
-    /// So many requests and tokens by the minute; 0 is no bound.
+    /// At most this many requests and tokens in a minute; 0 means no limit.
     pub(in crate::backend) fn by_the_minute(requests: u32, tokens: u64) -> Self {
         Self::new(None, Throughput::new(requests, tokens))
     }
@@ -104,7 +105,7 @@ impl RateLimit {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns when a request of so many tokens may be sent.
+    /// Waits until a request with this many tokens may be sent.
     pub(in crate::backend) async fn turn(&self, tokens: usize) -> Turn<'_> {
         let in_debt = self.state().throughput.reserve(tokens as u64, Instant::now());
         if !in_debt.is_zero() {
@@ -123,13 +124,13 @@ impl RateLimit {
                 wait
             };
             let Some(wait) = wait else { return Turn(self) };
-            // A year is as good as for ever.
+            // A year stands for "until notified".
             let wait = wait.min(Duration::from_hours(24 * 365));
             let _ = tokio::time::timeout(wait, freed).await;
         }
     }
 
-    /// Tells what was answered, and for how long the answer asks to be left alone.
+    /// Reports the status of an answer, and the pause that its `Retry-After` asks for.
     pub(in crate::backend) fn answered(&self, status: StatusCode, retry_after: Option<Duration>) {
         let now = Instant::now();
         let mut state = self.state();
@@ -148,12 +149,12 @@ impl RateLimit {
         self.freed.notify_waiters();
     }
 
-    /// For how long the service is to be left alone yet.
+    /// The rest of the pause that the service asked for; zero if there is none.
     pub(in crate::backend) fn pause(&self) -> Duration {
         self.state().pause(Instant::now()).unwrap_or_default()
     }
 
-    /// Returns when the service may be asked again: at once, unless it asked to be left alone.
+    /// Waits until the pause that the service asked for is over. Returns at once if there is none.
     pub(in crate::backend) async fn ready(&self) {
         loop {
             let pause = self.pause();

@@ -1,4 +1,4 @@
-//! How often a request is tried.
+//! Retries of a request.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -8,39 +8,40 @@ use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::{Class, FailureKind, Result};
 use crate::pipeline::retry::Backoff;
 
-/// Tries of a request at most; whoever asks for the work sits out what lasts longer.
+/// The most attempts of one request. The caller waits out longer failures.
 const TRIES: u32 = 4;
 
-/// Tries again that a process may make out of turn, and what share of its successes lets it make another.
+/// The retry budget: how many retries a process may make in a row, and the share of a retry that each success
+/// adds.
 const BUDGET: f64 = 10.0;
 const SHARE: f64 = 0.1;
 
-/// When a request that failed is tried again.
+/// Decides when a failed request is retried.
 #[derive(Debug)]
 pub(in crate::backend) struct Retry {
-    /// A pause that is longer is left to the caller.
+    /// A retry that needs a longer pause is left to the caller.
     longest_pause: Duration,
-    /// Tries that may be made yet; none if they are not counted.
+    /// The retries that are left; `None` for no budget.
     budget: Option<Mutex<f64>>,
 }
 
 impl Retry {
-    /// Tries again unless that takes a pause of more than `longest_pause`.
+    /// Retries unless the pause would be longer than `longest_pause`.
     pub(in crate::backend) fn within(longest_pause: Duration) -> Self {
         Self { longest_pause, budget: None }
     }
 
-    /// The same, for as long as most requests succeed: when most fail, tries make it worse.
+    /// Adds a retry budget: when most requests fail, retries make the overload worse.
     pub(in crate::backend) fn with_budget(self) -> Self {
         Self { budget: Some(Mutex::new(BUDGET)), ..self }
     }
 
-    /// The longest pause that a request waits for.
+    /// The longest pause before a retry.
     pub(in crate::backend) fn longest_pause(&self) -> Duration {
         self.longest_pause
     }
 
-    /// Tells that a request succeeded.
+    /// Reports a success, which adds to the retry budget.
     pub(in crate::backend) fn succeeded(&self) {
         self.spend(|budget| *budget = (*budget + SHARE).min(BUDGET));
     }
@@ -61,7 +62,8 @@ impl Retry {
         Some(spend(&mut budget.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
-    /// Does `once` until it succeeds, a few times if need be. It takes its turn at `limit` each time.
+    /// Runs `once` until it succeeds, at most `TRIES` times. `once` itself takes a turn of the rate limit;
+    /// `limit` tells here how long the service asked to wait.
     pub(in crate::backend) async fn run<T, F: Future<Output = Result<T>>>(
         &self,
         limit: &RateLimit,
@@ -78,7 +80,7 @@ impl Retry {
             if error.class() != Class::Retryable || is_over || !self.may_try_again() {
                 return Err(error);
             }
-            // The next turn comes when the service allows it.
+            // After a 429, the next turn of the rate limit contains the pause.
             if error.kind() != FailureKind::RateLimited {
                 tokio::time::sleep(pause).await;
             }

@@ -1,4 +1,4 @@
-//! What an answer that is no success means.
+//! The meaning of a status that is not a success.
 
 use std::time::{Duration, SystemTime};
 
@@ -9,15 +9,15 @@ use reqwest::header::{HeaderMap, RETRY_AFTER};
 
 use crate::pipeline::failure::FailureKind;
 
-/// The kind of failure that a status tells of. Only what is said of the request itself (400, 413, 422) can be the
-/// data's own fault.
+/// The kind of failure for a status. Only statuses about the request itself (400, 413, 422) can be the fault
+/// of the data.
 pub(in crate::backend) fn kind(status: StatusCode) -> FailureKind {
     match status.as_u16() {
         400 | 413 | 422 => FailureKind::RefusedData,
         401 | 403 => FailureKind::RefusedCredentials,
         402 => FailureKind::NoCredit,
         404 => FailureKind::MissingResource,
-        // Another method, type or place, a proxy that wants to know who this is, and headers that are too long.
+        // Wrong method, media type or address, a proxy that wants credentials, or headers that are too long.
         405..=407 | 410 | 411 | 414 | 415 | 431 => FailureKind::WrongSetting,
         408 => FailureKind::TimedOut,
         409 => FailureKind::Conflict,
@@ -27,12 +27,12 @@ pub(in crate::backend) fn kind(status: StatusCode) -> FailureKind {
     }
 }
 
-/// How long an answer asks to be left alone, if it does.
+/// The pause that an answer asks for with `Retry-After`.
 pub(in crate::backend) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     pause(headers.get(RETRY_AFTER)?.to_str().ok()?, SystemTime::now())
 }
 
-/// How long `Retry-After` asks for: seconds, or until a date.
+/// Reads `Retry-After`: a number of seconds, or a date.
 fn pause(value: &str, now: SystemTime) -> Option<Duration> {
     let value = value.trim();
     if let Ok(seconds) = value.parse::<f64>() {

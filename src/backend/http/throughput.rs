@@ -1,15 +1,15 @@
-//! How many requests and tokens go out in a minute. By hand: governor refuses a request that is larger than its burst,
-//! and here it goes out and pays afterwards.
+//! Limits on requests and tokens in a minute. Written by hand, because governor refuses a request that is
+//! larger than its burst; here such a request is sent, and later requests wait for it.
 
 use std::time::{Duration, Instant};
 
 const MINUTE_S: f64 = 60.0;
 
-/// One bound: what is left of it, which may be less than nothing.
+/// One limit. The amount left may be negative.
 #[derive(Debug)]
 struct Bucket {
     per_second: f64,
-    /// A second's worth may go out at once.
+    /// The burst: what is allowed in a second, and at least 1.
     most: f64,
     left: f64,
 }
@@ -24,15 +24,15 @@ impl Bucket {
         })
     }
 
-    /// Takes so much, and tells how long to wait until it was there.
+    /// Takes `amount`, and returns how long to wait until `left` is no longer negative.
     fn take(&mut self, amount: f64, passed: Duration) -> Duration {
         self.left = (self.left + passed.as_secs_f64() * self.per_second).min(self.most) - amount;
         Duration::from_secs_f64((-self.left / self.per_second).max(0.0))
     }
 }
 
-/// Bounds on requests and tokens (Turner's leaky bucket as a meter, 1986): each request pays beforehand,
-/// and waits as long as it is in debt.
+/// Limits on requests and tokens (Turner's leaky bucket as a meter, 1986). Each request is counted before it
+/// is sent, and waits as long as the amount left is negative.
 #[derive(Debug)]
 pub(super) struct Throughput {
     requests: Option<Bucket>,
@@ -41,7 +41,7 @@ pub(super) struct Throughput {
 }
 
 impl Throughput {
-    /// Bounds by the minute; 0 is none.
+    /// Limits for a minute; 0 means no limit.
     pub(super) fn new(requests: u32, tokens: u64) -> Self {
         Self {
             requests: Bucket::new(f64::from(requests)),
@@ -50,7 +50,7 @@ impl Throughput {
         }
     }
 
-    /// How long a request of so many tokens must wait.
+    /// Counts a request with this many tokens, and returns how long it must wait.
     pub(super) fn reserve(&mut self, tokens: u64, now: Instant) -> Duration {
         let passed = now.saturating_duration_since(self.at);
         self.at = now;

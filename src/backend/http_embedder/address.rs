@@ -1,24 +1,24 @@
-//! Where a server is asked.
+//! The URLs of an embedding server.
 
 use reqwest::Url;
 
 use super::provider::Provider;
 
-/// The address of the request that embeds: the given address, with the provider's own path after it.
+/// The URL for embedding: the configured URL, with the provider's path appended.
 ///
-/// A query stays, since some servers want one with each request.
+/// The query of the URL stays, since some servers need it with each request.
 pub(super) fn embedding(base: &Url, provider: Provider) -> Url {
     let (root, endpoint) = provider.path();
     below(base, provider, root, endpoint)
 }
 
-/// The address at which text-embeddings-inference tells about itself.
+/// The URL at which text-embeddings-inference describes itself.
 pub(super) fn info(base: &Url, provider: Provider) -> Url {
     below(base, provider, "", "info")
 }
 
-/// `root` is what stands before the endpoint where the address has no path. An address that ends in the
-/// embedding endpoint already is taken for the whole one.
+/// Appends `endpoint` to the path. If the URL has no path, `root` is put before the endpoint. A URL that
+/// already ends in the embedding endpoint is used as it is.
 fn below(base: &Url, provider: Provider, root: &str, endpoint: &str) -> Url {
     let given = base.path().trim_end_matches('/');
     let whole = format!("/{}", provider.path().1);
@@ -32,10 +32,10 @@ fn below(base: &Url, provider: Provider, root: &str, endpoint: &str) -> Url {
     url
 }
 
-/// An address for a message: without user, query and fragment, any of which may hold a secret.
+/// The URL for messages, without user, query and fragment, because each of them may hold a secret.
 pub(super) fn redacted(url: &Url) -> String {
     let mut shown = url.clone();
-    // These fail only for addresses that can have no user.
+    // These calls fail only for URLs that cannot have a user.
     let _ = shown.set_username("");
     let _ = shown.set_password(None);
     shown.set_query(None);

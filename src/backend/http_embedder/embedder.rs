@@ -1,4 +1,4 @@
-//! Batches of texts, and what becomes of those that a server refuses.
+//! Batches of texts, and the handling of refused texts.
 
 use std::sync::{Arc, Once};
 
@@ -12,25 +12,25 @@ use super::{GREETING_TEXT, Server};
 use crate::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// Texts that are handed over together at most, however many a request may hold: what is handed over together
-/// fails together.
+/// The most texts in one call of the embedder, even if a request may hold more: the texts of one call fail
+/// together.
 const MOST_TEXTS: usize = 256;
 
-/// Embeds texts by a server.
+/// Embeds texts on a server.
 pub struct HttpEmbedder {
     pub(super) server: Server,
     pub(super) requests: Semaphore,
 }
 
 impl HttpEmbedder {
-    /// One request, when it is its turn.
+    /// Sends one request, once a permit is free.
     async fn one(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>> {
         // The semaphore is never closed.
         let _permit = self.requests.acquire().await;
         self.server.send(texts, purpose).await
     }
 
-    /// One batch. One that is refused, and has a text that may be too long, goes in parts.
+    /// Embeds one batch. If the server refuses the batch and a text may be too long, the batch is split.
     async fn batch(&self, texts: Vec<&str>, purpose: Purpose) -> Result<Vec<Vec<f32>>> {
         match self.one(&texts, purpose).await {
             Ok(vectors) => Ok(vectors),
@@ -41,10 +41,10 @@ impl HttpEmbedder {
         }
     }
 
-    /// Halves of what was refused, and halves of those, until each text is embedded: by itself and shorter if
-    /// need be.
+    /// Splits a refused batch into halves, again and again, until each text is embedded. A text that is
+    /// refused alone is shortened.
     async fn in_parts(&self, texts: &[&str], purpose: Purpose, refused: Error) -> Result<Vec<Vec<f32>>> {
-        // A server that refuses everything is not asked for each text.
+        // A server that refuses every text is not asked again for each of them.
         if let Err(error) = self.one(&[GREETING_TEXT], purpose).await {
             return Err(if is_refusal(&error) { refused } else { error });
         }
@@ -65,7 +65,7 @@ impl HttpEmbedder {
             if let [text] = part {
                 vectors.push(self.shortened(text, purpose, refused).await?);
             } else {
-                // The first half is worked first, so that vectors stay in the order of the texts.
+                // The first half is taken first, so that the vectors stay in the order of the texts.
                 let (first, second) = part.split_at(part.len() / 2);
                 parts.extend([(second, None), (first, None)]);
             }
@@ -73,7 +73,7 @@ impl HttpEmbedder {
         Ok(vectors)
     }
 
-    /// A text that was refused by itself, halved until the server takes it.
+    /// Embeds a text that was refused alone: halves it until the server accepts it.
     async fn shortened(&self, text: &str, purpose: Purpose, refused: Error) -> Result<Vec<f32>> {
         static LOGGED: Once = Once::new();
         let mut left = text;
@@ -87,8 +87,8 @@ impl HttpEmbedder {
                             refused = %refused.message(),
                             text.bytes = text.len(),
                             sent.bytes = left.len(),
-                            "a text that the embedding server finds too long is cut, as are others from now on \
-                             without a warning; a lower embedder.text_tokens saves the requests that are refused"
+                            "a text is too long for the embedding server and is cut; later ones are cut without \
+                             a warning; lower embedder.text_tokens to avoid the refused requests"
                         );
                     });
                     if let Some(vector) = embedded.pop() {
@@ -114,7 +114,7 @@ impl HttpEmbedder {
     }
 }
 
-/// Whether the server refused what was sent, so that less of it may go through.
+/// Whether the server refused the data, so that a smaller request may succeed.
 fn is_refusal(error: &Error) -> bool {
     error.kind() == FailureKind::RefusedData
 }

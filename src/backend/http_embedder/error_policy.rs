@@ -1,4 +1,4 @@
-//! What is told of an answer that is no success, and what the operator does about it.
+//! The error for an answer that is not a success, with the operator's remedy.
 
 use std::fmt::Write as _;
 use std::ops::RangeInclusive;
@@ -11,31 +11,32 @@ use super::address::redacted;
 use crate::backend::http::status;
 use crate::pipeline::failure::Error;
 
-/// Characters of an error's body that are told.
+/// The most characters of an error's body in a message.
 const MAX_ERROR: usize = 500;
 
-/// What the operator does about a status; nothing where the server says it. The first line that fits holds.
+/// The operator's remedy for a status; empty where the server's own message is enough. The first matching
+/// line counts.
 const REMEDIES: &[(RangeInclusive<u16>, &str)] = &[
-    (300..=399, "set embedder.url to the address that the server itself has"),
+    (300..=399, "set embedder.url to the address that the redirect points to"),
     (400..=400, ""),
     (401..=401, "is embedder.api_key right?"),
-    (402..=402, "is there credit left for the key in embedder.api_key?"),
+    (402..=402, "the account of embedder.api_key has no credit left"),
     (403..=403, "is embedder.api_key right, and may it use embedder.model?"),
     (404..=404, "are embedder.url and embedder.model right?"),
-    (405..=405, "is embedder.url right, and embedder.kind?"),
+    (405..=405, "are embedder.url and embedder.kind right?"),
     (406..=406, "is embedder.kind right?"),
-    (407..=407, "a proxy asks who this is: is embedder.url right?"),
+    (407..=407, "a proxy asks for credentials: is embedder.url right?"),
     (408..=409, ""),
     (410..=410, "are embedder.url and embedder.model right?"),
-    (411..=411, "is embedder.url right, and embedder.kind?"),
+    (411..=411, "are embedder.url and embedder.kind right?"),
     (413..=413, ""),
-    (414..=415, "is embedder.url right, and embedder.kind?"),
+    (414..=415, "are embedder.url and embedder.kind right?"),
     (422..=422, ""),
-    // What its back end could not do, such as for want of memory.
-    (424..=424, "see the server's own log if this lasts"),
-    (429..=429, "embedder.requests_per_minute and embedder.tokens_per_minute keep below a limit"),
+    // The server's back end failed, for example for lack of memory.
+    (424..=424, "if this lasts, see the server's own log"),
+    (429..=429, "set embedder.requests_per_minute and embedder.tokens_per_minute to the server's limits"),
     (431..=431, "is embedder.api_key right?"),
-    (500..=599, "see the server's own log if this lasts"),
+    (500..=599, "if this lasts, see the server's own log"),
     (0..=u16::MAX, "is embedder.url right?"),
 ];
 
@@ -45,7 +46,7 @@ fn remedy(status: StatusCode) -> Option<&'static str> {
     line.map(|(_, remedy)| *remedy).filter(|remedy| !remedy.is_empty())
 }
 
-/// An answer that is no success, as an error.
+/// The error for an answer that is not a success.
 pub(super) fn refusal(url: &Url, key: &str, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Error {
     let mut message = format!("{} answered {status}", redacted(url));
     if let Some(location) = location(url, headers).filter(|_| status.is_redirection()) {
@@ -60,13 +61,13 @@ pub(super) fn refusal(url: &Url, key: &str, status: StatusCode, headers: &Header
         .with_pause(status::retry_after(headers))
 }
 
-/// Where a redirect points to.
+/// The address that a redirect points to.
 fn location(url: &Url, headers: &HeaderMap) -> Option<String> {
     let location = headers.get(LOCATION)?.to_str().ok()?;
     url.join(location).ok().map(|location| redacted(&location))
 }
 
-/// The server's own words, without the key that some repeat.
+/// The server's message, with the API key removed, because some servers repeat the key.
 fn said(body: &[u8], key: &str) -> String {
     let text = String::from_utf8_lossy(body);
     let parsed: Value = serde_json::from_str(&text).unwrap_or_default();

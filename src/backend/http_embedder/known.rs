@@ -1,12 +1,12 @@
-//! What an index tells of the server's model that it was made with.
+//! The server's model as the database records it for an index.
 
 use super::provider::Provider;
 use crate::config;
 
-/// A server's model as an index was made with it, so that the server need not be asked.
+/// The server's model that an index was made with. While it is known, the server need not be asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Known {
-    /// Its name for the server.
+    /// The model's name on the server.
     pub(super) model: String,
     signature: String,
     dimensions: usize,
@@ -18,7 +18,7 @@ pub(super) fn signature(provider: Provider, model: &str, dimensions: usize) -> S
 }
 
 impl Known {
-    /// The model of that name for the content hash; none if the settings name another one.
+    /// Reads the recorded name. `None` if the settings name another model or another length of vectors.
     #[must_use]
     pub fn of(settings: &config::Embedder, recorded: &str, dimensions: usize) -> Option<Self> {
         let (provider, set) = Provider::of(&settings.kind)?;
@@ -33,13 +33,13 @@ impl Known {
         })
     }
 
-    /// Its name for the content hash.
+    /// The model's name in the content hash.
     #[must_use]
     pub fn signature(&self) -> &str {
         &self.signature
     }
 
-    /// Length of its vectors.
+    /// The number of dimensions of its vectors.
     #[must_use]
     pub fn dimensions(&self) -> usize {
         self.dimensions

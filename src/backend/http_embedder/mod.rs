@@ -1,8 +1,9 @@
-//! Embedding by a server: `OpenAI`'s protocol, text-embeddings-inference, and Pinecone's hosted models.
+//! Embedding on a server: `OpenAI`'s protocol, text-embeddings-inference, and Pinecone's hosted models.
 //!
-//! Texts go in batches within the provider's limits, several requests at a time, no faster than allowed.
-//! What a server says of a request may be one text's fault, and is told so that the indexer can find which;
-//! what it says of the key or the model is everybody's ([`FailureKind`] has the table). A text that the server
+//! Texts are sent in batches within the provider's limits, several requests at once, within the rate limit. A
+//! refused request may be the fault of one text; the error says so, and the worker finds the text. A refused
+//! key or model is a fault for all texts ([`FailureKind`] has the table). A text that is too long for the
+//! server is cut until the server accepts it.
 //! finds too long is cut until the server takes it.
 
 mod address;
@@ -34,38 +35,38 @@ use known::signature;
 use provider::{Info, Limits, Provider, Purpose};
 use texts::tokens;
 
-/// The longest that a request waits for a server that asks to be left alone. What holds work back waits for
-/// longer before it sends one.
+/// The longest time that a request waits for a pause that the server asked for. A longer pause is waited out
+/// by the caller, before it takes work.
 const MAX_PAUSE: Duration = Duration::from_secs(20);
 
-/// Bytes of an answer at most: of 2,048 vectors of 4,096 numbers.
+/// The most bytes of an answer: enough for 2,048 vectors of 4,096 numbers.
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
-/// A text that is no server's business to refuse: what it is greeted with.
+/// The text of the first request. No server has a reason to refuse it.
 const GREETING_TEXT: &str = "refarch";
 
-/// How long the greeting may take; a server that is slower is not waited for at the start.
+/// The time limit of the first request. A start does not wait longer for the server.
 const GREETING: Duration = Duration::from_secs(5);
 
-/// A server and a model of it, from which embedders are started.
+/// A server and one of its models. Embedders are started from it.
 #[derive(Clone)]
 pub struct Server {
     client: reqwest::Client,
     provider: Provider,
-    /// The address of the settings, and the one that embeds.
+    /// The configured URL, and the URL for embedding.
     base: Url,
     url: Url,
     api_key: Secret,
-    /// The model's name for the server.
+    /// The model's name on the server.
     model: String,
-    /// Its name for the content hash, such as `openai:text-embedding-3-small@512`.
+    /// The model's name in the content hash, such as `openai:text-embedding-3-small@512`.
     signature: String,
-    /// Length that is asked for; none for the model's own.
+    /// The number of dimensions to request; `None` for the model's own.
     asked: Option<usize>,
     dimensions: usize,
-    /// Whether it has embedded a text since it was opened.
+    /// Whether the server has embedded a text since it was opened.
     has_answered: bool,
-    /// Whether the model's name is the index's, and the server has yet to say that it has this model.
+    /// Whether the model's name comes from the index, and the server has not yet confirmed it.
     is_assumed: Arc<AtomicBool>,
     limits: Limits,
     rate_limit: Arc<RateLimit>,
@@ -73,8 +74,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Looks at the server that the settings name: what it can take, and how long its vectors are. What is known
-    /// of its model it need not tell now.
+    /// Asks the configured server for its limits and the length of its vectors. What `known` says is not
+    /// required from the server.
     pub async fn open(settings: &config::Embedder, known: Option<&Known>) -> Result<Self> {
         let wrong = |message: String| Error::new(FailureKind::WrongSetting, "use the embedder", message);
         let (provider, set) = Provider::of(&settings.kind)
@@ -122,9 +123,9 @@ impl Server {
         Ok(server)
     }
 
-    /// Asks the server to embed a harmless text, unless it has done so, so that a wrong key is told before any
-    /// work is taken. A server that is not up yet is not waited for here: the work is held for as long as it
-    /// is away.
+    /// Asks the server to embed a harmless text, unless it has embedded one already, so that a wrong key is
+    /// reported before any work is taken. If the server is down, the start does not wait for it: the work is
+    /// held until the server is back.
     pub async fn greet(&self) -> Result<()> {
         if self.has_answered {
             return Ok(());
@@ -142,16 +143,17 @@ impl Server {
                 tracing::warn!(%error, "the embedding server does not answer yet; work is held until it does");
                 Ok(())
             }
-            // It may be mended as it stands, without this process: the work is held as one fault meanwhile.
+            // The server may be repaired without a restart of this process. Until then the work is held as
+            // one fault.
             Class::Permanent => {
-                tracing::warn!(%error, "the embedding server refuses a harmless text; work is held until it takes one");
+                tracing::warn!(%error, "the embedding server refuses a harmless text; work is held until the server accepts it");
                 Ok(())
             }
             Class::Fatal => Err(error),
         }
     }
 
-    /// What a text-embeddings-inference server tells of itself.
+    /// What a text-embeddings-inference server says about itself.
     async fn info(&self) -> Result<Info> {
         let url = address::info(&self.base, self.provider);
         let request = self.provider.sign(self.client.get(url.clone()), self.api_key.expose());
@@ -159,12 +161,13 @@ impl Server {
         let (status, headers) = (answer.status(), answer.headers().clone());
         self.rate_limit.answered(status, status::retry_after(&headers));
         let body = answer.bytes().await.map_err(|error| unanswered(error, &url))?;
-        // Servers that speak its protocol without this are as good. One that can't tell just now is not: by
-        // another name its model would be another model.
+        // Some servers speak the protocol but lack this endpoint; they are accepted. A server whose endpoint
+        // only fails just now is an error: its model would get another name, and so count as another model.
         match status.as_u16() {
             200..=299 if body.trim_ascii_start().starts_with(b"{") => {
                 serde_json::from_slice(&body).map_err(|error| {
-                    let message = format!("what {} says is cut or no JSON: {error}", address::redacted(&url));
+                    let message =
+                        format!("the answer of {} is not complete JSON: {error}", address::redacted(&url));
                     Error::new(
                         FailureKind::UnexpectedAnswer,
                         "ask the embedding server for its model",
@@ -181,7 +184,8 @@ impl Server {
         }
     }
 
-    /// Takes the model's name and limits from a text-embeddings-inference server.
+    /// Takes the limits, and the model's name if the settings have none, from a text-embeddings-inference
+    /// server.
     async fn learn(&mut self) -> Result<()> {
         let info = self.info().await?;
         if self.model.is_empty() {
@@ -195,7 +199,7 @@ impl Server {
         Ok(())
     }
 
-    /// Takes the model for the known one, if the settings name none, until the server tells.
+    /// Assumes the known model until the server confirms it, if the settings name none.
     fn assume(&mut self, known: &Known) {
         if self.model.is_empty() {
             self.model.clone_from(&known.model);
@@ -203,7 +207,8 @@ impl Server {
         }
     }
 
-    /// Asks which model the server has, if that was assumed: vectors of two models must not come into one index.
+    /// Asks the server for its model if the model was assumed: vectors of two models must not get into one
+    /// index.
     async fn confirm(&self) -> Result<()> {
         if !self.is_assumed.load(Ordering::Relaxed) {
             return Ok(());
@@ -211,7 +216,7 @@ impl Server {
         let info = self.info().await?;
         if info.name() != self.model {
             let message = format!(
-                "{} has the model {}, and the index was made with {}: run refarch migrate",
+                "{} serves the model {}, but the index was made with {}: run refarch migrate",
                 address::redacted(&self.base),
                 info.name(),
                 self.model
@@ -226,37 +231,37 @@ impl Server {
         Ok(())
     }
 
-    /// The model's name for the content hash.
+    /// The model's name in the content hash.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.signature
     }
 
-    /// Length of a vector.
+    /// The number of dimensions of a vector.
     #[must_use]
     pub fn dimensions(&self) -> usize {
         self.dimensions
     }
 
-    /// An embedder that has so many requests under way at most.
+    /// Starts an embedder with at most this many requests in flight.
     #[must_use]
     pub fn start(&self, at_once: usize) -> HttpEmbedder {
         HttpEmbedder { server: self.clone(), requests: Semaphore::new(at_once.max(1)) }
     }
 
-    /// Returns when the server may be asked: at once, unless it asked to be left alone.
+    /// Waits until the pause that the server asked for is over. Returns at once if there is none.
     async fn ready(&self) {
         self.rate_limit.ready().await;
     }
 
-    /// One request, a few times if need be.
+    /// Sends a request, with a few retries if necessary.
     async fn send(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>> {
         let tokens: usize = texts.iter().map(|text| tokens(text)).sum();
         let once = || async {
             let pause = self.rate_limit.pause();
             if pause > self.retry.longest_pause() {
                 let url = address::redacted(&self.url);
-                let said = format!("{url} asks to be left alone for {} s more", pause.as_secs());
+                let said = format!("{url} asked for a pause of another {} s", pause.as_secs());
                 return Err(Error::new(FailureKind::RateLimited, "embed texts", said).with_pause(Some(pause)));
             }
             let _turn = self.rate_limit.turn(tokens).await;
@@ -277,7 +282,10 @@ impl Server {
         while let Some(chunk) = answer.chunk().await.map_err(lost)? {
             read.extend_from_slice(&chunk);
             if read.len() > MAX_ANSWER {
-                let message = format!("the answer of {} is too long", address::redacted(&self.url));
+                let message = format!(
+                    "the answer of {} is longer than {MAX_ANSWER} bytes",
+                    address::redacted(&self.url)
+                );
                 return Err(Error::new(FailureKind::RefusedData, "embed texts", message));
             }
         }
@@ -286,7 +294,7 @@ impl Server {
         }
         let vectors = self.provider.read(&read).map_err(|error| {
             let message = format!(
-                "the answer of {} is not what {} has: {error}; are embedder.url and embedder.kind right?",
+                "the answer of {} is not an answer of kind {}: {error}; are embedder.url and embedder.kind right?",
                 address::redacted(&self.url),
                 self.provider.name()
             );
@@ -294,17 +302,17 @@ impl Server {
         })?;
         if vectors.len() != texts.len() {
             let url = address::redacted(&self.url);
-            let message = format!("{} vectors came from {url} for {} texts", vectors.len(), texts.len());
+            let message = format!("{url} returned {} vectors for {} texts", vectors.len(), texts.len());
             return Err(Error::new(FailureKind::UnexpectedAnswer, "embed texts", message));
         }
         vectors.into_iter().map(|vector| self.checked(vector)).collect()
     }
 
-    /// A vector of the right length, made a unit vector.
+    /// Checks the length of a vector, and makes it a unit vector.
     fn checked(&self, mut vector: Vec<f32>) -> Result<Vec<f32>> {
         if self.dimensions > 0 && vector.len() != self.dimensions {
             let message = format!(
-                "vectors from {} have length {}, and {} is wanted: set embedder.dimensions to what the model gives, or to 0, and run refarch migrate",
+                "vectors from {} have length {} instead of {}: set embedder.dimensions to the model's length, or to 0, and run refarch migrate",
                 address::redacted(&self.url),
                 vector.len(),
                 self.dimensions
@@ -316,7 +324,7 @@ impl Server {
             return Err(Error::new(
                 FailureKind::Malformed,
                 "embed texts",
-                "the server made a vector that has no direction",
+                "the server returned a vector of zeros, or with a number that is not finite",
             ));
         }
         for value in &mut vector {
@@ -326,23 +334,23 @@ impl Server {
     }
 }
 
-/// What goes wrong before any work was taken ends the role, unless it passes: a harmless text is no reason to
-/// refuse a request.
+/// Turns a permanent failure of the first request into one that refuses all work: a harmless text is no
+/// reason to refuse a request. Retryable and fatal failures stay as they are.
 fn at_the_start(error: Error) -> Error {
     match error {
         error if error.class() == Class::Permanent => {
-            let said = format!("{}; it was asked to embed the word {GREETING_TEXT:?}", error.message());
+            let said = format!("{}; the text was {GREETING_TEXT:?}", error.message());
             Error::new(FailureKind::RefusesAll, error.what().to_owned(), said).because(error)
         }
         error => error,
     }
 }
 
-/// A request that got no answer.
+/// The error for a request without an answer.
 fn unanswered(error: reqwest::Error, url: &Url) -> Error {
     let url = address::redacted(url);
     let reason = unanswered::reason(&error).unwrap_or_else(|| {
-        if error.is_timeout() { "it took too long".into() } else { "the answer broke off".into() }
+        if error.is_timeout() { "the request timed out".into() } else { "the answer ended early".into() }
     });
     let said = without_secrets(&format!("no answer from {url}: {reason}"));
     let kind = if error.is_builder() { FailureKind::WrongSetting } else { unanswered::kind(&error) };

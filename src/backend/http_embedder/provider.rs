@@ -1,4 +1,4 @@
-//! What each provider is asked, and how it answers.
+//! The providers' protocols: requests and answers.
 
 use reqwest::RequestBuilder;
 use serde::Deserialize;
@@ -6,17 +6,17 @@ use serde_json::{Value, json};
 
 use crate::config::{EmbedderKind, HttpEmbedder};
 
-/// The version of Pinecone's API that is spoken.
+/// The version of Pinecone's API that is used.
 const PINECONE_VERSION: &str = "2026-04";
 
-/// What a text is embedded for: some models make another vector of a question.
+/// The purpose of an embedding: some models make different vectors for passages and for queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
     Passage,
     Query,
 }
 
-/// The protocols that are spoken.
+/// The supported protocols.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Provider {
     OpenAi,
@@ -24,12 +24,12 @@ pub(super) enum Provider {
     Pinecone,
 }
 
-/// What one request may hold, by a provider's own limits.
+/// The limits of one request, as the provider documents them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Limits {
     pub(super) texts: usize,
     pub(super) tokens: usize,
-    /// Of one text.
+    /// Tokens of one text.
     pub(super) text_tokens: usize,
 }
 
@@ -54,7 +54,7 @@ struct PineconeVector {
     values: Vec<f32>,
 }
 
-/// What a text-embeddings-inference server says of itself.
+/// What a text-embeddings-inference server says about itself.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Info {
     #[serde(default)]
@@ -65,14 +65,14 @@ pub(super) struct Info {
 }
 
 impl Info {
-    /// The model's name; servers without one have one that never changes.
+    /// The model's name. A server that does not name its model gets one fixed name.
     pub(super) fn name(&self) -> &str {
         if self.model_id.is_empty() { "unnamed" } else { &self.model_id }
     }
 }
 
 impl Provider {
-    /// The protocol and the server's settings; none for a model on this machine.
+    /// The protocol and the server's settings; `None` for a local model.
     pub(super) fn of(kind: &EmbedderKind) -> Option<(Self, &HttpEmbedder)> {
         match kind {
             EmbedderKind::Minilm(_) => None,
@@ -90,7 +90,7 @@ impl Provider {
         }
     }
 
-    /// What the address of a request ends in, and what stands before it if the server's address has no path.
+    /// The prefix of the path if the server's URL has no path, and the endpoint at the end of the path.
     pub(super) fn path(self) -> (&'static str, &'static str) {
         match self {
             Self::OpenAi => ("/v1", "embeddings"),
@@ -106,7 +106,7 @@ impl Provider {
         }
     }
 
-    /// Signs a request.
+    /// Adds the API key and the headers that the provider needs.
     pub(super) fn sign(self, request: RequestBuilder, key: &str) -> RequestBuilder {
         match self {
             Self::Pinecone => {
@@ -118,7 +118,7 @@ impl Provider {
         }
     }
 
-    /// The body of a request. With dimensions the provider is asked for vectors of that length.
+    /// The body of a request. `dimensions` requests vectors of that length.
     pub(super) fn body(
         self,
         model: &str,
@@ -164,7 +164,7 @@ impl Provider {
     }
 }
 
-/// A header's value that no log shows; one that is no header's value is left to the server to refuse.
+/// A header value that logs do not show. An invalid value becomes empty, and the server refuses it.
 fn sensitive(value: &str) -> reqwest::header::HeaderValue {
     let mut value = reqwest::header::HeaderValue::from_str(value)
         .unwrap_or_else(|_| reqwest::header::HeaderValue::from_static(""));

@@ -1,33 +1,34 @@
-//! Texts in requests: how many tokens, how many together, and where one is cut.
+//! Texts in requests: estimating their tokens, batching them, and cutting long ones.
 
 use super::provider::Limits;
 
-/// Bytes that are taken for a token: more than languages have on average, so that limits hold. Where a text
-/// has more tokens the server says so, and the text is cut further.
+/// Bytes that count as one token. Languages have more on average, so the estimate is high and the limits
+/// hold. If a text has more tokens than estimated, the server refuses it and the text is cut further.
 const BYTES_A_TOKEN: usize = 3;
 
-/// A text of this many bytes is too long for no model, so that a refusal of it has another reason.
+/// No model finds a text of this many bytes too long, so a refusal of it has another reason.
 pub(super) const SHORT: usize = 256;
 
-/// How often a text is halved at most: 64 times shorter than what the provider's limit lets through.
+/// How often a text is halved at most: to 1/64 of the provider's limit.
 pub(super) const HALVINGS: usize = 6;
 
-/// Tokens of a text, estimated.
+/// Estimates the tokens of a text.
 pub(super) fn tokens(text: &str) -> usize {
     text.len().div_ceil(BYTES_A_TOKEN).max(1)
 }
 
-/// As much of a text as a model reads.
+/// The start of a text, at most this many tokens by the estimate.
 pub(super) fn cut(text: &str, tokens: usize) -> &str {
     &text[..text.floor_char_boundary(tokens.saturating_mul(BYTES_A_TOKEN))]
 }
 
-/// The first half of a text, or none if it is so short that its length can't be what is wrong with it.
+/// The first half of a text. `None` if the text is so short that its length cannot be the reason for a
+/// refusal.
 pub(super) fn half(text: &str) -> Option<&str> {
     (text.len() > SHORT).then(|| &text[..text.floor_char_boundary(text.len() / 2)])
 }
 
-/// Texts in batches within the limits; one that is beyond them by itself goes alone.
+/// Packs texts into batches within the limits. A text that is larger than the limits gets a batch of its own.
 pub(super) fn batches<'a>(texts: &[&'a str], limits: Limits) -> Vec<Vec<&'a str>> {
     let mut batches: Vec<Vec<&str>> = Vec::new();
     let mut sum = 0;

@@ -1,4 +1,4 @@
-//! The dead letters of pgmq: a queue of their own, whose headers hold the reason.
+//! The dead letters of pgmq: a queue of their own, with the reason in the message headers.
 
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -14,23 +14,23 @@ use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::queue::{Backlog, DeadLetter, DeadLetterCause, DeadLetters, Message, Undecodable};
 
-/// A header that counts more changes than this is not ours; the pattern in [`count`] says the same.
+/// A count above this does not come from refarch. The pattern in [`count`] has the same limit.
 const MAX_COUNT: u64 = 9_999;
 
 #[async_trait]
 impl DeadLetters for Pgmq {
     async fn store(&self, message: &Message, part: Option<&Job>, cause: &DeadLetterCause) -> Result<()> {
-        let fail = |error: tokio_postgres::Error| failure("move to the dead letters", error);
+        let fail = |error: tokio_postgres::Error| failure("store a dead letter", error);
         let body = match (part, &message.body) {
             (Some(job), _) | (None, Ok(job)) => json!(job).to_string(),
-            // Passed on as the text it is: a number may not fit any type of ours.
+            // Passed on as text, because a number in it may not fit any Rust type.
             (None, Err(Undecodable { body, .. })) => match serde_json::from_str::<IgnoredAny>(body) {
                 Ok(_) => body.clone(),
                 Err(_) => json!(body).to_string(),
             },
         };
         let changes = part.or(message.body.as_ref().ok()).map_or(1, Job::changes);
-        // A server may put anything into its error, and neither text nor jsonb takes a NUL.
+        // A server may put any character into its error, and neither `text` nor `jsonb` accepts NUL.
         let error = cause.error.replace('\0', "\u{fffd}");
         let headers = json!({
             "changes": changes,
@@ -85,19 +85,20 @@ impl DeadLetters for Pgmq {
             .query(&sql, &[&after, &(limit as i64)])
             .await
             .map_err(|error| failure("read the dead letters", error))?;
-        // A time may be infinite, if somebody else wrote it.
+        // A time may be infinite if another program wrote the row.
         let at = |row: &Row| row.try_get(1).unwrap_or(Timestamp::UNIX_EPOCH);
         Ok(rows.iter().map(|row| letter(row.get(0), at(row), row.get(2), row.get(3))).collect())
     }
 
     async fn redrive(&self, ids: &[String]) -> Result<Vec<String>> {
-        let fail = |error: tokio_postgres::Error| failure("bring dead letters back", error);
+        let fail = |error: tokio_postgres::Error| failure("redrive dead letters", error);
         let ids = ids.iter().map(|id| dead_letter_id(id)).collect::<Result<Vec<i64>>>()?;
         let mut client = self.postgres.client().await?;
         let transaction = client.transaction().await.map_err(fail)?;
         let mut back = Vec::new();
         for lane in Lane::ALL {
-            // What has no lane of ours was not put there by us; a change somebody waits for is the safer guess.
+            // A dead letter without a lane was not stored by refarch. It goes to the live lane, since
+            // somebody may wait for the change.
             let sql = format!(
                 "WITH taken AS ( \
                    DELETE FROM pgmq.q_{dead} WHERE msg_id = ANY ($1) \
@@ -124,7 +125,7 @@ fn dead_letter_id(id: &str) -> Result<i64> {
         Error::new(
             FailureKind::MissingResource,
             "find a dead letter",
-            format!("{id:?} is no id of one: refarch redrive lists them"),
+            format!("{id:?} is not the id of a dead letter: refarch redrive lists the ids"),
         )
     })
 }

@@ -1,7 +1,7 @@
 //! The job queue on pgmq, in the source's database.
 //!
-//! pgmq is plain SQL (its authors' script, installed by the migrations). The number of changes in a
-//! message stands in its headers, so that a backlog is counted without reading bodies.
+//! pgmq is plain SQL (its authors' script, installed by the migrations). Each message's headers hold the
+//! number of its changes, so that a backlog is counted without reading bodies.
 
 mod dead;
 mod stats;
@@ -19,7 +19,7 @@ use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::queue::{self, JobQueue, Message, Receipt};
 
-/// Channel on which the indexers are notified of messages.
+/// The channel that notifies workers of new messages.
 pub(crate) const CHANNEL: &str = "refarch_jobs";
 
 /// Queue names, from the settings' prefix.
@@ -61,7 +61,7 @@ impl Names {
     }
 }
 
-/// Two lanes and a dead-letter queue in PostgreSQL.
+/// A queue for each lane and a dead-letter queue, in PostgreSQL.
 pub struct Pgmq {
     postgres: Postgres,
     names: Names,
@@ -72,7 +72,7 @@ pub struct Pgmq {
 }
 
 impl Pgmq {
-    /// The queues that begin with `prefix`. They must exist.
+    /// Uses the queues whose names start with `prefix`. They must exist.
     #[must_use]
     pub fn new(postgres: Postgres, prefix: &str, visibility: Duration) -> Self {
         let listener = Listener::start(postgres.clone(), CHANNEL);
@@ -85,7 +85,7 @@ impl Pgmq {
     }
 }
 
-/// Sends jobs within a transaction, so that they leave the outbox and reach the queue together.
+/// Sends jobs within a transaction, so that changes leave the outbox and reach the queue together.
 pub(crate) async fn send_within(transaction: &Transaction<'_>, prefix: &str, jobs: &[Job]) -> Result<()> {
     let names = Names::new(prefix);
     for lane in Lane::ALL {
@@ -191,7 +191,7 @@ fn handles(receipts: &[Receipt], lane: Lane) -> Result<Vec<i64>> {
                 Error::new(
                     FailureKind::Malformed,
                     "read a receipt",
-                    format!("{:?} is not one of pgmq's", receipt.handle),
+                    format!("{:?} is not a message id of pgmq", receipt.handle),
                 )
             })
         })

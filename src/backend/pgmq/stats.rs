@@ -1,4 +1,4 @@
-//! How full pgmq's queues are. Changes are counted by the messages' headers.
+//! How full pgmq's queues are. Changes are counted from the messages' headers.
 
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -17,8 +17,9 @@ impl QueueStats for Pgmq {
 
     async fn oldest(&self) -> Result<Option<Timestamp>> {
         let client = self.postgres.client().await?;
-        // Text sorts as time does without its Z. A cast would let one foreign body fail every look; a
-        // date that is none (30 February) passes the pattern, so that the first few are tried.
+        // Without their `Z`, these texts sort like the times they name. A cast to a time would fail the whole
+        // query for one malformed body. An impossible date (30 February) matches the pattern, so several rows
+        // are read and the first that parses counts.
         let sql = format!(
             "SELECT oldest FROM ( \
                SELECT message ->> 'oldest' AS oldest FROM pgmq.q_{} UNION ALL SELECT message ->> 'oldest' FROM pgmq.q_{} \
@@ -33,11 +34,11 @@ impl QueueStats for Pgmq {
     }
 }
 
-/// Changes in one of the queues.
+/// Counts the changes in a queue.
 pub(super) async fn count(postgres: &Postgres, queue: &str) -> Result<Backlog> {
     let client = postgres.client().await?;
-    // The name is of our own making: lower-case letters, digits and underscores. Headers may be anybody's:
-    // a count that is none of ours is one, and cannot make the queue look full.
+    // The name is not from a user: it holds only lower-case letters, digits and underscores. Headers may come
+    // from any program: a malformed count counts as 1, and cannot make the queue look full.
     let sql = format!(
         "SELECT coalesce(sum(n) FILTER (WHERE due), 0)::bigint, coalesce(sum(n) FILTER (WHERE NOT due), 0)::bigint FROM ( \
            SELECT CASE WHEN headers ->> 'changes' ~ '^[0-9]{{1,4}}$' THEN (headers ->> 'changes')::bigint ELSE 1 END AS n, \

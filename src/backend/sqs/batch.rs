@@ -1,5 +1,5 @@
-//! Calls of ten entries each, whose failures are read entry by entry. By hand: the SDK sends a batch as it is given, and
-//! neither packs entries by bytes nor tries those that failed again.
+//! Batch calls of ten entries each. The failures of a call are read entry by entry. Written by hand, because
+//! the SDK sends a batch as given: the SDK neither packs entries by bytes nor sends failed entries again.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -20,20 +20,20 @@ use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::queue::Receipt;
 use crate::pipeline::retry::Backoff;
 
-/// Entries in a call, by the limits of SQS.
+/// The most entries in one call (a limit of SQS).
 pub(super) const MAX_ENTRIES: usize = 10;
 
-/// Calls that are under way at once.
+/// Calls in flight at once.
 const AT_ONCE: usize = 16;
 
-/// Bytes of a call at most, however little a message may hold: servers that hold calls to the size of the
-/// queue's messages take at least this.
+/// A call may always hold this many bytes, however small the queue's messages must be. Some servers limit a
+/// whole call to the queue's message size, and none of them limits a call to less than this.
 const MIN_CALL_BYTES: usize = 65_536;
 
-/// How often the entries of a call are sent that failed by no fault of ours.
+/// How often entries are sent that failed through no fault of the sender.
 const TRIES: u32 = 5;
 
-/// A job's body, or those of its parts if it is longer than a message may be.
+/// Appends the body of a job, or the bodies of its parts if the job is longer than a message may be.
 pub(super) fn bodies(job: &Job, max: usize, to: &mut Vec<String>) -> Result<()> {
     let body = serde_json::to_string(job)
         .map_err(|error| Error::caused(FailureKind::Malformed, "send jobs", error))?;
@@ -47,7 +47,7 @@ pub(super) fn bodies(job: &Job, max: usize, to: &mut Vec<String>) -> Result<()> 
             FailureKind::RefusedData,
             "send jobs",
             format!(
-                "a single change makes a message of {} bytes, and the queue has MaximumMessageSize = {max}: raise it",
+                "a single change makes a message of {} bytes, and the queue has MaximumMessageSize = {max}: raise MaximumMessageSize",
                 body.len()
             ),
         ));
@@ -56,7 +56,7 @@ pub(super) fn bodies(job: &Job, max: usize, to: &mut Vec<String>) -> Result<()> 
     bodies(&right, max, to)
 }
 
-/// JSON escapes control characters; two more characters are none that SQS takes.
+/// Escapes the two characters U+FFFE and U+FFFF, which SQS refuses. JSON already escapes control characters.
 fn sendable(body: String) -> String {
     if body.contains(['\u{fffe}', '\u{ffff}']) {
         return body.replace('\u{fffe}', "\\ufffe").replace('\u{ffff}', "\\uffff");
@@ -64,7 +64,7 @@ fn sendable(body: String) -> String {
     body
 }
 
-/// Two jobs with half of the changes each; none if there is but one.
+/// Splits a job into two with half of the changes each. `None` if the job has only one change.
 fn halves(job: &Job) -> Option<(Job, Job)> {
     let half = job.changes() / 2;
     if half == 0 {
@@ -84,7 +84,7 @@ fn halves(job: &Job) -> Option<(Job, Job)> {
     Some((with(left), with(right)))
 }
 
-/// Cuts bodies into calls by count and by bytes.
+/// Packs bodies into calls, by count and by bytes.
 fn calls(bodies: Vec<String>, max: usize) -> Vec<Vec<String>> {
     let max = max.max(MIN_CALL_BYTES);
     let mut calls: Vec<Vec<String>> = Vec::new();
@@ -103,12 +103,12 @@ fn calls(bodies: Vec<String>, max: usize) -> Vec<Vec<String>> {
     calls
 }
 
-/// What is done with the messages of a call.
+/// The operation that a call does to its messages.
 #[derive(Clone, Copy)]
 enum BatchOperation {
     Send,
     Delete,
-    /// Hides them for that many seconds from now on.
+    /// Hides the messages for that many seconds from now.
     Hide(i32),
 }
 
@@ -121,14 +121,14 @@ impl BatchOperation {
         }
     }
 
-    /// Whether nothing can be done with the message any more, which is no error: its visibility ended, or
-    /// it is gone.
+    /// Whether an entry's code says that the message is gone or its visibility timeout has passed. Then
+    /// nothing is left to do, and the failure is no error.
     fn is_over(self, code: &str) -> bool {
         const OVER: [&str; 3] = ["ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue"];
         !matches!(self, Self::Send) && OVER.iter().any(|over| code.ends_with(over))
     }
 
-    /// Makes one call with bodies or receipt handles, and returns the entries that failed.
+    /// Makes one call with bodies or receipt handles. Returns the entries that failed.
     async fn call(
         self,
         client: &Client,
@@ -170,7 +170,7 @@ impl BatchOperation {
         }
     }
 
-    /// Makes one call, and again with the entries that failed by no fault of ours.
+    /// Makes one call, then repeats the call with the entries that failed through no fault of the sender.
     async fn settle(self, client: Client, url: String, entries: Vec<String>) -> Result<()> {
         let what = || format!("{} {url}", self.describe());
         let said = |entry: &BatchResultErrorEntry| {
@@ -198,7 +198,7 @@ impl BatchOperation {
         }
     }
 
-    /// Makes several calls at a time.
+    /// Makes several calls at once.
     async fn all(self, client: &Client, url: &str, calls: Vec<Vec<String>>) -> Result<()> {
         stream::iter(calls)
             .map(|entries| self.settle(client.clone(), url.to_owned(), entries))
@@ -209,17 +209,17 @@ impl BatchOperation {
 }
 
 impl Sqs {
-    /// Sends bodies, ten a call, several calls at a time.
+    /// Sends bodies, ten in a call and several calls at once.
     pub(super) async fn send_bodies(&self, lane: Lane, bodies: Vec<String>) -> Result<()> {
         BatchOperation::Send.all(&self.client, self.url(lane), calls(bodies, self.max_bytes(lane))).await
     }
 
-    /// Deletes messages; one that is out of our hands is no error.
+    /// Deletes messages. A message that is gone, or whose visibility timeout has passed, is no error.
     pub(super) async fn delete(&self, url: &str, handles: Vec<String>) -> Result<()> {
         BatchOperation::Delete.all(&self.client, url, chunks_of_ten(handles)).await
     }
 
-    /// Receipt handles by the queue that they are of.
+    /// Groups receipt handles by the URL of their queue.
     pub(super) fn by_queue(&self, receipts: &[Receipt]) -> BTreeMap<String, Vec<String>> {
         let mut by_queue: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for receipt in receipts {
@@ -229,7 +229,8 @@ impl Sqs {
     }
 }
 
-/// Hides messages for `timeout` from now on; one that is out of our hands is no error.
+/// Hides messages for `timeout` from now. A message that is gone, or whose visibility timeout has passed, is
+/// no error.
 pub(super) async fn change_visibility(
     client: &Client,
     url: &str,
@@ -241,7 +242,7 @@ pub(super) async fn change_visibility(
 }
 
 fn chunks_of_ten(mut handles: Vec<String>) -> Vec<Vec<String>> {
-    // SQS refuses a call that names a message twice.
+    // SQS refuses a call that names the same message twice.
     handles.sort_unstable();
     handles.dedup();
     handles.chunks(MAX_ENTRIES).map(<[String]>::to_vec).collect()

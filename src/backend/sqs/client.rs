@@ -1,4 +1,5 @@
-//! The client, by the SDK's own chain of credentials and regions, and a look at the queues before use.
+//! Makes the client (credentials and region come from the SDK's own chain) and inspects the queues before
+//! use.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -13,14 +14,15 @@ use super::error_policy::failure;
 use super::{MAX_BYTES, SqsOptions, lacking};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// How long a connection may take to be made.
+/// The time limit for opening a connection.
 const CONNECT: Duration = Duration::from_secs(3);
 
-/// How long one try of a call may take; a receive's waiting comes on top. The SDK sets no bound.
+/// The time limit for one attempt of a call; for a receive, the wait for messages is added. The SDK sets no
+/// limit of its own.
 pub(super) const ATTEMPT: Duration = Duration::from_secs(10);
 
-/// A client for the region in the queue's URL, or where it names none (another endpoint than Amazon's),
-/// the region of the environment or the profile.
+/// Makes a client for the region in the queue's URL. If the URL has no region (an endpoint that is not
+/// Amazon's), the region comes from the environment or the profile.
 pub async fn connect(options: &SqsOptions) -> Result<Client> {
     let region = region_of(&options.url);
     for url in [&options.bulk_url, &options.dead_url].into_iter().flatten() {
@@ -49,7 +51,8 @@ pub async fn connect(options: &SqsOptions) -> Result<Client> {
     Ok(Client::new(&config))
 }
 
-/// A client of a server of one's own that speaks SQS and takes any credentials.
+/// Makes a client for a server that speaks the SQS protocol and accepts any credentials, such as a test
+/// double.
 #[must_use]
 pub fn connect_to(endpoint: &str) -> Client {
     let timeouts =
@@ -64,31 +67,31 @@ pub fn connect_to(endpoint: &str) -> Client {
     Client::from_conf(config)
 }
 
-/// The region in a queue's URL: `sqs.REGION.amazonaws.com` or, as of old, `REGION.queue.amazonaws.com`.
+/// The region in a queue's URL: `sqs.REGION.amazonaws.com`, or the older form `REGION.queue.amazonaws.com`.
 fn region_of(url: &str) -> Option<&str> {
     let host = url.split_once("://")?.1.split(['/', ':']).next()?;
     let name = host.strip_suffix(".amazonaws.com").or_else(|| host.strip_suffix(".amazonaws.com.cn"))?;
     name.strip_prefix("sqs.").or_else(|| name.strip_suffix(".queue"))
 }
 
-/// Seconds that a queue keeps a message, by default and at most.
+/// Seconds that a queue keeps a message: the default and the maximum of SQS.
 const DEFAULT_RETENTION_S: u64 = 4 * DAY_S;
 const MAX_RETENTION_S: u64 = 14 * DAY_S;
 const DAY_S: u64 = 86_400;
 
-/// What a look at the queues found.
+/// The result of inspecting the queues.
 pub(super) struct QueueInspection {
     pub(super) dead_url: String,
-    /// Bytes of a message at most, in each lane's queue and in that of the dead letters.
+    /// The most bytes of a message: in each lane's queue, and in the dead-letter queue.
     pub(super) max_bytes: [usize; 2],
     pub(super) dead_max_bytes: usize,
-    /// What will lose messages.
+    /// Settings of the queues that will lose messages.
     pub(super) warnings: Vec<String>,
-    /// What may lose messages after a long time.
+    /// Settings of the queues that may lose messages after a long time.
     pub(super) notes: Vec<String>,
 }
 
-/// Attributes of a queue that matter here.
+/// The attributes of a queue that matter here.
 struct Queue {
     url: String,
     policy: Option<RedrivePolicy>,
@@ -112,7 +115,8 @@ impl Queue {
         })
     }
 
-    /// Tells if messages are kept for less than `least` seconds (a warning) or than SQS can (a note).
+    /// Adds a warning if the queue keeps messages for less than `least` seconds, or a note if for less than
+    /// SQS allows.
     fn check_retention(&self, least: u64, what: &str, inspection: &mut QueueInspection) {
         let Some(kept) = self.retention_s.filter(|kept| *kept < MAX_RETENTION_S) else { return };
         let to = if kept < least { &mut inspection.warnings } else { &mut inspection.notes };
@@ -124,14 +128,16 @@ impl Queue {
     }
 }
 
-/// Looks at the queues, and refuses those that can't serve.
+/// Inspects the queues. Fails if a queue cannot be used.
 pub(super) async fn inspect(client: &Client, options: &SqsOptions) -> Result<QueueInspection> {
     let wrong = |message: String| Err(Error::new(FailureKind::WrongSetting, "use the queues", message));
     let mut lanes = Vec::new();
     for url in std::iter::once(&options.url).chain(&options.bulk_url) {
-        // Amazon's own ending, in lower case always.
+        // Amazon always writes this suffix in lower case.
         if url.trim_end_matches('/').rsplit('.').next() == Some("fifo") {
-            return wrong(format!("{url} is a FIFO queue: use a standard one, since order is no help here"));
+            return wrong(format!(
+                "{url} is a FIFO queue: use a standard queue; refarch does not need the order"
+            ));
         }
         lanes.push(Queue::inspect(client, url).await?);
     }
@@ -140,7 +146,7 @@ pub(super) async fn inspect(client: &Client, options: &SqsOptions) -> Result<Que
         (None, Some(policy)) => url_of(client, &policy.dead_arn).await?,
         (None, None) => {
             return wrong(format!(
-                "{} has no redrive policy, and no dead-letter queue is named: give it one, or set SQS_DEAD_LETTER_QUEUE_URL",
+                "{} has no redrive policy, and no dead-letter queue is set: give the queue a redrive policy, or set SQS_DEAD_LETTER_QUEUE_URL",
                 options.url
             ));
         }
@@ -156,7 +162,7 @@ pub(super) async fn inspect(client: &Client, options: &SqsOptions) -> Result<Que
     };
     for lane in &lanes {
         inspection.warnings.extend(check_policy(lane, options));
-        let what = "SQS drops a change that waits longer, such as while no embed runs";
+        let what = "SQS drops a change that waits longer, for example while no embed runs";
         lane.check_retention(DEFAULT_RETENTION_S, what, &mut inspection);
         if lane.max_bytes > dead.max_bytes {
             inspection.warnings.push(format!(
@@ -167,18 +173,18 @@ pub(super) async fn inspect(client: &Client, options: &SqsOptions) -> Result<Que
         }
     }
     let longest = lanes.iter().filter_map(|lane| lane.retention_s).max().unwrap_or_default();
-    let what = "SQS drops a dead letter that nobody brings back in this time, which counts from when a message was first sent \
-                if SQS moved it here itself";
+    let what = "SQS drops a dead letter that is not redriven in this time; if SQS itself moved the message here, \
+                the time counts from when the message was first sent";
     dead.check_retention(longest.max(DEFAULT_RETENTION_S), what, &mut inspection);
     Ok(inspection)
 }
 
-/// Whether the redrive policy gives messages up before refarch does, or never.
+/// A warning if the redrive policy gives a message up before refarch does, or never.
 fn check_policy(lane: &Queue, options: &SqsOptions) -> Option<String> {
     let (url, ours) = (&lane.url, options.max_receives);
     match &lane.policy {
         None => Some(format!(
-            "{url} has no redrive policy: a message that no build can handle comes again until it expires; \
+            "{url} has no redrive policy: a message that no version of refarch can read is received again and again until it expires; \
              set one with maxReceiveCount {ours} or more"
         )),
         Some(policy) if policy.max_receives < u64::from(ours) => Some(format!(
@@ -208,7 +214,7 @@ async fn attributes(client: &Client, url: &str) -> Result<HashMap<QueueAttribute
     Ok(answer.attributes.unwrap_or_default())
 }
 
-/// The name by which other calls know a queue.
+/// The ARN of a queue, by which other calls name the queue.
 pub(super) async fn arn(client: &Client, url: &str) -> Result<String> {
     attributes(client, url)
         .await?
@@ -223,7 +229,7 @@ struct RedrivePolicy {
 
 fn policy(text: &str, url: &str) -> Result<RedrivePolicy> {
     let value: Value = serde_json::from_str(text).unwrap_or_default();
-    // Written as a number or as text, as whoever set it liked.
+    // The value is a number or a text, as whoever set the policy wrote it.
     let number = |value: &Value| value.as_u64().or_else(|| value.as_str()?.parse().ok());
     let read = || {
         Some(RedrivePolicy {
@@ -235,12 +241,14 @@ fn policy(text: &str, url: &str) -> Result<RedrivePolicy> {
         Error::new(
             FailureKind::WrongSetting,
             "use the queues",
-            format!("{url} has the redrive policy {text:?}, which names no queue"),
+            format!(
+                "{url} has the redrive policy {text:?}, which lacks deadLetterTargetArn or maxReceiveCount"
+            ),
         )
     })
 }
 
-/// The URL of a queue: `arn:aws:sqs:REGION:ACCOUNT:NAME`.
+/// The URL of the queue with this ARN (`arn:aws:sqs:REGION:ACCOUNT:NAME`).
 async fn url_of(client: &Client, arn: &str) -> Result<String> {
     let mut parts = arn.rsplit(':');
     let (name, account) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());

@@ -1,7 +1,7 @@
-//! Dead letters: put aside with their reason, listed, and brought back.
+//! Dead letters: stored with their reason, listed, and redriven.
 //!
-//! SQS can't list a queue. So letters are received, which hides them from others for a moment, and
-//! released once all have been seen.
+//! SQS has no call that lists a queue. To list dead letters, they are received, which hides them from other
+//! receivers for a moment, and released once all have been seen.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -20,25 +20,26 @@ use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::queue::{DeadLetter, DeadLetterCause, DeadLetters, Message, Undecodable};
 
-/// Letters that are looked at in one go: each is held in memory, and hidden from others meanwhile.
+/// The most dead letters that one listing reads. Each is held in memory, and hidden from other receivers
+/// meanwhile.
 const MAX_LETTERS: usize = 20_000;
 
-/// How long letters are hidden while they are looked at.
+/// The visibility timeout of dead letters while they are read.
 const HIDDEN: Duration = Duration::from_mins(2);
 
-/// How long a look waits for another letter before it takes the queue for empty.
+/// How long a receive waits for another dead letter before the queue counts as empty.
 const EMPTY_AFTER: Duration = Duration::from_secs(1);
 
-/// A look ends after so many receives that brought only letters which it knows.
+/// A listing ends after this many receives in a row that brought only dead letters already seen.
 const KNOWN_ONLY: u32 = 3;
 
-/// Bytes of an error that a letter carries.
+/// The most bytes of an error that a dead letter carries.
 const MAX_ERROR: usize = 8_192;
 
-/// How often a move is asked how far it is.
+/// How often the state of a move task is polled.
 const MOVE_POLL: Duration = Duration::from_millis(500);
 
-/// Names of a letter's attributes.
+/// Names of a dead letter's message attributes.
 const REASON: &str = "refarch.reason";
 const ERROR: &str = "refarch.error";
 const TRIES: &str = "refarch.tries";
@@ -47,13 +48,13 @@ const LANE: &str = "refarch.lane";
 const CHANGES: &str = "refarch.changes";
 const MESSAGE_ID: &str = "refarch.message_id";
 
-/// Bytes that a letter's attributes take, but for the error.
+/// Bytes that a dead letter's attributes take, without the error.
 const ATTRIBUTES: usize = 384;
 
-/// Bytes of the error that a letter has room for at least.
+/// Bytes kept free for the error in a dead letter.
 const MIN_ERROR: usize = 128;
 
-/// As much of a text as fits.
+/// The start of a text, at most `max` bytes, cut between characters.
 fn cut_to(text: &str, max: usize) -> &str {
     let mut end = text.len().min(max);
     while !text.is_char_boundary(end) {
@@ -62,7 +63,8 @@ fn cut_to(text: &str, max: usize) -> &str {
     &text[..end]
 }
 
-/// A text that SQS takes: without the characters that XML has not, not too long, and not empty.
+/// A text that SQS accepts: characters that XML does not allow are replaced, the length is bounded, and an
+/// empty text becomes `-`.
 fn sendable(text: &str, max: usize) -> String {
     let fits = |c: char| matches!(c, '\t' | '\n' | '\r' | ' '..='\u{fffd}' | '\u{10000}'..);
     let text: String = text.chars().map(|c| if fits(c) { c } else { '\u{fffd}' }).collect();
@@ -84,7 +86,8 @@ fn attribute_of<'a>(raw: &'a Raw, name: &str) -> Option<&'a str> {
     raw.message_attributes()?.get(name)?.string_value()
 }
 
-/// The lane that a letter came from. One that SQS moved here by its own rule says so in its body only.
+/// The lane that a dead letter came from. A message that SQS moved by its redrive policy has no attribute;
+/// its body says the lane.
 fn lane_of(raw: &Raw) -> Lane {
     match attribute_of(raw, LANE) {
         Some("bulk") => Lane::Bulk,
@@ -114,7 +117,7 @@ fn letter(raw: &Raw) -> DeadLetter {
 }
 
 impl Sqs {
-    /// Sends one letter, with as much of the error as there is room for.
+    /// Sends one dead letter, with as much of the error as fits.
     async fn write_letter(
         &self,
         body: String,
@@ -149,10 +152,10 @@ impl Sqs {
             )
             .await
             .map(drop)
-            .map_err(|error| crate::backend::postgres::failure("note a dead letter", error))
+            .map_err(|error| crate::backend::postgres::failure("record a dead letter", error))
     }
 
-    /// Receives letters until there are none left, or `wanted` says that it has seen enough.
+    /// Receives dead letters until none are left, or until `wanted` returns true.
     async fn receive_letters(&self, mut wanted: impl FnMut(&Raw) -> bool) -> Result<Vec<Raw>> {
         let mut seen = HashSet::new();
         let mut letters = Vec::new();
@@ -172,12 +175,12 @@ impl Sqs {
             if letters.len() >= MAX_LETTERS {
                 tracing::warn!(
                     letters = letters.len(),
-                    "there are more dead letters than are looked at in one go"
+                    "there are more dead letters than one listing reads; redrive some, then list again"
                 );
                 return Ok(letters);
             }
-            // SQS may hand a letter out twice while others have not been seen; when it does so again and
-            // again, all were hidden once.
+            // SQS may return a dead letter twice before it has returned all others. After several receives
+            // without a new one, all have been seen.
             known_only = if is_new { 0 } else { known_only + 1 };
             if is_empty || enough || known_only >= KNOWN_ONLY {
                 return Ok(letters);
@@ -188,11 +191,12 @@ impl Sqs {
     async fn release(&self, letters: &[Raw]) {
         let handles = letters.iter().filter_map(|raw| raw.receipt_handle().map(str::to_owned)).collect();
         if let Err(error) = change_visibility(&self.client, &self.dead_url, handles, Duration::ZERO).await {
-            tracing::warn!(%error, "cannot release dead letters: they show again after {HIDDEN:?}");
+            tracing::warn!(%error, "cannot release dead letters; they can be listed again after {HIDDEN:?}");
         }
     }
 
-    /// What goes back into a lane for a letter; false if the lane takes no message of that length.
+    /// Appends the bodies that redrive a dead letter into a lane. Returns false if the lane's queue takes no
+    /// message of that length.
     fn bodies_for(&self, lane: Lane, body: &str, to: &mut Vec<String>) -> bool {
         let max = self.max_bytes(lane);
         if body.len() <= max {
@@ -208,7 +212,7 @@ impl Sqs {
             tracing::warn!(
                 queue.url = self.url(lane),
                 bytes = body.len(),
-                "a dead letter stays where it is: the queue has MaximumMessageSize = {max}"
+                "a dead letter is too long to be redriven: raise MaximumMessageSize of the queue, which is {max}"
             );
         }
         cut
@@ -222,7 +226,8 @@ impl DeadLetters for Sqs {
         match (part, &message.body) {
             (Some(job), _) | (None, Ok(job)) => {
                 let mut bodies = Vec::new();
-                // Shorter ones have room for the reason; where one change takes all of it, the log keeps that.
+                // Leave room for the reason. If a single change needs the whole message, only the event log
+                // keeps the reason.
                 if batch::bodies(job, room, &mut bodies).is_err() {
                     bodies.clear();
                     batch::bodies(job, self.dead_max_bytes, &mut bodies)?;
@@ -232,7 +237,7 @@ impl DeadLetters for Sqs {
                 }
             }
             (None, Err(Undecodable { body, .. })) if body.len() > self.dead_max_bytes => {
-                let cut = format!("the body is cut from {} bytes: {}", body.len(), cause.error);
+                let cut = format!("the body had {} bytes and is cut: {}", body.len(), cause.error);
                 self.write_letter(cut_to(body, room).to_owned(), &cut, message, cause).await?;
             }
             (None, Err(Undecodable { body, .. })) => {
@@ -243,17 +248,18 @@ impl DeadLetters for Sqs {
             self.delete(self.url(message.receipt.lane), vec![message.receipt.handle.clone()]).await?;
         }
         if let Err(error) = self.record_event(message, cause).await {
-            tracing::warn!(%error, "cannot note a dead letter in the log of events");
+            tracing::warn!(%error, "cannot record a dead letter in refarch.event");
         }
         Ok(())
     }
 
     async fn count(&self) -> Result<u64> {
-        // A dead letter holds one change, but for a message that was given up whole.
+        // A dead letter usually holds one change, so messages are counted as changes. A message that was
+        // given up as a whole may hold more.
         self.count_messages(&self.dead_url).await.map(Messages::total)
     }
 
-    // Letters after one of the last look. Without one, looks anew.
+    // Dead letters after that id, from the last listing. Without an id, reads the queue anew.
     async fn list(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>> {
         let mut letters = self.letters.lock().await;
         let Some(after) = after else {
@@ -267,7 +273,7 @@ impl DeadLetters for Sqs {
         Ok(letters.iter().skip(next).take(limit).cloned().collect())
     }
 
-    // Sends letters of these ids to the lanes that they came from.
+    // Sends the dead letters with these ids to the lanes that they came from.
     async fn redrive(&self, ids: &[String]) -> Result<Vec<String>> {
         let mut wanted: HashSet<&str> = ids.iter().map(String::as_str).collect();
         if wanted.is_empty() {
@@ -304,8 +310,8 @@ impl DeadLetters for Sqs {
         Ok(back)
     }
 
-    // Lets SQS move all letters, which costs no calls of ours. They go to one queue, whatever lane they
-    // came from: to that for loads, so that they overtake nobody.
+    // SQS moves all dead letters in one task, which costs no calls here. A task has only one destination, so
+    // all go to the bulk lane's queue, where they do not delay live changes.
     async fn redrive_all(&self) -> Result<Option<u64>> {
         let from = client::arn(&self.client, &self.dead_url).await?;
         let to = client::arn(&self.client, self.url(Lane::Bulk)).await?;
@@ -315,7 +321,7 @@ impl DeadLetters for Sqs {
             Ok(task) => task.task_handle.ok_or_else(|| lacking("move dead letters", "TaskHandle"))?,
             Err(error) => {
                 let error = failure("move dead letters of", &self.dead_url, error);
-                tracing::info!(%error, "SQS does not move the dead letters itself; bringing them back one by one");
+                tracing::info!(%error, "SQS cannot move the dead letters itself; redriving them one by one");
                 return Ok(None);
             }
         };
@@ -328,14 +334,14 @@ impl DeadLetters for Sqs {
                 .send()
                 .await
                 .map_err(|error| failure("follow the move of dead letters of", &self.dead_url, error))?;
-            // Only a task that runs has a handle; the newest stands first.
+            // Only a running task has a handle. The newest task comes first.
             let running = answer.results().iter().any(|task| task.task_handle() == Some(&*handle));
             let Some(newest) = answer.results().first().filter(|_| !running) else {
                 tokio::time::sleep(MOVE_POLL).await;
                 continue;
             };
             if newest.status() == Some("FAILED") {
-                let cause = newest.failure_reason().unwrap_or("it does not say why").to_owned();
+                let cause = newest.failure_reason().unwrap_or("SQS gives no reason").to_owned();
                 return Err(Error::new(
                     FailureKind::Overloaded,
                     format!("move dead letters of {}", self.dead_url),

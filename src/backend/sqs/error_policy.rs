@@ -1,4 +1,4 @@
-//! Errors of SQS, by their kind.
+//! Classifies the errors of SQS.
 
 use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_sqs::config::http::HttpResponse;
@@ -6,23 +6,27 @@ use aws_sdk_sqs::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 
 use crate::pipeline::failure::{Error, FailureKind, causes, chain};
 
-/// Codes that say that these credentials may not do this, and what to do about it.
+/// Error codes that mean refused credentials, with the remedy for each.
 const REFUSED: &[(&str, &str)] = &[
     ("ExpiredToken", "the session has expired: get new credentials"),
     ("RequestExpired", "the request was signed too long ago: is this machine's clock right?"),
     ("SignatureDoesNotMatch", "is the secret access key right, and this machine's clock?"),
-    ("InvalidClientTokenId", "there is no such access key: are the credentials right?"),
-    ("UnrecognizedClient", "there is no such access key: are the credentials right?"),
-    ("InvalidAccessKeyId", "there is no such access key: are the credentials right?"),
+    ("InvalidClientTokenId", "this access key does not exist: are the credentials right?"),
+    ("UnrecognizedClient", "this access key does not exist: are the credentials right?"),
+    ("InvalidAccessKeyId", "this access key does not exist: are the credentials right?"),
     ("InvalidSecurity", "are the credentials right?"),
-    ("MissingAuthenticationToken", "are there credentials?"),
+    (
+        "MissingAuthenticationToken",
+        "the request has no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    ),
     ("IncompleteSignature", "are the credentials right?"),
     ("AccessDenied", "the role's policy must allow it: see the README"),
     ("OptInRequired", "the account is not signed up for the service"),
 ];
 
-/// What a code means; SQS has an older and a newer name for many, such as `AccessDenied` and
-/// `AccessDeniedException`, or `AWS.SimpleQueueService.NonExistentQueue` and `QueueDoesNotExist`.
+/// The kind of an error code, and its remedy. SQS has an older and a newer name for many codes, such as
+/// `AccessDenied` and `AccessDeniedException`, or `AWS.SimpleQueueService.NonExistentQueue` and
+/// `QueueDoesNotExist`.
 fn kind_of(code: &str, status: Option<u16>) -> (FailureKind, Option<&'static str>) {
     let code = code.rsplit(['.', '#']).next().unwrap_or(code);
     let code = code.strip_suffix("Exception").unwrap_or(code);
@@ -31,7 +35,7 @@ fn kind_of(code: &str, status: Option<u16>) -> (FailureKind, Option<&'static str
     }
     match code {
         "QueueDoesNotExist" | "NonExistentQueue" => {
-            let fix = "there is no such queue: are account, region and name in its URL right?";
+            let fix = "there is no such queue: are the account, the region and the name in its URL right?";
             (FailureKind::MissingResource, Some(fix))
         }
         "InvalidAddress" => (FailureKind::WrongSetting, Some("is the region in the queue's URL right?")),
@@ -41,7 +45,7 @@ fn kind_of(code: &str, status: Option<u16>) -> (FailureKind, Option<&'static str
         | "InvalidAttributeName"
         | "ReceiptHandleIsInvalid" => (FailureKind::RefusedData, None),
         "UnsupportedOperation" => (FailureKind::Unsupported, None),
-        // Rate limits, too much in flight, and their own trouble.
+        // Rate limits, too many messages in flight, and failures inside SQS.
         _ if status.is_some_and(|status| status >= 500) => (FailureKind::Overloaded, None),
         _ if status == Some(429) => (FailureKind::RateLimited, None),
         "OverLimit" | "RequestThrottled" | "Throttling" | "ThrottlingException" | "KmsThrottled" => {
@@ -53,7 +57,7 @@ fn kind_of(code: &str, status: Option<u16>) -> (FailureKind, Option<&'static str
     }
 }
 
-/// What a call came to.
+/// Turns an SDK error into an [`Error`] with its kind and remedy.
 pub(super) fn failure<E>(what: &str, url: &str, error: SdkError<E, HttpResponse>) -> Error
 where
     E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
@@ -75,14 +79,14 @@ where
         }
         _ if has_no_credentials(&error) => {
             let said = "there are no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, \
-                        or run where a role gives them";
+                        or run on a machine whose IAM role provides credentials";
             Error::new(FailureKind::RefusedCredentials, what, said).because(error)
         }
         _ => Error::new(FailureKind::ConnectionLost, what, chain(&error)).because(error),
     }
 }
 
-/// Whether the chain of providers was gone through, and none had any credentials.
+/// Whether no provider of the SDK's chain had credentials.
 fn has_no_credentials(error: &(dyn std::error::Error + 'static)) -> bool {
     causes(error).any(|cause| {
         matches!(cause.downcast_ref::<CredentialsError>(), Some(CredentialsError::CredentialsNotLoaded(_)))

@@ -1,7 +1,7 @@
-//! The job queue on Amazon SQS: a queue a lane (or one for both), and a dead-letter queue.
+//! The job queue on Amazon SQS: one queue for each lane, or one queue for both, and a dead-letter queue.
 //!
-//! SQS is at least once and unordered, which the contract allows; it bills by the request, which is why
-//! everything here goes in batches of ten and receives wait.
+//! SQS delivers at least once and in no order, which the contract of [`JobQueue`] allows. SQS bills by the
+//! request, so all calls here carry up to ten messages, and receives use long polling.
 
 mod batch;
 mod client;
@@ -25,37 +25,38 @@ use stats::MessageDensity;
 
 pub use client::{connect, connect_to};
 
-/// Bytes of a message, and of all messages of a call, by the limits of SQS; a queue's own limit may be lower.
+/// The most bytes of a message, and of all messages of a call (limits of SQS). A queue's own limit may be
+/// lower.
 pub const MAX_BYTES: usize = 1_048_576;
 
-/// Where the queues are, and how they are used.
+/// The queues' URLs, and how the queues are used.
 #[derive(Clone, Debug)]
 pub struct SqsOptions {
-    /// URL of the queue for live changes, or for all.
+    /// URL of the queue for live changes, or for all changes.
     pub url: String,
-    /// URL of the queue for loads; none when one queue carries both lanes.
+    /// URL of the queue for loads; `None` when one queue carries both lanes.
     pub bulk_url: Option<String>,
-    /// URL of the dead-letter queue; none to take the one of the redrive policy.
+    /// URL of the dead-letter queue; `None` to use the queue that the redrive policy names.
     pub dead_url: Option<String>,
-    /// How long a received message stays invisible.
+    /// The visibility timeout of a received message.
     pub visibility: Duration,
-    /// How long a receive waits for a message: whole seconds, 20 at most.
+    /// How long a receive waits for a message: whole seconds, at most 20.
     pub wait: Duration,
-    /// With one queue: how many changes of bulk may stand in it.
+    /// With one queue for both lanes: the most changes of the bulk lane that may be in the queue.
     pub shared_bound: u64,
-    /// Our own count of receives, which the redrive policy must not undercut.
+    /// The receive count after which refarch gives a message up. The redrive policy should not be lower.
     pub max_receives: u32,
-    /// The source, whose packing the relay remembers.
+    /// The source's name. The relay records under this name how many changes its messages hold.
     pub source: String,
 }
 
-/// Two lanes and a dead-letter queue in SQS.
+/// A queue for each lane and a dead-letter queue, in SQS.
 pub struct Sqs {
     client: Client,
     postgres: Postgres,
     options: SqsOptions,
     dead_url: String,
-    /// Bytes of a message at most: in each lane's queue, and in that of the dead letters.
+    /// The most bytes of a message: in each lane's queue, and in the dead-letter queue.
     max_bytes: [usize; 2],
     dead_max_bytes: usize,
     receivers: Vec<Receiver>,
@@ -63,7 +64,8 @@ pub struct Sqs {
     letters: tokio::sync::Mutex<Vec<DeadLetter>>,
 }
 
-/// What the queues' own settings will lose: warnings, and notes on what they may lose after a long time.
+/// Finds settings of the queues that lose messages. Returns warnings, and notes on what may be lost after a
+/// long time.
 pub async fn configuration_warnings(
     client: &Client,
     options: &SqsOptions,
@@ -73,12 +75,12 @@ pub async fn configuration_warnings(
 }
 
 impl Sqs {
-    /// Looks at the queues, and refuses those that can't serve.
+    /// Inspects the queues, and fails if a queue cannot be used.
     pub async fn open(client: Client, postgres: Postgres, options: SqsOptions) -> Result<Self> {
         let client::QueueInspection { dead_url, max_bytes, dead_max_bytes, warnings, .. } =
             client::inspect(&client, &options).await?;
         for warning in warnings {
-            tracing::warn!(warning, "looked at the queues");
+            tracing::warn!(warning, "a setting of a queue may lose messages");
         }
         let receivers = match &options.bulk_url {
             None => vec![Receiver::new(&options.url, &Lane::ALL)],
@@ -141,7 +143,7 @@ impl JobQueue for Sqs {
     }
 
     async fn wait(&self, _lane: Lane, _timeout: Duration) {
-        // The receive before has waited.
+        // The last receive has already waited (long polling).
     }
 
     async fn acknowledge(&self, receipts: &[Receipt]) -> Result<()> {
@@ -163,7 +165,7 @@ impl JobQueue for Sqs {
     }
 }
 
-/// A queue's answer that lacks what it must hold.
+/// An answer lacks a field that SQS always sends.
 fn lacking(what: &str, field: &str) -> Error {
     Error::new(FailureKind::UnexpectedAnswer, what, format!("the answer has no {field}"))
 }

@@ -1,7 +1,8 @@
-//! Receiving: one long poll a queue at a time, whoever waits.
+//! Receiving: at most one long poll a queue at a time, however many callers wait.
 //!
-//! Where the lanes share a queue, a poll for one brings messages of the other, which are kept for it: few,
-//! since the relay keeps a load out of a shared queue, and invisible to others for as long as they are kept.
+//! If both lanes share a queue, a poll for one lane also brings messages of the other lane. Those are
+//! buffered: few, because the relay bounds the bulk changes in a shared queue, and hidden in SQS as long as
+//! they are buffered.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -20,22 +21,22 @@ use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::queue::{Message, Receipt};
 
-/// Messages that are kept for the other lane at most: one poll's.
+/// The most messages buffered for the other lane: what one poll brings.
 const MAX_BUFFERED: usize = 10;
 
-/// A message that was received and not handed out yet.
+/// A message that was received but not yet handed out.
 struct Buffered {
     message: Message,
-    /// When it was last hidden.
+    /// When its visibility timeout was last set.
     hidden: Instant,
 }
 
-/// Who receives from a queue, and what came for whom.
+/// The receiver of one queue, with the messages buffered for each lane.
 pub(super) struct Receiver {
     pub(super) url: String,
     lanes: Vec<Lane>,
     buffered: Mutex<[VecDeque<Buffered>; 2]>,
-    /// Held by whoever polls.
+    /// Held by the caller that polls.
     poll: tokio::sync::Mutex<()>,
     changed: Notify,
 }
@@ -59,7 +60,7 @@ impl Receiver {
         self.buffered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hands out what is there for a lane.
+    /// Takes buffered messages of a lane.
     fn take(&self, lane: Lane, max: usize) -> Vec<Message> {
         let taken: Vec<Message> = {
             let mut buffered = self.buffered();
@@ -84,13 +85,14 @@ impl Receiver {
         self.changed.notify_waiters();
     }
 
-    /// Whether as much is kept for another lane as may be.
+    /// Whether the buffer of another lane is full.
     fn is_full_for_others(&self, lane: Lane) -> bool {
         let buffered = self.buffered();
         self.lanes.iter().any(|other| *other != lane && buffered[*other as usize].len() >= MAX_BUFFERED)
     }
 
-    /// What must be hidden again, being kept for longer than `age`; forgets what is visible to others by now.
+    /// Handles of the buffered messages whose visibility must be extended, because `age` has passed. Drops
+    /// messages whose visibility timeout has passed: another receiver may have them by now.
     fn aged(&self, age: Duration, visibility: Duration) -> Vec<String> {
         let mut aged = Vec::new();
         for queue in self.buffered().iter_mut() {
@@ -105,7 +107,7 @@ impl Receiver {
 }
 
 impl Sqs {
-    /// Messages for a lane: what is kept, or what comes within the wait.
+    /// Returns messages of a lane: buffered ones, or those that arrive within the wait.
     pub(super) async fn receive_for_lane(
         &self,
         receiver: &Receiver,
@@ -116,7 +118,7 @@ impl Sqs {
         loop {
             let changed = receiver.changed.notified();
             let mut changed = std::pin::pin!(changed);
-            // From here on nothing is missed.
+            // From here on, no notification is missed.
             changed.as_mut().enable();
             let taken = receiver.take(lane, max);
             let left = until.saturating_duration_since(Instant::now());
@@ -129,7 +131,7 @@ impl Sqs {
                 change_visibility(&self.client, &receiver.url, aged, self.options.visibility).await?;
             }
             if receiver.is_full_for_others(lane) {
-                // Until the other lane has taken some.
+                // Wait until the other lane has taken messages.
                 let _ = tokio::time::timeout(left.min(age), changed).await;
                 continue;
             }
@@ -150,7 +152,8 @@ impl Sqs {
         }
     }
 
-    /// One receive. In a task of its own: if nobody waits for it any more, what it brought is released.
+    /// Makes one receive call, in a task of its own: if the caller is dropped meanwhile, the received
+    /// messages are released.
     async fn poll(&self, receiver: &Receiver, max: usize, wait: Duration) -> Result<Vec<Message>> {
         let (client, url) = (self.client.clone(), receiver.url.clone());
         let visibility = self.options.visibility;
@@ -163,7 +166,7 @@ impl Sqs {
                 let unwanted: Vec<Message> = unwanted;
                 let handles = unwanted.into_iter().map(|message| message.receipt.handle).collect();
                 if let Err(error) = change_visibility(&client, &url, handles, Duration::ZERO).await {
-                    tracing::debug!(%error, "cannot release messages: they come again by themselves");
+                    tracing::debug!(%error, "cannot release messages; they can be received again after the visibility timeout");
                 }
             }
         });
@@ -179,7 +182,7 @@ impl Receiver {
     }
 }
 
-/// Receives up to ten messages, after at most `wait`.
+/// Receives up to ten messages, and waits for at most `wait`.
 pub(super) async fn receive(
     client: &Client,
     url: &str,
@@ -187,7 +190,8 @@ pub(super) async fn receive(
     wait: Duration,
     visibility: Duration,
 ) -> Result<Vec<Raw>> {
-    // Whole seconds; with none, only some of the servers are asked, and an answer may be empty for no reason.
+    // Whole seconds, at least one: without a wait, SQS asks only some of its servers, and may answer that a
+    // queue with messages is empty.
     let wait = Duration::from_secs(wait.as_secs().clamp(1, 20));
     let patience = TimeoutConfig::builder().operation_attempt_timeout(wait + ATTEMPT).build();
     let answer = client
@@ -211,11 +215,12 @@ pub(super) fn number(raw: &Raw, name: &MessageSystemAttributeName) -> Option<i64
     raw.attributes()?.get(name)?.parse().ok()
 }
 
-/// A message, in its queue's lane or else in that of its body. One without a receipt can't be worked on.
+/// Reads a message. Its lane is the queue's lane, or for a shared queue the lane in its body. `None` if there
+/// is no receipt handle, since such a message cannot be acknowledged.
 fn read(raw: Raw, lane: Option<Lane>) -> Option<Message> {
     let receive_count = number(&raw, &MessageSystemAttributeName::ApproximateReceiveCount);
     let body = decode(raw.body.unwrap_or_default());
-    // What is no job is looked at by whoever comes first.
+    // A body that is not a job has no lane. The live lane takes such a message.
     let lane = lane.unwrap_or_else(|| body.as_ref().map_or(Lane::Live, |job| job.lane));
     Some(Message {
         id: raw.message_id.unwrap_or_default(),

@@ -1,5 +1,5 @@
-//! How full the queues are. SQS counts messages, so that backlogs in changes are estimates: messages by the
-//! changes that a message of late held.
+//! How full the queues are. SQS counts messages, so backlogs in changes are estimates: the number of messages
+//! times the average number of changes in recent messages.
 
 use async_trait::async_trait;
 use aws_sdk_sqs::types::QueueAttributeName;
@@ -26,7 +26,7 @@ impl MessageDensity {
         })
     }
 
-    /// Halved now and then, so that old messages weigh less.
+    /// Adds counts. Halves the sums from time to time, so that old messages weigh less.
     pub(super) fn add(&mut self, other: Self) {
         if self.messages > 1_000 {
             *self = Self { messages: self.messages / 2, changes: self.changes / 2 };
@@ -35,13 +35,13 @@ impl MessageDensity {
         self.changes += other.changes;
     }
 
-    /// Changes in that many messages.
+    /// Estimates the changes in that many messages.
     fn estimate(self, messages: u64) -> u64 {
         if self.messages == 0 { messages } else { (messages * self.changes).div_ceil(self.messages) }
     }
 }
 
-/// Messages in a queue, as SQS counts them.
+/// The number of messages in a queue, as SQS counts them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Messages {
     visible: u64,
@@ -55,7 +55,7 @@ impl Messages {
 }
 
 impl Sqs {
-    /// How messages were packed of late: as seen here, or else as the relay remembers.
+    /// The recent density: as this process saw it, or else as the relay recorded it.
     async fn recent_density(&self, lanes: &[Lane]) -> Result<MessageDensity> {
         let mut sum = MessageDensity::default();
         for lane in lanes {
@@ -73,7 +73,9 @@ impl Sqs {
                 &[&self.options.source, &names],
             )
             .await
-            .map_err(|error| crate::backend::postgres::failure("read how messages are packed", error))?;
+            .map_err(|error| {
+                crate::backend::postgres::failure("read how many changes a message holds", error)
+            })?;
         let number = |at| row.get::<_, i64>(at).max(0) as u64;
         Ok(MessageDensity { messages: number(0), changes: number(1) })
     }
@@ -117,8 +119,8 @@ impl QueueStats for Sqs {
                 in_flight: recent_density.estimate(counted.in_flight),
             });
         }
-        // Nobody can tell the lanes apart. What is within the bulk's bound is taken for bulk, so that
-        // live changes are not called too many because of a load.
+        // SQS cannot count the lanes of a shared queue separately. Changes up to the bound of the bulk lane
+        // are counted as bulk, so that a load does not make the live backlog look too large.
         let counted = self.count_messages(&self.options.url).await?;
         let recent_density = self.recent_density(&Lane::ALL).await?;
         let (visible, in_flight) =
@@ -136,7 +138,7 @@ impl QueueStats for Sqs {
         for receiver in &self.receivers {
             let counted = self.count_messages(&receiver.url).await?;
             if counted.total() > 0 {
-                // SQS can't tell.
+                // SQS does not report the oldest message.
                 return Ok(Some(Timestamp::UNIX_EPOCH));
             }
         }
