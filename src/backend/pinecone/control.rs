@@ -1,4 +1,4 @@
-//! The control plane: indexes by name, made where they are missing.
+//! The control plane: looks indexes up by name, and creates missing ones.
 
 use std::time::{Duration, Instant};
 
@@ -10,32 +10,32 @@ use super::http::Http;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::secret::Secret;
 
-/// How long a new index may take to be ready.
+/// How long a new index may take until it is ready.
 const READY_WITHIN: Duration = Duration::from_mins(5);
 
-/// How often it is asked whether it is.
+/// How often the state of a new index is polled.
 const POLL_EVERY: Duration = Duration::from_secs(1);
 
-/// How long a call may take: making an index takes longer than reading one.
+/// The time limit of a call: creating an index takes longer than describing one.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Compares vectors by their angle.
+/// Vectors are compared by their angle.
 const METRIC: &str = "cosine";
 
-/// Which index is meant, and where a missing one is made.
+/// The index, and where to create it if it is missing.
 #[derive(Clone, Debug)]
 pub struct ControlPlaneOptions {
-    /// The control plane's address.
+    /// The control plane's URL.
     pub controller: String,
-    /// The key.
+    /// The API key.
     pub api_key: Secret,
     /// The index's name.
     pub name: String,
     /// Length of a vector.
     pub dimensions: usize,
-    /// Where a missing index is made, such as `aws` and `us-east-1`.
+    /// The cloud for a new index, such as `aws`.
     pub cloud: String,
-    /// The cloud's region.
+    /// The cloud's region for a new index, such as `us-east-1`.
     pub region: String,
 }
 
@@ -45,7 +45,7 @@ struct Described {
     host: String,
     dimension: Option<usize>,
     metric: Option<String>,
-    /// Newer versions describe an index by its fields.
+    /// Newer versions of the API describe an index by its fields.
     #[serde(default)]
     schema: Value,
     #[serde(default)]
@@ -80,7 +80,7 @@ fn open(options: &ControlPlaneOptions) -> Result<Http> {
     Http::new("index.controller", &options.controller, &options.api_key, TIMEOUT)
 }
 
-/// An index as it is; none when there is none of that name.
+/// Describes an index. `None` if no index has this name.
 async fn describe(http: &Http, name: &str) -> Result<Option<Described>> {
     let what = format!("look for the index {name}");
     let response = http.ask(http.request(Method::GET, &format!("/indexes/{name}"))?, &what).await;
@@ -94,7 +94,7 @@ async fn describe(http: &Http, name: &str) -> Result<Option<Described>> {
     }
 }
 
-/// A refused key, with what to do about it.
+/// Adds the remedy to the error for a refused key.
 fn explained(error: Error) -> Error {
     match error.kind() {
         FailureKind::RefusedCredentials => {
@@ -104,34 +104,32 @@ fn explained(error: Error) -> Error {
     }
 }
 
-/// Refuses an index that can't hold the model's vectors.
+/// Fails if the index cannot hold the model's vectors.
 fn check(described: &Described, options: &ControlPlaneOptions) -> Result<()> {
     let (name, wanted) = (&options.name, options.dimensions);
     let wrong = |message: String| Err(Error::new(FailureKind::WrongShape, "check the index", message));
     match described.dimension() {
         Some(found) if found != wanted => {
             return wrong(format!(
-                "{name} holds vectors of length {found}, and the model makes {wanted}: name another index, or another model"
+                "{name} holds vectors of length {found}, but the model makes {wanted}: set another index, or another model"
             ));
         }
         _ => {}
     }
     match described.metric() {
         Some(found) if found != METRIC => wrong(format!(
-            "{name} compares vectors by {found}, and {METRIC} is needed: name another index, and refarch migrate makes it"
+            "{name} compares vectors by {found} instead of {METRIC}: set the name of a new index, and run refarch migrate to create it"
         )),
         _ => Ok(()),
     }
 }
 
-/// The host of the index, once it is ready.
+/// The host of the index. Waits until the index is ready.
 pub async fn host(options: &ControlPlaneOptions) -> Result<String> {
     let http = open(options)?;
     let missing = || {
-        let message = format!(
-            "there is no index {:?} in this project: run refarch migrate, which makes it",
-            options.name
-        );
+        let message =
+            format!("there is no index {:?} in this project: run refarch migrate to create it", options.name);
         Error::new(FailureKind::MissingResource, "look for the index", message)
     };
     let described = describe(&http, &options.name).await?.ok_or_else(missing)?;
@@ -147,7 +145,10 @@ async fn ready(http: &Http, mut described: Described, options: &ControlPlaneOpti
             return Ok(described.host);
         }
         if started.elapsed() > READY_WITHIN {
-            let message = format!("{} is {} after {READY_WITHIN:?}", options.name, described.status.state);
+            let message = format!(
+                "{} is not ready after {READY_WITHIN:?}; its state is {:?}",
+                options.name, described.status.state
+            );
             return Err(Error::new(FailureKind::TimedOut, "wait for the index", message));
         }
         tokio::time::sleep(POLL_EVERY).await;
@@ -155,21 +156,21 @@ async fn ready(http: &Http, mut described: Described, options: &ControlPlaneOpti
             Error::new(
                 FailureKind::MissingResource,
                 "wait for the index",
-                format!("{} is gone", options.name),
+                format!("{} was deleted meanwhile", options.name),
             )
         };
         described = describe(http, &options.name).await?.ok_or_else(gone)?;
     }
 }
 
-/// Whether the index is there, and of the right shape.
+/// Whether the index exists. Fails if it exists but cannot hold the model's vectors.
 pub async fn exists(options: &ControlPlaneOptions) -> Result<bool> {
     let http = open(options)?;
     let Some(described) = describe(&http, &options.name).await? else { return Ok(false) };
     check(&described, options).map(|()| true)
 }
 
-/// Makes the index if there is none, and waits until it is ready. Returns whether it was made.
+/// Creates the index if it is missing, and waits until it is ready. Returns whether it was created.
 pub async fn ensure(options: &ControlPlaneOptions) -> Result<bool> {
     let http = open(options)?;
     let mut created = false;
@@ -184,7 +185,7 @@ pub async fn ensure(options: &ControlPlaneOptions) -> Result<bool> {
     Ok(created)
 }
 
-/// Makes a serverless index. Not protected from deletion: it can be made anew from the table.
+/// Creates a serverless index. It is not protected from deletion, because it can be rebuilt from the table.
 async fn create(http: &Http, options: &ControlPlaneOptions) -> Result<()> {
     let body = json!({
         "name": options.name,
@@ -194,8 +195,8 @@ async fn create(http: &Http, options: &ControlPlaneOptions) -> Result<()> {
         "spec": { "serverless": { "cloud": options.cloud, "region": options.region } },
         "deletion_protection": "disabled",
     });
-    let what = format!("make the index {}", options.name);
+    let what = format!("create the index {}", options.name);
     let request = http.request(Method::POST, "/indexes")?.json(&body);
-    // Another migration may have been faster.
+    // Another migration may have created the index meanwhile.
     http.write(request, &what, Some(StatusCode::CONFLICT)).await.map(drop).map_err(explained)
 }

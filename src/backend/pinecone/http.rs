@@ -1,4 +1,4 @@
-//! Requests to one host of Pinecone's: headers, turns, time limits and tries.
+//! Requests to one host of Pinecone: headers, rate limit, time limits and retries.
 
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,10 @@ use crate::backend::http::status;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::secret::{Secret, address_without_secrets};
 
-/// The version of the API that is spoken: without one, the oldest that is supported answers.
+/// The version of the API. A request without a version gets the oldest supported one.
 pub(super) const API_VERSION: &str = "2026-04";
 
-/// A host, and how it is spoken to.
+/// A client for one host.
 pub(super) struct Http {
     client: reqwest::Client,
     base: Url,
@@ -26,32 +26,33 @@ pub(super) struct Http {
     retry: Retry,
 }
 
-/// An address, with or without a scheme; without one it is HTTPS.
+/// Parses an address. Without a scheme it is HTTPS.
 fn address(setting: &str, host: &str) -> Result<Url> {
     let wrong = |message: String| Error::new(FailureKind::WrongSetting, "use the Pinecone index", message);
     let host = host.trim();
     let shown = address_without_secrets(host);
     if host.is_empty() {
         return Err(wrong(format!(
-            "{setting} is not set: it is the index's host, as Pinecone's console shows it"
+            "{setting} is not set: set it to the index's host, which Pinecone's console shows"
         )));
     }
     let url = if host.contains("://") { host.to_owned() } else { format!("https://{host}") };
     let base = Url::parse(&url).map_err(|error| wrong(format!("{setting} = {shown:?}: {error}")))?;
     if !matches!(base.scheme(), "http" | "https") || base.host().is_none() {
-        return Err(wrong(format!("{setting} = {shown:?}: use a host name, or https:// before it")));
+        return Err(wrong(format!("{setting} = {shown:?}: use a host name, or https:// and a host name")));
     }
     Ok(base)
 }
 
 impl Http {
-    /// A host that `setting` names. Nothing is asked of it yet.
+    /// A client for the host in the setting `setting`. Sends no request yet.
     pub(super) fn new(setting: &str, host: &str, api_key: &Secret, timeout: Duration) -> Result<Self> {
         let wrong =
             |message: String| Error::new(FailureKind::WrongSetting, "use the Pinecone index", message);
         let base = address(setting, host)?;
-        let mut key = header::HeaderValue::from_str(api_key.expose())
-            .map_err(|_| wrong("index.api_key holds characters that no key has".into()))?;
+        let mut key = header::HeaderValue::from_str(api_key.expose()).map_err(|_| {
+            wrong("index.api_key contains characters that are not allowed in a header".into())
+        })?;
         key.set_sensitive(true);
         let mut headers = header::HeaderMap::new();
         headers.insert("Api-Key", key);
@@ -61,7 +62,7 @@ impl Http {
         Ok(Self { client, base, timeout, limit: RateLimit::adaptive(), retry })
     }
 
-    /// Returns when the host may be asked: at once, unless it asked to be left alone.
+    /// Waits until the pause that the host asked for is over. Returns at once if there is none.
     pub(super) async fn ready(&self) {
         self.limit.ready().await;
     }
@@ -77,12 +78,14 @@ impl Http {
         Ok(self.client.request(method, url))
     }
 
-    /// Sends a request once. Waiting for its turn counts into the time that it may take: who asked it
-    /// reckons that it is over by then.
+    /// Sends a request once. `timeout` includes the wait for the rate limit, because the caller relies on the
+    /// request being over by then.
     async fn once(&self, request: RequestBuilder, what: &str) -> Result<reqwest::Response> {
         let started = Instant::now();
         let turn = tokio::time::timeout(self.timeout, self.limit.turn(0)).await;
-        let throttled = |_| Error::new(FailureKind::RateLimited, what, "the index asks for fewer requests");
+        let throttled = |_| {
+            Error::new(FailureKind::RateLimited, what, "the rate limit left no turn within the time limit")
+        };
         let _turn = turn.map_err(throttled)?;
         let left = self.timeout.saturating_sub(started.elapsed()).max(Duration::from_millis(1));
         let response = ask(request.timeout(left), what).await?;
@@ -93,8 +96,8 @@ impl Http {
         Ok(response)
     }
 
-    /// Sends a request that changes something, once: whether it may be tried again is the caller's to say.
-    /// A status in `also` is a success too.
+    /// Sends a request that changes something, once: only the caller knows whether it may be repeated. The
+    /// status `also` counts as a success too.
     pub(super) async fn write(
         &self,
         request: RequestBuilder,
@@ -105,7 +108,7 @@ impl Http {
         if Some(response.status()) == also { Ok(response) } else { accepted(response, what).await }
     }
 
-    /// Sends a request that changes nothing, a few times if need be.
+    /// Sends a request that changes nothing, with a few retries if necessary.
     pub(super) async fn ask(&self, request: RequestBuilder, what: &str) -> Result<reqwest::Response> {
         let once = || async {
             let unbuilt = || Error::new(FailureKind::Malformed, what, "the request cannot be built");
@@ -115,7 +118,7 @@ impl Http {
         self.retry.run(&self.limit, once).await
     }
 
-    /// The same, with the answer read.
+    /// Like [`Self::ask`], and parses the answer.
     pub(super) async fn read<T: DeserializeOwned>(&self, request: RequestBuilder, what: &str) -> Result<T> {
         self.ask(request, what).await?.json().await.map_err(|error| failure(what, error))
     }

@@ -1,15 +1,15 @@
-//! Where records are: spellings of hosts and namespaces that mean the same.
+//! The location of records: different spellings of the same host and namespace.
 
-/// How the default namespace is called where it has a name.
+/// The name of the default namespace, where Pinecone gives it one.
 pub(super) const DEFAULT_NAMESPACE: &str = "__default__";
 
-/// A namespace's one spelling; the default one is empty.
+/// The one spelling of a namespace. The default namespace is the empty string.
 #[must_use]
 pub fn normalize_namespace(namespace: &str) -> &str {
     if namespace == DEFAULT_NAMESPACE { "" } else { namespace }
 }
 
-/// A host's one spelling: without scheme, path and capitals.
+/// The one spelling of a host: without scheme and path, in lower case.
 #[must_use]
 pub fn normalize_host(given: &str) -> String {
     let given = given.trim();

@@ -1,8 +1,9 @@
-//! Keys of our own in a record's metadata, beside the row's columns.
+//! The keys that refarch adds to a record's metadata, beside the row's columns.
 //!
-//! All of ours begin with [`RESERVED_METADATA_PREFIX`], and no column may, so that neither overwrites the other. Older versions
-//! used the bare names. Their records are understood, so that an upgrade writes nothing anew, unless a column has
-//! one of those names: then what stands there may be the column's value, and the column's value may be missing.
+//! All of these keys begin with [`RESERVED_METADATA_PREFIX`], and no column may, so neither overwrites the
+//! other. Older versions used the names without the prefix. Their records are still read, so that an upgrade
+//! rewrites nothing. The exception is a table with a column of one of these names: then the value may be
+//! refarch's instead of the column's, so the record is written anew.
 
 use serde_json::{Map, Value};
 
@@ -14,7 +15,7 @@ const CONTENT_HASH: &str = "_refarch_content_hash";
 const METADATA_HASH: &str = "_refarch_metadata_hash";
 const VERSION: &str = "_refarch_version";
 
-/// The names without the prefix.
+/// The keys of older versions, without the prefix.
 const OLD_CONTENT_HASH: &str = "content_hash";
 const OLD_METADATA_HASH: &str = "metadata_hash";
 const OLD_VERSION: &str = "version";
@@ -23,27 +24,27 @@ pub(super) fn is_ours(key: &str) -> bool {
     key.starts_with(RESERVED_METADATA_PREFIX)
 }
 
-/// Adds our keys to the row's columns.
+/// Adds the keys of refarch to the row's columns.
 pub(super) fn add(metadata: &mut Map<String, Value>, record: &Record) {
     metadata.insert(CONTENT_HASH.into(), hex(&record.row.content_hash).into());
     metadata.insert(METADATA_HASH.into(), hex(&record.row.metadata_hash).into());
     metadata.insert(VERSION.into(), record.version.into());
 }
 
-/// Whether keys of older versions can be told from the row's columns.
+/// Whether the keys of older versions can be told from the row's columns.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OldKeys {
     are_ours: bool,
 }
 
 impl OldKeys {
-    /// Beside these metadata columns.
+    /// For these metadata columns.
     pub(super) fn beside(columns: &[String]) -> Self {
         let old = [OLD_CONTENT_HASH, OLD_METADATA_HASH, OLD_VERSION];
         Self { are_ours: !columns.iter().any(|column| old.contains(&column.as_str())) }
     }
 
-    /// The hashes of content and metadata that a record carries.
+    /// The content hash and the metadata hash in a record.
     pub(super) fn hashes(self, metadata: &Map<String, Value>) -> (Option<Hash>, Option<Hash>) {
         let has_ours = metadata.keys().any(|key| is_ours(key));
         let of = |key: &str, old: &str| match (has_ours, self.are_ours) {
@@ -100,7 +101,7 @@ mod tests {
         for name in ["name", "version", "content_hash"] {
             assert_eq!(columns(name).hashes(&new), (Some(a), Some(b)), "{name}");
         }
-        // A record that carries ours in part is not completed from the bare names.
+        // If a record has some of the new keys, the missing ones are not taken from the old keys.
         let mut part = new.clone();
         part.remove("_refarch_metadata_hash");
         part.insert("metadata_hash".into(), hex(&b).into());

@@ -1,7 +1,7 @@
 //! The vector index on Pinecone, over its REST data plane.
 //!
-//! Records are always written whole: an update merges metadata, so that a column set to NULL would
-//! survive, and it answers 200 for an id that is not there. Vectors travel as JSON.
+//! Records are always written whole. Pinecone's update merges metadata, so a column set to NULL would keep
+//! its old value; and an update of a missing id returns 200. Vectors are sent as JSON.
 
 pub mod control;
 mod http;
@@ -30,66 +30,68 @@ use metadata_keys::OldKeys;
 use response::with_query;
 use wire::{Fetched, Listed, Matches, Sent, Stats, Upsert, Vector, fetched_at_once, sent, weight};
 
-/// Records in an upsert at most, by Pinecone's limits.
+/// The most records in an upsert (a limit of Pinecone).
 const MAX_RECORDS: usize = 1_000;
 
-/// Bytes of an upsert at most: under the limit of 2 MB, for what surrounds the records.
+/// The most bytes of records in an upsert. Less than the limit of 2 MB, to leave room for the rest of the
+/// request.
 const MAX_BYTES: usize = 1_900_000;
 
-/// Ids in a delete at most, by Pinecone's limits.
+/// The most ids in a delete (a limit of Pinecone).
 const MAX_DELETES: usize = 1_000;
 
-/// Ids on a page of a listing at most, by Pinecone's limits.
+/// The most ids on a page of a listing (a limit of Pinecone).
 const MAX_LISTED: usize = 100;
 
-/// An id that no row has: a row's id never holds a control character here.
+/// An id that no row can have, because a row's id never holds a control character.
 const CANARY_ID: &str = "refarch\u{1}probe";
 
-/// A write's place in the log of its namespace, and the place up to which a query has seen the log.
+/// Headers with a position (LSN) in the namespace's log: of this write, and up to which a query has seen the
+/// log.
 const WRITTEN: &str = "x-pinecone-request-lsn";
 const SEEN: &str = "x-pinecone-max-indexed-lsn";
 
-/// What the index needs of the settings.
+/// The settings of the index.
 #[derive(Clone, Debug)]
 pub struct PineconeOptions {
-    /// The index's host, with or without a scheme; without one it is HTTPS.
+    /// The index's host. Without a scheme it is HTTPS.
     pub host: String,
-    /// The key that may use it.
+    /// The API key.
     pub api_key: Secret,
-    /// The namespace that holds the records; empty for the default one.
+    /// The namespace of the records; empty for the default namespace.
     pub namespace: String,
-    /// How long a request may take.
+    /// The time limit of a request.
     pub timeout: Duration,
-    /// Length of a vector.
+    /// Dimensions of a vector.
     pub dimensions: usize,
-    /// Columns that were embedded: the first to be cut where metadata is too long.
+    /// The embedded columns. They are cut first when metadata is too long.
     pub text: Vec<String>,
-    /// Columns that travel beside the vector.
+    /// The columns stored as metadata beside the vector.
     pub metadata: Vec<String>,
 }
 
-/// Records of one namespace of an index.
+/// The records of one namespace in an index.
 pub struct Pinecone {
     http: Http,
     namespace: String,
     dimensions: usize,
     text: Vec<String>,
     old_keys: OldKeys,
-    /// Whether the index was seen to hold vectors of this length.
+    /// Whether the index is known to hold vectors of this length.
     checked: AtomicBool,
-    /// Places in the log of the namespace: of the newest write, and what queries have seen; 0 if the
-    /// index does not tell.
+    /// Positions in the namespace's log: of the newest write, and up to which queries have seen the log; 0 if
+    /// the index does not report them.
     written: AtomicU64,
     seen: AtomicU64,
 }
 
-/// A place in the log, if an answer tells one.
+/// The log position in an answer's header, if there is one.
 fn log_position(response: &reqwest::Response, name: &str) -> Option<u64> {
     response.headers().get(name)?.to_str().ok()?.trim().parse().ok()
 }
 
 impl Pinecone {
-    /// The index at a host. Nothing is asked of it yet.
+    /// Opens the index at a host. Sends no request yet.
     pub fn new(options: PineconeOptions) -> Result<Self> {
         Ok(Self {
             http: Http::new("index.host", &options.host, &options.api_key, options.timeout)?,
@@ -103,7 +105,7 @@ impl Pinecone {
         })
     }
 
-    /// Some vector: one of zeros is refused.
+    /// A valid vector: Pinecone refuses a vector of zeros.
     fn first_axis(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.dimensions];
         if let Some(first) = values.first_mut() {
@@ -117,7 +119,8 @@ impl Pinecone {
         self.http.read(request, "count records").await
     }
 
-    /// Once, before anything is written: every record would be refused by itself.
+    /// Checks the index's dimensions once, before the first write. With wrong dimensions every record would
+    /// be refused alone.
     async fn check(&self) -> Result<()> {
         if self.checked.load(Ordering::Relaxed) {
             return Ok(());
@@ -125,7 +128,7 @@ impl Pinecone {
         let wanted = self.dimensions;
         if let Some(found) = self.stats().await?.dimension.filter(|found| *found != wanted) {
             let message = format!(
-                "it holds vectors of length {found}, and the model makes {wanted}: name another index, or another model"
+                "it holds vectors of length {found}, but the model makes {wanted}: set another index, or another model"
             );
             return Err(Error::new(FailureKind::WrongShape, "check the index", message));
         }
@@ -139,7 +142,7 @@ impl Pinecone {
         self.http.write(request, "upsert records", None).await
     }
 
-    /// Writes the record that no row has.
+    /// Writes the probe record, whose id no row has.
     async fn upsert_probe(&self, namespace: &str) -> Result<()> {
         let vector = Sent { id: CANARY_ID, values: &self.first_axis(), metadata: Map::new() };
         self.upsert_into(namespace, &[vector]).await.map(drop)
@@ -188,7 +191,7 @@ impl UntrackedWrite for Pinecone {
     async fn delete(&self, ids: &[String]) -> Result<()> {
         let body = json!({ "namespace": self.namespace, "ids": ids });
         let request = self.http.request(Method::POST, "/vectors/delete")?.json(&body);
-        // A namespace that was never written to holds nothing.
+        // A namespace without any write does not exist yet, so nothing needs to be deleted.
         let response = self.http.write(request, "delete records", Some(StatusCode::NOT_FOUND)).await?;
         self.record_write_position(&response);
         Ok(())
@@ -217,7 +220,7 @@ impl UntrackedWrite for Pinecone {
 
     async fn probe_record(&self) -> Result<()> {
         let written = self.upsert_probe(&self.namespace).await;
-        // It may be there though the index said no.
+        // The record may have been written although the answer was an error.
         let taken_out = self.delete(&[CANARY_ID.to_owned()]).await;
         written.and(taken_out)
     }
@@ -283,7 +286,8 @@ impl VectorIndex for Pinecone {
     }
 
     async fn check_writable(&self) -> Result<()> {
-        // Among the records a delete of what can't be there, and an upsert beside them.
+        // Tests both kinds of write without touching a record: a delete of an id that no row has, and an
+        // upsert into the ownership namespace.
         self.delete(&[CANARY_ID.to_owned()]).await?;
         self.upsert_probe(OWNERSHIP_NAMESPACE).await
     }

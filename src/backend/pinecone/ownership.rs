@@ -1,8 +1,9 @@
-//! The owner's note: beside the records, never among them.
+//! The ownership record, stored beside the records, never among them.
 //!
-//! Notes stand in a namespace of their own, where no query, listing or count of records finds them: one for each
-//! namespace that holds records, so that several databases may share an index. Older versions kept one note
-//! for the whole index. It is read where a namespace has none, and left as it is, since others may need it.
+//! Ownership records have a namespace of their own, so no query, listing or count of records finds them. Each
+//! namespace of records has one ownership record, so that several databases may share an index. Older
+//! versions stored one ownership record for the whole index. It is read if a namespace has none of its own,
+//! and it is not changed, since other namespaces may need it.
 
 use async_trait::async_trait;
 use serde_json::Value;
@@ -14,13 +15,13 @@ use crate::config::OWNERSHIP_NAMESPACE;
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::{OwnershipStore, VectorIndex as _};
 
-/// Id of the note that older versions kept for the whole index.
+/// The id of the older versions' ownership record for the whole index.
 const OLD_ID: &str = "note";
 
-/// Bytes of a namespace's name that an id has room for: Pinecone takes 512 characters.
+/// The most bytes of a namespace's name in an id. Pinecone allows 512 characters in an id.
 const MAX_NAME: usize = 400;
 
-/// Id of a namespace's note; the default namespace's name is empty.
+/// The id of a namespace's ownership record. The default namespace has the empty name.
 fn id(namespace: &str) -> String {
     let name = location::normalize_namespace(namespace);
     if name.len() <= MAX_NAME && name.is_ascii() {
@@ -43,7 +44,8 @@ impl OwnershipStore for Pinecone {
             return Ok(Some(text));
         }
         let old = text(OLD_ID);
-        // It names one owner of many namespaces, and says nothing of one that holds no records.
+        // The old record names one owner for many namespaces. It does not apply to a namespace without
+        // records.
         if old.is_some() && self.count().await? == 0 {
             return Ok(None);
         }
@@ -51,7 +53,7 @@ impl OwnershipStore for Pinecone {
     }
 
     async fn set_record(&self, record: &str) -> Result<()> {
-        // The first that is ever written, when a worker starts.
+        // This is the first write when a worker starts.
         self.check().await?;
         let metadata = [("text".to_owned(), record.into())].into_iter().collect();
         let sent = Sent { id: &id(&self.namespace), values: &self.first_axis(), metadata };

@@ -1,4 +1,4 @@
-//! Answers, and what they mean.
+//! Answers, and the errors that they mean.
 
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::Value;
@@ -6,7 +6,7 @@ use serde_json::Value;
 use crate::backend::http::{status, unanswered};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// Bytes of an error's body that are read.
+/// The most bytes of an error's body that are read.
 const MAX_ERROR_BODY: usize = 4_096;
 
 /// Adds query parameters, percent-encoded.
@@ -17,32 +17,32 @@ pub(super) fn with_query(request: RequestBuilder, query: &[(&str, &str)]) -> Req
             built.url_mut().query_pairs_mut().extend_pairs(query);
             RequestBuilder::from_parts(client, built)
         }
-        // A request that can't be built fails in the same way without its query.
+        // A request that cannot be built fails in the same way without its query.
         Err(_) => client.request(Method::GET, "invalid:"),
     }
 }
 
-/// Sends a request; any answer is one.
+/// Sends a request. Returns any answer, also with a status that is not a success.
 pub(super) async fn ask(request: RequestBuilder, what: &str) -> Result<reqwest::Response> {
     request.send().await.map_err(|error| failure(what, error))
 }
 
-/// An answer, if it is a success.
+/// The answer if its status is a success, otherwise the error.
 pub(super) async fn accepted(response: reqwest::Response, what: &str) -> Result<reqwest::Response> {
     if response.status().is_success() { Ok(response) } else { Err(refusal(what, response).await) }
 }
 
-/// A request that got no answer.
+/// The error for a request without an answer.
 pub(super) fn failure(what: &str, error: reqwest::Error) -> Error {
     let kind = if error.is_builder() { FailureKind::RefusedData } else { unanswered::kind(&error) };
     let said = match kind {
-        FailureKind::TimedOut => "no answer in time".into(),
-        _ => unanswered::reason(&error).unwrap_or_else(|| "no usable answer".into()),
+        FailureKind::TimedOut => "no answer within the time limit".into(),
+        _ => unanswered::reason(&error).unwrap_or_else(|| "the answer cannot be used".into()),
     };
     Error::new(kind, what, said).because(error.without_url())
 }
 
-/// An answer that is no success.
+/// The error for an answer that is not a success.
 pub(super) async fn refusal(what: &str, response: reqwest::Response) -> Error {
     let status = response.status();
     let retry_after = status::retry_after(response.headers());
@@ -50,8 +50,9 @@ pub(super) async fn refusal(what: &str, response: reqwest::Response) -> Error {
     Error::new(kind_of(status), what, message).with_pause(retry_after)
 }
 
-/// What a status means. Only what is said of the request itself can be a change's own fault: an index that is
-/// gone, or a key that is refused, is everybody's. What Pinecone never answers is another server's answer.
+/// The kind of failure for a status. Only statuses about the request itself can be the fault of one change. A
+/// missing index or a refused key is a fault for all changes. A status that Pinecone never sends comes from
+/// another server, so the address is wrong.
 fn kind_of(status: StatusCode) -> FailureKind {
     match status::kind(status) {
         FailureKind::NoCredit | FailureKind::UnexpectedAnswer => FailureKind::WrongSetting,
@@ -59,7 +60,8 @@ fn kind_of(status: StatusCode) -> FailureKind {
     }
 }
 
-/// The message of an error's body: the data plane's, the control plane's, or the text as it is.
+/// The message in an error's body: the data plane's format, the control plane's format, or else the body as
+/// text.
 async fn message(mut response: reqwest::Response) -> String {
     let mut body = Vec::new();
     while let Ok(Some(chunk)) = response.chunk().await {

@@ -1,4 +1,4 @@
-//! Bodies as they travel, and what is in them.
+//! The bodies of requests and answers.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -7,18 +7,18 @@ use super::metadata_keys;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::index::Record;
 
-/// Bytes of a record's metadata, by Pinecone's limits.
+/// The most bytes of a record's metadata (a limit of Pinecone).
 pub(super) const MAX_METADATA: usize = 40 * 1024;
 
-/// Characters of an id, by Pinecone's limits.
+/// The most characters of an id (a limit of Pinecone).
 const MAX_ID: usize = 512;
 
-/// Ids in one fetch, and bytes that they may take there: they travel in the URL.
+/// The most ids in one fetch, and the most bytes that they may take in the URL.
 const FETCH_IDS: usize = 50;
 const FETCH_BYTES: usize = 8_000;
 
-/// A record as it is sent. Not by way of a [`Value`], whose floats are wider: each would take twice
-/// the digits.
+/// A record for an upsert. Not built from a [`Value`], whose floats are 64 bits wide and would take twice the
+/// digits.
 #[derive(Debug, Serialize)]
 pub(super) struct Sent<'a> {
     pub(super) id: &'a str,
@@ -90,46 +90,48 @@ pub(super) struct NamespaceStats {
     pub(super) vector_count: u64,
 }
 
-/// How many of the first ids fit into a URL; at least one, if there is one.
+/// How many of the first ids fit into a URL: at least one, if `ids` is not empty.
 pub(super) fn fetched_at_once(ids: &[String]) -> usize {
     let mut bytes = 0;
     let fits = |id: &&String| {
-        // Encoded, a byte takes three at most.
+        // Percent-encoding makes a byte up to three bytes.
         bytes += "&ids=".len() + 3 * id.len();
         bytes <= FETCH_BYTES
     };
     ids.iter().take(FETCH_IDS).take_while(fits).count().max(1)
 }
 
-/// A record as it travels. What Pinecone would refuse for good is refused here, by the id's name.
-/// Metadata that can't be read is refused: a number may be too large for JSON's reader here, and a record
-/// without its metadata would pass for complete. Metadata that is too long is cut, the columns that were
-/// embedded first.
+/// Builds the record for an upsert. A record that Pinecone would refuse is refused here, with its id in the
+/// error. Metadata that cannot be parsed is refused too (a number may be too large for this JSON parser),
+/// because a record without its metadata would look complete. Metadata that is too long is cut, the embedded
+/// columns first.
 pub(super) fn sent<'a>(record: &'a Record, text: &[String]) -> Result<Sent<'a>> {
     let id = &record.row.id;
     let wrong = |message: String| Error::new(FailureKind::RefusedData, "upsert records", message);
     if id.is_empty() || id.chars().count() > MAX_ID {
-        let message =
-            format!("an id of {} characters, and Pinecone takes 1 to {MAX_ID}: {id:.60}", id.chars().count());
+        let message = format!(
+            "an id has {} characters, but Pinecone allows 1 to {MAX_ID}: {id:.60}",
+            id.chars().count()
+        );
         return Err(wrong(message));
     }
     if let Some(value) = record.embedding.iter().find(|value| !value.is_finite()) {
-        return Err(wrong(format!("the vector of {id:?} holds {value}")));
+        return Err(wrong(format!("the vector of {id:?} contains {value}")));
     }
     let mut metadata: Map<String, Value> = serde_json::from_str(&record.row.metadata)
-        .map_err(|error| wrong(format!("metadata of {id:?}: {error}")))?;
+        .map_err(|error| wrong(format!("cannot read the metadata of {id:?}: {error}")))?;
     metadata_keys::add(&mut metadata, record);
     if let Some(over) = shorten(&mut metadata, text) {
         let message = format!(
-            "metadata of {id:?} is {over} bytes beyond Pinecone's {MAX_METADATA} with every text cut: name fewer columns in source.metadata"
+            "the metadata of {id:?} is {over} bytes over Pinecone's limit of {MAX_METADATA}, even with every text cut: list fewer columns in source.metadata"
         );
         return Err(wrong(message));
     }
     Ok(Sent { id, values: &record.embedding, metadata })
 }
 
-/// Cuts texts until the metadata is within the limit: those that were embedded first, since their vector
-/// stands for them, then the longest. Returns by how many bytes it is still too long.
+/// Cuts texts until the metadata is within the limit: first the embedded texts, because the vector represents
+/// them, then the longest. Returns the bytes that are still over the limit; `None` if it fits.
 fn shorten(metadata: &mut Map<String, Value>, text: &[String]) -> Option<usize> {
     let mut over = written(metadata).saturating_sub(MAX_METADATA);
     if over == 0 {
@@ -155,7 +157,8 @@ fn shorten(metadata: &mut Map<String, Value>, text: &[String]) -> Option<usize> 
     Some(over)
 }
 
-/// Takes so many characters from a text's end that it is at least `bytes` shorter as JSON, if it is as long.
+/// Removes characters from the end of a text until its JSON is at least `bytes` shorter, or the text is
+/// empty.
 fn cut(value: &mut String, bytes: usize) {
     let mut saved = 0;
     while saved < bytes
@@ -169,7 +172,7 @@ fn cut(value: &mut String, bytes: usize) {
     }
 }
 
-/// Counts what is written to it.
+/// Counts the bytes written to it.
 struct Counter(usize);
 
 impl std::io::Write for Counter {
@@ -183,16 +186,16 @@ impl std::io::Write for Counter {
     }
 }
 
-/// Bytes of a value as JSON.
+/// The bytes of a value as JSON.
 fn written(value: &impl Serialize) -> usize {
     let mut counter = Counter(0);
-    // What can't be written will not be sent either.
+    // A value that cannot be serialized is not sent either.
     let _ = serde_json::to_writer(&mut counter, value);
     counter.0
 }
 
-/// A record's bytes as it travels, with the comma after it. Written out, as no bound would hold: JSON
-/// escapes ids, and writes some numbers longer than PostgreSQL does.
+/// The bytes of a record in an upsert, with the comma after it. The record is really serialized, because an
+/// estimate would not hold: JSON escapes ids, and writes some numbers longer than PostgreSQL does.
 pub(super) fn weight(record: &Record, text: &[String]) -> usize {
     sent(record, text).map_or(0, |sent| written(&sent)) + 1
 }
@@ -221,7 +224,7 @@ mod tests {
                 (Some("kept"), Some(2_000))
             );
         }
-        // Then the longest of the others.
+        // Then the longest of the other texts.
         let mut both = of(json!({ "a": "a".repeat(100), "b": "b".repeat(50_000), "description": "d" }));
         assert_eq!(shorten(&mut both, &text), None);
         assert_eq!((both["a"].as_str().map(str::len), both["description"].as_str()), (Some(100), Some("")));
