@@ -1,5 +1,5 @@
-//! Doubles of services in this process, for the drill, the tests and the benches: they keep the services' limits, and
-//! fail as they are told to.
+//! Test doubles of services, in this process. The drill, the tests and the benchmarks use them. They keep the
+//! services' limits, and inject faults on request.
 
 pub mod embedder;
 pub mod pinecone;

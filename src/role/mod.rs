@@ -77,8 +77,9 @@ async fn with_database<T>(
     result.and_then(|value| closed.map(|()| value))
 }
 
-/// The same with the model beside the database. A model on this machine that is missing is told before a database is
-/// started; what must be known of a server's model stands in the database.
+/// Like [`with_database`], with the model beside the database. A missing local model is reported before a
+/// database is started. A server's model needs the database first, because the database records facts about
+/// it.
 async fn with_model<T>(
     settings: &Settings,
     work: impl AsyncFnOnce(&Database, &LoadedModel) -> anyhow::Result<T>,

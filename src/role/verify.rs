@@ -59,7 +59,7 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
         let told = faults.as_deref().unwrap_or_default();
         let opened = async {
             if args.repair && !told.is_empty() {
-                // Before the walk, so that what changes during it is captured.
+                // Arm before the comparison, so that changes during it are captured.
                 arm(&database.postgres, settings, told).await?;
             }
             let model = match args.sample {
@@ -70,7 +70,7 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
             anyhow::Ok((backends, model))
         };
         let (backends, model) = opened.await.inspect_err(|_| {
-            // They may be why.
+            // The faults may explain the failure.
             for fault in told {
                 eprintln!("not captured: {fault}");
             }
@@ -93,7 +93,8 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
     }
 }
 
-/// Arms capture where that mends the faults, and asks for what may have changed unseen to be queued.
+/// Arms capture where that repairs the faults, and requests that rows that may have changed unseen are
+/// queued.
 async fn arm(postgres: &Postgres, settings: &Settings, faults: &[String]) -> anyhow::Result<()> {
     let armed = backend::with_connect_retry(settings, async || {
         proof::restore_capture(postgres, &settings.source, WORKER, faults).await

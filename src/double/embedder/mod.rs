@@ -16,10 +16,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 /// Length of a vector.
 pub const DIMENSIONS: usize = 32;
 
-/// The model that it claims to serve.
+/// The name of its model.
 pub const MODEL: &str = "double";
 
-/// The double; it stops when it is dropped.
+/// The double. It stops when it is dropped.
 pub struct EmbedderDouble {
     url: String,
     server: Arc<Server>,
@@ -32,7 +32,7 @@ struct Server {
 }
 
 impl EmbedderDouble {
-    /// Serves on a loopback port that is free.
+    /// Serves on a free loopback port.
     pub async fn start() -> std::io::Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let url = format!("http://{}", listener.local_addr()?);
@@ -47,13 +47,13 @@ impl EmbedderDouble {
         Ok(Self { url, server, _stop: stop.drop_guard() })
     }
 
-    /// Where it listens.
+    /// The address that it serves on.
     #[must_use]
     pub fn url(&self) -> String {
         self.url.clone()
     }
 
-    /// Answers 400 to everybody for this long from now on; not at all for no time.
+    /// From now on and for this long, answers every request with 400. A duration of zero ends the refusals.
     pub fn refuse(&self, long: Duration) {
         let until = (!long.is_zero()).then(|| Instant::now() + long);
         *self.server.refuses_until.lock().unwrap_or_else(PoisonError::into_inner) = until;
@@ -63,7 +63,7 @@ impl EmbedderDouble {
 async fn embed(State(server): State<Arc<Server>>, Json(request): Json<Value>) -> Response {
     let until = *server.refuses_until.lock().unwrap_or_else(PoisonError::into_inner);
     if until.is_some_and(|until| Instant::now() < until) {
-        let body = json!({ "error": { "message": "scripted: no text is good enough", "type": "invalid_request_error" } });
+        let body = json!({ "error": { "message": "injected fault: no text is accepted", "type": "invalid_request_error" } });
         return (StatusCode::BAD_REQUEST, Json(body)).into_response();
     }
     let texts = match &request["input"] {
@@ -80,7 +80,7 @@ async fn embed(State(server): State<Arc<Server>>, Json(request): Json<Value>) ->
         .into_response()
 }
 
-/// A vector of length one that the text alone decides.
+/// A unit vector that depends only on the text.
 fn vector(text: &str) -> Vec<f32> {
     let hash: [u8; DIMENSIONS] = Sha256::digest(text.as_bytes()).into();
     let values = hash.map(|byte| f32::from(byte) - 127.5);

@@ -1,20 +1,20 @@
-//! What Pinecone is asked, once it is known to be within its limits.
+//! Requests to Pinecone that were found to be within its limits.
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::Record;
 
-/// Records in a listing, unless fewer are asked for.
+/// The most records in a listing, and the default.
 pub(super) const MAX_LISTED: usize = 100;
 
-/// How the default namespace is called where it has a name.
+/// The name of the default namespace, where Pinecone gives it one.
 const DEFAULT_NAMESPACE: &str = "__default__";
 
-/// Why a request is refused.
+/// The result of checking a request: the error says why it is refused.
 pub(super) type LimitResult<T> = Result<T, String>;
 
-/// A write that is within the limits.
+/// A write within the limits.
 #[derive(Debug)]
 pub(super) enum Write {
     Upsert { namespace: String, records: Vec<(String, Record)> },
@@ -22,7 +22,7 @@ pub(super) enum Write {
     Update(Update),
 }
 
-/// What a delete means.
+/// Which records a delete removes.
 #[derive(Debug)]
 pub(super) enum DeleteSelection {
     Ids(Vec<String>),
@@ -45,7 +45,7 @@ pub(super) fn namespace_or_default(namespace: &str) -> &str {
     if namespace.is_empty() { DEFAULT_NAMESPACE } else { namespace }
 }
 
-/// A change of one record.
+/// An update of one record.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Update {
@@ -74,7 +74,7 @@ pub(super) struct Query {
     pub(super) include_metadata: bool,
 }
 
-/// A fetch of what passes a filter.
+/// A fetch of the records that match a filter.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct FetchByMetadata {
@@ -95,7 +95,7 @@ fn a_page() -> usize {
     MAX_LISTED
 }
 
-/// Parameters of a fetch or a listing.
+/// The parameters of a fetch or a listing.
 #[derive(Default)]
 pub(super) struct Parameters {
     pub(super) namespace: String,

@@ -1,4 +1,4 @@
-//! The control plane: indexes by name. All of them are the one that the double serves.
+//! The control plane: indexes by name. Every index stands for the one index of the double.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{ServerState, lock};
 
-/// An index as it was made.
+/// An index as it was created.
 #[derive(Clone, Debug)]
 pub(super) struct IndexDescription {
     pub(super) dimension: usize,
@@ -20,13 +20,13 @@ pub(super) struct IndexDescription {
     cloud: String,
     region: String,
     protected: bool,
-    /// How often it is yet described as not ready.
+    /// How many more times the index is described as not ready.
     pub(super) unready: u32,
 }
 
 pub(super) type Indexes = BTreeMap<String, IndexDescription>;
 
-/// An error as the control plane tells it.
+/// An error in the control plane's format.
 fn error(status: StatusCode, code: &str, message: &str) -> Response {
     let body = json!({ "status": status.as_u16(), "error": { "code": code, "message": message } });
     (status, Json(body)).into_response()
@@ -36,7 +36,7 @@ fn missing(name: &str) -> Response {
     error(StatusCode::NOT_FOUND, "NOT_FOUND", &format!("Resource {name} not found"))
 }
 
-/// An index in the words of the version that is asked for: newer ones describe its fields.
+/// An index in the format of the requested version: newer versions describe its fields.
 fn index_json(name: &str, description: &IndexDescription, url: &str, headers: &HeaderMap) -> Value {
     let version =
         headers.get("X-Pinecone-Api-Version").and_then(|value| value.to_str().ok()).unwrap_or_default();
@@ -94,7 +94,7 @@ pub(super) async fn create(
     if name.is_empty() || name.len() > 45 || !name.chars().all(fits) {
         return invalid("Name must consist of lower case alphanumeric characters or '-'");
     }
-    // By its fields in newer versions.
+    // In newer versions, the fields describe the index.
     let field = &body["schema"]["fields"]["_values"];
     let (deployment, values) =
         if field.is_object() { (&body["deployment"], field) } else { (&body["spec"]["serverless"], &body) };
@@ -145,7 +145,7 @@ pub(super) async fn delete(State(index): State<Arc<ServerState>>, Path(name): Pa
         return error(StatusCode::FORBIDDEN, "FORBIDDEN", "Deletion protection is enabled for this index.");
     }
     indexes.remove(&name);
-    // All share what is held.
+    // All indexes share the same records.
     if indexes.is_empty() {
         drop(indexes);
         lock(&index.log).clear();

@@ -1,4 +1,4 @@
-//! What goes wrong with a request, by chance.
+//! Faults of requests, drawn at random.
 
 use std::time::Duration;
 
@@ -7,57 +7,57 @@ use rand::RngExt as _;
 use rand::rngs::StdRng;
 use serde::Serialize;
 
-/// How likely each fault is for a write, from 0 to 1; together at most 1. Reads know the first three.
+/// The probability of each fault for a write, from 0 to 1. The sum is at most 1. Reads have only the first
+/// three faults.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PineconeFaults {
-    /// 500 or 503, and nothing is done.
+    /// The answer is 500 or 503, and the request is not applied.
     pub unavailable: f64,
-    /// 429, half of the time with `Retry-After: 1`, and nothing is done.
+    /// The answer is 429, half of the time with `Retry-After: 1`, and the request is not applied.
     pub rate_limited: f64,
-    /// No answer for `hang_for`; a write is applied at some moment of that time, or half of the time
-    /// never.
+    /// No answer for `hang_for`. A write is applied at some moment of that time, or half of the time never.
     pub hang: f64,
-    /// The write is applied, and 500 is the answer.
+    /// The write is applied, and the answer is 500.
     pub false_error: f64,
-    /// 504 at once, and the write is applied some time later, within `max_late`.
+    /// The answer is 504 at once, and the write is applied later, within `max_late`.
     pub late: f64,
     /// The write is applied, and the connection breaks without an answer.
     pub drop_connection: f64,
-    /// The longest that a late write takes.
+    /// The longest delay of a late write.
     pub max_late: Duration,
-    /// How long an answer is held.
+    /// How long a request without an answer hangs.
     pub hang_for: Duration,
 }
 
-/// How many requests there were, and how many of them met which fault.
+/// The number of requests, and of each fault among them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PineconeCounts {
-    /// Requests of all kinds, with those that were refused.
+    /// Requests of all kinds, refused ones included.
     pub requests: u64,
-    /// Answered with 500 or 503, with nothing done.
+    /// Answered with 500 or 503, not applied.
     pub unavailable: u64,
     /// Answered with 429.
     pub rate_limited: u64,
-    /// Held.
+    /// Not answered for `hang_for`.
     pub hung: u64,
     /// Applied, and answered with 500.
     pub lied: u64,
     /// Applied after the answer.
     pub late: u64,
-    /// Applied, with the connection broken.
+    /// Applied, and the connection broken.
     pub dropped: u64,
 }
 
-/// What becomes of one request.
+/// The drawn outcome of one request.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum FaultDecision {
-    /// It is served.
+    /// No fault.
     Served,
     Unavailable(StatusCode),
     RateLimited {
         says_when: bool,
     },
-    /// A write is applied after this time, if at all.
+    /// A write is applied after this time, or never.
     Hung {
         hold: Duration,
         applied: Option<Duration>,
@@ -68,9 +68,9 @@ pub(super) enum FaultDecision {
 }
 
 impl PineconeFaults {
-    /// Draws a request's fate.
+    /// Draws the outcome of a request.
     pub(super) fn draw(&self, rng: &mut StdRng, is_write: bool) -> FaultDecision {
-        // One draw decides among all, so that chances that sum up to 1 leave no request unharmed.
+        // One draw decides among all faults, so that with probabilities of sum 1 every request has a fault.
         let mut left = rng.random::<f64>();
         let mut is = |chance: f64| {
             let hit = (0.0..chance).contains(&left);

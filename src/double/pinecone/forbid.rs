@@ -1,4 +1,4 @@
-//! Records that a filter before the index lets nobody ask about.
+//! A filter in front of the index that refuses requests about certain records.
 
 use std::sync::Mutex;
 
@@ -8,7 +8,7 @@ use axum::response::{IntoResponse as _, Response};
 use super::asked::{DeleteSelection, Write};
 use super::lock;
 
-/// What is asked about a record.
+/// The kind of request about a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Verb {
@@ -17,10 +17,10 @@ pub enum Verb {
     Fetch,
 }
 
-/// By what is asked, the namespace as the request names it, and the id.
+/// Decides by the kind of request, the namespace as the request names it, and the id.
 type IsForbidden = dyn Fn(Verb, &str, &str) -> bool + Send + Sync;
 
-/// Which requests are refused for a record in them.
+/// The filter: which records make a request refused.
 pub(super) struct Forbidden(Mutex<Box<IsForbidden>>);
 
 impl Default for Forbidden {
@@ -47,7 +47,7 @@ impl Forbidden {
         }
     }
 
-    /// By the parameters of a fetch.
+    /// Whether a fetch with these parameters is refused.
     pub(super) fn has_fetch(&self, query: &[(String, String)]) -> bool {
         let is = lock(&self.0);
         let namespace = query.iter().find(|(key, _)| key == "namespace").map_or("", |(_, name)| name);
@@ -55,7 +55,7 @@ impl Forbidden {
     }
 }
 
-/// What the filter says, which is not the index's own word.
+/// The answer of the filter. It differs from the answers of the index.
 pub(super) fn answer() -> Response {
     (StatusCode::FORBIDDEN, "<html>Request blocked</html>").into_response()
 }

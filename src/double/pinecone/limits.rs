@@ -1,4 +1,4 @@
-//! What Pinecone takes and what it refuses, by its documented limits.
+//! The limits of Pinecone, as documented: which requests are accepted.
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -220,7 +220,7 @@ mod tests {
         assert_eq!(refusal(&json!([record("x".repeat(512))])), None);
         assert_eq!(refusal(&(0..1_000).map(|n| record(n.to_string())).collect()), None);
         assert_eq!(with_metadata(&json!({ "s": "", "n": 1.5, "b": false, "l": ["a"], "e": [] })), None);
-        // Eight bytes are braces, quotes, key and colon.
+        // Braces, quotes, the key and the colon take eight bytes.
         assert_eq!(with_metadata(&json!({ "k": "x".repeat(40 * 1024 - 8) })), None);
     }
 

@@ -1,4 +1,4 @@
-//! Metadata filters, as they are documented.
+//! Metadata filters, as documented by Pinecone.
 
 use std::cmp::Ordering;
 
@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::asked::LimitResult;
 
-/// Whether metadata passes a filter.
+/// Whether the metadata matches a filter.
 pub(super) fn matches(filter: &Value, metadata: &Map<String, Value>) -> LimitResult<bool> {
     let Value::Object(conditions) = filter else { return Err("a filter must be an object".into()) };
     for (key, condition) in conditions {
@@ -56,7 +56,7 @@ fn matches_condition(value: Option<&Value>, condition: &Value) -> LimitResult<bo
     Ok(true)
 }
 
-/// Whether a value is, or a list holds, what is wanted.
+/// Whether a value equals the expected one, or a list contains it.
 fn value_matches(value: Option<&Value>, expected: &Value) -> bool {
     match value {
         Some(Value::Array(items)) => items.contains(expected),

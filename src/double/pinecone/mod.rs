@@ -1,6 +1,7 @@
-//! A double of Pinecone in this process, data plane and control plane, which keeps its limits and can be made to fail.
+//! A double of Pinecone in this process: data plane and control plane, with Pinecone's limits and with faults
+//! on request.
 //!
-//! It is written from Pinecone's documentation, apart from the client, so that the two agree only
+//! It is written from Pinecone's documentation and shares no code with the client, so that the two agree only
 //! where both are right.
 
 mod asked;
@@ -36,20 +37,21 @@ use forbid::Forbidden;
 pub use forbid::Verb;
 use store::Log;
 
-/// A write's place in the log of its namespace, and the place up to which a query has seen the log.
+/// Headers with a position (LSN) in the namespace's log: of this write, and up to which a query has seen the
+/// log.
 const REQUEST_LSN_HEADER: &str = "x-pinecone-request-lsn";
 const MAX_INDEXED_LSN_HEADER: &str = "x-pinecone-max-indexed-lsn";
 
-/// A record as it is kept.
+/// A stored record.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
     /// The vector.
     pub values: Vec<f32>,
-    /// What travels beside it.
+    /// The metadata.
     pub metadata: Map<String, Value>,
 }
 
-/// The double; it stops with its last clone.
+/// The double. It stops when its last clone is dropped.
 #[derive(Clone)]
 pub struct PineconeDouble {
     url: String,
@@ -60,7 +62,7 @@ pub struct PineconeDouble {
 struct ServerState {
     url: String,
     dimensions: AtomicUsize,
-    /// Whether no key is good any more.
+    /// Whether every API key is refused.
     is_key_revoked: AtomicBool,
     forbidden: Forbidden,
     indexes: Mutex<control_plane::Indexes>,
@@ -79,8 +81,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl PineconeDouble {
-    /// Serves an empty index of vectors of that length on a loopback port that is free. What goes
-    /// wrong follows from the seed and the order of requests.
+    /// Serves an empty index of vectors of this length on a free loopback port. The faults follow from the
+    /// seed and the order of requests.
     pub async fn start(dimensions: usize, seed: u64) -> std::io::Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let url = format!("http://{}", listener.local_addr()?);
@@ -104,40 +106,40 @@ impl PineconeDouble {
         Ok(Self { url, index, _stop: Arc::new(stop.drop_guard()) })
     }
 
-    /// Where it listens, such as `http://127.0.0.1:5081`.
+    /// The address that it serves on, such as `http://127.0.0.1:5081`.
     #[must_use]
     pub fn url(&self) -> String {
         self.url.clone()
     }
 
-    /// What goes wrong from now on. Writes that are late already still come.
+    /// Sets the faults from now on. Late writes that are already waiting are still applied.
     pub fn set_faults(&self, faults: PineconeFaults) {
         lock(&self.index.fault_state).faults = faults;
     }
 
-    /// Requests and faults since the start.
+    /// The counts of requests and faults since the start.
     #[must_use]
     pub fn counts(&self) -> PineconeCounts {
         lock(&self.index.fault_state).counts
     }
 
-    /// The records of a namespace, as they are; empty names the default one.
+    /// The records of a namespace as readers see them. The empty name is the default namespace.
     #[must_use]
     pub fn snapshot(&self, namespace: &str) -> BTreeMap<String, Record> {
         lock(&self.index.log).snapshot(namespace)
     }
 
-    /// Refuses every key from now on.
+    /// Refuses every API key from now on.
     pub fn revoke_keys(&self) {
         self.index.is_key_revoked.store(true, Ordering::Relaxed);
     }
 
-    /// Answers 403 from now on to requests with such a record in them, as a filter before the index may.
+    /// From now on, answers requests about such a record with 403, as a filter in front of the index may.
     pub fn forbid(&self, is_forbidden: impl Fn(Verb, &str, &str) -> bool + Send + Sync + 'static) {
         self.index.forbidden.set(is_forbidden);
     }
 
-    /// How long a write takes from now on until readers see it.
+    /// Sets how long a write takes until readers see it.
     pub fn set_delay(&self, delay: Duration) {
         lock(&self.index.log).delay = delay;
     }
@@ -161,7 +163,7 @@ fn router(index: Arc<ServerState>) -> Router {
         .route("/query", post(query))
         .route("/describe_index_stats", post(stats))
         .layer(middleware::from_fn_with_state(Arc::clone(&index), authenticate))
-        // The limit is Pinecone's, with Pinecone's answer.
+        // The double checks Pinecone's limit itself, with Pinecone's answer.
         .layer(DefaultBodyLimit::disable())
         .with_state(index)
 }
@@ -250,7 +252,7 @@ async fn remove_namespace(State(index): State<Arc<ServerState>>, Path(name): Pat
 }
 
 impl ServerState {
-    /// Serves a write as chance has it.
+    /// Serves a write, with a fault if one is drawn.
     async fn write(self: &Arc<Self>, check: impl FnOnce() -> LimitResult<Write>) -> Response {
         let decision = self.draw(true);
         if let Some(answer) = self.injected_refusal(decision) {
@@ -304,7 +306,7 @@ impl ServerState {
         }
     }
 
-    /// Serves a read as chance has it.
+    /// Serves a read, with a fault if one is drawn.
     async fn read(&self, answer: impl FnOnce() -> LimitResult<(Value, Option<u64>)>) -> Response {
         let decision = self.draw(false);
         if let Some(answer) = self.injected_refusal(decision) {
@@ -336,7 +338,7 @@ impl ServerState {
         lock(&self.fault_state).counts.add(decision);
     }
 
-    /// The answer to a request that is not even looked at.
+    /// The answer if the fault refuses the request without looking at it.
     fn injected_refusal(&self, decision: FaultDecision) -> Option<Response> {
         let answer = match decision {
             FaultDecision::Unavailable(status) => error(status, "the service is unavailable"),
@@ -357,12 +359,12 @@ impl ServerState {
         self.dimensions.load(Ordering::Relaxed)
     }
 
-    /// Applies a write; returns its place in the log.
+    /// Applies a write. Returns its position in the log.
     fn apply(&self, write: Write) -> u64 {
         lock(&self.log).apply(write)
     }
 
-    /// In a task of its own: the request's ends with its connection.
+    /// Applies a write in a task of its own, because the request's task ends with its connection.
     fn apply_later(self: &Arc<Self>, write: Write, delay: Duration) {
         let index = Arc::clone(self);
         tokio::spawn(async move {
@@ -372,7 +374,7 @@ impl ServerState {
     }
 }
 
-/// An error as Pinecone tells it, with gRPC's code.
+/// An error in Pinecone's format, with the gRPC code.
 fn error(status: StatusCode, message: &str) -> Response {
     let code = match status {
         StatusCode::BAD_REQUEST => 3,
@@ -385,7 +387,7 @@ fn error(status: StatusCode, message: &str) -> Response {
     (status, Json(json!({ "code": code, "message": message, "details": [] }))).into_response()
 }
 
-/// An answer that makes the server close the connection before anything of it was sent.
+/// An answer that makes the server close the connection before it sends a byte.
 fn broken_connection() -> Response {
     let broken = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
     let body = futures::stream::once(std::future::ready(Err::<Bytes, _>(broken)));

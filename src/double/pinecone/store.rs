@@ -1,4 +1,4 @@
-//! What the index holds: a log of writes for each namespace, found by readers some time later.
+//! The records of the index: each namespace has a log of writes, which readers see after a delay.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use super::asked::{
 };
 use super::{Record, metadata_filter};
 
-/// A namespace: what readers see, and what they will.
+/// A namespace: the records that readers see, and the writes that they do not see yet.
 #[derive(Default)]
 struct Namespace {
     records: BTreeMap<String, Record>,
@@ -23,7 +23,7 @@ struct Namespace {
 #[derive(Default)]
 pub(super) struct Log {
     namespaces: BTreeMap<String, Namespace>,
-    /// How long a write takes to be seen.
+    /// How long a write takes until readers see it.
     pub(super) delay: Duration,
 }
 
@@ -51,7 +51,7 @@ impl Namespace {
         }
     }
 
-    /// Merges, and does nothing for an id that is not there.
+    /// Merges metadata. Does nothing if the id does not exist.
     fn update(&mut self, update: Update) {
         if let Some(record) = self.records.get_mut(&update.id) {
             if let Some(values) = update.values {
@@ -63,7 +63,7 @@ impl Namespace {
 }
 
 impl Log {
-    /// Takes a write; returns its place in the namespace's log.
+    /// Adds a write to the namespace's log. Returns its position.
     pub(super) fn apply(&mut self, write: Write) -> u64 {
         let now = Instant::now();
         let due = now + self.delay;
@@ -83,7 +83,7 @@ impl Log {
         self.namespaces.contains_key(namespace_or_default(namespace))
     }
 
-    /// A namespace's place that readers have seen, and its records.
+    /// The log position that readers have reached, and the records at this position.
     fn read(&mut self, namespace: &str) -> Option<(u64, &BTreeMap<String, Record>)> {
         let namespace = self.namespaces.get_mut(namespace_or_default(namespace))?;
         namespace.settle(Instant::now());
@@ -129,7 +129,7 @@ impl Log {
     }
 
     pub(super) fn list(&mut self, asked: &Parameters) -> Value {
-        // A map of strings is in bitwise order, as Pinecone's listing is.
+        // A map of strings is in bitwise order, like Pinecone's listing.
         let mut left = self
             .read(&asked.namespace)
             .into_iter()
@@ -172,7 +172,7 @@ impl Log {
         Ok(json!({ "matches": matches, "namespace": asked.namespace, "usage": { "readUnits": 1 } }))
     }
 
-    /// The vector of a record, to search by.
+    /// The vector of a record, for a search by id.
     pub(super) fn values(&mut self, namespace: &str, id: &str) -> Option<Vec<f32>> {
         Some(self.read(namespace)?.1.get(id)?.values.clone())
     }
@@ -192,7 +192,7 @@ impl Log {
         })
     }
 
-    /// Records in each namespace.
+    /// The number of records in each namespace.
     pub(super) fn counts(&mut self) -> BTreeMap<String, usize> {
         let now = Instant::now();
         self.namespaces

@@ -1,4 +1,4 @@
-//! What goes wrong with a call, by chance, and what was asked for.
+//! Faults of calls, drawn at random, and counts of calls.
 
 use std::time::Duration;
 
@@ -9,43 +9,43 @@ use serde::Serialize;
 /// Bytes that SQS bills as one request.
 const BILLED: usize = 64 * 1024;
 
-/// How likely each fault is, from 0 to 1; the first four together at most 1.
+/// The probability of each fault, from 0 to 1. The sum of the first four is at most 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct SqsFaults {
-    /// 503, and nothing is done.
+    /// The answer is 503, and nothing is done.
     pub unavailable: f64,
-    /// `RequestThrottled`, and nothing is done.
+    /// The answer is `RequestThrottled`, and nothing is done.
     pub throttled: f64,
-    /// The call is done, and 500 is the answer.
+    /// The call is done, and the answer is 500.
     pub false_error: f64,
     /// The call is done, and the connection breaks without an answer.
     pub drop_connection: f64,
     /// An entry of a batch fails, half of the time after it was done.
     pub entry: f64,
-    /// A message that is handed out stays visible to others.
+    /// A received message stays visible to other receivers.
     pub duplicate: f64,
-    /// How long every answer takes.
+    /// The delay of every answer.
     pub latency: Duration,
 }
 
-/// Calls since the start, by their kind.
+/// The number of calls since the start, by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[allow(missing_docs)]
 pub struct SqsCounts {
-    /// Calls that have come, answered or not.
+    /// Calls that arrived, answered or not.
     pub arrived: u64,
     pub send: u64,
     pub receive: u64,
     pub delete: u64,
     pub extend: u64,
     pub other: u64,
-    /// What would be billed: a request for every 64 KB of a call's messages, and at least one.
+    /// Billed requests: one for each 64 KB of a call's messages, at least one.
     pub billed: u64,
-    /// Messages that were sent, received and deleted.
+    /// Messages sent, received and deleted.
     pub messages_sent: u64,
     pub messages_received: u64,
     pub messages_deleted: u64,
-    /// Faults.
+    /// The number of each fault.
     pub unavailable: u64,
     pub throttled: u64,
     pub lied: u64,
@@ -69,7 +69,7 @@ impl SqsCounts {
     }
 }
 
-/// What becomes of one call.
+/// The drawn outcome of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FaultDecision {
     Served,

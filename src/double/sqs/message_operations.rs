@@ -28,7 +28,7 @@ impl State {
         Ok(Value::Object(send_result))
     }
 
-    /// Does a batch, entry by entry.
+    /// Does a batch operation, entry by entry.
     fn batch(
         &mut self,
         body: &Value,
@@ -82,7 +82,7 @@ impl State {
         for entry in &entries {
             let id = text(entry, "Id")?;
             let fails = self.faults.entry > 0.0 && self.rng.random_bool(self.faults.entry);
-            // Half of those that fail were done all the same.
+            // Half of the failing entries are done all the same.
             if fails && self.rng.random() {
                 let _ = each(self, &name, entry);
             }
@@ -146,7 +146,7 @@ impl State {
             messages.push(receive_result(&receipt, &message));
             if duplicate > 0.0 && self.rng.random_bool(duplicate) {
                 let queue = self.queues.get_mut(&name).ok_or_else(SqsError::no_queue)?;
-                // Its receipt is not the newest any more once somebody else has it.
+                // Its receipt stops being the newest once another receiver has the message.
                 queue.make_message_visible(&receipt);
                 self.counts.duplicated += 1;
             }
@@ -168,7 +168,7 @@ impl State {
         if messages.is_empty() { Ok(json!({})) } else { Ok(json!({ "Messages": messages })) }
     }
 
-    /// When a receive that found nothing should look again, at the latest.
+    /// The latest time at which a receive that found nothing must look again.
     pub(super) fn next_due(&mut self, body: &Value) -> Option<Instant> {
         let name = self.queue(body).ok()?;
         self.queues.get_mut(&name)?.next_due(Instant::now())

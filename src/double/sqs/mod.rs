@@ -1,8 +1,8 @@
-//! A double of SQS in this process, fast enough to be loaded with millions of changes, which keeps its
-//! limits and can be made to fail.
+//! A double of SQS in this process, with the limits of SQS and with faults on request. It is fast enough for
+//! loads of millions of changes.
 //!
-//! It speaks the JSON protocol, is written from the service's description, apart from the client, and
-//! passes the same contract tests as an independent server.
+//! It speaks the JSON protocol. It is written from the documentation of SQS, shares no code with the client,
+//! and passes the same contract tests as an independent server.
 
 mod faults;
 mod message_operations;
@@ -32,11 +32,11 @@ pub use faults::{SqsCounts, SqsFaults};
 use queue::Queue;
 use wire::{SqsError, SqsResult};
 
-/// What every queue's URL and ARN hold.
+/// The account id in every queue's URL and ARN.
 const ACCOUNT: &str = "123456789012";
 const REGION: &str = "us-east-1";
 
-/// The double; it stops with its last clone.
+/// The double. It stops when its last clone is dropped.
 #[derive(Clone)]
 pub struct SqsDouble {
     url: String,
@@ -44,7 +44,7 @@ pub struct SqsDouble {
     _stop: Arc<DropGuard>,
 }
 
-/// What is there, and what befalls it.
+/// The queues, and the faults.
 struct State {
     queues: HashMap<String, Queue>,
     moves: Vec<Value>,
@@ -56,7 +56,7 @@ struct State {
 struct Server {
     base: String,
     state: Mutex<State>,
-    /// Rung when something may have come to be visible.
+    /// Notified when a message may have become visible.
     message_visible: Notify,
 }
 
@@ -67,8 +67,8 @@ impl Server {
 }
 
 impl SqsDouble {
-    /// Serves no queues yet, on a loopback port that is free. What goes wrong follows from the seed and
-    /// the order of calls.
+    /// Serves on a free loopback port, at first without queues. The faults follow from the seed and the order
+    /// of calls.
     pub async fn start(seed: u64) -> std::io::Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let url = format!("http://{}", listener.local_addr()?);
@@ -86,7 +86,7 @@ impl SqsDouble {
         let stop = CancellationToken::new();
         let router = Router::new()
             .route("/", post(serve))
-            // Older clients post to the queue's own path.
+            // Older clients post to the path of the queue.
             .route("/{*queue}", post(serve))
             .layer(DefaultBodyLimit::disable())
             .with_state(Arc::clone(&server));
@@ -95,13 +95,13 @@ impl SqsDouble {
         Ok(Self { url, server, _stop: Arc::new(stop.drop_guard()) })
     }
 
-    /// Where it listens, such as `http://127.0.0.1:9324`.
+    /// The address that it serves on, such as `http://127.0.0.1:9324`.
     #[must_use]
     pub fn url(&self) -> String {
         self.url.clone()
     }
 
-    /// Makes the two lanes' queues and their dead-letter queue, and returns their URLs in this order.
+    /// Creates the queues of both lanes and the dead-letter queue. Returns their URLs in this order.
     #[must_use]
     pub fn create(&self, prefix: &str, max_receives: u32) -> [String; 3] {
         let dead = format!("{prefix}-dead");
@@ -120,18 +120,18 @@ impl SqsDouble {
         })
     }
 
-    /// What goes wrong from now on.
+    /// Sets the faults from now on.
     pub fn set_faults(&self, faults: SqsFaults) {
         self.server.state().faults = faults;
     }
 
-    /// Calls and faults since the start.
+    /// The counts of calls and faults since the start.
     #[must_use]
     pub fn counts(&self) -> SqsCounts {
         self.server.state().counts
     }
 
-    /// Bodies of the messages that a queue holds, in no order.
+    /// The bodies of a queue's messages, in no order.
     #[must_use]
     pub fn bodies(&self, name: &str) -> Vec<String> {
         let state = self.server.state();
@@ -144,7 +144,7 @@ impl SqsDouble {
             .collect()
     }
 
-    /// Sends up to `count` messages of every queue but the dead letters' a second time.
+    /// Sends up to `count` messages a second time, from every queue except the dead-letter queue.
     #[allow(clippy::must_use_candidate, reason = "the count is only for telling")]
     pub fn duplicate(&self, count: usize) -> u64 {
         let mut state = self.server.state();
@@ -161,7 +161,7 @@ impl SqsDouble {
         duplicated
     }
 
-    /// Forgets every message but the dead letters, as a purge by hand does.
+    /// Deletes every message except the dead letters, like a manual purge.
     #[allow(clippy::must_use_candidate, reason = "the count is only for telling")]
     pub fn purge(&self) -> u64 {
         let mut state = self.server.state();
@@ -175,14 +175,14 @@ impl SqsDouble {
             .sum()
     }
 
-    /// Hides up to `count` messages of every queue that could be received, and so changes their order.
+    /// Hides up to `count` visible messages of every queue, which changes the order of receives.
     #[allow(clippy::must_use_candidate, reason = "the count is only for telling")]
     pub fn delay(&self, count: usize, delay: Duration) -> u64 {
         let mut state = self.server.state();
         state.queues.values_mut().map(|queue| queue.delay(count, delay, Instant::now())).sum()
     }
 
-    /// Lets others receive up to `count` messages of every queue that somebody holds.
+    /// Makes up to `count` messages in flight of every queue visible again.
     #[allow(clippy::must_use_candidate, reason = "the count is only for telling")]
     pub fn make_visible(&self, count: usize) -> u64 {
         let made_visible =
@@ -251,7 +251,7 @@ fn counted(server: &Server, operation: &str, bytes: usize, response: Response) -
     response
 }
 
-/// Does an operation; a receive waits for as long as it says.
+/// Does an operation. A receive waits for as long as the call asks.
 async fn answer(server: &Server, operation: &str, body: &Value) -> SqsResult {
     let wait = body.get("WaitTimeSeconds").and_then(Value::as_u64).unwrap_or_default();
     let until = Instant::now() + Duration::from_secs(wait);
@@ -290,7 +290,7 @@ fn error_response(error: &SqsError) -> Response {
     (StatusCode::BAD_REQUEST, headers, body.to_string()).into_response()
 }
 
-/// An answer that makes the server close the connection before anything of it was sent.
+/// An answer that makes the server close the connection before it sends a byte.
 fn broken_connection() -> Response {
     let broken = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
     let body = futures::stream::once(std::future::ready(Err::<Bytes, _>(broken)));

@@ -1,5 +1,5 @@
-//! Queues as SQS keeps them: at least once, in no order, each message hidden from others while somebody
-//! has it. Pure: what time it is, is given.
+//! Queues with the behaviour of SQS: at least once, in no order, with a visibility timeout for each received
+//! message. Pure: the caller passes the time.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
@@ -7,13 +7,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Map, Value};
 
-/// Messages in flight at most, by the limits of SQS.
+/// The most messages in flight (a limit of SQS).
 const MAX_IN_FLIGHT: usize = 120_000;
 
-/// Bytes of a message at most, by the limits of SQS; a queue's own limit may be lower.
+/// The most bytes of a message (a limit of SQS). A queue's own limit may be lower.
 pub(super) const MAX_BYTES: usize = 1_048_576;
 
-/// What is done when too many are in flight.
+/// The error for too many messages in flight.
 pub(super) struct OverLimit;
 
 /// A message.
@@ -25,28 +25,28 @@ pub(super) struct Message {
     pub(super) sent: SystemTime,
     pub(super) first_received: Option<SystemTime>,
     pub(super) receive_count: u32,
-    /// The queue that gave it up, for a message in a dead-letter queue.
+    /// The queue that a dead letter came from.
     pub(super) from: Option<String>,
 }
 
-/// A message in a queue. Each receipt, and each change of its visibility, has a turn of its own.
+/// A message in a queue. Each receipt and each change of visibility has its own sequence number.
 #[derive(Debug)]
 struct StoredMessage {
     message: Message,
     sequence: u64,
-    /// Turn of the newest receipt.
+    /// The sequence number of the newest receipt.
     receipt: u64,
-    /// When others may have it.
+    /// When the message becomes visible to other receivers.
     due: Option<Instant>,
     delayed: bool,
 }
 
-/// Why a receipt can't be used.
+/// Why a receipt is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ReceiptError {
-    /// It is none of this queue's.
+    /// The receipt is not from this queue.
     Invalid,
-    /// Its message is visible to others again, or gone.
+    /// The message is visible again, or deleted.
     NotInFlight,
 }
 
@@ -60,7 +60,7 @@ pub(super) struct Queue {
     next: u64,
 }
 
-/// How many messages are in which state.
+/// The number of messages in each state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct MessageCounts {
     pub(super) visible: usize,
@@ -69,7 +69,7 @@ pub(super) struct MessageCounts {
 }
 
 impl Queue {
-    /// Bytes of a message at most.
+    /// The most bytes of a message.
     pub(super) fn max_bytes(&self) -> usize {
         self.settings.get("MaximumMessageSize").and_then(|text| text.parse().ok()).unwrap_or(MAX_BYTES)
     }
@@ -88,7 +88,7 @@ impl Queue {
         self.messages.insert(key, stored);
     }
 
-    /// Shows what is due.
+    /// Makes messages visible whose time has come.
     fn release_due(&mut self, now: Instant) {
         while let Some(Reverse((at, key, sequence))) = self.due.peek().copied()
             && at <= now
@@ -105,13 +105,14 @@ impl Queue {
         }
     }
 
-    /// When something comes to be visible by itself.
+    /// When the next message becomes visible by itself.
     pub(super) fn next_due(&mut self, now: Instant) -> Option<Instant> {
         self.release_due(now);
         self.due.peek().map(|Reverse((at, ..))| *at)
     }
 
-    /// Hands out up to `max` messages with their receipts; what was received too often goes to `dead`.
+    /// Receives up to `max` messages with their receipts. Messages whose receive count is too high are moved
+    /// to `dead`.
     pub(super) fn receive(
         &mut self,
         max: usize,
@@ -162,7 +163,8 @@ impl Queue {
         parts.ok_or(ReceiptError::Invalid)
     }
 
-    /// Deletes by a receipt. An older one than the newest succeeds and deletes nothing, as SQS may have it.
+    /// Deletes the receipt's message. With a receipt that is not the newest, succeeds and deletes nothing, as
+    /// SQS may do.
     pub(super) fn delete(&mut self, receipt: &str) -> Result<(), ReceiptError> {
         let (key, sequence) = Self::parse(receipt)?;
         if let Some(stored) = self.messages.get(&key)
@@ -176,7 +178,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Hides the receipt's message for `visibility` from now on.
+    /// Hides the receipt's message for `visibility` from now.
     pub(super) fn change_visibility(
         &mut self,
         receipt: &str,
@@ -189,7 +191,7 @@ impl Queue {
         if stored.receipt != sequence || stored.due.is_none() {
             return Err(ReceiptError::NotInFlight);
         }
-        // What was due before is no more; the receipt stays good.
+        // The old due time no longer counts. The receipt stays valid.
         stored.sequence += 1;
         self.hide(key, visibility, now);
         Ok(())
@@ -208,19 +210,19 @@ impl Queue {
         self.due.clear();
     }
 
-    /// Takes everything that is visible, to move it elsewhere.
+    /// Takes every visible message, to move it elsewhere.
     pub(super) fn drain(&mut self, now: Instant) -> Vec<Message> {
         self.release_due(now);
         let ready = std::mem::take(&mut self.ready);
         ready.into_iter().filter_map(|key| self.messages.remove(&key)).map(|stored| stored.message).collect()
     }
 
-    /// Every message as it is, in no order.
+    /// All messages, in no order.
     pub(super) fn messages(&self) -> impl Iterator<Item = &Message> {
         self.messages.values().map(|stored| &stored.message)
     }
 
-    /// Makes a message that somebody has visible to others.
+    /// Makes a message in flight visible again.
     pub(super) fn make_message_visible(&mut self, receipt: &str) {
         if let Ok((key, _)) = Self::parse(receipt)
             && let Some(stored) = self.messages.get_mut(&key)
@@ -232,7 +234,7 @@ impl Queue {
         }
     }
 
-    /// Makes up to `count` messages that somebody has visible to others.
+    /// Makes up to `count` messages in flight visible again.
     pub(super) fn make_visible(&mut self, count: usize) -> u64 {
         let hidden = self.messages.iter_mut().filter(|(_, stored)| stored.due.is_some() && !stored.delayed);
         let mut made_visible = 0;
@@ -245,7 +247,7 @@ impl Queue {
         made_visible
     }
 
-    /// Hides up to `count` messages that are visible, so that others come before them.
+    /// Hides up to `count` visible messages, so that other messages are received first.
     pub(super) fn delay(&mut self, count: usize, delay: Duration, now: Instant) -> u64 {
         self.release_due(now);
         let mut delayed = 0;
@@ -295,7 +297,7 @@ mod tests {
         assert!(receive(&mut queue, start + VISIBILITY).is_empty(), "it was extended");
         let again = receive(&mut queue, start + VISIBILITY * 2);
         assert_eq!(again.len(), 1);
-        // The older receipt is taken, and does nothing.
+        // The older receipt is accepted, and does nothing.
         assert_eq!(queue.change_visibility(&first[0], VISIBILITY, start), Err(ReceiptError::NotInFlight));
         queue.delete(&first[0]).unwrap();
         assert_eq!(queue.count(start).in_flight, 1);
@@ -313,7 +315,7 @@ mod tests {
         queue.change_visibility(&first[0], Duration::ZERO, start).unwrap();
         let second = receive(&mut queue, start);
         assert_eq!(second.len(), 1);
-        // Nothing is due from before.
+        // The old due time no longer counts.
         assert!(receive(&mut queue, start + VISIBILITY / 2).is_empty());
         queue.delete(&second[0]).unwrap();
         assert!(receive(&mut queue, start + VISIBILITY * 9).is_empty());

@@ -1,4 +1,4 @@
-//! The operations, and those on queues.
+//! The dispatch of operations, and the operations on queues.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -14,7 +14,7 @@ impl State {
         if self.queues.contains_key(&name) { Ok(name) } else { Err(SqsError::no_queue()) }
     }
 
-    /// Does an operation, but for the waiting of a receive.
+    /// Does an operation, except for the wait of a receive.
     pub(super) fn run(&mut self, operation: &str, body: &Value, base: &str) -> SqsResult {
         match operation {
             "CreateQueue" => self.create(body, base),
@@ -140,7 +140,8 @@ impl State {
         }
         let (mut moved, mut stuck) = (0, Vec::new());
         for message in messages {
-            // Without a destination a message goes back where it came from; one that was sent there stays.
+            // Without a destination, a message goes back to the queue that it came from. A message that was
+            // sent to this queue directly stays.
             match to.clone().or_else(|| message.from.clone()) {
                 Some(to) => {
                     self.put(&to, Message { receive_count: 0, from: None, ..message }, Duration::ZERO);

@@ -1,4 +1,4 @@
-//! What travels: errors, fields, and messages as they are sent and shown.
+//! The protocol: errors, fields, and messages in requests and answers.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,7 +17,7 @@ pub(super) const MAX_VISIBILITY: u64 = 43_200;
 const MAX_DELAY: u64 = 900;
 pub(super) const MAX_WAIT: u64 = 20;
 
-/// An error of SQS: its newer name, its older one, and what it says.
+/// An error of SQS: its newer code, its older code, and its message.
 #[derive(Debug)]
 pub(super) struct SqsError {
     pub(super) name: &'static str,
@@ -71,7 +71,7 @@ pub(super) fn number(body: &Value, field: &str, max: u64) -> Result<Option<u64>,
     number.map(Some).ok_or_else(wrong)
 }
 
-/// A queue's name from its URL or ARN.
+/// The name of a queue in a URL or an ARN.
 pub(super) fn name_of(path: &str) -> &str {
     path.rsplit(['/', ':']).next().unwrap_or_default()
 }
@@ -89,7 +89,8 @@ fn md5(bytes: &[u8]) -> String {
     })
 }
 
-/// The digest of attributes, as SQS defines it: by name, each with its length before it.
+/// The MD5 digest of message attributes, as SQS defines it: sorted by name, each part with its length before
+/// it.
 fn md5_of_attributes(attributes: &Map<String, Value>) -> String {
     let mut bytes = Vec::new();
     for (name, value) in attributes {
@@ -98,7 +99,7 @@ fn md5_of_attributes(attributes: &Map<String, Value>) -> String {
             bytes.extend((text.len() as u32).to_be_bytes());
             bytes.extend(text.as_bytes());
         }
-        // Marks a text; there are no binary values here.
+        // The type byte for text. The double has no binary values.
         bytes.push(1);
         let text = of("StringValue");
         bytes.extend((text.len() as u32).to_be_bytes());
@@ -122,7 +123,7 @@ pub(super) fn random_id(state: &mut State) -> String {
     format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }
 
-/// Checks what is sent, as far as SQS does, and makes a message of it.
+/// Checks the message of a send as far as SQS does, and builds it.
 pub(super) fn message(
     state: &mut State,
     queue: &str,
@@ -172,7 +173,7 @@ pub(super) fn message(
     Ok((message, Duration::from_secs(delay)))
 }
 
-/// What SQS says of a message that it has taken.
+/// The answer of SQS for a message that it accepted.
 pub(super) fn send_result(message: &Message) -> Map<String, Value> {
     let mut send_result = Map::new();
     send_result.insert("MessageId".into(), message.id.clone().into());
@@ -201,7 +202,7 @@ pub(super) fn millis(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
-/// A message as it is handed out.
+/// A message in the answer of a receive.
 pub(super) fn receive_result(receipt: &str, message: &Message) -> Value {
     let mut receive_result = json!({
         "MessageId": message.id,

@@ -86,8 +86,9 @@ impl From<PathRejection> for ApiError {
     }
 }
 
-/// All routes. Bodies are bounded by axum itself, whose limit the extractors tell of in our form. Nothing is compressed:
-/// answers are counted by their bytes, and a proxy compresses them where that is worth its time.
+/// All routes. axum bounds the bodies, and the extractors report its limit in the API's form. Responses are
+/// not compressed: their memory is counted by their bytes, and a proxy can compress them where that is
+/// worthwhile.
 pub fn router(app: Arc<App>, access: AccessControl) -> Router {
     Router::new()
         .route("/api/v1/products", get(list).post(create))
@@ -120,13 +121,13 @@ pub fn router(app: Arc<App>, access: AccessControl) -> Router {
         .with_state(app)
 }
 
-/// A header of every answer, refusals included.
+/// A header of every response, refusals included.
 fn always(name: HeaderName, value: &'static str) -> SetResponseHeaderLayer<HeaderValue> {
     SetResponseHeaderLayer::overriding(name, HeaderValue::from_static(value))
 }
 
-/// Ends what takes too long. By hand: `tower-http`'s layer answers with an empty body and one status, and here the
-/// answer depends on whether the client or the server was late.
+/// Ends requests that take too long. Written by hand, because `tower-http`'s layer always answers with an
+/// empty body and one status; here the answer depends on whether the client or the server was late.
 async fn time_out(State(app): Shared, request: axum::extract::Request, next: middleware::Next) -> Response {
     let tracker = request.extensions().get::<Arc<ConnectionTracker>>().cloned();
     if let Ok(response) = tokio::time::timeout(app.limits.request, next.run(request)).await {
