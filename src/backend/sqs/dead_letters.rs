@@ -237,7 +237,7 @@ impl DeadLetters for Sqs {
                 }
             }
             (None, Err(Undecodable { body, .. })) if body.len() > self.dead_max_bytes => {
-                let cut = format!("the body had {} bytes and is cut: {}", body.len(), cause.error);
+                let cut = format!("the body was cut from {} bytes: {}", body.len(), cause.error);
                 self.write_letter(cut_to(body, room).to_owned(), &cut, message, cause).await?;
             }
             (None, Err(Undecodable { body, .. })) => {
