@@ -35,23 +35,23 @@ pub trait Fixture {
 macro_rules! for_each_clause {
     ($make:ident) => {
         $make! {
-            rows_and_entries_come_in_the_order_asked,
-            who_opens_second_is_told_so,
-            a_tracked_write_alone_settles,
-            a_row_that_is_gone_settles_as_deleted,
-            who_overlaps_does_not_settle_and_the_last_one_queues,
-            a_tracked_write_within_another_settles_neither,
+            peek_returns_rows_and_entries_in_the_order_asked,
+            a_second_open_of_an_id_is_shared,
+            a_tracked_write_without_overlap_settles,
+            a_missing_row_settles_as_deleted,
+            overlapping_writes_do_not_settle_and_the_last_close_queues_the_id,
+            nested_tracked_writes_both_stay_unsettled,
             a_doubtful_write_is_swept_once_it_has_settled,
-            what_was_not_written_is_as_it_was_unless_others_had_it_open,
-            only_a_dead_workers_tracked_writes_are_swept_and_not_at_once,
+            an_unwritten_id_keeps_its_entry_unless_writes_overlapped,
+            only_tracked_writes_of_dead_workers_are_swept_after_the_settling_time,
             a_sweep_takes_no_more_than_its_limit,
-            what_was_swept_meanwhile_is_put_back,
-            a_closing_told_as_failed_can_be_repeated,
-            a_repeated_closing_takes_nothing_from_others,
-            who_disowns_keeps_what_is_in_hand,
-            what_is_parked_is_not_queued_until_it_is_opened,
+            closing_a_swept_write_puts_it_back_as_abandoned,
+            a_close_that_was_reported_as_failed_can_be_repeated,
+            a_repeated_close_does_not_close_writes_of_others,
+            abandoning_orphans_keeps_the_writes_still_in_hand,
+            a_parked_id_is_not_queued_until_it_is_opened,
             tries_are_counted_until_the_entry_settles,
-            what_is_queued_again_is_not_trusted,
+            a_requeued_entry_is_not_trusted,
         }
     };
 }
@@ -134,7 +134,7 @@ async fn assert_no_tracked_write(ledger: &dyn Ledger, fixture: &dyn Fixture) {
 
 const NOTHING: [String; 0] = [];
 
-pub async fn rows_and_entries_come_in_the_order_asked(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn peek_returns_rows_and_entries_in_the_order_asked(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2, 10] {
         fixture.write(id, Some("text")).await;
     }
@@ -163,7 +163,7 @@ pub async fn rows_and_entries_come_in_the_order_asked(ledger: &dyn Ledger, fixtu
     assert!(impossible.row.is_none() && impossible.entry.is_none());
 }
 
-pub async fn who_opens_second_is_told_so(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_second_open_of_an_id_is_shared(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     fixture.write(1, Some("text")).await;
     bring_in_sync(ledger, "1").await;
     // Its row never was.
@@ -188,7 +188,7 @@ pub async fn who_opens_second_is_told_so(ledger: &dyn Ledger, fixture: &dyn Fixt
     assert_eq!(entry(ledger, "3").await.open, 3);
 }
 
-pub async fn a_tracked_write_alone_settles(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_tracked_write_without_overlap_settles(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2] {
         fixture.write(id, Some("text")).await;
     }
@@ -214,7 +214,7 @@ pub async fn a_tracked_write_alone_settles(ledger: &dyn Ledger, fixture: &dyn Fi
     assert_eq!(fixture.take().await, NOTHING);
 }
 
-pub async fn a_row_that_is_gone_settles_as_deleted(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_missing_row_settles_as_deleted(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     fixture.write(1, Some("text")).await;
     bring_in_sync(ledger, "1").await;
     fixture.write(1, None).await;
@@ -226,7 +226,7 @@ pub async fn a_row_that_is_gone_settles_as_deleted(ledger: &dyn Ledger, fixture:
     assert!(!matches(ledger, "1").await);
 }
 
-pub async fn who_overlaps_does_not_settle_and_the_last_one_queues(
+pub async fn overlapping_writes_do_not_settle_and_the_last_close_queues_the_id(
     ledger: &dyn Ledger,
     fixture: &dyn Fixture,
 ) {
@@ -254,7 +254,7 @@ pub async fn who_overlaps_does_not_settle_and_the_last_one_queues(
     }
 }
 
-pub async fn a_tracked_write_within_another_settles_neither(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn nested_tracked_writes_both_stay_unsettled(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2] {
         fixture.write(id, Some("text")).await;
     }
@@ -296,7 +296,7 @@ pub async fn a_doubtful_write_is_swept_once_it_has_settled(ledger: &dyn Ledger, 
     assert_eq!(fixture.take().await, NOTHING);
 }
 
-pub async fn what_was_not_written_is_as_it_was_unless_others_had_it_open(
+pub async fn an_unwritten_id_keeps_its_entry_unless_writes_overlapped(
     ledger: &dyn Ledger,
     fixture: &dyn Fixture,
 ) {
@@ -320,7 +320,7 @@ pub async fn what_was_not_written_is_as_it_was_unless_others_had_it_open(
     assert_eq!(fixture.take().await, ["1"]);
 }
 
-pub async fn only_a_dead_workers_tracked_writes_are_swept_and_not_at_once(
+pub async fn only_tracked_writes_of_dead_workers_are_swept_after_the_settling_time(
     ledger: &dyn Ledger,
     fixture: &dyn Fixture,
 ) {
@@ -366,7 +366,7 @@ pub async fn a_sweep_takes_no_more_than_its_limit(ledger: &dyn Ledger, fixture: 
     }
 }
 
-pub async fn what_was_swept_meanwhile_is_put_back(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn closing_a_swept_write_puts_it_back_as_abandoned(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2, 3] {
         fixture.write(id, Some("text")).await;
     }
@@ -400,7 +400,7 @@ pub async fn what_was_swept_meanwhile_is_put_back(ledger: &dyn Ledger, fixture: 
     assert_no_tracked_write(ledger, fixture).await;
 }
 
-pub async fn a_closing_told_as_failed_can_be_repeated(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_close_that_was_reported_as_failed_can_be_repeated(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2, 3] {
         fixture.write(id, Some("text")).await;
     }
@@ -429,7 +429,7 @@ pub async fn a_closing_told_as_failed_can_be_repeated(ledger: &dyn Ledger, fixtu
     assert_no_tracked_write(ledger, fixture).await;
 }
 
-pub async fn a_repeated_closing_takes_nothing_from_others(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_repeated_close_does_not_close_writes_of_others(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     let opened = ledger.open("a", "w", &ids(&["1", "2", "3"])).await.unwrap();
     let outcome = written(ledger, "1").await;
     let closing =
@@ -447,7 +447,7 @@ pub async fn a_repeated_closing_takes_nothing_from_others(ledger: &dyn Ledger, f
     assert_eq!(closed.settled, ids(&["1", "2"]));
 }
 
-pub async fn who_disowns_keeps_what_is_in_hand(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn abandoning_orphans_keeps_the_writes_still_in_hand(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for worker in ["w", "other"] {
         fixture.set_alive(worker, true).await;
     }
@@ -466,7 +466,7 @@ pub async fn who_disowns_keeps_what_is_in_hand(ledger: &dyn Ledger, fixture: &dy
     assert_eq!(ledger.abandon_orphans("w", &[]).await.unwrap(), 1);
 }
 
-pub async fn what_is_parked_is_not_queued_until_it_is_opened(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_parked_id_is_not_queued_until_it_is_opened(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     open_one(ledger, "a", "w", "1").await;
     ledger.park("1").await.unwrap();
     // Of which nothing is known yet.
@@ -520,7 +520,7 @@ pub async fn tries_are_counted_until_the_entry_settles(ledger: &dyn Ledger, fixt
     assert_eq!(ledger.count_try("3", 0).await.unwrap(), 0);
 }
 
-pub async fn what_is_queued_again_is_not_trusted(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_requeued_entry_is_not_trusted(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2] {
         fixture.write(id, Some("text")).await;
         bring_in_sync(ledger, &id.to_string()).await;

@@ -29,7 +29,7 @@ async fn letters(remote: &Remote) -> Vec<Value> {
 const NINE: &str = "INSERT INTO item SELECT n, 'a chair of kind ' || n FROM generate_series(1, 9) n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_record_that_a_filter_before_the_index_refuses_does_not_hold_the_others() {
+async fn one_record_refused_by_a_proxy_does_not_hold_other_records() {
     let (remote, roles) = items().await;
     let client = remote.database.client().await;
     remote.double.forbid(|verb, namespace, id| verb == Verb::Upsert && namespace.is_empty() && id == "5");
