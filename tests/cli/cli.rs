@@ -28,7 +28,7 @@ async fn run(args: &[&str], env: &[(&str, &str)]) -> Run {
     }
 }
 
-/// Runs with standard output going there.
+/// Runs with standard output directed to `stdout`.
 async fn into(stdout: impl Into<Stdio>, args: &[&str]) -> std::process::Output {
     let mut command = refarch();
     command.args(args).stdout(stdout).stderr(Stdio::piped());

@@ -9,13 +9,13 @@ use refarch::pipeline::ledger::{Closed, Entry, Ledger, Opened, Outcome, Peeked, 
 /// More attempts than any clause has.
 const ALL: usize = 100;
 
-/// What is around a ledger, and what a clause does to it.
+/// The surroundings of a ledger, as a clause changes them.
 #[async_trait(?Send)]
 pub trait Fixture {
     /// Inserts or updates a row of the source, or deletes it when there is no text. Ids are numbers.
     async fn write(&self, id: u32, text: Option<&str>);
 
-    /// Takes every id that the outbox holds, sorted, each as often as it stands there.
+    /// Takes every id that the outbox holds, sorted, each as often as the outbox holds it.
     async fn take(&self) -> Vec<String>;
 
     /// Gives a worker the session that shows that it lives, or ends it.
@@ -76,7 +76,7 @@ async fn matches(ledger: &dyn Ledger, id: &str) -> bool {
     peeked.entry.is_some_and(|entry| entry.matches(peeked.row.as_ref()))
 }
 
-/// That nothing is known of an id, with this many attempts open.
+/// Asserts that the ledger knows nothing of an id and has this many attempts open.
 async fn assert_unknown(ledger: &dyn Ledger, id: &str, open: i32) {
     let entry = entry(ledger, id).await;
     assert_eq!((entry.open, entry.dirty, entry.deleted), (open, true, false), "{id}: {entry:?}");
@@ -125,7 +125,7 @@ async fn sweep_later(ledger: &dyn Ledger, fixture: &dyn Fixture) -> (u64, u64, u
     sweep(ledger, fixture).await
 }
 
-/// That no attempt stands, but for those of living workers.
+/// Asserts that no attempt is left, except those of living workers.
 async fn assert_no_tracked_write(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for _ in 0..2 {
         assert_eq!(sweep_later(ledger, fixture).await, (0, 0, 0));
@@ -166,7 +166,7 @@ pub async fn peek_returns_rows_and_entries_in_the_order_asked(ledger: &dyn Ledge
 pub async fn a_second_open_of_an_id_is_shared(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     fixture.write(1, Some("text")).await;
     bring_in_sync(ledger, "1").await;
-    // Its row never was.
+    // This id never had a row.
     bring_in_sync(ledger, "2").await;
     let known = peek(ledger, "1").await.row.unwrap().content_hash;
     let before = [entry(ledger, "1").await, entry(ledger, "2").await];
@@ -176,7 +176,7 @@ pub async fn a_second_open_of_an_id_is_shared(ledger: &dyn Ledger, fixture: &dyn
         let [two, new, one] = opened.try_into().unwrap();
         assert_eq!((&*two.id, &*new.id, &*one.id), ("2", "3", "1"));
         assert_eq!([&two, &new, &one].map(|opened| opened.shared), [shared; 3], "{attempt}");
-        // As they were: nobody has written yet.
+        // Unchanged: no write has happened yet.
         assert_eq!([&two, &new, &one].map(|opened| opened.dirty), [false, true, false], "{attempt}");
         let hashes = [&two, &new, &one].map(|opened| opened.content_hash);
         assert_eq!(hashes, [None, None, Some(known)], "{attempt}");
@@ -249,7 +249,7 @@ pub async fn overlapping_writes_do_not_settle_and_the_last_close_queues_the_id(
         assert_eq!(fixture.take().await, ["1"], "{last} last");
         assert_no_tracked_write(ledger, fixture).await;
         assert_eq!(fixture.take().await, NOTHING, "{last} last");
-        // Alone again.
+        // This write overlaps with no other.
         bring_in_sync(ledger, "1").await;
     }
 }
@@ -262,7 +262,7 @@ pub async fn nested_tracked_writes_both_stay_unsettled(ledger: &dyn Ledger, fixt
     let outer = ledger.open("outer", "w", &ids(&["1", "2"])).await.unwrap();
     let inner = open_one(ledger, "inner", "w", "1").await;
     let (one, two) = (written(ledger, "1").await, written(ledger, "2").await);
-    // Even if it sent nothing: who comes from outside can't tell.
+    // The inner write sent nothing, but the outer write cannot know that.
     close(ledger, "inner", "w", &[(&inner, &Outcome::Unwritten)]).await;
     assert_eq!(fixture.take().await, NOTHING);
     let closed = close(ledger, "outer", "w", &[(&outer[0], &one), (&outer[1], &two)]).await;
@@ -276,7 +276,7 @@ pub async fn a_doubtful_write_is_swept_once_it_has_settled(ledger: &dyn Ledger, 
         fixture.write(id, Some("text")).await;
     }
     fixture.take().await;
-    // That its worker lives changes nothing.
+    // A living worker makes no difference.
     fixture.set_alive("w", true).await;
     let opened = ledger.open("a", "w", &ids(&["1", "2", "3"])).await.unwrap();
     let (one, three) = (written(ledger, "1").await, written(ledger, "3").await);
@@ -309,7 +309,7 @@ pub async fn an_unwritten_id_keeps_its_entry_unless_writes_overlapped(
     assert!(matches(ledger, "1").await, "nothing was written, so nothing changed");
     assert_no_tracked_write(ledger, fixture).await;
     assert_eq!(fixture.take().await, NOTHING);
-    // Another one that was open meanwhile leaves the id to the last to close.
+    // If another write was open meanwhile, the last write to close queues the id.
     let first = open_one(ledger, "first", "w", "1").await;
     let last = open_one(ledger, "last", "w", "1").await;
     let one = written(ledger, "1").await;
@@ -387,7 +387,7 @@ pub async fn closing_a_swept_write_puts_it_back_as_abandoned(ledger: &dyn Ledger
     assert_unknown(ledger, "1", 2).await;
     assert_unknown(ledger, "2", 1).await;
     assert!(matches(ledger, "3").await);
-    // Who wrote meanwhile may have been overwritten.
+    // A write that was made meanwhile may have been overwritten.
     let closed = close(ledger, "b", "w", &[(&other, &outcome)]).await;
     assert_eq!((closed.settled, closed.overlapped), (vec![], 1));
 
@@ -414,7 +414,7 @@ pub async fn a_close_that_was_reported_as_failed_can_be_repeated(ledger: &dyn Le
     assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 1));
     assert_eq!(fixture.take().await, ["1"]);
 
-    // Some of it in doubt: the attempt stands for that alone.
+    // One id in doubt: the attempt stays open for that id only.
     let opened = ledger.open("b", "w", &ids(&["1", "2", "3"])).await.unwrap();
     let closing =
         [(&opened[0], &outcome), (&opened[1], &Outcome::Doubtful), (&opened[2], &Outcome::Unwritten)];
@@ -469,7 +469,7 @@ pub async fn abandoning_orphans_keeps_the_writes_still_in_hand(ledger: &dyn Ledg
 pub async fn a_parked_id_is_not_queued_until_it_is_opened(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     open_one(ledger, "a", "w", "1").await;
     ledger.park("1").await.unwrap();
-    // Of which nothing is known yet.
+    // The ledger knows nothing of this id yet.
     ledger.park("2").await.unwrap();
     assert!(entry(ledger, "1").await.parked && entry(ledger, "2").await.parked);
     assert_unknown(ledger, "2", 0).await;
@@ -484,7 +484,7 @@ pub async fn a_parked_id_is_not_queued_until_it_is_opened(ledger: &dyn Ledger, f
     assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 2));
     assert_eq!(fixture.take().await, ["1", "2"]);
 
-    // Who got through to the index all the same is no dead letter.
+    // A write that reached the index all the same ends the parking.
     let first = open_one(ledger, "c", "w", "1").await;
     let second = open_one(ledger, "d", "w", "1").await;
     ledger.park("1").await.unwrap();
@@ -513,7 +513,7 @@ pub async fn tries_are_counted_until_the_entry_settles(ledger: &dyn Ledger, fixt
     let opened = open_one(ledger, "b", "w", "1").await;
     assert_eq!(close(ledger, "b", "w", &[(&opened, &outcome)]).await.settled, ["1"]);
     assert_eq!(ledger.count_try("1", 0).await.unwrap(), 0);
-    // Counting is no news of the index.
+    // Counting a try changes nothing about the index.
     assert!(matches(ledger, "1").await);
 
     ledger.park("3").await.unwrap();

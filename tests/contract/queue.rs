@@ -11,7 +11,7 @@ pub const VISIBILITY: Duration = Duration::from_secs(2);
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A queue under test, and what is around it.
+/// A queue under test, and access around its trait.
 #[async_trait]
 pub trait Fixture: Send + Sync {
     fn queue(&self) -> Queue;
@@ -118,7 +118,7 @@ pub async fn only_unacknowledged_messages_are_delivered_again(fixture: &dyn Fixt
     .await;
     let again = receive_one(&*queue.jobs, Lane::Live).await;
     assert_eq!((again.id, again.receive_count), (second.id, 2));
-    // Acknowledging twice, or what is gone, is no error.
+    // Acknowledging twice, or a message that is gone, is no error.
     queue.jobs.acknowledge(&[first.receipt.clone(), first.receipt, again.receipt]).await.unwrap();
     assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), Backlog::default());
 }
@@ -208,7 +208,7 @@ pub async fn dead_letters_are_read_page_by_page(fixture: &dyn Fixture) {
         read.sort();
     }
     assert_eq!(read, ["0", "1", "2", "3", "4"]);
-    // Reading takes nothing away, and hides nothing from the next who reads.
+    // Listing neither removes nor hides dead letters.
     assert_eq!(letters(&queue).await.len(), 5);
 }
 
@@ -233,7 +233,7 @@ pub async fn a_redriven_dead_letter_is_back_in_its_lane_with_its_changes(fixture
         queue.jobs.acknowledge(&[message.receipt]).await.unwrap();
         assert_eq!(queue.stats.backlog(lane).await.unwrap(), Backlog::default(), "it was there once");
     }
-    // They are gone now, and the third is where it was.
+    // These two are no dead letters any more; the third still is.
     assert_eq!(queue.dead_letters.redrive(&asked).await.unwrap(), Vec::<String>::new());
     assert_eq!(queue.dead_letters.redrive(&[]).await.unwrap(), Vec::<String>::new());
     let left: Vec<String> = letters(&queue).await.into_iter().map(|letter| letter.id).collect();
@@ -283,7 +283,7 @@ pub async fn a_body_that_is_no_job_is_received_unchanged(fixture: &dyn Fixture) 
         "null".to_owned(),
         r#"{"v": 1, "price": 1.10, "big": 123456789012345678901234567890}"#.to_owned(),
         r#"{"v": 2}"#.to_owned(),
-        // More than the parser of ours takes.
+        // Nested deeper than the JSON parser accepts.
         format!("[1{}]", "0".repeat(400)),
         format!("{}{}", "[".repeat(300), "]".repeat(300)),
     ];

@@ -6,13 +6,13 @@ use refarch::pipeline::embedder::Embedding;
 use refarch::pipeline::index::{Desired, Planned, Stored, TransactionalWrite, VectorIndex, Writes};
 use refarch::pipeline::ledger::{Entry, Ledger, Peeked};
 
-/// What is around an index, and what a clause does to it.
+/// The surroundings of an index, as a clause changes them.
 #[async_trait(?Send)]
 pub trait Fixture {
     /// The index.
     fn index(&self) -> &dyn VectorIndex;
 
-    /// The ledger that its writes are fenced by.
+    /// The ledger that its writes are compared with.
     fn ledger(&self) -> &dyn Ledger;
 
     /// Inserts or updates a row of the source. Ids are numbers.
@@ -21,7 +21,7 @@ pub trait Fixture {
     /// Deletes a row of the source.
     async fn delete(&self, id: u32);
 
-    /// Some vector that is this number's own.
+    /// A vector that differs for each number.
     fn vector(&self, of: u8) -> Embedding;
 
     /// Whether the index keeps metadata beside the vector.
@@ -136,7 +136,7 @@ pub async fn a_write_whose_row_changed_writes_nothing(fixture: &dyn Fixture) {
             "{text:?} {metadata}"
         );
     }
-    // One that was gone has come.
+    // A deleted row is inserted again.
     bring_in_sync(fixture, 5, 1).await;
     fixture.delete(5).await;
     let absent = plan(fixture, "5", None).await;
@@ -180,7 +180,7 @@ pub async fn one_conflict_does_not_stop_other_writes(fixture: &dyn Fixture) {
     }
     fixture.delete(4).await;
     let mut plans = Vec::new();
-    // In no order.
+    // In arbitrary order.
     for id in ["3", "1", "4", "2"] {
         plans.push(plan(fixture, id, Some(2)).await);
     }

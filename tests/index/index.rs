@@ -25,7 +25,7 @@ use crate::common::{self, Database, eventually};
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// An index of vectors of three, and what it is filled by.
+/// An index with three dimensions, and the means to fill it.
 struct Fixture {
     index: Arc<dyn VectorIndex>,
     keeper: Backing,
@@ -128,7 +128,7 @@ fn strings(ids: &[&str]) -> Vec<String> {
 const AWKWARD: &[&str] =
     &["a b", "a%20b", "x&ids=y", "q?#/\\", "\"'", "+", "é", "日本", "Z", "a", "__default__"];
 
-/// Each test once a backend.
+/// Runs each test for each backend.
 macro_rules! contract {
     ($($name:ident),* $(,)?) => {
         mod pgvector_keeps {

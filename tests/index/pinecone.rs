@@ -117,7 +117,7 @@ async fn the_vendors_client_and_this_client_read_each_others_records() {
     assert_eq!(fetched.len(), 1);
     assert_eq!((&*fetched[0].embedding, fetched[0].content_hash), (&[1.0, 0.1, 0.5][..], None));
     assert_eq!(theirs.query(&[1.0, 0.0, 0.5], 1).await.unwrap()[0].id, "p0");
-    // And the other namespaces are as they were.
+    // The other namespaces are unchanged.
     assert_eq!(index.count().await.unwrap(), 3);
 }
 
@@ -132,7 +132,7 @@ struct Exchange {
     response: Value,
 }
 
-/// A server that passes everything on and keeps it.
+/// A proxy that forwards and records every request.
 struct RecordingProxy {
     url: String,
     exchanges: Arc<Mutex<Vec<Exchange>>>,
@@ -179,7 +179,7 @@ impl RecordingProxy {
     }
 }
 
-/// How a value is otherwise than its description says, if it is.
+/// How a value differs from its description, if it does.
 fn mismatch(value: &Value, described: &Value, at: &str) -> Option<String> {
     let fits = match described["type"].as_str() {
         None => true,

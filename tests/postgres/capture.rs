@@ -1,4 +1,4 @@
-//! What the triggers catch, what they don't, and what they cost the writer's own statement: nothing
+//! What the triggers capture, what they don't, and what they cost the writer's own statement: nothing
 //! but time. Every statement runs for real, and the outbox is read back.
 
 use std::collections::BTreeMap;
@@ -838,7 +838,7 @@ async fn only_the_rows_of_a_new_partition_are_queued() {
     assert!(said.contains("queued: 1200 rows"), "{said}");
     assert_eq!((live.number(TRUNCATIONS).await, live.take().await.len()), (0, 1200));
     assert!(live.done(&["migrate"]).await.starts_with("nothing to do"));
-    // What was armed before may have lost deletes.
+    // A partition that had triggers before may have lost deletes.
     live.run("DROP TRIGGER refarch_products_delete ON made; DELETE FROM made").await;
     let (queued, truncations) = live.armed_again().await;
     assert_eq!((queued.len(), truncations), (4 + 2 + 1200, 1));
@@ -875,7 +875,7 @@ async fn rows_of_a_new_partition_are_queued_after_its_open_transactions_end() {
     assert_eq!(live.number(STEP).await, 1);
     assert_eq!(live.number(IN_NEED).await, 0);
     elsewhere.batch_execute("COMMIT").await.unwrap();
-    // The request goes with the partition.
+    // Dropping the partition removes its request.
     live.run("CREATE TABLE brief PARTITION OF articles FOR VALUES FROM (30) TO (40)").await;
     while live.number(REARM).await > 0 {}
     live.run("DROP TABLE brief").await;

@@ -298,11 +298,11 @@ async fn root_keeps_the_files_elsewhere_when_the_servers_user_cannot_reach_the_p
     answer(&cluster, "SELECT 'up'").await;
     cluster.leave().await.unwrap();
     home.assert_stopped();
-    // Said once.
+    // The message appears only once.
     let output = home.psql("SELECT 'up'").output().await.unwrap();
     assert_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"up\n"[..], &b""[..]));
     home.assert_stopped();
-    // Removing them is a way to begin anew.
+    // Removing the files starts over.
     fs::remove_dir_all(home.files()).unwrap();
     home.join().await.unwrap().leave().await.unwrap();
     home.assert_stopped();
@@ -410,7 +410,7 @@ async fn a_copied_project_gets_its_own_data() {
     assert!(Path::new(&before).join("data").is_dir());
 }
 
-/// Something that only root may touch, and what it was.
+/// A folder that only root may change, and its original contents.
 struct RootOnlyFolder {
     dir: TempDir,
 }

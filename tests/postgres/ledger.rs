@@ -34,7 +34,7 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// Far longer than any test: it passes by [`Fixture::pass`] alone.
 const SETTLE: Duration = Duration::from_hours(1);
 
-/// A table with its ledger, and whoever seems to work on it.
+/// A table with its ledger, and sessions of the workers that seem to use it.
 struct PostgresFixture {
     postgres: Postgres,
     ledger: Arc<PgLedger>,
@@ -272,7 +272,7 @@ async fn the_oldest_change_is_the_one_not_yet_in_the_queue() {
     assert!(first.oldest.is_some_and(|oldest| oldest < first.now));
     assert_eq!(second.oldest, first.oldest);
     assert!(second.now > first.now);
-    // Of whichever transaction and number it is.
+    // Whatever its transaction and sequence number are.
     real.run("UPDATE refarch.outbox SET changed_at = changed_at - interval '1 day' WHERE ids = '{2}'").await;
     assert!(real.ledger.pending().await.unwrap().oldest < first.oldest);
     real.run(
@@ -375,7 +375,7 @@ async fn requeue_locks_entries_in_id_order_even_new_ones() {
     let ledger = Arc::clone(&real.ledger);
     let queued = tokio::spawn(async move { ledger.requeue(&ids(&["2", "1", "2"])).await });
     real.blocked().await;
-    // What an opening of both does next.
+    // The next statement of a transaction that opens both ids.
     let sql = "INSERT INTO refarch.ledger (target, id) VALUES ($1, '2')";
     other.execute(sql, &[&real.generation]).await.unwrap();
     other.batch_execute("COMMIT").await.unwrap();
@@ -452,7 +452,7 @@ async fn rows_are_read_together_up_to_the_byte_limit() {
     for (bytes, fitting) in [(0, 1), (1_100, 3), (2_100, 4), (3_500, 5), (1 << 30, 6)] {
         assert_eq!(real.ledger.fits(&asked, bytes).await.unwrap(), fitting, "{bytes}");
     }
-    // What cannot be asked is told by whoever reads.
+    // A failure of this query is left to the read, which reports the error.
     real.run("ALTER TABLE item RENAME body TO other").await;
     assert_eq!(real.ledger.fits(&asked, 0).await.unwrap(), 6);
 }

@@ -1,4 +1,4 @@
-//! Coming and going: a database of the reference architecture taken over, a plan that changes nothing, and
+//! Installing and removing: a database of the reference architecture taken over, a dry run that changes nothing, and
 //! everything of ours taken away again; a table in use, roles with settings and few rights, and what is refused.
 
 use std::collections::BTreeSet;
@@ -29,7 +29,7 @@ async fn migrate(database: &Database, args: &[&str]) -> Value {
     serde_json::from_str(&stdout).unwrap()
 }
 
-/// Everything that the catalog has of our own making, and how full the tables are.
+/// Every object of refarch in the catalog, and how many rows its tables have.
 async fn snapshot(client: &Client) -> BTreeSet<String> {
     let sql = "SELECT 'class ' || c.oid::regclass || ' ' || c.relkind::text || ' ' || c.relfilenode FROM pg_class c WHERE c.relnamespace NOT IN \
                  ('pg_catalog'::regnamespace, 'information_schema'::regnamespace) AND c.relnamespace::regnamespace::text NOT LIKE 'pg\\_%' \
@@ -69,7 +69,7 @@ const QUEUED: &str = "SELECT coalesce(sum(cardinality(ids)), 0)::bigint FROM ref
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_of_the_reference_architecture_is_taken_over_with_its_rows_unchanged() {
     let (database, client) = reference().await;
-    // Triggers of somebody else's, one of them by a name of the original's.
+    // Foreign triggers, one of them with a name that the reference architecture uses.
     client
         .batch_execute(
             "CREATE FUNCTION theirs() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$; \
@@ -104,7 +104,7 @@ async fn a_database_of_the_reference_architecture_is_taken_over_with_its_rows_un
     );
     assert!(report["warnings"][0].as_str().unwrap().contains("still LISTEN"), "{report}");
 
-    // Twice changes nothing.
+    // A second migration changes nothing.
     let catalog = snapshot(&client).await;
     let again = migrate(&database, &[]).await;
     for key in ["applied", "created", "removed", "armed", "warnings", "notes"] {
@@ -115,7 +115,7 @@ async fn a_database_of_the_reference_architecture_is_taken_over_with_its_rows_un
     assert_eq!(checksum(&client).await, before);
     assert_eq!(number(&client, QUEUED).await, ROWS);
 
-    // The original's listener marks rows as processed; nobody here is told.
+    // The reference architecture's listener marks rows as processed; that must not be captured.
     client.batch_execute("UPDATE products_with_increment SET processed = true").await.unwrap();
     assert_eq!(number(&client, QUEUED).await, ROWS);
     // A description near the original's limit is no trouble any more.
@@ -183,7 +183,7 @@ async fn uninstall_removes_everything_that_migrate_installed() {
     assert_eq!((snapshot(&client).await, checksum(&client).await), (catalog, rows));
     let (code, done, _) = refarch(&database, &["migrate", "--uninstall", "--yes"]).await;
     assert!(code == Some(0) && done.starts_with("nothing to do"), "{done}");
-    // And back.
+    // And back to the first settings.
     assert_eq!(migrate(&database, &[]).await["queued"], ROWS);
 }
 

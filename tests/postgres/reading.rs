@@ -136,7 +136,7 @@ fn strings(ids: &[&str]) -> Vec<String> {
     ids.iter().map(|id| (*id).to_owned()).collect()
 }
 
-/// What an error of reading says; it must hold the work.
+/// The message of a read error, which must be of the kind that holds the work.
 async fn held(it: &SyncFixture, ids: &[&str]) -> String {
     let error = it.backends.ledger.peek(&strings(ids)).await.expect_err("must not be believed");
     assert_eq!(error.class(), Class::Retryable, "{error}");
@@ -455,7 +455,7 @@ async fn another_table_under_the_same_name_is_not_trusted() {
     .await;
     let error = held(&it, &["1"]).await;
     assert!(error.contains("another table"), "{error}");
-    // Once capture is on it, what it holds is the truth.
+    // Once capture is installed on it, the table is trusted.
     it.run("UPDATE refarch.source SET relation = 'public.item'::regclass").await;
     assert!(it.backends.ledger.peek(&strings(&["1"])).await.unwrap()[0].row.is_none());
 }
@@ -715,7 +715,7 @@ async fn an_added_metadata_column_is_sent_without_embedding_again() {
     assert_eq!(embedded().await, (sent, 10), "in another order they are the same");
 }
 
-/// A clock that goes on when it is told.
+/// A clock that a test moves forward.
 #[derive(Default)]
 struct ManualClock(AtomicU64);
 
@@ -755,7 +755,7 @@ async fn a_jump_of_the_databases_clock_does_not_shorten_the_settling_time() {
     assert_eq!(sweep().await, 0);
     hand.0.store(61, Ordering::Relaxed);
     assert_eq!(sweep().await, 1);
-    // And ours, alone, is not enough.
+    // This process's clock alone is not enough either.
     let opened = ledger.open("b", "w", &strings(&["1"])).await.unwrap().remove(0);
     ledger.close("b", "w", &[(opened, Outcome::Doubtful)]).await.unwrap();
     assert_eq!(sweep().await, 0);

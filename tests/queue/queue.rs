@@ -341,7 +341,7 @@ async fn shared(bound: u64) -> (OnSqs, Arc<Sqs>) {
 async fn the_receiver_separates_lanes_that_share_a_queue() {
     let (_bench, queue) = shared(100).await;
     queue.send(&[job(Lane::Bulk, 0..5), job(Lane::Bulk, 5..10), job(Lane::Live, 10..15)]).await.unwrap();
-    // What came for the other lane meanwhile is kept for it.
+    // Messages of the other lane that were received meanwhile are kept for that lane.
     let live = receive_one(&*queue, Lane::Live).await;
     assert_eq!((live.receipt.lane, live.body.as_ref().unwrap().lane), (Lane::Live, Lane::Live));
     let mut bulk = Vec::new();
@@ -694,7 +694,7 @@ async fn commits_wait_for_the_disk_unless_queue_and_index_share_one_wal() {
     let seen = |setting: &str| ["ledger", "vector_1"].map(|what| (what.to_owned(), setting.to_owned()));
     assert_eq!(waits(false, "on").await, seen("off"));
     assert_eq!(waits(true, "on").await, seen("on"));
-    // Whatever the role's own setting; one that waits in another way stays.
+    // This holds whatever the role's own setting is; a setting that waits in another way is kept.
     assert_eq!(waits(true, "off").await, seen("on"));
     assert_eq!(waits(true, "local").await, seen("local"));
 }
@@ -717,7 +717,7 @@ async fn refused_aws_credentials_end_the_role_with_a_remedy() {
     assert!(error.contains("there are no AWS credentials"), "{error}");
     let error = run(&[("AWS_ACCESS_KEY_ID", "k"), ("AWS_SECRET_ACCESS_KEY", "s")]).await;
     assert!(error.contains("set AWS_REGION"), "{error}");
-    // A server that knows no such key.
+    // A server that refuses the key.
     let refusing = axum::Router::new().fallback(|| async {
         let body = r#"{"__type":"com.amazon.coral.service#ExpiredTokenException","message":"The security token included in the request is expired"}"#;
         (axum::http::StatusCode::FORBIDDEN, body)

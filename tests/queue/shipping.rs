@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::common::source::{Migrated, settings};
 use crate::common::{self, Database};
 
-/// A queue that keeps what it is sent, and fails or stalls when it is told to.
+/// A queue that records its messages, and fails or stalls on demand.
 #[derive(Default)]
 struct RecordingQueue {
     sent: Mutex<Vec<Job>>,
@@ -203,7 +203,7 @@ async fn the_shipment_of_a_dead_relay_is_sent_only_after_its_lease_ends() {
     let fixture = Fixture::new().await;
     fixture.insert(0..3).await;
     let relay = fixture.stalled().await;
-    // With it go its tasks.
+    // This ends its tasks too.
     drop(relay);
     fixture.sink.stalls.store(false, Ordering::SeqCst);
     fixture.drain().await;
@@ -258,7 +258,7 @@ async fn while_a_shared_queue_is_full_a_load_waits_in_the_outbox_and_edits_pass(
     fixture.insert(1_000..3_000).await;
     fixture.insert(0..3).await;
     let mut relay = fixture.relay();
-    // What was sent is struck off afterwards.
+    // The shipments are deleted after they were sent.
     common::eventually("the edits alone to be sent and struck off", Duration::from_secs(30), async || {
         relay.step().await.unwrap();
         fixture.sink.ids(Lane::Live).await == numbers(0..3) && fixture.pending().await == 2_000

@@ -194,7 +194,7 @@ impl Run {
                 self.world.lock().unwrap().count("worker frozen");
             }
             19 => {
-                // Cut off: neither heard of by the database, nor aware of it.
+                // Its session is lost, and the process does not notice.
                 let Some(worker) = self.workers.get(&process).cloned() else { return };
                 let long = self.rng.random_range(15_000..60_000);
                 self.executor.freeze(process, self.clock.now() + Duration::from_millis(long));
@@ -203,7 +203,7 @@ impl Run {
                 world.count("worker cut off");
             }
             20 => {
-                // A restart of the database: every session is gone, also those of who is frozen.
+                // A restart of the database: every session is gone, also the sessions of frozen processes.
                 let mut world = self.world.lock().unwrap();
                 world.worker_locks.clear();
                 world.count("every session lost");
@@ -332,7 +332,7 @@ fn repair_rows(run: &mut Run) {
         .map(|(id, _)| id.clone())
         .collect();
     for id in poisoned {
-        // As if the index had changed its mind: no change is captured.
+        // As if the index accepted the rows from now on: no change is captured.
         let row = RowText { text: "mended".into(), metadata: String::new() };
         world.rows.insert(id, row);
     }
@@ -360,7 +360,7 @@ fn compare(world: &World, poison: Poison) -> Result<(), Divergence> {
             ));
         }
     }
-    // An outage is not poison; but that whoever works on a change dies four times in a row looks it.
+    // An outage is not poison. But a change whose workers die four times in a row looks like poison.
     let killed = world.counts.get("worker killed").copied().unwrap_or_default();
     if poison == Poison::None && !world.dead.is_empty() && killed < 4 {
         return Err(format!("dead letters without poison: {:?}", world.dead));

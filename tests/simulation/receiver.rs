@@ -1,4 +1,4 @@
-//! How a receive loop ends, and what it sits out.
+//! How a receive loop ends, and which failures it waits out.
 
 use std::sync::{Arc, Mutex};
 

@@ -1,4 +1,4 @@
-//! What happens to real processes on bad days: an index that is away, a change that is refused, and
+//! Real processes under faults: an index that is away, a change that is refused, and
 //! everybody killed at once.
 //!
 //! Sizes are small enough for the suite; the environment makes them large: `REFARCH_ROWS` and
@@ -348,7 +348,7 @@ async fn drill(index: &str) {
 enum ServerBehaviour {
     Well,
     Status(u16),
-    /// Takes the request and says nothing.
+    /// Accepts the request and never answers.
     Hanging,
     /// Says nothing to what is not the greeting.
     HangingAfterTheGreeting,
@@ -525,7 +525,7 @@ impl UnreliableEmbedder {
         self.client.query_one("SELECT count(*) FROM pgmq.q_refarch_dead", &[]).await.unwrap().get(0)
     }
 
-    /// Lets what somebody held be received at once.
+    /// Makes messages in flight visible at once.
     async fn release(&self) {
         let sql = "UPDATE pgmq.q_refarch_live SET vt = now(); UPDATE pgmq.q_refarch_bulk SET vt = now()";
         self.client.batch_execute(sql).await.unwrap();
@@ -669,7 +669,7 @@ async fn only_a_change_that_kills_every_worker_is_dead_lettered() {
         let mut embed = moody.refarch(&["embed"]).spawn().unwrap();
         eventually("a try to be counted", TIMEOUT, async || tries().await == left).await;
         embed.kill().await.unwrap();
-        // Whoever is killed may be about to count, or to take a count back.
+        // A killed worker may be about to count a try, or to take a count back.
         let sql = "UPDATE refarch.ledger SET tries = $1 WHERE id = '1'";
         moody.client.execute(sql, &[&left]).await.unwrap();
         assert_eq!(moody.dead().await, 0, "after {left}");
@@ -720,7 +720,7 @@ async fn a_message_of_another_build_or_source_is_put_back_and_reported() {
     assert_eq!(moody.dead().await, 1, "the one that is no job");
     stop(embed).await;
     assert!(moody.faults().await.is_empty(), "a worker that left has none");
-    // They do not keep a command from coming to its end.
+    // These messages do not keep a command from ending.
     moody.release().await;
     assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
 }

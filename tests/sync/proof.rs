@@ -65,7 +65,7 @@ impl Shop {
         common::number(&self.client, sql).await
     }
 
-    /// Sees to it that the queue loses an update of a row.
+    /// Makes the queue lose an update of a row.
     async fn lose(&self, id: u64) {
         self.sql(&format!("UPDATE {TABLE} SET description = 'Lost in the post' WHERE id = {id}")).await;
         self.role(&["listen", "--until-idle"]).await;
@@ -382,7 +382,7 @@ async fn goes_on(shop: Shop) {
     second.step().await;
     assert!(second.0.is_ours());
     assert_eq!(shop.number("SELECT count(*) FROM refarch.proof WHERE round IS NOT NULL").await, 0);
-    // Who died without a word is followed when its time is over.
+    // A prover that died is replaced when its time is over.
     let mut third = prover(&backends, "third");
     third.step().await;
     assert!(!third.0.is_ours());
@@ -414,7 +414,7 @@ async fn a_dead_letter_stays_and_is_no_difference() {
     assert_eq!((letters.len(), &letters[0].ids[..]), (1, &["9".to_owned()][..]));
     let backends = shop.backends().await;
     finish(&shop, &mut prover(&backends, "first")).await;
-    // That of 8 is gone.
+    // The dead letter of id 8 is gone.
     assert_eq!(shop.rounds().await, (1, 1, 1));
     assert_eq!(shop.number("SELECT count(*) FROM refarch.ledger WHERE parked AND id = '9'").await, 1);
 }
@@ -510,7 +510,7 @@ async fn rows_of_a_pending_backfill_are_no_differences() {
     }
     assert!(shop.number(seen).await > 0, "it goes on, however slowly");
     assert_eq!((shop.number(asked).await, shop.number("SELECT count(*) FROM refarch.outbox").await), (1, 0));
-    // They are on their way: what was seen before is no news.
+    // The changes are under way: differences that were seen before do not count.
     shop.role(&["listen", "--until-idle"]).await;
     for _ in 0..5 {
         prover.step().await;

@@ -40,7 +40,7 @@ impl Shop {
     }
 }
 
-/// Each test once an index.
+/// Runs each test for each index.
 macro_rules! on_each_index {
     ($($name:ident),* $(,)?) => {
         mod pgvector {
@@ -287,7 +287,7 @@ async fn every_obstacle_to_capture_is_reported() {
 async fn a_write_that_may_still_arrive_is_undecided_until_it_is_swept() {
     let shop = on_pinecone().await.filled().await;
     shop.remove("1").await;
-    // As a worker leaves it that died amid writing.
+    // The state after a worker died during a write.
     shop.sql(
         "INSERT INTO refarch.attempt (attempt_id, target, worker_id, ids) \
          SELECT 'gone/1', id, 'gone', '{1}' FROM refarch.target; \
@@ -319,7 +319,7 @@ async fn an_index_ahead_of_the_database_is_foreign_until_every_row_is_written_ag
     let asked = shop.client.query_one(asked, &[]).await.unwrap();
     assert_eq!((asked.get::<_, i64>(0), asked.get::<_, i64>(1)), (1, ROWS as i64));
     shop.apply().await;
-    // Nobody here ever knew the record 55.
+    // The ledger has no entry for the record 55.
     let repaired = shop.verify(&["--repair"]).await;
     repaired.assert(1, &[("orphaned", 1), ("repaired", 1)]);
     assert_eq!(repaired.report["foreign"], json!(false));

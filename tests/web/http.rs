@@ -141,7 +141,7 @@ impl VectorIndex for FlatIndex {
     }
 }
 
-/// Says what a test tells it to say.
+/// A status whose values a test sets.
 #[derive(Default)]
 struct ScriptedSyncStatus {
     searchable: Mutex<HashSet<String>>,
@@ -177,7 +177,7 @@ impl SyncStatus for ScriptedSyncStatus {
     }
 }
 
-/// How a server is made.
+/// Options of a server.
 struct ServerOptions<'a> {
     /// What it thinks it is bound to; the tests reach it on loopback all the same.
     address: &'a str,
@@ -922,7 +922,7 @@ async fn requests_without_a_permit_are_told_to_try_again() {
         told
     })
     .await;
-    // What needs no place is answered meanwhile.
+    // Requests that need no permit are answered meanwhile.
     assert_eq!(server.get("/api/v1/status").await["source_rows"], 3);
     lock.rollback().await.unwrap();
     server.get("/api/v1/products").await;

@@ -1,4 +1,4 @@
-//! A model's name covers all that decides its vectors.
+//! A model's name covers everything that determines its vectors.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Embedders: what all keep, and servers that speak each of the protocols.
+//! Embedders: the common contract, and servers for each of the protocols.
 
 mod identity;
 mod servers;
@@ -64,7 +64,7 @@ impl EmbeddingServer {
         *self.failures.lock().unwrap() = statuses.to_vec();
     }
 
-    /// What is wrong with a request, if anything is.
+    /// The error of a request, if it has one.
     fn admit(
         &self,
         headers: &HeaderMap,
@@ -119,7 +119,7 @@ async fn openai(
         return refused;
     }
     let vectors = double.vectors(&texts).await;
-    // In no order.
+    // In arbitrary order.
     let data: Vec<Value> = vectors
         .iter()
         .enumerate()
@@ -192,7 +192,7 @@ fn cosine(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// What every embedder keeps.
+/// The contract of every embedder.
 async fn keeps_the_contract(embedder: &dyn Embedder) {
     assert_eq!(embedder.embed_texts(&[]).await.unwrap().len(), 0);
     let many: Vec<String> = (0..110).map(|n| format!("a thing that is number {n}")).collect();
@@ -335,7 +335,7 @@ async fn a_table_is_kept_in_step_through_a_server_despite_one_refused_text() {
     );
     let (_, letters) = run(&["redrive"]).await;
     assert!(letters.contains("1000") && letters.contains("one of the inputs"), "{letters}");
-    // Another model's vectors never pass for this one's.
+    // Vectors of another model are never taken for vectors of this model.
     let mut other = database.refarch();
     let output = other.args(["embed", "--until-idle"]).output().await.unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -1,4 +1,4 @@
-//! What servers answer when something is wrong, and what becomes of it.
+//! Errors of embedding servers, and how the embedder handles them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -14,7 +14,7 @@ use crate::common::{self, Database};
 
 const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// With the length of the vectors set, so that nobody needs to ask for it.
+/// With the dimensions set, so that no request is needed to find them.
 const SET: (&str, &str) = ("REFARCH_EMBEDDER_DIMENSIONS", "4");
 
 /// Tokens of a text, as a model without many words of other scripts counts them.
@@ -327,7 +327,7 @@ async fn an_error_of_every_request_is_fatal_and_names_the_address_and_no_secret(
     assert!(error.message().contains("/v1/embeddings") && !error.message().contains("hidden"), "{error}");
 }
 
-/// How the server of the next test is.
+/// The state of the server in the next test.
 const WELL: u8 = 0;
 const AWAY: u8 = 1;
 const OF_ANOTHER_MODEL: u8 = 2;

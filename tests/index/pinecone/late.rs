@@ -1,4 +1,4 @@
-//! Writes that the index accepted in a time that the database has lost, and applies later.
+//! Writes that the index accepted before a restore and applies after it.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

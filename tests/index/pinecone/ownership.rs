@@ -156,7 +156,7 @@ fn index_of(double: &PineconeDouble, namespace: &str) -> Pinecone {
     Pinecone::new(options).unwrap()
 }
 
-/// Writes a record behind everybody's back.
+/// Writes a record directly, past the roles.
 pub async fn put(double: &PineconeDouble, namespace: &str, id: &str, values: &[f32], metadata: &Value) {
     let url = format!("{}/vectors/upsert", double.url());
     let body =
@@ -210,7 +210,7 @@ async fn an_ownership_record_of_an_older_version_is_accepted() {
     assert_eq!(ownership::compare(&postgres, generation, &index).await.unwrap(), Ownership::Owned);
     new.agrees().await;
     shop.agrees().await;
-    // An old note of ours says nothing of a namespace that holds nothing.
+    // An old ownership record of this database says nothing about an empty namespace.
     let elsewhere = index_of(&double, "n4");
     let (postgres, generation) = shop.postgres().await;
     assert_eq!(ownership::compare(&postgres, generation, &elsewhere).await.unwrap(), Ownership::NotOwned);
@@ -237,7 +237,7 @@ async fn another_namespace_is_refused_before_anything_is_removed() {
     assert_eq!((double.snapshot("n1"), double.snapshot("n3").len()), (records, 0));
     let shop = shop.with("PINECONE_NAMESPACE", "n1");
     shop.agrees().await;
-    // The same index under another address is no other place: its note tells.
+    // The same index under another address is the same place: its ownership record shows that.
     let tap = RecordingProxy::on(&double.url()).await;
     let shop = shop.with("REFARCH_INDEX_HOST", &tap.url);
     let (code, said) = shop.run(&["embed", "--until-idle"]).await;
@@ -355,7 +355,7 @@ async fn a_restore_under_a_running_worker_is_noticed_at_the_next_ownership_check
     shop.sql("UPDATE refarch.lineage SET mark = 2").await;
     ownership::renew(&postgres, generation, notes, Duration::ZERO).await.unwrap();
     assert_eq!(shop.distrusted().await, (3, 3), "the note said {seen:?}");
-    // Once, whoever of the fleet comes next, and without making vectors that the index holds.
+    // Only once, whichever worker is next, and without embedding texts whose vectors the index holds.
     let said = shop.sync_once().await;
     assert!(said.contains("applied=3 embedded=0"), "{said}");
     for _ in 0..2 {
