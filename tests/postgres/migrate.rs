@@ -1,4 +1,5 @@
-//! Installing and removing: a database of the reference architecture taken over, a dry run that changes nothing, and
+//! Installing and removing: taking over a database of the reference architecture, dry runs that change nothing,
+//! and
 //! everything of ours taken away again; a table in use, roles with settings and few rights, and what is refused.
 
 use std::collections::BTreeSet;

@@ -619,7 +619,7 @@ async fn a_worker_missing_from_the_registry_registers_again() {
     let _roles = shop.start_roles();
     let there = "SELECT count(*) FROM refarch.worker WHERE role = 'embed' AND threads = 1 AND pid > 0";
     for _ in 0..2 {
-        eventually("the worker to be in the books", Duration::from_secs(30), async || {
+        eventually("the worker to be in the registry", Duration::from_secs(30), async || {
             shop.number(there).await == 1
         })
         .await;
