@@ -283,7 +283,7 @@ pub async fn a_body_that_is_no_job_is_received_unchanged(fixture: &dyn Fixture) 
         "null".to_owned(),
         r#"{"v": 1, "price": 1.10, "big": 123456789012345678901234567890}"#.to_owned(),
         r#"{"v": 2}"#.to_owned(),
-        // Nested deeper than the JSON parser accepts.
+        // A larger number and a deeper nesting than the JSON parser accepts.
         format!("[1{}]", "0".repeat(400)),
         format!("{}{}", "[".repeat(300), "]".repeat(300)),
     ];

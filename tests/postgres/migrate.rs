@@ -1,6 +1,5 @@
 //! Installing and removing: taking over a database of the reference architecture, dry runs that change nothing,
-//! and
-//! everything of ours taken away again; a table in use, roles with settings and few rights, and what is refused.
+//! uninstalling everything; a table in use, roles with settings and few rights, and what is refused.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
