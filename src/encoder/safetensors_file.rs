@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn halves_become_the_numbers_they_stand_for() {
+    fn half_precision_numbers_are_converted_exactly() {
         for (bits, number) in [
             (0x0000, 0.0),
             (0x3c00, 1.0),

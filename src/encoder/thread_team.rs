@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_unit_is_done_once_and_before_the_next_stage() {
+    fn every_unit_of_work_runs_once_and_before_the_next_stage() {
         const UNITS: usize = 100;
         let mut team = ThreadTeam::new(3);
         for _ in 0..50 {

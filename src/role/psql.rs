@@ -134,7 +134,7 @@ mod tests {
     use crate::secret::Secret;
 
     #[test]
-    fn a_url_becomes_libpqs_variables() {
+    fn a_url_becomes_the_environment_variables_of_libpq() {
         let settings = Settings::load(None, &BTreeMap::new(), &[]).unwrap();
         let url = Secret::new("postgres://me:s%40fe@a:1,b:2/shop?sslmode=verify-ca&sslrootcert=/ca.pem");
         let variables = url_variables(&ConnectionSettings::read(&url, &settings.database).unwrap());

@@ -28,7 +28,7 @@ async fn run(args: &[&str], env: &[(&str, &str)]) -> Run {
     }
 }
 
-/// Runs with standard output going there.
+/// Runs with standard output directed to `stdout`.
 async fn into(stdout: impl Into<Stdio>, args: &[&str]) -> std::process::Output {
     let mut command = refarch();
     command.args(args).stdout(stdout).stderr(Stdio::piped());
@@ -59,7 +59,7 @@ fn file(text: &str) -> (TempDir, String) {
 }
 
 #[tokio::test]
-async fn wrong_usage_exits_with_2_and_says_what_would_be_right() {
+async fn wrong_usage_exits_with_2_and_says_how_to_correct_it() {
     wrong_usage(&[], "Usage: refarch [OPTIONS] <COMMAND>").await;
     wrong_usage(&["lsten"], "'listen'").await;
     wrong_usage(&["status", "--jsn"], "'--json'").await;
@@ -78,7 +78,7 @@ async fn wrong_usage_exits_with_2_and_says_what_would_be_right() {
 }
 
 #[tokio::test]
-async fn an_unknown_setting_is_answered_with_the_nearest_right_one() {
+async fn an_unknown_setting_gets_a_suggestion_of_the_nearest_known_one() {
     let (_dir, path) = file("[serve]\nbnid = \"127.0.0.1:1\"\n");
     failure(
         &["--config", &path, "config"],
@@ -90,7 +90,7 @@ async fn an_unknown_setting_is_answered_with_the_nearest_right_one() {
 }
 
 #[tokio::test]
-async fn a_wrong_value_is_named_with_its_origin_and_what_would_be_right() {
+async fn an_invalid_value_is_reported_with_its_origin_and_the_valid_values() {
     let (_dir, path) = file("[relay]\npack = 501\n");
     failure(&["--config", &path, "config"], &[], &format!("{path}: relay.pack = 501: use 1 to 500")).await;
     failure(&["config"], &[("REFARCH_RELAY_PACK", "many")], "use a whole number").await;
@@ -102,14 +102,14 @@ async fn a_wrong_value_is_named_with_its_origin_and_what_would_be_right() {
 }
 
 #[tokio::test]
-async fn a_configuration_file_that_is_named_must_be_there() {
+async fn a_named_configuration_file_must_exist() {
     let says = "cannot read the configuration file /nowhere/x.toml: No such file";
     failure(&["--config", "/nowhere/x.toml", "config"], &[], says).await;
     failure(&["config"], &[("REFARCH_CONFIG", "/nowhere/x.toml")], says).await;
 }
 
 #[tokio::test]
-async fn config_prints_what_is_in_force_and_no_secret() {
+async fn config_prints_the_effective_settings_and_no_secret() {
     let (_dir, path) = file("[relay]\npoll_ms = 7\npack = 70\n");
     let env = [
         ("DATABASE_URL", "postgres://me:hunter2@db/shop"),
@@ -144,7 +144,7 @@ async fn shows_no_secret(args: &[&str], text: &str, env: &[(&str, &str)]) -> Run
 }
 
 #[tokio::test]
-async fn a_syntax_error_names_its_position_and_prints_nothing_of_the_file() {
+async fn a_syntax_error_names_its_position_and_quotes_nothing_of_the_file() {
     for (text, key) in [
         ("[database]\nurl = \"postgres://u:MARK@h/d\n", Some("database.url")),
         ("[database]\nurl = postgres://u:MARK@h/d", Some("database.url")),
@@ -209,7 +209,7 @@ async fn a_wrong_value_of_a_secret_or_of_an_address_is_not_printed() {
 }
 
 #[tokio::test]
-async fn addresses_are_shown_without_what_is_secret_in_them() {
+async fn addresses_are_shown_without_their_secrets() {
     let keys =
         ["queue.url", "queue.bulk_url", "queue.dead_url", "index.host", "index.controller", "embedder.url"];
     for key in keys {
@@ -263,7 +263,7 @@ fn url_of(database: &Database, scheme: &str, options: &str) -> String {
 }
 
 #[tokio::test]
-async fn an_address_made_for_another_tool_works_with_one_warning_that_names_its_options() {
+async fn a_database_url_of_another_tool_works_with_one_warning_about_its_options() {
     let database = Database::create().await;
     assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
     let cases = [
@@ -320,7 +320,7 @@ async fn an_address_made_for_another_tool_works_with_one_warning_that_names_its_
 }
 
 #[tokio::test]
-async fn an_option_that_cannot_be_honoured_is_refused_by_name_with_what_to_do() {
+async fn an_unsupported_option_is_refused_by_name_with_a_remedy() {
     for (options, says) in [
         ("sslmode=no-verify", "sslmode=require"),
         ("sslmode=allow", "use disable, prefer, require, verify-ca or verify-full"),
@@ -354,7 +354,7 @@ async fn an_option_that_cannot_be_honoured_is_refused_by_name_with_what_to_do() 
 }
 
 #[tokio::test]
-async fn help_names_what_one_needs() {
+async fn help_names_setup_commands_flags_and_exit_codes() {
     let first = run(&["--help"], &[]).await;
     let needs =
         ["scripts/setup", "DATABASE_URL", "POSTGRES_DB_HOST", "Exit codes: 0 done, 1 failed, 2 wrong usage"];
@@ -396,7 +396,7 @@ async fn completions_know_the_roles() {
 }
 
 #[tokio::test]
-async fn a_reader_that_stops_reading_is_no_failure() {
+async fn a_closed_output_pipe_is_no_failure() {
     for args in [&["config"][..], &["completions", "zsh"], &["--help"]] {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
@@ -433,7 +433,7 @@ async fn a_database_that_cannot_be_reached_is_named_without_its_password() {
 }
 
 #[tokio::test]
-async fn psql_works_on_the_configured_database_and_passes_its_exit_code_on() {
+async fn psql_uses_the_configured_database_and_passes_its_exit_code_on() {
     let database = Database::create().await;
     let mut good = database.refarch();
     // What is in the environment for another server must not get in the way.
@@ -454,7 +454,7 @@ async fn psql_works_on_the_configured_database_and_passes_its_exit_code_on() {
 }
 
 #[tokio::test]
-async fn a_missing_psql_is_said() {
+async fn a_missing_psql_is_reported() {
     let empty = tempfile::tempdir().unwrap();
     let path = empty.path().to_str().unwrap();
     let env = [("DATABASE_URL", "postgres://me@127.0.0.1/x"), ("PATH", path), ("REFARCH_RUNTIME_DIR", path)];
@@ -462,7 +462,7 @@ async fn a_missing_psql_is_said() {
 }
 
 #[tokio::test]
-async fn generate_writes_csv_whole_or_not_at_all() {
+async fn generate_writes_the_whole_csv_file_or_none() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("products.csv");
     let name = path.to_str().unwrap();
@@ -502,14 +502,14 @@ async fn failure_after_progress(args: &[&str], says: &str) {
 }
 
 #[tokio::test]
-async fn counts_beyond_a_counter_are_refused() {
+async fn counts_out_of_range_are_refused() {
     wrong_usage(&["generate", "--count", "99999999999999999999999"], "--count").await;
     wrong_usage(&["generate", "--count", "-1"], "-1").await;
     failure(&["generate", "--count", "9999999999999999"], &[], "9999999999999999").await;
 }
 
 #[tokio::test]
-async fn generated_products_load_with_the_reference_architectures_line() {
+async fn generated_products_load_with_the_copy_command_of_the_reference_architecture() {
     let dir = tempfile::tempdir().unwrap();
     let database = Database::create().await;
     assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
@@ -535,7 +535,7 @@ async fn generated_products_load_with_the_reference_architectures_line() {
 }
 
 #[tokio::test]
-async fn a_missing_model_is_said_before_anything_is_started() {
+async fn a_missing_model_is_reported_before_anything_is_started() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().to_str().unwrap();
     for role in [&["up"][..], &["embed"], &["serve", "--bind", "127.0.0.1:0"]] {

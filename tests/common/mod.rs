@@ -109,7 +109,7 @@ async fn shared_cluster() -> Arc<Cluster> {
         ("full_page_writes", "off"),
         // Several tests at once, each with several roles and their pools.
         ("max_connections", "400"),
-        // One test replicates a table, to show what capture can't see.
+        // One test replicates a table, to show that capture does not see replicated changes.
         ("wal_level", "logical"),
     ];
     let options = ClusterOptions {
@@ -144,12 +144,12 @@ pub async fn connect(url: &str) -> Client {
     client
 }
 
-/// Runs statements, and fails with them.
+/// Runs statements. Fails if one of them fails.
 pub async fn run(client: &Client, sql: &str) {
     client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
 }
 
-/// The one number that a statement comes to.
+/// The single number that a query returns.
 pub async fn number(client: &Client, sql: &str) -> i64 {
     client.query_one(sql, &[]).await.unwrap_or_else(|error| panic!("{sql}: {error:?}")).get(0)
 }

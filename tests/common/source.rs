@@ -1,4 +1,4 @@
-//! A source as this process works on it: its settings, and a database that is migrated for it.
+//! A source in this process: its settings, and a database that is migrated for it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

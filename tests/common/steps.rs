@@ -39,7 +39,7 @@ pub struct SyncFixture {
 }
 
 impl SyncFixture {
-    /// On what `setup` makes, with the settings of these environment variables.
+    /// Runs the SQL `setup`, with the settings of these environment variables.
     pub async fn new(setup: &str, env: &[(&str, &str)]) -> Self {
         let settings = settings(env);
         let database = Database::create().await;
@@ -85,7 +85,7 @@ impl SyncFixture {
                 workers: 1,
                 prefetch: Duration::from_secs(2),
                 poll: Duration::from_millis(100),
-                // A test may hold the work for as long as it likes.
+                // A test may hold the work for any time.
                 max_receives: 1000,
                 settle: Duration::from_secs(10),
                 freshness_poll: Duration::from_millis(50),

@@ -9,13 +9,13 @@ use refarch::pipeline::ledger::{Closed, Entry, Ledger, Opened, Outcome, Peeked, 
 /// More attempts than any clause has.
 const ALL: usize = 100;
 
-/// What is around a ledger, and what a clause does to it.
+/// The surroundings of a ledger, as a clause changes them.
 #[async_trait(?Send)]
 pub trait Fixture {
     /// Inserts or updates a row of the source, or deletes it when there is no text. Ids are numbers.
     async fn write(&self, id: u32, text: Option<&str>);
 
-    /// Takes every id that the outbox holds, sorted, each as often as it stands there.
+    /// Takes every id that the outbox holds, sorted, each as often as the outbox holds it.
     async fn take(&self) -> Vec<String>;
 
     /// Gives a worker the session that shows that it lives, or ends it.
@@ -35,23 +35,23 @@ pub trait Fixture {
 macro_rules! for_each_clause {
     ($make:ident) => {
         $make! {
-            rows_and_entries_come_in_the_order_asked,
-            who_opens_second_is_told_so,
-            a_tracked_write_alone_settles,
-            a_row_that_is_gone_settles_as_deleted,
-            who_overlaps_does_not_settle_and_the_last_one_queues,
-            a_tracked_write_within_another_settles_neither,
+            peek_returns_rows_and_entries_in_the_order_asked,
+            a_second_open_of_an_id_is_shared,
+            a_tracked_write_without_overlap_settles,
+            a_missing_row_settles_as_deleted,
+            overlapping_writes_do_not_settle_and_the_last_close_queues_the_id,
+            nested_tracked_writes_both_stay_unsettled,
             a_doubtful_write_is_swept_once_it_has_settled,
-            what_was_not_written_is_as_it_was_unless_others_had_it_open,
-            only_a_dead_workers_tracked_writes_are_swept_and_not_at_once,
+            an_unwritten_id_keeps_its_entry_unless_writes_overlapped,
+            only_tracked_writes_of_dead_workers_are_swept_after_the_settling_time,
             a_sweep_takes_no_more_than_its_limit,
-            what_was_swept_meanwhile_is_put_back,
-            a_closing_told_as_failed_can_be_repeated,
-            a_repeated_closing_takes_nothing_from_others,
-            who_disowns_keeps_what_is_in_hand,
-            what_is_parked_is_not_queued_until_it_is_opened,
+            closing_a_swept_write_puts_it_back_as_abandoned,
+            a_close_that_was_reported_as_failed_can_be_repeated,
+            a_repeated_close_does_not_close_writes_of_others,
+            abandoning_orphans_keeps_the_writes_still_in_hand,
+            a_parked_id_is_not_queued_until_it_is_opened,
             tries_are_counted_until_the_entry_settles,
-            what_is_queued_again_is_not_trusted,
+            a_requeued_entry_is_not_trusted,
         }
     };
 }
@@ -76,7 +76,7 @@ async fn matches(ledger: &dyn Ledger, id: &str) -> bool {
     peeked.entry.is_some_and(|entry| entry.matches(peeked.row.as_ref()))
 }
 
-/// That nothing is known of an id, with this many attempts open.
+/// Asserts that the ledger knows nothing of an id and has this many attempts open.
 async fn assert_unknown(ledger: &dyn Ledger, id: &str, open: i32) {
     let entry = entry(ledger, id).await;
     assert_eq!((entry.open, entry.dirty, entry.deleted), (open, true, false), "{id}: {entry:?}");
@@ -125,7 +125,7 @@ async fn sweep_later(ledger: &dyn Ledger, fixture: &dyn Fixture) -> (u64, u64, u
     sweep(ledger, fixture).await
 }
 
-/// That no attempt stands, but for those of living workers.
+/// Asserts that no attempt is left, except those of living workers.
 async fn assert_no_tracked_write(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for _ in 0..2 {
         assert_eq!(sweep_later(ledger, fixture).await, (0, 0, 0));
@@ -134,7 +134,7 @@ async fn assert_no_tracked_write(ledger: &dyn Ledger, fixture: &dyn Fixture) {
 
 const NOTHING: [String; 0] = [];
 
-pub async fn rows_and_entries_come_in_the_order_asked(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn peek_returns_rows_and_entries_in_the_order_asked(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2, 10] {
         fixture.write(id, Some("text")).await;
     }
@@ -163,10 +163,10 @@ pub async fn rows_and_entries_come_in_the_order_asked(ledger: &dyn Ledger, fixtu
     assert!(impossible.row.is_none() && impossible.entry.is_none());
 }
 
-pub async fn who_opens_second_is_told_so(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_second_open_of_an_id_is_shared(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     fixture.write(1, Some("text")).await;
     bring_in_sync(ledger, "1").await;
-    // Its row never was.
+    // This id never had a row.
     bring_in_sync(ledger, "2").await;
     let known = peek(ledger, "1").await.row.unwrap().content_hash;
     let before = [entry(ledger, "1").await, entry(ledger, "2").await];
@@ -176,7 +176,7 @@ pub async fn who_opens_second_is_told_so(ledger: &dyn Ledger, fixture: &dyn Fixt
         let [two, new, one] = opened.try_into().unwrap();
         assert_eq!((&*two.id, &*new.id, &*one.id), ("2", "3", "1"));
         assert_eq!([&two, &new, &one].map(|opened| opened.shared), [shared; 3], "{attempt}");
-        // As they were: nobody has written yet.
+        // Unchanged: no write has happened yet.
         assert_eq!([&two, &new, &one].map(|opened| opened.dirty), [false, true, false], "{attempt}");
         let hashes = [&two, &new, &one].map(|opened| opened.content_hash);
         assert_eq!(hashes, [None, None, Some(known)], "{attempt}");
@@ -188,7 +188,7 @@ pub async fn who_opens_second_is_told_so(ledger: &dyn Ledger, fixture: &dyn Fixt
     assert_eq!(entry(ledger, "3").await.open, 3);
 }
 
-pub async fn a_tracked_write_alone_settles(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_tracked_write_without_overlap_settles(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2] {
         fixture.write(id, Some("text")).await;
     }
@@ -214,7 +214,7 @@ pub async fn a_tracked_write_alone_settles(ledger: &dyn Ledger, fixture: &dyn Fi
     assert_eq!(fixture.take().await, NOTHING);
 }
 
-pub async fn a_row_that_is_gone_settles_as_deleted(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_missing_row_settles_as_deleted(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     fixture.write(1, Some("text")).await;
     bring_in_sync(ledger, "1").await;
     fixture.write(1, None).await;
@@ -226,7 +226,7 @@ pub async fn a_row_that_is_gone_settles_as_deleted(ledger: &dyn Ledger, fixture:
     assert!(!matches(ledger, "1").await);
 }
 
-pub async fn who_overlaps_does_not_settle_and_the_last_one_queues(
+pub async fn overlapping_writes_do_not_settle_and_the_last_close_queues_the_id(
     ledger: &dyn Ledger,
     fixture: &dyn Fixture,
 ) {
@@ -249,12 +249,12 @@ pub async fn who_overlaps_does_not_settle_and_the_last_one_queues(
         assert_eq!(fixture.take().await, ["1"], "{last} last");
         assert_no_tracked_write(ledger, fixture).await;
         assert_eq!(fixture.take().await, NOTHING, "{last} last");
-        // Alone again.
+        // This write overlaps with no other.
         bring_in_sync(ledger, "1").await;
     }
 }
 
-pub async fn a_tracked_write_within_another_settles_neither(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn nested_tracked_writes_both_stay_unsettled(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2] {
         fixture.write(id, Some("text")).await;
     }
@@ -262,7 +262,7 @@ pub async fn a_tracked_write_within_another_settles_neither(ledger: &dyn Ledger,
     let outer = ledger.open("outer", "w", &ids(&["1", "2"])).await.unwrap();
     let inner = open_one(ledger, "inner", "w", "1").await;
     let (one, two) = (written(ledger, "1").await, written(ledger, "2").await);
-    // Even if it sent nothing: who comes from outside can't tell.
+    // The inner write sent nothing, but the outer write cannot know that.
     close(ledger, "inner", "w", &[(&inner, &Outcome::Unwritten)]).await;
     assert_eq!(fixture.take().await, NOTHING);
     let closed = close(ledger, "outer", "w", &[(&outer[0], &one), (&outer[1], &two)]).await;
@@ -276,7 +276,7 @@ pub async fn a_doubtful_write_is_swept_once_it_has_settled(ledger: &dyn Ledger, 
         fixture.write(id, Some("text")).await;
     }
     fixture.take().await;
-    // That its worker lives changes nothing.
+    // A living worker makes no difference.
     fixture.set_alive("w", true).await;
     let opened = ledger.open("a", "w", &ids(&["1", "2", "3"])).await.unwrap();
     let (one, three) = (written(ledger, "1").await, written(ledger, "3").await);
@@ -296,7 +296,7 @@ pub async fn a_doubtful_write_is_swept_once_it_has_settled(ledger: &dyn Ledger, 
     assert_eq!(fixture.take().await, NOTHING);
 }
 
-pub async fn what_was_not_written_is_as_it_was_unless_others_had_it_open(
+pub async fn an_unwritten_id_keeps_its_entry_unless_writes_overlapped(
     ledger: &dyn Ledger,
     fixture: &dyn Fixture,
 ) {
@@ -309,7 +309,7 @@ pub async fn what_was_not_written_is_as_it_was_unless_others_had_it_open(
     assert!(matches(ledger, "1").await, "nothing was written, so nothing changed");
     assert_no_tracked_write(ledger, fixture).await;
     assert_eq!(fixture.take().await, NOTHING);
-    // Another one that was open meanwhile leaves the id to the last to close.
+    // If another write was open meanwhile, the last write to close queues the id.
     let first = open_one(ledger, "first", "w", "1").await;
     let last = open_one(ledger, "last", "w", "1").await;
     let one = written(ledger, "1").await;
@@ -320,7 +320,7 @@ pub async fn what_was_not_written_is_as_it_was_unless_others_had_it_open(
     assert_eq!(fixture.take().await, ["1"]);
 }
 
-pub async fn only_a_dead_workers_tracked_writes_are_swept_and_not_at_once(
+pub async fn only_tracked_writes_of_dead_workers_are_swept_after_the_settling_time(
     ledger: &dyn Ledger,
     fixture: &dyn Fixture,
 ) {
@@ -366,7 +366,7 @@ pub async fn a_sweep_takes_no_more_than_its_limit(ledger: &dyn Ledger, fixture: 
     }
 }
 
-pub async fn what_was_swept_meanwhile_is_put_back(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn closing_a_swept_write_puts_it_back_as_abandoned(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2, 3] {
         fixture.write(id, Some("text")).await;
     }
@@ -387,7 +387,7 @@ pub async fn what_was_swept_meanwhile_is_put_back(ledger: &dyn Ledger, fixture: 
     assert_unknown(ledger, "1", 2).await;
     assert_unknown(ledger, "2", 1).await;
     assert!(matches(ledger, "3").await);
-    // Who wrote meanwhile may have been overwritten.
+    // A write that was made meanwhile may have been overwritten.
     let closed = close(ledger, "b", "w", &[(&other, &outcome)]).await;
     assert_eq!((closed.settled, closed.overlapped), (vec![], 1));
 
@@ -400,7 +400,7 @@ pub async fn what_was_swept_meanwhile_is_put_back(ledger: &dyn Ledger, fixture: 
     assert_no_tracked_write(ledger, fixture).await;
 }
 
-pub async fn a_closing_told_as_failed_can_be_repeated(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_close_that_was_reported_as_failed_can_be_repeated(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2, 3] {
         fixture.write(id, Some("text")).await;
     }
@@ -414,7 +414,7 @@ pub async fn a_closing_told_as_failed_can_be_repeated(ledger: &dyn Ledger, fixtu
     assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 1));
     assert_eq!(fixture.take().await, ["1"]);
 
-    // Some of it in doubt: the attempt stands for that alone.
+    // One id in doubt: the attempt stays open for that id only.
     let opened = ledger.open("b", "w", &ids(&["1", "2", "3"])).await.unwrap();
     let closing =
         [(&opened[0], &outcome), (&opened[1], &Outcome::Doubtful), (&opened[2], &Outcome::Unwritten)];
@@ -429,7 +429,7 @@ pub async fn a_closing_told_as_failed_can_be_repeated(ledger: &dyn Ledger, fixtu
     assert_no_tracked_write(ledger, fixture).await;
 }
 
-pub async fn a_repeated_closing_takes_nothing_from_others(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_repeated_close_does_not_close_writes_of_others(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     let opened = ledger.open("a", "w", &ids(&["1", "2", "3"])).await.unwrap();
     let outcome = written(ledger, "1").await;
     let closing =
@@ -447,7 +447,7 @@ pub async fn a_repeated_closing_takes_nothing_from_others(ledger: &dyn Ledger, f
     assert_eq!(closed.settled, ids(&["1", "2"]));
 }
 
-pub async fn who_disowns_keeps_what_is_in_hand(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn abandoning_orphans_keeps_the_writes_still_in_hand(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for worker in ["w", "other"] {
         fixture.set_alive(worker, true).await;
     }
@@ -466,10 +466,10 @@ pub async fn who_disowns_keeps_what_is_in_hand(ledger: &dyn Ledger, fixture: &dy
     assert_eq!(ledger.abandon_orphans("w", &[]).await.unwrap(), 1);
 }
 
-pub async fn what_is_parked_is_not_queued_until_it_is_opened(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_parked_id_is_not_queued_until_it_is_opened(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     open_one(ledger, "a", "w", "1").await;
     ledger.park("1").await.unwrap();
-    // Of which nothing is known yet.
+    // The ledger knows nothing of this id yet.
     ledger.park("2").await.unwrap();
     assert!(entry(ledger, "1").await.parked && entry(ledger, "2").await.parked);
     assert_unknown(ledger, "2", 0).await;
@@ -484,7 +484,7 @@ pub async fn what_is_parked_is_not_queued_until_it_is_opened(ledger: &dyn Ledger
     assert_eq!(sweep_later(ledger, fixture).await, (0, 1, 2));
     assert_eq!(fixture.take().await, ["1", "2"]);
 
-    // Who got through to the index all the same is no dead letter.
+    // A write that reached the index all the same ends the parking.
     let first = open_one(ledger, "c", "w", "1").await;
     let second = open_one(ledger, "d", "w", "1").await;
     ledger.park("1").await.unwrap();
@@ -513,14 +513,14 @@ pub async fn tries_are_counted_until_the_entry_settles(ledger: &dyn Ledger, fixt
     let opened = open_one(ledger, "b", "w", "1").await;
     assert_eq!(close(ledger, "b", "w", &[(&opened, &outcome)]).await.settled, ["1"]);
     assert_eq!(ledger.count_try("1", 0).await.unwrap(), 0);
-    // Counting is no news of the index.
+    // Counting a try changes nothing about the index.
     assert!(matches(ledger, "1").await);
 
     ledger.park("3").await.unwrap();
     assert_eq!(ledger.count_try("3", 0).await.unwrap(), 0);
 }
 
-pub async fn what_is_queued_again_is_not_trusted(ledger: &dyn Ledger, fixture: &dyn Fixture) {
+pub async fn a_requeued_entry_is_not_trusted(ledger: &dyn Ledger, fixture: &dyn Fixture) {
     for id in [1, 2] {
         fixture.write(id, Some("text")).await;
         bring_in_sync(ledger, &id.to_string()).await;

@@ -11,7 +11,7 @@ pub const VISIBILITY: Duration = Duration::from_secs(2);
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A queue under test, and what is around it.
+/// A queue under test, and access around its trait.
 #[async_trait]
 pub trait Fixture: Send + Sync {
     fn queue(&self) -> Queue;
@@ -27,19 +27,19 @@ pub trait Fixture: Send + Sync {
 macro_rules! for_each_clause {
     ($make:ident) => {
         $make! {
-            what_is_sent_is_received_in_its_lane_as_it_was,
-            an_acknowledged_message_is_gone_and_another_comes_again,
+            a_sent_message_is_received_unchanged_in_its_lane,
+            only_unacknowledged_messages_are_delivered_again,
             visibility_is_extended_and_released,
-            a_dead_letter_keeps_body_and_reason_and_leaves_its_lane,
+            a_dead_letter_keeps_its_body_and_reason_and_leaves_its_lane,
             a_part_of_a_message_is_dead_lettered_while_the_message_stays,
             dead_letters_are_read_page_by_page,
-            a_redriven_letter_is_back_in_its_lane_with_its_changes,
-            all_letters_are_brought_back_at_once_or_not_at_all,
-            a_letter_of_somebody_else_is_listed_and_redriven_as_a_live_one,
-            a_body_that_is_no_job_comes_through_as_it_was,
-            a_receiver_has_what_is_sent_while_it_waits,
-            a_queue_that_holds_something_has_an_oldest_change,
-            many_messages_travel_in_one_go,
+            a_redriven_dead_letter_is_back_in_its_lane_with_its_changes,
+            all_dead_letters_are_redriven_or_none,
+            a_foreign_dead_letter_is_listed_and_redriven_to_the_live_lane,
+            a_body_that_is_no_job_is_received_unchanged,
+            a_waiting_receiver_gets_a_message_sent_meanwhile,
+            a_queue_with_messages_has_an_oldest_change,
+            many_messages_are_sent_in_one_call,
         }
     };
 }
@@ -88,7 +88,7 @@ fn in_flight(in_flight: u64) -> Backlog {
     Backlog { visible: 0, in_flight }
 }
 
-pub async fn what_is_sent_is_received_in_its_lane_as_it_was(fixture: &dyn Fixture) {
+pub async fn a_sent_message_is_received_unchanged_in_its_lane(fixture: &dyn Fixture) {
     let queue = fixture.queue();
     let jobs = [job(Lane::Live, 0..2), job(Lane::Bulk, 0..500), job(Lane::Live, 5..7)];
     queue.jobs.send(&jobs).await.unwrap();
@@ -105,7 +105,7 @@ pub async fn what_is_sent_is_received_in_its_lane_as_it_was(fixture: &dyn Fixtur
     assert_eq!(queue.stats.backlog(Lane::Bulk).await.unwrap(), in_flight(500));
 }
 
-pub async fn an_acknowledged_message_is_gone_and_another_comes_again(fixture: &dyn Fixture) {
+pub async fn only_unacknowledged_messages_are_delivered_again(fixture: &dyn Fixture) {
     let queue = fixture.queue();
     queue.jobs.send(&[job(Lane::Live, 0..1), job(Lane::Live, 1..2)]).await.unwrap();
     let first = receive_one(&*queue.jobs, Lane::Live).await;
@@ -118,7 +118,7 @@ pub async fn an_acknowledged_message_is_gone_and_another_comes_again(fixture: &d
     .await;
     let again = receive_one(&*queue.jobs, Lane::Live).await;
     assert_eq!((again.id, again.receive_count), (second.id, 2));
-    // Acknowledging twice, or what is gone, is no error.
+    // Acknowledging twice, or a message that is gone, is no error.
     queue.jobs.acknowledge(&[first.receipt.clone(), first.receipt, again.receipt]).await.unwrap();
     assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), Backlog::default());
 }
@@ -146,7 +146,7 @@ pub async fn visibility_is_extended_and_released(fixture: &dyn Fixture) {
     assert_eq!(receive_one(&*queue.jobs, Lane::Bulk).await.receive_count, 2);
 }
 
-pub async fn a_dead_letter_keeps_body_and_reason_and_leaves_its_lane(fixture: &dyn Fixture) {
+pub async fn a_dead_letter_keeps_its_body_and_reason_and_leaves_its_lane(fixture: &dyn Fixture) {
     let queue = fixture.queue();
     queue.jobs.send(&[job(Lane::Live, 0..4)]).await.unwrap();
     let message = receive_one(&*queue.jobs, Lane::Live).await;
@@ -208,11 +208,11 @@ pub async fn dead_letters_are_read_page_by_page(fixture: &dyn Fixture) {
         read.sort();
     }
     assert_eq!(read, ["0", "1", "2", "3", "4"]);
-    // Reading takes nothing away, and hides nothing from the next who reads.
+    // Listing neither removes nor hides dead letters.
     assert_eq!(letters(&queue).await.len(), 5);
 }
 
-pub async fn a_redriven_letter_is_back_in_its_lane_with_its_changes(fixture: &dyn Fixture) {
+pub async fn a_redriven_dead_letter_is_back_in_its_lane_with_its_changes(fixture: &dyn Fixture) {
     let queue = fixture.queue();
     let jobs = [job(Lane::Live, 0..4), job(Lane::Bulk, 0..500), job(Lane::Bulk, 500..501)];
     let mut ids = Vec::new();
@@ -233,14 +233,14 @@ pub async fn a_redriven_letter_is_back_in_its_lane_with_its_changes(fixture: &dy
         queue.jobs.acknowledge(&[message.receipt]).await.unwrap();
         assert_eq!(queue.stats.backlog(lane).await.unwrap(), Backlog::default(), "it was there once");
     }
-    // They are gone now, and the third is where it was.
+    // These two are no dead letters any more; the third still is.
     assert_eq!(queue.dead_letters.redrive(&asked).await.unwrap(), Vec::<String>::new());
     assert_eq!(queue.dead_letters.redrive(&[]).await.unwrap(), Vec::<String>::new());
     let left: Vec<String> = letters(&queue).await.into_iter().map(|letter| letter.id).collect();
     assert_eq!(left, ids[2..]);
 }
 
-pub async fn all_letters_are_brought_back_at_once_or_not_at_all(fixture: &dyn Fixture) {
+pub async fn all_dead_letters_are_redriven_or_none(fixture: &dyn Fixture) {
     let queue = fixture.queue();
     for n in 0..3 {
         dead(&queue, job([Lane::Live, Lane::Bulk][n as usize % 2], n..n + 1)).await;
@@ -258,7 +258,7 @@ pub async fn all_letters_are_brought_back_at_once_or_not_at_all(fixture: &dyn Fi
     }
 }
 
-pub async fn a_letter_of_somebody_else_is_listed_and_redriven_as_a_live_one(fixture: &dyn Fixture) {
+pub async fn a_foreign_dead_letter_is_listed_and_redriven_to_the_live_lane(fixture: &dyn Fixture) {
     let queue = fixture.queue();
     fixture.put("dead", r#""a""#).await;
     fixture.put("dead", r#""b""#).await;
@@ -276,14 +276,14 @@ pub async fn a_letter_of_somebody_else_is_listed_and_redriven_as_a_live_one(fixt
     assert_eq!(queue.stats.backlog(Lane::Live).await.unwrap(), visible(2));
 }
 
-pub async fn a_body_that_is_no_job_comes_through_as_it_was(fixture: &dyn Fixture) {
+pub async fn a_body_that_is_no_job_is_received_unchanged(fixture: &dyn Fixture) {
     let queue = fixture.queue();
     let bodies = [
         r#""text""#.to_owned(),
         "null".to_owned(),
         r#"{"v": 1, "price": 1.10, "big": 123456789012345678901234567890}"#.to_owned(),
         r#"{"v": 2}"#.to_owned(),
-        // More than the parser of ours takes.
+        // A larger number and a deeper nesting than the JSON parser accepts.
         format!("[1{}]", "0".repeat(400)),
         format!("{}{}", "[".repeat(300), "]".repeat(300)),
     ];
@@ -328,7 +328,7 @@ pub async fn a_body_that_is_no_job_comes_through_as_it_was(fixture: &dyn Fixture
     assert_eq!(queue.dead_letters.count().await.unwrap(), 0);
 }
 
-pub async fn a_receiver_has_what_is_sent_while_it_waits(fixture: &dyn Fixture) {
+pub async fn a_waiting_receiver_gets_a_message_sent_meanwhile(fixture: &dyn Fixture) {
     let queue = fixture.queue();
     let waiter = fixture.queue();
     let waiting = tokio::spawn(async move {
@@ -345,7 +345,7 @@ pub async fn a_receiver_has_what_is_sent_while_it_waits(fixture: &dyn Fixture) {
     assert_eq!(message.body.unwrap().changes(), 1);
 }
 
-pub async fn a_queue_that_holds_something_has_an_oldest_change(fixture: &dyn Fixture) {
+pub async fn a_queue_with_messages_has_an_oldest_change(fixture: &dyn Fixture) {
     let queue = fixture.queue();
     assert_eq!(queue.stats.oldest().await.unwrap(), None);
     queue.jobs.send(&[job(Lane::Bulk, 0..1)]).await.unwrap();
@@ -357,7 +357,7 @@ pub async fn a_queue_that_holds_something_has_an_oldest_change(fixture: &dyn Fix
     assert_eq!(queue.stats.oldest().await.unwrap(), None);
 }
 
-pub async fn many_messages_travel_in_one_go(fixture: &dyn Fixture) {
+pub async fn many_messages_are_sent_in_one_call(fixture: &dyn Fixture) {
     let queue = fixture.queue();
     let jobs: Vec<Job> = (0..25).map(|n| job(Lane::Bulk, n * 10..n * 10 + 10)).collect();
     queue.jobs.send(&jobs).await.unwrap();

@@ -6,13 +6,13 @@ use refarch::pipeline::embedder::Embedding;
 use refarch::pipeline::index::{Desired, Planned, Stored, TransactionalWrite, VectorIndex, Writes};
 use refarch::pipeline::ledger::{Entry, Ledger, Peeked};
 
-/// What is around an index, and what a clause does to it.
+/// The surroundings of an index, as a clause changes them.
 #[async_trait(?Send)]
 pub trait Fixture {
     /// The index.
     fn index(&self) -> &dyn VectorIndex;
 
-    /// The ledger that its writes are fenced by.
+    /// The ledger that its writes are compared with.
     fn ledger(&self) -> &dyn Ledger;
 
     /// Inserts or updates a row of the source. Ids are numbers.
@@ -21,7 +21,7 @@ pub trait Fixture {
     /// Deletes a row of the source.
     async fn delete(&self, id: u32);
 
-    /// Some vector that is this number's own.
+    /// A vector that differs for each number.
     fn vector(&self, of: u8) -> Embedding;
 
     /// Whether the index keeps metadata beside the vector.
@@ -32,15 +32,15 @@ pub trait Fixture {
 macro_rules! for_each_clause {
     ($make:ident) => {
         $make! {
-            a_write_that_rests_on_what_is_there_settles,
+            a_write_based_on_the_current_row_and_entry_settles,
             a_write_whose_row_changed_writes_nothing,
-            a_write_whose_entry_was_touched_writes_nothing,
-            a_first_write_makes_the_entry_and_a_second_one_conflicts,
-            one_conflict_keeps_no_other_write_back,
-            a_write_told_as_failed_and_repeated_does_nothing_twice,
-            only_metadata_leaves_the_vector,
-            a_row_without_text_has_no_record_and_one_that_is_gone_neither,
-            settling_ends_doubt_parking_and_tries,
+            a_write_whose_entry_changed_writes_nothing,
+            a_first_write_creates_the_entry_and_a_second_one_conflicts,
+            one_conflict_does_not_stop_other_writes,
+            a_write_repeated_after_a_reported_failure_changes_nothing,
+            a_metadata_change_keeps_the_vector,
+            rows_without_text_and_deleted_rows_have_no_record,
+            settling_clears_dirty_parked_and_the_tries,
         }
     };
 }
@@ -102,7 +102,7 @@ async fn bring_in_sync(fixture: &dyn Fixture, id: u32, vector: u8) {
     assert!(is_in_sync(fixture, &id).await);
 }
 
-pub async fn a_write_that_rests_on_what_is_there_settles(fixture: &dyn Fixture) {
+pub async fn a_write_based_on_the_current_row_and_entry_settles(fixture: &dyn Fixture) {
     bring_in_sync(fixture, 1, 1).await;
     let before = entry(fixture, "1").await;
     fixture.write(1, "another text", "m").await;
@@ -136,7 +136,7 @@ pub async fn a_write_whose_row_changed_writes_nothing(fixture: &dyn Fixture) {
             "{text:?} {metadata}"
         );
     }
-    // One that was gone has come.
+    // A deleted row is inserted again.
     bring_in_sync(fixture, 5, 1).await;
     fixture.delete(5).await;
     let absent = plan(fixture, "5", None).await;
@@ -145,7 +145,7 @@ pub async fn a_write_whose_row_changed_writes_nothing(fixture: &dyn Fixture) {
     assert_eq!(stored(fixture, "5").await.unwrap().embedding, fixture.vector(1));
 }
 
-pub async fn a_write_whose_entry_was_touched_writes_nothing(fixture: &dyn Fixture) {
+pub async fn a_write_whose_entry_changed_writes_nothing(fixture: &dyn Fixture) {
     bring_in_sync(fixture, 1, 1).await;
     fixture.write(1, "another text", "m").await;
     let (first, late) = (plan(fixture, "1", Some(2)).await, plan(fixture, "1", Some(3)).await);
@@ -159,7 +159,7 @@ pub async fn a_write_whose_entry_was_touched_writes_nothing(fixture: &dyn Fixtur
     assert!(entry(fixture, "1").await.dirty);
 }
 
-pub async fn a_first_write_makes_the_entry_and_a_second_one_conflicts(fixture: &dyn Fixture) {
+pub async fn a_first_write_creates_the_entry_and_a_second_one_conflicts(fixture: &dyn Fixture) {
     fixture.write(1, "text", "m").await;
     let (first, second) = (plan(fixture, "1", Some(1)).await, plan(fixture, "1", Some(2)).await);
     assert_eq!((first.epoch, second.epoch), (None, None));
@@ -173,14 +173,14 @@ pub async fn a_first_write_makes_the_entry_and_a_second_one_conflicts(fixture: &
     assert!(is_in_sync(fixture, "9").await && entry(fixture, "9").await.deleted);
 }
 
-pub async fn one_conflict_keeps_no_other_write_back(fixture: &dyn Fixture) {
+pub async fn one_conflict_does_not_stop_other_writes(fixture: &dyn Fixture) {
     for id in 1..=4 {
         bring_in_sync(fixture, id, 1).await;
         fixture.write(id, "another text", "m").await;
     }
     fixture.delete(4).await;
     let mut plans = Vec::new();
-    // In no order.
+    // In arbitrary order.
     for id in ["3", "1", "4", "2"] {
         plans.push(plan(fixture, id, Some(2)).await);
     }
@@ -197,7 +197,7 @@ pub async fn one_conflict_keeps_no_other_write_back(fixture: &dyn Fixture) {
     }
 }
 
-pub async fn a_write_told_as_failed_and_repeated_does_nothing_twice(fixture: &dyn Fixture) {
+pub async fn a_write_repeated_after_a_reported_failure_changes_nothing(fixture: &dyn Fixture) {
     bring_in_sync(fixture, 1, 1).await;
     fixture.delete(1).await;
     let plan = plan(fixture, "1", None).await;
@@ -208,7 +208,7 @@ pub async fn a_write_told_as_failed_and_repeated_does_nothing_twice(fixture: &dy
     assert!(is_in_sync(fixture, "1").await);
 }
 
-pub async fn only_metadata_leaves_the_vector(fixture: &dyn Fixture) {
+pub async fn a_metadata_change_keeps_the_vector(fixture: &dyn Fixture) {
     bring_in_sync(fixture, 1, 1).await;
     fixture.write(1, "text", "other").await;
     assert!(!is_in_sync(fixture, "1").await);
@@ -220,7 +220,7 @@ pub async fn only_metadata_leaves_the_vector(fixture: &dyn Fixture) {
     assert_eq!(stored.metadata_hash, fixture.keeps_metadata().then_some(row.metadata_hash));
 }
 
-pub async fn a_row_without_text_has_no_record_and_one_that_is_gone_neither(fixture: &dyn Fixture) {
+pub async fn rows_without_text_and_deleted_rows_have_no_record(fixture: &dyn Fixture) {
     for id in [1, 2] {
         bring_in_sync(fixture, id, 1).await;
     }
@@ -235,7 +235,7 @@ pub async fn a_row_without_text_has_no_record_and_one_that_is_gone_neither(fixtu
     }
 }
 
-pub async fn settling_ends_doubt_parking_and_tries(fixture: &dyn Fixture) {
+pub async fn settling_clears_dirty_parked_and_the_tries(fixture: &dyn Fixture) {
     bring_in_sync(fixture, 1, 1).await;
     let id = "1".to_owned();
     fixture.ledger().requeue(std::slice::from_ref(&id)).await.unwrap();

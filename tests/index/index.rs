@@ -25,7 +25,7 @@ use crate::common::{self, Database, eventually};
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// An index of vectors of three, and what it is filled by.
+/// An index with three dimensions, and the means to fill it.
 struct Fixture {
     index: Arc<dyn VectorIndex>,
     keeper: Backing,
@@ -128,7 +128,7 @@ fn strings(ids: &[&str]) -> Vec<String> {
 const AWKWARD: &[&str] =
     &["a b", "a%20b", "x&ids=y", "q?#/\\", "\"'", "+", "é", "日本", "Z", "a", "__default__"];
 
-/// Each test once a backend.
+/// Runs each test for each backend.
 macro_rules! contract {
     ($($name:ident),* $(,)?) => {
         mod pgvector_keeps {
@@ -141,16 +141,16 @@ macro_rules! contract {
 }
 
 contract!(
-    nothing_in_an_empty_index,
-    a_listing_with_every_id_once_in_order,
-    a_fetch_of_what_is_there_and_only_that,
-    ids_of_all_lengths_in_one_fetch,
-    a_query_ranked_by_cosine,
-    a_count_of_what_is_there,
-    ownership_records_apart_from_records,
+    an_empty_index_holds_nothing,
+    a_listing_has_every_id_once_in_order,
+    a_fetch_returns_exactly_the_records_that_exist,
+    one_fetch_takes_ids_of_all_lengths,
+    a_query_ranks_by_cosine,
+    the_count_is_the_number_of_records,
+    ownership_records_are_not_listed_as_records,
 );
 
-async fn nothing_in_an_empty_index(fixture: Fixture) {
+async fn an_empty_index_holds_nothing(fixture: Fixture) {
     let index = fixture.index;
     assert_eq!(index.count().await.unwrap(), 0);
     assert_eq!(index.list(None, 10).await.unwrap(), refarch::pipeline::index::Listing::default());
@@ -159,7 +159,7 @@ async fn nothing_in_an_empty_index(fixture: Fixture) {
     assert_eq!(index.query(&[1.0, 0.0, 0.0], 10).await.unwrap(), []);
 }
 
-async fn a_listing_with_every_id_once_in_order(fixture: Fixture) {
+async fn a_listing_has_every_id_once_in_order(fixture: Fixture) {
     let mut ids: Vec<String> = (0..240).map(|n| format!("SKU-{n}")).chain(strings(AWKWARD)).collect();
     let records: Vec<Record> = ids.iter().map(|id| record(id, &[1.0, 0.0, 0.0])).collect();
     fixture.store(&records).await;
@@ -180,7 +180,7 @@ async fn a_listing_with_every_id_once_in_order(fixture: Fixture) {
     }
 }
 
-async fn a_fetch_of_what_is_there_and_only_that(fixture: Fixture) {
+async fn a_fetch_returns_exactly_the_records_that_exist(fixture: Fixture) {
     let mut rng = StdRng::seed_from_u64(3);
     let ids: Vec<String> = (0..120).map(|n| n.to_string()).chain(strings(AWKWARD)).collect();
     let records: Vec<Record> =
@@ -204,7 +204,7 @@ async fn a_fetch_of_what_is_there_and_only_that(fixture: Fixture) {
     assert_eq!(fixture.index.fetch(&strings(&["é"])).await.unwrap().len(), 1);
 }
 
-async fn ids_of_all_lengths_in_one_fetch(fixture: Fixture) {
+async fn one_fetch_takes_ids_of_all_lengths(fixture: Fixture) {
     // A URL takes three characters for each of these.
     let ids: Vec<String> = (1..=120).map(|n| format!("{n}{}", "/".repeat((8 * n).min(509)))).collect();
     let records: Vec<Record> = ids.iter().map(|id| record(id, &[0.0, 1.0, 0.0])).collect();
@@ -212,7 +212,7 @@ async fn ids_of_all_lengths_in_one_fetch(fixture: Fixture) {
     assert_eq!(fixture.index.fetch(&ids).await.unwrap().len(), ids.len());
 }
 
-async fn a_query_ranked_by_cosine(fixture: Fixture) {
+async fn a_query_ranks_by_cosine(fixture: Fixture) {
     // Neither the inner product nor the distance ranks these in the same way.
     let records = [
         record("far", &[0.0, 8.0, 0.0]),
@@ -233,7 +233,7 @@ async fn a_query_ranked_by_cosine(fixture: Fixture) {
     assert_eq!(query(usize::MAX).await, found);
 }
 
-async fn a_count_of_what_is_there(fixture: Fixture) {
+async fn the_count_is_the_number_of_records(fixture: Fixture) {
     fixture.store(&[record("a", &[1.0, 0.0, 0.0]), record("b", &[1.0, 0.0, 0.0])]).await;
     assert_eq!(fixture.index.count().await.unwrap(), 2);
     fixture.remove("a").await;
@@ -241,7 +241,7 @@ async fn a_count_of_what_is_there(fixture: Fixture) {
     assert_eq!(fixture.index.count().await.unwrap(), 1);
 }
 
-async fn ownership_records_apart_from_records(fixture: Fixture) {
+async fn ownership_records_are_not_listed_as_records(fixture: Fixture) {
     let index = fixture.index;
     // Only an index outside of the database can be ahead of it.
     assert_eq!(index.ownership_store().is_some(), matches!(index.writes(), Writes::Untracked(_)));
@@ -259,7 +259,7 @@ async fn ownership_records_apart_from_records(fixture: Fixture) {
 }
 
 #[tokio::test]
-async fn namespaces_are_apart() {
+async fn namespaces_are_separate() {
     let double = PineconeDouble::start(3, 1).await.unwrap();
     let in_namespace = |namespace: &str| {
         Pinecone::new(pinecone::PineconeOptions { namespace: namespace.into(), ..options(&double.url()) })
@@ -320,7 +320,7 @@ fn vectors(count: usize) -> Vec<Vec<f32>> {
 }
 
 #[tokio::test]
-async fn what_fits_into_a_request_is_taken() {
+async fn a_request_is_filled_up_to_the_size_limit() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let vectors = vectors(1_200);
     let bare: Vec<Record> =
@@ -381,7 +381,7 @@ fn assert_classed(error: &Error, class: Class, doubtful: bool) {
 }
 
 #[tokio::test]
-async fn a_rate_limit_is_retried_when_the_index_says_and_changes_nothing() {
+async fn a_rate_limited_write_changes_nothing_and_says_when_to_retry() {
     let (double, index) =
         failing_index(PineconeFaults { rate_limited: 1.0, ..PineconeFaults::default() }).await;
     let mut waits = BTreeSet::new();
@@ -401,7 +401,7 @@ async fn a_rate_limit_is_retried_when_the_index_says_and_changes_nothing() {
 }
 
 #[tokio::test]
-async fn an_index_that_is_down_leaves_doubt() {
+async fn a_write_to_an_unavailable_index_is_doubtful() {
     let (double, index) =
         failing_index(PineconeFaults { unavailable: 1.0, ..PineconeFaults::default() }).await;
     let mut messages = String::new();
@@ -419,7 +419,7 @@ async fn an_index_that_is_down_leaves_doubt() {
 }
 
 #[tokio::test]
-async fn a_write_that_is_applied_and_denied_is_in_doubt() {
+async fn a_write_that_was_applied_but_reported_as_failed_is_doubtful() {
     let (double, index) =
         failing_index(PineconeFaults { false_error: 1.0, ..PineconeFaults::default() }).await;
     for error in failing_writes(&index).await {
@@ -431,7 +431,7 @@ async fn a_write_that_is_applied_and_denied_is_in_doubt() {
 }
 
 #[tokio::test]
-async fn a_write_that_comes_late_is_in_doubt() {
+async fn a_write_that_is_applied_late_is_doubtful() {
     let faults = PineconeFaults { late: 1.0, max_late: Duration::from_secs(2), ..PineconeFaults::default() };
     let (double, index) = failing_index(faults).await;
     let records: Vec<Record> = (0..16).map(|n| record(&n.to_string(), &[1.0, 0.0, 0.0])).collect();
@@ -449,7 +449,7 @@ async fn a_write_that_comes_late_is_in_doubt() {
 }
 
 #[tokio::test]
-async fn a_write_without_an_answer_in_time_is_in_doubt() {
+async fn a_write_that_times_out_is_doubtful() {
     let faults = PineconeFaults { hang: 1.0, hang_for: Duration::from_secs(1), ..PineconeFaults::default() };
     let (double, _) = failing_index(faults).await;
     let timeout = Duration::from_millis(200);
@@ -466,7 +466,7 @@ async fn a_write_without_an_answer_in_time_is_in_doubt() {
 }
 
 #[tokio::test]
-async fn a_write_whose_connection_breaks_is_in_doubt() {
+async fn a_write_whose_connection_breaks_is_doubtful() {
     let (double, index) =
         failing_index(PineconeFaults { drop_connection: 1.0, ..PineconeFaults::default() }).await;
     for error in failing_writes(&index).await {
@@ -477,7 +477,7 @@ async fn a_write_whose_connection_breaks_is_in_doubt() {
 }
 
 #[tokio::test]
-async fn a_record_that_the_index_refuses_is_refused_for_good() {
+async fn a_refused_record_is_a_permanent_failure() {
     let (double, index) = failing_index(PineconeFaults::default()).await;
     let refused = [
         (with_metadata("a", &[1.0, 0.0, 0.0], r#"{"size": {"cm": 3}}"#), "for field 'size'"),
@@ -500,7 +500,7 @@ async fn a_record_that_the_index_refuses_is_refused_for_good() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_not_accepted_ends_the_role() {
+async fn a_refused_key_is_a_fatal_failure() {
     let double = PineconeDouble::start(3, 1).await.unwrap();
     let without = pinecone::PineconeOptions { api_key: Secret::default(), ..options(&double.url()) };
     let index = Pinecone::new(without).unwrap();
@@ -511,7 +511,7 @@ async fn a_key_that_is_not_accepted_ends_the_role() {
 }
 
 #[tokio::test]
-async fn a_write_that_nobody_took_leaves_no_doubt() {
+async fn a_write_that_reached_no_server_is_not_doubtful() {
     let index = Pinecone::new(options(&format!("http://127.0.0.1:{}", common::free_port()))).unwrap();
     for error in failing_writes(&index).await {
         assert_classed(&error, Class::Retryable, false);

@@ -71,7 +71,7 @@ fn records() -> Vec<Record> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_vendors_client_and_ours_read_each_others_records() {
+async fn the_vendors_client_and_this_client_read_each_others_records() {
     let double = PineconeDouble::start(3, 1).await.unwrap();
     assert!(control::ensure(&control_options(&double.url(), "by-refarch", 3)).await.unwrap());
     let index = Pinecone::new(options(&double.url())).unwrap();
@@ -117,7 +117,7 @@ async fn the_vendors_client_and_ours_read_each_others_records() {
     assert_eq!(fetched.len(), 1);
     assert_eq!((&*fetched[0].embedding, fetched[0].content_hash), (&[1.0, 0.1, 0.5][..], None));
     assert_eq!(theirs.query(&[1.0, 0.0, 0.5], 1).await.unwrap()[0].id, "p0");
-    // And the other namespaces are as they were.
+    // The other namespaces are unchanged.
     assert_eq!(index.count().await.unwrap(), 3);
 }
 
@@ -132,7 +132,7 @@ struct Exchange {
     response: Value,
 }
 
-/// A server that passes everything on and keeps it.
+/// A proxy that forwards and records every request.
 struct RecordingProxy {
     url: String,
     exchanges: Arc<Mutex<Vec<Exchange>>>,
@@ -179,7 +179,7 @@ impl RecordingProxy {
     }
 }
 
-/// How a value is otherwise than its description says, if it is.
+/// How a value differs from its description, if it does.
 fn mismatch(value: &Value, described: &Value, at: &str) -> Option<String> {
     let fits = match described["type"].as_str() {
         None => true,
@@ -244,7 +244,7 @@ fn check(exchange: &Exchange, description: &Map<String, Value>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_and_answers_are_as_the_published_description_has_them() {
+async fn requests_and_answers_match_the_published_description() {
     let double = PineconeDouble::start(3, 1).await.unwrap();
     let tap = RecordingProxy::on(&double.url()).await;
     control::ensure(&control_options(&tap.url, "shop", 3)).await.unwrap();
@@ -293,7 +293,7 @@ async fn requests_and_answers_are_as_the_published_description_has_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_index_is_made_once_found_by_name_and_refused_if_it_is_of_another_shape() {
+async fn an_index_is_created_once_found_by_name_and_refused_if_its_shape_differs() {
     let double = PineconeDouble::start(3, 1).await.unwrap();
     let options = control_options(&double.url(), "shop", 3);
     let error = control::host(&options).await.unwrap_err();
@@ -320,7 +320,7 @@ async fn an_index_is_made_once_found_by_name_and_refused_if_it_is_of_another_sha
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn migrate_makes_the_index_and_a_role_refuses_one_of_another_length() {
+async fn migrate_creates_the_index_and_roles_refuse_other_dimensions() {
     let double = PineconeDouble::start(3, 1).await.unwrap();
     let database = Database::create().await;
     let run = async |args: &[&str]| {
@@ -354,7 +354,7 @@ async fn migrate_makes_the_index_and_a_role_refuses_one_of_another_length() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_written_is_searchable_when_a_query_has_seen_it() {
+async fn a_write_counts_as_searchable_once_a_query_can_see_it() {
     let double = PineconeDouble::start(3, 1).await.unwrap();
     let index = Pinecone::new(options(&double.url())).unwrap();
     let visibility = index.freshness().unwrap();
@@ -373,7 +373,7 @@ async fn what_was_written_is_searchable_when_a_query_has_seen_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn reads_are_tried_again_and_writes_are_not() {
+async fn reads_are_retried_and_writes_are_not() {
     let double = PineconeDouble::start(3, 1).await.unwrap();
     let index = Pinecone::new(options(&double.url())).unwrap();
     index.upsert(&records()).await.unwrap();

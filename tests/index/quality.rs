@@ -70,7 +70,7 @@ const QUESTIONS: &[(&str, Property)] = &[
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn people_find_what_they_ask_for() {
+async fn common_questions_find_the_right_products() {
     let count = std::env::var("REFARCH_TEST_PRODUCTS").map_or(PRODUCTS, |n| n.parse().unwrap());
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(".refarch/runtime/model");
     let threads = std::thread::available_parallelism().unwrap().get();

@@ -1,4 +1,4 @@
-//! What the triggers catch, what they don't, and what they cost the writer's own statement: nothing
+//! What the triggers capture, what they don't, and what they cost the writer's own statement: nothing
 //! but time. Every statement runs for real, and the outbox is read back.
 
 use std::collections::BTreeMap;
@@ -78,7 +78,7 @@ const THREE: &str = "INSERT INTO products_with_increment (id, name, description)
                      VALUES (1, 'a', 'one'), (2, 'b', 'two'), (3, 'c', 'three')";
 
 #[tokio::test]
-async fn plain_statements_are_captured_once_each() {
+async fn each_plain_statement_is_captured_once() {
     let captured = Captured::products().await;
     assert_eq!(captured.capture(THREE).await, ids("u", &["1", "2", "3"]));
     let update = "UPDATE products_with_increment SET description = 'new' WHERE id > 1";
@@ -118,7 +118,7 @@ async fn statements_that_change_nothing_are_not_captured() {
 }
 
 #[tokio::test]
-async fn only_watched_columns_matter() {
+async fn only_changes_of_watched_columns_are_captured() {
     let setup = "CREATE TABLE note (id uuid PRIMARY KEY, body text, tags jsonb, seen int); \
                  INSERT INTO note VALUES ('00000000-0000-0000-0000-000000000001', 'a', '{}', 0)";
     let env = [
@@ -187,7 +187,7 @@ async fn copy_merge_upsert_ctes_views_and_cascades_are_captured() {
 }
 
 #[tokio::test]
-async fn what_is_rolled_back_leaves_no_trace() {
+async fn a_rolled_back_statement_is_not_captured() {
     let captured = Captured::products().await;
     let sql = "BEGIN; INSERT INTO products_with_increment (id) VALUES (1); SAVEPOINT s; \
                INSERT INTO products_with_increment (id) VALUES (2); ROLLBACK TO s; COMMIT";
@@ -227,7 +227,7 @@ const ITEM: [(&str, &str); 3] =
     [("REFARCH_SOURCE_TABLE", "item"), ("REFARCH_SOURCE_TEXT", "body"), ("REFARCH_SOURCE_METADATA", "body")];
 
 #[tokio::test]
-async fn writes_to_a_partition_are_captured_since_leaves_are_armed() {
+async fn writes_to_a_partition_are_captured() {
     let captured = Captured::with(PARTITIONED, &ITEM).await;
     assert_eq!(
         captured.capture("INSERT INTO item VALUES (1, 'a'), (101, 'b')").await,
@@ -244,7 +244,7 @@ async fn writes_to_a_partition_are_captured_since_leaves_are_armed() {
 }
 
 #[tokio::test]
-async fn a_partition_that_was_added_later_is_missed_until_migrate_runs_again() {
+async fn a_later_partition_is_not_captured_until_migrate_runs_again() {
     let captured = Captured::with(PARTITIONED, &ITEM).await;
     captured.run("CREATE TABLE item_top PARTITION OF item FOR VALUES FROM (200) TO (300)").await;
     assert_eq!(captured.capture("INSERT INTO item_top VALUES (201, 'x')").await, nothing());
@@ -255,7 +255,7 @@ async fn a_partition_that_was_added_later_is_missed_until_migrate_runs_again() {
 }
 
 #[tokio::test]
-async fn inheritance_children_are_armed() {
+async fn writes_to_inheritance_children_are_captured() {
     let setup = "CREATE TABLE item (id bigint PRIMARY KEY, body text); CREATE TABLE child (extra int) INHERITS (item)";
     let captured = Captured::with(setup, &ITEM).await;
     assert_eq!(captured.capture("INSERT INTO child VALUES (1, 'a', 0)").await, ids("u", &["1"]));
@@ -264,7 +264,7 @@ async fn inheritance_children_are_armed() {
 }
 
 #[tokio::test]
-async fn the_replica_role_is_not_captured() {
+async fn writes_with_the_replica_role_are_not_captured() {
     let captured = Captured::products().await;
     let sql = "SET session_replication_role = replica; INSERT INTO products_with_increment (id) VALUES (1); \
                RESET session_replication_role";
@@ -303,7 +303,7 @@ async fn logical_replication_is_not_captured_and_migrate_says_so() {
 }
 
 #[tokio::test]
-async fn a_sleeping_relay_is_notified_and_an_awake_one_is_not() {
+async fn only_a_sleeping_relay_is_notified() {
     let captured = Captured::products().await;
     let (listener, mut notifications) = captured.database.listener("refarch_outbox").await;
     captured.run(THREE).await;
@@ -319,14 +319,14 @@ async fn a_sleeping_relay_is_notified_and_an_awake_one_is_not() {
 }
 
 #[tokio::test]
-async fn a_description_of_a_megabyte_does_not_abort_the_writer() {
+async fn a_text_of_a_megabyte_does_not_abort_the_writers_statement() {
     let captured = Captured::products().await;
     let sql = "INSERT INTO products_with_increment (id, description) VALUES (1, repeat('words ', 200000))";
     assert_eq!(captured.capture(sql).await, ids("u", &["1"]));
 }
 
 #[tokio::test]
-async fn migrating_again_changes_nothing_and_many_at_once_are_safe() {
+async fn repeated_and_concurrent_migrations_are_safe() {
     let captured = Captured::products().await;
     captured.run(THREE).await;
     captured.take().await;
@@ -338,7 +338,7 @@ async fn migrating_again_changes_nothing_and_many_at_once_are_safe() {
 }
 
 #[tokio::test]
-async fn tables_that_cannot_be_kept_in_step_are_refused_with_the_reason() {
+async fn unsupported_tables_are_refused_with_the_reason() {
     let setup = "CREATE TABLE loose (id bigint, body text); CREATE VIEW seen AS SELECT 1 AS id, 'x' AS body; \
                  CREATE TABLE pair (id bigint, part bigint, body text, PRIMARY KEY (id, part))";
     let captured = Captured::with(setup, &[]).await;
@@ -398,7 +398,7 @@ impl Live {
 const IN_NEED: &str = "SELECT (SELECT count(*) FROM refarch.mark) + (SELECT count(*) FROM refarch.backfill)";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_writers_own_types_are_never_used() {
+async fn capture_never_uses_types_of_the_writer() {
     let live = Live::articles().await;
     live.done(&["migrate"]).await;
     let role = format!("mallory_{}", live.database.name());
@@ -422,7 +422,7 @@ async fn a_writers_own_types_are_never_used() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_statement_succeeds_whatever_became_of_the_columns() {
+async fn a_statement_succeeds_however_the_columns_changed() {
     for change in ["RENAME title TO headline", "DROP title", "RENAME id TO number"] {
         let live = Live::articles().await;
         live.run("INSERT INTO articles (title, body) VALUES ('a', 'b'), ('c', 'd')").await;
@@ -438,7 +438,7 @@ async fn a_statement_succeeds_whatever_became_of_the_columns() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_column_that_was_renamed_loses_nothing() {
+async fn a_renamed_column_loses_no_change() {
     let mut live = Live::articles().await;
     live.run("INSERT INTO articles (title, body) SELECT 'Title ' || i, 'A text of number ' || i FROM generate_series(1, 20) i").await;
     live.done(&["migrate"]).await;
@@ -464,7 +464,7 @@ async fn a_column_that_was_renamed_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn generated_columns_are_captured_through_what_they_are_made_of() {
+async fn generated_columns_are_captured_through_their_source_columns() {
     for kind in ["VIRTUAL", "STORED"] {
         let setup = format!(
             "CREATE TABLE articles (id bigint PRIMARY KEY, title text, body text, other text, \
@@ -548,7 +548,7 @@ const FOLDED: &str = "CREATE SCHEMA ext; CREATE TYPE ext.folded; \
      INSERT INTO articles SELECT (CASE i % 2 WHEN 0 THEN 'row ' ELSE 'ROW ' END || i)::ext.folded, 'x' FROM generate_series(1, 1200) i";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ids_of_an_extensions_type_are_told_apart_byte_by_byte() {
+async fn ids_of_an_extension_type_are_compared_byte_by_byte() {
     let live = Live::new(FOLDED, "title", "title").await;
     live.done(&["migrate"]).await;
     let queued = "SELECT count(DISTINCT id) FROM refarch.outbox, unnest(ids) AS id";
@@ -566,7 +566,7 @@ async fn ids_of_an_extensions_type_are_told_apart_byte_by_byte() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_id_has_one_spelling_whatever_session_wrote_it() {
+async fn an_id_has_one_spelling_in_every_session() {
     let setup = "CREATE TABLE articles (id timestamptz PRIMARY KEY, title text)";
     let live = Live::new(setup, "title", "title").await;
     live.done(&["migrate"]).await;
@@ -583,7 +583,7 @@ async fn an_id_has_one_spelling_whatever_session_wrote_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_armed_table_that_was_changed_is_told_of_and_armed_again() {
+async fn changes_of_a_captured_table_are_reported_and_capture_is_repaired() {
     let live = Live::articles().await;
     live.run("INSERT INTO articles (title) VALUES ('a'), ('b')").await;
     live.done(&["migrate"]).await;
@@ -624,7 +624,7 @@ async fn an_armed_table_that_was_changed_is_told_of_and_armed_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_security_that_hides_rows_is_told_of() {
+async fn row_security_that_hides_rows_is_reported() {
     let live = Live::articles().await;
     live.done(&["migrate"]).await;
     let role = format!("reader_{}", live.database.name());
@@ -648,7 +648,7 @@ async fn row_security_that_hides_rows_is_told_of() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_code_of_a_table_owners_runs_as_the_role_that_migrated() {
+async fn code_of_the_table_owner_never_runs_as_the_migrating_role() {
     let live = Live::articles().await;
     live.run("INSERT INTO articles (title) VALUES ('a'), ('b')").await;
     live.done(&["migrate"]).await;
@@ -703,7 +703,7 @@ async fn no_code_of_a_table_owners_runs_as_the_role_that_migrated() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_statement_with_an_older_snapshot_than_the_change_of_a_column_succeeds() {
+async fn a_statement_with_a_snapshot_older_than_a_column_change_succeeds() {
     for level in ["REPEATABLE READ", "SERIALIZABLE"] {
         for change in ["RENAME title TO headline", "DROP title", "RENAME id TO number"] {
             let live = Live::articles().await;
@@ -733,7 +733,7 @@ async fn a_statement_with_an_older_snapshot_than_the_change_of_a_column_succeeds
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_more_than_one_table_is_locked_at_a_time_to_arm_again() {
+async fn repairing_capture_locks_one_table_at_a_time() {
     let setup = "CREATE TABLE articles (id bigint PRIMARY KEY, title text) PARTITION BY RANGE (id); \
                  CREATE TABLE low PARTITION OF articles FOR VALUES FROM (0) TO (10); \
                  CREATE TABLE high PARTITION OF articles FOR VALUES FROM (10) TO (20); \
@@ -765,7 +765,7 @@ async fn no_more_than_one_table_is_locked_at_a_time_to_arm_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_id_is_captured_where_the_text_is_made_of_no_column() {
+async fn id_changes_are_captured_if_the_text_depends_on_no_column() {
     let setup = "CREATE TABLE articles (id bigint PRIMARY KEY, doc text GENERATED ALWAYS AS ('always') VIRTUAL); \
                  INSERT INTO articles VALUES (1)";
     let live = Live::new(setup, "doc", "doc").await;
@@ -797,7 +797,7 @@ impl Live {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_partition_is_queued_and_no_other() {
+async fn only_the_rows_of_a_new_partition_are_queued() {
     let live = Live::new(LOW_AND_HIGH, "title", "title").await;
     live.done(&["migrate"]).await;
     live.take().await;
@@ -838,14 +838,14 @@ async fn a_new_partition_is_queued_and_no_other() {
     assert!(said.contains("queued: 1200 rows"), "{said}");
     assert_eq!((live.number(TRUNCATIONS).await, live.take().await.len()), (0, 1200));
     assert!(live.done(&["migrate"]).await.starts_with("nothing to do"));
-    // What was armed before may have lost deletes.
+    // A partition that had triggers before may have lost deletes.
     live.run("DROP TRIGGER refarch_products_delete ON made; DELETE FROM made").await;
     let (queued, truncations) = live.armed_again().await;
     assert_eq!((queued.len(), truncations), (4 + 2 + 1200, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_child_of_a_table_is_queued_and_no_other() {
+async fn only_the_rows_of_a_new_inheritance_child_are_queued() {
     let live = Live::articles().await;
     live.run("INSERT INTO articles (title) VALUES ('a'), ('b')").await;
     live.done(&["migrate"]).await;
@@ -856,7 +856,7 @@ async fn a_new_child_of_a_table_is_queued_and_no_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_of_a_new_partition_are_queued_once_those_who_write_to_it_are_through() {
+async fn rows_of_a_new_partition_are_queued_after_its_open_transactions_end() {
     let live = Live::new(LOW_AND_HIGH, "title", "title").await;
     live.done(&["migrate"]).await;
     live.take().await;
@@ -875,7 +875,7 @@ async fn rows_of_a_new_partition_are_queued_once_those_who_write_to_it_are_throu
     assert_eq!(live.number(STEP).await, 1);
     assert_eq!(live.number(IN_NEED).await, 0);
     elsewhere.batch_execute("COMMIT").await.unwrap();
-    // The request goes with the partition.
+    // Dropping the partition removes its request.
     live.run("CREATE TABLE brief PARTITION OF articles FOR VALUES FROM (30) TO (40)").await;
     while live.number(REARM).await > 0 {}
     live.run("DROP TABLE brief").await;
@@ -884,7 +884,7 @@ async fn rows_of_a_new_partition_are_queued_once_those_who_write_to_it_are_throu
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_amid_a_backfill_lets_it_end_and_is_followed_by_one_more() {
+async fn a_request_during_a_backfill_starts_one_more_after_it() {
     let live = Live::articles().await;
     live.run("INSERT INTO articles (title) SELECT 'x' FROM generate_series(1, 1200)").await;
     live.done(&["migrate"]).await;
@@ -903,7 +903,7 @@ async fn a_request_amid_a_backfill_lets_it_end_and_is_followed_by_one_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backfill_starts_over_when_the_ids_are_of_another_type() {
+async fn a_backfill_restarts_when_the_id_type_changes() {
     let live = Live::articles().await;
     live.run("INSERT INTO articles (title) SELECT 'x' FROM generate_series(1, 1200)").await;
     live.done(&["migrate"]).await;
@@ -918,7 +918,7 @@ async fn a_backfill_starts_over_when_the_ids_are_of_another_type() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_of_a_partition_that_is_gone_leave_the_index() {
+async fn rows_of_a_dropped_partition_leave_the_index() {
     let live = Live::new(LOW_AND_HIGH, "title", "title").await;
     live.run(
         "CREATE TABLE top PARTITION OF articles FOR VALUES FROM (20) TO (30); \

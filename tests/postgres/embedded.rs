@@ -97,7 +97,7 @@ async fn answer(cluster: &Cluster, sql: &str) -> String {
 const IDENTITY: &str = "SELECT system_identifier::text FROM pg_control_system()";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn many_join_a_fresh_folder_at_once_and_the_last_one_stops_it() {
+async fn many_users_start_one_server_and_the_last_one_stops_it() {
     let home = ClusterFolder::new();
     let processes: Vec<_> =
         (0..4).map(|_| tokio::spawn(home.psql(&format!("{IDENTITY}, pg_sleep(0.2)")).output())).collect();
@@ -145,7 +145,7 @@ async fn the_server_runs_until_the_last_user_leaves() {
 }
 
 #[tokio::test]
-async fn a_caller_that_stops_waiting_leaves_no_server() {
+async fn a_cancelled_start_leaves_no_server() {
     let home = ClusterFolder::new();
     drop(tokio::time::timeout(Duration::from_millis(200), home.join()).await);
     eventually("the abandoned join to end", SOON, async || {
@@ -160,7 +160,7 @@ async fn a_caller_that_stops_waiting_leaves_no_server() {
 }
 
 #[tokio::test]
-async fn killed_users_leave_a_server_that_the_next_one_stops() {
+async fn a_server_left_by_killed_users_is_stopped_by_the_next_user() {
     let home = ClusterFolder::new();
     let mut user = home.psql("SELECT pg_sleep(60)").spawn().unwrap();
     eventually("the server to start", SOON, async || home.server().is_some()).await;
@@ -174,7 +174,7 @@ async fn killed_users_leave_a_server_that_the_next_one_stops() {
 }
 
 #[tokio::test]
-async fn ctrl_c_in_the_starters_terminal_does_not_reach_the_server() {
+async fn ctrl_c_in_the_terminal_does_not_stop_the_server() {
     let home = ClusterFolder::new();
     let mut starter = home.psql("SELECT pg_sleep(60)");
     let starter = starter.process_group(0).spawn().unwrap();
@@ -196,7 +196,7 @@ async fn ctrl_c_in_the_starters_terminal_does_not_reach_the_server() {
 }
 
 #[tokio::test]
-async fn a_killed_server_is_recovered_with_what_was_committed() {
+async fn a_killed_server_recovers_every_committed_row() {
     let home = ClusterFolder::new();
     let cluster = home.join().await.unwrap();
     let client = connect(cluster.url().expose()).await;
@@ -213,7 +213,7 @@ async fn a_killed_server_is_recovered_with_what_was_committed() {
 }
 
 #[tokio::test]
-async fn a_pid_file_that_names_another_process_is_stale() {
+async fn a_pid_file_that_names_another_process_is_treated_as_stale() {
     let home = ClusterFolder::new();
     home.join().await.unwrap().leave().await.unwrap();
     // PostgreSQL itself gives way to a process of its own user only.
@@ -237,7 +237,7 @@ async fn a_pid_file_that_names_another_process_is_stale() {
 }
 
 #[tokio::test]
-async fn a_port_that_was_taken_meanwhile_is_replaced() {
+async fn a_port_that_another_process_took_is_replaced() {
     let home = ClusterFolder::new();
     let cluster = home.join().await.unwrap();
     let port = cluster.tcp().port;
@@ -260,7 +260,7 @@ async fn a_port_that_was_taken_meanwhile_is_replaced() {
 }
 
 #[tokio::test]
-async fn the_password_is_wanted_and_readable_by_its_owner_only() {
+async fn the_password_is_required_and_readable_by_its_owner_only() {
     let home = ClusterFolder::new();
     let cluster = home.join().await.unwrap();
     let guess = cluster.url().expose().replace(cluster.tcp().password.expose(), "guess");
@@ -275,7 +275,7 @@ async fn the_password_is_wanted_and_readable_by_its_owner_only() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn the_server_holds_no_file_of_ours() {
+async fn the_server_inherits_no_open_lock_file() {
     let home = ClusterFolder::new();
     let cluster = home.join().await.unwrap();
     let fds = fs::read_dir(format!("/proc/{}/fd", home.server().unwrap())).unwrap();
@@ -298,11 +298,11 @@ async fn root_keeps_the_files_elsewhere_when_the_servers_user_cannot_reach_the_p
     answer(&cluster, "SELECT 'up'").await;
     cluster.leave().await.unwrap();
     home.assert_stopped();
-    // Said once.
+    // The message appears only once.
     let output = home.psql("SELECT 'up'").output().await.unwrap();
     assert_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"up\n"[..], &b""[..]));
     home.assert_stopped();
-    // Removing them is a way to begin anew.
+    // Removing the files starts over.
     fs::remove_dir_all(home.files()).unwrap();
     home.join().await.unwrap().leave().await.unwrap();
     home.assert_stopped();
@@ -323,7 +323,7 @@ async fn a_path_too_long_for_a_socket_gets_a_private_one_under_tmp() {
 }
 
 #[tokio::test]
-async fn names_that_shells_and_libpq_stumble_over_work_or_are_refused() {
+async fn folder_names_with_special_characters_work_or_are_refused() {
     let home = ClusterFolder::within("it's a, well, folder", 0o755);
     home.join().await.unwrap().leave().await.unwrap();
     home.assert_stopped();
@@ -337,7 +337,7 @@ async fn names_that_shells_and_libpq_stumble_over_work_or_are_refused() {
 }
 
 #[tokio::test]
-async fn missing_binaries_are_said_with_the_fix() {
+async fn missing_binaries_are_reported_with_the_remedy() {
     let home = ClusterFolder::new();
     fs::remove_file(home.dir.join("runtime")).unwrap();
     let refusal = home.refusal().await;
@@ -346,7 +346,7 @@ async fn missing_binaries_are_said_with_the_fix() {
 }
 
 #[tokio::test]
-async fn a_half_finished_initialisation_is_begun_anew() {
+async fn an_interrupted_initialisation_is_repeated() {
     let home = ClusterFolder::new();
     let half = home.dir.join("postgres/data.new.1");
     fs::create_dir_all(half.join("base")).unwrap();
@@ -367,7 +367,7 @@ async fn data_of_another_version_is_refused_and_kept() {
 }
 
 #[tokio::test]
-async fn a_server_that_does_not_start_is_quoted() {
+async fn a_failed_start_shows_the_servers_log() {
     let home = ClusterFolder::new();
     let extra = vec![("shared_buffers".to_owned(), "plenty".to_owned())];
     let options = ClusterOptions { extra, ..home.options() };
@@ -378,7 +378,7 @@ async fn a_server_that_does_not_start_is_quoted() {
 }
 
 #[tokio::test]
-async fn a_lost_password_is_named() {
+async fn a_missing_password_file_is_named() {
     let home = ClusterFolder::new();
     home.join().await.unwrap().leave().await.unwrap();
     fs::remove_file(home.files().join("password")).unwrap();
@@ -388,7 +388,7 @@ async fn a_lost_password_is_named() {
 }
 
 #[tokio::test]
-async fn a_copied_project_has_data_of_its_own() {
+async fn a_copied_project_gets_its_own_data() {
     // Only root's data can be outside the project.
     if !is_root() {
         return;
@@ -410,7 +410,7 @@ async fn a_copied_project_has_data_of_its_own() {
     assert!(Path::new(&before).join("data").is_dir());
 }
 
-/// Something that only root may touch, and what it was.
+/// A folder that only root may change, and its original contents.
 struct RootOnlyFolder {
     dir: TempDir,
 }
@@ -470,7 +470,7 @@ fn is_root() -> bool {
 }
 
 #[tokio::test]
-async fn root_touches_nothing_through_what_the_servers_user_planted() {
+async fn root_follows_no_link_that_the_servers_user_created() {
     if !is_root() {
         return;
     }
@@ -552,7 +552,7 @@ async fn root_touches_nothing_through_what_the_servers_user_planted() {
 }
 
 #[tokio::test]
-async fn root_believes_no_location_that_it_did_not_write_and_gives_no_strange_folder_away() {
+async fn root_ignores_a_location_it_did_not_write_and_keeps_the_owner_of_other_folders() {
     if !is_root() {
         return;
     }

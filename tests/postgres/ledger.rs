@@ -34,7 +34,7 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// Far longer than any test: it passes by [`Fixture::pass`] alone.
 const SETTLE: Duration = Duration::from_hours(1);
 
-/// A table with its ledger, and whoever seems to work on it.
+/// A table with its ledger, and sessions of the workers that seem to use it.
 struct PostgresFixture {
     postgres: Postgres,
     ledger: Arc<PgLedger>,
@@ -218,7 +218,7 @@ async fn assert_paged(real: &PostgresFixture) {
 }
 
 #[tokio::test]
-async fn pages_of_numbers_hold_each_row_once_in_order() {
+async fn pages_by_numeric_id_hold_each_row_once_in_order() {
     let real = PostgresFixture::with_ids("bigint").await;
     real.run("INSERT INTO item SELECT (n * 7919) % 100003 - 50000, 'text' FROM generate_series(1, 600) n")
         .await;
@@ -228,7 +228,7 @@ async fn pages_of_numbers_hold_each_row_once_in_order() {
 }
 
 #[tokio::test]
-async fn pages_of_texts_hold_each_row_once_in_order() {
+async fn pages_by_text_id_hold_each_row_once_in_order() {
     let real = PostgresFixture::with_ids("text").await;
     real.run("INSERT INTO item SELECT md5(n::text), 'text' FROM generate_series(1, 600) n").await;
     real.run(
@@ -239,7 +239,7 @@ async fn pages_of_texts_hold_each_row_once_in_order() {
 }
 
 #[tokio::test]
-async fn pages_are_in_order_however_the_ledger_is_joined() {
+async fn pages_are_in_order_for_every_join_plan_of_the_ledger() {
     let real = PostgresFixture::with_ids("text").await;
     // A ledger that is read whole costs less than looking each row up.
     real.run("INSERT INTO item SELECT md5(n::text), 'text' FROM generate_series(1, 600) n").await;
@@ -253,7 +253,7 @@ async fn pages_are_in_order_however_the_ledger_is_joined() {
 }
 
 #[tokio::test]
-async fn an_id_that_a_text_cannot_be_is_no_failure() {
+async fn an_id_that_is_no_valid_text_is_absent() {
     let real = PostgresFixture::with_ids("text").await;
     real.run("INSERT INTO item VALUES ('a', 'text')").await;
     let peeked = real.ledger.peek(&ids(&["nul\0", "a", ""])).await.unwrap();
@@ -272,7 +272,7 @@ async fn the_oldest_change_is_the_one_not_yet_in_the_queue() {
     assert!(first.oldest.is_some_and(|oldest| oldest < first.now));
     assert_eq!(second.oldest, first.oldest);
     assert!(second.now > first.now);
-    // Of whichever transaction and number it is.
+    // Whatever its transaction and sequence number are.
     real.run("UPDATE refarch.outbox SET changed_at = changed_at - interval '1 day' WHERE ids = '{2}'").await;
     assert!(real.ledger.pending().await.unwrap().oldest < first.oldest);
     real.run(
@@ -286,7 +286,7 @@ async fn the_oldest_change_is_the_one_not_yet_in_the_queue() {
 }
 
 #[tokio::test]
-async fn a_worker_without_heartbeat_is_dead_whatever_its_lock_says() {
+async fn a_worker_without_a_heartbeat_is_dead_even_if_its_lock_is_held() {
     let real = PostgresFixture::new().await;
     real.set_alive("w", true).await;
     real.ledger.open("a", "w", &ids(&["1"])).await.unwrap();
@@ -297,7 +297,7 @@ async fn a_worker_without_heartbeat_is_dead_whatever_its_lock_says() {
 }
 
 #[tokio::test]
-async fn ledgers_of_other_generations_are_left_alone() {
+async fn entries_of_other_generations_are_not_changed() {
     let real = PostgresFixture::new().await;
     let other: i32 = real
         .client
@@ -328,7 +328,7 @@ async fn ledgers_of_other_generations_are_left_alone() {
 }
 
 #[tokio::test]
-async fn whoever_works_on_the_same_ids_at_once_does_not_deadlock() {
+async fn concurrent_work_on_the_same_ids_does_not_deadlock() {
     let real = PostgresFixture::new().await;
     let mut rng = StdRng::seed_from_u64(7);
     for round in 0..50 {
@@ -367,7 +367,7 @@ async fn whoever_works_on_the_same_ids_at_once_does_not_deadlock() {
 }
 
 #[tokio::test]
-async fn what_is_queued_again_is_locked_in_order_even_if_it_is_new() {
+async fn requeue_locks_entries_in_id_order_even_new_ones() {
     let real = PostgresFixture::new().await;
     real.ledger.requeue(&ids(&["1"])).await.unwrap();
     let other = real.database.client().await;
@@ -375,7 +375,7 @@ async fn what_is_queued_again_is_locked_in_order_even_if_it_is_new() {
     let ledger = Arc::clone(&real.ledger);
     let queued = tokio::spawn(async move { ledger.requeue(&ids(&["2", "1", "2"])).await });
     real.blocked().await;
-    // What an opening of both does next.
+    // The next statement of a transaction that opens both ids.
     let sql = "INSERT INTO refarch.ledger (target, id) VALUES ($1, '2')";
     other.execute(sql, &[&real.generation]).await.unwrap();
     other.batch_execute("COMMIT").await.unwrap();
@@ -385,7 +385,7 @@ async fn what_is_queued_again_is_locked_in_order_even_if_it_is_new() {
 }
 
 #[tokio::test]
-async fn a_close_that_is_cut_off_leaves_the_tracked_write_open() {
+async fn an_interrupted_close_leaves_the_tracked_write_open() {
     let real = PostgresFixture::new().await;
     let opened = real.ledger.open("a", "w", &ids(&["1", "2"])).await.unwrap();
     let closing = all(opened, &GONE);
@@ -411,7 +411,7 @@ async fn a_close_that_is_cut_off_leaves_the_tracked_write_open() {
 }
 
 #[tokio::test]
-async fn a_truncation_is_of_all_that_is_not_surely_gone() {
+async fn a_truncation_covers_every_id_that_is_not_known_to_be_deleted() {
     let real = PostgresFixture::new().await;
     let settle = async |id: &str, outcome: &Outcome| {
         let opened = real.ledger.open("settle", "w", &ids(&[id])).await.unwrap();
@@ -445,14 +445,14 @@ async fn a_truncation_is_of_all_that_is_not_surely_gone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_are_read_together_as_far_as_they_fit() {
+async fn rows_are_read_together_up_to_the_byte_limit() {
     let real = PostgresFixture::new().await;
     real.run("INSERT INTO item SELECT n, repeat('x', 1000) FROM generate_series(1, 10) n").await;
     let asked = ids(&["1", "none", "77", "2", "3", "4"]);
     for (bytes, fitting) in [(0, 1), (1_100, 3), (2_100, 4), (3_500, 5), (1 << 30, 6)] {
         assert_eq!(real.ledger.fits(&asked, bytes).await.unwrap(), fitting, "{bytes}");
     }
-    // What cannot be asked is told by whoever reads.
+    // A failure of this query is left to the read, which reports the error.
     real.run("ALTER TABLE item RENAME body TO other").await;
     assert_eq!(real.ledger.fits(&asked, 0).await.unwrap(), 6);
 }

@@ -1,5 +1,5 @@
-//! Coming and going: a database of the reference architecture taken over, a plan that changes nothing, and
-//! everything of ours taken away again; a table in use, roles with settings and few rights, and what is refused.
+//! Installing and removing: taking over a database of the reference architecture, dry runs that change nothing,
+//! uninstalling everything; a table in use, roles with settings and few rights, and what is refused.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -29,7 +29,7 @@ async fn migrate(database: &Database, args: &[&str]) -> Value {
     serde_json::from_str(&stdout).unwrap()
 }
 
-/// Everything that the catalog has of our own making, and how full the tables are.
+/// Every object of refarch in the catalog, and how many rows its tables have.
 async fn snapshot(client: &Client) -> BTreeSet<String> {
     let sql = "SELECT 'class ' || c.oid::regclass || ' ' || c.relkind::text || ' ' || c.relfilenode FROM pg_class c WHERE c.relnamespace NOT IN \
                  ('pg_catalog'::regnamespace, 'information_schema'::regnamespace) AND c.relnamespace::regnamespace::text NOT LIKE 'pg\\_%' \
@@ -67,9 +67,9 @@ const OURS: &str = "SELECT count(*) FROM pg_trigger WHERE tgrelid = 'products_wi
 const QUEUED: &str = "SELECT coalesce(sum(cardinality(ids)), 0)::bigint FROM refarch.outbox WHERE op = 'u'";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reference_database_is_taken_over_with_its_rows_as_they_were() {
+async fn a_database_of_the_reference_architecture_is_taken_over_with_its_rows_unchanged() {
     let (database, client) = reference().await;
-    // Triggers of somebody else's, one of them by a name of the original's.
+    // Foreign triggers, one of them with a name that the reference architecture uses.
     client
         .batch_execute(
             "CREATE FUNCTION theirs() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$; \
@@ -104,7 +104,7 @@ async fn a_reference_database_is_taken_over_with_its_rows_as_they_were() {
     );
     assert!(report["warnings"][0].as_str().unwrap().contains("still LISTEN"), "{report}");
 
-    // Twice changes nothing.
+    // A second migration changes nothing.
     let catalog = snapshot(&client).await;
     let again = migrate(&database, &[]).await;
     for key in ["applied", "created", "removed", "armed", "warnings", "notes"] {
@@ -115,7 +115,7 @@ async fn a_reference_database_is_taken_over_with_its_rows_as_they_were() {
     assert_eq!(checksum(&client).await, before);
     assert_eq!(number(&client, QUEUED).await, ROWS);
 
-    // The original's listener marks rows as processed; nobody here is told.
+    // The reference architecture's listener marks rows as processed; that must not be captured.
     client.batch_execute("UPDATE products_with_increment SET processed = true").await.unwrap();
     assert_eq!(number(&client, QUEUED).await, ROWS);
     // A description near the original's limit is no trouble any more.
@@ -128,7 +128,7 @@ async fn a_reference_database_is_taken_over_with_its_rows_as_they_were() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_plan_tells_all_and_changes_nothing() {
+async fn a_dry_run_reports_every_step_and_changes_nothing() {
     let (database, client) = reference().await;
     let (catalog, rows) = (snapshot(&client).await, checksum(&client).await);
     let plan = migrate(&database, &["--dry-run"]).await;
@@ -148,7 +148,7 @@ async fn a_plan_tells_all_and_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_installed_is_taken_away_without_a_trace() {
+async fn uninstall_removes_everything_that_migrate_installed() {
     let (database, client) = reference().await;
     // As the original's, which do not come back.
     client
@@ -183,12 +183,12 @@ async fn what_was_installed_is_taken_away_without_a_trace() {
     assert_eq!((snapshot(&client).await, checksum(&client).await), (catalog, rows));
     let (code, done, _) = refarch(&database, &["migrate", "--uninstall", "--yes"]).await;
     assert!(code == Some(0) && done.starts_with("nothing to do"), "{done}");
-    // And back.
+    // And back to the first settings.
     assert_eq!(migrate(&database, &[]).await["queued"], ROWS);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_others_use_stays() {
+async fn uninstall_keeps_objects_that_others_use() {
     let (database, client) = reference().await;
     migrate(&database, &[]).await;
     client
@@ -246,7 +246,7 @@ async fn no_writer_waits_long_for_a_migration_that_waits_for_another_writer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_content_is_refused_while_it_would_cost_the_index() {
+async fn settings_that_would_discard_the_index_are_refused() {
     let mut articles = self::articles().await;
     articles.done(&["migrate"]).await;
     articles.sync().await;
@@ -286,7 +286,7 @@ async fn another_content_is_refused_while_it_would_cost_the_index() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_refused_before_anything_was_indexed() {
+async fn settings_may_change_before_anything_was_indexed() {
     let mut articles = self::articles().await;
     articles.done(&["migrate"]).await;
     articles.set("REFARCH_SOURCE_TEXT", "title");
@@ -294,7 +294,7 @@ async fn nothing_is_refused_before_anything_was_indexed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn columns_of_metadata_that_come_or_go_queue_every_row_and_their_order_none() {
+async fn adding_or_removing_a_metadata_column_queues_every_row_and_reordering_none() {
     let mut articles = self::articles().await;
     articles.set("REFARCH_SOURCE_METADATA", "id,title");
     articles.done(&["migrate"]).await;
@@ -309,7 +309,7 @@ async fn columns_of_metadata_that_come_or_go_queue_every_row_and_their_order_non
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_queue_is_refused_while_the_old_one_holds_something() {
+async fn a_change_of_queue_is_refused_while_the_old_queue_holds_messages() {
     let mut articles = self::articles().await;
     articles.done(&["migrate"]).await;
     articles.done(&["listen", "--until-idle"]).await;
@@ -337,7 +337,7 @@ fn former_name(folder: &str, weights: &[u8]) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_index_of_a_folder_by_its_former_name_is_kept() {
+async fn an_index_whose_model_folder_has_its_former_name_is_kept() {
     let mut articles = self::articles().await;
     let root = tempfile::tempdir().unwrap();
     let folder = root.path().join("my-own");
@@ -384,7 +384,7 @@ async fn an_index_of_a_folder_by_its_former_name_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_plan_holds_nothing_of_ours_while_it_counts_the_rows_of_the_table() {
+async fn a_dry_run_holds_no_exclusive_lock_while_it_counts_rows() {
     let articles = self::articles().await;
     let holder = articles.database.client().await;
     holder.batch_execute("BEGIN; LOCK TABLE public.articles IN ACCESS EXCLUSIVE MODE").await.unwrap();
@@ -414,7 +414,7 @@ async fn a_plan_holds_nothing_of_ours_while_it_counts_the_rows_of_the_table() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn settings_of_the_database_and_a_schema_for_extensions_are_no_trouble() {
+async fn migrate_works_with_unusual_database_settings_and_an_extension_schema() {
     let articles = self::articles().await;
     articles
         .run(&format!(
@@ -490,7 +490,7 @@ async fn roles_work_with_the_rights_that_migrate_gives_them_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_are_queued_only_when_those_who_wrote_under_the_old_settings_are_through() {
+async fn rows_are_queued_after_transactions_under_the_old_settings_end() {
     let mut articles = self::articles().await;
     articles.done(&["migrate"]).await;
     articles.sync().await;
@@ -513,7 +513,7 @@ async fn rows_are_queued_only_when_those_who_wrote_under_the_old_settings_are_th
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_row_is_queued_when_a_queue_outside_of_the_database_is_left() {
+async fn every_row_is_queued_after_leaving_a_queue_outside_of_the_database() {
     let articles = self::articles().await;
     articles.done(&["migrate"]).await;
     articles.sync().await;
@@ -527,7 +527,7 @@ async fn every_row_is_queued_when_a_queue_outside_of_the_database_is_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_row_is_queued_when_a_queue_is_left_that_an_older_version_did_not_record() {
+async fn every_row_is_queued_after_leaving_a_queue_that_an_older_version_did_not_record() {
     let articles = self::articles().await;
     articles.done(&["migrate"]).await;
     articles.sync().await;
@@ -546,7 +546,7 @@ async fn every_row_is_queued_when_a_queue_is_left_that_an_older_version_did_not_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_role_than_the_one_that_installed_is_refused() {
+async fn migrate_by_another_role_than_the_installing_one_is_refused() {
     let articles = self::articles().await;
     articles.done(&["migrate"]).await;
     let role = format!("app_owner_{}", articles.database.name());
@@ -558,7 +558,7 @@ async fn another_role_than_the_one_that_installed_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_that_a_migration_left_armed_when_it_was_cut_off_is_disarmed_by_the_next() {
+async fn triggers_left_by_an_interrupted_migration_are_removed_by_the_next() {
     let mut articles = self::articles().await;
     articles.done(&["migrate"]).await;
     articles.run("CREATE TABLE other (id bigint PRIMARY KEY, title text, body text)").await;
@@ -577,7 +577,7 @@ async fn a_table_that_a_migration_left_armed_when_it_was_cut_off_is_disarmed_by_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_role_may_reach_what_lies_in_schemas_and_queues_of_other_names() {
+async fn granted_rights_cover_schemas_and_queues_of_other_names() {
     let mut articles = self::articles().await;
     let role = format!("embed_{}", articles.database.name());
     articles
@@ -618,7 +618,7 @@ async fn a_role_may_reach_what_lies_in_schemas_and_queues_of_other_names() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_migration_is_recorded_with_its_checksum_and_another_one_under_its_number_is_refused() {
+async fn a_migration_with_another_checksum_under_a_recorded_number_is_refused() {
     let (database, client) = reference().await;
     migrate(&database, &[]).await;
     let recorded = async || {

@@ -136,7 +136,7 @@ fn strings(ids: &[&str]) -> Vec<String> {
     ids.iter().map(|id| (*id).to_owned()).collect()
 }
 
-/// What an error of reading says; it must hold the work.
+/// The message of a read error, which must be of the kind that holds the work.
 async fn held(it: &SyncFixture, ids: &[&str]) -> String {
     let error = it.backends.ledger.peek(&strings(ids)).await.expect_err("must not be believed");
     assert_eq!(error.class(), Class::Retryable, "{error}");
@@ -231,7 +231,7 @@ async fn keys_of_every_kind_reach_the_index() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_session_wrote_a_row_its_id_has_one_spelling() {
+async fn a_row_has_one_spelling_of_its_id_whichever_session_wrote_it() {
     let odd = "SET timezone = 'Asia/Tokyo'; SET datestyle = 'German'; SET intervalstyle = 'iso_8601'; \
                SET bytea_output = 'escape'; SET extra_float_digits = -3; SET quote_all_identifiers = on;";
     for (kind, value) in [
@@ -284,7 +284,7 @@ async fn six_hundred_keys_of_fixed_length_are_indexed_and_verified() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_two_spellings_of_a_key_the_rows_own_is_the_row() {
+async fn of_two_spellings_of_a_key_only_the_rows_own_finds_it() {
     let setup = folded()
         + "CREATE CAST (text AS ext.folded) WITHOUT FUNCTION AS ASSIGNMENT; \
            CREATE TABLE item (id ext.folded PRIMARY KEY, body text); INSERT INTO item VALUES ('Kettle'::text, 'text')";
@@ -328,7 +328,7 @@ async fn a_key_without_an_order_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ids_that_the_keys_type_cannot_be_are_absent_and_do_no_harm() {
+async fn ids_that_are_invalid_for_the_key_type_are_absent_and_do_no_harm() {
     let setup =
         "CREATE TABLE item (id date PRIMARY KEY, body text); INSERT INTO item VALUES ('2026-02-27', 'text')";
     let it = SyncFixture::new(setup, &ITEM).await;
@@ -344,7 +344,7 @@ async fn ids_that_the_keys_type_cannot_be_are_absent_and_do_no_harm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_a_policy_hides_are_not_taken_for_gone() {
+async fn rows_hidden_by_a_policy_are_not_treated_as_deleted() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, tenant text, body text); \
                  INSERT INTO item SELECT g, 't' || g % 2, 'text' FROM generate_series(1, 20) g";
     let it = SyncFixture::by_role(setup, &ITEM, &[]).await;
@@ -382,7 +382,7 @@ async fn rows_that_a_policy_hides_are_not_taken_for_gone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_is_widened_is_read_as_it_is_without_a_restart() {
+async fn a_changed_key_type_is_read_without_a_restart() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text' FROM generate_series(1, 5) g";
     let it = SyncFixture::new(setup, &ITEM).await;
     it.settle().await;
@@ -405,7 +405,7 @@ async fn a_key_that_is_widened_is_read_as_it_is_without_a_restart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_column_that_is_gone_holds_the_work_until_it_is_back() {
+async fn a_missing_column_holds_the_work_until_it_is_back() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text, note text); INSERT INTO item SELECT g, 'text' FROM generate_series(1, 5) g";
     let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "id,note")];
     let it = SyncFixture::new(setup, &env).await;
@@ -445,7 +445,7 @@ async fn a_column_that_is_gone_holds_the_work_until_it_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_table_under_the_name_is_not_believed() {
+async fn another_table_under_the_same_name_is_not_trusted() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text' FROM generate_series(1, 5) g";
     let it = SyncFixture::new(setup, &ITEM).await;
     it.settle().await;
@@ -455,7 +455,7 @@ async fn another_table_under_the_name_is_not_believed() {
     .await;
     let error = held(&it, &["1"]).await;
     assert!(error.contains("another table"), "{error}");
-    // Once capture is on it, what it holds is the truth.
+    // Once capture is installed on it, the table is trusted.
     it.run("UPDATE refarch.source SET relation = 'public.item'::regclass").await;
     assert!(it.backends.ledger.peek(&strings(&["1"])).await.unwrap()[0].row.is_none());
 }
@@ -514,7 +514,7 @@ async fn has_graph(it: &SyncFixture) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_role_with_settings_of_its_own_reads_and_writes_as_any() {
+async fn a_role_with_unusual_settings_reads_and_writes_the_same_values() {
     let setup = "CREATE TABLE item (id timestamptz PRIMARY KEY, body text, price money, cost float8, at timestamptz, data bytea); \
                  INSERT INTO item SELECT '2026-02-27'::timestamptz + g * interval '1 hour', 'text ' || g, 12.5, 0.1, '2026-02-27 00:00:00+00', '\\x00ff' \
                  FROM generate_series(1, 30) g";
@@ -577,7 +577,7 @@ async fn a_role_with_settings_of_its_own_reads_and_writes_as_any() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_that_is_set_outlives_its_transaction() {
+async fn no_setting_outlives_its_transaction() {
     let it = SyncFixture::by_role("CREATE TABLE item (id integer PRIMARY KEY, body text)", &ITEM, ODD).await;
     let settings = "SELECT name || '=' || setting FROM pg_catalog.pg_settings WHERE name <> 'application_name' ORDER BY name";
     let read = async |client: &Client| -> Vec<String> {
@@ -600,7 +600,7 @@ async fn nothing_that_is_set_outlives_its_transaction() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_plan_whose_result_changed_is_made_anew() {
+async fn a_cached_plan_whose_result_type_changed_is_prepared_again() {
     let it = SyncFixture::new("CREATE TABLE item (id integer PRIMARY KEY, body text); CREATE TABLE other (a integer); INSERT INTO other VALUES (1)", &ITEM).await;
     let client = it.postgres.client().await.unwrap();
     client.query("SELECT * FROM public.other", &[]).await.unwrap();
@@ -610,7 +610,7 @@ async fn a_plan_whose_result_changed_is_made_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_is_named_as_sql_writes_it() {
+async fn a_table_name_follows_sql_quoting() {
     let setup = "CREATE TABLE \"We ird\" (id integer PRIMARY KEY, body text); CREATE SCHEMA \"Sch.ema\"; \
                  CREATE TABLE \"Sch.ema\".t (id integer PRIMARY KEY, body text); CREATE TABLE \"Sch.ema\".\"q\"\"t\" (id integer PRIMARY KEY, body text); \
                  CREATE TABLE plain (id integer PRIMARY KEY, body text); CREATE SCHEMA app; CREATE TABLE app.theirs (id integer PRIMARY KEY, body text); \
@@ -652,7 +652,7 @@ async fn a_table_is_named_as_sql_writes_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn metadata_is_known_by_names_and_values_and_not_by_order() {
+async fn metadata_is_compared_by_names_and_values_and_not_by_order() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text, name text, sku text); \
                  INSERT INTO item SELECT g, 'text ' || g, 'name', 'sku' FROM generate_series(1, 10) g; INSERT INTO item VALUES (11, 'text 1', 'name', NULL)";
     let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "id,name")];
@@ -678,7 +678,7 @@ async fn metadata_is_known_by_names_and_values_and_not_by_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_metadata_column_that_is_added_is_sent_and_nothing_is_embedded_again() {
+async fn an_added_metadata_column_is_sent_without_embedding_again() {
     let database = Database::create().await;
     let client = database.client().await;
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text, name text, sku text); \
@@ -715,7 +715,7 @@ async fn a_metadata_column_that_is_added_is_sent_and_nothing_is_embedded_again()
     assert_eq!(embedded().await, (sent, 10), "in another order they are the same");
 }
 
-/// A clock that goes on when it is told.
+/// A clock that a test moves forward.
 #[derive(Default)]
 struct ManualClock(AtomicU64);
 
@@ -733,7 +733,7 @@ impl Clock for ManualClock {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_databases_clock_that_jumps_does_not_shorten_the_settling_time() {
+async fn a_jump_of_the_databases_clock_does_not_shorten_the_settling_time() {
     let it = SyncFixture::new("CREATE TABLE item (id integer PRIMARY KEY, body text)", &ITEM).await;
     let hand = Arc::new(ManualClock::default());
     let generation = &it.backends.generation;
@@ -755,7 +755,7 @@ async fn a_databases_clock_that_jumps_does_not_shorten_the_settling_time() {
     assert_eq!(sweep().await, 0);
     hand.0.store(61, Ordering::Relaxed);
     assert_eq!(sweep().await, 1);
-    // And ours, alone, is not enough.
+    // This process's clock alone is not enough either.
     let opened = ledger.open("b", "w", &strings(&["1"])).await.unwrap().remove(0);
     ledger.close("b", "w", &[(opened, Outcome::Doubtful)]).await.unwrap();
     assert_eq!(sweep().await, 0);
@@ -781,7 +781,7 @@ impl std::io::Write for Lines {
 }
 
 #[tokio::test]
-async fn a_graph_that_cannot_be_built_is_told_once_and_tried_ever_more_seldom() {
+async fn a_failed_graph_build_is_logged_once_and_retried_with_backoff() {
     let setup = "CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
     let it = SyncFixture::by_role(setup, &ITEM, &[]).await;
     it.settle().await;
@@ -846,7 +846,7 @@ async fn an_older_pgvector_works_without_a_graph() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cast_of_another_roles_making_is_not_run() {
+async fn a_cast_that_another_role_created_is_not_run() {
     let setup = "CREATE TABLE seen (who name); GRANT INSERT ON seen TO PUBLIC; \
                  CREATE TABLE item (id integer PRIMARY KEY, body text, more text); INSERT INTO item VALUES (1, 'text', 'x')";
     let env = [ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", "more")];

@@ -56,7 +56,7 @@ impl Cloud {
             ("AWS_ACCESS_KEY_ID", "test".to_owned()),
             ("AWS_SECRET_ACCESS_KEY", "test".to_owned()),
             ("REFARCH_QUEUE_WAIT_S", "2".to_owned()),
-            // What a killed role's last receive took is back soon.
+            // Messages that a killed role had received are visible again soon.
             ("REFARCH_QUEUE_VISIBILITY_S", "5".to_owned()),
             ("PINECONE_INDEX", "shop".to_owned()),
             ("PINECONE_API_KEY", "test".to_owned()),
@@ -164,7 +164,7 @@ async fn stays_in_step(cloud: Cloud) {
     for role in &mut roles {
         role.kill().await.unwrap();
     }
-    // A message of somebody else's is no trouble.
+    // A foreign message does no harm.
     let client = sqs::connect_to(&cloud.env[2].1);
     client.send_message().queue_url(&cloud.env[0].1).message_body("not ours").send().await.unwrap();
     let (code, _) = cloud.run(&["embed", "--until-idle"]).await;

@@ -99,7 +99,7 @@ impl QueueFixture {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_dead_letters_are_said_and_nothing_is_brought_back() {
+async fn an_empty_dead_letter_queue_is_reported_and_nothing_is_redriven() {
     let post = QueueFixture::new().await;
     let list = post.redrive(&[]).await;
     assert_eq!((list.code, list.out.as_str()), (Some(0), "no dead letters\n"), "{list:?}");
@@ -114,7 +114,7 @@ async fn no_dead_letters_are_said_and_nothing_is_brought_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_list_says_what_lies_there_and_why() {
+async fn the_list_shows_each_dead_letter_and_its_reason() {
     let post = QueueFixture::new().await;
     let first = post.dead(Lane::Bulk, 1..501, "the index\nrefuses it").await;
     let client = post.database.client().await;
@@ -152,7 +152,7 @@ async fn the_list_says_what_lies_there_and_why() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_go_back_and_a_dry_run_changes_nothing() {
+async fn all_dead_letters_are_redriven_and_a_dry_run_changes_nothing() {
     let post = QueueFixture::new().await;
     post.dead(Lane::Live, 0..3, "no").await;
     post.dead(Lane::Bulk, 3..10, "no").await;
@@ -174,7 +174,7 @@ async fn all_go_back_and_a_dry_run_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_the_named_go_back_and_one_that_is_not_there_fails() {
+async fn only_the_named_dead_letters_are_redriven_and_a_missing_one_fails() {
     let post = QueueFixture::new().await;
     let mut ids = Vec::new();
     for n in 0..4 {
@@ -212,7 +212,7 @@ async fn only_the_named_go_back_and_one_that_is_not_there_fails() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_means_those_there_at_the_start_however_many_they_are() {
+async fn redrive_all_takes_the_dead_letters_present_at_the_start_however_many() {
     let post = QueueFixture::new().await;
     let client = post.database.client().await;
     // Each letter that goes back is dead at once.
@@ -242,7 +242,7 @@ async fn all_means_those_there_at_the_start_however_many_they_are() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_usage_and_a_database_without_the_schema_are_said() {
+async fn wrong_usage_and_a_missing_schema_are_reported() {
     let database = Database::create().await;
     for args in [&["--id", "1", "--all"][..], &["--dry-run"], &["--id"]] {
         let run = redrive(&database, args).await;

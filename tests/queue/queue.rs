@@ -171,7 +171,7 @@ contract::for_each_clause!(moto_keeps);
 contract::for_each_clause!(double_keeps);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_oldest_change_of_both_lanes_is_known_in_flight_or_not() {
+async fn the_oldest_change_of_each_lane_includes_messages_in_flight() {
     let OnPgmq { queue, database } = pgmq().await;
     let at = |lane, oldest: &str| Job { oldest: oldest.parse().unwrap(), ..job(lane, 0..1) };
     let oldest = async || queue.stats.oldest().await.unwrap().map(|oldest| oldest.to_string());
@@ -247,7 +247,7 @@ async fn a_waiting_receiver_wakes_after_the_listening_connection_was_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_others_write_into_headers_stops_neither_counts_nor_lists() {
+async fn foreign_headers_stop_neither_counting_nor_listing() {
     let OnPgmq { queue, database } = pgmq().await;
     let client = database.client().await;
     let headers = [
@@ -285,7 +285,7 @@ async fn what_others_write_into_headers_stops_neither_counts_nor_lists() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_bulk_threshold_is_what_it_is_set_to() {
+async fn the_bulk_threshold_setting_is_applied() {
     let (database, postgres) = database().await;
     let client = database.client().await;
     let relay = async |bulk_threshold: u64| {
@@ -338,10 +338,10 @@ async fn shared(bound: u64) -> (OnSqs, Arc<Sqs>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lanes_that_share_a_queue_are_told_apart_by_the_receiver() {
+async fn the_receiver_separates_lanes_that_share_a_queue() {
     let (_bench, queue) = shared(100).await;
     queue.send(&[job(Lane::Bulk, 0..5), job(Lane::Bulk, 5..10), job(Lane::Live, 10..15)]).await.unwrap();
-    // What came for the other lane meanwhile is kept for it.
+    // Messages of the other lane that were received meanwhile are kept for that lane.
     let live = receive_one(&*queue, Lane::Live).await;
     assert_eq!((live.receipt.lane, live.body.as_ref().unwrap().lane), (Lane::Live, Lane::Live));
     let mut bulk = Vec::new();
@@ -359,7 +359,7 @@ async fn lanes_that_share_a_queue_are_told_apart_by_the_receiver() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lane_that_is_not_taken_from_does_not_stop_the_other() {
+async fn an_unread_lane_of_a_shared_queue_does_not_stop_the_other_lane() {
     let (_bench, queue) = shared(1_000).await;
     let bulk: Vec<Job> = (0..40).map(|n| job(Lane::Bulk, n..n + 1)).collect();
     queue.send(&bulk).await.unwrap();
@@ -383,7 +383,7 @@ async fn a_lane_that_is_not_taken_from_does_not_stop_the_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_shared_queue_may_hold_of_a_load_is_no_live_backlog() {
+async fn bulk_messages_in_a_shared_queue_are_no_live_backlog() {
     let (_bench, queue) = shared(30).await;
     queue.send(&[job(Lane::Bulk, 0..10), job(Lane::Bulk, 10..20)]).await.unwrap();
     assert_eq!(queue.backlog(Lane::Live).await.unwrap(), Backlog::default());
@@ -430,7 +430,7 @@ async fn only_the_entries_that_failed_are_sent_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn calls_that_fail_are_made_again() {
+async fn failed_calls_are_retried() {
     let fixture = sqs_on_double().await;
     let double = fixture.double.clone().unwrap();
     let faults =
@@ -445,7 +445,7 @@ async fn calls_that_fail_are_made_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_receive_that_nobody_waits_for_releases_what_it_brought() {
+async fn a_cancelled_receive_releases_its_messages() {
     let fixture = sqs_on_double().await;
     let double = fixture.double.clone().unwrap();
     fixture.queue.jobs.send(&[job(Lane::Live, 0..1)]).await.unwrap();
@@ -460,7 +460,7 @@ async fn a_receive_that_nobody_waits_for_releases_what_it_brought() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn queues_that_cannot_serve_are_refused_with_what_to_do() {
+async fn unsuitable_queues_are_refused_with_a_remedy() {
     let moto = Moto::shared().await;
     let client = sqs::connect_to(moto.url());
     let urls = create(&client).await;
@@ -578,12 +578,12 @@ async fn small_queues_carry_everything(endpoint: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_keep_to_what_each_queue_takes_on_moto() {
+async fn messages_respect_each_queues_size_limit_on_moto() {
     small_queues_carry_everything(Moto::shared().await.url()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_keep_to_what_each_queue_takes_on_the_double() {
+async fn messages_respect_each_queues_size_limit_on_the_double() {
     let double = SqsDouble::start(1).await.unwrap();
     small_queues_carry_everything(&double.url()).await;
 }
@@ -604,7 +604,7 @@ fn on_double(database: &Database, double: &SqsDouble, urls: &[String; 3]) -> tok
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_queue_that_keeps_messages_for_too_short_is_told_at_the_start_and_by_migrate() {
+async fn a_short_retention_period_is_reported_at_the_start_and_by_migrate() {
     const DAY: u64 = 86_400;
     let double = SqsDouble::start(1).await.unwrap();
     let client = sqs::connect_to(&double.url());
@@ -647,7 +647,7 @@ async fn a_queue_that_keeps_messages_for_too_short_is_told_at_the_start_and_by_m
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn migrate_goes_on_and_tells_when_the_queues_cannot_be_looked_at() {
+async fn migrate_continues_with_a_warning_when_the_queues_cannot_be_inspected() {
     let double = SqsDouble::start(1).await.unwrap();
     let database = Database::create().await;
     let missing = ["a", "b", "c"].map(|name| format!("{}/123456789012/{name}", double.url()));
@@ -658,7 +658,7 @@ async fn migrate_goes_on_and_tells_when_the_queues_cannot_be_looked_at() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_write_waits_for_the_disk_unless_its_acknowledgement_is_in_the_same_log() {
+async fn commits_wait_for_the_disk_unless_queue_and_index_share_one_wal() {
     let double = SqsDouble::start(1).await.unwrap();
     let urls = create(&sqs::connect_to(&double.url())).await;
     let waits = async |with_sqs: bool, of_role: &str| -> Vec<(String, String)> {
@@ -694,13 +694,13 @@ async fn a_write_waits_for_the_disk_unless_its_acknowledgement_is_in_the_same_lo
     let seen = |setting: &str| ["ledger", "vector_1"].map(|what| (what.to_owned(), setting.to_owned()));
     assert_eq!(waits(false, "on").await, seen("off"));
     assert_eq!(waits(true, "on").await, seen("on"));
-    // Whatever the role's own setting; one that waits in another way stays.
+    // This holds whatever the role's own setting is; a setting that waits in another way is kept.
     assert_eq!(waits(true, "off").await, seen("on"));
     assert_eq!(waits(true, "local").await, seen("local"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_key_ends_the_role_with_what_to_do() {
+async fn refused_aws_credentials_end_the_role_with_a_remedy() {
     let database = Database::create().await;
     assert!(database.refarch().arg("migrate").status().await.unwrap().success());
     let run = async |env: &[(&str, &str)]| -> String {
@@ -717,7 +717,7 @@ async fn a_refused_key_ends_the_role_with_what_to_do() {
     assert!(error.contains("there are no AWS credentials"), "{error}");
     let error = run(&[("AWS_ACCESS_KEY_ID", "k"), ("AWS_SECRET_ACCESS_KEY", "s")]).await;
     assert!(error.contains("set AWS_REGION"), "{error}");
-    // A server that knows no such key.
+    // A server that refuses the key.
     let refusing = axum::Router::new().fallback(|| async {
         let body = r#"{"__type":"com.amazon.coral.service#ExpiredTokenException","message":"The security token included in the request is expired"}"#;
         (axum::http::StatusCode::FORBIDDEN, body)

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::common::source::{Migrated, settings};
 use crate::common::{self, Database};
 
-/// A queue that keeps what it is sent, and fails or stalls when it is told to.
+/// A queue that records its messages, and fails or stalls on demand.
 #[derive(Default)]
 struct RecordingQueue {
     sent: Mutex<Vec<Job>>,
@@ -157,7 +157,7 @@ fn numbers(ids: std::ops::Range<u32>) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn changes_are_shipped_in_their_lanes_and_struck_off() {
+async fn changes_are_sent_in_their_lanes_and_their_shipments_deleted() {
     let fixture = Fixture::new().await;
     fixture.insert(0..3).await;
     fixture.insert(1_000..3_000).await;
@@ -178,7 +178,7 @@ async fn changes_are_shipped_in_their_lanes_and_struck_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_queue_does_not_take_is_kept_and_sent_later() {
+async fn messages_that_the_queue_refuses_are_kept_and_sent_later() {
     let fixture = Fixture::new().await;
     fixture.insert(0..3).await;
     fixture.sink.fails.store(true, Ordering::SeqCst);
@@ -199,11 +199,11 @@ async fn what_the_queue_does_not_take_is_kept_and_sent_later() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_relay_that_died_while_sending_loses_nothing_and_nobody_sends_before_its_lease_ends() {
+async fn the_shipment_of_a_dead_relay_is_sent_only_after_its_lease_ends() {
     let fixture = Fixture::new().await;
     fixture.insert(0..3).await;
     let relay = fixture.stalled().await;
-    // With it go its tasks.
+    // This ends its tasks too.
     drop(relay);
     fixture.sink.stalls.store(false, Ordering::SeqCst);
     fixture.drain().await;
@@ -235,7 +235,7 @@ async fn no_transaction_is_open_while_the_queue_is_called() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_truncation_is_shipped_as_deletes_of_what_the_ledger_knows() {
+async fn a_truncation_is_sent_as_deletes_of_every_id_in_the_ledger() {
     let fixture = Fixture::new().await;
     let client = fixture.database.client().await;
     client
@@ -251,14 +251,14 @@ async fn a_truncation_is_shipped_as_deletes_of_what_the_ledger_knows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_load_waits_in_the_outbox_while_a_shared_queue_is_full_and_edits_pass_it() {
+async fn while_a_shared_queue_is_full_a_load_waits_in_the_outbox_and_edits_pass() {
     let fixture = Fixture::new().await;
     fixture.sink.bound.store(1_000, Ordering::SeqCst);
     fixture.sink.standing.store(1_000, Ordering::SeqCst);
     fixture.insert(1_000..3_000).await;
     fixture.insert(0..3).await;
     let mut relay = fixture.relay();
-    // What was sent is struck off afterwards.
+    // The shipments are deleted after they were sent.
     common::eventually("the edits alone to be sent and struck off", Duration::from_secs(30), async || {
         relay.step().await.unwrap();
         fixture.sink.ids(Lane::Live).await == numbers(0..3) && fixture.pending().await == 2_000

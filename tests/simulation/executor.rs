@@ -61,7 +61,7 @@ impl Spawn for Spawner {
     }
 }
 
-/// Tasks, and who of them may go on.
+/// Tasks, and which of them can run.
 pub struct Executor {
     tasks: Vec<Task>,
     spawned: Spawned,
@@ -154,7 +154,7 @@ impl Executor {
     }
 }
 
-/// Gives the turn back once.
+/// Yields once.
 pub async fn turn() {
     let mut given = false;
     std::future::poll_fn(|context| {

@@ -56,7 +56,7 @@ pub fn quiet(kind: IndexKind) -> View {
     View { world: Arc::new(Mutex::new(world)), worker: "w".into() }
 }
 
-/// Polls until it is done: nothing here waits for anything but its turn.
+/// Polls until the future is ready: no future here waits for anything but its turn.
 pub fn block_on(future: impl Future<Output = ()>) {
     let mut future = std::pin::pin!(future);
     while future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {}

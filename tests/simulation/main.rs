@@ -194,7 +194,7 @@ impl Run {
                 self.world.lock().unwrap().count("worker frozen");
             }
             19 => {
-                // Cut off: neither heard of by the database, nor aware of it.
+                // Its session is lost, and the process does not notice.
                 let Some(worker) = self.workers.get(&process).cloned() else { return };
                 let long = self.rng.random_range(15_000..60_000);
                 self.executor.freeze(process, self.clock.now() + Duration::from_millis(long));
@@ -203,7 +203,7 @@ impl Run {
                 world.count("worker cut off");
             }
             20 => {
-                // A restart of the database: every session is gone, also those of who is frozen.
+                // A restart of the database: every session is gone, also the sessions of frozen processes.
                 let mut world = self.world.lock().unwrap();
                 world.worker_locks.clear();
                 world.count("every session lost");
@@ -332,7 +332,7 @@ fn repair_rows(run: &mut Run) {
         .map(|(id, _)| id.clone())
         .collect();
     for id in poisoned {
-        // As if the index had changed its mind: no change is captured.
+        // As if the index accepted the rows from now on: no change is captured.
         let row = RowText { text: "mended".into(), metadata: String::new() };
         world.rows.insert(id, row);
     }
@@ -360,7 +360,7 @@ fn compare(world: &World, poison: Poison) -> Result<(), Divergence> {
             ));
         }
     }
-    // An outage is not poison; but that whoever works on a change dies four times in a row looks it.
+    // An outage is not poison. But a change whose workers die four times in a row looks like poison.
     let killed = world.counts.get("worker killed").copied().unwrap_or_default();
     if poison == Poison::None && !world.dead.is_empty() && killed < 4 {
         return Err(format!("dead letters without poison: {:?}", world.dead));
@@ -439,7 +439,7 @@ fn converges(name: &str, kind: IndexKind, poison: Poison) {
 }
 
 #[test]
-fn an_index_without_conditions_converges() {
+fn an_index_with_tracked_writes_converges() {
     converges("untracked index", IndexKind::Untracked, Poison::None);
 }
 
@@ -449,13 +449,13 @@ fn a_transactional_index_converges() {
 }
 
 #[test]
-fn what_is_refused_ends_among_the_dead_letters_and_comes_back_mended() {
+fn refused_changes_are_dead_lettered_and_converge_after_repair_and_redrive() {
     converges("untracked index, refused rows", IndexKind::Untracked, Poison::Refused);
     converges("transactional index, refused rows", IndexKind::Transactional, Poison::Refused);
 }
 
 #[test]
-fn what_fails_by_itself_ends_among_the_dead_letters_and_comes_back_mended() {
+fn failing_changes_are_dead_lettered_and_converge_after_repair_and_redrive() {
     converges("untracked index, failing rows", IndexKind::Untracked, Poison::Failing);
 }
 
@@ -478,18 +478,18 @@ macro_rules! mutations {
 }
 
 mutations! {
-    without_the_overlap_rule_it_diverges: NoOverlapRule, Untracked;
-    closing_clean_after_doubt_it_diverges: CleanCloseAfterDoubt, Untracked;
-    sweeping_without_settling_it_diverges: SweepWithoutSettling, Untracked;
-    skipping_what_is_open_it_diverges: SkipWhileOpen, Untracked;
-    reading_before_opening_it_diverges: ReadBeforeOpen, Untracked;
-    skipping_by_hash_what_is_dirty_it_diverges: HashSkipWhileDirty, Untracked;
-    with_conditional_upserts_it_diverges: ConditionalUpsertAfterDelete, Transactional;
-    acknowledging_before_closing_it_diverges: AcknowledgeBeforeClose, Untracked;
-    acknowledging_before_writing_it_diverges: AcknowledgeBeforeClose, Transactional;
-    expanding_a_truncation_without_what_is_open_it_diverges: TruncateSkipsWhatIsOpen, Untracked;
-    leaving_a_lost_opening_it_is_never_quiet: LostOpeningStands, Untracked;
-    not_putting_back_what_was_swept_it_diverges: SweptAttemptNotPutBack, Untracked;
-    closing_again_what_others_have_open_it_diverges: RepeatedClosingTakesAll, Untracked;
-    writing_anew_after_a_restore_without_settling_it_diverges: RestoreWithoutSettling, Untracked;
+    the_index_diverges_without_the_overlap_rule: NoOverlapRule, Untracked;
+    the_index_diverges_if_a_doubtful_write_is_closed_as_clean: CleanCloseAfterDoubt, Untracked;
+    the_index_diverges_if_a_sweep_skips_the_settling_time: SweepWithoutSettling, Untracked;
+    the_index_diverges_if_open_entries_are_skipped: SkipWhileOpen, Untracked;
+    the_index_diverges_if_rows_are_read_before_the_open: ReadBeforeOpen, Untracked;
+    the_index_diverges_if_dirty_entries_are_skipped_by_hash: HashSkipWhileDirty, Untracked;
+    the_index_diverges_if_upserts_only_compare_versions: ConditionalUpsertAfterDelete, Transactional;
+    the_index_diverges_if_messages_are_acknowledged_before_the_close: AcknowledgeBeforeClose, Untracked;
+    the_index_diverges_if_messages_are_acknowledged_before_the_write: AcknowledgeBeforeClose, Transactional;
+    the_index_diverges_if_a_truncation_omits_open_entries: TruncateSkipsWhatIsOpen, Untracked;
+    the_world_is_never_quiet_if_a_lost_open_is_not_abandoned: LostOpeningStands, Untracked;
+    the_index_diverges_if_a_swept_write_is_not_put_back: SweptAttemptNotPutBack, Untracked;
+    the_index_diverges_if_a_repeated_close_takes_every_id: RepeatedClosingTakesAll, Untracked;
+    the_index_diverges_if_a_restore_skips_the_settling_time: RestoreWithoutSettling, Untracked;
 }

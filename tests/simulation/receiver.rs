@@ -1,4 +1,4 @@
-//! How a receive loop ends, and what it sits out.
+//! How a receive loop ends, and which failures it waits out.
 
 use std::sync::{Arc, Mutex};
 
@@ -103,7 +103,7 @@ impl Lanes {
 }
 
 #[test]
-fn on_stop_a_lane_finishes_what_it_has_received() {
+fn on_stop_a_lane_finishes_its_received_messages() {
     let mut lanes = Lanes::start(40, None);
     lanes.until("the first record", |lanes| lanes.indexed() > 0);
     lanes.stop.cancel();
@@ -119,7 +119,7 @@ fn on_stop_a_lane_finishes_what_it_has_received() {
 }
 
 #[test]
-fn a_lane_that_can_never_receive_ends_the_other_one_and_what_both_hold() {
+fn a_fatal_receive_failure_ends_both_lanes_and_their_work() {
     let mut lanes = Lanes::start(0, Some(FailureKind::RefusedCredentials));
     lanes.until("the end of both lanes", Lanes::both_ended);
     let failed = lanes.ended.lock().unwrap().iter().filter(|ended| ended.is_err()).count();
@@ -128,7 +128,7 @@ fn a_lane_that_can_never_receive_ends_the_other_one_and_what_both_hold() {
 }
 
 #[test]
-fn a_queue_that_is_away_is_one_fault_until_it_is_back() {
+fn an_unavailable_queue_is_one_fault_until_it_is_back() {
     let mut lanes = Lanes::start(5, Some(FailureKind::ConnectionLost));
     lanes.until("the fault", |lanes| lanes.board.current().iter().any(|one| one.kind == fault::QUEUE));
     lanes.world.lock().unwrap().cannot_receive = None;

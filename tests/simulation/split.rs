@@ -63,7 +63,7 @@ fn apply(kind: IndexKind, rows: &[bool]) -> (Arc<Mutex<World>>, refarch::pipelin
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn exactly_what_is_refused_is_given_up(
+    fn only_refused_changes_are_dead_lettered(
         rows in proptest::collection::vec(proptest::bool::weighted(0.05), 1..300),
         transactional: bool,
     ) {

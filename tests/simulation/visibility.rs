@@ -1,4 +1,4 @@
-//! What becomes of a batch whose visibility cannot be extended.
+//! A batch whose visibility cannot be extended.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -20,7 +20,7 @@ const MAX_STEPS: u32 = 10_000;
 /// The message has come so often that its change is counted before it is tried.
 const RECEIVES: u32 = 3;
 
-/// An indexer that works on a message and comes to no end: nobody embeds its text.
+/// An indexer that never finishes its message, because its text is never embedded.
 struct Held {
     world: Arc<Mutex<World>>,
     clock: Arc<SimClock>,
@@ -83,7 +83,7 @@ impl Held {
     }
 }
 
-/// A batch is given up once nobody keeps others from its messages.
+/// Asserts that a batch is given up once its messages are visible to others.
 fn is_given_up(extensions: Extensions) {
     let mut held = Held::with(extensions);
     let began = held.clock.now();

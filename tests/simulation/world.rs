@@ -1,5 +1,5 @@
 //! The world that the real steps run in: a table with its outbox and ledger, a queue, an index, each
-//! of which does what such things do on a bad day.
+//! of which fails in the ways that the real ones do.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -510,7 +510,7 @@ impl View {
         Ok(())
     }
 
-    /// The way back: what was committed may be told as failed.
+    /// The answer: a committed call may be reported as failed.
     async fn answer<T>(&self, value: T) -> Result<T> {
         turn().await;
         let mut world = self.world();
@@ -954,7 +954,7 @@ enum FaultDecision {
 }
 
 impl View {
-    /// A request's way: what it comes to is decided while it travels.
+    /// A request to the index: its fate is decided while it is under way.
     async fn request(&self, writes: Vec<DelayedWrite>) -> Result<()> {
         // Long enough that a worker is frozen now and then amid a request.
         let travels = self.world().rng.random_range(1..8);

@@ -1,4 +1,4 @@
-//! What happens to real processes on bad days: an index that is away, a change that is refused, and
+//! Real processes under faults: an index that is away, a change that is refused, and
 //! everybody killed at once.
 //!
 //! Sizes are small enough for the suite; the environment makes them large: `REFARCH_ROWS` and
@@ -121,7 +121,7 @@ async fn stop(child: Child) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_index_that_is_away_leaves_no_dead_letter_behind() {
+async fn an_index_outage_leaves_no_dead_letter() {
     let rows = number("REFARCH_ROWS", 300);
     let storm = Duration::from_secs(number("REFARCH_STORM_S", 5));
     let remote = Remote::start(&[]).await;
@@ -240,7 +240,7 @@ fn processes_under(dir: &Path) -> Vec<Pid> {
 
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
-async fn everybody_killed_at_once_during_a_load_loses_nothing() {
+async fn killing_every_process_during_a_load_loses_nothing() {
     let rows = number("REFARCH_ROWS", 400);
     let dir = tempfile::tempdir().unwrap();
     // The server runs as another user when this is root.
@@ -348,7 +348,7 @@ async fn drill(index: &str) {
 enum ServerBehaviour {
     Well,
     Status(u16),
-    /// Takes the request and says nothing.
+    /// Accepts the request and never answers.
     Hanging,
     /// Says nothing to what is not the greeting.
     HangingAfterTheGreeting,
@@ -525,7 +525,7 @@ impl UnreliableEmbedder {
         self.client.query_one("SELECT count(*) FROM pgmq.q_refarch_dead", &[]).await.unwrap().get(0)
     }
 
-    /// Lets what somebody held be received at once.
+    /// Makes messages in flight visible at once.
     async fn release(&self) {
         let sql = "UPDATE pgmq.q_refarch_live SET vt = now(); UPDATE pgmq.q_refarch_bulk SET vt = now()";
         self.client.batch_execute(sql).await.unwrap();
@@ -585,7 +585,7 @@ async fn a_server_that_refuses_every_text_is_one_fault_and_no_dead_letter() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_key_and_many_starts_leave_no_dead_letter() {
+async fn many_starts_with_a_wrong_key_leave_no_dead_letter() {
     let moody = UnreliableEmbedder::start(ServerBehaviour::Status(401)).await;
     moody.rows(3).await;
     moody.relay().await;
@@ -603,7 +603,7 @@ async fn a_wrong_key_and_many_starts_leave_no_dead_letter() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn restarts_amid_a_healthy_change_leave_no_dead_letter() {
+async fn restarts_during_a_healthy_change_leave_no_dead_letter() {
     let killed_by = async |signal: Signal| {
         let moody = UnreliableEmbedder::start(ServerBehaviour::HangingAfterTheGreeting).await;
         moody.rows(2).await;
@@ -635,7 +635,7 @@ async fn restarts_amid_a_healthy_change_leave_no_dead_letter() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tries_that_others_left_unfinished_are_not_a_changes_own_failures() {
+async fn unfinished_tries_of_other_workers_are_no_failures_of_a_change() {
     // Two failures, of four requests each.
     let moody = UnreliableEmbedder::start(ServerBehaviour::FailingAtChairs(8)).await;
     moody.rows(1).await;
@@ -654,7 +654,7 @@ async fn tries_that_others_left_unfinished_are_not_a_changes_own_failures() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_that_no_worker_survives_is_given_up_and_no_other() {
+async fn only_a_change_that_kills_every_worker_is_dead_lettered() {
     let moody = UnreliableEmbedder::start(ServerBehaviour::HangingAtChairs).await;
     moody.client.batch_execute("INSERT INTO item VALUES (1, 'a chair'), (2, 'a stool')").await.unwrap();
     moody.relay().await;
@@ -669,7 +669,7 @@ async fn a_change_that_no_worker_survives_is_given_up_and_no_other() {
         let mut embed = moody.refarch(&["embed"]).spawn().unwrap();
         eventually("a try to be counted", TIMEOUT, async || tries().await == left).await;
         embed.kill().await.unwrap();
-        // Whoever is killed may be about to count, or to take a count back.
+        // A killed worker may be about to count a try, or to take a count back.
         let sql = "UPDATE refarch.ledger SET tries = $1 WHERE id = '1'";
         moody.client.execute(sql, &[&left]).await.unwrap();
         assert_eq!(moody.dead().await, 0, "after {left}");
@@ -680,7 +680,7 @@ async fn a_change_that_no_worker_survives_is_given_up_and_no_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_of_another_build_or_source_is_put_back_and_told_of() {
+async fn a_message_of_another_build_or_source_is_put_back_and_reported() {
     let moody = UnreliableEmbedder::start(ServerBehaviour::Well).await;
     moody.rows(1).await;
     moody.relay().await;
@@ -720,13 +720,13 @@ async fn a_message_of_another_build_or_source_is_put_back_and_told_of() {
     assert_eq!(moody.dead().await, 1, "the one that is no job");
     stop(embed).await;
     assert!(moody.faults().await.is_empty(), "a worker that left has none");
-    // They do not keep a command from coming to its end.
+    // These messages do not keep a command from ending.
     moody.release().await;
     assert!(moody.refarch(&["embed", "--until-idle"]).status().await.unwrap().success());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_breaks_the_table_of_vectors_only_is_nobodys_dead_letter() {
+async fn damage_of_the_vector_table_leaves_no_dead_letter() {
     let moody = UnreliableEmbedder::start(ServerBehaviour::Well).await;
     let roles = moody.working();
     moody.rows(3).await;
@@ -755,7 +755,7 @@ async fn what_breaks_the_table_of_vectors_only_is_nobodys_dead_letter() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_text_that_a_filter_refuses_does_not_hold_the_others() {
+async fn one_refused_text_does_not_hold_other_rows() {
     for status in [403, 406] {
         let moody = UnreliableEmbedder::start(ServerBehaviour::Filtering(status)).await;
         moody.rows(9).await;
@@ -770,7 +770,7 @@ async fn one_text_that_a_filter_refuses_does_not_hold_the_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_cannot_be_read_do_not_hold_the_others() {
+async fn unreadable_rows_do_not_hold_other_rows() {
     // One is damaged (class XX), the other one beyond a limit of the server's (class 54).
     let table = "CREATE TYPE colour AS ENUM ('red', 'blue', 'broken', 'deep'); \
         CREATE FUNCTION colour_text(colour) RETURNS text LANGUAGE plpgsql STABLE AS $$ BEGIN \
@@ -794,7 +794,7 @@ async fn rows_that_cannot_be_read_do_not_hold_the_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_application_does_not_wait_for_whoever_locks_the_vectors() {
+async fn a_lock_on_the_vector_table_does_not_block_the_application() {
     let moody = UnreliableEmbedder::start(ServerBehaviour::Well).await;
     let roles = moody.working();
     moody.rows(1).await;
@@ -820,7 +820,7 @@ async fn the_application_does_not_wait_for_whoever_locks_the_vectors() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn roles_that_work_outlast_a_queue_that_is_gone_for_a_while() {
+async fn running_roles_survive_a_queue_that_is_missing_for_a_while() {
     let moody = UnreliableEmbedder::start(ServerBehaviour::Well).await;
     let mut roles = moody.working();
     moody.rows(1).await;
@@ -846,7 +846,7 @@ async fn roles_that_work_outlast_a_queue_that_is_gone_for_a_while() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_that_was_put_back_stays_away_while_others_are_worked_on() {
+async fn a_message_that_was_put_back_stays_invisible_while_other_messages_are_processed() {
     let moody = UnreliableEmbedder::start(ServerBehaviour::Hanging).await;
     moody.rows(1).await;
     moody.relay().await;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::common::{Database, cannot_run, eventually};
 
 #[tokio::test]
-async fn databases_are_apart_and_vanish() {
+async fn test_databases_are_separate_and_are_dropped() {
     let (one, two) = tokio::join!(Database::create(), Database::create());
     let client = one.client().await;
     client.batch_execute("CREATE TABLE t (n int)").await.unwrap();
@@ -17,7 +17,7 @@ async fn databases_are_apart_and_vanish() {
 }
 
 #[tokio::test]
-async fn a_database_vanishes_when_its_test_panics() {
+async fn a_test_database_is_dropped_when_its_test_panics() {
     let keeper = Database::create().await;
     let victim = tokio::spawn(async {
         let database = Database::create().await;
@@ -30,7 +30,7 @@ async fn a_database_vanishes_when_its_test_panics() {
 
 #[tokio::test]
 #[should_panic(expected = "not within 50ms: the sea to part")]
-async fn eventually_says_what_it_waited_for() {
+async fn eventually_fails_with_the_name_of_its_condition() {
     eventually("the sea to part", Duration::from_millis(50), async || false).await;
 }
 
@@ -41,7 +41,7 @@ fn cannot_run_here() {
 }
 
 #[test]
-fn a_test_that_cannot_run_is_named_and_fails_where_ci_is_set() {
+fn a_test_that_cannot_run_is_named_and_fails_if_ci_is_set() {
     for (ci, passes) in [("", true), ("1", false)] {
         let mut itself = Command::new(std::env::current_exe().unwrap());
         itself.args(["--exact", "harness::cannot_run_here", "--ignored"]).env("CI", ci);

@@ -65,7 +65,7 @@ impl Shop {
         common::number(&self.client, sql).await
     }
 
-    /// Sees to it that the queue loses an update of a row.
+    /// Makes the queue lose an update of a row.
     async fn lose(&self, id: u64) {
         self.sql(&format!("UPDATE {TABLE} SET description = 'Lost in the post' WHERE id = {id}")).await;
         self.role(&["listen", "--until-idle"]).await;
@@ -131,7 +131,7 @@ fn prover(backends: &Backends, worker: &str) -> TimedProver {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_overestimate_of_rows_does_not_keep_up_from_ending() {
+async fn up_ends_even_if_the_row_estimate_is_too_high() {
     let shop = on_pgvector().await.filled().await;
     shop.sql(&format!("UPDATE pg_class SET reltuples = 3000000 WHERE relname = '{TABLE}'")).await;
     let address = format!("127.0.0.1:{}", common::free_port());
@@ -145,7 +145,7 @@ async fn an_overestimate_of_rows_does_not_keep_up_from_ending() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_empty_index_beside_rows_is_never_called_in_sync() {
+async fn an_empty_index_is_never_in_sync_while_the_table_has_rows() {
     let shop = on_pgvector().await.filled().await;
     assert!(shop.line("in sync").await.contains("all of them"));
     shop.on_vectors("TRUNCATE {vectors}").await;
@@ -171,7 +171,7 @@ impl Twist for LedgerBlindToRows {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_a_read_by_id_does_not_see_are_missing_and_not_gone() {
+async fn rows_that_a_read_by_id_does_not_return_count_as_missing_and_not_as_deleted() {
     let shop = on_pgvector().await.filled().await;
     shop.on_vectors("TRUNCATE {vectors}").await;
     let backends = shop.backends().await;
@@ -180,7 +180,7 @@ async fn rows_that_a_read_by_id_does_not_see_are_missing_and_not_gone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_cannot_be_read_is_named_and_the_rest_compared() {
+async fn an_unreadable_row_is_named_and_the_other_rows_are_compared() {
     let shop = on_pgvector().await.with(&NOTE);
     shop.sql(
         "CREATE TABLE note (id bigint PRIMARY KEY, title text, extra json); \
@@ -209,7 +209,7 @@ async fn a_row_that_cannot_be_read_is_named_and_the_rest_compared() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn freshness_is_told_for_each_lane() {
+async fn freshness_is_reported_for_each_lane() {
     let shop = on_pgvector().await;
     shop.role(&["migrate"]).await;
     shop.sql(&format!(
@@ -266,18 +266,18 @@ async fn mends_whatever_differs(shop: Shop) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_differs_is_mended_without_anybody_asking() {
+async fn differences_are_repaired_automatically() {
     mends_whatever_differs(on_pgvector().await.filled().await.proving(&[])).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_differs_in_an_index_outside_is_mended_too() {
+async fn differences_in_an_index_outside_of_the_database_are_repaired_too() {
     let full = [("REFARCH_AUDIT_INDEX", "full")];
     mends_whatever_differs(on_pinecone().await.filled().await.proving(&full)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn missing_and_orphaned_records_are_found_by_their_ids_alone() {
+async fn missing_and_orphaned_records_are_found_by_listing_ids() {
     let shop = on_pinecone().await.filled().await.proving(&[]);
     shop.remove("1").await;
     shop.copy("4", "777").await;
@@ -299,7 +299,7 @@ async fn missing_and_orphaned_records_are_found_by_their_ids_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_column_that_is_rewritten_is_indexed_anew() {
+async fn a_rewritten_column_is_indexed_again() {
     let shop = on_pgvector().await.filled().await.proving(&[]);
     shop.sql(&format!("ALTER TABLE {TABLE} ALTER description TYPE text USING upper(description)")).await;
     let _roles = shop.start_roles();
@@ -310,7 +310,7 @@ async fn a_column_that_is_rewritten_is_indexed_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_update_is_mended_though_the_queue_never_drains() {
+async fn a_lost_update_is_repaired_even_if_the_queue_never_drains() {
     let shop = on_pgvector().await.filled().await.proving(&[]);
     shop.lose(7).await;
     // Of a time before everything else, and never received.
@@ -331,7 +331,7 @@ async fn a_lost_update_is_mended_though_the_queue_never_drains() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_never_proved_is_told_so_and_no_proof_can_be_chosen() {
+async fn status_says_that_no_proof_ended_yet_or_that_the_proof_is_off() {
     let mut shop = on_pgvector().await.filled().await;
     assert_eq!(shop.line("in sync").await, "in sync        30, all of them by the ledger; not proved yet");
     assert_eq!(shop.status().await["proof"]["ended_at"], json!(null));
@@ -382,7 +382,7 @@ async fn goes_on(shop: Shop) {
     second.step().await;
     assert!(second.0.is_ours());
     assert_eq!(shop.number("SELECT count(*) FROM refarch.proof WHERE round IS NOT NULL").await, 0);
-    // Who died without a word is followed when its time is over.
+    // A prover that died is replaced when its time is over.
     let mut third = prover(&backends, "third");
     third.step().await;
     assert!(!third.0.is_ours());
@@ -392,17 +392,17 @@ async fn goes_on(shop: Shop) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_round_goes_on_where_another_process_stopped() {
+async fn a_round_resumes_where_another_process_stopped() {
     goes_on(on_pgvector().await.filled().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_round_over_an_index_outside_goes_on_too() {
+async fn a_round_over_an_index_outside_of_the_database_resumes_too() {
     goes_on(on_pinecone().await.filled().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_letter_stays_where_it_is_and_is_no_difference() {
+async fn a_dead_letter_stays_and_is_no_difference() {
     let shop = on_pgvector().await.filled().await;
     shop.sql(
         "UPDATE refarch.ledger SET parked = true, dirty = true, content_hash = NULL WHERE id IN ('8', '9'); \
@@ -414,13 +414,13 @@ async fn a_letter_stays_where_it_is_and_is_no_difference() {
     assert_eq!((letters.len(), &letters[0].ids[..]), (1, &["9".to_owned()][..]));
     let backends = shop.backends().await;
     finish(&shop, &mut prover(&backends, "first")).await;
-    // That of 8 is gone.
+    // The dead letter of id 8 is gone.
     assert_eq!(shop.rounds().await, (1, 1, 1));
     assert_eq!(shop.number("SELECT count(*) FROM refarch.ledger WHERE parked AND id = '9'").await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disabled_trigger_is_told_and_armed_again() {
+async fn a_disabled_trigger_is_reported_and_enabled_again() {
     let shop = on_pgvector().await.filled().await.proving(&[("REFARCH_AUDIT_ARMED_S", "1")]);
     let trigger = format!("ALTER TABLE {TABLE} DISABLE TRIGGER refarch_products_update");
     shop.sql(&trigger).await;
@@ -449,7 +449,7 @@ async fn a_disabled_trigger_is_told_and_armed_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_that_is_swapped_by_rename_is_captured_and_read_anew() {
+async fn a_table_swapped_by_rename_is_captured_and_backfilled() {
     let shop = on_pgvector().await.filled().await.proving(&[("REFARCH_AUDIT_ARMED_S", "1")]);
     let _roles = shop.start_roles();
     eventually("a first round", TIMEOUT, async || shop.rounds().await.0 > 0).await;
@@ -473,7 +473,7 @@ async fn a_table_that_is_swapped_by_rename_is_captured_and_read_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_old_is_pruned_while_workers_live() {
+async fn workers_prune_old_samples_events_and_entries() {
     let shop = on_pgvector().await.filled().await.proving(&[("REFARCH_AUDIT_ARMED_S", "1")]);
     shop.sql(&format!("DELETE FROM {TABLE} WHERE id IN (1, 2)")).await;
     shop.apply().await;
@@ -493,7 +493,7 @@ async fn what_is_old_is_pruned_while_workers_live() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_are_still_to_be_queued_are_no_differences() {
+async fn rows_of_a_pending_backfill_are_no_differences() {
     let shop = on_pgvector().await.filled().await;
     shop.on_vectors("TRUNCATE {vectors}; DELETE FROM refarch.ledger").await;
     shop.sql("SELECT refarch.request_backfill('products', false, true)").await;
@@ -510,7 +510,7 @@ async fn rows_that_are_still_to_be_queued_are_no_differences() {
     }
     assert!(shop.number(seen).await > 0, "it goes on, however slowly");
     assert_eq!((shop.number(asked).await, shop.number("SELECT count(*) FROM refarch.outbox").await), (1, 0));
-    // They are on their way: what was seen before is no news.
+    // The changes are under way: differences that were seen before do not count.
     shop.role(&["listen", "--until-idle"]).await;
     for _ in 0..5 {
         prover.step().await;
@@ -521,7 +521,7 @@ async fn rows_that_are_still_to_be_queued_are_no_differences() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_process_with_other_columns_than_were_recorded_holds() {
+async fn a_process_with_outdated_columns_holds_its_work() {
     let mut shop = on_pgvector().await.filled().await;
     let old = shop.backends().await;
     old.ledger.peek(&["1".to_owned()]).await.unwrap();
@@ -543,7 +543,7 @@ async fn a_process_with_other_columns_than_were_recorded_holds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_damaged_row_is_named_and_the_rest_compared() {
+async fn a_damaged_row_is_named_and_the_other_rows_are_compared() {
     let shop = on_pgvector().await.with(&NOTE);
     shop.sql(
         "CREATE TYPE state AS ENUM ('good', 'bad'); \
@@ -575,7 +575,7 @@ async fn a_damaged_row_is_named_and_the_rest_compared() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_queue_that_is_never_quiet_slows_the_proof_and_does_not_stop_it() {
+async fn a_busy_queue_slows_the_proof_and_does_not_stop_it() {
     let shop = on_pgvector().await.filled().await;
     shop.sql(
         "SELECT pgmq.send('refarch_live', jsonb_build_object('oldest', '2001-01-01T00:00:00Z'), '{\"changes\": 1500}'::jsonb, 3600)",
@@ -614,12 +614,12 @@ async fn a_clock_that_was_ahead_does_not_turn_the_proof_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_that_the_registry_forgot_registers_again() {
+async fn a_worker_missing_from_the_registry_registers_again() {
     let shop = on_pgvector().await.filled().await;
     let _roles = shop.start_roles();
     let there = "SELECT count(*) FROM refarch.worker WHERE role = 'embed' AND threads = 1 AND pid > 0";
     for _ in 0..2 {
-        eventually("the worker to be in the books", Duration::from_secs(30), async || {
+        eventually("the worker to be in the registry", Duration::from_secs(30), async || {
             shop.number(there).await == 1
         })
         .await;
@@ -628,7 +628,7 @@ async fn a_worker_that_the_registry_forgot_registers_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_index_that_is_away_at_the_start_is_a_fault_to_be_seen() {
+async fn an_index_that_is_down_at_the_start_is_shown_as_a_fault() {
     let shop = on_pinecone().await;
     shop.role(&["migrate"]).await;
     shop.sql("UPDATE refarch.target SET host = NULL").await;
@@ -643,7 +643,7 @@ async fn an_index_that_is_away_at_the_start_is_a_fault_to_be_seen() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn status_is_told_when_the_index_refuses_the_key() {
+async fn status_says_that_the_index_refuses_the_key() {
     for named in [false, true] {
         let mut shop = on_pinecone().await;
         let double = shop.double.clone().unwrap();

@@ -1,4 +1,4 @@
-//! A shop of some products and its index, which tests spoil behind the roles' back.
+//! A shop of some products and its index, which tests damage past the roles.
 
 use std::collections::BTreeSet;
 use std::process::Stdio;
@@ -32,7 +32,7 @@ pub struct Shop {
     pub env: Vec<(&'static str, String)>,
 }
 
-/// What a run of verify came to.
+/// The result of a run of verify.
 #[derive(Debug)]
 pub struct Verified {
     pub code: Option<i32>,
@@ -148,7 +148,7 @@ impl Shop {
         self.sql(&sql.replace("{vectors}", &format!("refarch.vector_{generation}"))).await;
     }
 
-    /// Takes a record out.
+    /// Removes a record.
     pub async fn remove(&self, id: &str) {
         match &self.double {
             None => self.on_vectors(&format!("DELETE FROM {{vectors}} WHERE id = '{id}'")).await,

@@ -101,7 +101,7 @@ async fn rows_without_text_are_in_sync_without_a_vector() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn odd_texts_are_embedded_too() {
+async fn unusual_texts_are_embedded_too() {
     let it = SyncFixture::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) VALUES (1, repeat('very long ', 120000)), (2, repeat('x', 1000000)), \
             (3, E'\\u0007 \\U0001F600 \\u202E'), (4, '[CLS] [SEP] [MASK]')").await;
@@ -110,7 +110,7 @@ async fn odd_texts_are_embedded_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_loads_changes_are_bulk_and_edits_are_live() {
+async fn changes_of_a_load_are_bulk_and_edits_are_live() {
     let it = SyncFixture::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text' FROM generate_series(1, 250) i").await;
     it.run(
@@ -147,7 +147,7 @@ async fn a_live_change_is_claimed_ahead_of_an_importers_single_rows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_nobody_can_read_is_kept_among_the_dead_letters_with_the_reason() {
+async fn an_unreadable_message_is_dead_lettered_with_the_reason() {
     let it = SyncFixture::new("", &[]).await;
     it.run("SELECT pgmq.send('refarch_live', '{\"hello\": 1}'); SELECT pgmq.send('refarch_bulk', '{\"v\": 99}'); \
             SELECT pgmq.send('refarch_live', '{\"v\": 1, \"source\": \"products\"}')").await;
@@ -201,7 +201,7 @@ async fn ids_that_no_row_can_have_are_harmless() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_of_ones_own_is_kept_in_step() {
+async fn a_table_with_other_names_and_types_is_kept_in_step() {
     let setup = "CREATE TABLE \"My Notes\" (\"The Id\" uuid PRIMARY KEY DEFAULT gen_random_uuid(), title text, body text, tags jsonb); \
                  INSERT INTO \"My Notes\" (title, body) VALUES ('Rain', 'It rains in the garden'), ('Tax', 'The tax is due in May')";
     let env = [
@@ -274,7 +274,7 @@ async fn writers_and_several_workers_at_once_converge() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_indexers_messages_come_again() {
+async fn messages_of_a_killed_indexer_are_delivered_again() {
     let it = SyncFixture::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text ' || i FROM generate_series(1, 400) i").await;
     it.relay().await;
@@ -295,7 +295,7 @@ async fn a_killed_indexers_messages_come_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_indexer_has_little_more_in_flight_than_it_works_on() {
+async fn an_indexer_holds_few_messages_beyond_its_current_work() {
     let it = SyncFixture::new("", &[]).await;
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text ' || i FROM generate_series(1, 4000) i").await;
     it.relay().await;
@@ -312,7 +312,7 @@ async fn an_indexer_has_little_more_in_flight_than_it_works_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_graph_is_built_once_a_load_has_drained_and_dropped_for_a_larger_one() {
+async fn the_graph_is_built_after_a_load_and_dropped_for_a_larger_load() {
     let it = SyncFixture::new("", &[("REFARCH_INDEX_GRAPH_MIN_ROWS", "20")]).await;
     let graph = async || -> bool {
         let sql = "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE c.relname LIKE 'vector%graph' AND indisvalid)";
@@ -335,7 +335,7 @@ async fn the_graph_is_built_once_a_load_has_drained_and_dropped_for_a_larger_one
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_was_not_migrated_says_so() {
+async fn a_database_without_the_schema_is_reported() {
     let database = Database::create().await;
     for role in ["listen", "embed", "status"] {
         let output = database.refarch().arg(role).output().await.unwrap();

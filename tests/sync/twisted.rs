@@ -1,4 +1,4 @@
-//! PostgreSQL's ledger, but for the reads that a test has otherwise.
+//! PostgreSQL's ledger with reads that a test replaces.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::failure::Result;
 use refarch::pipeline::ledger::{Closed, Ledger, Opened, Outcome, Peeked, Pending, Swept};
 
-/// What is otherwise.
+/// The reads that a test may replace.
 #[async_trait]
 pub trait Twist: Send + Sync {
     /// The ledger that does the rest.

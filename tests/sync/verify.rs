@@ -40,7 +40,7 @@ impl Shop {
     }
 }
 
-/// Each test once an index.
+/// Runs each test for each index.
 macro_rules! on_each_index {
     ($($name:ident),* $(,)?) => {
         mod pgvector {
@@ -55,15 +55,15 @@ macro_rules! on_each_index {
 }
 
 on_each_index!(
-    what_agrees_is_said_to_agree,
-    a_record_that_is_gone_is_missing,
-    whatever_differs_is_told_apart_and_repaired,
-    a_change_on_its_way_is_undecided,
-    a_disabled_trigger_is_named_and_armed,
-    a_writer_makes_no_difference,
+    an_equal_index_is_reported_as_equal,
+    a_deleted_record_is_reported_as_missing,
+    each_kind_of_difference_is_reported_and_repaired,
+    a_queued_change_is_undecided,
+    a_disabled_trigger_is_named_and_enabled,
+    concurrent_writes_are_no_differences,
 );
 
-async fn what_agrees_is_said_to_agree(shop: Shop) {
+async fn an_equal_index_is_reported_as_equal(shop: Shop) {
     let verified = shop.verify(&[]).await;
     verified.assert(0, &[]);
     let compared = ["rows", "indexed", "sampled"].map(|key| verified.count(key));
@@ -78,7 +78,7 @@ async fn what_agrees_is_said_to_agree(shop: Shop) {
     assert_eq!(shop.verdict(&["--sample", "0"]).await, "index and table agree");
 }
 
-async fn a_record_that_is_gone_is_missing(shop: Shop) {
+async fn a_deleted_record_is_reported_as_missing(shop: Shop) {
     shop.remove("1").await;
     let verified = shop.verify(&["--sample", "0"]).await;
     verified.assert(1, &[("missing", 1)]);
@@ -87,7 +87,7 @@ async fn a_record_that_is_gone_is_missing(shop: Shop) {
     assert_eq!(verdict, "index and table differ: run verify --repair to queue the differing rows");
 }
 
-async fn whatever_differs_is_told_apart_and_repaired(shop: Shop) {
+async fn each_kind_of_difference_is_reported_and_repaired(shop: Shop) {
     shop.remove("1").await;
     shop.spoil_hash("2").await;
     shop.spoil_vector("3").await;
@@ -129,7 +129,7 @@ async fn whatever_differs_is_told_apart_and_repaired(shop: Shop) {
     assert_eq!((verified.count("indexed"), verified.count("sampled")), (ROWS - 1, ROWS - 1));
 }
 
-async fn a_change_on_its_way_is_undecided(shop: Shop) {
+async fn a_queued_change_is_undecided(shop: Shop) {
     shop.sql(
         "UPDATE products_with_increment SET description = 'A red bottle' WHERE id = 1; \
          DELETE FROM products_with_increment WHERE id = 2; \
@@ -145,7 +145,7 @@ async fn a_change_on_its_way_is_undecided(shop: Shop) {
     shop.verify(&[]).await.assert(0, &[]);
 }
 
-async fn a_disabled_trigger_is_named_and_armed(shop: Shop) {
+async fn a_disabled_trigger_is_named_and_enabled(shop: Shop) {
     let table = "products_with_increment";
     shop.sql(&format!("ALTER TABLE {table} DISABLE TRIGGER refarch_products_update")).await;
     let verified = shop.verify(&["--sample", "0"]).await;
@@ -169,7 +169,7 @@ async fn a_disabled_trigger_is_named_and_armed(shop: Shop) {
     assert_eq!(verified.report["capture_faults"], json!([]));
 }
 
-async fn a_writer_makes_no_difference(shop: Shop) {
+async fn concurrent_writes_are_no_differences(shop: Shop) {
     let _roles = shop.start_roles();
     let over = CancellationToken::new();
     let writer = tokio::spawn(over.clone().run_until_cancelled_owned(write(shop.database.client().await)));
@@ -210,7 +210,7 @@ async fn write(client: Client) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_partition_that_is_not_captured_is_named_and_armed() {
+async fn a_partition_without_capture_is_named_and_captured() {
     let shop = on_pgvector().await.with(&NOTE);
     shop.sql(
         "CREATE TABLE note (id bigint PRIMARY KEY, body text) PARTITION BY RANGE (id); \
@@ -240,7 +240,7 @@ async fn a_partition_that_is_not_captured_is_named_and_armed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_keeps_changes_from_being_captured_is_told() {
+async fn every_obstacle_to_capture_is_reported() {
     let shop = on_pgvector().await.with(&NOTE);
     let note = "(id bigint PRIMARY KEY, raw text, body text GENERATED ALWAYS AS ('A ' || raw) VIRTUAL)";
     shop.sql(&format!(
@@ -284,10 +284,10 @@ async fn whatever_keeps_changes_from_being_captured_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_write_that_may_still_come_is_undecided_until_it_is_swept() {
+async fn a_write_that_may_still_arrive_is_undecided_until_it_is_swept() {
     let shop = on_pinecone().await.filled().await;
     shop.remove("1").await;
-    // As a worker leaves it that died amid writing.
+    // The state after a worker died during a write.
     shop.sql(
         "INSERT INTO refarch.attempt (attempt_id, target, worker_id, ids) \
          SELECT 'gone/1', id, 'gone', '{1}' FROM refarch.target; \
@@ -301,7 +301,7 @@ async fn a_write_that_may_still_come_is_undecided_until_it_is_swept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_index_of_a_later_state_is_foreign_until_every_row_is_written_anew() {
+async fn an_index_ahead_of_the_database_is_foreign_until_every_row_is_written_again() {
     let shop = on_pinecone().await.filled().await;
     let set_back = "UPDATE refarch.lineage SET mark = mark - 1";
     shop.sql(set_back).await;
@@ -319,7 +319,7 @@ async fn an_index_of_a_later_state_is_foreign_until_every_row_is_written_anew() 
     let asked = shop.client.query_one(asked, &[]).await.unwrap();
     assert_eq!((asked.get::<_, i64>(0), asked.get::<_, i64>(1)), (1, ROWS as i64));
     shop.apply().await;
-    // Nobody here ever knew the record 55.
+    // The ledger has no entry for the record 55.
     let repaired = shop.verify(&["--repair"]).await;
     repaired.assert(1, &[("orphaned", 1), ("repaired", 1)]);
     assert_eq!(repaired.report["foreign"], json!(false));
@@ -361,7 +361,7 @@ async fn an_index_of_another_database_is_taken_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_reached_cannot_be_told() {
+async fn verify_exits_with_2_if_a_backend_cannot_be_reached() {
     let shop = on_pinecone().await;
     shop.role(&["migrate"]).await;
     let nowhere = format!("127.0.0.1:{}", common::free_port());
@@ -424,7 +424,7 @@ impl Twist for RacingLedger {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_amid_the_audit_is_waited_for() {
+async fn the_audit_waits_for_a_change_that_happens_meanwhile() {
     for moment in [Moment::Page, Moment::Look] {
         let shop = on_pgvector().await.filled().await;
         if moment == Moment::Look {
@@ -500,7 +500,7 @@ impl OwnershipStore for Marked {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_ownership_record_written_meanwhile_makes_no_index_foreign() {
+async fn an_ownership_record_written_during_the_audit_makes_no_index_foreign() {
     let shop = on_pinecone().await;
     shop.role(&["migrate"]).await;
     let Backends { postgres, generation, index, .. } = shop.backends().await;

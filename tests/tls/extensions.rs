@@ -12,7 +12,7 @@ use crate::common::{self, source};
 use crate::servers::Server;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_of_extensions_types_are_read() {
+async fn keys_of_extension_types_are_read() {
     let server = Server::start(None).await;
     let client = common::connect(&server.url("")).await;
     let setup = "CREATE SCHEMA ext; CREATE EXTENSION citext SCHEMA ext; CREATE EXTENSION ltree SCHEMA ext; CREATE EXTENSION isn SCHEMA ext; \

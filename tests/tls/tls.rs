@@ -111,7 +111,7 @@ async fn connect(url: &str, settings: &Database) -> Result<bool, Error> {
 type Case<'a> = (&'a Server, &'a str, Option<&'a str>, Result<bool, &'a str>);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_mode_asks_what_libpq_asks() {
+async fn every_sslmode_checks_what_libpq_checks() {
     let fixture = Fixture::shared().await;
     let ours = fixture.certificates.path("authority.pem");
     let strange = fixture.certificates.path("stranger.pem");
@@ -158,7 +158,7 @@ async fn every_mode_asks_what_libpq_asks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn settings_and_pairs_of_keys_do_as_well_as_urls() {
+async fn tls_options_work_in_settings_key_value_pairs_and_urls() {
     let fixture = Fixture::shared().await;
     let set = Database {
         sslmode: "verify-full".into(),
@@ -208,7 +208,7 @@ async fn roles_work_over_a_verified_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pooler_in_transaction_mode_is_noticed() {
+async fn a_pooler_in_transaction_mode_is_detected() {
     let fixture = Fixture::shared().await;
     let pooler = Pooler::before(&fixture.plain).await;
     let direct = fixture.plain.url("sslmode=disable");

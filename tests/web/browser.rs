@@ -137,7 +137,7 @@ async fn up(database: &Database, env: &[(&str, &str)]) -> (Child, String) {
 }
 
 #[tokio::test]
-async fn a_person_searches_edits_and_sees_it_become_searchable() {
+async fn a_user_searches_edits_and_sees_the_edit_become_searchable() {
     let database = Database::create().await;
     assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
     let client = database.client().await;

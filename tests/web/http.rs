@@ -141,7 +141,7 @@ impl VectorIndex for FlatIndex {
     }
 }
 
-/// Says what a test tells it to say.
+/// A status whose values a test sets.
 #[derive(Default)]
 struct ScriptedSyncStatus {
     searchable: Mutex<HashSet<String>>,
@@ -177,7 +177,7 @@ impl SyncStatus for ScriptedSyncStatus {
     }
 }
 
-/// How a server is made.
+/// Options of a server.
 struct ServerOptions<'a> {
     /// What it thinks it is bound to; the tests reach it on loopback all the same.
     address: &'a str,
@@ -390,7 +390,7 @@ async fn the_table_is_listed_page_by_page() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_large_table_is_not_counted_for_a_page_nor_read_to_its_end() {
+async fn a_page_of_a_large_table_neither_counts_nor_reads_the_whole_table() {
     let server = Server::start().await;
     server
         .sql
@@ -421,7 +421,7 @@ async fn a_large_table_is_not_counted_for_a_page_nor_read_to_its_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_looks_the_same_whatever_the_settings_of_the_database() {
+async fn a_row_has_the_same_json_under_any_database_settings() {
     let server = Server::start().await;
     let settings = format!(
         "ALTER DATABASE {name} SET datestyle = 'German'; ALTER DATABASE {name} SET lock_timeout = '1ms'; \
@@ -454,7 +454,7 @@ async fn a_row_looks_the_same_whatever_the_settings_of_the_database() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_past_every_ranking_asks_nobody() {
+async fn a_page_past_the_last_rank_does_not_query_the_index() {
     let server = Server::start().await;
     server.add("Lamp", "L-1", "A lamp").await;
     let found = server.get("/api/v1/search?q=lamp&page=1000000000").await;
@@ -463,7 +463,7 @@ async fn a_page_past_every_ranking_asks_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn exact_skus_and_names_come_before_what_means_something_similar() {
+async fn exact_skus_and_names_come_before_similar_meanings() {
     let server = Server::start().await;
     let near = server.add("Torch", "T-1", "lamp AB-7").await;
     let named = server.add("ab-7", "X-1", "something else").await;
@@ -478,7 +478,7 @@ async fn exact_skus_and_names_come_before_what_means_something_similar() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ranks_are_the_same_on_every_page_and_go_past_a_hundred() {
+async fn ranks_agree_across_pages_and_go_past_a_hundred() {
     let server = Server::start().await;
     let added = server.add_lamps(150).await;
     server
@@ -567,7 +567,7 @@ async fn a_row_is_added_changed_and_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_edit_never_overwrites_what_it_has_not_seen() {
+async fn an_edit_never_overwrites_a_revision_it_has_not_seen() {
     let server = Server::start().await;
     let id = server.add("Lamp", "L-1", "A lamp").await;
     let path = format!("/api/v1/products/{id}");
@@ -609,7 +609,7 @@ async fn an_edit_never_overwrites_what_it_has_not_seen() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_table_cannot_hold_is_refused_with_a_reason() {
+async fn values_that_the_table_cannot_hold_are_refused_with_a_reason() {
     let server = Server::start().await;
     let id = server.add("Lamp", "L-1", "A lamp").await;
     server.add("Other", "L-2", "Another lamp").await;
@@ -644,7 +644,7 @@ async fn what_the_table_cannot_hold_is_refused_with_a_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_description_of_a_megabyte_goes_in_and_out() {
+async fn a_description_of_a_megabyte_is_stored_and_returned() {
     let server = Server::start().await;
     let id = server.add("Lamp", "L-1", "A lamp").await;
     let text = "lämp ".repeat(180_000);
@@ -685,7 +685,7 @@ async fn every_refusal_has_the_same_form() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_of_the_reference_architecture_find_their_two_calls() {
+async fn the_two_calls_of_the_reference_architecture_are_served() {
     let server = Server::start().await;
     let added = server.add_lamps(120).await;
     let search = async |body: Value| {
@@ -735,7 +735,7 @@ async fn clients_of_the_reference_architecture_find_their_two_calls() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn strangers_cannot_reach_it_through_a_browser() {
+async fn other_sites_cannot_use_the_api_through_a_browser() {
     let server = Server::start().await;
     let body = json!({ "name": "x" });
     let with = |name: &'static str, value: &str| {
@@ -753,7 +753,7 @@ async fn strangers_cannot_reach_it_through_a_browser() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn off_loopback_an_edit_needs_the_token() {
+async fn an_edit_needs_the_token_when_bound_beyond_loopback() {
     let server = Server::start_as("0.0.0.0:3000", "s3cret").await;
     let id = server.add("Lamp", "L-1", "A lamp").await;
     assert_eq!(server.get("/api/v1/products").await["total"], 1);
@@ -781,7 +781,7 @@ async fn off_loopback_an_edit_needs_the_token() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn readiness_tells_what_is_missing_and_nothing_of_the_inside() {
+async fn readiness_names_the_failed_check_and_no_internals() {
     let server = Server::start().await;
     server.add("Lamp", "L-1", "A lamp").await;
     let status = async |path: &str| server.request(Method::GET, path).send().await.unwrap().status().as_u16();
@@ -829,7 +829,7 @@ async fn readiness_tells_what_is_missing_and_nothing_of_the_inside() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_locked_row_does_not_hold_an_edit_for_ever() {
+async fn an_edit_of_a_locked_row_times_out() {
     let server = Server::start().await;
     let id = server.add("Lamp", "L-1", "A lamp").await;
     let mut other = server.database.client().await;
@@ -853,7 +853,7 @@ async fn the_status_is_read_once_for_many_pages() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_page_uses_nothing_but_its_own_files() {
+async fn the_page_loads_only_its_own_files() {
     let server = Server::start().await;
     let mut pages = String::new();
     for (path, kind) in [
@@ -883,7 +883,7 @@ async fn the_page_uses_nothing_but_its_own_files() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_asks_for_readiness_makes_little_work() {
+async fn many_readiness_requests_cause_few_checks() {
     let server = Server::start().await;
     for _ in 0..50 {
         assert_eq!(server.request(Method::GET, "/readyz").send().await.unwrap().status(), 200);
@@ -892,7 +892,7 @@ async fn whoever_asks_for_readiness_makes_little_work() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_words_of_a_back_end_are_not_for_strangers() {
+async fn error_texts_of_a_backend_are_hidden_from_untrusted_callers() {
     let server = Server::start().await;
     server.index.refusing.store(true, Ordering::Relaxed);
     let search = || server.request(Method::GET, "/api/v1/search?q=lamp");
@@ -903,7 +903,7 @@ async fn the_words_of_a_back_end_are_not_for_strangers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_all_permits_are_taken_others_are_told_to_try_again() {
+async fn requests_without_a_permit_are_told_to_try_again() {
     let limits = Limits { reads: 1, permit_timeout: Duration::from_millis(50), ..Limits::new(12) };
     let server = Server::make(ServerOptions { limits, ..ServerOptions::default() }).await;
     server.add("Lamp", "L-1", "A lamp").await;
@@ -922,14 +922,14 @@ async fn while_all_permits_are_taken_others_are_told_to_try_again() {
         told
     })
     .await;
-    // What needs no place is answered meanwhile.
+    // Requests that need no permit are answered meanwhile.
     assert_eq!(server.get("/api/v1/status").await["source_rows"], 3);
     lock.rollback().await.unwrap();
     server.get("/api/v1/products").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_clients_ask_has_connections_and_time_of_its_own() {
+async fn client_requests_have_their_own_connections_and_statement_timeout() {
     let database = Database::create().await;
     let settings = settings(&[]);
     let postgres = database.postgres(&settings);
@@ -963,7 +963,7 @@ async fn rest(socket: &mut TcpStream) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_sends_nothing_more_is_let_go() {
+async fn a_client_that_stops_sending_is_disconnected() {
     let server =
         Server::make(ServerOptions { connection_limits: strict(100), ..ServerOptions::default() }).await;
     for half in ["", "GET / HT", "GET / HTTP/1.1\r\nhost: localhost\r\n"] {
@@ -975,7 +975,7 @@ async fn a_client_that_sends_nothing_more_is_let_go() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_does_not_come_is_waited_for_no_longer_than_a_request_may_take() {
+async fn a_missing_body_is_waited_for_no_longer_than_the_request_timeout() {
     let limits = Limits { request: Duration::from_millis(300), ..Limits::new(12) };
     let server = Server::make(ServerOptions { limits, ..ServerOptions::default() }).await;
     let head = "POST /api/v1/products HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
@@ -985,7 +985,7 @@ async fn a_body_that_does_not_come_is_waited_for_no_longer_than_a_request_may_ta
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_does_not_read_its_answer_is_let_go() {
+async fn a_client_that_does_not_read_its_answer_is_disconnected() {
     let server =
         Server::make(ServerOptions { connection_limits: strict(100), ..ServerOptions::default() }).await;
     server
@@ -1006,7 +1006,7 @@ async fn a_client_that_does_not_read_its_answer_is_let_go() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_that_nobody_takes_fill_no_more_than_their_share_of_memory() {
+async fn unread_answers_use_a_bounded_amount_of_memory() {
     let limits = Limits { answers_kib: 60_000, ..Limits::new(12) };
     let server = Server::make(ServerOptions { limits, ..ServerOptions::default() }).await;
     server
@@ -1035,7 +1035,7 @@ async fn answers_that_nobody_takes_fill_no_more_than_their_share_of_memory() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn when_all_connections_are_taken_the_one_that_waits_longest_makes_room() {
+async fn when_all_connections_are_taken_the_longest_idle_one_is_closed() {
     let timeouts = ConnectionLimits::new(0, 0).timeouts;
     let server = Server::make(ServerOptions {
         connection_limits: ConnectionLimits { connections: 16, timeouts },
@@ -1058,7 +1058,7 @@ async fn when_all_connections_are_taken_the_one_that_waits_longest_makes_room() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_stops_answers_what_it_was_asked_and_no_more() {
+async fn a_stopping_server_answers_received_requests_and_no_more() {
     let server = Server::start().await;
     let id = server.add("Lamp", "L-1", "A lamp").await;
     let mut other = server.database.client().await;
@@ -1084,7 +1084,7 @@ async fn a_server_that_stops_answers_what_it_was_asked_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_that_are_too_large_or_of_another_method_are_refused() {
+async fn requests_that_are_too_large_or_use_another_method_are_refused() {
     let server = Server::start().await;
     let long = "x".repeat(100_000);
     let mut socket = server.socket(&format!("GET /api/v1/search?q={long} HTTP/1.1\r\n\r\n")).await;

@@ -184,7 +184,7 @@ async fn rows_are_listed_created_edited_found_and_deleted() {
 }
 
 #[tokio::test]
-async fn an_exact_sku_then_an_exact_name_come_first_and_pages_do_not_overlap() {
+async fn exact_skus_then_exact_names_come_first_and_pages_do_not_overlap() {
     let server = Server::start().await;
     let client = server.database.client().await;
     client
@@ -220,7 +220,7 @@ async fn an_exact_sku_then_an_exact_name_come_first_and_pages_do_not_overlap() {
 }
 
 #[tokio::test]
-async fn the_reference_architectures_clients_are_answered() {
+async fn clients_of_the_reference_architecture_are_answered() {
     let server = Server::start().await;
     let kettle = server.create("Kettle", "K-1", "An electric kettle for boiling water").await;
     server.create("Twin", "TWIN", "first").await;
@@ -256,7 +256,7 @@ async fn the_reference_architectures_clients_are_answered() {
 }
 
 #[tokio::test]
-async fn wrong_requests_are_refused_with_what_would_be_right() {
+async fn invalid_requests_are_refused_with_a_correction() {
     let server = Server::start().await;
     let row = server.create("Kettle", "K-1", "text").await;
     let long = "x".repeat(2001);
@@ -314,7 +314,7 @@ async fn wrong_requests_are_refused_with_what_would_be_right() {
 }
 
 #[tokio::test]
-async fn null_columns_are_shown_and_do_not_hinder() {
+async fn rows_with_null_columns_are_shown_and_search_works() {
     let server = Server::start().await;
     let client = server.database.client().await;
     client.batch_execute("INSERT INTO products_with_increment (id) VALUES (7)").await.unwrap();
@@ -326,7 +326,7 @@ async fn null_columns_are_shown_and_do_not_hinder() {
 }
 
 #[tokio::test]
-async fn other_sites_and_other_names_are_kept_out() {
+async fn other_origins_and_other_host_names_are_refused() {
     let server = Server::start().await;
     let request =
         server.client.get(format!("{}/api/v1/products", server.base)).header("host", "evil.example");
@@ -344,7 +344,7 @@ async fn other_sites_and_other_names_are_kept_out() {
 }
 
 #[tokio::test]
-async fn off_loopback_edits_need_the_token() {
+async fn edits_need_the_token_when_bound_beyond_loopback() {
     let server =
         Server::with(&[("REFARCH_SERVE_BIND", "0.0.0.0"), ("REFARCH_SERVE_EDIT_TOKEN", "hush")]).await;
     let body = json!({ "name": "x" });
@@ -358,7 +358,7 @@ async fn off_loopback_edits_need_the_token() {
 }
 
 #[tokio::test]
-async fn a_port_in_use_is_told_with_the_address() {
+async fn a_port_in_use_is_reported_with_the_address() {
     let database = Database::create().await;
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
@@ -414,7 +414,7 @@ async fn status_has_the_documented_keys() {
 }
 
 #[tokio::test]
-async fn sockets_that_send_nothing_more_do_not_keep_others_out() {
+async fn silent_connections_do_not_keep_other_clients_out() {
     let server = Server::limited(&[], Some(256)).await;
     server.create("Kettle", "K-1", "text").await;
     let address = server.base.strip_prefix("http://").unwrap();
@@ -435,7 +435,7 @@ async fn sockets_that_send_nothing_more_do_not_keep_others_out() {
 }
 
 #[tokio::test]
-async fn behind_a_proxy_on_this_machine_it_has_a_name_and_edits_need_the_token() {
+async fn behind_a_local_proxy_the_host_must_be_allowed_and_edits_need_the_token() {
     let allowed = ("REFARCH_SERVE_ALLOWED_HOSTS", "shop.example.com");
     let server = Server::with(&[allowed]).await;
     let row = server.create("Kettle", "K-1", "text").await;
@@ -463,7 +463,7 @@ async fn behind_a_proxy_on_this_machine_it_has_a_name_and_edits_need_the_token()
 }
 
 #[tokio::test]
-async fn a_token_that_is_set_is_demanded_everywhere_and_cannot_be_guessed() {
+async fn a_configured_token_is_required_everywhere_and_guesses_are_throttled() {
     let server = Server::with(&[
         ("REFARCH_SERVE_EDIT_TOKEN", "hush"),
         ("REFARCH_SERVE_ALLOWED_HOSTS", "shop.example.com"),
@@ -500,7 +500,7 @@ async fn a_token_that_is_set_is_demanded_everywhere_and_cannot_be_guessed() {
 }
 
 #[tokio::test]
-async fn strangers_see_no_hosts_and_no_processes() {
+async fn untrusted_callers_see_no_hosts_and_no_processes() {
     let server = Server::with(&[("REFARCH_SERVE_EDIT_TOKEN", "hush")]).await;
     let seen = async |forwarded: bool, token: Option<&str>| {
         let mut request = server.client.get(format!("{}/api/v1/status", server.base));
@@ -525,7 +525,7 @@ async fn strangers_see_no_hosts_and_no_processes() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn a_process_without_a_file_to_spare_says_so_once_and_answers_others() {
+async fn a_server_out_of_file_descriptors_warns_once_and_keeps_answering() {
     let server = Server::start().await;
     let pid = server.child.id().unwrap();
     let limit = async |files: &str| {

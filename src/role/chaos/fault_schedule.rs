@@ -201,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_seed_decides_everything() {
+    fn the_same_seed_gives_the_same_schedule() {
         let long = Duration::from_mins(10);
         let one = generate(1, long, 4, &[]);
         assert_eq!(one, generate(1, long, 4, &[]));
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kind_that_is_asked_for_comes_however_short_the_drill_is() {
+    fn every_requested_kind_of_fault_occurs_in_a_short_drill() {
         for kind in ChaosFault::value_variants() {
             let faults = generate(1, Duration::from_secs(5), 4, &[*kind]);
             assert!(!faults.is_empty(), "{kind:?}");

@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptions_are_mostly_distinct_and_of_believable_length() {
+    fn descriptions_are_mostly_distinct_and_of_realistic_length() {
         let texts = texts(7, 100_000);
         let distinct: HashSet<&str> = texts.iter().map(|text| text.description.as_str()).collect();
         assert!(distinct.len() > 95_000, "{} distinct", distinct.len());
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn prices_and_dates_have_the_reference_architectures_form() {
+    fn prices_and_dates_have_the_format_of_the_reference_architecture() {
         for text in texts(3, 1_000) {
             let (dollars, cents) = text.price.strip_prefix('$').unwrap().split_once('.').unwrap();
             assert!(dollars.parse::<u32>().unwrap() >= 9 && cents.len() == 2, "{}", text.price);
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn the_description_says_what_is_true_of_the_product() {
+    fn the_description_agrees_with_the_products_attributes() {
         let fake_products = FakeProducts::new(5);
         let mut text = ProductText::default();
         for number in 0..5_000 {
@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn articles_follow_the_sound() {
+    fn a_and_an_follow_the_sound_of_the_next_word() {
         for (next, article) in [
             ("electric kettle", "an "),
             ("8 kg", "an "),

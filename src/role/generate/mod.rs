@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_reads_back_as_csv() {
+    fn written_csv_reads_back_unchanged() {
         let csv = bytes(2, 1, 5_000);
         let mut reader = csv::ReaderBuilder::new().has_headers(false).from_reader(csv.as_slice());
         let fake_products = FakeProducts::new(1);

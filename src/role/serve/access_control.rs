@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn loopback_answers_to_its_own_names_only() {
+    fn on_loopback_only_loopback_host_names_are_accepted() {
         for host in ["localhost", "localhost:3000", "127.0.0.1:3000", "[::1]:3000", "[::1]"] {
             assert_eq!(verdict("127.0.0.1:3000", "", &Method::GET, &[("host", host)]), Ok(()), "{host}");
         }
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn off_loopback_edits_need_the_token() {
+    fn edits_need_the_token_when_bound_beyond_loopback() {
         let of = |token, headers: &[(&'static str, &str)]| {
             verdict("0.0.0.0:3000", token, &Method::DELETE, headers)
         };
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_that_is_set_is_demanded_on_loopback_too() {
+    fn a_configured_token_is_required_on_loopback_too() {
         let of = |headers: &[(&'static str, &str)]| {
             let headers = [&[("host", "localhost:3000")], headers].concat();
             verdict("127.0.0.1:3000", "s", &Method::DELETE, &headers)
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_through_a_proxy_does_not_edit_by_the_grace_of_loopback() {
+    fn requests_through_a_proxy_may_not_edit_without_a_token() {
         let access = AccessControl::new("127.0.0.1:3000".parse().unwrap(), Secret::new(""))
             .with_hosts(&["shop.example.com".into()]);
         for name in FORWARDING {
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn behind_a_proxy_that_encrypts_the_page_may_edit_with_the_token() {
+    fn the_page_behind_a_tls_proxy_may_edit_with_the_token() {
         let access = AccessControl::new("127.0.0.1:3000".parse().unwrap(), Secret::new("s"))
             .with_hosts(&["shop.example.com".into()]);
         let of = |host: &str, origin: &str| {
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_tokens_are_soon_not_looked_at() {
+    fn repeated_wrong_tokens_are_rejected_without_a_check() {
         let access = AccessControl::new("127.0.0.1:3000".parse().unwrap(), Secret::new("s"));
         let of = |client: &str, token: &str| {
             let token = format!("Bearer {token}");
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn each_proxys_own_header_tells_its_clients_apart() {
+    fn each_kind_of_proxy_identifies_clients_by_its_own_header() {
         for (name, value, hop) in [
             ("x-forwarded-for", "1.2.3.4, 203.0.113.1", Some("203.0.113.1")),
             ("x-forwarded-for", "203.0.113.1:5000", Some("203.0.113.1")),

@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_stranger_sees_that_something_is_wrong_and_not_where() {
+    async fn an_untrusted_caller_sees_an_error_without_its_location() {
         let status = || {
             json!({
                 "workers": [{ "worker_id": "embed-7", "host": "vm", "pid": 7, "role": "embed" }],

@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_allowed_with_any_port_or_one_and_below_a_star() {
+    fn allowed_hosts_match_any_port_one_port_or_a_wildcard() {
         let hosts =
             Hosts::new(true, &["Shop.example.com", "a.example:8443", "*.b.example"].map(String::from));
         for host in [
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn off_loopback_any_name_will_do_until_one_is_given() {
+    fn any_host_name_is_allowed_beyond_loopback_until_one_is_configured() {
         assert!(Hosts::new(false, &[]).allow("any.example"));
         let hosts = Hosts::new(false, &["shop.example.com".into()]);
         assert!(hosts.allow("shop.example.com") && hosts.allow("localhost:3000"));

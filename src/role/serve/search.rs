@@ -161,7 +161,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exact_matches_come_first_and_nothing_twice() {
+    fn exact_matches_come_first_and_no_row_twice() {
         let nearest = [(3, 0.7), (1, 0.9), (5, 0.8), (2, 0.7), (8, 0.6)];
         let merged = merge(&[(5, Exact::Sku), (9, Exact::Name)], &nearest, &[1, 2, 3, 5].into());
         let short: Vec<_> = merged.iter().map(|ranked| (ranked.id, ranked.kind, ranked.score)).collect();

@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn after_some_wrong_tokens_one_a_second_is_looked_at() {
+    fn after_some_wrong_tokens_one_token_a_second_is_checked() {
         let throttle = Throttle::default();
         let mut now = Instant::now();
         for _ in 0..FREE_GUESSES {
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stranger_behind_the_same_proxy_locks_nobody_out() {
+    fn wrong_tokens_of_one_client_behind_a_proxy_do_not_lock_out_other_clients() {
         let throttle = Throttle::default();
         let mut now = Instant::now();
         for _ in 0..=FREE_GUESSES {
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn many_clients_together_guess_no_more_often_and_lock_nobody_out() {
+    fn many_clients_guess_no_faster_together_and_lock_nobody_out() {
         let throttle = Throttle::default();
         let now = Instant::now();
         assert_eq!(throttle.check_token_at(client(7), true, now), Verdict::Right);
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn the_addresses_of_one_network_are_one_client() {
+    fn addresses_of_one_network_count_as_one_client() {
         let throttle = Throttle::default();
         let now = Instant::now();
         for host in 0..=FREE_GUESSES {

@@ -1,4 +1,4 @@
-//! A model's name covers all that decides its vectors.
+//! A model's name covers everything that determines its vectors.
 
 use std::fs;
 use std::path::Path;
@@ -33,7 +33,7 @@ fn replace(dir: &Path, file: &str, from: &str, to: &str) {
 }
 
 #[test]
-fn another_model_never_passes_for_the_one_that_was_indexed() {
+fn a_different_model_has_a_different_name() {
     let root = tempfile::tempdir().unwrap();
     let mut names = vec!["all-MiniLM-L6-v2/f32".to_owned()];
     let stock = root.path().join("stock");
@@ -83,7 +83,7 @@ fn another_model_never_passes_for_the_one_that_was_indexed() {
 }
 
 #[test]
-fn what_decides_nothing_changes_no_name() {
+fn files_that_do_not_affect_vectors_do_not_change_the_name() {
     let root = tempfile::tempdir().unwrap();
     copy(root.path());
     fs::write(root.path().join("README.md"), "nothing").unwrap();

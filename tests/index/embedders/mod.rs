@@ -1,4 +1,4 @@
-//! Embedders: what all keep, and servers that speak each of the protocols.
+//! Embedders: the common contract, and servers for each of the protocols.
 
 mod identity;
 mod servers;
@@ -64,7 +64,7 @@ impl EmbeddingServer {
         *self.failures.lock().unwrap() = statuses.to_vec();
     }
 
-    /// What is wrong with a request, if anything is.
+    /// The error of a request, if it has one.
     fn admit(
         &self,
         headers: &HeaderMap,
@@ -119,7 +119,7 @@ async fn openai(
         return refused;
     }
     let vectors = double.vectors(&texts).await;
-    // In no order.
+    // In arbitrary order.
     let data: Vec<Value> = vectors
         .iter()
         .enumerate()
@@ -192,7 +192,7 @@ fn cosine(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// What every embedder keeps.
+/// The contract of every embedder.
 async fn keeps_the_contract(embedder: &dyn Embedder) {
     assert_eq!(embedder.embed_texts(&[]).await.unwrap().len(), 0);
     let many: Vec<String> = (0..110).map(|n| format!("a thing that is number {n}")).collect();
@@ -239,7 +239,7 @@ async fn every_embedder_keeps_the_contract_and_makes_the_same_vectors() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_keep_to_the_limits_that_are_set_and_those_that_the_server_tells() {
+async fn requests_respect_the_configured_limits_and_those_of_the_server() {
     let double = Arc::new(EmbeddingServer::default());
     let url = double.start().await;
     let many: Vec<Arc<str>> = (0..70).map(|n| format!("text {n}").into()).collect();
@@ -259,7 +259,7 @@ async fn requests_keep_to_the_limits_that_are_set_and_those_that_the_server_tell
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn failures_are_classed_and_passing_ones_sat_out() {
+async fn failures_are_classified_and_temporary_ones_are_retried() {
     let double = Arc::new(EmbeddingServer::default());
     let url = double.start().await;
     let embedder = open("openai", &url, &[]).await.unwrap();
@@ -285,7 +285,7 @@ async fn failures_are_classed_and_passing_ones_sat_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_conventional_key_goes_to_its_own_provider_only() {
+async fn a_key_from_a_providers_own_variable_is_sent_to_that_provider_only() {
     let key = |kind: &str| {
         let set = settings(&[
             ("REFARCH_EMBEDDER_KIND", kind),
@@ -302,7 +302,7 @@ async fn a_conventional_key_goes_to_its_own_provider_only() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_is_kept_in_step_through_a_server_and_one_refused_text_stops_nobody() {
+async fn a_table_is_kept_in_step_through_a_server_despite_one_refused_text() {
     let double = Arc::new(EmbeddingServer::default());
     let url = double.start().await;
     let database = Database::create().await;
@@ -335,7 +335,7 @@ async fn a_table_is_kept_in_step_through_a_server_and_one_refused_text_stops_nob
     );
     let (_, letters) = run(&["redrive"]).await;
     assert!(letters.contains("1000") && letters.contains("one of the inputs"), "{letters}");
-    // Another model's vectors never pass for this one's.
+    // Vectors of another model are never taken for vectors of this model.
     let mut other = database.refarch();
     let output = other.args(["embed", "--until-idle"]).output().await.unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -1,4 +1,4 @@
-//! What servers answer when something is wrong, and what becomes of it.
+//! Errors of embedding servers, and how the embedder handles them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -14,7 +14,7 @@ use crate::common::{self, Database};
 
 const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// With the length of the vectors set, so that nobody needs to ask for it.
+/// With the dimensions set, so that no request is needed to find them.
 const SET: (&str, &str) = ("REFARCH_EMBEDDER_DIMENSIONS", "4");
 
 /// Tokens of a text, as a model without many words of other scripts counts them.
@@ -43,7 +43,7 @@ async fn one(embedder: &dyn Embedder) -> Result<(), Error> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_fails_once_is_asked_again_whatever_its_status() {
+async fn a_request_that_fails_once_is_retried_whatever_the_status() {
     let statuses = [
         301, 302, 303, 307, 308, 402, 408, 409, 418, 421, 423, 424, 425, 429, 499, 500, 501, 502, 503, 504,
         507, 520, 529,
@@ -67,7 +67,7 @@ async fn a_server_that_fails_once_is_asked_again_whatever_its_status() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_is_no_vectors_is_asked_for_again() {
+async fn a_request_is_retried_if_the_answer_holds_no_vectors() {
     let wrong =
         ["<html><title>Sign in</title></html>", r#"{"data":[{"index":0,"embedding":[1.0,"#, "", "[]", "null"];
     let server = ScriptedServer::start(move |asked, number| match wrong.get(number.wrapping_sub(1) / 2) {
@@ -90,7 +90,7 @@ async fn an_answer_that_is_no_vectors_is_asked_for_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redirect_is_told_and_not_followed_with_the_key() {
+async fn a_redirect_is_reported_and_the_key_does_not_follow_it() {
     let other = ScriptedServer::start(|asked, _| vectors(asked)).await;
     let to = format!("{}/elsewhere/embeddings?token=hidden", other.url);
     let server = ScriptedServer::start(move |_, _| with_header(307, "Location", &to)).await;
@@ -104,7 +104,7 @@ async fn a_redirect_is_told_and_not_followed_with_the_key() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_is_left_alone_for_as_long_as_it_asks() {
+async fn retries_wait_for_as_long_as_the_server_asks() {
     let then = SystemTime::now() + Duration::from_secs(125);
     let date = jiff::Timestamp::try_from(then).unwrap().strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
     for (value, least, most) in [
@@ -134,7 +134,7 @@ async fn a_server_is_left_alone_for_as_long_as_it_asks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_text_that_the_server_finds_too_long_is_cut_until_it_is_taken() {
+async fn a_text_that_is_too_long_for_the_server_is_cut_until_it_fits() {
     let server = strict(8_191).await;
     let embedder = open("openai", &server.url, &[]).await.unwrap();
     let emoji = "\u{1f600}".repeat(7_000);
@@ -159,7 +159,7 @@ async fn a_text_that_the_server_finds_too_long_is_cut_until_it_is_taken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_refused_text_among_many_costs_few_requests_and_a_server_that_refuses_all_fewer() {
+async fn one_refused_text_costs_few_requests_and_a_server_that_refuses_all_costs_fewer() {
     let long = |n: usize| -> Arc<str> { format!("{n} {}", "and so on, ".repeat(100)).into() };
     let many: Vec<Arc<str>> = (0..64).map(long).collect();
     let server =
@@ -181,7 +181,7 @@ async fn one_refused_text_among_many_costs_few_requests_and_a_server_that_refuse
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn long_rows_are_indexed_and_one_warning_tells_of_it() {
+async fn long_rows_are_cut_and_indexed_with_one_warning() {
     let server = strict(8_191).await;
     let database = Database::create().await;
     let run = async |args: &[&str]| {
@@ -209,7 +209,7 @@ async fn long_rows_are_indexed_and_one_warning_tells_of_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn path_and_query_of_the_address_are_kept() {
+async fn the_path_and_query_of_the_address_are_kept() {
     let server = ScriptedServer::start(|asked, _| vectors(asked)).await;
     for (kind, given, wanted) in [
         ("openai", "", "/v1/embeddings"),
@@ -250,7 +250,7 @@ async fn path_and_query_of_the_address_are_kept() {
 }
 
 #[test]
-fn an_address_that_cannot_be_used_is_refused_by_name_and_not_shown() {
+fn an_unusable_address_is_refused_by_its_setting_and_not_shown() {
     for (url, wanted) in [
         ("http://me:hidden@host/v1", "user"),
         ("http://hidden@host/v1", "user"),
@@ -272,7 +272,7 @@ fn an_address_that_cannot_be_used_is_refused_by_name_and_not_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_key_is_told_at_the_start_though_the_length_is_set() {
+async fn a_wrong_key_is_reported_at_the_start_even_if_the_dimensions_are_set() {
     let server =
         ScriptedServer::start(
             |asked, _| if asked.is_get { vectors(asked) } else { status(401, "no such key") },
@@ -293,7 +293,7 @@ async fn a_wrong_key_is_told_at_the_start_though_the_length_is_set() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_is_not_up_yet_is_waited_for() {
+async fn the_start_waits_for_a_server_that_is_not_up_yet() {
     let nowhere = format!("http://127.0.0.1:{}", common::free_port());
     let embedder = open("openai", &nowhere, &[SET]).await.unwrap();
     assert_eq!(one(&*embedder).await.unwrap_err().class(), Class::Retryable);
@@ -307,7 +307,7 @@ async fn a_server_that_is_not_up_yet_is_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_concerns_every_request_is_fatal_and_names_the_place_and_no_secret() {
+async fn an_error_of_every_request_is_fatal_and_names_the_address_and_no_secret() {
     for code in [401, 403, 404, 405, 410, 415] {
         let said = format!("wrong: {KEY}");
         let server = ScriptedServer::start(
@@ -327,13 +327,13 @@ async fn what_concerns_every_request_is_fatal_and_names_the_place_and_no_secret(
     assert!(error.message().contains("/v1/embeddings") && !error.message().contains("hidden"), "{error}");
 }
 
-/// How the server of the next test is.
+/// The state of the server in the next test.
 const WELL: u8 = 0;
 const AWAY: u8 = 1;
 const OF_ANOTHER_MODEL: u8 = 2;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_the_server_is_away_all_goes_on_but_embedding() {
+async fn while_the_server_is_down_only_embedding_stops() {
     // Nobody sets the length of the vectors, and in the second case not even the model's name.
     for (kind, name) in [("openai", "all-minilm"), ("tei", "")] {
         let mood = Arc::new(AtomicU8::new(WELL));

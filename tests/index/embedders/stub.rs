@@ -1,4 +1,4 @@
-//! A server that answers as a test says, and what it was asked.
+//! A server whose answers a test decides, and which records its requests.
 
 use std::sync::{Arc, Mutex};
 

@@ -1,4 +1,4 @@
-//! Writes that the index accepted in a time that the database has lost, and applies later.
+//! Writes that the index accepted before a restore and applies after it.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -22,7 +22,7 @@ const WENT_BACK: &str = "UPDATE refarch.lineage SET mark = mark - 1";
 const LONG: Duration = Duration::from_mins(3);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_late_write_of_the_lost_time_does_not_stay() {
+async fn a_late_write_from_before_a_restore_does_not_stay() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.impatient().filled().await;
     let shop = shop.with("REFARCH_INDEXER_SETTLE_MS", "16000");
@@ -45,7 +45,7 @@ async fn a_late_write_of_the_lost_time_does_not_stay() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stop_signal_ends_the_waiting_for_late_writes() {
+async fn a_stop_signal_ends_the_wait_for_late_writes() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.filled().await;
     let shop = shop.with("REFARCH_INDEXER_SETTLE_MS", "3600000");

@@ -156,7 +156,7 @@ fn index_of(double: &PineconeDouble, namespace: &str) -> Pinecone {
     Pinecone::new(options).unwrap()
 }
 
-/// Writes a record behind everybody's back.
+/// Writes a record directly, past the roles.
 pub async fn put(double: &PineconeDouble, namespace: &str, id: &str, values: &[f32], metadata: &Value) {
     let url = format!("{}/vectors/upsert", double.url());
     let body =
@@ -194,7 +194,7 @@ async fn two_databases_share_an_index_by_namespaces() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_ownership_record_of_an_older_version_is_taken_over() {
+async fn an_ownership_record_of_an_older_version_is_accepted() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "n1", "id,name").await.filled().await;
     let text: String =
@@ -210,14 +210,14 @@ async fn an_ownership_record_of_an_older_version_is_taken_over() {
     assert_eq!(ownership::compare(&postgres, generation, &index).await.unwrap(), Ownership::Owned);
     new.agrees().await;
     shop.agrees().await;
-    // An old note of ours says nothing of a namespace that holds nothing.
+    // An old ownership record of this database says nothing about an empty namespace.
     let elsewhere = index_of(&double, "n4");
     let (postgres, generation) = shop.postgres().await;
     assert_eq!(ownership::compare(&postgres, generation, &elsewhere).await.unwrap(), Ownership::NotOwned);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_namespace_is_refused_before_anything_is_taken_away() {
+async fn another_namespace_is_refused_before_anything_is_removed() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "n1", "id,name").await.filled().await;
     let records = double.snapshot("n1");
@@ -237,7 +237,7 @@ async fn another_namespace_is_refused_before_anything_is_taken_away() {
     assert_eq!((double.snapshot("n1"), double.snapshot("n3").len()), (records, 0));
     let shop = shop.with("PINECONE_NAMESPACE", "n1");
     shop.agrees().await;
-    // The same index under another address is no other place: its note tells.
+    // The same index under another address is the same place: its ownership record shows that.
     let tap = RecordingProxy::on(&double.url()).await;
     let shop = shop.with("REFARCH_INDEX_HOST", &tap.url);
     let (code, said) = shop.run(&["embed", "--until-idle"]).await;
@@ -273,7 +273,7 @@ async fn an_index_location_that_was_never_recorded_is_recorded_and_not_refused()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn columns_named_like_keys_of_ours_travel_as_they_are() {
+async fn columns_named_like_internal_keys_are_stored_unchanged() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,version,content_hash,metadata_hash").await.filled().await;
     let metadata = double.snapshot("")["2"].metadata.clone();
@@ -286,7 +286,7 @@ async fn columns_named_like_keys_of_ours_travel_as_they_are() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn records_of_an_older_version_are_understood() {
+async fn records_of_an_older_version_are_readable() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.filled().await;
     for (id, mut record) in double.snapshot("") {
@@ -309,7 +309,7 @@ async fn records_of_an_older_version_are_understood() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_metadata_column_more_is_sent_and_no_text_is_embedded() {
+async fn a_new_metadata_column_is_sent_without_embedding_again() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.filled().await;
     let vectors = double.snapshot("");
@@ -335,7 +335,7 @@ async fn a_metadata_column_more_is_sent_and_no_text_is_embedded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_is_restored_under_a_running_worker_is_noticed_at_the_next_ownership_check() {
+async fn a_restore_under_a_running_worker_is_noticed_at_the_next_ownership_check() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.filled().await;
     let (postgres, generation) = shop.postgres().await;
@@ -355,7 +355,7 @@ async fn a_database_that_is_restored_under_a_running_worker_is_noticed_at_the_ne
     shop.sql("UPDATE refarch.lineage SET mark = 2").await;
     ownership::renew(&postgres, generation, notes, Duration::ZERO).await.unwrap();
     assert_eq!(shop.distrusted().await, (3, 3), "the note said {seen:?}");
-    // Once, whoever of the fleet comes next, and without making vectors that the index holds.
+    // Only once, whichever worker is next, and without embedding texts whose vectors the index holds.
     let said = shop.sync_once().await;
     assert!(said.contains("applied=3 embedded=0"), "{said}");
     for _ in 0..2 {
@@ -369,7 +369,7 @@ async fn a_database_that_is_restored_under_a_running_worker_is_noticed_at_the_ne
 const TIMES: &str = "SELECT max(epoch) FROM refarch.ledger";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_lost_heartbeats_of_its_workers_is_noticed_once() {
+async fn a_restore_that_lost_heartbeats_is_noticed_once() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.impatient().filled().await;
     let mark = "SELECT mark FROM refarch.lineage";
@@ -408,7 +408,7 @@ async fn copied(shop: Shop) -> (Shop, Database) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restored_database_brings_the_index_back_to_what_it_says() {
+async fn after_a_restore_the_index_equals_the_restored_table() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let (shop, copy) = copied(Shop::new(&double, "", "id,name").await.impatient().filled().await).await;
     shop.sql(
@@ -433,7 +433,7 @@ async fn a_restored_database_brings_the_index_back_to_what_it_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_timeline_sends_every_row_again_and_embeds_nothing() {
+async fn a_new_timeline_sends_every_row_again_and_embeds_nothing() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.filled().await;
     let known = "SELECT count(*) FROM refarch.lineage \
@@ -478,7 +478,7 @@ async fn another_timeline_sends_every_row_again_and_embeds_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_two_databases_that_write_to_one_namespace_the_elder_stops() {
+async fn when_two_databases_write_to_one_namespace_the_first_one_stops() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let first = Shop::new(&double, "n1", "id,name").await.impatient().filled().await;
     let index = index_of(&double, "n1");
@@ -501,7 +501,7 @@ async fn of_two_databases_that_write_to_one_namespace_the_elder_stops() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn vectors_in_a_database_that_went_back_are_looked_at_and_not_made_again() {
+async fn after_a_restore_vectors_in_the_database_are_compared_and_not_made_again() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let shop = Shop::new(&double, "", "id,name").await.with("REFARCH_INDEX_KIND", "pgvector").filled().await;
     // A queue outside of the database has delivered and forgotten this change, which the restored copy had not
@@ -540,7 +540,7 @@ async fn vectors_in_a_database_that_went_back_are_looked_at_and_not_made_again()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_index_by_name_is_refused_before_it_is_made() {
+async fn a_different_index_name_is_refused_before_the_index_is_created() {
     let double = PineconeDouble::start(DIMENSIONS, 1).await.unwrap();
     let mut shop = Shop::new(&double, "", "id,name").await;
     let host = shop.env.remove("REFARCH_INDEX_HOST").unwrap();

@@ -3,7 +3,7 @@
 use super::{ServerBehaviour, TIMEOUT, UnreliableEmbedder, eventually, stop};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_a_policy_hides_are_one_fault_until_they_are_shown_again() {
+async fn rows_hidden_by_a_policy_are_one_fault_until_they_are_visible_again() {
     let moody = UnreliableEmbedder::start(ServerBehaviour::Well).await;
     let role = format!("role_{}", moody.database.name());
     moody.client.batch_execute(&format!("CREATE ROLE {role} LOGIN PASSWORD 'secret'")).await.unwrap();

@@ -29,7 +29,7 @@ async fn letters(remote: &Remote) -> Vec<Value> {
 const NINE: &str = "INSERT INTO item SELECT n, 'a chair of kind ' || n FROM generate_series(1, 9) n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_record_that_a_filter_before_the_index_refuses_does_not_hold_the_others() {
+async fn one_record_refused_by_a_proxy_does_not_hold_other_records() {
     let (remote, roles) = items().await;
     let client = remote.database.client().await;
     remote.double.forbid(|verb, namespace, id| verb == Verb::Upsert && namespace.is_empty() && id == "5");
@@ -41,7 +41,7 @@ async fn one_record_that_a_filter_before_the_index_refuses_does_not_hold_the_oth
     assert!(given_up[0]["error"].as_str().unwrap().contains("403"), "{given_up:?}");
     let held: Vec<String> = remote.double.snapshot("").into_keys().collect();
     assert_eq!(held, ["1", "2", "3", "4", "6", "7", "8", "9"], "and nothing that was tried beside them");
-    // Whoever may not be asked what it holds is told anew.
+    // A record that cannot be fetched is written again.
     remote.double.forbid(|verb, namespace, id| verb == Verb::Fetch && namespace.is_empty() && id == "7");
     client.batch_execute("UPDATE item SET note = 'new' WHERE id = 7").await.unwrap();
     remote.drained(9).await;

@@ -25,7 +25,7 @@ fn refused(dir: &Path, what: &str) -> String {
 }
 
 #[test]
-fn sizes_that_no_model_has_are_refused_before_memory_is_asked_for() {
+fn impossible_sizes_are_refused_before_memory_is_allocated() {
     for key in [
         "hidden_size",
         "num_hidden_layers",
@@ -51,7 +51,7 @@ fn sizes_that_no_model_has_are_refused_before_memory_is_asked_for() {
 }
 
 #[test]
-fn sizes_that_the_weights_do_not_have_are_refused_before_memory_is_asked_for() {
+fn sizes_that_differ_from_the_weights_are_refused_before_memory_is_allocated() {
     for (key, size) in [
         ("num_hidden_layers", 200),
         ("intermediate_size", 60_000),
@@ -70,7 +70,7 @@ fn sizes_that_the_weights_do_not_have_are_refused_before_memory_is_asked_for() {
 }
 
 #[test]
-fn numbers_that_make_no_vectors_are_refused() {
+fn unusable_numbers_in_the_configuration_are_refused() {
     for (file, key, value) in [
         ("config.json", "layer_norm_eps", json!(-1.0)),
         ("config.json", "layer_norm_eps", json!(1e300)),
@@ -88,14 +88,14 @@ fn numbers_that_make_no_vectors_are_refused() {
 }
 
 #[test]
-fn a_folder_that_names_no_length_has_one_all_the_same() {
+fn a_missing_max_seq_length_defaults_to_the_number_of_positions() {
     let dir = tiny();
     std::fs::write(dir.path().join("sentence_bert_config.json"), r#"{"max_seq_length":null}"#).unwrap();
     assert_eq!(load(dir.path()).unwrap().description().max_tokens, TINY.positions);
 }
 
 #[test]
-fn a_weights_file_that_is_cut_or_padded_is_refused() {
+fn a_truncated_or_padded_weights_file_is_refused() {
     let dir = tiny();
     let file = dir.path().join(WEIGHTS);
     let whole = std::fs::read(&file).unwrap();
@@ -109,7 +109,7 @@ fn a_weights_file_that_is_cut_or_padded_is_refused() {
 }
 
 #[test]
-fn a_header_that_promises_what_is_not_there_is_refused() {
+fn a_header_that_does_not_match_the_file_is_refused() {
     let dir = tiny();
     let file = dir.path().join(WEIGHTS);
     let whole = std::fs::read(&file).unwrap();
@@ -157,7 +157,7 @@ fn a_header_that_promises_what_is_not_there_is_refused() {
 }
 
 #[test]
-fn a_weights_file_that_is_cut_or_changed_after_it_was_loaded_does_nothing() {
+fn a_loaded_model_does_not_change_with_its_weights_file() {
     let dir = tiny();
     let encoder = load(dir.path()).unwrap();
     let sequences = sequences(TINY, &[1, 30, 80], 3);

@@ -117,7 +117,7 @@ fn every_kernel_computes_a_bert_of_any_shape() {
 }
 
 #[test]
-fn a_vector_is_the_same_to_the_bit_in_any_company() {
+fn a_vector_has_the_same_bits_in_any_batch() {
     for (number, shape) in [SHAPES[0], SHAPES[2], SHAPES[5]].into_iter().enumerate() {
         let dir = tempfile::tempdir().unwrap();
         Reference::write(shape, number as u64, dir.path());
@@ -203,7 +203,7 @@ fn the_real_model_gives_the_vectors_that_candle_gives() {
 }
 
 #[test]
-fn workers_share_a_model_and_pairs_come_and_go() {
+fn one_and_two_threaded_contexts_share_a_model_across_threads() {
     let dir = tempfile::tempdir().unwrap();
     Reference::write(TINY, 1, dir.path());
     let sequences = sequences(TINY, &[3, 20, 80, 1, 9], 1);
@@ -227,7 +227,7 @@ fn workers_share_a_model_and_pairs_come_and_go() {
 }
 
 #[test]
-fn too_long_empty_and_unknown_sequences() {
+fn too_long_sequences_are_cut_empty_ones_are_zero_and_unknown_tokens_refused() {
     let dir = tempfile::tempdir().unwrap();
     Reference::write(TINY, 1, dir.path());
     let encoder = Encoder::load(dir.path(), KernelKind::Portable).unwrap();

@@ -242,7 +242,7 @@ fn put(number: f32, dtype: Dtype, bytes: &mut Vec<u8>) -> f64 {
 }
 
 #[test]
-fn the_error_function_is_right() {
+fn the_error_function_matches_known_values() {
     for (x, y) in [
         (0.0, 0.0),
         (0.5, 0.520_499_877_813_046_5),
