@@ -417,9 +417,10 @@ fn converges(name: &str, kind: IndexKind, poison: Poison) {
         println!("  {count:>10}  {what}");
     }
     for (seed, divergence) in found.iter().take(20) {
-        println!("  schedule {seed}: {divergence}");
+        println!("  schedule {}: {divergence}", first + seed);
     }
-    if let Some((seed, divergence)) = found.first() {
+    if let Some((at, divergence)) = found.first() {
+        let seed = first + at;
         // One thread alone runs all tests, and is not named for one.
         let thread = std::thread::current();
         let test = thread.name().filter(|name| *name != "main").unwrap_or_default();

@@ -277,8 +277,11 @@ impl World {
             attempts: self.attempts,
         } = backup;
         self.worker_locks.clear();
-        let settle =
-            if self.is_mutated(ProtocolMutation::RestoreWithoutSettling) { Duration::ZERO } else { SETTLE };
+        let settle = if self.is_mutated(ProtocolMutation::RestoreWithoutSettling) {
+            Duration::ZERO
+        } else {
+            LEASE + SETTLE
+        };
         self.distrust_at = Some(self.clock.now() + settle);
         self.count("database restored");
     }
