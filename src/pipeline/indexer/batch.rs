@@ -1,17 +1,31 @@
 //! A batch of messages, from received to acknowledged: what of it remains, and in which groups that is tried.
 //!
-//! Plain data. [`groups`](super::groups) works it off, and [`poison`] keeps in it how often
-//! its changes were tried.
+//! Plain data. [`groups`](super::groups) works it off, and [`poison`](super::poison) keeps in it
+//! how often its changes were tried.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::StepOutcome;
-use super::poison::{self, Tries};
+use super::tries::{Tries, is_redelivered};
 use crate::pipeline::change::{Group, Job};
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::queue::{Message, Receipt};
 use crate::pipeline::source_row::Hash;
+
+/// What a batch came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepOutcome {
+    /// Distinct ids in the messages.
+    pub changes: u64,
+    /// Ids that were written or deleted in the index.
+    pub applied: u64,
+    /// Distinct texts that went through the model.
+    pub embedded: u64,
+    /// Groups that had to be done again because a row or an entry changed meanwhile.
+    pub conflicts: u64,
+    /// Changes given up.
+    pub dead_lettered: u64,
+}
 
 /// A change as the messages tell it.
 #[derive(Clone, Copy, Debug)]
@@ -63,7 +77,7 @@ impl Batch {
             if job.source != source {
                 continue;
             }
-            if poison::is_redelivered(message) {
+            if is_redelivered(message) {
                 redelivered.extend(ids(job).cloned());
             }
             let oldest_us = job.oldest.as_microsecond();

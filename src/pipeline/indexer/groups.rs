@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use super::Indexer;
 use super::batch::Batch;
+use super::group_failure::Failure;
 use super::poison::Admitted;
-use super::writer::{Failure, Written};
+use super::writer::Written;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use super::writer::Failure;
+use super::group_failure::Failure;
 use crate::pipeline::fault::{self, FaultBoard};
 
 /// What has gone through in this process, and what has not.

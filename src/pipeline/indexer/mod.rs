@@ -13,6 +13,7 @@
 
 mod batch;
 mod freshness;
+mod group_failure;
 mod groups;
 mod health;
 mod misdirected;
@@ -24,12 +25,14 @@ mod spawn;
 mod throughput;
 mod tracked;
 mod transactional;
+mod tries;
 mod visibility;
 mod writer;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use batch::StepOutcome;
 pub use receiver::Receiver;
 pub use spawn::{Spawn, Task, TokioTasks};
 
@@ -70,21 +73,6 @@ pub struct IndexerOptions {
     pub settle: Duration,
     /// How often an index whose queries are behind is asked how far they are.
     pub freshness_poll: Duration,
-}
-
-/// What a batch came to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StepOutcome {
-    /// Distinct ids in the messages.
-    pub changes: u64,
-    /// Ids that were written or deleted in the index.
-    pub applied: u64,
-    /// Distinct texts that went through the model.
-    pub embedded: u64,
-    /// Groups that had to be done again because a row or an entry changed meanwhile.
-    pub conflicts: u64,
-    /// Changes given up.
-    pub dead_lettered: u64,
 }
 
 /// Applies jobs to an index.

@@ -28,21 +28,19 @@
 //!
 //! The counts are the ledger's, so that redone work is included.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::batch::{Batch, ids};
+use super::group_failure::Failure;
 use super::health::Health;
-use super::writer::{Failure, Writer};
+use super::writer::Writer;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::queue::{DeadLetterCause, DeadLetters, Message, Reason};
-
-/// From this receive on, a message is worked change by change.
-const ONE_BY_ONE_FROM: u32 = 3;
 
 /// A change that failed by itself this often is dead-lettered.
 const MAX_TRIES: u32 = 4;
@@ -62,39 +60,6 @@ const CANARIES: u32 = 3;
 
 /// The same for each refusal: a change is only to blame at its second one.
 const CANARIES_PER_REFUSAL: u32 = 1;
-
-/// Whether a message came so often that its changes are tried one by one.
-pub(super) fn is_redelivered(message: &Message) -> bool {
-    message.receive_count >= ONE_BY_ONE_FROM
-}
-
-/// How the changes of a batch fared that may be poison.
-#[derive(Debug, Default)]
-pub(super) struct Tries {
-    /// Ids of messages that came too often.
-    redelivered: HashSet<String>,
-    /// Ids that failed by themselves, and how often that was counted here.
-    failed_alone: HashMap<String, u32>,
-    /// Ids that were refused for good, while a canary went through.
-    refused: HashSet<String>,
-    /// Ids whose next try may stand in the count already.
-    counted: HashSet<String>,
-    /// The id whose try stands in the count and has not ended.
-    in_try: Option<String>,
-}
-
-impl Tries {
-    /// Of a batch in which these ids were redelivered and nothing was tried yet.
-    pub(super) fn new(redelivered: HashSet<String>) -> Self {
-        Self { redelivered, ..Self::default() }
-    }
-
-    /// The id of a group whose tries are counted: it is alone, and failed alone before or came too often.
-    fn counts<'a>(&self, group: &'a [String]) -> Option<&'a String> {
-        let [id] = group else { return None };
-        (self.redelivered.contains(id) || self.failed_alone.contains_key(id)).then_some(id)
-    }
-}
 
 /// How a group may be tried.
 pub(super) enum Admitted<'a> {

@@ -40,8 +40,9 @@
 use std::collections::HashMap;
 
 use super::batch::{Batch, Texts};
+use super::group_failure::Failure;
 use super::open_writes::Closing;
-use super::writer::{Failure, Writer, Written};
+use super::writer::{Writer, Written};
 use crate::pipeline::change::Lane;
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};

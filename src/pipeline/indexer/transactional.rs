@@ -12,7 +12,8 @@
 use std::collections::HashSet;
 
 use super::batch::{Batch, Texts, Vectors};
-use super::writer::{Failure, Writer, Written};
+use super::group_failure::Failure;
+use super::writer::{Writer, Written};
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::{Desired, Planned, TransactionalWrite};

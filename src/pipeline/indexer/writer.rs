@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use super::batch::{Batch, Texts};
 use super::freshness::FreshnessTracker;
+use super::group_failure::Failure;
 use super::health::Health;
 use super::open_writes::OpenWrites;
 use crate::pipeline::change::Lane;
@@ -49,26 +50,6 @@ pub(super) struct Written {
     pub(super) applied: u64,
     /// Those of them whose entry is clean now.
     pub(super) settled: u64,
-}
-
-/// Why nothing more of a group could be written.
-#[derive(Debug)]
-pub(super) struct Failure {
-    pub(super) error: Error,
-    /// Whether texts were what failed.
-    pub(super) at_embedder: bool,
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self { error, at_embedder: false }
-    }
-}
-
-impl Failure {
-    fn at_embedder(error: Error) -> Self {
-        Self { error, at_embedder: true }
-    }
 }
 
 /// What a writer is made of.
