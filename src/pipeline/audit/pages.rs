@@ -8,8 +8,10 @@ use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::ledger::{Ledger, Peeked};
 use crate::pipeline::source_row::SourceRow;
 
-/// Rows of a page at most, and of the first one.
-const PAGE: usize = super::PAGE;
+/// Rows of a page at most.
+pub(super) const PAGE: usize = 500;
+
+/// Rows of the first page.
 const FIRST: usize = 10;
 
 /// Bytes of a page's texts and metadata, if its rows are like those before them.

@@ -20,9 +20,9 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::DifferenceKind;
 use super::pages;
 use super::recheck::{DeadLetterIds, ProofContext, Recheck, Suspect};
+use super::report::DifferenceKind;
 use super::round::{ProofOptions, Round, RoundStore, SavedProgress, Walk};
 use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;

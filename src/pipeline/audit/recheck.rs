@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::pages;
-use super::{Difference, DifferenceKind, PAGE, RECHECK_PAUSE};
+use super::pages::{self, PAGE};
+use super::report::{Difference, DifferenceKind};
 use crate::pipeline::clock::Clock;
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::{Stored, VectorIndex, Writes};
@@ -14,6 +14,9 @@ use crate::pipeline::ledger::{Ledger, Peeked};
 use crate::pipeline::queue::QueueStats;
 use crate::pipeline::source_row::{Hash, SourceRow};
 use crate::pipeline::unchanged::{Need, needed};
+
+/// How often suspects are looked at again.
+pub(super) const RECHECK_PAUSE: Duration = Duration::from_millis(250);
 
 /// An index outside of the database may show a write a little later than it accepts it: a difference
 /// to a clean entry must last this long.
