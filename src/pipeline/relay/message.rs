@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use jiff::Timestamp;
 
-use super::RelayOptions;
 use super::lane::choose_lane;
+use super::options::RelayOptions;
 use crate::pipeline::change::{Group, JOB_VERSION, Job, Lane};
 use crate::pipeline::outbox::OutboxRow;
 
@@ -95,7 +95,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::tests::{options, row};
+    use super::super::test_rows::{options, row};
     use super::*;
 
     #[test]

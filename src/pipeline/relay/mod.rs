@@ -6,6 +6,9 @@
 
 mod lane;
 mod message;
+mod options;
+#[cfg(test)]
+mod test_rows;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +24,8 @@ use super::queue::QueueStats;
 use super::retry::Backoff;
 use message::build_jobs;
 
+pub use options::RelayOptions;
+
 /// Small outbox rows in one claim: an outbox calls rows of at most 100 ids small, so some 10 MB at worst.
 const SMALL_ROWS: usize = 2_000;
 
@@ -32,21 +37,6 @@ const BACKLOG_AGE: Duration = Duration::from_secs(1);
 
 /// The same while none come: what was counted can only have become less, and a count may cost a call.
 const IDLE_BACKLOG_AGE: Duration = Duration::from_mins(1);
-
-/// What the relay needs of the settings.
-#[derive(Clone, Debug)]
-pub struct RelayOptions {
-    /// The source's name, for messages.
-    pub source: String,
-    /// Changes in one message at most.
-    pub changes_per_message: usize,
-    /// A transaction with more changes is bulk.
-    pub bulk_threshold: u64,
-    /// While more changes wait in the live lane, further ones are bulk.
-    pub live_bound: u64,
-    /// How often the outbox is looked at when no wake-up comes.
-    pub poll: Duration,
-}
 
 /// Moves changes of one source from its outbox to the queue. Owned by the one task that steps it.
 pub struct Relay {
@@ -181,33 +171,5 @@ impl Relay {
             self.counted_at = Some(self.clock.now());
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::pipeline::change::Op;
-    use crate::pipeline::outbox::OutboxRow;
-
-    pub(super) fn options(changes_per_message: usize) -> RelayOptions {
-        RelayOptions {
-            source: "products".into(),
-            changes_per_message,
-            bulk_threshold: 10,
-            live_bound: 1000,
-            poll: Duration::from_millis(100),
-        }
-    }
-
-    pub(super) fn row(seq: i64, ids: &[&str], xid_changes: u64) -> OutboxRow {
-        OutboxRow {
-            seq,
-            op: Op::Upsert,
-            ids: ids.iter().map(|id| (*id).into()).collect(),
-            xid: 7,
-            changed_at_us: 1_700_000_000_000_000 + seq * 1_000,
-            xid_changes,
-        }
     }
 }
