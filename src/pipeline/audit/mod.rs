@@ -1,17 +1,17 @@
 //! The audit: source, ledger and index compared row by row, while writes go on.
 //!
-//! Two walks with bounded memory: over the source by its key, asking the index for each page's ids,
-//! and over the index's ids, asking the source for theirs. What differs is a suspect, not yet a
-//! difference: a change may be on its way. A suspect is looked at again until it agrees, or until its
-//! difference is sure:
+//! Two walks with bounded memory: over the rows of the source by key, with a fetch of each page's ids from
+//! the index, and over the ids of the index, with a read of their rows. An id that differs is a suspect, not
+//! yet a difference: its change may be under way. A suspect is compared again until it agrees, or until its
+//! difference is certain:
 //!
-//! - no attempt is open on it, and row and entry stay as they are around the look at the index;
-//! - and either the ledger calls the entry clean and equal to the row, so that nobody will ever do
-//!   anything about it; or nothing that was captured before the suspect was seen like this is left in
-//!   outbox and queue. (What an overlap or a sweep puts back is captured in the transaction that
-//!   makes the entry look like this, so it is covered.)
+//! - no attempt is open on the id, and row and entry do not change around the fetch from the index;
+//! - and one of two holds. Either the entry is clean and equal to the row, so that no worker will ever repair
+//!   the difference. Or outbox and queue hold no change that was captured before the suspect was seen in this
+//!   state. (Ids that an overlap or a sweep puts back are captured in the transaction that gives the entry
+//!   this state.)
 //!
-//! What is not sure in time is undecided.
+//! A suspect that is not certain in time is undecided.
 
 mod pages;
 mod prover;

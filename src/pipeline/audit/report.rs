@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// Differences that are named in the report.
+/// Most differences that are named in the report.
 pub(super) const MAX_EXAMPLES: usize = 20;
 
 /// How an index can differ from its table.
@@ -17,9 +17,9 @@ pub enum DifferenceKind {
     Stale,
     /// There is a record, and no row with a text.
     Orphaned,
-    /// The index is as it should be, and the ledger does not say so.
+    /// The index is right, but the ledger does not say so.
     Unsettled,
-    /// The row cannot be read, so that nobody can tell.
+    /// The row cannot be read, so it cannot be compared.
     Unreadable,
 }
 
@@ -38,7 +38,7 @@ pub struct Difference {
     pub kind: DifferenceKind,
 }
 
-/// What an audit found. All counts are ids.
+/// The result of an audit. All counts are ids.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     /// Rows of the source.
@@ -53,15 +53,15 @@ pub struct Report {
     pub orphaned: u64,
     /// Ids that differ and could not be settled in time.
     pub undecided: u64,
-    /// Rows that cannot be read, so that nobody can tell.
+    /// Rows that cannot be read, so they cannot be compared.
     pub unreadable: u64,
     /// Rows whose text was embedded anew.
     pub sampled: u64,
-    /// Those whose vector the index has otherwise.
+    /// Sampled rows whose vector differs in the index.
     pub vector_mismatch: u64,
-    /// Rows whose text was to be embedded anew and could not be, so that nobody can tell.
+    /// Rows of the sample whose text could not be embedded again.
     pub unsampled: u64,
-    /// Why it could not be.
+    /// The error of the embedder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unsampled_error: Option<String>,
     /// Ids that were queued to be done again.
@@ -71,7 +71,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Ids that surely differ.
+    /// Ids that certainly differ.
     #[must_use]
     pub fn differences(&self) -> u64 {
         self.missing + self.stale + self.orphaned + self.vector_mismatch
@@ -93,7 +93,7 @@ impl Report {
 }
 
 impl fmt::Display for Report {
-    /// A count a line, for people, and then some of what differs.
+    /// One count per line, for people, and then some of the differences.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let counts = [
             ("rows", self.rows),

@@ -21,8 +21,8 @@ pub(super) struct Sample {
     embedding: Embedding,
 }
 
-/// Keeps each row with the same chance (Vitter's algorithm R). `wanted` is the size of the sample, and `seen` the
-/// number of rows so far, this row included.
+/// Keeps each row with the same chance (Vitter's algorithm R). `wanted` is the size of the sample, and `seen`
+/// the number of rows so far, this row included.
 pub(super) fn choose(
     sample: &mut Vec<Sample>,
     wanted: usize,
@@ -43,8 +43,8 @@ pub(super) fn choose(
     }
 }
 
-/// Embeds the sample again. Counts and returns the ids whose vector differs from the index's. If the embedder fails,
-/// the report says so, and the other results of the audit stay.
+/// Embeds the sample again. Counts and returns the ids whose vector differs from the index's. If the embedder
+/// fails, the report says so, and the other results of the audit stay.
 pub(super) async fn compare(sample: &[Sample], embedder: &dyn Embedder, report: &mut Report) -> Vec<String> {
     let mut differ = Vec::new();
     for part in sample.chunks(32) {

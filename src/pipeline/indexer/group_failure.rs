@@ -2,11 +2,11 @@
 
 use crate::pipeline::failure::Error;
 
-/// Why nothing more of a group could be written.
+/// The reason why the rest of a group could not be written.
 #[derive(Debug)]
 pub(super) struct Failure {
     pub(super) error: Error,
-    /// Whether texts were what failed.
+    /// Whether the embedder failed.
     pub(super) at_embedder: bool,
 }
 

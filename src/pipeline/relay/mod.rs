@@ -1,7 +1,7 @@
 //! The relay: committed changes from the outbox to the queue.
 //!
-//! The step claims outbox rows, chooses a lane for each ([`lane`]), packs them into messages in which each
-//! id stands once ([`message`]), and hands these to the queue. A crash anywhere repeats changes and loses
+//! The step claims outbox rows, chooses a lane for each ([`lane`]), packs them into messages with each id
+//! once ([`message`]), and sends the messages to the queue. A crash anywhere repeats changes and loses
 //! none, since a row leaves the outbox only with or after its message.
 
 mod lane;
@@ -35,7 +35,7 @@ const LARGE_ROWS: usize = 200;
 /// How long a count of the backlog is believed while changes come.
 const BACKLOG_AGE: Duration = Duration::from_secs(1);
 
-/// The same while none come: what was counted can only have become less, and a count may cost a call.
+/// The same while no changes come: the backlog can only shrink, and a count may cost a paid call.
 const IDLE_BACKLOG_AGE: Duration = Duration::from_mins(1);
 
 /// Moves changes of one source from its outbox to the queue. Owned by the one task that steps it.
@@ -57,7 +57,7 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// A relay that empties an outbox, and asks how full the queue is that this sends to.
+    /// A relay that moves changes from an outbox to its queue. `queue` reports the backlog of that queue.
     #[must_use]
     pub fn new(
         outbox: Box<dyn Outbox>,
@@ -78,7 +78,7 @@ impl Relay {
         }
     }
 
-    /// The same, telling a board when nothing can be queued.
+    /// The same relay, which reports to a board when nothing can be queued.
     #[must_use]
     pub fn reporting(self, faults: Arc<FaultBoard>) -> Self {
         Self { faults, ..self }
@@ -144,7 +144,7 @@ impl Relay {
                 Err(error) => {
                     let pause = backoff.next(&*self.clock);
                     let retry_in_ms = pause.as_millis() as u64;
-                    // Told once, and shown for as long as it lasts.
+                    // Logged once, and shown as a fault for as long as it lasts.
                     if backoff.failures() == 1 {
                         tracing::warn!(%error, class = %error.class(), retry_in_ms, "cannot queue changes: trying again until it works");
                     } else {

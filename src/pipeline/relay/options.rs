@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// What the relay needs of the settings.
+/// The options of the relay.
 #[derive(Clone, Debug)]
 pub struct RelayOptions {
     /// The source's name, for messages.
@@ -13,6 +13,6 @@ pub struct RelayOptions {
     pub bulk_threshold: u64,
     /// While more changes wait in the live lane, further ones are bulk.
     pub live_bound: u64,
-    /// How often the outbox is looked at when no wake-up comes.
+    /// How often the outbox is polled when no wake-up comes.
     pub poll: Duration,
 }
