@@ -1,34 +1,17 @@
 //! The command line: types only.
 
+mod chaos;
+mod help;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::Override;
+use help::{AFTER_HELP, MIGRATE_HELP, REDRIVE_HELP, VERIFY_HELP};
 
-const AFTER_HELP: &str = "\
-Without a database setting, every role uses a private PostgreSQL under .refarch/ (see scripts/setup).
-With DATABASE_URL, or POSTGRES_DB_HOST, _PORT, _NAME, _USER and _PASSWORD, every role uses that database.
-
-Start here:
-  refarch up                   run every role on this machine, with 10,000 generated products
-  refarch status --watch       show what is pending, in flight and in sync
-  refarch config               print every setting and its value
-
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 forced by a second stop signal.";
-
-const AFTER_REDRIVE_HELP: &str = "\
-A dead letter is a change (or a message) that refarch gave up, stored with the reason. Repair the
-cause first. Otherwise the change fails again and becomes a dead letter again.
-
-  refarch redrive                    list the dead letters with their reasons, newest last
-  refarch redrive --all --dry-run    show how many dead letters would be queued again
-  refarch redrive --all              queue all present dead letters again
-  refarch redrive --id 7 --id 9      queue only these two again
-
-refarch embed or refarch up then applies the changes. Queueing a change twice is safe: the row is
-read again. If an --id does not exist, the other dead letters are queued, and the exit code is 1.";
+pub use chaos::{Chaos, ChaosEmbedder, ChaosFault, ChaosIndex, ChaosQueue};
 
 /// Keeps a semantic search index in sync with a PostgreSQL table, and proves it row by row.
 #[derive(Debug, Parser)]
@@ -163,24 +146,6 @@ pub struct Generate {
     pub load: bool,
 }
 
-const MIGRATE_HELP: &str = "\
-Safe to repeat, and safe on a table in use. Migrate changes only what is not up to date. No writer waits
-longer than one or two seconds. Migrate queues existing rows at the end, in many short steps.
-Migrate also converts a database of Pinecone's reference architecture: one transaction removes the old
-triggers from the table and adds the triggers of refarch. Then every row is queued once.
-
-  refarch migrate --dry-run            print what migrate would do
-  refarch migrate                      do it
-  refarch migrate --rebuild            also replace the index if the settings ask for another one:
-                                       the old index is removed, and every row is indexed again
-  refarch migrate --roles listen=a,embed=b,serve=c,verify=d
-                                       grant database roles the rights that they need, and no more;
-                                       add edit=c if the web page may change rows
-  refarch migrate --uninstall          print what uninstall would remove
-  refarch migrate --uninstall --yes    remove it; the table and its rows stay
-
-Exit codes: 0 done (or nothing to do), 1 failed, 2 not uninstalled because --yes was missing.";
-
 /// `refarch migrate`
 #[derive(Debug, Args)]
 #[command(after_help = MIGRATE_HELP)]
@@ -220,126 +185,6 @@ pub struct Status {
     pub watch: bool,
 }
 
-const CHAOS_HELP: &str = "\
-Runs on a private database, which is removed afterwards. Your own data is not touched. Chaos kills,
-freezes and restarts the roles, restarts the database and cuts connections. It duplicates, delays and
-reorders messages. It makes the index fail and return wrong answers. Meanwhile a writer inserts, updates,
-deletes and truncates. Then the faults and the writes stop, and every row and record is compared.
-
-Exit codes: 0 nothing is missing, stale or orphaned, 1 something is, 2 could not tell.";
-
-/// `refarch chaos`
-#[derive(Debug, Args)]
-#[command(after_help = CHAOS_HELP)]
-pub struct Chaos {
-    /// Number of products in the table at the start
-    #[arg(long, value_name = "N", default_value_t = 2_000)]
-    pub products: u64,
-    /// Duration of the faults, in minutes
-    #[arg(long, value_name = "M", default_value_t = 2.0, value_parser = minutes)]
-    pub minutes: f64,
-    /// Random seed; the same seed gives the same schedule of faults
-    #[arg(long, value_name = "S", default_value_t = 1)]
-    pub seed: u64,
-    /// Vector index to write to
-    #[arg(long, value_enum, value_name = "KIND", default_value = "pinecone")]
-    pub index: ChaosIndex,
-    /// Queue between listen and embed
-    #[arg(long, value_enum, value_name = "KIND", default_value = "pgmq")]
-    pub queue: ChaosQueue,
-    /// Embedder that turns text into vectors
-    #[arg(long, value_enum, value_name = "KIND", default_value = "minilm")]
-    pub embedder: ChaosEmbedder,
-    /// Only these kinds of faults, separated by commas [default: all]
-    #[arg(long, value_enum, value_name = "KINDS", value_delimiter = ',')]
-    pub faults: Vec<ChaosFault>,
-    /// Run without the continuous proof
-    // The continuous proof repairs nearly every mistake before the comparison. Without the proof, a lost
-    // message stays lost, which shows that the drill notices the loss.
-    #[arg(long, hide = true)]
-    pub no_proof: bool,
-    /// Print one JSON object
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// Vector indexes for `refarch chaos`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ChaosIndex {
-    /// Test double of Pinecone in this process, which fails, answers late and answers wrongly
-    Pinecone,
-    /// pgvector, in the private database
-    Pgvector,
-}
-
-/// Embedders for `refarch chaos`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ChaosEmbedder {
-    /// The model on this machine
-    Minilm,
-    /// Test double of an embedding server in this process, with meaningless vectors; can refuse every text
-    Double,
-}
-
-/// Faults that `refarch chaos` injects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ChaosFault {
-    /// Kill processes
-    Kill,
-    /// Freeze processes for a while
-    Freeze,
-    /// Crash or restart the database
-    Restart,
-    /// Cut connections to the database
-    Cut,
-    /// Queue messages twice
-    Duplicate,
-    /// Delay messages
-    Delay,
-    /// Make messages visible while a worker holds them
-    Hurry,
-    /// Make the index fail more often than usual
-    Storm,
-    /// Truncate the table
-    Truncate,
-    /// Add a column to the table and to the metadata
-    Metadata,
-    /// Rename the embedded column for a while
-    Rename,
-    /// Widen the type of the key
-    Widen,
-    /// Swap the table for a copy
-    Swap,
-    /// Disable the triggers for a while
-    Disable,
-    /// Restore the database to an earlier state (only if the index is outside the database)
-    Restore,
-    /// Hide rows from refarch with a row security policy for a while
-    RowSecurity,
-    /// Run `refarch migrate`
-    Migrate,
-    /// Give half of the processes other settings for a while
-    Configurations,
-    /// Purge the queue (only sqs)
-    Purge,
-    /// Make the embedder refuse every text for a while (only the embedder double)
-    Refuse,
-}
-
-/// Queues for `refarch chaos`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ChaosQueue {
-    /// pgmq, in the private database
-    Pgmq,
-    /// Test double of SQS in this process, which fails, answers wrongly and delivers twice
-    Sqs,
-}
-
-const VERIFY_HELP: &str = "\
-Safe while writes go on: rows that differ are compared again until their changes are applied.
-
-Exit codes: 0 index and table agree, 1 they differ (even if repaired), 2 could not tell.";
-
 /// `refarch verify`
 #[derive(Debug, Args)]
 #[command(after_help = VERIFY_HELP)]
@@ -360,7 +205,7 @@ pub struct Verify {
 
 /// `refarch redrive`
 #[derive(Debug, Args)]
-#[command(after_help = AFTER_REDRIVE_HELP, group(ArgGroup::new("letters").args(["id", "all"])))]
+#[command(after_help = REDRIVE_HELP, group(ArgGroup::new("letters").args(["id", "all"])))]
 pub struct Redrive {
     /// Queue the dead letter with this id again; can be repeated
     #[arg(long, value_name = "ID")]
@@ -389,13 +234,6 @@ fn grant(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((part, name)) if parts.contains(&part) && !name.is_empty() => Ok((part.into(), name.into())),
         _ => Err(format!("use ROLE=NAME, where ROLE is one of {}", parts.join(", "))),
-    }
-}
-
-fn minutes(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(minutes) if (0.05..=10_000.0).contains(&minutes) => Ok(minutes),
-        _ => Err("use a number of minutes from 0.05 to 10000".into()),
     }
 }
 

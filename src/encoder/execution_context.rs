@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use super::batch::Batch;
 use super::forward_pass::{self, ForwardPass, SharedBuffers, SharedPointers, ThreadBuffers};
 use super::kernel::{Float, Kernel};
 use super::thread_team::ThreadTeam;
@@ -12,38 +13,6 @@ use super::weights::Weights;
 /// Tokens in a pass. With fewer tokens, reading the weights takes longer than multiplying by them. With more
 /// tokens, the data between the stages no longer fits the cache.
 const MAX_BATCH_TOKENS: usize = 320;
-
-/// Sequences packed end to end.
-pub(super) struct Batch {
-    /// Token ids.
-    pub(super) ids: Vec<u32>,
-    /// Position of each token in its sequence.
-    pub(super) positions: Vec<u32>,
-    /// Start of each sequence, and the end of the last sequence.
-    pub(super) starts: Vec<usize>,
-}
-
-impl Batch {
-    fn new() -> Self {
-        Self { ids: Vec::new(), positions: Vec::new(), starts: vec![0] }
-    }
-
-    fn push(&mut self, sequence: &[u32]) {
-        self.ids.extend_from_slice(sequence);
-        self.positions.extend(0..sequence.len() as u32);
-        self.starts.push(self.ids.len());
-    }
-
-    fn clear(&mut self) {
-        self.ids.clear();
-        self.positions.clear();
-        self.starts.truncate(1);
-    }
-
-    fn sequences(&self) -> usize {
-        self.starts.len() - 1
-    }
-}
 
 /// A model laid out for a kernel.
 pub(super) trait PackedModel: Send + Sync {

@@ -2,8 +2,8 @@
 
 use super::aligned_buffer::Buffer;
 use super::attention::{self, Sequence};
+use super::batch::Batch;
 use super::dense_layer::{GeluEpilogue, StoreEpilogue};
-use super::execution_context::Batch;
 use super::kernel::{Float, Kernel, Quantization, SLACK, WithSimd};
 use super::model_config::Pooling;
 use super::simd::{Element, Simd};

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::Error;
+use super::error::Error;
 #[cfg(target_arch = "x86_64")]
 use super::kernel::amx;
 

@@ -16,7 +16,9 @@
 
 mod aligned_buffer;
 mod attention;
+mod batch;
 mod dense_layer;
+mod error;
 mod execution_context;
 mod forward_pass;
 mod kernel;
@@ -28,9 +30,10 @@ mod simd;
 mod thread_team;
 mod weights;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
+pub use error::Error;
 pub use execution_context::ExecutionContext;
 use execution_context::PackedModel;
 use kernel::{Float, Kernel, portable};
@@ -40,44 +43,6 @@ pub use kernel_selection::{InstructionSet, KernelKind, Precision};
 pub use model_config::{BertConfig, Description, Pooling, file};
 use safetensors_file::SafetensorsFile;
 use weights::Weights;
-
-/// Reason why a model cannot be loaded.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A file of the model folder does not exist.
-    #[error("there is no {}", .file.display())]
-    Missing {
-        /// Expected path.
-        file: PathBuf,
-    },
-    /// A file of the model folder cannot be read.
-    #[error("cannot read {}: {source}", .file.display())]
-    Unreadable {
-        /// Path of the file.
-        file: PathBuf,
-        /// Cause.
-        source: std::io::Error,
-    },
-    /// A file of the model folder is damaged, or has another format.
-    #[error("{}: {why}", .file.display())]
-    Malformed {
-        /// Path of the file.
-        file: PathBuf,
-        /// The defect.
-        why: String,
-    },
-    /// The encoder does not support this kind of model.
-    #[error("{}: {why}", .file.display())]
-    Unsupported {
-        /// The file with the unsupported setting.
-        file: PathBuf,
-        /// The unsupported setting.
-        why: String,
-    },
-    /// The CPU has no kernel for the settings.
-    #[error("{0}")]
-    Cpu(String),
-}
 
 /// A loaded model.
 pub struct Encoder {

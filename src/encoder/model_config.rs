@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::Error;
+use super::error::Error;
 
 /// Maximum number of tokens in a text if the model folder has no such setting.
 const DEFAULT_MAX_TOKENS: usize = 256;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
-use super::Error;
+use super::error::Error;
 
 /// Size of the header's length, before the header, in bytes.
 const LENGTH: u64 = 8;

@@ -1,8 +1,8 @@
 //! The weights of a BERT model, laid out for two kernels: one for dense layers, one for attention.
 
-use super::Error;
 use super::aligned_buffer::Buffer;
 use super::dense_layer::Dense;
+use super::error::Error;
 use super::kernel::{ALIGNMENT, Float, Kernel};
 use super::model_config::{BertConfig, Description, Pooling};
 use super::safetensors_file::{SafetensorsFile, Table};

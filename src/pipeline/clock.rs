@@ -1,6 +1,6 @@
 //! Time as the pipeline sees it.
 //!
-//! A trait, so that thousands of schedules can be run in a second with a clock of their own.
+//! A trait, so that a simulation can run thousands of schedules in a second with its own clock.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Who is embedded next: slices of two lanes, live ones first.
+//! The order of embedding: slices of two lanes, live slices first.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -179,7 +179,7 @@ impl EmbedScheduler {
                 let new = (old * (SMOOTHING - 1) + measured) / SMOOTHING;
                 self.speed.store(new.max(1), Ordering::Relaxed);
             }
-            // Whoever asked may have gone.
+            // The caller may have been cancelled.
             let _ = slice.done.send(result);
         }
     }

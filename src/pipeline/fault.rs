@@ -1,14 +1,14 @@
-//! Faults: what concerns all changes and holds the work, shown once for as long as it lasts.
+//! Faults: states that concern all changes and hold the work, shown once for as long as they last.
 //!
-//! A worker's parts report to its [`FaultBoard`]; whoever keeps the worker's heartbeat writes the board where
-//! people look. A fault is a state, not an event: reporting it again changes its message only.
+//! A worker's parts report to its [`FaultBoard`]. The worker's heartbeat writes the board to the worker
+//! registry. A fault is a state, not an event: reporting it again changes its message only.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Changes are held, because nothing goes through.
+/// Changes are held, because no change succeeds.
 pub const INDEXING_BLOCKED: &str = "held";
 
 /// The queue holds messages that this worker cannot read, or that are of another source.
@@ -20,18 +20,18 @@ pub const QUEUE: &str = "queue";
 /// Changes cannot be moved from the outbox to the queue.
 pub const RELAY: &str = "relay";
 
-/// Failures in a row, with nothing going through in between, from which on it is a fault.
+/// This many failures in a row, without a success in between, are a fault.
 pub const FAILURE_THRESHOLD: u32 = 3;
 
-/// Characters of a fault's message at most: an answer may be a whole page.
+/// Most characters of a fault's message: a server's answer may be a whole page.
 const MAX_MESSAGE: usize = 500;
 
 /// A fault as it is shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// What kind it is; a worker has one of a kind.
+    /// The kind. A worker has at most one fault of each kind.
     pub kind: &'static str,
-    /// What is wrong, in words.
+    /// The fault in words.
     pub message: String,
 }
 
@@ -42,7 +42,7 @@ pub struct FaultBoard(Mutex<BTreeMap<&'static str, Entry>>);
 #[derive(Debug)]
 struct Entry {
     message: String,
-    /// A fault that nobody clears ends by itself.
+    /// When a fault ends by itself; none if it must be cleared.
     until: Option<Instant>,
 }
 
@@ -63,7 +63,7 @@ impl FaultBoard {
         self.entries().remove(kind);
     }
 
-    /// The faults that there are.
+    /// The current faults.
     #[must_use]
     pub fn current(&self) -> Vec<Fault> {
         let now = Instant::now();
@@ -77,8 +77,8 @@ impl FaultBoard {
     }
 }
 
-/// A message as it may be shown: on one line, of bounded length, and with nothing of a URL that may be
-/// a secret (the user, the password and the query).
+/// A message that is safe to show: on one line, of bounded length, and without the parts of a URL that may be
+/// secret (the user, the password and the query).
 #[must_use]
 pub fn redacted(message: &str) -> String {
     let mut redacted = String::new();

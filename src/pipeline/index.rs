@@ -18,11 +18,11 @@ pub struct Match {
     pub score: f32,
 }
 
-/// What an id's record in the index must become.
+/// The desired record of an id in the index.
 #[derive(Clone, Debug)]
 pub enum Desired {
-    /// The record must hold this row with this vector; without a vector, the one that is there
-    /// stays, as only metadata changed.
+    /// The record must hold this row with this vector. Without a vector, the record keeps its vector, because
+    /// only metadata changed.
     Present {
         /// The row as it was peeked.
         row: SourceRow,
@@ -39,7 +39,7 @@ pub enum Desired {
 }
 
 impl Desired {
-    /// The row that it follows from, unless the row is gone.
+    /// The peeked row, unless the row is gone.
     #[must_use]
     pub fn row(&self) -> Option<&SourceRow> {
         match self {
@@ -49,31 +49,31 @@ impl Desired {
     }
 }
 
-/// One id's write, with what it rests on.
+/// One id's write, with the entry and row on which it is based.
 #[derive(Clone, Debug)]
 pub struct Planned {
     /// The row's id.
     pub id: String,
     /// Epoch of the ledger's entry as peeked; none if there was no entry.
     pub epoch: Option<i64>,
-    /// Version of the newest change that led here, for display.
+    /// Version of the newest change of the id, for display.
     pub version: i64,
-    /// What the record must become.
+    /// The desired record.
     pub desired: Desired,
 }
 
 impl Planned {
-    /// Whether the write still rests on what is there: the entry's epoch (none if there is no entry)
-    /// and the row, read with the entry locked.
+    /// Whether the entry's epoch (none if there is no entry) and the row, read with the entry locked, are
+    /// still as planned.
     #[must_use]
     pub fn still_holds(&self, epoch: Option<i64>, row: Option<&SourceRow>) -> bool {
-        // An entry that was not there has just been made, at epoch 0.
+        // An entry that did not exist has just been created, at epoch 0.
         epoch == Some(self.epoch.unwrap_or(0))
             && needed(row, Known::written(self.desired.row())) == Need::Nothing
     }
 }
 
-/// What a fenced write did.
+/// The result of a transactional write.
 #[derive(Clone, Debug, Default)]
 pub struct Applied {
     /// Ids whose row or entry had changed since it was peeked: nothing was written for them.
@@ -86,12 +86,13 @@ pub struct Applied {
 #[async_trait]
 pub trait TransactionalWrite: Send + Sync {
     /// In one transaction: lock the ids' ledger entries in id order, making those that are not there, read
-    /// their rows again, and where [`Entry::settle_transactional`](super::ledger::Entry::settle_transactional) settles
-    /// the entry write it and the index. Ids must be distinct.
+    /// their rows again, and where
+    /// [`Entry::settle_transactional`](super::ledger::Entry::settle_transactional) settles the entry write it
+    /// and the index. Ids must be distinct.
     async fn apply(&self, planned: &[Planned]) -> Result<Applied>;
 }
 
-/// A record as it is written to an index that cannot fence: whole, always.
+/// A record for an index without a shared transaction. Always written whole.
 #[derive(Clone, Debug)]
 pub struct Record {
     /// Its vector.
@@ -116,7 +117,7 @@ pub struct Stored {
 }
 
 impl Stored {
-    /// What the record says of itself.
+    /// What is known by the record's own hashes.
     #[must_use]
     pub fn known(&self) -> Known {
         Known::Hashes { content: self.content_hash, metadata: self.metadata_hash }
@@ -132,7 +133,7 @@ pub struct Listing {
     pub next: Option<String>,
 }
 
-/// An index that applies what it is sent, whenever that arrives.
+/// An index that applies a request whenever the request arrives.
 ///
 /// An error that [is doubtful](super::failure::Error::is_doubtful) may have been applied, or be applied
 /// within the settling time; any other has done nothing and never will.
@@ -141,7 +142,7 @@ pub trait UntrackedWrite: Send + Sync {
     /// Replaces records whole, in one request.
     async fn upsert(&self, records: &[Record]) -> Result<()>;
 
-    /// Deletes records, in one request; one that is not there is no error.
+    /// Deletes records, in one request. A missing record is no error.
     async fn delete(&self, ids: &[String]) -> Result<()>;
 
     /// How many of the first records fit into one request; at least one.
@@ -150,12 +151,12 @@ pub trait UntrackedWrite: Send + Sync {
     /// How many ids fit into one delete.
     fn max_deletes(&self) -> usize;
 
-    /// The longest that a request can take before it is given up.
+    /// The timeout of a request.
     fn request_timeout(&self) -> Duration;
 
-    /// Whether a record can be written among the others: writes a harmless one, and takes it out again. A query may
-    /// find it in between, so that this is only asked before a refusal that would concern everything is blamed on
-    /// one record.
+    /// Whether a record can be written among the others: writes a harmless one, and takes it out again. A
+    /// query may find it in between, so that this is only asked before a refusal that would concern
+    /// everything is blamed on one record.
     async fn probe_record(&self) -> Result<()>;
 }
 
@@ -163,11 +164,11 @@ pub trait UntrackedWrite: Send + Sync {
 pub enum Writes<'a> {
     /// Only if nothing changed.
     Transactional(&'a dyn TransactionalWrite),
-    /// Whenever it arrives, which is what attempts are for.
+    /// Whenever the request arrives. This is why attempts exist.
     Untracked(&'a dyn UntrackedWrite),
 }
 
-/// A store of vectors that finds the nearest.
+/// A store of vectors that finds the nearest ones.
 #[async_trait]
 pub trait VectorIndex: Send + Sync {
     /// Returns when the index may be asked: at once, unless it asked to be left alone for a while. What comes
@@ -204,13 +205,13 @@ pub trait VectorIndex: Send + Sync {
         None
     }
 
-    /// Where the index keeps a note for us, unless it shares the database and can't be ahead of it.
+    /// The store of the ownership record; none if the index shares the database and cannot be ahead of it.
     fn ownership_store(&self) -> Option<&dyn OwnershipStore>;
 }
 
 /// An index whose queries find a write some time after it was answered, and that tells how far they are.
 ///
-/// Marks grow with the order in which writes are found.
+/// Marks grow in the order in which queries find the writes.
 #[async_trait]
 pub trait IndexFreshness: Send + Sync {
     /// The newest mark of this process's writes; 0 if the index gives none.
@@ -220,12 +221,12 @@ pub trait IndexFreshness: Send + Sync {
     async fn searchable_up_to(&self) -> Result<u64>;
 }
 
-/// A note that an index keeps for us beside the records, such as which database it belongs to.
+/// The ownership record: a note beside the records of an index that names the database it belongs to.
 #[async_trait]
 pub trait OwnershipStore: Send + Sync {
-    /// The note, if there is one.
+    /// The ownership record, if there is one.
     async fn record(&self) -> Result<Option<String>>;
 
-    /// Replaces the note.
+    /// Replaces the ownership record.
     async fn set_record(&self, record: &str) -> Result<()>;
 }

@@ -1,9 +1,9 @@
-//! The right to write to an index that cannot fence.
+//! The lease: the right to send tracked writes.
 //!
-//! A worker's sign of life is a session of the database that holds a lock. When the session is gone,
-//! others take the worker for dead and sweep its attempts. So a worker writes only while it knows
-//! that its session lived a moment ago, by a clock that also counts while the process is frozen or
-//! the machine asleep.
+//! A worker is alive as long as its database session holds the worker lock. When the session is gone, other
+//! workers treat the worker as dead and sweep its attempts. So a worker writes only while it knows that its
+//! session was alive a moment ago, by a clock that also counts while the process is frozen or the machine
+//! sleeps.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,10 +12,10 @@ use std::time::Duration;
 use super::clock::Clock;
 use super::failure::{Error, FailureKind, Result};
 
-/// How often a missing heartbeat is looked for.
+/// How often a worker checks for a missing heartbeat.
 const POLL_EVERY: Duration = Duration::from_millis(50);
 
-/// What a worker knows of its own session.
+/// A worker's knowledge of its own session.
 pub struct Lease {
     clock: Arc<dyn Clock>,
     length: Duration,
@@ -32,13 +32,13 @@ impl Lease {
         Self { clock, length, confirmed_us: AtomicU64::new(0), term: AtomicU64::new(0) }
     }
 
-    /// The clock that the lease goes by.
+    /// The clock of the lease.
     #[must_use]
     pub fn clock(&self) -> &Arc<dyn Clock> {
         &self.clock
     }
 
-    /// How long a heartbeat is good for.
+    /// How long a heartbeat is valid.
     #[must_use]
     pub fn length(&self) -> Duration {
         self.length
@@ -55,8 +55,8 @@ impl Lease {
         self.confirmed_us.fetch_max(at.as_micros() as u64, Ordering::SeqCst);
     }
 
-    /// The session that the worker has, or had last. Who finds another one than at the opening of an
-    /// attempt may have been swept in between.
+    /// The number of the worker's current or last session. If it changed since the opening of an attempt, the
+    /// attempt may have been swept.
     #[must_use]
     pub fn term(&self) -> u64 {
         self.term.load(Ordering::SeqCst)

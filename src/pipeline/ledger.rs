@@ -1,17 +1,17 @@
-//! The ledger's contract: what the index is known to hold, row by row, and who is writing.
+//! The ledger's contract: what the index is known to hold, row by row, and which worker is writing.
 //!
-//! An index that can fence needs the entries only. One that can't is written to under *attempts*,
-//! and safety rests on two things: rows are read after the attempt that will write them was opened,
-//! and attempts that overlap on an id notice it. The rules are the pure functions on [`Entry`] here;
-//! a backend locks the entries, applies them, and commits.
+//! An index that shares a transaction with the ledger needs the entries only. Any other index is written to
+//! under *attempts* (tracked writes), and safety rests on two rules: rows are read after the attempt that
+//! will write them was opened, and attempts that overlap on an id notice it. The rules are the pure functions
+//! on [`Entry`]. A backend locks the entries, applies the functions, and commits.
 //!
 //! Invariants, between transactions:
 //!
 //! - `open` is the number of attempts that name the id;
 //! - `open == 0 && !dirty`: the index equals the hashes;
-//! - `open == 0 && dirty`: an outbox row, an unacknowledged job or a dead letter for the id exists;
-//! - a dirty entry has a content hash only after the database went back: the index may be ahead of it, but a
-//!   record in it that carries this hash carries its vector.
+//! - `open == 0 && dirty`: an outbox row, an unacknowledged message or a dead letter for the id exists;
+//! - a dirty entry has a content hash only after the database went back to an earlier state. The index may be
+//!   ahead of the entry, but a record in the index that carries this hash has the vector of this text.
 
 use std::time::Duration;
 
@@ -23,12 +23,12 @@ use super::index::Planned;
 use super::source_row::{Hash, SourceRow};
 use super::unchanged::{Known, Need, needed};
 
-/// What the ledger says of an id.
+/// The ledger's entry for an id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Attempts under way that name the id.
     pub open: i32,
-    /// Grows with every attempt and every fenced write.
+    /// Grows with every attempt and every transactional write.
     pub epoch: i64,
     /// Whether the index may differ from the hashes.
     pub dirty: bool,
@@ -38,12 +38,12 @@ pub struct Entry {
     pub metadata_hash: Option<Hash>,
     /// Whether the index is known to hold nothing because the row was gone.
     pub deleted: bool,
-    /// Whether the id's change stands in the dead letters, so that sweeping need not queue it.
+    /// Whether the id's change is in the dead-letter queue, so that a sweep need not queue it.
     pub parked: bool,
 }
 
 impl Default for Entry {
-    /// An entry of which nothing is known.
+    /// An entry without any knowledge.
     fn default() -> Self {
         Self {
             open: 0,
@@ -73,7 +73,7 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// What is known of the index's record. Only that of the text: the record is written whole.
+    /// What is known of the index's record: only the text's hash, because the record is written whole.
     #[must_use]
     pub fn known(&self) -> Known {
         if self.shared {
@@ -83,7 +83,7 @@ impl Opened {
     }
 }
 
-/// What became of an id in an attempt.
+/// The outcome of an attempt for an id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The index holds this.
@@ -97,7 +97,7 @@ pub enum Outcome {
         /// Version of the newest change that led here, for display.
         version: i64,
     },
-    /// A write was sent, and nobody knows whether or when it is applied.
+    /// A write was sent, and it is unknown whether or when it is applied.
     Doubtful,
     /// No write was sent.
     Unwritten,
@@ -110,16 +110,16 @@ pub enum CloseResult {
     Settled,
     /// Stays open until it is swept.
     Open,
-    /// As it was before the attempt, which wrote nothing and was alone.
+    /// As before the attempt, which wrote nothing and did not overlap.
     Unchanged,
-    /// Dirty, and the last to close or sweep it will see to it.
+    /// Dirty; the last attempt on the id to be closed or swept will queue it.
     Dirty,
-    /// Dirty, and nobody else will see to it: the id must go back into the outbox.
+    /// Dirty, and no other attempt will queue it: the id must go back into the outbox.
     Requeue,
 }
 
 impl Entry {
-    /// Whether nothing is to be done for the id, seeing this row.
+    /// Whether nothing is to be done for the id, given its row.
     ///
     /// Holds only if no attempt is open, the entry is clean, and what it says equals the row.
     #[must_use]
@@ -156,8 +156,8 @@ impl Entry {
 
     /// Closes the entry for an attempt that still stands.
     ///
-    /// An attempt that was not alone, from its opening to here, cannot know whose write came last:
-    /// then nothing is known of the index, and the last to close sees that the id is done again.
+    /// An attempt that overlapped with another one cannot know which write came last. Then nothing is known
+    /// of the index, and the last attempt to be closed puts the id back into the outbox.
     pub fn close(&mut self, opened: &Opened, outcome: &Outcome) -> CloseResult {
         match outcome {
             Outcome::Doubtful => CloseResult::Open,
@@ -172,24 +172,26 @@ impl Entry {
                 CloseResult::Settled
             }
             Outcome::Settled { .. } => {
-                // Who got this far is no dead letter.
+                // A change that was written is no dead letter.
                 self.parked = false;
                 self.sweep()
             }
-            // Nobody wrote anything: the entry is what it was, and so is whoever was to see to it.
+            // Nothing was written: the entry is as before, and its outbox row, message or dead letter still
+            // exists.
             Outcome::Unwritten if self.epoch == opened.epoch && !opened.shared => {
                 self.open -= 1;
                 CloseResult::Unchanged
             }
-            // The others may have left the id to the last to close, which may be this one; that it
-            // still holds a message with the id is no comfort, for a copy may have been acknowledged.
+            // Other attempts may have left the id to the last attempt to be closed, which may be this one.
+            // This worker still holds a message with the id, but a copy of the message may have been
+            // acknowledged.
             Outcome::Unwritten => self.sweep(),
         }
     }
 
-    /// Settles the entry for a fenced write, if that still rests on what is there: the entry, which the
-    /// write's transaction has locked, and the row, which it has read after that. Returns whether it does; if
-    /// not, the entry is as it was, and nothing may be written.
+    /// Settles the entry for a transactional write, if entry and row are still as planned. The write's
+    /// transaction has locked the entry, and read the row after that. Returns false if entry or row has
+    /// changed: then the entry stays as it was, and nothing may be written.
     pub fn settle_transactional(&mut self, plan: &Planned, row: Option<&SourceRow>) -> bool {
         if !plan.still_holds(Some(self.epoch), row) {
             return false;
@@ -204,31 +206,30 @@ impl Entry {
         true
     }
 
-    /// Takes an attempt off the entry of which nothing is known, overlapped or swept.
+    /// Removes an attempt with an unknown result (overlapped or swept) from the entry.
     pub fn sweep(&mut self) -> CloseResult {
         self.open = (self.open - 1).max(0);
         self.forget();
         if self.open == 0 && !self.parked { CloseResult::Requeue } else { CloseResult::Dirty }
     }
 
-    /// Puts an attempt back that was swept while its worker lived and wrote: as abandoned, to be
-    /// swept again once what it wrote has surely been applied.
+    /// Adds an attempt again that was swept while its worker lived and wrote. The attempt is abandoned, and
+    /// is swept again once its writes have certainly been applied.
     pub fn reopen(&mut self) {
         self.open += 1;
         self.epoch += 1;
         self.forget();
     }
 
-    /// Marks the entry as not to be trusted, so that the id is done anew and attempts under way
-    /// notice.
+    /// Marks the entry as dirty, so that the id is done again and attempts under way notice the change.
     pub fn invalidate(&mut self) {
         self.epoch += 1;
         self.parked = false;
         self.forget();
     }
 
-    /// Notes that the id's change stands in the dead letters. Without this a change that fails in
-    /// doubt, by a server's own error each time, would be swept, queued and given up for ever.
+    /// Records that the id's change is in the dead-letter queue. Otherwise a change whose every write is
+    /// doubtful, because the server fails, would be swept, queued and dead-lettered again and again.
     pub fn park(&mut self) {
         self.parked = true;
     }
@@ -253,7 +254,7 @@ pub struct Peeked {
 }
 
 impl Peeked {
-    /// What is to be done so that the index holds the row.
+    /// The work that is left until the index holds the row.
     #[must_use]
     pub fn need(&self) -> Need {
         needed(self.row.as_ref(), self.entry.as_ref().map_or(Known::Never, Entry::known))
@@ -266,12 +267,12 @@ impl Peeked {
     }
 }
 
-/// What closing an attempt did.
+/// The result of closing an attempt.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Closed {
     /// Ids whose entry is clean.
     pub settled: Vec<String>,
-    /// Ids that other attempts overlapped with: they are done again.
+    /// Ids on which another attempt overlapped: they are done again.
     pub overlapped: u64,
     /// Ids that are swept and done again once the settling time has passed.
     pub abandoned: u64,
@@ -279,25 +280,25 @@ pub struct Closed {
     pub clock_us: i64,
 }
 
-/// What a sweep did.
+/// The result of a sweep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
-    /// Attempts found without a living worker.
+    /// Attempts of dead workers that were found.
     pub abandoned: u64,
-    /// Attempts taken away.
+    /// Attempts removed.
     pub writes: u64,
     /// Ids put back into the outbox.
     pub requeued: u64,
 }
 
-/// What the outbox holds, seen at one moment.
+/// The state of the outbox at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pending {
     /// The database's clock.
     pub now: Timestamp,
     /// When the oldest change that is not in the queue yet was made.
     pub oldest: Option<Timestamp>,
-    /// Whether rows of the table are still to be put into the outbox, since it is read anew.
+    /// Whether a backfill still has to put rows of the table into the outbox.
     pub rereads: bool,
 }
 
@@ -309,7 +310,7 @@ pub trait Ledger: Send + Sync {
     async fn peek(&self, ids: &[String]) -> Result<Vec<Peeked>>;
 
     /// How many of the first ids have rows that together take at most so many bytes to read; at least one
-    /// of several. Rows may change before they are read.
+    /// if there is any. Rows may change before they are read.
     async fn fits(&self, ids: &[String], bytes: u64) -> Result<usize> {
         let _ = bytes;
         Ok(ids.len())
@@ -326,15 +327,15 @@ pub trait Ledger: Send + Sync {
     }
 
     /// Ids of the next entries by some order that stays, after one of them; all that is left when fewer
-    /// than `limit`. A ledger that says nothing of its entries has none to show.
+    /// than `limit`. The default has no entries.
     async fn entries_after(&self, _id: Option<&str>, _limit: usize) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
 
     /// Opens an attempt: one transaction that calls [`Entry::open`] on each id, in id order, and
     /// records the attempt under the name that the worker chose. Ids must be distinct; the answer
-    /// has them in the order asked. After an error the attempt may stand all the same:
-    /// [`Self::abandon_orphans`] sees to it.
+    /// has them in the order asked. After an error the attempt may exist all the same:
+    /// [`Self::abandon_orphans`] marks it as abandoned.
     async fn open(&self, write_id: &str, worker: &str, ids: &[String]) -> Result<Vec<Opened>>;
 
     /// Closes an attempt: one transaction that calls [`Entry::close`] on each id, puts what must be
@@ -344,21 +345,20 @@ pub trait Ledger: Send + Sync {
     /// their entries were closed by the call that was told as failed.
     async fn close(&self, write_id: &str, worker: &str, closing: &[(Opened, Outcome)]) -> Result<Closed>;
 
-    /// Marks as abandoned what stands under a worker's name and is none of its attempts in hand.
+    /// Marks a worker's attempts as abandoned, except its open ones.
     async fn abandon_orphans(&self, worker: &str, open_writes: &[String]) -> Result<u64>;
 
     /// Marks the attempts of dead workers as abandoned, and takes away (as [`Entry::sweep`] says)
     /// those that have been abandoned for `settle`, at most `limit` of them.
     async fn sweep(&self, settle: Duration, limit: usize) -> Result<Swept>;
 
-    /// Puts ids into the outbox as not to be trusted: see [`Entry::invalidate`].
+    /// Marks ids as dirty ([`Entry::invalidate`]) and puts them into the outbox.
     async fn requeue(&self, ids: &[String]) -> Result<()>;
 
     /// The oldest change that has not reached the queue.
     async fn pending(&self) -> Result<Pending>;
 
-    /// How many changes have not reached the queue; what is far more than a few need not be counted. A ledger
-    /// that says nothing of them has none.
+    /// How many changes have not reached the queue. A large number need not be exact. The default is none.
     async fn waiting(&self) -> Result<u64> {
         Ok(0)
     }
@@ -367,6 +367,6 @@ pub trait Ledger: Send + Sync {
     /// the entry sets it to zero.
     async fn count_try(&self, id: &str, by: i32) -> Result<u32>;
 
-    /// Notes that a change was given up, as [`Entry::park`] says, and forgets its tries.
+    /// Records that a change was dead-lettered ([`Entry::park`]), and forgets its tries.
     async fn park(&self, id: &str) -> Result<()>;
 }

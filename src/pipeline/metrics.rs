@@ -1,4 +1,4 @@
-//! What a process has done so far, for its heartbeat and its summary.
+//! The counters of a process, for its heartbeat and its summary.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -28,7 +28,8 @@ pub struct OutboxRow {
 pub struct ClaimRequest {
     /// At most this many outbox rows that are small, of transactions not known to be large.
     pub small_rows: usize,
-    /// At most this many rows of large statements, and if it is zero none of transactions that are known to be large.
+    /// At most this many rows of large statements, and if it is zero none of transactions that are known to
+    /// be large.
     pub large_rows: usize,
     /// A transaction with more changes than this is large: its changes are counted this far, and once it is
     /// known its rows are stepped over by the claim of small ones.

@@ -29,8 +29,8 @@ impl Backoff {
         self.failures
     }
 
-    /// The pause after one more failure. How long a backend asks to be left alone is not looked at here: a request
-    /// waits for that when it is sent.
+    /// The pause after one more failure. How long a backend asks to be left alone is not looked at here: a
+    /// request waits for that when it is sent.
     pub fn next(&mut self, clock: &dyn Clock) -> Duration {
         let ceiling = BASE.saturating_mul(1 << self.failures.min(10)).min(CAP);
         self.failures = self.failures.saturating_add(1);

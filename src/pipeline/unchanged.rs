@@ -1,20 +1,21 @@
 //! Where unchanged rows and texts are recognised.
 //!
-//! A row's hashes are compared with those of what an index holds here, and nowhere else. Whoever knows
-//! something of an index's record says so as [`Known`], and [`needed`] tells what is left to do:
+//! Only this module compares a row's hashes with the hashes of an index's record. Knowledge of a record is a
+//! [`Known`], and [`needed`] returns the work that is left. The sources of knowledge are:
 //!
 //! - the ledger's entry ([`Entry::known`](super::ledger::Entry::known)): before a group is written, after
 //!   a write, and in an audit;
 //! - an id that was opened for a write ([`Opened::known`](super::ledger::Opened::known)), and the index's own
-//!   copy of its record ([`Stored::known`](super::index::Stored::known)): whether the vector can be used again;
+//!   copy of its record ([`Stored::known`](super::index::Stored::known)): whether the vector can be used
+//!   again;
 //! - the row that a write rests on: whether the row is still the same once its entry is locked.
 
 use super::source_row::{Hash, SourceRow};
 
-/// What is known of the record that an index holds for an id.
+/// The knowledge of the record that an index holds for an id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Known {
-    /// The id was never worked on, so that the index holds nothing.
+    /// The id was never worked on, so the index holds nothing.
     Never,
     /// Nothing is known: the index may hold any record, or none.
     Unknown,
@@ -40,7 +41,7 @@ impl Known {
     }
 }
 
-/// What an id needs until the index holds its row.
+/// The work that is left until the index holds the id's row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
     /// Nothing: the index and the ledger agree with the row.
@@ -49,7 +50,7 @@ pub enum Need {
     Metadata,
     /// A new vector, and the metadata with it.
     Vector,
-    /// That no record is there: the row is gone or has no text.
+    /// A delete: the row is gone or has no text.
     Delete,
 }
 
@@ -61,7 +62,7 @@ impl Need {
     }
 }
 
-/// What an id needs, whose row is this one now.
+/// The work that is left for an id with this row.
 #[must_use]
 pub fn needed(row: Option<&SourceRow>, known: Known) -> Need {
     let Some(row) = row else {

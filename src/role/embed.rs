@@ -23,8 +23,8 @@ use crate::shutdown;
 /// Runs the role in its own process.
 pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
-    super::with_model(settings, async |database: &Database, model: &LoadedModel| {
-        let backends = super::open_backends(database, settings, Some(model)).await?;
+    super::harness::with_model(settings, async |database: &Database, model: &LoadedModel| {
+        let backends = super::harness::open_backends(database, settings, Some(model)).await?;
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");
         work(&backends, settings, model, &Arc::default(), &stop, args.until_idle).await
     })
@@ -109,7 +109,7 @@ pub async fn work(
         let (done, alive, ours, ()) = tokio::join!(work, worker_lock, ownership, Box::pin(proof));
         Ok(done.and(alive).and(ours)?)
     });
-    let result = super::with_heartbeat(&worker, both).await;
+    let result = super::harness::with_heartbeat(&worker, both).await;
     abort.cancel();
     result
 }

@@ -16,8 +16,8 @@ use crate::shutdown;
 /// Runs the role in its own process.
 pub async fn run(args: &cli::Listen, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
-    super::with_database(settings, async |database: &Database| {
-        let backends = super::open_backends(database, settings, None).await?;
+    super::harness::with_database(settings, async |database: &Database| {
+        let backends = super::harness::open_backends(database, settings, None).await?;
         tracing::info!(source = settings.source.name, table = settings.source.table, "capturing changes");
         work(&backends, settings, &stop, args.until_idle).await
     })
@@ -47,5 +47,5 @@ pub async fn work(
         },
     )
     .reporting(Arc::clone(&worker.faults));
-    super::with_heartbeat(&worker, async { Ok(relay.run(stop, until_idle).await?) }).await
+    super::harness::with_heartbeat(&worker, async { Ok(relay.run(stop, until_idle).await?) }).await
 }

@@ -14,7 +14,7 @@ const NOT_CONFIRMED: u8 = 2;
 
 /// Migrates or uninstalls, and prints the steps that were done, or would be done in a dry run.
 pub async fn run(args: &cli::Migrate, settings: &Settings) -> anyhow::Result<ExitCode> {
-    super::with_database(settings, async |database: &Database| {
+    super::harness::with_database(settings, async |database: &Database| {
         if args.uninstall {
             uninstall(args, settings, database).await
         } else {
@@ -39,7 +39,7 @@ async fn migrate(args: &cli::Migrate, settings: &Settings, database: &Database) 
     } else {
         text(&report, &database.postgres.address(), args.dry_run)
     };
-    super::print(text.as_bytes())?;
+    super::output::print(text.as_bytes())?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -55,7 +55,7 @@ async fn uninstall(
     } else {
         uninstall_text(&done, &database.postgres.address(), options.is_plan)
     };
-    super::print(text.as_bytes())?;
+    super::output::print(text.as_bytes())?;
     if args.yes || args.dry_run || done.removed.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }

@@ -41,7 +41,7 @@ struct RedriveReport {
 ///
 /// Also if a requested id does not exist; the other dead letters are queued again then.
 pub async fn run(args: &cli::Redrive, settings: &Settings) -> anyhow::Result<()> {
-    super::with_database(settings, async |database: &Database| {
+    super::harness::with_database(settings, async |database: &Database| {
         let backends = Backends::open(&database.postgres, settings).await?;
         let dead_letters = &*backends.queue.dead_letters;
         let outcome = if args.all {
@@ -52,7 +52,7 @@ pub async fn run(args: &cli::Redrive, settings: &Settings) -> anyhow::Result<()>
             named(dead_letters, &args.id, args.dry_run).await?
         };
         let text = if args.json { serde_json::to_string(&outcome)? + "\n" } else { describe(&outcome) };
-        super::print(text.as_bytes())?;
+        super::output::print(text.as_bytes())?;
         if !outcome.missing.is_empty() {
             let named = outcome.missing.join(", ");
             bail!("no dead letter has the id {named}: refarch redrive lists the existing ids");
@@ -97,10 +97,10 @@ async fn list(dead_letters: &dyn DeadLetters, json: bool) -> anyhow::Result<()> 
             }
             is_first = false;
         }
-        super::print(text.as_bytes())?;
+        super::output::print(text.as_bytes())?;
     }
     if is_first && !json {
-        super::print(b"no dead letters\n")?;
+        super::output::print(b"no dead letters\n")?;
     }
     Ok(())
 }

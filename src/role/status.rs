@@ -15,12 +15,12 @@ const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// Prints the status, once or until stopped.
 pub async fn run(args: &cli::Status, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
-    super::with_database(settings, async |database: &Database| {
+    super::harness::with_database(settings, async |database: &Database| {
         let backends = Backends::open_read_only(&database.postgres, settings).await?;
         loop {
             let status = backends.status().await?;
             let text = if args.json { serde_json::to_string(&status)? + "\n" } else { text(&status) };
-            super::print(text.as_bytes())?;
+            super::output::print(text.as_bytes())?;
             if !args.watch || stop.run_until_cancelled(tokio::time::sleep(WATCH_EVERY)).await.is_none() {
                 return Ok(());
             }

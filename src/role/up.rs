@@ -46,7 +46,7 @@ pub async fn run(args: &cli::Up, settings: &Settings) -> anyhow::Result<()> {
     // Both can fail because of a setting. That error should come before a database is started.
     let listener = super::serve::bind(settings).await?;
     let model = LoadedModel::load(settings).await?;
-    super::with_database(settings, async |database: &Database| {
+    super::harness::with_database(settings, async |database: &Database| {
         let report = crate::backend::migrate(&database.postgres, settings).await?;
         for warning in report.warnings {
             tracing::warn!(warning, "migrated");
@@ -101,7 +101,7 @@ async fn run_roles(
         if args.until_synced {
             return summarize(args, backends, &metrics, started.elapsed()).await;
         }
-        super::print(format!("refarch is up: http://{address}  (Ctrl-C stops it)\n").as_bytes())?;
+        super::output::print(format!("refarch is up: http://{address}  (Ctrl-C stops it)\n").as_bytes())?;
         stop.cancelled().await;
         Ok(())
     };
@@ -211,7 +211,7 @@ async fn summarize(
             summary.peak_memory_mib
         )
     };
-    super::print(text.as_bytes())
+    super::output::print(text.as_bytes())
 }
 
 fn peak_memory_mib() -> anyhow::Result<u64> {

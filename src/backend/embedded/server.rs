@@ -12,9 +12,13 @@ use anyhow::{Context, anyhow, bail};
 use tokio_postgres::NoTls;
 use tokio_postgres::error::SqlState;
 
-use super::layout::{ClusterLayout, hex, short_hash};
-use super::{NAME, log, postgresql_conf};
+use super::digest::{hex, short_hash};
+use super::layout::ClusterLayout;
+use super::{log, postgresql_conf};
 use crate::secret::Secret;
+
+/// The superuser and the database of a private cluster.
+pub const NAME: &str = "refarch";
 
 /// Maximum time of a start with crash recovery, and of a stop with its checkpoint.
 const BOUND: Duration = Duration::from_mins(1);

@@ -1,55 +1,47 @@
 //! The audit: source, ledger and index compared row by row, while writes go on.
 //!
-//! Two walks with bounded memory: over the source by its key, asking the index for each page's ids,
-//! and over the index's ids, asking the source for theirs. What differs is a suspect, not yet a
-//! difference: a change may be on its way. A suspect is looked at again until it agrees, or until its
-//! difference is sure:
+//! Two walks with bounded memory: over the rows of the source by key, with a fetch of each page's ids from
+//! the index, and over the ids of the index, with a read of their rows. An id that differs is a suspect, not
+//! yet a difference: its change may be under way. A suspect is compared again until it agrees, or until its
+//! difference is certain:
 //!
-//! - no attempt is open on it, and row and entry stay as they are around the look at the index;
-//! - and either the ledger calls the entry clean and equal to the row, so that nobody will ever do
-//!   anything about it; or nothing that was captured before the suspect was seen like this is left in
-//!   outbox and queue. (What an overlap or a sweep puts back is captured in the transaction that
-//!   makes the entry look like this, so it is covered.)
+//! - no attempt is open on the id, and row and entry do not change around the fetch from the index;
+//! - and one of two holds. Either the entry is clean and equal to the row, so that no worker will ever repair
+//!   the difference. Or outbox and queue hold no change that was captured before the suspect was seen in this
+//!   state. (Ids that an overlap or a sweep puts back are captured in the transaction that gives the entry
+//!   this state.)
 //!
-//! What is not sure in time is undecided.
+//! A suspect that is not certain in time is undecided.
 
 mod pages;
 mod prover;
 mod recheck;
+mod report;
 mod round;
 mod sample;
 mod walk;
 
 use std::collections::HashMap;
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
-
-use recheck::{Recheck, Suspect, difference};
-use sample::Sample;
-use serde::Serialize;
 
 use super::clock::Clock;
 use super::embedder::Embedder;
 use super::failure::Result;
-use super::index::{Stored, VectorIndex};
+use super::index::VectorIndex;
 use super::ledger::{Ledger, Peeked};
 use super::queue::QueueStats;
+use pages::PAGE;
+use recheck::{RECHECK_PAUSE, Recheck, Suspect, difference};
+use report::MAX_EXAMPLES;
+use sample::Sample;
 
 pub use prover::Prover;
+pub use report::{Difference, DifferenceKind, Report};
 pub use round::{ProofOptions, Round, RoundStore, SavedProgress, Walk};
-
-/// Rows of one page.
-const PAGE: usize = 500;
 
 /// Suspects that are kept before they are settled: bounds the memory when everything differs.
 const MAX_SUSPECTS: usize = 10_000;
-
-/// How often suspects are looked at again.
-const RECHECK_PAUSE: Duration = Duration::from_millis(250);
-
-/// Differences that are named in the report.
-const MAX_EXAMPLES: usize = 20;
 
 /// What the audit needs of the settings.
 #[derive(Clone, Copy, Debug)]
@@ -60,115 +52,6 @@ pub struct AuditOptions {
     pub wait: Duration,
     /// Whether what differs is queued.
     pub repair: bool,
-}
-
-/// How an index can differ from its table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DifferenceKind {
-    /// The row has a text, and the index has no record.
-    Missing,
-    /// The record is of another text or other metadata.
-    Stale,
-    /// There is a record, and no row with a text.
-    Orphaned,
-    /// The index is as it should be, and the ledger does not say so.
-    Unsettled,
-    /// The row cannot be read, so that nobody can tell.
-    Unreadable,
-}
-
-impl fmt::Display for Difference {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.id, format!("{:?}", self.kind).to_lowercase())
-    }
-}
-
-/// A difference.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Difference {
-    /// The row's id.
-    pub id: String,
-    /// How the index differs.
-    pub kind: DifferenceKind,
-}
-
-/// What an audit found. All counts are ids.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Report {
-    /// Rows of the source.
-    pub rows: u64,
-    /// Records of the index.
-    pub indexed: u64,
-    /// Rows with a text and without a record.
-    pub missing: u64,
-    /// Records of another text or other metadata.
-    pub stale: u64,
-    /// Records without a row.
-    pub orphaned: u64,
-    /// Ids that differ and could not be settled in time.
-    pub undecided: u64,
-    /// Rows that cannot be read, so that nobody can tell.
-    pub unreadable: u64,
-    /// Rows whose text was embedded anew.
-    pub sampled: u64,
-    /// Those whose vector the index has otherwise.
-    pub vector_mismatch: u64,
-    /// Rows whose text was to be embedded anew and could not be, so that nobody can tell.
-    pub unsampled: u64,
-    /// Why it could not be.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub unsampled_error: Option<String>,
-    /// Ids that were queued to be done again.
-    pub repaired: u64,
-    /// Some of what differs.
-    pub examples: Vec<Difference>,
-}
-
-impl Report {
-    /// Ids that surely differ.
-    #[must_use]
-    pub fn differences(&self) -> u64 {
-        self.missing + self.stale + self.orphaned + self.vector_mismatch
-    }
-
-    /// Whether something was not compared, or not to the end.
-    #[must_use]
-    pub fn is_partial(&self) -> bool {
-        self.undecided + self.unreadable + self.unsampled > 0
-    }
-
-    /// Counts rows that cannot be read, once each, and names some.
-    fn name_unreadable(&mut self, ids: Vec<String>) {
-        self.unreadable += ids.len() as u64;
-        let room = MAX_EXAMPLES.saturating_sub(self.examples.len());
-        let named = ids.into_iter().take(room).map(|id| Difference { id, kind: DifferenceKind::Unreadable });
-        self.examples.extend(named);
-    }
-}
-
-impl fmt::Display for Report {
-    /// A count a line, for people, and then some of what differs.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let counts = [
-            ("rows", self.rows),
-            ("indexed", self.indexed),
-            ("missing", self.missing),
-            ("stale", self.stale),
-            ("orphaned", self.orphaned),
-            ("undecided", self.undecided),
-            ("unreadable", self.unreadable),
-            ("repaired", self.repaired),
-        ];
-        for (name, count) in counts {
-            writeln!(f, "{name:<16} {count}")?;
-        }
-        writeln!(f, "{:<16} {} compared, {} otherwise", "vectors", self.sampled, self.vector_mismatch)?;
-        if let Some(error) = &self.unsampled_error {
-            writeln!(f, "{:<16} {} of them: {error}", "not compared", self.unsampled)?;
-        }
-        self.examples.iter().try_for_each(|one| writeln!(f, "  {:<14} {:?}", one.id, one.kind))
-    }
 }
 
 /// Compares source, ledger and index.
@@ -197,7 +80,7 @@ impl Auditor<'_> {
         self.walk_source(&mut report, &mut suspects, &mut sample, progress).await?;
         self.walk_index(&mut report, &mut suspects, progress).await?;
         self.settle(suspects, &mut report).await?;
-        self.compare_vectors(sample, &mut report).await?;
+        self.compare_vectors(&sample, &mut report).await?;
         Ok(report)
     }
 
@@ -208,6 +91,7 @@ impl Auditor<'_> {
         sample: &mut Vec<Sample>,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<()> {
+        let wanted = if self.embedder.is_some() { self.options.sample } else { 0 };
         let mut after: Option<String> = None;
         let mut size = pages::Size::default();
         loop {
@@ -226,7 +110,9 @@ impl Auditor<'_> {
                 let record = stored.remove(&peeked.id);
                 match (difference(peeked, record.as_ref()), record) {
                     (Some(kind), _) => differing.push((peeked, kind)),
-                    (None, Some(record)) => self.choose(sample, report.rows, peeked, record),
+                    (None, Some(record)) => {
+                        sample::choose(sample, wanted, report.rows, self.clock, peeked, record);
+                    }
                     (None, None) => {}
                 }
             }
@@ -295,6 +181,17 @@ impl Auditor<'_> {
             if !suspects.is_empty() {
                 self.clock.sleep(RECHECK_PAUSE).await;
             }
+        }
+        Ok(())
+    }
+
+    /// Compares the sample, and queues rows whose vector differs if the audit repairs.
+    async fn compare_vectors(&self, sample: &[Sample], report: &mut Report) -> Result<()> {
+        let Some(embedder) = &self.embedder else { return Ok(()) };
+        let differ = sample::compare(sample, &**embedder, report).await;
+        if self.options.repair && !differ.is_empty() {
+            self.ledger.requeue(&differ).await?;
+            report.repaired += differ.len() as u64;
         }
         Ok(())
     }

@@ -1,15 +1,17 @@
-//! Reading pages: of rows that may be large, and in which one may be that cannot be read.
+//! Reading pages of rows. Rows may be large, and a row may be unreadable.
 //!
-//! A `json` value with `\u0000` has no text that PostgreSQL can give: a statement that reads the row
-//! fails, whatever else it reads. So a page that is refused for good is read in halves, down to the rows
-//! at fault. Their ids can be read.
+//! A `json` value with `\u0000` has no text that PostgreSQL can give: a statement that reads the row fails,
+//! whatever else it reads. So a page that is refused permanently is read in halves, down to the rows at
+//! fault. The ids of these rows can be read.
 
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::ledger::{Ledger, Peeked};
 use crate::pipeline::source_row::SourceRow;
 
-/// Rows of a page at most, and of the first one.
-const PAGE: usize = super::PAGE;
+/// Rows of a page at most.
+pub(super) const PAGE: usize = 500;
+
+/// Rows of the first page.
 const FIRST: usize = 10;
 
 /// Bytes of a page's texts and metadata, if its rows are like those before them.
@@ -42,7 +44,7 @@ impl Size {
     }
 }
 
-/// Takes a row's text and metadata away, and leaves whether it has a text.
+/// Removes a row's text and metadata, but keeps whether the row has a text.
 fn lighten(peeked: &mut Peeked) {
     if let Some(row) = &mut peeked.row {
         row.text = if row.has_text() { "text" } else { "" }.into();
@@ -50,7 +52,7 @@ fn lighten(peeked: &mut Peeked) {
     }
 }
 
-/// Rows in a row that cannot be read: more have a cause of their own, which is not the rows'.
+/// Most consecutive unreadable rows: if there are more, the rows are not the cause.
 const MAX_UNREADABLE: usize = 100;
 
 /// How often a row is read again whose failure might be the server's.
@@ -85,7 +87,7 @@ pub(super) async fn rows_after(ledger: &dyn Ledger, after: Option<&str>, limit: 
     Ok(Page { rows, unreadable, last: ids.last().cloned(), is_full: ids.len() == limit })
 }
 
-/// Whether one of the rows that were asked for may be at fault.
+/// Whether one of the requested rows may be at fault.
 fn may_be_of_a_row(error: &Error) -> bool {
     error.class() == Class::Permanent || error.is_about_change()
 }

@@ -1,18 +1,19 @@
 //! The continuous proof: an audit that never ends, made of small steps.
 //!
 //! A round walks the index's ids, the rows of the source and the entries of the ledger, page by page with
-//! pauses, so that it takes its period and a small share of the load. What differs becomes a suspect, and
-//! is queued again by the audit's rules; beyond them
+//! pauses, so that it takes its period and a small share of the load. An id that differs becomes a
+//! suspect, and is queued again by the audit's rules. In addition:
 //!
-//! - an entry that nobody has settled is a suspect too, for its message may be lost;
+//! - an unsettled entry is a suspect too, because its message may be lost;
 //! - a difference that lasts much longer than a change takes is queued again even if the queue never
 //!   drains: doing an id again is harmless;
-//! - what stands in the dead letters is left there; an entry that says so without a letter is queued.
+//! - a dead-lettered change stays in the dead-letter queue; an entry marked so without a dead letter is
+//!   queued.
 //!
-//! Where the round is stands in its [`RoundStore`], so that another process goes on with it.
+//! The [`RoundStore`] keeps the round's progress, so that another process can continue the round.
 //!
-//! An index that is paid by the call is compared by its ids, which are listed, and by a sample of its
-//! records, unless all are asked for.
+//! In an index that is paid by the call, only the listed ids and a sample of the records are compared, unless
+//! a full comparison is configured.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -20,9 +21,9 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::DifferenceKind;
 use super::pages;
 use super::recheck::{DeadLetterIds, ProofContext, Recheck, Suspect};
+use super::report::DifferenceKind;
 use super::round::{ProofOptions, Round, RoundStore, SavedProgress, Walk};
 use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;
@@ -31,13 +32,13 @@ use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::queue::{DeadLetters, QueueStats};
 
-/// How long the right to prove lasts without a word: longer than a step takes.
+/// How long the right to prove lasts without renewal: longer than a step takes.
 const LEASE: Duration = Duration::from_secs(45);
 
 /// The longest pause between steps; well within the lease.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// How often suspects are looked at again.
+/// How often suspects are compared again.
 const RECHECK_EVERY: Duration = Duration::from_secs(1);
 
 /// A step's pause is at least this many times as long as its work.
@@ -59,10 +60,10 @@ const QUIET: u64 = 1_000;
 /// are never quiet.
 const MAX_WAIT: Duration = Duration::from_mins(10);
 
-/// Letters that are read to learn whose they are.
+/// Most dead letters that are read for their ids.
 const MAX_LETTERS: usize = 10_000;
 
-/// An id that no row has, noted beside the listed ones: if it is gone, so are they.
+/// An id that no row has, recorded beside the listed ids. If it is gone, the listed ids are gone too.
 const MARKER: &str = "\u{1}";
 
 /// The round that this process works on.
@@ -86,7 +87,7 @@ impl Running {
     }
 }
 
-/// Proves, step by step.
+/// The continuous proof, step by step.
 pub struct Prover {
     pub(super) ledger: Arc<dyn Ledger>,
     pub(super) index: Arc<dyn VectorIndex>,
@@ -130,7 +131,7 @@ impl Prover {
         self.options.full || matches!(self.index.writes(), Writes::Transactional(_))
     }
 
-    /// Does a little, and returns how long to wait until the next step.
+    /// Does one step. Returns how long to wait until the next one.
     pub async fn step(&mut self) -> Result<Duration> {
         let Some(saved) = self.store.acquire(LEASE).await? else {
             (self.is_ours, self.running) = (false, None);
@@ -161,7 +162,7 @@ impl Prover {
         Ok(wait)
     }
 
-    /// The round under way, or a new one if it is time; else how long that is off.
+    /// The round under way, or a new round if it is due; otherwise the time until it is due.
     async fn open(&self, saved: &SavedProgress, period: Duration) -> Result<Result<Running, Duration>> {
         let resumed = match &saved.round {
             Some(round) if round.full == self.fetches_all() && self.remembers(round).await? => {
@@ -213,7 +214,7 @@ impl Prover {
         Ok(Round::new(now, full))
     }
 
-    /// Whether what the round rests on is still known: a crash of the database may have taken it.
+    /// Whether the listed ids of the round still exist: a crash of the database may have removed them.
     async fn remembers(&self, round: &Round) -> Result<bool> {
         Ok(round.full || !self.store.listed(&[MARKER.to_owned()]).await?.is_empty())
     }
@@ -239,7 +240,7 @@ impl Prover {
         ))
     }
 
-    /// Makes suspects of the ids that an earlier process left.
+    /// Makes suspects of the ids that an earlier process saved.
     async fn recall(&self, running: &mut Running) -> Result<()> {
         if running.round.suspects.is_empty() {
             return Ok(());
@@ -247,7 +248,7 @@ impl Prover {
         let recheck = self.recheck(DeadLetterIds::None, true);
         for ids in running.round.suspects.chunks(self.options.page.max(1)) {
             let peeked = pages::peek(&*self.ledger, ids).await?.0;
-            // However they differ is seen at the next look.
+            // The next comparison finds how they differ.
             let differing = peeked.iter().map(|one| (one, DifferenceKind::Unsettled)).collect();
             running.suspects.extend(recheck.suspect(differing, None).await?);
         }
@@ -264,7 +265,7 @@ impl Prover {
         }
     }
 
-    /// A page, a look at suspects, or neither.
+    /// Walks a page, compares suspects, both or neither.
     async fn advance(&self, running: &mut Running) -> Result<Duration> {
         let started = self.clock.now();
         let is_page_due = running.round.walk != Walk::Done
@@ -308,7 +309,7 @@ impl Prover {
     /// Changes in the outbox and the queue.
     async fn backlog(&self) -> Result<u64> {
         if self.ledger.pending().await?.rereads {
-            // Nobody knows how many are still to come.
+            // The number of rows still to come is unknown.
             return Ok(u64::MAX);
         }
         let mut sum = self.ledger.waiting().await?;
@@ -352,7 +353,7 @@ impl Prover {
         Ok(())
     }
 
-    /// Looks at the suspects, and queues those that surely differ.
+    /// Compares the suspects again, and queues ids that certainly differ.
     async fn settle(&self, recheck: &Recheck<'_>, running: &mut Running) -> Result<()> {
         let rechecked = recheck.run(std::mem::take(&mut running.suspects)).await?;
         let ids: Vec<String> = rechecked.confirmed.iter().map(|difference| difference.id.clone()).collect();

@@ -1,12 +1,12 @@
-//! Suspects: ids that differed when they were last seen, and when their difference is sure.
+//! Suspects: ids that differed when they were last compared, and the rules by which a difference is certain.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::pages;
-use super::{Difference, DifferenceKind, PAGE, RECHECK_PAUSE};
+use super::pages::{self, PAGE};
+use super::report::{Difference, DifferenceKind};
 use crate::pipeline::clock::Clock;
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::{Stored, VectorIndex, Writes};
@@ -14,6 +14,9 @@ use crate::pipeline::ledger::{Ledger, Peeked};
 use crate::pipeline::queue::QueueStats;
 use crate::pipeline::source_row::{Hash, SourceRow};
 use crate::pipeline::unchanged::{Need, needed};
+
+/// How often suspects are looked at again.
+pub(super) const RECHECK_PAUSE: Duration = Duration::from_millis(250);
 
 /// An index outside of the database may show a write a little later than it accepts it: a difference
 /// to a clean entry must last this long.
@@ -64,23 +67,23 @@ pub(super) fn difference(peeked: &Peeked, stored: Option<&Stored>) -> Option<Dif
     }
 }
 
-/// Whether the ledger does not say that the index holds this row: somebody must still see to the id.
+/// Whether the ledger does not say that the index holds this row: the id still needs work.
 pub(super) fn is_unsettled(peeked: &Peeked) -> bool {
     !peeked.is_in_sync()
 }
 
-/// What stands in the dead letters.
+/// The content of the dead-letter queue.
 #[derive(Debug)]
 pub(super) enum DeadLetterIds {
     /// Nothing.
     None,
     /// Changes of these ids.
     Of(HashSet<String>),
-    /// Something: reading it would keep it from others, or there is too much.
+    /// Unknown dead letters: a read would hide them from other readers, or there are too many.
     Some,
 }
 
-/// What the continuous proof does beyond an audit.
+/// The additional rules of the continuous proof.
 pub(super) struct ProofContext {
     /// How long a difference must last until it is taken for a lost message.
     pub(super) lost_after: Duration,
@@ -90,7 +93,7 @@ pub(super) struct ProofContext {
 }
 
 impl ProofContext {
-    /// Whether an entry waits in the dead letters for somebody to bring it back.
+    /// Whether an entry's change waits in the dead-letter queue for a redrive.
     fn is_dead_lettered(&self, peeked: &Peeked) -> bool {
         peeked.entry.as_ref().is_some_and(|entry| entry.parked)
             && match &self.letters {
@@ -101,7 +104,7 @@ impl ProofContext {
     }
 }
 
-/// What looking at suspects came to.
+/// The result of comparing suspects again.
 #[derive(Default)]
 pub(super) struct Rechecked {
     pub(super) confirmed: Vec<Difference>,
@@ -109,7 +112,7 @@ pub(super) struct Rechecked {
     pub(super) unreadable: Vec<String>,
 }
 
-/// A look at suspects.
+/// The comparison of suspects.
 pub(super) struct Recheck<'a> {
     pub(super) ledger: &'a dyn Ledger,
     pub(super) index: &'a dyn VectorIndex,
@@ -162,12 +165,12 @@ impl Recheck<'_> {
         Ok(suspects.collect())
     }
 
-    /// Looks at all suspects once.
+    /// Compares all suspects once.
     pub(super) async fn run(&self, mut suspects: Vec<Suspect>) -> Result<Rechecked> {
         // The outbox before the queue: what moves in between is seen twice, and not missed.
         let pending = self.ledger.pending().await?;
-        // What a table's being read anew puts into the outbox seems younger than the suspects that it is about.
-        // When that is over, all of it is older than now.
+        // What a table's being read anew puts into the outbox seems younger than the suspects that it is
+        // about. When that is over, all of it is older than now.
         for suspect in &mut suspects {
             if pending.rereads {
                 suspect.waits = true;
@@ -209,7 +212,7 @@ impl Recheck<'_> {
             let before = before.get(&suspect.id);
             let stands = |kind| before.is_some_and(|before| state(before, kind) == state(after, kind));
             let Some(kind) = self.classify(after, stored.get(&suspect.id)) else {
-                // A row that moves on while we look will be looked at again.
+                // A row that changed during the comparison is compared again.
                 if !stands(DifferenceKind::Stale) {
                     rechecked.unconfirmed.push(suspect);
                 } else if after.row.is_none() && suspect.page.is_some() {

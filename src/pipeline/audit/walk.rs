@@ -2,10 +2,10 @@
 
 use std::collections::HashSet;
 
-use super::DifferenceKind;
 use super::pages;
 use super::prover::{Prover, Running};
 use super::recheck::{Recheck, Suspect, is_unsettled};
+use super::report::DifferenceKind;
 use super::round::{Round, Walk};
 use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::ledger::Peeked;

@@ -1,7 +1,7 @@
 //! The table of failures: each kind, its class, and what the operator does about it.
 //!
-//! A backend maps its own codes (SQLSTATE, codes of SQS, statuses of HTTP) to a kind. All that is decided about a
-//! failure follows from the kind.
+//! A backend maps its own codes (SQLSTATE, codes of SQS, statuses of HTTP) to a kind. All that is decided
+//! about a failure follows from the kind.
 
 use std::fmt;
 
@@ -12,8 +12,8 @@ pub enum Class {
     Retryable,
     /// The same work fails again for ever: a malformed message, a value the index refuses.
     Permanent,
-    /// Nothing can go on until somebody mends it: a missing table, a refused password, an index of the
-    /// wrong shape. Ends a role that starts; one that works holds its work.
+    /// No work is possible until somebody repairs the cause: a missing table, a refused password, an index of
+    /// the wrong shape. A role that starts ends; a role at work holds its work.
     Fatal,
 }
 
@@ -30,7 +30,7 @@ impl fmt::Display for Class {
 /// What kind of failure it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FailureKind {
-    /// Nobody took the request: no connection was made.
+    /// No connection was made, so the request was not sent.
     Unreachable,
     /// The connection broke after the request may have been sent.
     ConnectionLost,
@@ -40,7 +40,7 @@ pub enum FailureKind {
     RateLimited,
     /// The backend failed by its own fault, or lacks memory, disk or connections.
     Overloaded,
-    /// Somebody else worked on the same thing at the same time.
+    /// Another process or transaction worked on the same data at the same time.
     Conflict,
     /// This worker has no session in the database, so that it must not write.
     NoSession,
@@ -50,9 +50,9 @@ pub enum FailureKind {
     HiddenRows,
     /// The account has no credit left.
     NoCredit,
-    /// The answer is none that the protocol has.
+    /// The answer is not one of the protocol.
     UnexpectedAnswer,
-    /// What is stored is damaged.
+    /// Stored data is damaged.
     DamagedData,
     /// The rows at hand are beyond a limit of the backend, or a trigger raised an error over them.
     SuspectRows,
@@ -60,21 +60,21 @@ pub enum FailureKind {
     RefusedData,
     /// The data is not what this program can read or write.
     Malformed,
-    /// The backend cannot do what it is asked for.
+    /// The backend does not support the request.
     Unsupported,
     /// The credentials are refused, or do not allow this.
     RefusedCredentials,
-    /// What a setting names is not there.
+    /// A resource named by a setting does not exist.
     MissingResource,
-    /// What is there is of another shape: its length, its model, its metric.
+    /// The resource has another shape: length, model or metric.
     WrongShape,
     /// A setting is wrong.
     WrongSetting,
     /// The backend and this build are of versions that do not go together.
     WrongVersion,
-    /// Even harmless data is refused, so that the data at hand is not at fault.
+    /// Even harmless data is refused, so the data of the request is not at fault.
     RefusesAll,
-    /// This process itself is broken, such as by a thread that has ended. Another process can go on.
+    /// This process itself is broken, for example because a thread has ended. Another process can continue.
     ProcessBroken,
 }
 
@@ -190,8 +190,8 @@ impl FailureKind {
         self.policy().is_doubtful
     }
 
-    /// Whether it arose over the rows at hand, so that they may be at fault and not the world: never for a lost
-    /// connection, a deadlock or a rate limit.
+    /// Whether it arose over the rows at hand, so that they may be at fault and not the world: never for a
+    /// lost connection, a deadlock or a rate limit.
     #[must_use]
     pub const fn is_about_rows(self) -> bool {
         self.policy().is_about_rows

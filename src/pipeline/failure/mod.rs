@@ -1,4 +1,5 @@
-//! Every error that a backend can raise, by its kind. [`FailureKind`] is the table of what is done about each.
+//! Every error that a backend can raise, by its kind. [`FailureKind`] is the table of what is done about
+//! each.
 
 mod kind;
 

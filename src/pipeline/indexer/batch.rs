@@ -1,19 +1,33 @@
-//! A batch of messages, from received to acknowledged: what of it remains, and in which groups that is tried.
+//! A batch of messages, from received to acknowledged: its remaining ids, and the groups to try.
 //!
-//! Plain data. [`groups`](super::groups) works it off, and [`poison`] keeps in it how often
-//! its changes were tried.
+//! Plain data. [`groups`](super::groups) works it off, and [`poison`](super::poison) keeps in it
+//! how often its changes were tried.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::StepOutcome;
-use super::poison::{self, Tries};
+use super::tries::{Tries, is_redelivered};
 use crate::pipeline::change::{Group, Job};
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::queue::{Message, Receipt};
 use crate::pipeline::source_row::Hash;
 
-/// A change as the messages tell it.
+/// The result of a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepOutcome {
+    /// Distinct ids in the messages.
+    pub changes: u64,
+    /// Ids that were written or deleted in the index.
+    pub applied: u64,
+    /// Distinct texts that went through the model.
+    pub embedded: u64,
+    /// Groups that had to be done again because a row or an entry changed meanwhile.
+    pub conflicts: u64,
+    /// Changes moved to the dead-letter queue.
+    pub dead_lettered: u64,
+}
+
+/// A change as described by the messages.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hint {
     pub(super) version: i64,
@@ -32,17 +46,17 @@ pub(super) type Texts = BTreeMap<Hash, Arc<str>>;
 
 /// Messages that are worked on together.
 pub(super) struct Batch {
-    /// Those that are not acknowledged yet.
+    /// Messages that are not acknowledged yet.
     messages: Vec<Message>,
-    /// Their receipts, for whoever extends their visibility meanwhile.
+    /// Receipts of the messages, shared with the task that extends their visibility.
     receipts_in_flight: Arc<Mutex<Vec<Receipt>>>,
     pub(super) hints: Hints,
-    /// The vectors that were made for the batch, so that a text is embedded once however often it is tried.
+    /// Vectors made for the batch, so that a text is embedded once, however often its change is tried.
     pub(super) vectors: Vectors,
     pub(super) done: StepOutcome,
     /// Ids to be tried together.
     groups: VecDeque<Vec<String>>,
-    /// Ids that are not done with.
+    /// Ids that are not finished.
     remaining: HashSet<String>,
     pub(super) tries: Tries,
 }
@@ -53,8 +67,8 @@ pub(super) fn ids(job: &Job) -> impl Iterator<Item = &String> {
 }
 
 impl Batch {
-    /// A batch of these messages, as far as they are about `source`, in groups of `size`. Ids of messages
-    /// that came too often are groups of their own.
+    /// A batch of these messages, as far as they are about `source`, in groups of `size` ids. An id of a
+    /// message that was received too often is a group of its own.
     pub(super) fn new(source: &str, messages: &[Message], size: usize) -> Self {
         let mut hints = Hints::new();
         let mut redelivered = HashSet::new();
@@ -63,12 +77,12 @@ impl Batch {
             if job.source != source {
                 continue;
             }
-            if poison::is_redelivered(message) {
+            if is_redelivered(message) {
                 redelivered.extend(ids(job).cloned());
             }
             let oldest_us = job.oldest.as_microsecond();
             for group in &job.groups {
-                // Anybody may have written the message.
+                // The message may contain any number.
                 let after_us = i64::try_from(group.after_ms).unwrap_or(i64::MAX).saturating_mul(1000);
                 let hint = Hint { version: group.version, changed_at_us: oldest_us.saturating_add(after_us) };
                 // No row's id has a NUL.
@@ -109,23 +123,23 @@ impl Batch {
         &self.messages
     }
 
-    /// Their receipts.
+    /// Receipts of the messages that are not acknowledged yet.
     pub(super) fn receipts(&self) -> Vec<Receipt> {
         self.messages.iter().map(|message| message.receipt.clone()).collect()
     }
 
-    /// Their receipts, as they are at any time.
+    /// The same receipts, kept up to date.
     pub(super) fn receipts_in_flight(&self) -> Arc<Mutex<Vec<Receipt>>> {
         Arc::clone(&self.receipts_in_flight)
     }
 
-    /// Takes messages out that are done with or somebody else's: none of them is extended any more.
+    /// Keeps only some messages. The visibility of the removed messages is not extended any more.
     pub(super) fn retain(&mut self, is_kept: impl FnMut(&Message) -> bool) {
         self.messages.retain(is_kept);
         *self.receipts_in_flight.lock().unwrap_or_else(PoisonError::into_inner) = self.receipts();
     }
 
-    /// Receipts of messages of which nothing remains.
+    /// Receipts of messages without remaining ids.
     pub(super) fn done_with(&self) -> Vec<Receipt> {
         let is_done = |message: &&Message| {
             message.body.as_ref().is_ok_and(|job| ids(job).all(|id| !self.remaining.contains(id)))
@@ -138,17 +152,17 @@ impl Batch {
         self.messages.iter().find_map(|message| Some((message, part_of(message, id)?)))
     }
 
-    /// Whether the id is not done with.
+    /// Whether the id is not finished.
     pub(super) fn has(&self, id: &str) -> bool {
         self.remaining.contains(id)
     }
 
-    /// Nothing is left to do for an id.
+    /// Marks an id as finished.
     pub(super) fn finish(&mut self, id: &str) {
         self.remaining.remove(id);
     }
 
-    /// Takes ids that are done with out of the groups.
+    /// Removes finished ids from the groups.
     pub(super) fn drop_finished(&mut self) {
         let remaining = &self.remaining;
         for group in &mut self.groups {

@@ -1,8 +1,8 @@
 //! Freshness: the time from a change's statement to the moment at which a query finds the change.
 //!
-//! Writers tell the one tracker here which changes they wrote and when. The tracker decides when a query
-//! finds them: at once, or, for an index whose queries are behind its writes, once they have come so far.
-//! Nothing waits for that: changes are acknowledged once they are written.
+//! Writers report to the tracker which changes they wrote, and when. The tracker decides when a query finds
+//! them: at once, or, for an index whose queries are behind its writes, once queries have reached the write.
+//! No work waits for this: changes are acknowledged once they are written.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,7 @@ use crate::pipeline::metrics::Metrics;
 /// Changes whose freshness is awaited at most: more are not counted.
 const MAX_PENDING: usize = 100_000;
 
-/// What is not found for this long is not counted: the index does not tell, or has lost it.
+/// A write that is not found for this long is not counted: the index does not report it, or has lost it.
 const GIVE_UP_AFTER: Duration = Duration::from_mins(10);
 
 /// Changes that were written together.
@@ -25,7 +25,7 @@ struct Write {
     lane: Lane,
     /// The database's clock when the write was committed or closed, in microseconds since the epoch.
     committed_us: i64,
-    /// Our clock, then.
+    /// This process's clock at that moment.
     at: Duration,
     /// When their statements ran, by the database's clock.
     changed_at_us: Vec<i64>,
@@ -43,7 +43,7 @@ impl Write {
 /// Writes that queries do not find yet, in the order of their positions.
 #[derive(Default)]
 struct PendingWrites {
-    /// A query that has come as far as the position finds the write.
+    /// A query that has reached the position finds the write.
     queue: VecDeque<(u64, Write)>,
     changes: usize,
 }
@@ -57,7 +57,7 @@ impl PendingWrites {
         self.queue.push_back((position, write));
     }
 
-    /// Takes the writes that a query finds that has come so far.
+    /// Takes the writes that a query up to this position finds.
     fn take(&mut self, searchable_up_to: u64, now: Duration) -> Vec<Write> {
         let found = self.queue.iter().take_while(|(position, _)| *position <= searchable_up_to).count();
         let taken = self.queue.drain(..found).map(|(_, write)| write).collect();
@@ -74,7 +74,7 @@ pub(super) struct FreshnessTracker {
     index: Arc<dyn VectorIndex>,
     metrics: Arc<Metrics>,
     clock: Arc<dyn Clock>,
-    /// How often an index whose queries are behind is asked how far they are.
+    /// How often an index whose queries are behind its writes is asked how far queries are.
     every: Duration,
     pending: Mutex<PendingWrites>,
 }
@@ -93,7 +93,7 @@ impl FreshnessTracker {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of ids that were written just now. `committed_us` is the database's clock when the write
+    /// Records ids that were written just now. `committed_us` is the database's clock when the write
     /// was committed.
     pub(super) fn record<'a>(
         &self,
@@ -127,7 +127,7 @@ impl FreshnessTracker {
         }
     }
 
-    /// Counts what queries find now, if anything is pending.
+    /// Counts the pending writes that queries find now.
     pub(super) async fn update(&self) {
         let Some(freshness) = self.index.freshness() else { return };
         if self.pending().queue.is_empty() {

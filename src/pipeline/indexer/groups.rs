@@ -1,41 +1,42 @@
-//! Working off a batch: what became of trying a group, and what is done about it.
+//! Working through a batch: the outcome of each group, and the reaction to it.
 
 use std::collections::HashSet;
 use std::time::Duration;
 
 use super::Indexer;
 use super::batch::Batch;
+use super::group_failure::Failure;
 use super::poison::Admitted;
-use super::writer::{Failure, Written};
+use super::writer::Written;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 
-/// Groups that fail in a row before the batch is put aside for a while.
+/// This many failed groups in a row put the batch aside for a while.
 const MAX_CONSECUTIVE_FAILURES: usize = 3;
 
-/// Groups that have to be done again in a row before the batch is put aside for a while: more means
-/// that somebody rewrites these very rows all the time.
+/// This many conflicted groups in a row put the batch aside for a while: an application rewrites these rows
+/// all the time.
 const MAX_CONSECUTIVE_CONFLICTS: usize = 10;
 
-/// What became of trying a group.
+/// The outcome of a group.
 enum GroupOutcome {
     /// It was written, as far as [`Written`] says. Some of its ids may have conflicted or be refused.
     Written { written: Written, took: Duration },
-    /// Some change in it is refused for good.
+    /// Some change in it is refused permanently.
     Refused(Failure),
-    /// Its only change failed, in a way that another try may mend.
+    /// Its only change failed with a retryable error.
     FailedAlone(Failure),
-    /// It failed, in a way that another try may mend; any of its changes may be why, or none.
+    /// It failed with a retryable error. Any of its changes may be the cause, or none.
     FailedTogether(Failure),
-    /// It failed over what concerns all changes, until somebody mends that.
+    /// It failed for a cause that concerns all changes, until somebody repairs the cause.
     HoldsAll(Failure),
-    /// Its only change was given up before it was tried.
+    /// Its only change was dead-lettered before it was tried.
     DeadLettered,
-    /// It could not be found out whether it may be tried.
+    /// The check whether it may be tried failed.
     NotAdmitted(Error),
 }
 
-/// How many groups in a row did not go through.
+/// Failed and conflicted groups in a row.
 #[derive(Default)]
 struct Streak {
     failures: usize,
@@ -43,8 +44,8 @@ struct Streak {
 }
 
 impl Indexer {
-    /// Works until nothing of the batch is left. On an error the rest stays in it, to be tried again;
-    /// messages that are done with are acknowledged all the same.
+    /// Works until nothing of the batch is left. On an error, the rest stays in the batch and can be tried
+    /// again. Finished messages are acknowledged even then.
     pub(super) async fn work(&self, lane: Lane, batch: &mut Batch) -> Result<()> {
         let sorted = async {
             self.misdirected.set_aside(batch).await?;
@@ -69,7 +70,7 @@ impl Indexer {
         Ok(())
     }
 
-    /// Tries a group, and tells what became of it.
+    /// Tries a group and returns its outcome.
     async fn try_group(&self, lane: Lane, batch: &mut Batch, group: &[String]) -> GroupOutcome {
         let admitted = match self.isolation.admit(lane, batch, group).await {
             Ok(Admitted::DeadLettered) => return GroupOutcome::DeadLettered,
@@ -81,7 +82,7 @@ impl Indexer {
             let _beside = self.isolation.beside(&admitted).await;
             self.writer.write(lane, group, batch).await
         };
-        // Canaries may have to be sent now, which nobody needs to be kept away for.
+        // Canaries may have to be sent now. They need no exclusive access.
         drop(admitted);
         let failure = match written {
             Ok(written) => {
@@ -101,16 +102,15 @@ impl Indexer {
         }
     }
 
-    /// Whether a failure that would concern everything may be one change's own. One text or record may be
-    /// refused as a wrong setting has all of them refused. A change that stands alone is tried against
-    /// canaries when it is isolated.
+    /// Whether a fatal failure may belong to one change: a backend may refuse one text or record with the
+    /// error of a wrong setting. A change that stands alone is compared with canaries when it is isolated.
     async fn may_be_its_own(&self, lane: Lane, group: &[String], failure: &Failure) -> bool {
         failure.error.is_about_change()
             && !failure.error.is_of_process()
             && (group.len() == 1 || self.isolation.others_are_taken(lane, failure).await.is_ok())
     }
 
-    /// Does what a group's outcome asks for. On an error the batch is put aside for a while.
+    /// Reacts to a group's outcome. On an error the batch is put aside for a while.
     async fn act_on(
         &self,
         lane: Lane,
@@ -139,7 +139,7 @@ impl Indexer {
             GroupOutcome::HoldsAll(failure) => {
                 self.health.trip(&failure);
                 batch.try_next(group);
-                // What ends this process now may be the change's own doing; a setting is not.
+                // The change may be the cause of a broken process, but not of a wrong setting.
                 if !failure.error.is_of_process() {
                     self.isolation.uncount_try(batch).await;
                 }
@@ -153,7 +153,7 @@ impl Indexer {
         }
     }
 
-    /// Takes out of the batch what was written, and lets the rest of the group be tried again.
+    /// Removes the written ids from the batch, and puts the rest of the group back.
     async fn take_written(
         &self,
         lane: Lane,
@@ -175,7 +175,8 @@ impl Indexer {
         for id in group.iter().filter(|id| !pending.contains(id)) {
             batch.finish(id);
         }
-        // The rest in groups of as many as could be read together: it is likely to be alike.
+        // The rest in groups of the size that could be read together: their rows are likely to be of similar
+        // size.
         let read = group.len() - unread.len();
         for part in unread.chunks(read.max(1)).rev() {
             batch.try_next(part.to_vec());
@@ -189,7 +190,7 @@ impl Indexer {
             batch.try_last(conflicted);
         }
         match refused {
-            // It came to an end, if not to a write that settles the entry.
+            // The try ended, although perhaps no write settled the entry.
             None => self.isolation.ended(batch, group, settled).await?,
             Some((refused, error)) => {
                 self.isolation.isolate_refused(lane, batch, refused, &Failure::from(error)).await?;
@@ -205,7 +206,7 @@ impl Indexer {
         Ok(())
     }
 
-    /// Acknowledges messages of which nothing is left.
+    /// Acknowledges messages without remaining ids.
     async fn acknowledge_done(&self, batch: &mut Batch) -> Result<()> {
         let receipts = batch.done_with();
         if receipts.is_empty() {

@@ -1,20 +1,21 @@
-//! Whether things go through at all.
+//! Whether changes succeed at all.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use super::writer::Failure;
+use super::group_failure::Failure;
 use crate::pipeline::fault::{self, FaultBoard};
 
-/// What has gone through in this process, and what has not.
+/// Successes and failures of this process.
 #[derive(Debug, Default)]
 pub(super) struct Health {
     failures_in_a_row: AtomicU32,
-    /// Whether texts were what failed last: a delete that goes through says nothing of the embedder.
+    /// Whether the last failure was at the embedder: a successful delete does not prove that the embedder
+    /// works.
     at_embedder: AtomicBool,
     /// Batches that are under way.
     under_way: AtomicUsize,
-    /// Where faults are shown; a board of its own unless one is given.
+    /// The board for faults; a new one unless a board is given.
     faults: OnceLock<Arc<FaultBoard>>,
 }
 
@@ -23,7 +24,7 @@ pub(super) struct UnderWay<'a>(&'a Health);
 
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
-        // What failed may have been taken away: then nothing will ever show that it would go through.
+        // The failed work may have been removed. Then no success would ever end the outage.
         if self.0.under_way.fetch_sub(1, Ordering::Relaxed) == 1 {
             self.0.reset();
         }
@@ -31,7 +32,7 @@ impl Drop for UnderWay<'_> {
 }
 
 impl Health {
-    /// Shows faults on this board from now on. To be called before anything is shown.
+    /// Shows faults on this board from now on. Call it before the first fault.
     pub(super) fn report_to(&self, faults: Arc<FaultBoard>) {
         let given = self.faults.set(faults);
         debug_assert!(given.is_ok(), "faults were shown on another board before");
@@ -48,7 +49,7 @@ impl Health {
         UnderWay(self)
     }
 
-    /// A change went through, whether or not a text was embedded for it.
+    /// A change succeeded, with or without a text to embed.
     pub(super) fn succeeded(&self) {
         if !self.at_embedder.load(Ordering::Relaxed) {
             self.recovered();
@@ -62,7 +63,7 @@ impl Health {
         }
     }
 
-    /// Harmless work went the whole way.
+    /// A canary or a change succeeded.
     pub(super) fn recovered(&self) {
         self.at_embedder.store(false, Ordering::Relaxed);
         let failures = self.failures_in_a_row.swap(0, Ordering::Relaxed);
@@ -72,19 +73,19 @@ impl Health {
         }
     }
 
-    /// No batch is under way. The next one is tried as if nothing had been.
+    /// No batch is under way. The next batch starts without counted failures.
     fn reset(&self) {
         self.at_embedder.store(false, Ordering::Relaxed);
         self.failures_in_a_row.store(0, Ordering::Relaxed);
         self.faults().clear(fault::INDEXING_BLOCKED);
     }
 
-    /// Something failed that another try may mend.
+    /// Counts a retryable failure.
     pub(super) fn failed(&self, failure: &Failure) {
         self.add(1, failure);
     }
 
-    /// Something failed that is nobody's change's fault and that no other try mends, until somebody does.
+    /// Records a failure that concerns all changes and lasts until somebody repairs its cause.
     pub(super) fn trip(&self, failure: &Failure) {
         self.add(fault::FAILURE_THRESHOLD, failure);
     }
@@ -99,14 +100,14 @@ impl Health {
             .unwrap_or_default();
         if before.saturating_add(failures) >= fault::FAILURE_THRESHOLD {
             self.faults().report(fault::INDEXING_BLOCKED, format_args!("no change goes through: {error}"));
-            // Told once; the fault shows how it goes on.
+            // Logged once; the fault shows the current state.
             if before < fault::FAILURE_THRESHOLD {
                 tracing::warn!(%error, "nothing goes through: holding what was received, and receiving no more");
             }
         }
     }
 
-    /// Whether nothing goes through.
+    /// Whether no change succeeds.
     pub(super) fn is_outage(&self) -> bool {
         self.failures_in_a_row.load(Ordering::Relaxed) >= fault::FAILURE_THRESHOLD
     }

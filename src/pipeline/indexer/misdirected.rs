@@ -1,9 +1,9 @@
 //! Messages that this worker cannot work on: of a later build, of another source, or unreadable.
 //!
 //! During a rolling upgrade both builds receive from one queue, so a message of a later build or of another
-//! source is no dead letter, however often it comes: it is put back for a while that grows, for whoever can
-//! read it, and told of. It waits for as long as the queue keeps it (SQS: the retention period, or its
-//! redrive policy). A message that nobody can read is a dead letter.
+//! source is no dead letter, however often it comes. It is put back for a growing pause, for a worker that
+//! can read it, and reported as a fault. It waits for as long as the queue keeps it (SQS: the retention
+//! period, or its redrive policy). A message that no build can read is a dead letter.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,7 +24,7 @@ const LONGEST_PAUSE: Duration = Duration::from_mins(5);
 /// A fault of this kind that no message confirms ends after this long.
 const FORGOTTEN: Duration = Duration::from_mins(11);
 
-/// Kinds that are told apart at most; names are foreign, so that there may be any number.
+/// Most kinds that are told apart. Names come from messages, so there may be any number.
 const MAX_KINDS: usize = 8;
 
 /// Characters of a foreign name that are shown.
@@ -55,7 +55,7 @@ impl Misdirected {
         Self { source, queue, dead_letters, clock, health, seen: Mutex::default() }
     }
 
-    /// Dead-letters messages that nobody can read, and puts back those that somebody else can.
+    /// Dead-letters messages that no build can read, and puts back messages that another worker can read.
     pub(super) async fn set_aside(&self, batch: &mut Batch) -> Result<()> {
         let mut at = 0;
         while let Some(message) = batch.messages().get(at) {
@@ -83,7 +83,7 @@ impl Misdirected {
         Ok(())
     }
 
-    /// What makes a message somebody else's, if anything does.
+    /// Why a message is for another worker; none if it is for this worker.
     fn misdirected_reason(&self, message: &Message) -> Option<String> {
         match &message.body {
             Ok(job) if job.source != self.source => {
@@ -100,7 +100,7 @@ impl Misdirected {
         }
     }
 
-    /// Hides a message from everybody for a while, and tells of it.
+    /// Hides a message from all workers for a while, and reports the fault.
     async fn return_to_queue(&self, message: &Message, reason: &str) -> Result<()> {
         let doublings = message.receive_count.saturating_sub(1).min(10);
         let pause = FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE);

@@ -1,18 +1,18 @@
-//! The indexer: jobs from the queue into the index.
+//! The indexer: applies messages from the queue to the index.
 //!
-//! The job is a hint: rows are read here, never taken from the message. Nothing is acknowledged
-//! before the index holds, for every id in the message, what the row said, or the ledger says that
-//! the id will be done again, or the change stands in the dead letters. A crash at any point repeats
-//! work, which is idempotent.
+//! A message is a hint: rows are read here, never taken from the message. A message is acknowledged only when
+//! one of three holds for each of its ids: the index holds the row, the ledger says that the id will be done
+//! again, or the change is in the dead-letter queue. A crash at any point repeats work, which is idempotent.
 //!
-//! A [`Receiver`] for each lane receives messages. Those of one receive are a [`batch`], which is [`run`]
-//! until nothing of it is left, in [`groups`] of ids. The [`writer`] writes one group, as the index can be
-//! written to: [`transactional`] or [`tracked`]; each module says why it is safe. [`poison`] finds the
-//! change that fails by itself, and [`misdirected`] the message that is somebody else's. [`freshness`]
-//! measures, and [`visibility`] keeps others from the messages that are worked on.
+//! A [`Receiver`] for each lane receives messages. The messages of one receive are a [`batch`], which is
+//! [`run`] until nothing of it is left, in [`groups`] of ids. The [`writer`] writes one group, in the way
+//! that the index allows: [`transactional`] or [`tracked`]; each module says why it is safe. [`poison`] finds
+//! the change that fails by itself, and [`misdirected`] the message for another worker. [`freshness`]
+//! measures, and [`visibility`] hides the messages in work from other workers.
 
 mod batch;
 mod freshness;
+mod group_failure;
 mod groups;
 mod health;
 mod misdirected;
@@ -24,12 +24,14 @@ mod spawn;
 mod throughput;
 mod tracked;
 mod transactional;
+mod tries;
 mod visibility;
 mod writer;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use batch::StepOutcome;
 pub use receiver::Receiver;
 pub use spawn::{Spawn, Task, TokioTasks};
 
@@ -50,51 +52,36 @@ use poison::Isolation;
 use throughput::Throughput;
 use writer::Writer;
 
-/// What the indexer needs of the settings.
+/// The options of the indexer.
 #[derive(Clone, Debug)]
 pub struct IndexerOptions {
-    /// The source's name: messages of another source are not ours.
+    /// The source's name: this worker does not apply messages of another source.
     pub source: String,
-    /// This worker's name, unique among all that ever were: attempts stand under it.
+    /// This worker's name, which no other worker ever had. The ledger records tracked writes under this name.
     pub worker: String,
     /// Embedding threads.
     pub workers: usize,
-    /// A lane holds at most what is embedded in this time.
+    /// A lane holds at most the work of this time.
     pub prefetch: Duration,
-    /// How often a lane is looked at when no wake-up comes.
+    /// How often a lane is polled when no wake-up comes.
     pub poll: Duration,
-    /// Of a message that was received more often nothing is read before its change is counted: the last
-    /// resort against one that takes the process down.
+    /// If a message was received more often, none of its rows is read before its change is counted: the last
+    /// resort against a change that takes the process down.
     pub max_receives: u32,
     /// After this long an accepted write has been applied, or never will be; the lease included.
     pub settle: Duration,
-    /// How often an index whose queries are behind is asked how far they are.
+    /// How often an index whose queries are behind its writes is asked how far queries are.
     pub freshness_poll: Duration,
-}
-
-/// What a batch came to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StepOutcome {
-    /// Distinct ids in the messages.
-    pub changes: u64,
-    /// Ids that were written or deleted in the index.
-    pub applied: u64,
-    /// Distinct texts that went through the model.
-    pub embedded: u64,
-    /// Groups that had to be done again because a row or an entry changed meanwhile.
-    pub conflicts: u64,
-    /// Changes given up.
-    pub dead_lettered: u64,
 }
 
 /// Applies jobs to an index.
 pub struct Indexer {
     queue: Arc<dyn JobQueue>,
-    /// Tells when nothing is left to do.
+    /// For the end of the work when nothing is left.
     stats: Arc<dyn QueueStats>,
     clock: Arc<dyn Clock>,
     options: IndexerOptions,
-    /// Whether things go through at all; it decides whether more is received.
+    /// Whether changes succeed at all; decides whether more is received.
     health: Arc<Health>,
     /// Sizes groups and receives.
     throughput: Throughput,
@@ -154,28 +141,28 @@ impl Indexer {
         }
     }
 
-    /// The same, telling a board what holds the work. To be called before anything is worked on.
+    /// The same indexer, which reports faults to this board. Call it before any work.
     #[must_use]
     pub fn reporting(self, faults: Arc<FaultBoard>) -> Self {
         self.health.report_to(faults);
         self
     }
 
-    /// Applies messages of one lane and acknowledges them. On an error, those that are not done with
-    /// stay unacknowledged.
+    /// Applies messages of one lane and acknowledges them. On an error, unfinished messages stay
+    /// unacknowledged.
     pub async fn step(&self, lane: Lane, messages: &[Message]) -> Result<StepOutcome> {
         let mut batch = self.batch(messages);
         self.work(lane, &mut batch).await?;
         Ok(batch.done)
     }
 
-    /// Embeds slices for whoever asks, one at a time, for as long as it is polled.
+    /// Embeds slices, one at a time, for as long as the future is polled.
     pub async fn embed_slices(&self) {
         self.writer.embed_slices().await;
     }
 
-    /// Closes writes that were left, sweeps those that nobody will close, and disowns what stands under this
-    /// worker's name without being its own.
+    /// Closes leftover writes, sweeps writes that no worker will close, and abandons writes that the ledger
+    /// has under this worker's name but this worker does not know.
     pub async fn sweep(&self) -> Result<Swept> {
         self.writer.sweep().await
     }

@@ -1,6 +1,6 @@
 //! The tracked writes of one worker that are not known to be closed.
 //!
-//! What a worker has begun and the ledger names, but this list does not, is nobody's: the ledger marks it as
+//! A write of this worker that is in the ledger but not in this list is orphaned: the ledger marks it as
 //! abandoned ([`abandon_orphans`](crate::pipeline::ledger::Ledger::abandon_orphans)).
 
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ pub(super) type Closing = Vec<(Opened, Outcome)>;
 /// The tracked writes of one worker.
 #[derive(Debug)]
 pub(super) struct OpenWrites {
-    /// The worker's name, unique among all that ever were. The ledger knows its writes by it.
+    /// The worker's name, which no other worker ever had. The ledger records its writes under this name.
     worker: String,
     /// Numbers the writes.
     begun: AtomicU64,
@@ -48,7 +48,7 @@ impl OpenWrites {
         &self.worker
     }
 
-    /// Begins a write, under a name that no other one has.
+    /// Begins a write, under a name that no other write has.
     pub(super) fn begin(&self) -> ActiveWrite<'_> {
         let number = self.begun.fetch_add(1, Ordering::Relaxed);
         let id = format!("{}/{number}", self.worker);
@@ -66,7 +66,7 @@ impl OpenWrites {
         self.unclosed().remove(id);
     }
 
-    /// Writes that nobody works on any more, and that were left without a closing or whose closing failed.
+    /// Writes that are not in work any more, and that were not closed or whose closing failed.
     pub(super) fn leftover(&self) -> Vec<(String, Closing)> {
         let active = self.active();
         self.unclosed()

@@ -1,48 +1,46 @@
-//! Isolating poison: finding the one change that fails by itself, and giving it up.
+//! Isolating poison: finding the one change that fails by itself, and moving it to the dead-letter queue.
 //!
-//! **What concerns all changes is nobody's dead letter.** An outage is not poison, and neither is a wrong
-//! setting. A group of changes that fails in a way that another try may mend is split and put last, and
-//! after a few failures in a row the batch is held as it is; nothing is counted. A failure that only
-//! somebody can mend (a refused key, a missing index) holds the batch, too, and the work goes on by itself
-//! once it is mended. A group that is refused for good is split until the refused change stands alone. Then
-//! a harmless change, the canary, is sent the same way: read, embedded and written. If it fails as well,
-//! whatever its failure, all changes are concerned and the batch is held. If it goes through, the change is
-//! tried once more, because the refusal may have ended just now; it is given up when it is refused again and
-//! the canary goes through again. The same is done where the embedder or the index answers as it does to a
-//! wrong key: a filter before it may say so to one text or record. The index must then take a harmless
-//! record among the others, too. What holds the work is one fault, in the log once and in the status for as
-//! long as it lasts.
+//! **A failure that concerns all changes dead-letters none.** Neither an outage nor a wrong setting is
+//! poison. A group that fails with a retryable error is split and put last. After a few failures in a row the
+//! batch is held as it is, and nothing is counted. A fatal failure (a refused key, a missing index) holds the
+//! batch too, and the work continues by itself after the repair. A group that is refused permanently is split
+//! until the refused change stands alone. Then a harmless change, the canary, is sent the same way: read,
+//! embedded and written. If the canary fails, with whatever error, all changes are concerned and the batch is
+//! held. If the canary succeeds, the change is tried once more, because the refusal may just have ended. The
+//! change is dead-lettered if it is refused again and the canary succeeds again. The same is done where the
+//! embedder or the index answers as it does to a wrong key: a filter in front of it may answer so to one text
+//! or record. In that case the index must also accept a harmless record among the other records. A failure
+//! that holds the work is one fault: logged once, and shown in the status for as long as it lasts.
 //!
-//! A change that fails by itself, while canaries go through, is counted, and dead-lettered at the fourth time
-//! that one worker sees.
+//! A change that fails by itself, while canaries succeed, is counted. It is dead-lettered at the fourth
+//! failure that one worker sees.
 //!
-//! **A change that takes the process down** can only be found by a count that is made before the try. From a
-//! message's third receive on its changes are tried one by one and counted first; every way out but a dead
-//! process takes the count back, unless it is the change's own failure. Whoever kills a process (an
-//! operator, another message, the kernel) leaves a count behind, so a count by itself is no verdict. Once
-//! [`MAX_UNFINISHED`] tries were left unfinished, each further try is counted only after canaries went
-//! through, and made while nothing else is tried in the process; after [`MAX_UNFINISHED_ALONE`] of those the
-//! change is given up, if canaries still go through. A change that comes to an end in between is counted
-//! from zero. A message is never given up as a whole for how often it was received: that only tells of
-//! workers. Over `max_receives`, nothing of it is read before it is counted.
+//! **A change that takes the process down** can only be found by a count made before the try. From a
+//! message's third receive on, its changes are tried one by one and counted first. Unless the process dies,
+//! every end of a try takes the count back, except for a failure of the change itself. A process that is
+//! killed for another reason (by an operator, another message, the kernel) also leaves a count behind, so a
+//! count alone proves nothing. Once [`MAX_UNFINISHED`] tries were left unfinished, each further try is
+//! counted only after canaries succeeded, and is made while nothing else is tried in the process. After
+//! [`MAX_UNFINISHED_ALONE`] of those tries the change is dead-lettered, if canaries still succeed. A try that
+//! comes to an end in between sets the count to zero. A message is never dead-lettered as a whole for its
+//! receive count, which only tells of workers. Over `max_receives`, nothing of the message is read before it
+//! is counted.
 //!
-//! The counts are the ledger's, so that redone work is included.
+//! The counts are in the ledger, so that tries of all workers are included.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::batch::{Batch, ids};
+use super::group_failure::Failure;
 use super::health::Health;
-use super::writer::{Failure, Writer};
+use super::writer::Writer;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::ledger::Ledger;
 use crate::pipeline::queue::{DeadLetterCause, DeadLetters, Message, Reason};
-
-/// From this receive on, a message is worked change by change.
-const ONE_BY_ONE_FROM: u32 = 3;
 
 /// A change that failed by itself this often is dead-lettered.
 const MAX_TRIES: u32 = 4;
@@ -54,47 +52,14 @@ const MAX_UNFINISHED: u32 = 10;
 /// Such a change is dead-lettered after this many more, made with nothing else going on in the process.
 const MAX_UNFINISHED_ALONE: u32 = 3;
 
-/// Redelivered changes that are looked at together, whether they are in sync.
+/// Redelivered changes that are checked together for being in sync.
 const REDELIVERED_AT_ONCE: usize = 100;
 
 /// Canaries that must go through in a row before a change is to blame for its failure.
 const CANARIES: u32 = 3;
 
-/// The same for each refusal: a change is only to blame at its second one.
+/// The same for each refusal: a change is only to blame at its second refusal.
 const CANARIES_PER_REFUSAL: u32 = 1;
-
-/// Whether a message came so often that its changes are tried one by one.
-pub(super) fn is_redelivered(message: &Message) -> bool {
-    message.receive_count >= ONE_BY_ONE_FROM
-}
-
-/// How the changes of a batch fared that may be poison.
-#[derive(Debug, Default)]
-pub(super) struct Tries {
-    /// Ids of messages that came too often.
-    redelivered: HashSet<String>,
-    /// Ids that failed by themselves, and how often that was counted here.
-    failed_alone: HashMap<String, u32>,
-    /// Ids that were refused for good, while a canary went through.
-    refused: HashSet<String>,
-    /// Ids whose next try may stand in the count already.
-    counted: HashSet<String>,
-    /// The id whose try stands in the count and has not ended.
-    in_try: Option<String>,
-}
-
-impl Tries {
-    /// Of a batch in which these ids were redelivered and nothing was tried yet.
-    pub(super) fn new(redelivered: HashSet<String>) -> Self {
-        Self { redelivered, ..Self::default() }
-    }
-
-    /// The id of a group whose tries are counted: it is alone, and failed alone before or came too often.
-    fn counts<'a>(&self, group: &'a [String]) -> Option<&'a String> {
-        let [id] = group else { return None };
-        (self.redelivered.contains(id) || self.failed_alone.contains_key(id)).then_some(id)
-    }
-}
 
 /// How a group may be tried.
 pub(super) enum Admitted<'a> {
@@ -102,7 +67,7 @@ pub(super) enum Admitted<'a> {
     Together,
     /// While nothing else is tried in this process.
     Alone { _exclusive: RwLockWriteGuard<'a, ()> },
-    /// Not at all: its change was given up.
+    /// Not at all: its change was dead-lettered.
     DeadLettered,
 }
 
@@ -129,8 +94,8 @@ impl Isolation {
         Self { ledger, dead_letters, writer, health, max_receives, exclusive: RwLock::const_new(()) }
     }
 
-    /// What is in sync need not be tried one by one: most of a message that came too often was done
-    /// by whoever had it before.
+    /// Removes ids that are in sync, which need not be tried one by one: earlier receivers have applied most
+    /// changes of a redelivered message.
     pub(super) async fn drop_synced_redelivered(&self, batch: &mut Batch) -> Result<()> {
         let too_often = |message: &&Message| message.receive_count > self.max_receives;
         let unread: HashSet<&String> = batch
@@ -178,7 +143,7 @@ impl Isolation {
         if tries <= MAX_UNFINISHED {
             return Ok(Admitted::Together);
         }
-        // Nothing may be blamed on this change that others do, or that all meet.
+        // The change must not be blamed for failures of other changes, or of all changes.
         self.uncount_try(batch).await;
         let exclusive = self.exclusive.write().await;
         self.send_canaries(lane, CANARIES, false).await?;
@@ -192,7 +157,7 @@ impl Isolation {
         Ok(Admitted::Alone { _exclusive: exclusive })
     }
 
-    /// Keeps changes under suspicion from being tried beside this group, unless the group is one.
+    /// Prevents tries of suspected changes beside this group, unless the group is such a change.
     pub(super) async fn beside(&self, admitted: &Admitted<'_>) -> Option<RwLockReadGuard<'_, ()>> {
         match admitted {
             Admitted::Alone { .. } => None,
@@ -202,7 +167,7 @@ impl Isolation {
 
     /// Counts a try that is about to begin.
     async fn count(&self, batch: &mut Batch, id: &str) -> Result<u32> {
-        // One that may stand already is not counted again: a lost answer is nobody's fault.
+        // A try that may be counted already is not counted again: a lost answer is not the change's fault.
         let by = i32::from(!batch.tries.counted.remove(id));
         let counted = self.ledger.count_try(id, by).await;
         match counted {
@@ -223,8 +188,8 @@ impl Isolation {
         }
     }
 
-    /// A try came to an end. If it settled no entry, whose write would have done it, its change is counted
-    /// from zero again.
+    /// Records the end of a try. A write that settles the entry sets the count to zero. If no entry was
+    /// settled, the count is set to zero here.
     pub(super) async fn ended(&self, batch: &mut Batch, group: &[String], settled: u64) -> Result<()> {
         batch.tries.in_try = None;
         if let Some(id) = batch.tries.counts(group).filter(|_| settled == 0) {
@@ -233,8 +198,8 @@ impl Isolation {
         Ok(())
     }
 
-    /// A change failed by itself: counts it if other things go through, which is tried out. That has
-    /// to work several times in a row, or an index that fails every other time would do as a witness.
+    /// A change failed by itself: counts the failure if canaries succeed. Several must succeed in a row,
+    /// because an index that fails every other time would let one through.
     pub(super) async fn failed_alone(
         &self,
         lane: Lane,
@@ -251,7 +216,7 @@ impl Isolation {
         }
         let others_go_through =
             error.is_about_change() && self.send_canaries(lane, CANARIES, false).await.is_ok();
-        // What was counted before the try stands only if it is the change's own fault.
+        // The count made before the try stays only if the failure is the change's own.
         if !others_go_through {
             self.uncount_try(batch).await;
             return Ok(());
@@ -266,7 +231,7 @@ impl Isolation {
         };
         let failures = batch.tries.failed_alone.entry(id.clone()).or_default();
         *failures += 1;
-        // The ledger's count may hold tries that others left unfinished.
+        // The ledger's count may include tries that other workers left unfinished.
         if tries.min(*failures) >= MAX_TRIES {
             let cause = DeadLetterCause { reason: Reason::Failed, error: error.to_string(), tries };
             self.dead_letter(batch, &id, &cause).await?;
@@ -275,8 +240,8 @@ impl Isolation {
         Ok(())
     }
 
-    /// Splits what was refused for good. When it stands alone and canaries go through, tries it once
-    /// more, and gives it up the second time.
+    /// Splits a group that was refused permanently. If a change stands alone and canaries succeed, tries it
+    /// once more, and dead-letters it at the second refusal.
     pub(super) async fn isolate_refused(
         &self,
         lane: Lane,
@@ -295,7 +260,7 @@ impl Isolation {
         decided.map(drop)
     }
 
-    /// Whether a change that stands alone was refused for the second time, and was given up for that.
+    /// Whether a change that stands alone was refused for the second time and therefore dead-lettered.
     async fn is_refused_again(
         &self,
         lane: Lane,
@@ -349,7 +314,7 @@ impl Isolation {
 
     /// Dead-letters one change, for every message that carries it.
     async fn dead_letter(&self, batch: &mut Batch, id: &str, cause: &DeadLetterCause) -> Result<()> {
-        // One letter is enough: the change is the row's, not the message's.
+        // One dead letter is enough: the change belongs to the row, not to the message.
         if let Some((message, part)) = batch.part_about(id) {
             self.dead_letters.store(message, Some(&part), cause).await?;
         }
@@ -360,7 +325,7 @@ impl Isolation {
             "a change {}: moved to the dead letters",
             cause.reason.describe()
         );
-        // Whoever brings it back has mended something: its tries start anew.
+        // A redrive follows a repair, so the tries start again from zero.
         self.ledger.park(id).await?;
         batch.finish(id);
         batch.tries.in_try = None;

@@ -1,9 +1,9 @@
 //! The receive loop of one lane.
 //!
-//! Each lane has a loop of its own, so that a live message is received while a bulk one is worked on;
-//! between slices the scheduler lets the live one go first. The loop knows nothing of the tokio runtime:
-//! batches run where [`Spawn`] puts them, and all time is the clock's, so that a simulation runs this very
-//! loop.
+//! Each lane has a loop of its own, so that a live message is received while a bulk message is in work;
+//! between slices the scheduler takes the live message first. The loop knows nothing of the tokio runtime:
+//! batches run where [`Spawn`] puts them, and time comes from the clock only, so that a simulation runs the
+//! same loop.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ use crate::pipeline::retry::Backoff;
 /// peeked and the last is written.
 const BATCHES_PER_LANE: usize = 3;
 
-/// Batches that are received ahead of the one that is worked on, however much is in flight.
+/// Batches that are received ahead of the batch in work, however many changes are in flight.
 const PREFETCHED: usize = 1;
 
 /// Messages in one receive; SQS allows no more.
@@ -39,10 +39,10 @@ const MIN_IN_FLIGHT: u64 = 64;
 /// Changes that a lane has in flight at most, so that memory stays bounded when nothing has to be embedded.
 const MAX_IN_FLIGHT: u64 = 20_000;
 
-/// During an outage, how often it is looked at whether it is over.
+/// How often the end of an outage is checked.
 const OUTAGE_POLL: Duration = Duration::from_millis(100);
 
-/// How long a receive may still take once the work is to stop: what it brings would else stay invisible.
+/// How long a receive may still take after `stop`: otherwise its messages would stay invisible.
 const LAST_RECEIVE: Duration = Duration::from_millis(200);
 
 /// Receives the messages of one lane and has them worked on.
@@ -51,7 +51,7 @@ pub struct Receiver {
     lane: Lane,
     /// Where batches run.
     spawn: Arc<dyn Spawn>,
-    /// Whether the loop ends once both lanes are empty. Then it must not wait for somebody to mend a setting.
+    /// Whether the loop ends once both lanes are empty. Then it must not wait for the repair of a setting.
     until_idle: bool,
     /// The loop receives nothing more, and ends once its batches have.
     stop: CancellationToken,
@@ -63,7 +63,7 @@ pub struct Receiver {
     permits: Arc<Semaphore>,
     /// Changes of the batches that are under way.
     in_flight: Arc<AtomicU64>,
-    /// Changes in a message, as in the last ones that came.
+    /// Changes in a message, by the last receive.
     per_message: f64,
     /// Of receives that fail.
     backoff: Backoff,
@@ -72,8 +72,8 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// The receive loop of a lane. It ends with `stop`, or with the first failure that nobody can sit out;
-    /// then it cancels `stop` and `abort`, so that whoever shares them ends, too.
+    /// The receive loop of a lane. It ends with `stop`, or with the first failure for which waiting does not
+    /// help. Then it cancels `stop` and `abort`, so that the other lane ends too.
     #[must_use]
     pub fn new(
         indexer: Arc<Indexer>,
@@ -93,15 +93,16 @@ impl Receiver {
             running: FuturesUnordered::new(),
             permits: Arc::new(Semaphore::new(BATCHES_PER_LANE)),
             in_flight: Arc::default(),
-            // Full ones, until it is known better: ten of those at once would be hoarded.
+            // Messages are taken for full until the first receive, so that the first receive does not take
+            // too many.
             per_message: MAX_CHANGES_PER_JOB as f64,
             backoff: Backoff::default(),
             has_received: false,
         }
     }
 
-    /// Receives until `stop`, then finishes what is in flight; what is not finished when `abort` comes is
-    /// released to others. With `until_idle` ends once both lanes are empty.
+    /// Receives until `stop`, then finishes the batches in flight. On `abort`, releases unfinished batches to
+    /// other workers. With `until_idle`, ends once both lanes are empty.
     pub async fn run(mut self) -> Result<()> {
         let mut result = Ok(());
         while !self.stop.is_cancelled() {
@@ -121,7 +122,7 @@ impl Receiver {
         result
     }
 
-    /// Receives once, if that may be, and starts a batch of what came.
+    /// Receives once, if there is room, and starts a batch of the received messages.
     async fn turn(&mut self) -> Result<ControlFlow<()>> {
         while let Some(Some(ended)) = self.running.next().now_or_never() {
             ended?;
@@ -131,7 +132,7 @@ impl Receiver {
             return Ok(ControlFlow::Break(()));
         };
         if self.indexer.health.is_outage() && !self.running.is_empty() {
-            // What is in flight is tried again and again; when it goes through, so will the rest.
+            // The batches in flight are tried again and again. Once they succeed, more is received.
             drop(permit);
             self.sleep(OUTAGE_POLL).await;
             return Ok(ControlFlow::Continue(()));
@@ -139,7 +140,7 @@ impl Receiver {
         let room = self.max_in_flight().saturating_sub(self.in_flight.load(Ordering::Relaxed));
         if room == 0 && self.running.len() > PREFETCHED {
             drop(permit);
-            // Something ends soon, since something is in flight.
+            // A batch ends soon, because batches are in flight.
             if let Some(Some(ended)) = self.stop.run_until_cancelled(self.running.next()).await {
                 ended?;
             }
@@ -178,8 +179,7 @@ impl Receiver {
         throughput.within(options.prefetch).clamp(MIN_IN_FLIGHT, MAX_IN_FLIGHT)
     }
 
-    /// Receives while batches run; ends with the first of these that fails for good, and with nothing on
-    /// `stop`.
+    /// Receives while batches run. Fails with the first batch that fails, and returns none on `stop`.
     async fn receive(&mut self, max: usize) -> Result<Option<Result<Vec<Message>>>> {
         let Self { indexer, lane, stop, running, .. } = self;
         let mut receive = std::pin::pin!(indexer.queue.receive(*lane, max));
@@ -197,7 +197,7 @@ impl Receiver {
         }
     }
 
-    /// A receive worked.
+    /// Records a successful receive.
     fn it_works(&mut self) {
         if self.backoff.failures() > 0 {
             tracing::info!(
@@ -211,16 +211,16 @@ impl Receiver {
         self.has_received = true;
     }
 
-    /// Pauses after a receive that failed, unless nothing can be received until somebody mends it.
+    /// Pauses after a failed receive. Returns the error if waiting does not help.
     async fn sit_out(&mut self, error: Error) -> Result<()> {
-        // A queue that was there comes back: a database that is restored, a right that is granted.
+        // A queue that worked before may work again: a database is restored, a right is granted.
         if error.class() == Class::Fatal && (error.is_of_process() || self.until_idle || !self.has_received) {
             return Err(error);
         }
         let pause = self.backoff.next(&*self.indexer.clock);
         let retry_in_ms = pause.as_millis() as u64;
         let lane = self.lane.name();
-        // Told once, and shown for as long as it lasts.
+        // Logged once, and shown as a fault for as long as it lasts.
         if self.backoff.failures() == 1 {
             tracing::warn!(lane, %error, retry_in_ms, "cannot receive: trying again until it works");
         } else {

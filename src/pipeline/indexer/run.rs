@@ -1,4 +1,4 @@
-//! Running the indexer: its lanes with what goes on beside them, and one batch until it is done with.
+//! Running the indexer: its lanes, the tasks beside the lanes, and one batch until it is finished.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,12 +14,12 @@ use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::queue::{Backlog, Message};
 use crate::pipeline::retry::Backoff;
 
-/// How often the index's search structures are looked after.
+/// How often the index's search structures are maintained.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(1);
 
 impl Indexer {
-    /// Works until `stop`, then finishes what is held; what is not finished when `abort` comes is
-    /// released to others. With `until_idle` ends once both lanes are empty.
+    /// Works until `stop`, then finishes the received messages. On `abort`, releases unfinished messages to
+    /// other workers. With `until_idle`, ends once both lanes are empty.
     pub async fn run(
         self: &Arc<Self>,
         stop: &CancellationToken,
@@ -40,8 +40,8 @@ impl Indexer {
         let polling = tokio::spawn(async move {
             poll.run_until_cancelled(indexer.writer.freshness.poll()).await;
         });
-        // A lane that fails for good must not leave the other one working, nor either one holding what may
-        // never go through.
+        // If one lane ends with an error, the other lane must end too, and neither may hold messages that may
+        // never succeed.
         let (stop, abort) = (stop.child_token(), abort.child_token());
         let lane = |lane| {
             let (indexer, stop, abort) = (Arc::clone(self), stop.clone(), abort.clone());
@@ -71,7 +71,7 @@ impl Indexer {
     }
 
     async fn maintain_index(&self) -> Result<()> {
-        // Any other index is a service that looks after itself, and a count may cost a call.
+        // Any other index is a service that maintains itself, and a count may cost a paid call.
         if !self.writer.is_transactional() {
             return Ok(());
         }
@@ -90,16 +90,16 @@ impl Indexer {
         Ok(sum)
     }
 
-    /// Whether nothing is left that this worker could do. What it put back for others stays in the queue.
+    /// Whether no work is left for this worker. Messages for other workers stay in the queue.
     pub(super) async fn is_idle(&self) -> Result<bool> {
         let backlog = self.backlog().await?;
         Ok(backlog.total() == 0 || (backlog.visible == 0 && self.misdirected.has_returned()))
     }
 
-    /// Works until the messages are done with, extending their visibility meanwhile. An outage is
-    /// sat out, with the messages held, and so is a wrong setting, unless the run ends when nothing is left;
-    /// on `abort`, or when this worker can't go on, they are released. When their visibility cannot be
-    /// extended any more, others get them, and the work ends as on `abort`.
+    /// Works until the messages are finished, and extends their visibility meanwhile. Waits for the end of an
+    /// outage with the messages held. Waits for the repair of a wrong setting too, except with `until_idle`.
+    /// On `abort`, or when this worker cannot continue, releases the messages. If their visibility cannot be
+    /// extended any more, other workers receive the messages, and the work ends as on `abort`.
     pub async fn process_with_visibility(
         &self,
         lane: Lane,
@@ -121,14 +121,15 @@ impl Indexer {
                 None
             }
         };
-        // A try was cut off by us. Any other end has seen to its count.
+        // This worker cut off a try, so its count is taken back. Any other end has settled its count already.
         if finished.is_none() {
             self.isolation.uncount_try(&mut batch).await;
         }
         let receipts = batch.receipts();
-        // What others may have by now is not released: a receipt may be good for theirs, too.
+        // Messages that other workers may hold by now are not released: the receipt may be valid for them
+        // too.
         if is_ours && !receipts.is_empty() {
-            // Others may try at once; if this fails too, the visibility timeout does the same.
+            // Other workers may try at once. If the release fails, the visibility timeout does the same.
             if let Err(error) = self.queue.extend_visibility(&receipts, Duration::ZERO).await {
                 tracing::debug!(%error, "cannot release messages");
             }
@@ -154,7 +155,7 @@ impl Indexer {
                     );
                     return Ok(());
                 }
-                // Cannot be; but what is left is released, and comes again.
+                // Impossible; but remaining messages are released, and come again.
                 Ok(()) => {
                     tracing::warn!(
                         lane = lane.name(),

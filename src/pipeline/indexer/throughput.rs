@@ -1,10 +1,10 @@
-//! How fast changes go through, to size groups and receives by.
+//! The throughput of changes, which decides the size of groups and receives.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A message's changes are written in groups that take about this long to embed: what is embedded is
-/// found soon, and a row that changes meanwhile costs little.
+/// A message's changes are written in groups that take about this long to embed. So an embedded text is
+/// searchable soon, and a row that changes meanwhile costs little.
 const WRITE_EVERY: Duration = Duration::from_millis(500);
 
 /// Changes in a group at least: enough slices for every thread.
@@ -18,7 +18,7 @@ const MAX_GROUP: u64 = 1_000;
 pub(super) struct Throughput(AtomicU64);
 
 impl Throughput {
-    /// Takes a group into account that took so long.
+    /// Records a group and the time that it took.
     pub(super) fn record(&self, changes: u64, took: Duration) {
         let measured = changes * 1000 / (took.as_millis() as u64).max(1);
         let old = self.0.load(Ordering::Relaxed);
@@ -26,7 +26,7 @@ impl Throughput {
         self.0.store(new, Ordering::Relaxed);
     }
 
-    /// Changes that go through in so much time.
+    /// Changes that are applied in this time.
     pub(super) fn within(&self, time: Duration) -> u64 {
         self.0.load(Ordering::Relaxed) * time.as_millis() as u64 / 1000
     }

@@ -1,47 +1,49 @@
-//! Writing to an index that applies what it is sent, whenever that arrives.
+//! Writing to an index that applies a request whenever the request arrives.
 //!
-//! The ids are opened in the ledger, *then* their rows are read, embedded and written, and then they
-//! are closed. Safety rests on two rules: rows are read after the opening was committed, and whoever
-//! was not alone between opening and closing knows nothing of the index afterwards. Take the last
-//! attempt on an id to be opened: it read the row after every earlier opening. If it was alone from
-//! opening to closing, nothing else was written meanwhile and its row is what the index holds; a row
-//! that changed after the reading has a change of its own, behind it. If it was not alone, the entry
-//! is dirty, and whoever brings `open` to zero puts the id into the outbox. Once faults end some
-//! attempt is alone.
+//! A tracked write (an *attempt*) opens the ids in the ledger, *then* reads their rows, embeds and writes
+//! them, and then closes the ids. Safety rests on two rules. Rows are read after the opening was committed.
+//! An attempt that overlapped with another one knows nothing of the index afterwards. Take the last attempt
+//! on an id to be opened: it read the row after every earlier opening. If no other attempt was open between
+//! its opening and its closing, nothing else was written meanwhile, and the index holds the row that it read.
+//! A row that changed after the read has a later change of its own. If attempts overlapped, the entry is
+//! dirty, and the attempt that brings `open` to zero puts the id into the outbox. Once faults end, some
+//! attempt does not overlap.
 //!
-//! Every point at which a worker can stop:
+//! A worker can stop at any of these points:
 //!
-//! - *before the opening is committed*: nothing happened. Told "failed" of an opening that was
-//!   committed, the worker does not know its attempt; attempts have names that the worker chose
-//!   beforehand, and what stands under its name and is not in its hand it disowns
-//!   ([`abandon_orphans`](crate::pipeline::ledger::Ledger::abandon_orphans));
-//! - *between opening and writing, or amid writing*: the attempt stands, so the entry is open and is
-//!   neither dropped nor trusted by others. When the worker's session is gone, the attempt is swept
-//!   once everything that it may have sent has been applied: the id goes back into the outbox, and
-//!   nothing that it sent can come later;
-//! - *frozen before a request*: the worker's lease is by a clock that goes on meanwhile; it writes
-//!   again only after a heartbeat on the session that it opened the attempt with, which cannot have
-//!   been swept. Frozen between that look and the sending, it writes late, finds its attempt gone at
-//!   the closing, and puts it back to be swept anew. (Dying in between is the one residue that needs
-//!   an index with conditions to close; `verify` finds it.)
-//! - *told "failed" of a write that happened, or will*: the id is doubtful even if another try works:
-//!   the closing leaves it open, as abandoned, until the settling time has passed;
-//! - *before or amid the closing*: as amid writing. A closing that failed, or that nobody came to, is
-//!   done again and again while the worker lives: were the attempt swept before, only the closing can
-//!   tell that it wrote late. Told "failed" of a closing that was committed, it finds the attempt gone
-//!   and takes it for swept: the ids are done once more. Or it finds it standing for what is in doubt
-//!   alone, and then only that is closed again: the rest may be in others' attempts by now;
-//! - *between closing and acknowledging*: the message comes again and finds the ids in sync.
+//! - *Before the opening is committed*: nothing happened. If the opening was committed but the worker got an
+//!   error, the worker does not count the attempt among its own. The worker chose the attempt's name
+//!   beforehand, so the ledger marks attempts of this worker that the worker does not know as abandoned
+//!   ([`abandon_orphans`](crate::pipeline::ledger::Ledger::abandon_orphans)).
+//! - *Between opening and writing, or amid writing*: the attempt stays, so the entry is open. Other workers
+//!   neither drop it nor trust it. When the worker's session is gone, the attempt is swept once every request
+//!   that it may have sent has been applied. The id goes back into the outbox, and no request of the attempt
+//!   can arrive later.
+//! - *Frozen before a request*: the worker's lease uses a clock that also counts during a freeze. The worker
+//!   writes again only after a heartbeat on the session with which it opened the attempt. Such an attempt
+//!   cannot have been swept. If the worker is frozen between this check and the request, it writes late,
+//!   finds at the closing that the attempt is gone, and puts the attempt back to be swept again. (If the
+//!   worker dies in between, only an index with conditional writes could help; `verify` finds the
+//!   difference.)
+//! - *A write that was applied, or will be, returned an error*: the id is doubtful even if another try
+//!   succeeds. The closing leaves it open, as abandoned, until the settling time has passed.
+//! - *Before or amid the closing*: as amid writing. A closing that failed or did not run is repeated while
+//!   the worker lives: if the attempt was swept before, only the closing can tell that the worker wrote late.
+//!   If a closing was committed but returned an error, the repeated closing finds the attempt gone and treats
+//!   it as swept: the ids are done once more. Or it finds the attempt with only its doubtful ids. Then only
+//!   these are closed again, because the other ids may be in attempts of other workers by now.
+//! - *Between closing and acknowledging*: the message comes again, and its ids are in sync.
 //!
-//! A TRUNCATE is expanded from the ledger: every id whose entry is not known to be deleted, *or is
-//! open or dirty*. Without the last half a row could be re-inserted, read under an attempt, and
-//! truncated, while its entry still says "deleted": no change would be left to take it out again.
+//! A TRUNCATE is expanded from the ledger to every id whose entry is not known to be deleted, *or is open or
+//! dirty*. Without the second half, a row could be inserted again, read by an attempt, and truncated, while
+//! its entry still says "deleted". Then no change would delete its record.
 
 use std::collections::HashMap;
 
 use super::batch::{Batch, Texts};
+use super::group_failure::Failure;
 use super::open_writes::Closing;
-use super::writer::{Failure, Writer, Written};
+use super::writer::{Writer, Written};
 use crate::pipeline::change::Lane;
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};

@@ -1,18 +1,19 @@
 //! Writing to an index that shares a transaction with source and ledger.
 //!
-//! Row and entry are peeked, the vector is made, and one transaction locks the entry, reads the row
-//! again, and writes index and ledger only where both are as they were. So, with the entry locked,
-//! the index goes from one state that the ledger describes to the next:
+//! The worker peeks at row and entry, and makes the vector. Then one transaction locks the entry, reads the
+//! row again, and writes index and ledger only where both are unchanged. So, with the entry locked, the index
+//! goes from one state that the ledger describes to the next:
 //!
-//! - a worker that dies or freezes anywhere before the commit has written nothing, and the message
-//!   comes again; what it wrote later, after a freeze, meets another epoch or another row;
-//! - a worker told "failed" of a commit that happened peeks again, and finds the ids in sync;
-//! - a row that changes after the commit has its own change in the outbox.
+//! - A worker that dies or freezes before the commit has written nothing, and the message comes again. If the
+//!   worker writes later, after a freeze, it finds another epoch or another row.
+//! - A worker that gets an error for a commit that happened peeks again, and finds the ids in sync.
+//! - A row that changes after the commit has its own change in the outbox.
 
 use std::collections::HashSet;
 
 use super::batch::{Batch, Texts, Vectors};
-use super::writer::{Failure, Writer, Written};
+use super::group_failure::Failure;
+use super::writer::{Writer, Written};
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::{Desired, Planned, TransactionalWrite};

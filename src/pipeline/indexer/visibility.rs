@@ -1,9 +1,9 @@
 //! Keeping the messages of a batch invisible to others while it is worked on.
 //!
-//! A received message is the worker's own until its visibility timeout ends, so that the timeout is extended
-//! again and again. Each extension that succeeds moves the deadline. One that fails is tried again until the
-//! deadline has passed; then others get the messages, and to go on would only repeat their work: the batch is
-//! given up.
+//! A received message belongs to the worker until its visibility timeout ends, so the worker extends the
+//! timeout again and again. Each successful extension moves the deadline. A failed extension is tried again
+//! until the deadline has passed. Then other workers receive the messages, and this worker gives up the
+//! batch, because to go on would only repeat their work.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -17,12 +17,12 @@ use crate::pipeline::retry::Backoff;
 /// Extensions in one visibility timeout: two thirds of it are left to try again.
 const EXTENSIONS: u32 = 3;
 
-/// The visibility timeout of what a batch holds.
+/// The visibility timeout of the messages of a batch.
 pub(super) struct Visibility<'a> {
     queue: &'a dyn JobQueue,
     clock: &'a dyn Clock,
     lane: Lane,
-    /// The receipts of what is still held.
+    /// Receipts of the messages that are still held.
     held: Arc<Mutex<Vec<Receipt>>>,
     /// How long an extension lasts.
     timeout: Duration,

@@ -1,7 +1,7 @@
-//! The writer: one group of ids into the index, however this index is written to.
+//! The writer: writes one group of ids to the index.
 //!
-//! An index that shares a transaction with source and ledger is written to as [`transactional`]
-//! says, any other one as [`tracked`] says; each of them says why it is safe.
+//! [`transactional`] writes to an index that shares a transaction with source and ledger, and [`tracked`] to
+//! any other index. Each of them says why it is safe.
 //!
 //! [`transactional`]: super::transactional
 //! [`tracked`]: super::tracked
@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use super::batch::{Batch, Texts};
 use super::freshness::FreshnessTracker;
+use super::group_failure::Failure;
 use super::health::Health;
 use super::open_writes::OpenWrites;
 use crate::pipeline::change::Lane;
@@ -27,7 +28,7 @@ use crate::pipeline::source_row::Hash;
 /// as it is read again under its lock), and each lane has a few batches under way.
 const GROUP_BYTES: u64 = 8 << 20;
 
-/// So few rows are read without asking for their size first.
+/// Up to this many rows are read without asking for their size first.
 const UNASKED: usize = 2;
 
 /// An id that the canary looks up. No row has it, of whatever type ids are.
@@ -36,42 +37,22 @@ const CANARY_ID: &str = "\0";
 /// The canary's text, which any embedder can take.
 const CANARY_TEXT: &str = "a plain text";
 
-/// What came of writing a group.
+/// The result of writing a group.
 #[derive(Debug, Default)]
 pub(super) struct Written {
     /// Ids that changed meanwhile: to be done again.
     pub(super) conflicted: Vec<String>,
-    /// Ids that were not looked at, because their rows are too large to be read with the others.
+    /// Ids that were not read, because their rows are too large to be read together with the other rows.
     pub(super) unread: Vec<String>,
     /// Ids of a request that was refused for good, and why.
     pub(super) refused: Option<(Vec<String>, Error)>,
     /// Ids written.
     pub(super) applied: u64,
-    /// Those of them whose entry is clean now.
+    /// Number of these ids whose entry is clean now.
     pub(super) settled: u64,
 }
 
-/// Why nothing more of a group could be written.
-#[derive(Debug)]
-pub(super) struct Failure {
-    pub(super) error: Error,
-    /// Whether texts were what failed.
-    pub(super) at_embedder: bool,
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self { error, at_embedder: false }
-    }
-}
-
-impl Failure {
-    fn at_embedder(error: Error) -> Self {
-        Self { error, at_embedder: true }
-    }
-}
-
-/// What a writer is made of.
+/// The parts of a writer.
 pub(super) struct Parts {
     pub(super) ledger: Arc<dyn Ledger>,
     pub(super) index: Arc<dyn VectorIndex>,
@@ -115,7 +96,7 @@ impl Writer {
         Self { ledger, index, scheduler, metrics, lease, health, freshness, open_writes, settle }
     }
 
-    /// Embeds slices for whoever asks, one at a time, for as long as it is polled.
+    /// Embeds slices, one at a time, for as long as the future is polled.
     pub(super) async fn embed_slices(&self) {
         self.scheduler.work().await;
     }
@@ -125,7 +106,7 @@ impl Writer {
         matches!(self.index.writes(), Writes::Transactional(_))
     }
 
-    /// Writes a group of ids; those that are in sync are left alone.
+    /// Writes a group of ids, except ids that are in sync.
     pub(super) async fn write(
         &self,
         lane: Lane,

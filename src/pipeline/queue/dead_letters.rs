@@ -10,8 +10,8 @@ use crate::pipeline::failure::Result;
 
 /// The dead-letter queue.
 ///
-/// Nothing is lost on its way in or out: a call that failed may have stored or brought back some letters
-/// all the same, so that one may be there twice, and never not at all.
+/// No dead letter is lost: a call that failed may have stored or redriven some dead letters all the same. So
+/// a dead letter may exist twice, but never disappears.
 #[async_trait]
 pub trait DeadLetters: Send + Sync {
     /// Stores a message with the reason, and acknowledges it. With `part`, stores only that part of it, and
@@ -38,7 +38,7 @@ pub trait DeadLetters: Send + Sync {
 /// Why a change or a message is given up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DeadLetterCause {
-    /// Which rule gave it up.
+    /// The rule that dead-lettered the change or message.
     pub reason: Reason,
     /// The error, in the backend's own words.
     pub error: String,
@@ -82,7 +82,7 @@ pub struct DeadLetter {
     pub at: Timestamp,
     /// The lane it came from.
     pub lane: Lane,
-    /// Which rule gave it up; none if somebody else put it there.
+    /// The rule that dead-lettered the message; none if another program put it there.
     pub reason: Option<Reason>,
     /// The error, in the backend's own words.
     pub error: String,

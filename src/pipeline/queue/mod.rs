@@ -1,8 +1,7 @@
 //! The contracts of the queue, one for each use of it.
 //!
-//! [`JobQueue`] moves messages and is all that the work itself needs. [`DeadLetters`] holds what was given
-//! up. [`QueueStats`] tells how full the lanes are. One backend implements all three; whoever uses the queue
-//! takes those that it needs.
+//! [`JobQueue`] moves messages and is all that relay and indexer need for their work. [`DeadLetters`] holds
+//! dead-lettered changes and messages. [`QueueStats`] reports the backlog. One backend implements all three.
 
 mod dead_letters;
 mod message;
@@ -23,7 +22,7 @@ use crate::pipeline::failure::Result;
 /// Messages in two lanes.
 ///
 /// Delivery is at least once and unordered: a message may come again after it was acknowledged, and two
-/// receivers may hold copies of it. Whoever receives a message owns it for the visibility timeout. If it is
+/// receivers may hold copies of it. The receiver of a message owns it for the visibility timeout. If it is
 /// neither acknowledged nor extended by then, it comes again, with a receive count that is one higher.
 #[async_trait]
 pub trait JobQueue: Send + Sync {

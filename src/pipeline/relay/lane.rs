@@ -21,7 +21,7 @@ pub(super) fn choose_lane(row: &OutboxRow, bulk_threshold: u64, live_room: &mut 
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::row;
+    use super::super::test_rows::row;
     use super::*;
 
     #[test]

@@ -4,13 +4,14 @@ use std::collections::HashMap;
 
 use jiff::Timestamp;
 
-use super::RelayOptions;
 use super::lane::choose_lane;
+use super::options::RelayOptions;
 use crate::pipeline::change::{Group, JOB_VERSION, Job, Lane};
 use crate::pipeline::outbox::OutboxRow;
 
-/// Packs rows into messages of at most `options.changes_per_message` changes, each in the lane that [`choose_lane`] gives
-/// it. `live_room` is how many changes the live lane still takes. Every id travels once.
+/// Packs rows into messages of at most `options.changes_per_message` changes, each in the lane that
+/// [`choose_lane`] gives it. `live_room` is how many changes the live lane still takes. Every id travels
+/// once.
 pub(super) fn build_jobs(mut rows: Vec<OutboxRow>, options: &RelayOptions, mut live_room: u64) -> Vec<Job> {
     rows.sort_by_key(|row| row.seq);
     let lanes: Vec<Lane> =
@@ -95,7 +96,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::tests::{options, row};
+    use super::super::test_rows::{options, row};
     use super::*;
 
     #[test]

@@ -1,11 +1,14 @@
 //! The relay: committed changes from the outbox to the queue.
 //!
-//! The step claims outbox rows, chooses a lane for each ([`lane`]), packs them into messages in which each
-//! id stands once ([`message`]), and hands these to the queue. A crash anywhere repeats changes and loses
+//! The step claims outbox rows, chooses a lane for each ([`lane`]), packs them into messages with each id
+//! once ([`message`]), and sends the messages to the queue. A crash anywhere repeats changes and loses
 //! none, since a row leaves the outbox only with or after its message.
 
 mod lane;
 mod message;
+mod options;
+#[cfg(test)]
+mod test_rows;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +24,8 @@ use super::queue::QueueStats;
 use super::retry::Backoff;
 use message::build_jobs;
 
+pub use options::RelayOptions;
+
 /// Small outbox rows in one claim: an outbox calls rows of at most 100 ids small, so some 10 MB at worst.
 const SMALL_ROWS: usize = 2_000;
 
@@ -30,23 +35,8 @@ const LARGE_ROWS: usize = 200;
 /// How long a count of the backlog is believed while changes come.
 const BACKLOG_AGE: Duration = Duration::from_secs(1);
 
-/// The same while none come: what was counted can only have become less, and a count may cost a call.
+/// The same while no changes come: the backlog can only shrink, and a count may cost a paid call.
 const IDLE_BACKLOG_AGE: Duration = Duration::from_mins(1);
-
-/// What the relay needs of the settings.
-#[derive(Clone, Debug)]
-pub struct RelayOptions {
-    /// The source's name, for messages.
-    pub source: String,
-    /// Changes in one message at most.
-    pub changes_per_message: usize,
-    /// A transaction with more changes is bulk.
-    pub bulk_threshold: u64,
-    /// While more changes wait in the live lane, further ones are bulk.
-    pub live_bound: u64,
-    /// How often the outbox is looked at when no wake-up comes.
-    pub poll: Duration,
-}
 
 /// Moves changes of one source from its outbox to the queue. Owned by the one task that steps it.
 pub struct Relay {
@@ -67,7 +57,7 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// A relay that empties an outbox, and asks how full the queue is that this sends to.
+    /// A relay that moves changes from an outbox to its queue. `queue` reports the backlog of that queue.
     #[must_use]
     pub fn new(
         outbox: Box<dyn Outbox>,
@@ -88,7 +78,7 @@ impl Relay {
         }
     }
 
-    /// The same, telling a board when nothing can be queued.
+    /// The same relay, which reports to a board when nothing can be queued.
     #[must_use]
     pub fn reporting(self, faults: Arc<FaultBoard>) -> Self {
         Self { faults, ..self }
@@ -154,7 +144,7 @@ impl Relay {
                 Err(error) => {
                     let pause = backoff.next(&*self.clock);
                     let retry_in_ms = pause.as_millis() as u64;
-                    // Told once, and shown for as long as it lasts.
+                    // Logged once, and shown as a fault for as long as it lasts.
                     if backoff.failures() == 1 {
                         tracing::warn!(%error, class = %error.class(), retry_in_ms, "cannot queue changes: trying again until it works");
                     } else {
@@ -181,33 +171,5 @@ impl Relay {
             self.counted_at = Some(self.clock.now());
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::pipeline::change::Op;
-    use crate::pipeline::outbox::OutboxRow;
-
-    pub(super) fn options(changes_per_message: usize) -> RelayOptions {
-        RelayOptions {
-            source: "products".into(),
-            changes_per_message,
-            bulk_threshold: 10,
-            live_bound: 1000,
-            poll: Duration::from_millis(100),
-        }
-    }
-
-    pub(super) fn row(seq: i64, ids: &[&str], xid_changes: u64) -> OutboxRow {
-        OutboxRow {
-            seq,
-            op: Op::Upsert,
-            ids: ids.iter().map(|id| (*id).into()).collect(),
-            xid: 7,
-            changed_at_us: 1_700_000_000_000_000 + seq * 1_000,
-            xid_changes,
-        }
     }
 }

@@ -9,21 +9,21 @@
 //! The processes of the roles have only the database rights that `refarch migrate --roles` gives. The
 //! application has its own database role. `refarch chaos` itself connects as the superuser.
 
+mod comparison;
 mod environment;
 mod fault_injector;
 mod fault_schedule;
 mod operator;
 mod processes;
+mod report;
 mod workload;
 
-use std::fmt::Write as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use serde::Serialize;
 use tokio::sync::{Mutex, RwLock, mpsc};
 use tokio_util::sync::CancellationToken;
 
@@ -33,17 +33,19 @@ use crate::backend::postgres::Postgres;
 use crate::backend::{Backends, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
-use crate::double::pinecone::{PineconeCounts, PineconeDouble, PineconeFaults};
-use crate::double::sqs::{SqsCounts, SqsDouble, SqsFaults};
-use crate::pipeline::audit::{AuditOptions, Auditor, Report};
+use crate::double::pinecone::{PineconeDouble, PineconeFaults};
+use crate::double::sqs::{SqsDouble, SqsFaults};
+use crate::pipeline::audit::{AuditOptions, Auditor};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::chain;
 use crate::shutdown;
+use comparison::{count_differing_rows, index_differs};
 use environment::Environment;
 use fault_injector::{FaultInjector, InjectedFaults};
 use operator::{OperationCounts, Operator};
 use processes::RoleProcesses;
-use workload::{ExpectedRows, TableShape, Workload, WorkloadCounts};
+use report::ChaosReport;
+use workload::{TableShape, Workload};
 
 /// The roles that run, one process each.
 const ROLES: &[&[&str]] = &[&["listen"], &["listen"], &["embed"], &["embed"]];
@@ -63,63 +65,6 @@ const PROOF_WAIT: Duration = Duration::from_mins(6);
 /// How long the audit waits for changes that are under way.
 const WAIT: Duration = Duration::from_mins(2);
 
-/// The report: what was done, and the comparisons.
-#[derive(Debug, Serialize)]
-struct ChaosReport {
-    seed: u64,
-    minutes: f64,
-    products: u64,
-    /// Faults that were injected.
-    faults: InjectedFaults,
-    /// Operations on the database, as operators do them.
-    operated: OperationCounts,
-    /// Processes that refused settings which differed from those of the fleet.
-    configurations_refused: u64,
-    /// Requests to the Pinecone double and its faults; none with pgvector.
-    index: Option<PineconeCounts>,
-    /// Requests to the SQS double and its faults; none with pgmq.
-    queue: Option<SqsCounts>,
-    /// Statements of the application.
-    written: WorkloadCounts,
-    /// Errors of the application's statements, the first few.
-    failures: Vec<String>,
-    /// Seconds from the end of the faults to the end of a round of the continuous proof; none without the
-    /// proof.
-    proved_s: Option<f64>,
-    /// Differences that the proof found and queued again, also during the faults.
-    proof_differences: u64,
-    /// Seconds from the end of the faults until nothing was under way.
-    drained_s: f64,
-    /// Number of dead letters.
-    dead_letters: u64,
-    /// Processes that ended by themselves, with their exit status.
-    ended: Vec<String>,
-    /// Rows that differ between the table and the writer's memory.
-    table_differs: u64,
-    /// Records that differ between the index and the writer's memory.
-    index_differs: u64,
-    #[serde(flatten)]
-    report: Report,
-}
-
-impl ChaosReport {
-    fn code(&self) -> u8 {
-        let differs = self.report.differences()
-            + self.dead_letters
-            + self.table_differs
-            + self.index_differs
-            + self.operated.rows_hidden_untold
-            + self.written.writes_failed;
-        if differs > 0 || !self.ended.is_empty() {
-            1
-        } else if self.report.undecided + self.report.unsampled > 0 {
-            2
-        } else {
-            0
-        }
-    }
-}
-
 /// Runs the command.
 pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
@@ -136,7 +81,7 @@ pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitC
         return Ok(ExitCode::from(2));
     };
     let json = serde_json::to_string(&outcome)? + "\n";
-    super::print(if args.json { json } else { text(&outcome) }.as_bytes())?;
+    super::output::print(if args.json { json } else { report::text(&outcome) }.as_bytes())?;
     Ok(ExitCode::from(outcome.code()))
 }
 
@@ -381,141 +326,4 @@ async fn count_tracked_writes(backends: &Backends) -> anyhow::Result<u64> {
     let sql = "SELECT coalesce(sum(cardinality(ids)), 0)::bigint FROM refarch.attempt WHERE target = $1";
     let row = client.query_one(sql, &[&backends.generation.id]).await.context("count the attempts")?;
     Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
-}
-
-fn count_differing_rows(a: &ExpectedRows, b: &ExpectedRows) -> u64 {
-    let ids: std::collections::BTreeSet<&i64> = a.keys().chain(b.keys()).collect();
-    ids.into_iter().filter(|id| a.get(id) != b.get(id)).count() as u64
-}
-
-/// Counts differences between the index itself and the writer's memory, without ledger and audit.
-async fn index_differs(
-    environment: &Environment,
-    backends: &Backends,
-    expected: &ExpectedRows,
-) -> anyhow::Result<u64> {
-    let wanted = |id: &str| {
-        let product = id.parse().ok().and_then(|id: i64| expected.get(&id));
-        product.filter(|p| p.description.as_ref().is_some_and(|text| !text.trim().is_empty()))
-    };
-    let searchable = expected.keys().filter(|id| wanted(&id.to_string()).is_some()).count() as u64;
-    let mut agree = 0_u64;
-    let mut held = 0_u64;
-    if let Some(double) = &environment.pinecone_double {
-        for (id, record) in double.snapshot("") {
-            held += 1;
-            let text =
-                |key: &str| record.metadata.get(key).and_then(|value| value.as_str()).map(str::to_owned);
-            let same = |product: &workload::ExpectedRow| {
-                product.name == text("name") && product.description == text("description")
-            };
-            agree += u64::from(wanted(&id).is_some_and(same));
-        }
-    } else {
-        let mut cursor = None;
-        loop {
-            let page = backends.index.list(cursor.as_deref(), 1_000).await?;
-            held += page.ids.len() as u64;
-            agree += page.ids.iter().filter(|id| wanted(id).is_some()).count() as u64;
-            cursor = page.next;
-            if cursor.is_none() {
-                break;
-            }
-        }
-    }
-    Ok((searchable - agree) + (held - agree))
-}
-
-fn text(outcome: &ChaosReport) -> String {
-    let ChaosReport { faults, written, report, .. } = outcome;
-    let index = outcome.index.map_or_else(String::new, |index| {
-        format!(
-            "index            {} requests: {} unavailable, {} rate limited, {} delayed, {} applied but reported as failed, {} applied late, {} connections cut\n",
-            index.requests, index.unavailable, index.rate_limited, index.hung, index.lied, index.late, index.dropped
-        )
-    });
-    let calls = outcome.queue.map_or_else(String::new, |queue| {
-        format!(
-            "queue's calls    {} send, {} receive, {} delete, {} extend: {} unavailable, {} throttled, {} applied but reported as failed, {} connections cut, {} entries failed, {} delivered twice\n",
-            queue.send, queue.receive, queue.delete, queue.extend, queue.unavailable, queue.throttled, queue.lied,
-            queue.dropped, queue.entries_failed, queue.duplicated
-        )
-    });
-    let refused = outcome.configurations_refused;
-    let operated = outcome.operated;
-    let operations = format!(
-        "operators        {} columns added to the metadata, {} columns renamed, {} keys widened, {} tables swapped, {} times triggers disabled, {} times rows hidden ({} not reported), {} databases restored, {} migrations ({} refused), {} times other settings for half of the fleet ({refused} processes refused)\n",
-        operated.metadata_added,
-        operated.columns_renamed,
-        operated.keys_widened,
-        operated.tables_swapped,
-        operated.triggers_disabled,
-        operated.rows_hidden,
-        operated.rows_hidden_untold,
-        operated.databases_restored,
-        operated.migrations,
-        operated.migrations_refused,
-        operated.fleets_of_two_configurations,
-    );
-    let failures = outcome.failures.iter().fold(String::new(), |mut text, failure| {
-        // Writing to a string can't fail.
-        let _ = writeln!(text, "failed           {failure}");
-        text
-    });
-    let proved = outcome.proved_s.map_or_else(String::new, |s| {
-        let healed = outcome.proof_differences;
-        format!(
-            "proved           after {s:.1} s; the proof found {healed} differences and queued them again\n"
-        )
-    });
-    let ended = if outcome.ended.is_empty() {
-        String::new()
-    } else {
-        format!("ended            {}\n", outcome.ended.join(", "))
-    };
-    let verdict = match outcome.code() {
-        0 => "nothing is missing, stale or orphaned",
-        1 => "index and table differ",
-        _ => "could not tell",
-    };
-    format!(
-        "chaos            {} minutes on {} products, seed {}\n\
-         processes        {} kills, {} freezes\n\
-         database         {} crashes, {} restarts, {} connections cut\n\
-         queue            {} messages duplicated, {} delayed, {} made visible early, {} purged\n\
-         embedder         refused every text, {} times\n\
-         {operations}{calls}{index}{ended}\
-         written          {} statements: {} rows inserted, {} updated, {} deleted, {} inserted again, {} truncations; {} failed\n\
-         {failures}\
-         drained          in {:.1} s\n\
-         {proved}\
-         {report}\
-         dead letters     {}\n\
-         writer's memory  {} rows differ in the table, {} records differ in the index\n\
-         {verdict}\n",
-        outcome.minutes,
-        outcome.products,
-        outcome.seed,
-        faults.kills,
-        faults.freezes,
-        faults.database_crashes,
-        faults.database_restarts,
-        faults.connections_cut,
-        faults.messages_duplicated,
-        faults.messages_delayed,
-        faults.messages_hurried,
-        faults.messages_purged,
-        faults.embedder_refusals,
-        written.statements,
-        written.inserted,
-        written.updated,
-        written.deleted,
-        written.reinserted,
-        written.truncations,
-        written.writes_failed,
-        outcome.drained_s,
-        outcome.dead_letters,
-        outcome.table_differs,
-        outcome.index_differs,
-    )
 }

@@ -40,8 +40,8 @@ pub async fn run(args: &cli::Generate, settings: &Settings) -> anyhow::Result<()
     }
     let progress = Progress::new("generating products", args.count);
     if args.load {
-        return super::with_database(settings, async |database: &Database| {
-            let backends = super::open_backends(database, settings, None).await?;
+        return super::harness::with_database(settings, async |database: &Database| {
+            let backends = super::harness::open_backends(database, settings, None).await?;
             let client = backends.postgres.client().await?;
             load(&client, &backends.generation.table.relation, args.count, args.seed, &progress).await?;
             progress.finish();

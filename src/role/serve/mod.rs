@@ -224,10 +224,10 @@ pub async fn bind(settings: &Settings) -> anyhow::Result<TcpListener> {
 pub async fn run(settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
     let listener = bind(settings).await?;
-    super::with_model(settings, async |database: &Database, model: &LoadedModel| {
-        let backends = super::open_backends(database, settings, Some(model)).await?;
+    super::harness::with_model(settings, async |database: &Database, model: &LoadedModel| {
+        let backends = super::harness::open_backends(database, settings, Some(model)).await?;
         let address = listener.local_addr()?;
-        super::print(format!("refarch serves http://{address}\n").as_bytes())?;
+        super::output::print(format!("refarch serves http://{address}\n").as_bytes())?;
         work(listener, &backends, settings, model, &stop).await
     })
     .await
@@ -263,7 +263,7 @@ pub async fn work(
     let worker = WorkerRegistration::join(backends.postgres.clone(), "serve", 1, Arc::default()).await?;
     let abort = shutdown::after_grace(stop, settings.runtime.grace);
     let server = serve(listener, router(Arc::new(app), access), connection_limits, stop.clone());
-    let result = super::with_heartbeat(&worker, async {
+    let result = super::harness::with_heartbeat(&worker, async {
         tokio::select! {
             () = server => {}
             () = abort.cancelled() => {}

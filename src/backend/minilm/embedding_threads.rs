@@ -1,0 +1,142 @@
+//! The threads that embed with a shared model.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use async_trait::async_trait;
+use tokio::sync::{mpsc, oneshot};
+
+use super::Model;
+use crate::encoder::ExecutionContext;
+use crate::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
+use crate::pipeline::failure::{Error, FailureKind, Result};
+
+/// What a thread is to embed.
+enum Batch {
+    Tokens(Vec<Tokens>),
+    /// The text of a search. Tokenized by the thread that embeds it: a person waits.
+    Query(Arc<str>),
+}
+
+impl Batch {
+    fn embed(&self, model: &Model, worker: &mut ExecutionContext) -> Result<Vec<Embedding>> {
+        match self {
+            Self::Tokens(batch) => {
+                let sequences = batch.iter().map(Tokens::ids).collect::<Result<Vec<_>>>()?;
+                Ok(model.embed(worker, &sequences))
+            }
+            Self::Query(text) => Ok(model.embed(worker, &[&model.tokenize(text)?])),
+        }
+    }
+}
+
+struct Request {
+    batch: Batch,
+    answer: oneshot::Sender<Result<Vec<Embedding>>>,
+}
+
+/// Embedding threads with a shared model. A drop ends the threads.
+pub struct MiniLm {
+    model: Arc<Model>,
+    requests: mpsc::Sender<Request>,
+    /// Two threads for one query at a time. Started by the first search.
+    queries: OnceLock<mpsc::Sender<Request>>,
+}
+
+impl MiniLm {
+    /// Starts `threads` threads, each of which embeds one request at a time.
+    #[must_use]
+    pub fn start(model: Arc<Model>, threads: usize) -> Self {
+        let (requests, receiver) = mpsc::channel::<Request>(threads.max(1));
+        let receiver = Arc::new(Mutex::new(receiver));
+        for number in 0..threads.max(1) {
+            spawn(&format!("embed-{number}"), &model, model.execution_context(), &receiver);
+        }
+        Self { model, requests, queries: OnceLock::new() }
+    }
+
+    fn queries(&self) -> &mpsc::Sender<Request> {
+        self.queries.get_or_init(|| {
+            let (queries, receiver) = mpsc::channel(1);
+            spawn(
+                "embed-query",
+                &self.model,
+                self.model.encoder.two_threaded_context(),
+                &Arc::new(Mutex::new(receiver)),
+            );
+            queries
+        })
+    }
+}
+
+fn spawn(
+    name: &str,
+    model: &Arc<Model>,
+    worker: ExecutionContext,
+    receiver: &Arc<Mutex<mpsc::Receiver<Request>>>,
+) {
+    let (model, receiver) = (Arc::clone(model), Arc::clone(receiver));
+    let work = move || serve(&model, worker, &receiver);
+    if let Err(error) = std::thread::Builder::new().name(name.to_owned()).spawn(work) {
+        tracing::error!(%error, name, "cannot start an embedding thread");
+    }
+}
+
+fn serve(model: &Model, mut worker: ExecutionContext, receiver: &Mutex<mpsc::Receiver<Request>>) {
+    loop {
+        let request = receiver.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
+        let Some(Request { batch, answer }) = request else { return };
+        if !answer.is_closed() {
+            // The caller may have been cancelled meanwhile.
+            let _ = answer.send(batch.embed(model, &mut worker));
+        }
+    }
+}
+
+async fn ask(threads: &mpsc::Sender<Request>, batch: Batch) -> Result<Vec<Embedding>> {
+    let gone = || {
+        Error::new(
+            FailureKind::ProcessBroken,
+            "embed texts",
+            "the embedding threads have ended: restart the process",
+        )
+    };
+    let (answer, answered) = oneshot::channel();
+    threads.send(Request { batch, answer }).await.map_err(|_| gone())?;
+    answered.await.map_err(|_| gone())?
+}
+
+#[async_trait]
+impl Embedder for MiniLm {
+    fn dimensions(&self) -> usize {
+        self.model.description.dimensions
+    }
+
+    fn model(&self) -> &str {
+        &self.model.description.model
+    }
+
+    fn batch_size(&self) -> BatchSize {
+        BatchSize::Timed
+    }
+
+    async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>> {
+        let model = Arc::clone(&self.model);
+        let tokenize =
+            move || texts.iter().map(|text| model.tokenize(text).map(Tokens::Ids)).collect::<Result<_>>();
+        let gone = |error| Error::caused(FailureKind::ProcessBroken, "tokenize texts", error);
+        tokio::task::spawn_blocking(tokenize).await.map_err(gone)?
+    }
+
+    async fn embed_query(&self, text: &Arc<str>) -> Result<Embedding> {
+        let mut vectors = ask(self.queries(), Batch::Query(Arc::clone(text))).await?;
+        let none = || Error::new(FailureKind::ProcessBroken, "embed a query", "the model returned no vector");
+        vectors.pop().ok_or_else(none)
+    }
+
+    async fn embed(&self, batch: Vec<Tokens>) -> Result<Vec<Embedding>> {
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
+        ask(&self.requests, Batch::Tokens(batch)).await
+    }
+}
