@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use tokio_postgres::{Row, Transaction};
 
-use super::{PgLedger, fail};
+use crate::backend::postgres::fail;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::ledger::Entry;
 use crate::pipeline::source_row::Hash;
@@ -13,26 +13,7 @@ use crate::pipeline::source_row::Hash;
 pub(super) const ENTRY: &str =
     "l.open, l.epoch, l.dirty, l.content_hash, l.metadata_hash, l.deleted, l.parked";
 
-impl PgLedger {
-    pub(super) async fn lock(
-        &self,
-        transaction: &Transaction<'_>,
-        ids: &[&str],
-    ) -> Result<BTreeMap<String, Entry>> {
-        Entries(self.generation).lock(transaction, ids).await
-    }
-
-    pub(super) async fn put(
-        &self,
-        transaction: &Transaction<'_>,
-        entries: &BTreeMap<String, Entry>,
-        settled: &HashMap<&str, i64>,
-    ) -> Result<()> {
-        Entries(self.generation).put(transaction, entries, settled).await
-    }
-}
-
-/// The entries of a target, for a caller that settles them in its own transaction.
+/// The entries of a target. The caller has a transaction, in which they are locked and written.
 pub(crate) struct Entries(pub(crate) i32);
 
 impl Entries {

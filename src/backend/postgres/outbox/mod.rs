@@ -4,6 +4,7 @@
 //! outside, that transaction books the messages, packed as they will travel, and [`shipping`] sends them:
 //! no transaction stays open during a call, which would hold back vacuum in the whole database.
 
+mod delivery;
 mod shipping;
 mod truncate;
 
@@ -14,10 +15,11 @@ use async_trait::async_trait;
 
 use super::listener::{Listener, WakeUp};
 use super::{Postgres, failure};
-use crate::pipeline::change::{Job, Lane, Op};
+use crate::pipeline::change::Op;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::outbox::{BuildJobs, ClaimRequest, Outbox, OutboxRow, Transferred};
 use crate::pipeline::queue::JobQueue;
+use delivery::{Delivery, count_lanes};
 use shipping::Shipping;
 use truncate::Truncate;
 
@@ -77,14 +79,6 @@ WITH small AS MATERIALIZED (
 SELECT t.seq, t.op::text, t.ids, t.xid::text, (extract(epoch FROM t.changed_at) * 1000000)::bigint,
        totals.changes::bigint, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
 FROM taken t JOIN totals USING (xid) ORDER BY t.xid, t.seq";
-
-/// How messages leave the database.
-enum Delivery {
-    /// To pgmq, whose queues begin with that prefix: in the transaction that claims their changes.
-    Pgmq(String),
-    /// To a queue outside of the database.
-    Shipped(Box<Shipping>),
-}
 
 /// Changes captured by triggers, on their way to the queue. Owned by the one relay that empties it.
 pub struct PgOutbox {
@@ -190,16 +184,6 @@ pub async fn pending(postgres: &Postgres, source: &str) -> Result<u64> {
         .await
         .map_err(|error| failure("count the outbox", error))?;
     Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
-}
-
-/// Counts what goes to each lane.
-fn count_lanes(jobs: &[Job], done: &mut Transferred) {
-    for job in jobs {
-        match job.lane {
-            Lane::Live => done.live += job.changes() as u64,
-            Lane::Bulk => done.bulk += job.changes() as u64,
-        }
-    }
 }
 
 /// The gaps between known large transactions, as exclusive bounds.

@@ -5,7 +5,7 @@
 
 use tokio_postgres::Transaction;
 
-use super::{Delivery, count_lanes};
+use super::delivery::{Delivery, count_lanes};
 use crate::backend::postgres::failure;
 use crate::pipeline::change::{MAX_CHANGES_PER_JOB, Op};
 use crate::pipeline::failure::Result;
