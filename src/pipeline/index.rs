@@ -137,7 +137,7 @@ pub struct Listing {
 /// An error that [is doubtful](super::failure::Error::is_doubtful) may have been applied, or be applied
 /// within the settling time; any other has done nothing and never will.
 #[async_trait]
-pub trait UntrackedWrite: Send + Sync {
+pub trait ExternalWrite: Send + Sync {
     /// Replaces records whole, in one request.
     async fn upsert(&self, records: &[Record]) -> Result<()>;
 
@@ -164,7 +164,7 @@ pub enum Writes<'a> {
     /// Only if nothing changed.
     Transactional(&'a dyn TransactionalWrite),
     /// Whenever it arrives, which is what attempts are for.
-    Untracked(&'a dyn UntrackedWrite),
+    External(&'a dyn ExternalWrite),
 }
 
 /// A store of vectors that finds the nearest.

@@ -49,7 +49,7 @@ pub(crate) use for_each_clause;
 fn transactional(fixture: &dyn Fixture) -> &dyn TransactionalWrite {
     match fixture.index().writes() {
         Writes::Transactional(transactional) => transactional,
-        Writes::Untracked(_) => panic!("this index does not fence its writes"),
+        Writes::External(_) => panic!("this index does not fence its writes"),
     }
 }
 

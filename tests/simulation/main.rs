@@ -440,7 +440,7 @@ fn converges(name: &str, kind: IndexKind, poison: Poison) {
 
 #[test]
 fn an_index_without_conditions_converges() {
-    converges("untracked index", IndexKind::Untracked, Poison::None);
+    converges("external index", IndexKind::External, Poison::None);
 }
 
 #[test]
@@ -450,13 +450,13 @@ fn a_transactional_index_converges() {
 
 #[test]
 fn what_is_refused_ends_among_the_dead_letters_and_comes_back_mended() {
-    converges("untracked index, refused rows", IndexKind::Untracked, Poison::Refused);
+    converges("external index, refused rows", IndexKind::External, Poison::Refused);
     converges("transactional index, refused rows", IndexKind::Transactional, Poison::Refused);
 }
 
 #[test]
 fn what_fails_by_itself_ends_among_the_dead_letters_and_comes_back_mended() {
-    converges("untracked index, failing rows", IndexKind::Untracked, Poison::Failing);
+    converges("external index, failing rows", IndexKind::External, Poison::Failing);
 }
 
 fn diverges(mutation: ProtocolMutation, kind: IndexKind) {
@@ -478,18 +478,18 @@ macro_rules! mutations {
 }
 
 mutations! {
-    without_the_overlap_rule_it_diverges: NoOverlapRule, Untracked;
-    closing_clean_after_doubt_it_diverges: CleanCloseAfterDoubt, Untracked;
-    sweeping_without_settling_it_diverges: SweepWithoutSettling, Untracked;
-    skipping_what_is_open_it_diverges: SkipWhileOpen, Untracked;
-    reading_before_opening_it_diverges: ReadBeforeOpen, Untracked;
-    skipping_by_hash_what_is_dirty_it_diverges: HashSkipWhileDirty, Untracked;
+    without_the_overlap_rule_it_diverges: NoOverlapRule, External;
+    closing_clean_after_doubt_it_diverges: CleanCloseAfterDoubt, External;
+    sweeping_without_settling_it_diverges: SweepWithoutSettling, External;
+    skipping_what_is_open_it_diverges: SkipWhileOpen, External;
+    reading_before_opening_it_diverges: ReadBeforeOpen, External;
+    skipping_by_hash_what_is_dirty_it_diverges: HashSkipWhileDirty, External;
     with_conditional_upserts_it_diverges: ConditionalUpsertAfterDelete, Transactional;
-    acknowledging_before_closing_it_diverges: AcknowledgeBeforeClose, Untracked;
+    acknowledging_before_closing_it_diverges: AcknowledgeBeforeClose, External;
     acknowledging_before_writing_it_diverges: AcknowledgeBeforeClose, Transactional;
-    expanding_a_truncation_without_what_is_open_it_diverges: TruncateSkipsWhatIsOpen, Untracked;
-    leaving_a_lost_opening_it_is_never_quiet: LostOpeningStands, Untracked;
-    not_putting_back_what_was_swept_it_diverges: SweptAttemptNotPutBack, Untracked;
-    closing_again_what_others_have_open_it_diverges: RepeatedClosingTakesAll, Untracked;
-    writing_anew_after_a_restore_without_settling_it_diverges: RestoreWithoutSettling, Untracked;
+    expanding_a_truncation_without_what_is_open_it_diverges: TruncateSkipsWhatIsOpen, External;
+    leaving_a_lost_opening_it_is_never_quiet: LostOpeningStands, External;
+    not_putting_back_what_was_swept_it_diverges: SweptAttemptNotPutBack, External;
+    closing_again_what_others_have_open_it_diverges: RepeatedClosingTakesAll, External;
+    writing_anew_after_a_restore_without_settling_it_diverges: RestoreWithoutSettling, External;
 }

@@ -14,8 +14,8 @@ use refarch::pipeline::clock::Clock;
 use refarch::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use refarch::pipeline::failure::{Error, FailureKind, Result};
 use refarch::pipeline::index::{
-    Applied, Desired, Listing, Match, OwnershipStore, Planned, Record, Stored, TransactionalWrite,
-    UntrackedWrite, VectorIndex, Writes,
+    Applied, Desired, ExternalWrite, Listing, Match, OwnershipStore, Planned, Record, Stored,
+    TransactionalWrite, VectorIndex, Writes,
 };
 use refarch::pipeline::ledger::{
     CloseResult, Closed, Entry, Ledger, Opened, Outcome, Peeked, Pending, Swept,
@@ -74,7 +74,7 @@ pub enum Extensions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IndexKind {
     Transactional,
-    Untracked,
+    External,
 }
 
 #[derive(Clone)]
@@ -254,7 +254,7 @@ impl World {
     /// anew, which hides what another mutation did: then there is no copy.
     pub fn back_up(&mut self) {
         let is_hidden = self.mutation.is_some() && !self.is_mutated(ProtocolMutation::RestoreWithoutSettling);
-        if self.kind == IndexKind::Untracked && !is_hidden {
+        if self.kind == IndexKind::External && !is_hidden {
             self.backup = Some(Backup {
                 rows: self.rows.clone(),
                 outbox: self.outbox.clone(),
@@ -1053,7 +1053,7 @@ impl World {
 }
 
 #[async_trait]
-impl UntrackedWrite for View {
+impl ExternalWrite for View {
     async fn upsert(&self, records: &[Record]) -> Result<()> {
         self.request(records.iter().cloned().map(DelayedWrite::Upsert).collect()).await
     }
@@ -1187,7 +1187,7 @@ impl VectorIndex for View {
     fn writes(&self) -> Writes<'_> {
         match self.world().kind {
             IndexKind::Transactional => Writes::Transactional(self),
-            IndexKind::Untracked => Writes::Untracked(self),
+            IndexKind::External => Writes::External(self),
         }
     }
 
