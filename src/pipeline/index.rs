@@ -54,8 +54,8 @@ impl Desired {
 pub struct Planned {
     /// The row's id.
     pub id: String,
-    /// Epoch of the ledger's entry as peeked; none if there was no entry.
-    pub epoch: Option<i64>,
+    /// Revision of the ledger's entry as peeked; none if there was no entry.
+    pub revision: Option<i64>,
     /// Version of the newest change that led here, for display.
     pub version: i64,
     /// What the record must become.
@@ -63,12 +63,12 @@ pub struct Planned {
 }
 
 impl Planned {
-    /// Whether the write still rests on what is there: the entry's epoch (none if there is no entry)
+    /// Whether the write still rests on what is there: the entry's revision (none if there is no entry)
     /// and the row, read with the entry locked.
     #[must_use]
-    pub fn still_holds(&self, epoch: Option<i64>, row: Option<&SourceRow>) -> bool {
-        // An entry that was not there has just been made, at epoch 0.
-        epoch == Some(self.epoch.unwrap_or(0))
+    pub fn still_holds(&self, revision: Option<i64>, row: Option<&SourceRow>) -> bool {
+        // An entry that was not there has just been made, at revision 0.
+        revision == Some(self.revision.unwrap_or(0))
             && needed(row, Known::written(self.desired.row())) == Need::Nothing
     }
 }

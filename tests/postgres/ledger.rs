@@ -381,7 +381,7 @@ async fn what_is_queued_again_is_locked_in_order_even_if_it_is_new() {
     other.batch_execute("COMMIT").await.unwrap();
     queued.await.unwrap().unwrap();
     let entries = real.ledger.peek(&ids(&["1", "2"])).await.unwrap();
-    assert_eq!(entries.iter().map(|one| one.entry.as_ref().unwrap().epoch).collect::<Vec<_>>(), [2, 1]);
+    assert_eq!(entries.iter().map(|one| one.entry.as_ref().unwrap().revision).collect::<Vec<_>>(), [2, 1]);
 }
 
 #[tokio::test]

@@ -587,7 +587,7 @@ impl Ledger for View {
                     let before = world.entry(&opened.id).clone();
                     let mut seen = opened.clone();
                     if world.is_mutated(ProtocolMutation::NoOverlapRule) {
-                        seen.epoch = before.epoch;
+                        seen.revision = before.revision;
                         seen.shared = false;
                     }
                     match world.entry(&opened.id).close(&seen, outcome) {
@@ -1142,8 +1142,8 @@ impl World {
     fn apply_by_version(&mut self, plan: &Planned) {
         let newer = self.index.get(&plan.id).is_none_or(|held| held.version <= plan.version);
         if newer || !matches!(plan.desired, Desired::Present { .. }) {
-            let epoch = Some(self.entry(&plan.id).epoch);
-            self.settle(&Planned { epoch, ..plan.clone() }, plan.desired.row());
+            let revision = Some(self.entry(&plan.id).revision);
+            self.settle(&Planned { revision, ..plan.clone() }, plan.desired.row());
         }
     }
 }

@@ -236,8 +236,8 @@ fn chunks_of_ten(mut handles: Vec<String>) -> Vec<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::change::Lane;
     use crate::backend::sqs::MAX_BYTES;
+    use crate::pipeline::change::Lane;
     use crate::pipeline::change::{JOB_VERSION, Op};
 
     fn job(ids: usize, bytes: usize) -> Job {

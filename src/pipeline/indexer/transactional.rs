@@ -5,7 +5,7 @@
 //! the index goes from one state that the ledger describes to the next:
 //!
 //! - a worker that dies or freezes anywhere before the commit has written nothing, and the message
-//!   comes again; what it wrote later, after a freeze, meets another epoch or another row;
+//!   comes again; what it wrote later, after a freeze, meets another revision or another row;
 //! - a worker told "failed" of a commit that happened peeks again, and finds the ids in sync;
 //! - a row that changes after the commit has its own change in the outbox.
 
@@ -71,7 +71,7 @@ fn plan(peeked: Vec<Peeked>, batch: &Batch) -> (Vec<(Planned, Wants)>, Texts) {
             }
         };
         let version = batch.version(&id);
-        planned.push((Planned { id, epoch: entry.map(|entry| entry.epoch), version, desired }, wants));
+        planned.push((Planned { id, revision: entry.map(|entry| entry.revision), version, desired }, wants));
     }
     (planned, texts)
 }

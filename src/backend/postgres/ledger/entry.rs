@@ -41,10 +41,10 @@ impl Entries {
         if entries.is_empty() {
             return Ok(());
         }
-        let of = |entry: &Entry| (entry.open, entry.epoch, entry.dirty, entry.deleted, entry.parked);
+        let of = |entry: &Entry| (entry.open, entry.revision, entry.dirty, entry.deleted, entry.parked);
         let ids: Vec<&str> = entries.keys().map(String::as_str).collect();
         let open: Vec<i32> = entries.values().map(|entry| of(entry).0).collect();
-        let epochs: Vec<i64> = entries.values().map(|entry| of(entry).1).collect();
+        let revisions: Vec<i64> = entries.values().map(|entry| of(entry).1).collect();
         let dirty: Vec<bool> = entries.values().map(|entry| of(entry).2).collect();
         let deleted: Vec<bool> = entries.values().map(|entry| of(entry).3).collect();
         let parked: Vec<bool> = entries.values().map(|entry| of(entry).4).collect();
@@ -65,7 +65,7 @@ impl Entries {
                              $8::bytea[], $9::bigint[], $10::boolean[]) \
                       AS u(id, open, epoch, dirty, deleted, content, metadata, version, parked) \
                  WHERE l.target = $1 AND l.id = u.id",
-                &[&self.0, &ids, &open, &epochs, &dirty, &deleted, &content, &metadata, &versions, &parked],
+                &[&self.0, &ids, &open, &revisions, &dirty, &deleted, &content, &metadata, &versions, &parked],
             )
             .await
             .map_err(fail("write the ledger"))?;
@@ -92,7 +92,7 @@ pub(super) fn hash(row: &Row, at: usize, id: &str) -> Result<Option<Hash>> {
 pub(super) fn read_entry(row: &Row, at: usize, id: &str) -> Result<Entry> {
     Ok(Entry {
         open: row.get(at),
-        epoch: row.get(at + 1),
+        revision: row.get(at + 1),
         dirty: row.get(at + 2),
         content_hash: hash(row, at + 3, id)?,
         metadata_hash: hash(row, at + 4, id)?,

@@ -86,7 +86,7 @@ impl TrackedWrites {
             let content_hash = hash(row, 4, &id)?;
             let one = Opened {
                 id: id.clone(),
-                epoch: row.get(1),
+                revision: row.get(1),
                 shared: row.get(2),
                 dirty: row.get(3),
                 content_hash,

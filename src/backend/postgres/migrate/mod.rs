@@ -136,8 +136,7 @@ async fn prepare(
     options: &MigrateOptions,
 ) -> Result<Prepared> {
     let fail = |error: tokio_postgres::Error| failure("prepare change capture", error);
-    let mut report = Report::default();
-    report.applied = schema_version::apply(transaction).await?;
+    let mut report = Report { applied: schema_version::apply(transaction).await?, ..Report::default() };
     create_products(transaction, source, &mut report).await?;
     let left_behind = queues::switch(transaction, queue, &mut report).await?;
     if queue.is_pgmq() {
