@@ -19,13 +19,14 @@
 //!   embedding. The database gets a new name. So the old server, if it still runs, is recognised as another
 //!   database.
 //!
-//! The number grows once a minute, so it does not show a restore to a state of less than a minute ago, if server
-//! and timeline stay the same (a storage snapshot, or a copy of the files). A running worker shows it: it wrote
-//! a heartbeat each second to `refarch.worker`, and the restored database does not hold the last one. That cannot
-//! be overtaken by what is written after the restore, as a position in the write-ahead log could be. The workers
-//! of a fleet notice it each, and the first to hold the lock queues every row: `changed_at` is then later than
-//! the lost heartbeats of all the others. If no worker ran at the restore, only the number tells. A state that
-//! holds the last heartbeats of all workers is not told apart from the newest.
+//! The number grows once a minute, so it does not show a restore to a state of less than a minute ago, if
+//! server and timeline stay the same (a storage snapshot, or a copy of the files). A running worker shows it:
+//! it wrote a heartbeat each second to `refarch.worker`, and the restored database does not hold the last
+//! one. That cannot be overtaken by what is written after the restore, as a position in the write-ahead log
+//! could be. The workers of a fleet notice it each, and the first to hold the lock queues every row:
+//! `changed_at` is then later than the lost heartbeats of all the others. If no worker ran at the restore,
+//! only the number tells. A state that holds the last heartbeats of all workers is not told apart from the
+//! newest.
 //!
 //! The index may apply a write up to the settling time after it accepted the write. While that may still
 //! happen, the ledger keeps the row open. But the ledger of the lost time is gone, and so is what it knew of

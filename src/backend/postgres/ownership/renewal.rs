@@ -48,7 +48,8 @@ impl KnownEpoch {
         self.lost = Some(lost);
     }
 
-    /// Compares, handles the result, and advances the epoch. May wait for `settle` as [`claim`](super::claim) does.
+    /// Compares, handles the result, and advances the epoch. May wait for `settle` as [`claim`](super::claim)
+    /// does.
     pub async fn renew(
         &mut self,
         postgres: &Postgres,
@@ -80,8 +81,9 @@ impl KnownEpoch {
     }
 }
 
-/// Advances the epoch every `RENEW_EVERY`, and at once when the database `lost` a heartbeat, until `stop`, which also
-/// ends the waiting for `settle`. Ends early with an error if another database took the index over.
+/// Advances the epoch every `RENEW_EVERY`, and at once when the database `lost` a heartbeat, until `stop`,
+/// which also ends the waiting for `settle`. Ends early with an error if another database took the index
+/// over.
 pub async fn keep(
     postgres: &Postgres,
     generation: i32,

@@ -125,8 +125,8 @@ async fn take_over(
         .map_err(fail)
 }
 
-/// Waits, and fails if the session that holds the lock ends meanwhile: the database may have gone back again, and
-/// the time begins anew. Using the session keeps a timeout for idle sessions from ending it.
+/// Waits, and fails if the session that holds the lock ends meanwhile: the database may have gone back again,
+/// and the time begins anew. Using the session keeps a timeout for idle sessions from ending it.
 async fn wait(session: &Client, settle: Duration) -> Result<(), tokio_postgres::Error> {
     let mut left = settle;
     while !left.is_zero() {
