@@ -54,8 +54,8 @@ impl Desired {
 pub struct Planned {
     /// The row's id.
     pub id: String,
-    /// Epoch of the ledger's entry as peeked; none if there was no entry.
-    pub epoch: Option<i64>,
+    /// Revision of the ledger's entry as peeked; none if there was no entry.
+    pub revision: Option<i64>,
     /// Version of the newest change of the id, for display.
     pub version: i64,
     /// The desired record.
@@ -63,12 +63,12 @@ pub struct Planned {
 }
 
 impl Planned {
-    /// Whether the entry's epoch (none if there is no entry) and the row, read with the entry locked, are
+    /// Whether the entry's revision (none if there is no entry) and the row, read with the entry locked, are
     /// still as planned.
     #[must_use]
-    pub fn still_holds(&self, epoch: Option<i64>, row: Option<&SourceRow>) -> bool {
-        // An entry that did not exist has just been created, at epoch 0.
-        epoch == Some(self.epoch.unwrap_or(0))
+    pub fn still_holds(&self, revision: Option<i64>, row: Option<&SourceRow>) -> bool {
+        // An entry that did not exist has just been created, at revision 0.
+        revision == Some(self.revision.unwrap_or(0))
             && needed(row, Known::written(self.desired.row())) == Need::Nothing
     }
 }
@@ -78,7 +78,7 @@ impl Planned {
 pub struct Applied {
     /// Ids whose row or entry had changed since it was peeked: nothing was written for them.
     pub conflicted: Vec<String>,
-    /// The database's clock when the write was about to commit, in microseconds since the epoch.
+    /// The database's clock when the write was about to commit, in microseconds since the revision.
     pub clock_us: i64,
 }
 
@@ -138,7 +138,7 @@ pub struct Listing {
 /// An error that [is doubtful](super::failure::Error::is_doubtful) may have been applied, or be applied
 /// within the settling time; any other has done nothing and never will.
 #[async_trait]
-pub trait UntrackedWrite: Send + Sync {
+pub trait ExternalWrite: Send + Sync {
     /// Replaces records whole, in one request.
     async fn upsert(&self, records: &[Record]) -> Result<()>;
 
@@ -165,7 +165,7 @@ pub enum Writes<'a> {
     /// Only if nothing changed.
     Transactional(&'a dyn TransactionalWrite),
     /// Whenever the request arrives. This is why attempts exist.
-    Untracked(&'a dyn UntrackedWrite),
+    External(&'a dyn ExternalWrite),
 }
 
 /// A store of vectors that finds the nearest ones.

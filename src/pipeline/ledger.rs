@@ -29,7 +29,7 @@ pub struct Entry {
     /// Attempts under way that name the id.
     pub open: i32,
     /// Grows with every attempt and every transactional write.
-    pub epoch: i64,
+    pub revision: i64,
     /// Whether the index may differ from the hashes.
     pub dirty: bool,
     /// Content hash of what the index holds, if it is known.
@@ -47,7 +47,7 @@ impl Default for Entry {
     fn default() -> Self {
         Self {
             open: 0,
-            epoch: 0,
+            revision: 0,
             dirty: true,
             content_hash: None,
             metadata_hash: None,
@@ -62,8 +62,8 @@ impl Default for Entry {
 pub struct Opened {
     /// The row's id.
     pub id: String,
-    /// The entry's epoch with this opening counted.
-    pub epoch: i64,
+    /// The entry's revision with this opening counted.
+    pub revision: i64,
     /// Whether another attempt was open.
     pub shared: bool,
     /// Whether the entry was dirty.
@@ -143,11 +143,11 @@ impl Entry {
     pub fn open(&mut self, id: &str) -> Opened {
         let shared = self.open > 0;
         self.open += 1;
-        self.epoch += 1;
+        self.revision += 1;
         self.parked = false;
         Opened {
             id: id.into(),
-            epoch: self.epoch,
+            revision: self.revision,
             shared,
             dirty: self.dirty,
             content_hash: self.content_hash.filter(|_| !self.deleted),
@@ -162,7 +162,7 @@ impl Entry {
         match outcome {
             Outcome::Doubtful => CloseResult::Open,
             Outcome::Settled { content_hash, metadata_hash, deleted, .. }
-                if self.epoch == opened.epoch && !opened.shared =>
+                if self.revision == opened.revision && !opened.shared =>
             {
                 self.open -= 1;
                 self.dirty = false;
@@ -178,7 +178,7 @@ impl Entry {
             }
             // Nothing was written: the entry is as before, and its outbox row, message or dead letter still
             // exists.
-            Outcome::Unwritten if self.epoch == opened.epoch && !opened.shared => {
+            Outcome::Unwritten if self.revision == opened.revision && !opened.shared => {
                 self.open -= 1;
                 CloseResult::Unchanged
             }
@@ -193,11 +193,11 @@ impl Entry {
     /// transaction has locked the entry, and read the row after that. Returns false if entry or row has
     /// changed: then the entry stays as it was, and nothing may be written.
     pub fn settle_transactional(&mut self, plan: &Planned, row: Option<&SourceRow>) -> bool {
-        if !plan.still_holds(Some(self.epoch), row) {
+        if !plan.still_holds(Some(self.revision), row) {
             return false;
         }
         let row = plan.desired.row();
-        self.epoch += 1;
+        self.revision += 1;
         self.dirty = false;
         self.content_hash = row.map(|row| row.content_hash);
         self.metadata_hash = row.map(|row| row.metadata_hash);
@@ -217,13 +217,13 @@ impl Entry {
     /// is swept again once its writes have certainly been applied.
     pub fn reopen(&mut self) {
         self.open += 1;
-        self.epoch += 1;
+        self.revision += 1;
         self.forget();
     }
 
     /// Marks the entry as dirty, so that the id is done again and attempts under way notice the change.
     pub fn invalidate(&mut self) {
-        self.epoch += 1;
+        self.revision += 1;
         self.parked = false;
         self.forget();
     }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::Backends;
-use crate::backend::postgres::proof::{self, PgRounds};
+use crate::backend::postgres::proof::PgRounds;
+use crate::backend::postgres::{capture, pruning};
 use crate::config::{IndexCheck, Settings};
 use crate::pipeline::audit::{ProofOptions, Prover};
 use crate::pipeline::clock::{BootClock, Clock as _};
@@ -107,9 +108,9 @@ struct CaptureMonitor<'a> {
 impl CaptureMonitor<'_> {
     async fn prune(&mut self) -> Result<()> {
         let Backends { postgres, generation, .. } = self.backends;
-        proof::prune_history(postgres).await?;
+        pruning::prune_history(postgres).await?;
         if self.checks_until_prune == 0 {
-            let may_be_more = proof::prune_ledger(postgres, generation.id).await?;
+            let may_be_more = pruning::prune_ledger(postgres, generation.id).await?;
             self.checks_until_prune = if may_be_more { 0 } else { CHECKS_PER_PRUNE };
         } else {
             self.checks_until_prune -= 1;
@@ -119,7 +120,7 @@ impl CaptureMonitor<'_> {
 
     async fn check(&mut self) -> Result<()> {
         let Backends { postgres, source, .. } = self.backends;
-        let faults = proof::capture_faults(postgres, source).await?;
+        let faults = capture::faults(postgres, source).await?;
         if faults.is_empty() {
             if !std::mem::take(&mut self.reported_faults).is_empty() {
                 tracing::info!(table = source.table, "changes are captured again");
@@ -131,7 +132,7 @@ impl CaptureMonitor<'_> {
             tracing::warn!(?faults, "changes of the table are not captured");
             self.reported_faults.clone_from(&faults);
         }
-        match proof::restore_capture(postgres, source, self.worker, &faults).await {
+        match capture::restore(postgres, source, self.worker, &faults).await {
             Ok(true) => {
                 tracing::warn!(
                     table = source.table,

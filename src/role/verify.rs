@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::progress::Progress;
 use crate::backend::postgres::ownership::{self, Ownership};
-use crate::backend::postgres::{Postgres, capture, proof};
+use crate::backend::postgres::{Postgres, capture};
 use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
@@ -97,7 +97,7 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
 /// queued.
 async fn arm(postgres: &Postgres, settings: &Settings, faults: &[String]) -> anyhow::Result<()> {
     let armed = backend::with_connect_retry(settings, async || {
-        proof::restore_capture(postgres, &settings.source, WORKER, faults).await
+        capture::restore(postgres, &settings.source, WORKER, faults).await
     });
     if armed.await.context("arm change capture")? {
         eprintln!("repaired: change capture is armed; refarch listen queues what may have changed unseen");

@@ -170,7 +170,7 @@ pub async fn a_second_open_of_an_id_is_shared(ledger: &dyn Ledger, fixture: &dyn
     bring_in_sync(ledger, "2").await;
     let known = peek(ledger, "1").await.row.unwrap().content_hash;
     let before = [entry(ledger, "1").await, entry(ledger, "2").await];
-    let mut last = before.map(|entry| entry.epoch);
+    let mut last = before.map(|entry| entry.revision);
     for (attempt, shared) in [("a", false), ("b", true), ("c", true)] {
         let opened = ledger.open(attempt, attempt, &ids(&["2", "3", "1"])).await.unwrap();
         let [two, new, one] = opened.try_into().unwrap();
@@ -180,9 +180,9 @@ pub async fn a_second_open_of_an_id_is_shared(ledger: &dyn Ledger, fixture: &dyn
         assert_eq!([&two, &new, &one].map(|opened| opened.dirty), [false, true, false], "{attempt}");
         let hashes = [&two, &new, &one].map(|opened| opened.content_hash);
         assert_eq!(hashes, [None, None, Some(known)], "{attempt}");
-        assert!(one.epoch > last[0] && two.epoch > last[1] && new.epoch > 0, "{attempt}");
-        last = [one.epoch, two.epoch];
-        assert_eq!(entry(ledger, "1").await.epoch, one.epoch);
+        assert!(one.revision > last[0] && two.revision > last[1] && new.revision > 0, "{attempt}");
+        last = [one.revision, two.revision];
+        assert_eq!(entry(ledger, "1").await.revision, one.revision);
     }
     assert_eq!(entry(ledger, "1").await.open, 3);
     assert_eq!(entry(ledger, "3").await.open, 3);
@@ -526,7 +526,7 @@ pub async fn a_requeued_entry_is_not_trusted(ledger: &dyn Ledger, fixture: &dyn 
         bring_in_sync(ledger, &id.to_string()).await;
     }
     fixture.take().await;
-    let before = entry(ledger, "1").await.epoch;
+    let before = entry(ledger, "1").await.revision;
     let meanwhile = open_one(ledger, "a", "w", "2").await;
     ledger.park("1").await.unwrap();
     ledger.requeue(&ids(&["2", "3", "1"])).await.unwrap();
@@ -535,7 +535,7 @@ pub async fn a_requeued_entry_is_not_trusted(ledger: &dyn Ledger, fixture: &dyn 
     assert_unknown(ledger, "2", 1).await;
     assert_unknown(ledger, "3", 0).await;
     let after = entry(ledger, "1").await;
-    assert!(after.epoch > before && !after.parked);
+    assert!(after.revision > before && !after.parked);
 
     let outcome = written(ledger, "2").await;
     let closed = close(ledger, "a", "w", &[(&meanwhile, &outcome)]).await;

@@ -49,7 +49,7 @@ pub(crate) use for_each_clause;
 fn transactional(fixture: &dyn Fixture) -> &dyn TransactionalWrite {
     match fixture.index().writes() {
         Writes::Transactional(transactional) => transactional,
-        Writes::Untracked(_) => panic!("this index does not fence its writes"),
+        Writes::External(_) => panic!("this index does not fence its writes"),
     }
 }
 
@@ -82,7 +82,7 @@ async fn plan(fixture: &dyn Fixture, id: &str, vector: Option<u8>) -> Planned {
         Some(row) if !row.has_text() => Desired::Textless { row },
         Some(row) => Desired::Present { row, embedding: vector.map(|of| fixture.vector(of)) },
     };
-    Planned { id, epoch: entry.map(|entry| entry.epoch), version: 7, desired }
+    Planned { id, revision: entry.map(|entry| entry.revision), version: 7, desired }
 }
 
 /// Applies writes; returns the ids that conflicted.
@@ -110,7 +110,7 @@ pub async fn a_write_based_on_the_current_row_and_entry_settles(fixture: &dyn Fi
     let plan = plan(fixture, "1", Some(2)).await;
     assert_eq!(apply(fixture, &[&plan]).await, [""; 0]);
     let (after, row) = (entry(fixture, "1").await, peek(fixture, "1").await.row.unwrap());
-    assert!(is_in_sync(fixture, "1").await && after.epoch > before.epoch, "{after:?}");
+    assert!(is_in_sync(fixture, "1").await && after.revision > before.revision, "{after:?}");
     let stored = stored(fixture, "1").await.unwrap();
     assert_eq!((stored.content_hash, &stored.embedding), (Some(row.content_hash), &fixture.vector(2)));
 }
@@ -162,7 +162,7 @@ pub async fn a_write_whose_entry_changed_writes_nothing(fixture: &dyn Fixture) {
 pub async fn a_first_write_creates_the_entry_and_a_second_one_conflicts(fixture: &dyn Fixture) {
     fixture.write(1, "text", "m").await;
     let (first, second) = (plan(fixture, "1", Some(1)).await, plan(fixture, "1", Some(2)).await);
-    assert_eq!((first.epoch, second.epoch), (None, None));
+    assert_eq!((first.revision, second.revision), (None, None));
     assert_eq!(apply(fixture, &[&first]).await, [""; 0]);
     assert_eq!(apply(fixture, &[&second]).await, ["1"]);
     assert!(is_in_sync(fixture, "1").await);

@@ -15,7 +15,7 @@ use refarch::backend::pgvector;
 use refarch::backend::pinecone::{self, Pinecone};
 use refarch::double::pinecone::{PineconeDouble, PineconeFaults};
 use refarch::pipeline::failure::{Class, Error};
-use refarch::pipeline::index::{Match, Record, UntrackedWrite, VectorIndex, Writes};
+use refarch::pipeline::index::{ExternalWrite, Match, Record, VectorIndex, Writes};
 use refarch::pipeline::source_row::{Hash, SourceRow};
 use refarch::secret::Secret;
 use serde_json::{Value, json};
@@ -77,7 +77,7 @@ impl Fixture {
                     client.execute(&sql, &[&record.row.id, &embedding, &hash]).await.unwrap();
                 }
             }
-            Backing::PineconeDouble { .. } => untracked(&*self.index).upsert(records).await.unwrap(),
+            Backing::PineconeDouble { .. } => external(&*self.index).upsert(records).await.unwrap(),
         }
     }
 
@@ -86,14 +86,14 @@ impl Fixture {
             Backing::Database { client, table, .. } => {
                 client.execute(&format!("DELETE FROM {table} WHERE id = $1"), &[&id]).await.unwrap();
             }
-            Backing::PineconeDouble { .. } => untracked(&*self.index).delete(&[id.to_owned()]).await.unwrap(),
+            Backing::PineconeDouble { .. } => external(&*self.index).delete(&[id.to_owned()]).await.unwrap(),
         }
     }
 }
 
-fn untracked(index: &dyn VectorIndex) -> &dyn UntrackedWrite {
+fn external(index: &dyn VectorIndex) -> &dyn ExternalWrite {
     match index.writes() {
-        Writes::Untracked(untracked) => untracked,
+        Writes::External(external) => external,
         Writes::Transactional(_) => panic!("this index fences its writes"),
     }
 }
@@ -244,7 +244,7 @@ async fn the_count_is_the_number_of_records(fixture: Fixture) {
 async fn ownership_records_are_not_listed_as_records(fixture: Fixture) {
     let index = fixture.index;
     // Only an index outside of the database can be ahead of it.
-    assert_eq!(index.ownership_store().is_some(), matches!(index.writes(), Writes::Untracked(_)));
+    assert_eq!(index.ownership_store().is_some(), matches!(index.writes(), Writes::External(_)));
     if let Some(notes) = index.ownership_store() {
         assert_eq!(notes.record().await.unwrap(), None);
         for note in ["one", r#"{"two": "é"}"#] {

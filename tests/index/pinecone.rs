@@ -15,7 +15,7 @@ use axum::response::Response;
 use refarch::backend::pinecone::{self, Pinecone, control};
 use refarch::double::pinecone::{PineconeDouble, PineconeFaults};
 use refarch::pipeline::failure::Class;
-use refarch::pipeline::index::{Record, UntrackedWrite, VectorIndex};
+use refarch::pipeline::index::{ExternalWrite, Record, VectorIndex};
 use refarch::pipeline::source_row::{Hash, SourceRow};
 use refarch::secret::Secret;
 use serde_json::{Map, Value, json};

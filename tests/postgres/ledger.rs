@@ -381,7 +381,7 @@ async fn requeue_locks_entries_in_id_order_even_new_ones() {
     other.batch_execute("COMMIT").await.unwrap();
     queued.await.unwrap().unwrap();
     let entries = real.ledger.peek(&ids(&["1", "2"])).await.unwrap();
-    assert_eq!(entries.iter().map(|one| one.entry.as_ref().unwrap().epoch).collect::<Vec<_>>(), [2, 1]);
+    assert_eq!(entries.iter().map(|one| one.entry.as_ref().unwrap().revision).collect::<Vec<_>>(), [2, 1]);
 }
 
 #[tokio::test]

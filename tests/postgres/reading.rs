@@ -360,7 +360,7 @@ async fn rows_hidden_by_a_policy_are_not_treated_as_deleted() {
     assert!(error.contains(&role) && error.contains("BYPASSRLS"), "{error}");
     // Nor by the write that reads rows again.
     let Writes::Transactional(transactional) = it.backends.index.writes() else { panic!("pgvector fences") };
-    let plan = Planned { id: "1".into(), epoch: None, version: 1, desired: Desired::Absent };
+    let plan = Planned { id: "1".into(), revision: None, version: 1, desired: Desired::Absent };
     let error = transactional.apply(&[plan]).await.unwrap_err();
     assert!(error.class() == Class::Retryable && error.to_string().contains("BYPASSRLS"), "{error}");
     assert_eq!(it.indexed().await.len(), 20);
@@ -398,9 +398,10 @@ async fn a_changed_key_type_is_read_without_a_restart() {
     // By the fenced write alone: it was planned before.
     let Writes::Transactional(transactional) = it.backends.index.writes() else { panic!("pgvector fences") };
     it.run("ALTER TABLE item ALTER id TYPE varchar(40)").await;
-    let epoch = it.backends.ledger.peek(&strings(&["six"])).await.unwrap()[0].entry.as_ref().map(|e| e.epoch);
+    let revision =
+        it.backends.ledger.peek(&strings(&["six"])).await.unwrap()[0].entry.as_ref().map(|e| e.revision);
     it.run("ALTER TABLE item ALTER id TYPE text COLLATE \"C\"").await;
-    let plan = Planned { id: "six".into(), epoch, version: 1, desired: Desired::Absent };
+    let plan = Planned { id: "six".into(), revision, version: 1, desired: Desired::Absent };
     assert_eq!(transactional.apply(&[plan]).await.unwrap().conflicted, ["six"], "the row is there");
 }
 

@@ -66,7 +66,7 @@ macro_rules! on_the_simulations_ledger {
     ($($clause:ident),* $(,)?) => {$(
         #[test]
         fn $clause() {
-            let view = quiet(IndexKind::Untracked);
+            let view = quiet(IndexKind::External);
             block_on(contract::$clause(&view, &view));
         }
     )*};

@@ -441,7 +441,7 @@ fn converges(name: &str, kind: IndexKind, poison: Poison) {
 
 #[test]
 fn an_index_with_tracked_writes_converges() {
-    converges("untracked index", IndexKind::Untracked, Poison::None);
+    converges("external index", IndexKind::External, Poison::None);
 }
 
 #[test]
@@ -451,13 +451,13 @@ fn a_transactional_index_converges() {
 
 #[test]
 fn refused_changes_are_dead_lettered_and_converge_after_repair_and_redrive() {
-    converges("untracked index, refused rows", IndexKind::Untracked, Poison::Refused);
+    converges("external index, refused rows", IndexKind::External, Poison::Refused);
     converges("transactional index, refused rows", IndexKind::Transactional, Poison::Refused);
 }
 
 #[test]
 fn failing_changes_are_dead_lettered_and_converge_after_repair_and_redrive() {
-    converges("untracked index, failing rows", IndexKind::Untracked, Poison::Failing);
+    converges("external index, failing rows", IndexKind::External, Poison::Failing);
 }
 
 fn diverges(mutation: ProtocolMutation, kind: IndexKind) {
@@ -479,18 +479,18 @@ macro_rules! mutations {
 }
 
 mutations! {
-    the_index_diverges_without_the_overlap_rule: NoOverlapRule, Untracked;
-    the_index_diverges_if_a_doubtful_write_is_closed_as_clean: CleanCloseAfterDoubt, Untracked;
-    the_index_diverges_if_a_sweep_skips_the_settling_time: SweepWithoutSettling, Untracked;
-    the_index_diverges_if_open_entries_are_skipped: SkipWhileOpen, Untracked;
-    the_index_diverges_if_rows_are_read_before_the_open: ReadBeforeOpen, Untracked;
-    the_index_diverges_if_dirty_entries_are_skipped_by_hash: HashSkipWhileDirty, Untracked;
+    the_index_diverges_without_the_overlap_rule: NoOverlapRule, External;
+    the_index_diverges_if_a_doubtful_write_is_closed_as_clean: CleanCloseAfterDoubt, External;
+    the_index_diverges_if_a_sweep_skips_the_settling_time: SweepWithoutSettling, External;
+    the_index_diverges_if_open_entries_are_skipped: SkipWhileOpen, External;
+    the_index_diverges_if_rows_are_read_before_the_open: ReadBeforeOpen, External;
+    the_index_diverges_if_dirty_entries_are_skipped_by_hash: HashSkipWhileDirty, External;
     the_index_diverges_if_upserts_only_compare_versions: ConditionalUpsertAfterDelete, Transactional;
-    the_index_diverges_if_messages_are_acknowledged_before_the_close: AcknowledgeBeforeClose, Untracked;
+    the_index_diverges_if_messages_are_acknowledged_before_the_close: AcknowledgeBeforeClose, External;
     the_index_diverges_if_messages_are_acknowledged_before_the_write: AcknowledgeBeforeClose, Transactional;
-    the_index_diverges_if_a_truncation_omits_open_entries: TruncateSkipsWhatIsOpen, Untracked;
-    the_world_is_never_quiet_if_a_lost_open_is_not_abandoned: LostOpeningStands, Untracked;
-    the_index_diverges_if_a_swept_write_is_not_put_back: SweptAttemptNotPutBack, Untracked;
-    the_index_diverges_if_a_repeated_close_takes_every_id: RepeatedClosingTakesAll, Untracked;
-    the_index_diverges_if_a_restore_skips_the_settling_time: RestoreWithoutSettling, Untracked;
+    the_index_diverges_if_a_truncation_omits_open_entries: TruncateSkipsWhatIsOpen, External;
+    the_world_is_never_quiet_if_a_lost_open_is_not_abandoned: LostOpeningStands, External;
+    the_index_diverges_if_a_swept_write_is_not_put_back: SweptAttemptNotPutBack, External;
+    the_index_diverges_if_a_repeated_close_takes_every_id: RepeatedClosingTakesAll, External;
+    the_index_diverges_if_a_restore_skips_the_settling_time: RestoreWithoutSettling, External;
 }

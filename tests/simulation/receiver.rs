@@ -35,8 +35,7 @@ impl Lanes {
     /// each fails like this, if at all.
     fn start(rows: usize, cannot_receive: Option<FailureKind>) -> Self {
         let clock = Arc::new(SimClock::new(1));
-        let mut world =
-            World::new(SmallRng::seed_from_u64(1), Arc::clone(&clock), IndexKind::Untracked, None);
+        let mut world = World::new(SmallRng::seed_from_u64(1), Arc::clone(&clock), IndexKind::External, None);
         world.faults = false;
         world.cannot_receive = cannot_receive;
         for id in 0..rows {

@@ -67,7 +67,7 @@ proptest! {
         rows in proptest::collection::vec(proptest::bool::weighted(0.05), 1..300),
         transactional: bool,
     ) {
-        let kind = if transactional { IndexKind::Transactional } else { IndexKind::Untracked };
+        let kind = if transactional { IndexKind::Transactional } else { IndexKind::External };
         let (world, done) = apply(kind, &rows);
         let world = world.lock().unwrap();
         let refused: BTreeSet<String> =

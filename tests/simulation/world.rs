@@ -14,8 +14,8 @@ use refarch::pipeline::clock::Clock;
 use refarch::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use refarch::pipeline::failure::{Error, FailureKind, Result};
 use refarch::pipeline::index::{
-    Applied, Desired, Listing, Match, OwnershipStore, Planned, Record, Stored, TransactionalWrite,
-    UntrackedWrite, VectorIndex, Writes,
+    Applied, Desired, ExternalWrite, Listing, Match, OwnershipStore, Planned, Record, Stored,
+    TransactionalWrite, VectorIndex, Writes,
 };
 use refarch::pipeline::ledger::{
     CloseResult, Closed, Entry, Ledger, Opened, Outcome, Peeked, Pending, Swept,
@@ -74,7 +74,7 @@ pub enum Extensions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IndexKind {
     Transactional,
-    Untracked,
+    External,
 }
 
 #[derive(Clone)]
@@ -254,7 +254,7 @@ impl World {
     /// anew, which hides what another mutation did: then there is no copy.
     pub fn back_up(&mut self) {
         let is_hidden = self.mutation.is_some() && !self.is_mutated(ProtocolMutation::RestoreWithoutSettling);
-        if self.kind == IndexKind::Untracked && !is_hidden {
+        if self.kind == IndexKind::External && !is_hidden {
             self.backup = Some(Backup {
                 rows: self.rows.clone(),
                 outbox: self.outbox.clone(),
@@ -590,7 +590,7 @@ impl Ledger for View {
                     let before = world.entry(&opened.id).clone();
                     let mut seen = opened.clone();
                     if world.is_mutated(ProtocolMutation::NoOverlapRule) {
-                        seen.epoch = before.epoch;
+                        seen.revision = before.revision;
                         seen.shared = false;
                     }
                     match world.entry(&opened.id).close(&seen, outcome) {
@@ -1056,7 +1056,7 @@ impl World {
 }
 
 #[async_trait]
-impl UntrackedWrite for View {
+impl ExternalWrite for View {
     async fn upsert(&self, records: &[Record]) -> Result<()> {
         self.request(records.iter().cloned().map(DelayedWrite::Upsert).collect()).await
     }
@@ -1145,8 +1145,8 @@ impl World {
     fn apply_by_version(&mut self, plan: &Planned) {
         let newer = self.index.get(&plan.id).is_none_or(|held| held.version <= plan.version);
         if newer || !matches!(plan.desired, Desired::Present { .. }) {
-            let epoch = Some(self.entry(&plan.id).epoch);
-            self.settle(&Planned { epoch, ..plan.clone() }, plan.desired.row());
+            let revision = Some(self.entry(&plan.id).revision);
+            self.settle(&Planned { revision, ..plan.clone() }, plan.desired.row());
         }
     }
 }
@@ -1190,7 +1190,7 @@ impl VectorIndex for View {
     fn writes(&self) -> Writes<'_> {
         match self.world().kind {
             IndexKind::Transactional => Writes::Transactional(self),
-            IndexKind::Untracked => Writes::Untracked(self),
+            IndexKind::External => Writes::External(self),
         }
     }
 

@@ -369,7 +369,7 @@ impl PgVector {
 
         let mut ids: Vec<&str> = planned.iter().map(|write| write.id.as_str()).collect();
         ids.sort_unstable();
-        let new: Vec<&str> = planned.iter().filter(|w| w.epoch.is_none()).map(|w| w.id.as_str()).collect();
+        let new: Vec<&str> = planned.iter().filter(|w| w.revision.is_none()).map(|w| w.id.as_str()).collect();
         if !new.is_empty() {
             transaction
                 .execute(

@@ -22,7 +22,7 @@ use crate::config::OWNERSHIP_NAMESPACE;
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::index::{
-    IndexFreshness, Listing, Match, OwnershipStore, Record, Stored, UntrackedWrite, VectorIndex, Writes,
+    ExternalWrite, IndexFreshness, Listing, Match, OwnershipStore, Record, Stored, VectorIndex, Writes,
 };
 use crate::secret::Secret;
 use http::Http;
@@ -180,7 +180,7 @@ impl Pinecone {
 }
 
 #[async_trait]
-impl UntrackedWrite for Pinecone {
+impl ExternalWrite for Pinecone {
     async fn upsert(&self, records: &[Record]) -> Result<()> {
         let vectors = records.iter().map(|record| sent(record, &self.text)).collect::<Result<Vec<_>>>()?;
         let response = self.upsert_into(&self.namespace, &vectors).await?;
@@ -278,7 +278,7 @@ impl VectorIndex for Pinecone {
     }
 
     fn writes(&self) -> Writes<'_> {
-        Writes::Untracked(self)
+        Writes::External(self)
     }
 
     async fn maintain(&self, _backlog: u64) -> Result<()> {

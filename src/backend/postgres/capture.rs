@@ -3,7 +3,7 @@
 use tokio_postgres::GenericClient;
 
 use super::source::SourceTable;
-use super::{Postgres, failure};
+use super::{Postgres, fail, failure};
 use crate::config;
 use crate::pipeline::failure::{Class, Result};
 
@@ -56,7 +56,7 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
         .map_err(fail)?;
     let mut columns: Vec<String> = columns.iter().map(|row| row.get(0)).collect();
     let mut cure = "refarch verify --repair reads the table again";
-    match super::generation::find_table(&transaction, source).await {
+    match SourceTable::find_by_search_path(&transaction, source).await {
         Ok(table) => {
             let row = transaction
                 .query_one(
@@ -105,6 +105,42 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
         format!("{table} must be read again, but can't be: {held}")
     }));
     Ok(faults)
+}
+
+/// Installs missing capture triggers and queues rows that may have changed without capture. False if there
+/// was nothing to repair.
+pub async fn restore(
+    postgres: &Postgres,
+    source: &config::Source,
+    worker: &str,
+    faults: &[String],
+) -> Result<bool> {
+    let fail = fail("restore change capture");
+    let mut changed = false;
+    // One table in a transaction, so that the application waits for one table at most.
+    loop {
+        let mut client = postgres.client().await?;
+        let transaction = client.transaction().await.map_err(&fail)?;
+        let more: bool =
+            transaction.query_one("SELECT refarch.rearm($1)", &[&source.name]).await.map_err(&fail)?.get(0);
+        if !more {
+            return Ok(changed);
+        }
+        if changed {
+            transaction.commit().await.map_err(&fail)?;
+            continue;
+        }
+        transaction
+            .execute(
+                "INSERT INTO refarch.event (worker_id, kind, detail) \
+                 VALUES ($1, 'rearmed', jsonb_build_object('faults', $2::text[]))",
+                &[&worker, &faults],
+            )
+            .await
+            .map_err(&fail)?;
+        transaction.commit().await.map_err(&fail)?;
+        changed = true;
+    }
 }
 
 /// Faults of single tables in the tree under `root`.

@@ -20,7 +20,7 @@ use futures::poll;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error, IsolationLevel, Row, Statement};
 
-use super::source::{SourceReader, SourceTable};
+use super::error_policy::is_outdated;
 
 /// How long a transaction may wait for its process, in milliseconds. Our transactions only talk to the
 /// database, so they are never idle for long, and a process that freezes must not lock rows for ever.
@@ -63,6 +63,7 @@ pub(super) async fn begin(
     transaction.batch_execute(&format!("{settings}; SET LOCAL lock_timeout = '1s'")).await?;
     Ok(transaction)
 }
+
 /// Makes commits wait for the disk if the role's own `synchronous_commit` is off. Any other value, with or
 /// without waiting for standbys, is kept.
 pub(super) const WAIT_FOR_THE_DISK: &str = "SELECT set_config('synchronous_commit', 'on', true) \
@@ -165,28 +166,6 @@ impl Connection {
         self.transact(async { Ok(()) }, |()| self.client.batch_execute(sql)).await
     }
 
-    /// Reads the source's table by a description, and the catalog to check that description.
-    pub(crate) async fn read_source(
-        &self,
-        table: &SourceTable,
-        sql: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<(Vec<Row>, Option<Row>), Error> {
-        loop {
-            let prepare = async {
-                Ok((sql.prepared(&self.client).await?, SourceReader::check().prepared(&self.client).await?))
-            };
-            let read = self
-                .transact(prepare, |(statement, check)| async move {
-                    SourceReader::read(&**self.client, table, &statement, parameters, &check).await
-                })
-                .await;
-            if !self.is_outdated(sql, &read) {
-                return read;
-            }
-        }
-    }
-
     /// Begins a transaction.
     pub async fn transaction(&mut self) -> Result<Transaction<'_>, Error> {
         let transaction = self
@@ -202,8 +181,8 @@ impl Connection {
 
     /// Whether the statement failed because a table was altered after it was prepared. It is then prepared
     /// again.
-    fn is_outdated<T>(&self, sql: &(impl Sql + ?Sized), result: &Result<T, Error>) -> bool {
-        result.as_ref().is_err_and(super::is_outdated) && sql.forget(&self.client)
+    pub(super) fn is_outdated<T>(&self, sql: &(impl Sql + ?Sized), result: &Result<T, Error>) -> bool {
+        result.as_ref().is_err_and(is_outdated) && sql.forget(&self.client)
     }
 
     /// Prepares the statement and runs it in a transaction of its own.
@@ -224,7 +203,7 @@ impl Connection {
     /// message when it is first polled, so all three go out at once if the statement is already prepared.
     /// Otherwise it is prepared inside the transaction: to parse a statement can wait for a lock, and the
     /// role's own timeouts would cut that off. After an error, the commit rolls back.
-    async fn transact<S, T, W: Future<Output = Result<T, Error>>>(
+    pub(super) async fn transact<S, T, W: Future<Output = Result<T, Error>>>(
         &self,
         prepare: impl Future<Output = Result<S, Error>>,
         work: impl FnOnce(S) -> W,

@@ -1,11 +1,11 @@
-//! Wake-ups by LISTEN and NOTIFY, over a connection of their own.
+//! Wake-ups by LISTEN and NOTIFY, over a separate connection.
 //!
-//! A notification only wakes: a waiter looks for work itself, and a poll stands behind every wait. So a
-//! lost connection costs latency, never a change.
+//! A notification only wakes: the waiter looks for work itself, and every wait ends with a poll. So a lost
+//! connection costs latency, never a change.
 //!
-//! A pooler that gives each transaction another session lets a LISTEN succeed, and then nothing is heard.
-//! Nothing in the protocol tells of such a pooler. So after LISTEN the listener sends a notification to
-//! itself through another connection, and takes silence for such a pooler.
+//! Behind a pooler in transaction mode a LISTEN succeeds, and no notification arrives. The protocol does not
+//! show such a pooler. So after LISTEN the listener sends a notification to itself through another
+//! connection. If the notification does not arrive, the listener assumes such a pooler.
 
 use std::time::Duration;
 
@@ -20,18 +20,18 @@ use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::Result;
 use crate::pipeline::retry::Backoff;
 
-/// How long a notification of our own may take to be heard.
+/// How long our own notification may take to arrive.
 const NOTIFICATION_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Pause before LISTEN is tried again behind what seems to be a pooler in transaction mode. Only another
-/// address mends that, so trying soon would be in vain.
+/// Pause before the next LISTEN if there seems to be a pooler in transaction mode. Only another address
+/// helps, so an earlier attempt would be useless.
 const POOLER_PAUSE: Duration = Duration::from_mins(1);
 
 /// Why a listening connection ended.
 enum Ended {
     /// The server or the network closed it.
     Closed,
-    /// It did not hear the listener's own notification.
+    /// The listener's own notification did not arrive.
     HeardNothing,
 }
 
@@ -58,7 +58,7 @@ impl Listener {
         Self { notified, _stop: stop.drop_guard() }
     }
 
-    /// A wake-up for one waiter, which is armed.
+    /// An armed wake-up for one waiter.
     #[must_use]
     pub fn wake_up(&self) -> WakeUp {
         let mut wake_up = WakeUp(self.notified.clone());
@@ -68,7 +68,8 @@ impl Listener {
 }
 
 impl WakeUp {
-    /// Forgets the notifications so far: call before looking for work, so that one in between is heard.
+    /// Forgets the notifications so far. Call this before looking for work, so that a later notification
+    /// wakes.
     pub fn arm(&mut self) {
         self.0.mark_unchanged();
     }
@@ -76,14 +77,14 @@ impl WakeUp {
     /// Returns at the next notification since [`Self::arm`], or after `timeout`.
     pub async fn wait(&mut self, timeout: Duration) {
         if let Ok(Err(_)) = tokio::time::timeout(timeout, self.0.changed()).await {
-            // The listening task is gone, at the end of the process: leave it to the poll.
+            // The listening task has ended, since the process ends. The poll remains.
             tokio::time::sleep(timeout).await;
         }
     }
 }
 
-/// Keeps a listening connection for as long as it is polled. Pauses between connections grow while none
-/// hears anything.
+/// Listens for as long as the future is polled, and connects again after a failure. The pauses grow until a
+/// notification arrives.
 async fn listen_for_notifications(postgres: Postgres, channel: &'static str, notify: watch::Sender<u64>) {
     let mut backoff = Backoff::default();
     let mut warned = false;
@@ -103,7 +104,7 @@ async fn listen_for_notifications(postgres: Postgres, channel: &'static str, not
             }
             Ok(Ended::HeardNothing) => {
                 warn(
-                    "nothing that is sent is heard, as behind a pooler in transaction mode; give database.url the server itself",
+                    "no notification arrives, as behind a pooler in transaction mode; set database.url to the address of the server itself",
                 );
                 POOLER_PAUSE
             }
@@ -129,7 +130,7 @@ async fn listen(
     let delivered = watch::channel(false).0;
     let listen = async {
         client.batch_execute(&format!("LISTEN {channel}")).await?;
-        // What was sent before LISTEN took hold would be missed.
+        // Wakes once, since a notification before LISTEN does not arrive.
         notify.send_modify(|count| *count += 1);
         postgres.notify(channel).await;
         let mut delivered = delivered.subscribe();
@@ -140,7 +141,7 @@ async fn listen(
         if !is_delivered {
             return Ok(Ended::HeardNothing);
         }
-        // However this connection ends, the next one is made soon.
+        // Notifications arrive, so after this connection ends the next one is made soon.
         backoff.reset();
         std::future::pending().await
     };
@@ -160,7 +161,7 @@ async fn listen(
 }
 
 impl Postgres {
-    /// Sends a notification. In the plainest way, as any pooler lets that through.
+    /// Sends a notification, in a simple query, which every pooler passes on.
     async fn notify(&self, channel: &str) {
         let sent = async {
             let client = self.client().await?;
@@ -172,11 +173,11 @@ impl Postgres {
         }
     }
 
-    /// Whether a connection of ours is a session of its own, so that what it sets, locks and listens to
-    /// stays with it: false behind a pooler in transaction mode.
+    /// Whether a connection of ours keeps its session, with its settings, locks and LISTEN. False behind a
+    /// pooler in transaction mode.
     pub async fn supports_sessions(&self) -> Result<bool> {
         let fail = |error: tokio_postgres::Error| super::failure("look for a pooler", error);
-        // A channel of this process alone, so that a notification by another one is not taken for ours.
+        // A channel that no other process uses, so that only our own notification arrives.
         let channel = format!("refarch_probe_{}_{:08x}", std::process::id(), rand::random::<u32>());
         let (client, mut connection) = self.dedicated().await.map_err(fail)?;
         let mut messages = stream::poll_fn(move |cx| connection.poll_message(cx));

@@ -1,5 +1,5 @@
-//! What the database keeps of the continuous proof: which worker proves, how far the round is, which rounds
-//! ended. And what the same worker maintains beside the proof: capture, and the deletion of old entries.
+//! The state of the continuous proof in the database: which worker runs it, how far the round is, and the rounds
+//! that ended.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
@@ -10,23 +10,15 @@ use jiff::Timestamp;
 use serde::Serialize;
 use tokio_postgres::types::Json;
 
-use super::worker_registry::KEEP;
-use super::{Postgres, capture, failure};
-use crate::config;
+use super::{Postgres, fail};
 use crate::pipeline::audit::{Round, RoundStore, SavedProgress};
-use crate::pipeline::failure::{Error, Result};
+use crate::pipeline::failure::Result;
 
 /// Rounds that are kept.
 const MAX_ROUNDS: i64 = 1_000;
 
-/// How long entries of deleted rows are kept.
-const KEEP_DELETED: &str = "1 day";
-
 /// A clock that is set back by less is normal.
 const CLOCK_SLACK_S: f64 = 60.0;
-
-/// Rows that are deleted at a time.
-const PRUNED_AT_ONCE: i64 = 5_000;
 
 /// The proof's state of one target, as one worker reads and writes it.
 pub struct PgRounds {
@@ -41,10 +33,6 @@ impl PgRounds {
     pub fn new(postgres: Postgres, generation: i32, worker: &str) -> Self {
         Self { postgres, generation, worker: worker.into() }
     }
-}
-
-fn fail(what: &'static str) -> impl Fn(tokio_postgres::Error) -> Error {
-    move |error| failure(what, error)
 }
 
 fn count(value: u64) -> i64 {
@@ -299,91 +287,6 @@ fn span(seconds: i64) -> String {
         7_200..172_800 => format!("{} h", seconds / 3_600),
         _ => format!("{} days", seconds / 86_400),
     }
-}
-
-/// Why changes of the source's table are not captured as the settings ask.
-pub async fn capture_faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<String>> {
-    capture::faults(postgres, source).await
-}
-
-/// Installs missing capture triggers and queues rows that may have changed without capture. False if there
-/// was nothing to repair.
-pub async fn restore_capture(
-    postgres: &Postgres,
-    source: &config::Source,
-    worker: &str,
-    faults: &[String],
-) -> Result<bool> {
-    let fail = fail("restore change capture");
-    let mut changed = false;
-    // One table in a transaction, so that the application waits for one table at most.
-    loop {
-        let mut client = postgres.client().await?;
-        let transaction = client.transaction().await.map_err(&fail)?;
-        let more: bool =
-            transaction.query_one("SELECT refarch.rearm($1)", &[&source.name]).await.map_err(&fail)?.get(0);
-        if !more {
-            return Ok(changed);
-        }
-        if changed {
-            transaction.commit().await.map_err(&fail)?;
-            continue;
-        }
-        transaction
-            .execute(
-                "INSERT INTO refarch.event (worker_id, kind, detail) \
-                 VALUES ($1, 'rearmed', jsonb_build_object('faults', $2::text[]))",
-                &[&worker, &faults],
-            )
-            .await
-            .map_err(&fail)?;
-        transaction.commit().await.map_err(&fail)?;
-        changed = true;
-    }
-}
-
-/// Deletes old samples and events, some at a time.
-pub async fn prune_history(postgres: &Postgres) -> Result<()> {
-    let client = postgres.client().await?;
-    client
-        .execute(
-            &format!(
-                "WITH samples AS (DELETE FROM refarch.sample WHERE ctid = ANY (ARRAY( \
-                   SELECT ctid FROM refarch.sample WHERE at < now() - interval '{KEEP}' LIMIT $1))) \
-                 DELETE FROM refarch.event WHERE ctid = ANY (ARRAY( \
-                   SELECT ctid FROM refarch.event WHERE at < now() - interval '{KEEP}' AND kind <> 'dead_letter' LIMIT $1))"
-            ),
-            &[&PRUNED_AT_ONCE],
-        )
-        .await
-        .map(drop)
-        .map_err(fail("delete old samples and events"))
-}
-
-/// Deletes entries of deleted rows, some at a time. True if there may be more. Reads the whole ledger.
-///
-/// A deleted entry reads like that of a row that never existed, and the index holds nothing for either. A
-/// worker that saw the old entry conflicts with a new one, whose epoch begins at 0 again. The row is then
-/// read again under the new entry's lock, and a write that was made for another state of the row does not
-/// happen. A write to an index outside of the database can be on its way only while an attempt is open on the
-/// entry, and then the entry stays. A day is far longer than a worker keeps an entry in memory.
-pub async fn prune_ledger(postgres: &Postgres, generation: i32) -> Result<bool> {
-    let client = postgres.client().await?;
-    // SKIP LOCKED: an entry that another transaction uses is not deleted now.
-    let deleted = client
-        .execute(
-            &format!(
-                "DELETE FROM refarch.ledger l WHERE l.target = $1 AND l.id = ANY (ARRAY( \
-                   SELECT k.id FROM refarch.ledger k WHERE k.target = $1 AND k.deleted AND k.open = 0 AND NOT k.dirty \
-                     AND NOT k.parked AND k.synced_at < now() - interval '{KEEP_DELETED}' \
-                   ORDER BY k.id COLLATE \"C\" LIMIT $2 FOR UPDATE SKIP LOCKED)) \
-                 AND l.deleted AND l.open = 0 AND NOT l.dirty"
-            ),
-            &[&generation, &PRUNED_AT_ONCE],
-        )
-        .await
-        .map_err(fail("delete ledger entries of deleted rows"))?;
-    Ok(deleted == PRUNED_AT_ONCE.cast_unsigned())
 }
 
 #[cfg(test)]

@@ -7,10 +7,10 @@ use serde::Serialize;
 
 use super::fault::{self, FaultStatus};
 use super::generation::Generation;
-use super::proof::{self, Proof};
+use super::proof::Proof;
 use super::source::SourceTable;
 use super::worker_registry::WORKER_GONE_S;
-use super::{Postgres, failure, outbox};
+use super::{Postgres, capture, failure, outbox};
 use crate::config;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
@@ -306,7 +306,7 @@ pub async fn read(
         unsettled: settled.not,
         synced: false,
         proof: Proof::read(postgres, generation.id, period).await?,
-        capture_faults: proof::capture_faults(postgres, source).await?,
+        capture_faults: capture::faults(postgres, source).await?,
         in_sync: 0,
         in_sync_estimated: false,
         freshness_ms: freshness,

@@ -1,7 +1,6 @@
 //! Batch calls of ten entries each. The failures of a call are read entry by entry. Written by hand, because
 //! the SDK sends a batch as given: the SDK neither packs entries by bytes nor sends failed entries again.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use aws_sdk_sqs::Client;
@@ -12,12 +11,10 @@ use aws_sdk_sqs::types::{
 };
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 
-use super::Sqs;
 use super::error_policy::failure;
-use crate::pipeline::change::{Group, Job, Lane};
+use crate::pipeline::change::{Group, Job};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::{Error, FailureKind, Result};
-use crate::pipeline::queue::Receipt;
 use crate::pipeline::retry::Backoff;
 
 /// The most entries in one call (a limit of SQS).
@@ -208,25 +205,14 @@ impl BatchOperation {
     }
 }
 
-impl Sqs {
-    /// Sends bodies, ten in a call and several calls at once.
-    pub(super) async fn send_bodies(&self, lane: Lane, bodies: Vec<String>) -> Result<()> {
-        BatchOperation::Send.all(&self.client, self.url(lane), calls(bodies, self.max_bytes(lane))).await
-    }
+/// Sends bodies, ten a call, several calls at a time. A call has at most `max` bytes.
+pub(super) async fn send(client: &Client, url: &str, bodies: Vec<String>, max: usize) -> Result<()> {
+    BatchOperation::Send.all(client, url, calls(bodies, max)).await
+}
 
-    /// Deletes messages. A message that is gone, or whose visibility timeout has passed, is no error.
-    pub(super) async fn delete(&self, url: &str, handles: Vec<String>) -> Result<()> {
-        BatchOperation::Delete.all(&self.client, url, chunks_of_ten(handles)).await
-    }
-
-    /// Groups receipt handles by the URL of their queue.
-    pub(super) fn by_queue(&self, receipts: &[Receipt]) -> BTreeMap<String, Vec<String>> {
-        let mut by_queue: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for receipt in receipts {
-            by_queue.entry(self.url(receipt.lane).to_owned()).or_default().push(receipt.handle.clone());
-        }
-        by_queue
-    }
+/// Deletes messages; one that is out of our hands is no error.
+pub(super) async fn delete(client: &Client, url: &str, handles: Vec<String>) -> Result<()> {
+    BatchOperation::Delete.all(client, url, chunks_of_ten(handles)).await
 }
 
 /// Hides messages for `timeout` from now. A message that is gone, or whose visibility timeout has passed, is
@@ -252,6 +238,7 @@ fn chunks_of_ten(mut handles: Vec<String>) -> Vec<Vec<String>> {
 mod tests {
     use super::*;
     use crate::backend::sqs::MAX_BYTES;
+    use crate::pipeline::change::Lane;
     use crate::pipeline::change::{JOB_VERSION, Op};
 
     fn job(ids: usize, bytes: usize) -> Job {

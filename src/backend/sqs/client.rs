@@ -10,8 +10,8 @@ use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::QueueAttributeName;
 use serde_json::Value;
 
-use super::error_policy::failure;
-use super::{MAX_BYTES, SqsOptions, lacking};
+use super::error_policy::{failure, lacking};
+use super::options::{MAX_BYTES, SqsOptions};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
 /// The time limit for opening a connection.
@@ -261,6 +261,15 @@ async fn url_of(client: &Client, arn: &str) -> Result<String> {
         .map_err(|error| failure("find the dead-letter queue", arn, error))?
         .queue_url
         .ok_or_else(|| lacking("find the dead-letter queue", "QueueUrl"))
+}
+
+/// What the queues' own settings will lose: warnings, and notes on what they may lose after a long time.
+pub async fn configuration_warnings(
+    client: &Client,
+    options: &SqsOptions,
+) -> Result<(Vec<String>, Vec<String>)> {
+    let inspection = inspect(client, options).await?;
+    Ok((inspection.warnings, inspection.notes))
 }
 
 #[cfg(test)]

@@ -12,13 +12,14 @@ use jiff::Timestamp;
 use serde_json::Value;
 
 use super::batch::{self, MAX_ENTRIES, change_visibility};
-use super::error_policy::failure;
+use super::client;
+use super::error_policy::{failure, lacking};
+use super::queue::Sqs;
 use super::receive::{number, receive};
 use super::stats::Messages;
-use super::{Sqs, client, decode, lacking};
 use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::{Error, FailureKind, Result};
-use crate::pipeline::queue::{DeadLetter, DeadLetterCause, DeadLetters, Message, Undecodable};
+use crate::pipeline::queue::{DeadLetter, DeadLetterCause, DeadLetters, Message, Undecodable, decode};
 
 /// The most dead letters that one listing reads. Each is held in memory, and hidden from other receivers
 /// meanwhile.

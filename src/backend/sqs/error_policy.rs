@@ -93,6 +93,11 @@ fn has_no_credentials(error: &(dyn std::error::Error + 'static)) -> bool {
     })
 }
 
+/// A queue's answer that lacks what it must hold.
+pub(super) fn lacking(what: &str, field: &str) -> Error {
+    Error::new(FailureKind::UnexpectedAnswer, what, format!("the answer has no {field}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -16,10 +16,10 @@ use tokio::sync::{Notify, oneshot};
 use super::batch::change_visibility;
 use super::client::ATTEMPT;
 use super::error_policy::failure;
-use super::{Sqs, decode};
+use super::options::SqsOptions;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Error, FailureKind, Result};
-use crate::pipeline::queue::{Message, Receipt};
+use crate::pipeline::queue::{Message, Receipt, decode};
 
 /// The most messages buffered for the other lane: what one poll brings.
 const MAX_BUFFERED: usize = 10;
@@ -106,58 +106,63 @@ impl Receiver {
     }
 }
 
-impl Sqs {
-    /// Returns messages of a lane: buffered ones, or those that arrive within the wait.
+impl Receiver {
+    /// Messages for a lane: what is kept, or what comes within the wait.
     pub(super) async fn receive_for_lane(
         &self,
-        receiver: &Receiver,
+        client: &Client,
+        options: &SqsOptions,
         lane: Lane,
         max: usize,
     ) -> Result<Vec<Message>> {
-        let until = Instant::now() + self.options.wait;
+        let until = Instant::now() + options.wait;
         loop {
-            let changed = receiver.changed.notified();
+            let changed = self.changed.notified();
             let mut changed = std::pin::pin!(changed);
             // From here on, no notification is missed.
             changed.as_mut().enable();
-            let taken = receiver.take(lane, max);
+            let taken = self.take(lane, max);
             let left = until.saturating_duration_since(Instant::now());
             if !taken.is_empty() || left.is_zero() {
                 return Ok(taken);
             }
-            let age = self.options.visibility / 3;
-            let aged = receiver.aged(age, self.options.visibility);
+            let age = options.visibility / 3;
+            let aged = self.aged(age, options.visibility);
             if !aged.is_empty() {
-                change_visibility(&self.client, &receiver.url, aged, self.options.visibility).await?;
+                change_visibility(client, &self.url, aged, options.visibility).await?;
             }
-            if receiver.is_full_for_others(lane) {
-                // Wait until the other lane has taken messages.
+            if self.is_full_for_others(lane) {
+                // Until the other lane has taken some.
                 let _ = tokio::time::timeout(left.min(age), changed).await;
                 continue;
             }
             tokio::select! {
                 () = changed => {}
                 () = tokio::time::sleep(left) => {}
-                _polling = receiver.poll.lock() => {
-                    if receiver.take_is_possible(lane) {
+                _polling = self.poll.lock() => {
+                    if self.take_is_possible(lane) {
                         continue;
                     }
-                    let messages = self.poll(receiver, max, left).await?;
+                    let messages = self.poll(client, options.visibility, max, left).await?;
                     if messages.is_empty() {
-                        return Ok(receiver.take(lane, max));
+                        return Ok(self.take(lane, max));
                     }
-                    receiver.keep(messages);
+                    self.keep(messages);
                 }
             }
         }
     }
 
-    /// Makes one receive call, in a task of its own: if the caller is dropped meanwhile, the received
-    /// messages are released.
-    async fn poll(&self, receiver: &Receiver, max: usize, wait: Duration) -> Result<Vec<Message>> {
-        let (client, url) = (self.client.clone(), receiver.url.clone());
-        let visibility = self.options.visibility;
-        let only = if let [lane] = receiver.lanes[..] { Some(lane) } else { None };
+    /// One receive. In a task of its own: if nobody waits for it any more, what it brought is released.
+    async fn poll(
+        &self,
+        client: &Client,
+        visibility: Duration,
+        max: usize,
+        wait: Duration,
+    ) -> Result<Vec<Message>> {
+        let (client, url) = (client.clone(), self.url.clone());
+        let only = if let [lane] = self.lanes[..] { Some(lane) } else { None };
         let (answer, answered) = oneshot::channel();
         tokio::spawn(async move {
             let messages = receive(&client, &url, max, wait, visibility).await;

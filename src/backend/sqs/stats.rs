@@ -5,43 +5,14 @@ use async_trait::async_trait;
 use aws_sdk_sqs::types::QueueAttributeName;
 use jiff::Timestamp;
 
-use super::Sqs;
+use super::density::MessageDensity;
 use super::error_policy::failure;
-use crate::pipeline::change::{Job, Lane};
+use super::queue::Sqs;
+use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
 use crate::pipeline::queue::{Backlog, QueueStats};
 
-/// Messages and the changes in them, as this process saw them.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct MessageDensity {
-    pub(super) messages: u64,
-    pub(super) changes: u64,
-}
-
-impl MessageDensity {
-    pub(super) fn of_jobs<'a>(jobs: impl Iterator<Item = &'a Job>) -> Self {
-        jobs.fold(Self::default(), |sum, job| Self {
-            messages: sum.messages + 1,
-            changes: sum.changes + job.changes() as u64,
-        })
-    }
-
-    /// Adds counts. Halves the sums from time to time, so that old messages weigh less.
-    pub(super) fn add(&mut self, other: Self) {
-        if self.messages > 1_000 {
-            *self = Self { messages: self.messages / 2, changes: self.changes / 2 };
-        }
-        self.messages += other.messages;
-        self.changes += other.changes;
-    }
-
-    /// Estimates the changes in that many messages.
-    fn estimate(self, messages: u64) -> u64 {
-        if self.messages == 0 { messages } else { (messages * self.changes).div_ceil(self.messages) }
-    }
-}
-
-/// The number of messages in a queue, as SQS counts them.
+/// Messages in a queue, as SQS counts them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Messages {
     visible: u64,

@@ -30,7 +30,7 @@ pub(super) type State = (Option<i64>, Option<(Hash, Hash)>, DifferenceKind);
 
 pub(super) fn state(peeked: &Peeked, kind: DifferenceKind) -> State {
     let hashes = peeked.row.as_ref().map(|row| (row.content_hash, row.metadata_hash));
-    (peeked.entry.as_ref().map(|entry| entry.epoch), hashes, kind)
+    (peeked.entry.as_ref().map(|entry| entry.revision), hashes, kind)
 }
 
 /// An id that differed when it was last seen.

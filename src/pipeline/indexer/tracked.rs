@@ -47,7 +47,7 @@ use super::writer::{Writer, Written};
 use crate::pipeline::change::Lane;
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
-use crate::pipeline::index::{Record, UntrackedWrite};
+use crate::pipeline::index::{ExternalWrite, Record};
 use crate::pipeline::ledger::{Opened, Outcome, Swept};
 use crate::pipeline::retry::Backoff;
 use crate::pipeline::source_row::SourceRow;
@@ -107,7 +107,7 @@ enum SendResult {
 impl Writer {
     pub(super) async fn write_tracked(
         &self,
-        index: &dyn UntrackedWrite,
+        index: &dyn ExternalWrite,
         lane: Lane,
         ids: &[String],
         batch: &mut Batch,
@@ -182,7 +182,7 @@ impl Writer {
     /// was refused; fails when nothing more can be sent.
     async fn write_parts(
         &self,
-        index: &dyn UntrackedWrite,
+        index: &dyn ExternalWrite,
         lane: Lane,
         term: u64,
         ids: &[String],
@@ -264,7 +264,7 @@ impl Writer {
     }
 
     /// Sends a request within the lease, a few times if need be.
-    async fn send(&self, index: &dyn UntrackedWrite, term: u64, request: Request<'_>) -> SendResult {
+    async fn send(&self, index: &dyn ExternalWrite, term: u64, request: Request<'_>) -> SendResult {
         let mut doubtful = false;
         let mut backoff = Backoff::default();
         loop {

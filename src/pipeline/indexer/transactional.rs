@@ -5,7 +5,7 @@
 //! goes from one state that the ledger describes to the next:
 //!
 //! - A worker that dies or freezes before the commit has written nothing, and the message comes again. If the
-//!   worker writes later, after a freeze, it finds another epoch or another row.
+//!   worker writes later, after a freeze, it finds another revision or another row.
 //! - A worker that gets an error for a commit that happened peeks again, and finds the ids in sync.
 //! - A row that changes after the commit has its own change in the outbox.
 
@@ -72,7 +72,7 @@ fn plan(peeked: Vec<Peeked>, batch: &Batch) -> (Vec<(Planned, Wants)>, Texts) {
             }
         };
         let version = batch.version(&id);
-        planned.push((Planned { id, epoch: entry.map(|entry| entry.epoch), version, desired }, wants));
+        planned.push((Planned { id, revision: entry.map(|entry| entry.revision), version, desired }, wants));
     }
     (planned, texts)
 }

@@ -116,7 +116,7 @@ impl Writer {
         let (now, later) = ids.split_at(self.fits(ids).await?);
         let mut written = match self.index.writes() {
             Writes::Transactional(index) => self.write_transactional(index, lane, now, batch).await,
-            Writes::Untracked(index) => self.write_tracked(index, lane, now, batch).await,
+            Writes::External(index) => self.write_tracked(index, lane, now, batch).await,
         }?;
         written.unread = later.to_vec();
         self.metrics.applied(written.applied);
@@ -159,7 +159,7 @@ impl Writer {
         self.scheduler.embed(lane, vec![CANARY_TEXT.into()]).await.map_err(Failure::at_embedder)?;
         self.index.ready().await;
         self.index.check_writable().await?;
-        if let Writes::Untracked(index) = self.index.writes()
+        if let Writes::External(index) = self.index.writes()
             && among_records
         {
             index.probe_record().await?;

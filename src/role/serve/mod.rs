@@ -97,7 +97,7 @@ impl SyncStatus for Backends {
     }
 
     async fn health(&self) -> Result<(Vec<String>, String)> {
-        let faults = postgres::proof::capture_faults(&self.postgres, &self.source).await?;
+        let faults = postgres::capture::faults(&self.postgres, &self.source).await?;
         let faults = faults.into_iter().map(|fault| format!("not captured: {fault}")).collect();
         Ok((faults, self.proof().await?.describe()))
     }

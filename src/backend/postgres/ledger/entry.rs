@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use tokio_postgres::{Row, Transaction};
 
-use super::{PgLedger, fail};
+use crate::backend::postgres::fail;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::ledger::Entry;
 use crate::pipeline::source_row::Hash;
@@ -13,26 +13,7 @@ use crate::pipeline::source_row::Hash;
 pub(super) const ENTRY: &str =
     "l.open, l.epoch, l.dirty, l.content_hash, l.metadata_hash, l.deleted, l.parked";
 
-impl PgLedger {
-    pub(super) async fn lock(
-        &self,
-        transaction: &Transaction<'_>,
-        ids: &[&str],
-    ) -> Result<BTreeMap<String, Entry>> {
-        Entries(self.generation).lock(transaction, ids).await
-    }
-
-    pub(super) async fn put(
-        &self,
-        transaction: &Transaction<'_>,
-        entries: &BTreeMap<String, Entry>,
-        settled: &HashMap<&str, i64>,
-    ) -> Result<()> {
-        Entries(self.generation).put(transaction, entries, settled).await
-    }
-}
-
-/// The entries of a target, for a caller that settles them in its own transaction.
+/// The entries of a target. The caller has a transaction, in which they are locked and written.
 pub(crate) struct Entries(pub(crate) i32);
 
 impl Entries {
@@ -60,10 +41,10 @@ impl Entries {
         if entries.is_empty() {
             return Ok(());
         }
-        let of = |entry: &Entry| (entry.open, entry.epoch, entry.dirty, entry.deleted, entry.parked);
+        let of = |entry: &Entry| (entry.open, entry.revision, entry.dirty, entry.deleted, entry.parked);
         let ids: Vec<&str> = entries.keys().map(String::as_str).collect();
         let open: Vec<i32> = entries.values().map(|entry| of(entry).0).collect();
-        let epochs: Vec<i64> = entries.values().map(|entry| of(entry).1).collect();
+        let revisions: Vec<i64> = entries.values().map(|entry| of(entry).1).collect();
         let dirty: Vec<bool> = entries.values().map(|entry| of(entry).2).collect();
         let deleted: Vec<bool> = entries.values().map(|entry| of(entry).3).collect();
         let parked: Vec<bool> = entries.values().map(|entry| of(entry).4).collect();
@@ -84,7 +65,7 @@ impl Entries {
                              $8::bytea[], $9::bigint[], $10::boolean[]) \
                       AS u(id, open, epoch, dirty, deleted, content, metadata, version, parked) \
                  WHERE l.target = $1 AND l.id = u.id",
-                &[&self.0, &ids, &open, &epochs, &dirty, &deleted, &content, &metadata, &versions, &parked],
+                &[&self.0, &ids, &open, &revisions, &dirty, &deleted, &content, &metadata, &versions, &parked],
             )
             .await
             .map_err(fail("write the ledger"))?;
@@ -111,7 +92,7 @@ pub(super) fn hash(row: &Row, at: usize, id: &str) -> Result<Option<Hash>> {
 pub(super) fn read_entry(row: &Row, at: usize, id: &str) -> Result<Entry> {
     Ok(Entry {
         open: row.get(at),
-        epoch: row.get(at + 1),
+        revision: row.get(at + 1),
         dirty: row.get(at + 2),
         content_hash: hash(row, at + 3, id)?,
         metadata_hash: hash(row, at + 4, id)?,

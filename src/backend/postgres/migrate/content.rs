@@ -2,11 +2,12 @@
 
 use tokio_postgres::Transaction;
 
-use super::MigrateOptions;
+use super::generation;
+use super::options::MigrateOptions;
 use super::report::Report;
 use super::uninstall::refuse_while_running;
 use crate::backend::postgres::failure;
-use crate::backend::postgres::generation::{self, IndexShape};
+use crate::backend::postgres::generation::IndexShape;
 use crate::backend::postgres::source::SourceTable;
 use crate::config;
 use crate::pipeline::failure::{Error, FailureKind, Result};

@@ -2,44 +2,33 @@
 
 mod adopt;
 mod content;
+mod created;
+mod generation;
 mod lock_retry;
+mod options;
 mod queues;
-pub(super) mod report;
+mod report;
 mod triggers;
 pub mod uninstall;
-mod versions;
 
 use tokio_postgres::Transaction;
 
-use super::generation::{self, IndexShape};
+use super::generation::{IndexShape, PGVECTOR};
 use super::source::SourceTable;
-use super::{Postgres, capture, failure};
+use super::{Postgres, capture, failure, schema_version};
 use crate::backend::pgvector;
 use crate::config;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use content::RecordedSource;
 use lock_retry::LockRetrySession;
+pub use options::{MigrateOptions, PARTS};
 pub use report::Report;
-pub(super) use versions::check;
 
 /// The reference architecture's table.
 const PRODUCTS: &str = include_str!("../schema/products.sql");
 
 /// The table that [`PRODUCTS`] makes; any other table must exist.
 const PRODUCTS_TABLE: &str = "public.products_with_increment";
-
-/// The parts that [`MigrateOptions::roles`] may name. `edit` is the right to change the table's rows, for a `serve`
-/// that edits products.
-pub const PARTS: [&str; 5] = ["listen", "embed", "serve", "verify", "edit"];
-
-/// What a migration may do beyond an update of the database.
-#[derive(Clone, Debug, Default)]
-pub struct MigrateOptions {
-    /// Delete an index whose content differs from the settings.
-    pub rebuild: bool,
-    /// Roles of the database that get the rights of a part: pairs of part, from [`PARTS`], and role.
-    pub roles: Vec<(String, String)>,
-}
 
 /// Brings the database up to date with this build and these settings.
 pub async fn migrate(
@@ -147,17 +136,16 @@ async fn prepare(
     options: &MigrateOptions,
 ) -> Result<Prepared> {
     let fail = |error: tokio_postgres::Error| failure("prepare change capture", error);
-    let mut report = Report::default();
-    versions::apply(transaction, &mut report).await?;
+    let mut report = Report { applied: schema_version::apply(transaction).await?, ..Report::default() };
     create_products(transaction, source, &mut report).await?;
     let left_behind = queues::switch(transaction, queue, &mut report).await?;
     if queue.is_pgmq() {
         queues::create(transaction, queue, &mut report).await?;
     }
-    if shape.kind == generation::PGVECTOR {
+    if shape.kind == PGVECTOR {
         create_extension(transaction, &mut report).await?;
     }
-    let table = generation::find_table(transaction, source).await?;
+    let table = SourceTable::find_by_search_path(transaction, source).await?;
     let known = RecordedSource::read(transaction, source, &table).await?;
     write_source(transaction, source, &table).await?;
     let stands =
@@ -244,18 +232,6 @@ async fn give_rights(transaction: &Transaction<'_>, options: &MigrateOptions) ->
     transaction.execute("SELECT refarch.give_rights()", &[]).await.map(drop).map_err(fail)
 }
 
-/// Records an object that was made outside of our schema.
-async fn record_created(transaction: &Transaction<'_>, what: &str, name: &str) -> Result<()> {
-    transaction
-        .execute(
-            "INSERT INTO refarch.made (what, name) VALUES ($1, $2) ON CONFLICT DO NOTHING",
-            &[&what, &name],
-        )
-        .await
-        .map(drop)
-        .map_err(|error| failure("record what was made", error))
-}
-
 async fn create_products(
     transaction: &Transaction<'_>,
     source: &config::Source,
@@ -288,7 +264,7 @@ async fn create_extension(transaction: &Transaction<'_>, report: &mut Report) ->
         let public: bool = transaction.query_one(schemas, &[]).await.map_err(fail)?.get(0);
         let sql = if public { "CREATE EXTENSION vector SCHEMA public" } else { "CREATE EXTENSION vector" };
         transaction.batch_execute(sql).await.map_err(fail)?;
-        record_created(transaction, uninstall::EXTENSION, "vector").await?;
+        created::record(transaction, created::EXTENSION, "vector").await?;
         report.created.push("extension vector".into());
         row = transaction.query_opt(version, &[]).await.map_err(fail)?;
     }

@@ -2,8 +2,9 @@
 
 use tokio_postgres::Transaction;
 
+use super::created;
 use super::report::Report;
-use super::{record_created, uninstall};
+use super::uninstall::refuse_while_running;
 use crate::backend::pgmq::Names;
 use crate::backend::postgres::failure;
 use crate::backend::postgres::source::quote_ident;
@@ -27,7 +28,7 @@ pub(super) async fn create(
         .get(0);
     if !there {
         transaction.batch_execute(PGMQ).await.map_err(fail)?;
-        record_created(transaction, uninstall::PGMQ, "pgmq").await?;
+        created::record(transaction, created::PGMQ, "pgmq").await?;
         report.created.push("pgmq".into());
     }
     for name in Names::new(&queue.name).all() {
@@ -41,7 +42,7 @@ pub(super) async fn create(
                 .execute("SELECT pgmq.create($1)", &[&name])
                 .await
                 .map_err(|error| failure("create a queue", error))?;
-            record_created(transaction, uninstall::QUEUE, name).await?;
+            created::record(transaction, created::QUEUE, name).await?;
             report.created.push(name.into());
         }
     }
@@ -82,7 +83,7 @@ pub(super) async fn switch(
     let before = before.or_else(|| (shipped && kind == "pgmq").then(|| ("sqs".into(), "(not noted)".into())));
     let is_outside = before.as_ref().is_some_and(|(was, _)| was == "sqs");
     if let Some((was, named)) = &before {
-        uninstall::refuse_while_running(transaction, "use another queue", "stop them first").await?;
+        refuse_while_running(transaction, "use another queue", "stop them first").await?;
         if is_outside {
             transaction.execute("DELETE FROM refarch.shipment", &[]).await.map_err(fail)?;
             report.warnings.push(format!(
@@ -116,7 +117,7 @@ async fn refuse_while_it_holds(transaction: &Transaction<'_>, queue: &config::Qu
             "SELECT m.name, c.relname::text FROM refarch.made m JOIN pgmq.meta q ON q.queue_name = m.name \
              JOIN pg_class c ON c.relname = 'q_' || lower(m.name) AND c.relnamespace = 'pgmq'::regnamespace \
              WHERE m.what = $1 AND m.name <> ALL ($2) ORDER BY 1",
-            &[&uninstall::QUEUE, &used],
+            &[&created::QUEUE, &used],
         )
         .await
         .map_err(fail)?;

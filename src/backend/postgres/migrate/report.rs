@@ -1,4 +1,4 @@
-//! What a migration tells.
+//! The report of a migration.
 
 use serde::Serialize;
 

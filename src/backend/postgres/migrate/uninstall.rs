@@ -3,6 +3,7 @@
 use serde::Serialize;
 use tokio_postgres::Transaction;
 
+use super::created;
 use super::lock_retry::LockRetrySession;
 use crate::backend::pgmq::Names;
 use crate::backend::postgres::source::quote_ident;
@@ -10,11 +11,6 @@ use crate::backend::postgres::worker_registry::WORKER_GONE_S;
 use crate::backend::postgres::{Postgres, failure};
 use crate::config;
 use crate::pipeline::failure::{Error, FailureKind, Result};
-
-/// Kinds of objects that are recorded as made by refarch.
-pub(super) const PGMQ: &str = "schema";
-pub(super) const QUEUE: &str = "queue";
-pub(super) const EXTENSION: &str = "extension";
 
 /// What was removed, or would be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -89,7 +85,7 @@ async fn take_away(
 ) -> Result<Uninstalled> {
     let fail = |error: tokio_postgres::Error| failure("uninstall", error);
     let mut done = Uninstalled::default();
-    let created = created(transaction).await?;
+    let created = created::read(transaction).await?;
     let granted = granted(transaction).await?;
     drop_queues(transaction, queue, created.as_deref(), &mut done).await?;
     save_extension(transaction).await?;
@@ -160,21 +156,6 @@ pub(super) async fn refuse_while_running(
     ))
 }
 
-/// Kinds and names of objects that refarch made; `None` if an older version recorded none.
-async fn created(transaction: &Transaction<'_>) -> Result<Option<Vec<(String, String)>>> {
-    let fail = |error: tokio_postgres::Error| failure("look for what was made", error);
-    let remembered: bool = transaction
-        .query_one("SELECT to_regclass('refarch.made') IS NOT NULL", &[])
-        .await
-        .map_err(fail)?
-        .get(0);
-    if !remembered {
-        return Ok(None);
-    }
-    let rows = transaction.query("SELECT what, name FROM refarch.made", &[]).await.map_err(fail)?;
-    Ok(Some(rows.iter().map(|row| (row.get(0), row.get(1))).collect()))
-}
-
 /// Triggers that call our functions, on any table: names of triggers and tables.
 async fn triggers(transaction: &Transaction<'_>) -> Result<Vec<(String, String)>> {
     let triggers = transaction
@@ -186,10 +167,6 @@ async fn triggers(transaction: &Transaction<'_>) -> Result<Vec<(String, String)>
         .await
         .map_err(|error| failure("look for the capture triggers", error))?;
     Ok(triggers.iter().map(|row| (row.get(0), row.get(1))).collect())
-}
-
-fn was_created(created: Option<&[(String, String)]>, what: &str, name: &str) -> bool {
-    created.is_some_and(|created| created.iter().any(|(kind, named)| kind == what && named == name))
 }
 
 async fn drop_queues(
@@ -205,7 +182,7 @@ async fn drop_queues(
     let there = transaction.query("SELECT queue_name FROM pgmq.meta ORDER BY 1", &[]).await.map_err(fail)?;
     // If nothing was recorded, the queues that the settings name are ours.
     let ours = |name: &str| match created {
-        Some(_) => was_created(created, QUEUE, name),
+        Some(_) => created::contains(created, created::QUEUE, name),
         None => Names::new(&queue.name).all().contains(&name),
     };
     let mut left = 0;
@@ -220,7 +197,7 @@ async fn drop_queues(
     }
     if left > 0 {
         done.notes.push(format!("schema pgmq stays: {left} queue(s) in it were not made by refarch"));
-    } else if was_created(created, PGMQ, "pgmq") {
+    } else if created::contains(created, created::PGMQ, "pgmq") {
         transaction.batch_execute("DROP SCHEMA pgmq CASCADE").await.map_err(fail)?;
         done.removed.push("schema pgmq".into());
     } else {
@@ -259,7 +236,7 @@ async fn drop_extension(
     done: &mut Uninstalled,
 ) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("drop the extension vector", error);
-    if !was_created(created, EXTENSION, "vector") {
+    if !created::contains(created, created::EXTENSION, "vector") {
         return Ok(());
     }
     let used: bool = transaction

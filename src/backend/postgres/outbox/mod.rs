@@ -1,9 +1,11 @@
-//! The outbox: changes that triggers captured, claimed and handed to the queue.
+//! The outbox: the relay claims changes that triggers captured, and hands them to the queue.
 //!
-//! A queue in the same database gets its messages in the transaction that claims their changes. For one
-//! outside, that transaction books the messages, packed as they will travel, and [`shipping`] sends them:
-//! no transaction stays open during a call, which would hold back vacuum in the whole database.
+//! A queue in the same database gets its messages in the transaction that claims the changes. For a queue
+//! outside of the database, that transaction stores the packed messages as a shipment, and [`shipping`] sends
+//! the shipment later. So no transaction stays open during a call: an open transaction holds back vacuum in
+//! the whole database.
 
+mod delivery;
 mod shipping;
 mod truncate;
 
@@ -14,35 +16,37 @@ use async_trait::async_trait;
 
 use super::listener::{Listener, WakeUp};
 use super::{Postgres, failure};
-use crate::pipeline::change::{Job, Lane, Op};
+use crate::pipeline::change::Op;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::outbox::{BuildJobs, ClaimRequest, Outbox, OutboxRow, Transferred};
 use crate::pipeline::queue::JobQueue;
+use delivery::{Delivery, count_lanes};
 use shipping::Shipping;
 use truncate::Truncate;
 
 /// Channel on which a committing writer notifies a relay that waits.
 const CHANNEL: &str = "refarch_outbox";
 
-/// Large transactions that are stepped over at once. More than this are handled as they come.
+/// Large transactions that a claim skips. If there are more, the claim takes their rows like small ones.
 const MAX_KNOWN_LARGE: usize = 16;
 
-/// A row with more ids than this is a large one. A matter of storage, and of no setting: the partial index
-/// `outbox_large` has the same number. Which lane a change travels on is decided by its transaction's count.
+/// A row with more ids than this is large. No setting changes this, since the partial index `outbox_large`
+/// has the same number. The lane of a change depends on the count of its transaction, not on this.
 const LARGE_ROW: usize = 100;
 
-/// Pages of 500 rows of a table that is read anew, in one transaction, and the rows of the outbox at which it waits
-/// for them to go.
+/// Pages of 500 rows that one transaction of a backfill reads.
 const BACKFILL_PAGES: i32 = 20;
+
+/// A backfill waits while the outbox has at least this many rows.
 const BACKFILL_BOUND: i64 = 400;
 
-/// How long a table that can't be read anew now is left alone.
+/// Pause of a backfill that cannot read the table now.
 const BACKFILL_PAUSE: Duration = Duration::from_secs(1);
 
 /// Claims small rows of transactions not known to be large, then rows of large statements and
-/// transactions, and deletes them. `xid_changes` is counted until it is more than the bound in `$7`: a row
-/// has one id at least, so that one row more than the bound is enough. "100" is [`LARGE_ROW`].
-/// FOR UPDATE SKIP LOCKED lets several relays claim side by side.
+/// transactions, and deletes them. `xid_changes` is counted up to one more than the bound. `$7` is the bound
+/// plus one: each row has at least one id, so this many rows are enough. "100" is [`LARGE_ROW`].
+/// FOR UPDATE SKIP LOCKED lets several relays claim at the same time.
 const CLAIM: &str = "
 WITH small AS MATERIALIZED (
     SELECT o.seq FROM unnest($3::text[]::xid8[], $4::text[]::xid8[]) AS gap(low, high),
@@ -78,37 +82,29 @@ SELECT t.seq, t.op::text, t.ids, t.xid::text, (extract(epoch FROM t.changed_at) 
        totals.changes::bigint, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
 FROM taken t JOIN totals USING (xid) ORDER BY t.xid, t.seq";
 
-/// How messages leave the database.
-enum Delivery {
-    /// To pgmq, whose queues begin with that prefix: in the transaction that claims their changes.
-    Pgmq(String),
-    /// To a queue outside of the database.
-    Shipped(Box<Shipping>),
-}
-
-/// Changes captured by triggers, on their way to the queue. Owned by the one relay that empties it.
+/// The outbox of one source, for the relay that empties it.
 pub struct PgOutbox {
     postgres: Postgres,
     source: String,
     delivery: Delivery,
     _listener: Listener,
     wake_up: WakeUp,
-    /// Transactions that still had rows when their claim showed them to be large.
+    /// Large transactions that still had rows in the outbox after a claim.
     known_large: Vec<u64>,
-    /// Whether writers were told that nobody sleeps.
+    /// Whether the flag in the database says that the relay is awake, so that writers need not notify.
     awake: bool,
-    /// Until when a table that could not be read anew is left alone.
+    /// When the next backfill may start, if the last one could not read the table.
     held_until: Option<Instant>,
 }
 
 impl PgOutbox {
-    /// The outbox of a source, feeding the queues of pgmq that begin with `queue`.
+    /// The outbox of a source. Messages go to the queues of pgmq with the prefix `queue`.
     #[must_use]
     pub fn new(postgres: Postgres, source: &str, queue: &str) -> Self {
         Self::delivering(postgres, source, Delivery::Pgmq(queue.into()))
     }
 
-    /// The outbox of a source, feeding a queue outside of its database.
+    /// The outbox of a source. Messages go to a queue outside of its database.
     #[must_use]
     pub fn shipping(postgres: Postgres, source: &str, queue: Arc<dyn JobQueue>) -> Self {
         let shipping = Shipping::new(postgres.clone(), source, queue);
@@ -125,15 +121,15 @@ impl PgOutbox {
             _listener: listener,
             wake_up,
             known_large: Vec::new(),
-            // Whoever ran before may have died awake.
+            // An earlier relay may have ended without a change of the flag.
             awake: true,
             held_until: None,
         }
     }
 
-    /// Queues some rows of the table, if it is to be read anew and few changes wait.
+    /// Does a step of the backfill, if one was requested and the outbox has few rows.
     async fn backfill(&mut self) -> Result<()> {
-        let fail = |error: tokio_postgres::Error| failure("read the table anew", error);
+        let fail = |error: tokio_postgres::Error| failure("backfill the table", error);
         if self.held_until.is_some_and(|until| Instant::now() < until) {
             return Ok(());
         }
@@ -148,7 +144,8 @@ impl PgOutbox {
             .map_err(fail)?
             .get(0);
         if due {
-            // Below zero: capture was armed on one table, in a transaction of its own; there may be another.
+            // Below zero: the step installed triggers on one table, in its own transaction. Another table may
+            // lack triggers too.
             let mut queued: i64 = -1;
             while queued < 0 {
                 queued = client
@@ -176,8 +173,8 @@ impl PgOutbox {
     }
 }
 
-/// Changes in the outbox or on their way to the queue; a truncation counts as one, and so does a table that is to be
-/// read anew.
+/// Changes in the outbox and in shipments. A truncation counts as one change, and so does a backfill that is
+/// not complete.
 pub async fn pending(postgres: &Postgres, source: &str) -> Result<u64> {
     let client = postgres.client().await?;
     let row = client
@@ -190,16 +187,6 @@ pub async fn pending(postgres: &Postgres, source: &str) -> Result<u64> {
         .await
         .map_err(|error| failure("count the outbox", error))?;
     Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
-}
-
-/// Counts what goes to each lane.
-fn count_lanes(jobs: &[Job], done: &mut Transferred) {
-    for job in jobs {
-        match job.lane {
-            Lane::Live => done.live += job.changes() as u64,
-            Lane::Bulk => done.bulk += job.changes() as u64,
-        }
-    }
 }
 
 /// The gaps between known large transactions, as exclusive bounds.
@@ -229,7 +216,7 @@ impl Outbox for PgOutbox {
         }
         let fail = |what: &'static str| move |error: tokio_postgres::Error| failure(what, error);
         let (low, high) = gaps(&self.known_large);
-        // Large transactions that are not wanted now are stepped over all the same.
+        // Large transactions are skipped even if this claim wants none of their rows.
         let wanted = if request.large_rows > 0 { self.known_large.as_slice() } else { &[] };
         let known_text: Vec<String> = wanted.iter().map(u64::to_string).collect();
 
@@ -310,7 +297,7 @@ impl Outbox for PgOutbox {
         self.known_large.sort_unstable();
         self.known_large.dedup();
         self.known_large.truncate(MAX_KNOWN_LARGE);
-        // Full claims mean that work stands in line: writers need not notify.
+        // After a full claim the relay claims again at once, so writers need not notify.
         let is_full = done.rows >= request.small_rows.min(request.large_rows);
         if is_full && !std::mem::replace(&mut self.awake, true) {
             self.set_relay_asleep(false).await?;
@@ -325,7 +312,7 @@ impl Outbox for PgOutbox {
                 self.awake = true;
                 tokio::time::sleep(timeout).await;
             }
-            // A change may have been committed, silently, before the flag was: look once more.
+            // A change may have been committed before the flag, without a notification: claim once more.
             return;
         }
         self.wake_up.wait(timeout).await;

@@ -1,10 +1,10 @@
 //! Messages on their way to a queue outside of the database.
 //!
-//! A shipment holds the messages of one claim. It is booked by the transaction that takes their changes
-//! out of the outbox, sent after it, and struck off when the queue has taken all of it. Whoever books it
-//! has it leased; when that runs out, or the sending failed, anybody sends it (again). Packed messages
-//! are leased rather than rows of the outbox, since a lease on a million of those would be two million
-//! writes more.
+//! A shipment holds the messages of one claim. The transaction that deletes the changes from the outbox
+//! stores the shipment. The relay sends it after the commit, and deletes it when the queue has taken all
+//! messages. The relay that stored a shipment holds a lease on it. When the lease has expired or sending
+//! failed, any relay sends the shipment again. Leases are on packed messages and not on rows of the outbox,
+//! since leases on a million rows would cost two million more writes.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,19 +19,19 @@ use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::outbox::Transferred;
 use crate::pipeline::queue::JobQueue;
 
-/// How long nobody else sends a shipment: far longer than its calls take. Were it sent twice, no harm would be done.
+/// Length of a lease in seconds, far longer than the calls take. A shipment that is sent twice does no harm.
 const LEASE_S: f64 = 15.0;
 
-/// Shipments that are sent at once: while these are on their way, the next ones are claimed.
+/// Shipments that are sent at the same time. Meanwhile the relay claims the next changes.
 const AT_ONCE: usize = 4;
 
-/// How often it is looked for shipments that were left.
+/// How often the relay looks for shipments whose lease has expired.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 
-/// Messages in a shipment that is left for later, so that few are read back at a time.
+/// Messages in a shipment without a lease, so that few are read back at a time.
 const LEFT_TOGETHER: usize = 100;
 
-/// Sums of the packing above this are halved.
+/// Sums of messages and changes are halved when they are above this.
 const MAX_DENSITY_MESSAGES: i64 = 1_000;
 
 const DELETE_SENT: &str = "DELETE FROM refarch.shipment WHERE id = $1";
@@ -44,7 +44,7 @@ const RECORD_DENSITY: &str = "INSERT INTO refarch.packing AS p (source, lane, me
 const STAGE: &str = "INSERT INTO refarch.shipment (source, bodies, changes, oldest, claimed_until) \
     VALUES ($1, $2, $3, $4, clock_timestamp() + make_interval(secs => $5)) RETURNING id";
 
-/// Of those that stand past their time, the oldest is leased anew.
+/// Takes the lease on the oldest shipment whose lease has expired.
 const RESUME_LEFTOVER: &str = "UPDATE refarch.shipment SET claimed_until = clock_timestamp() + make_interval(secs => $2) \
     WHERE id = (SELECT id FROM refarch.shipment WHERE source = $1 AND claimed_until < clock_timestamp() \
                 ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED) \
@@ -52,31 +52,31 @@ const RESUME_LEFTOVER: &str = "UPDATE refarch.shipment SET claimed_until = clock
 
 const RELEASE: &str = "UPDATE refarch.shipment SET claimed_until = '-infinity' WHERE id = $1";
 
-/// A shipment that is ours to send.
+/// A shipment on which this relay holds the lease.
 pub(super) struct Shipment {
     id: i64,
     jobs: Vec<Job>,
 }
 
-/// What became of a shipment.
+/// The result of sending a shipment.
 enum Sent {
-    /// The queue has it, and it is struck off.
-    StruckOff,
-    /// The queue does not have it, and its lease was given up.
+    /// The queue has taken it, and it is deleted.
+    Deleted,
+    /// The queue has not taken it, and the lease was released.
     PutBack(Error),
-    /// It stands until its lease has run out: the database could not be told.
-    Ownership(Error),
+    /// It stays until its lease expires, since writing to the database failed.
+    Leased(Error),
 }
 
-/// Sends what is booked.
+/// Sends stored shipments.
 pub(super) struct Shipping {
     postgres: Postgres,
     source: String,
     queue: Arc<dyn JobQueue>,
     sending: JoinSet<Sent>,
-    /// When it was last looked for shipments that were left.
+    /// When the relay last looked for shipments whose lease has expired.
     looked_at: Option<Instant>,
-    /// Whether something is known to have been left.
+    /// Whether a shipment without a lease is known.
     is_left: bool,
 }
 
@@ -92,7 +92,7 @@ impl Shipping {
         }
     }
 
-    /// Returns when another shipment may be sent, with the failure of an earlier one if there is one.
+    /// Waits until another shipment may be sent. Returns the error of an earlier shipment, if there was one.
     pub(super) async fn make_room(&mut self) -> Result<()> {
         while let Some(ended) = self.sending.try_join_next() {
             self.note(ended)?;
@@ -105,7 +105,7 @@ impl Shipping {
         Ok(())
     }
 
-    /// Returns when nothing is on its way.
+    /// Waits until every shipment was sent.
     pub(super) async fn finish(&mut self) -> Result<()> {
         while let Some(ended) = self.sending.join_next().await {
             self.note(ended)?;
@@ -113,20 +113,20 @@ impl Shipping {
         Ok(())
     }
 
-    /// Notes what became of a shipment.
+    /// Handles the result of sending a shipment.
     fn note(&mut self, ended: Result<Sent, JoinError>) -> Result<()> {
         match ended {
-            Ok(Sent::StruckOff) => Ok(()),
+            Ok(Sent::Deleted) => Ok(()),
             Ok(Sent::PutBack(error)) => {
                 self.is_left = true;
                 Err(error)
             }
-            Ok(Sent::Ownership(error)) => Err(error),
+            Ok(Sent::Leased(error)) => Err(error),
             Err(error) => Err(Error::caused(FailureKind::ConnectionLost, "send a shipment", error)),
         }
     }
 
-    /// Books jobs as a shipment that this relay sends after the transaction.
+    /// Stores jobs as a shipment that this relay sends after the transaction.
     pub(super) async fn stage(
         &self,
         transaction: &Transaction<'_>,
@@ -139,8 +139,7 @@ impl Shipping {
         Ok(Some(Shipment { id, jobs }))
     }
 
-    /// Books jobs for whoever comes next, this relay among others: there may be more than memory should
-    /// hold.
+    /// Stores jobs without a lease, for any relay, since there may be more than memory should hold.
     pub(super) async fn stage_unleased(&mut self, transaction: &Transaction<'_>, jobs: &[Job]) -> Result<()> {
         for jobs in jobs.chunks(LEFT_TOGETHER) {
             self.insert(transaction, jobs, 0.0).await?;
@@ -154,14 +153,14 @@ impl Shipping {
             .iter()
             .map(serde_json::to_string)
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| Error::caused(FailureKind::Malformed, "book a shipment", error))?;
+            .map_err(|error| Error::caused(FailureKind::Malformed, "store a shipment", error))?;
         let changes = jobs.iter().map(|job| job.changes() as i64).sum::<i64>();
         let oldest = jobs.iter().map(|job| job.oldest).min().unwrap_or(Timestamp::UNIX_EPOCH);
         transaction
             .query_one(STAGE, &[&self.source, &bodies, &changes, &oldest, &lease_s])
             .await
             .map(|row| row.get(0))
-            .map_err(|error| failure("book a shipment", error))
+            .map_err(|error| failure("store a shipment", error))
     }
 
     /// Starts to send a shipment whose booking has been committed.
@@ -170,14 +169,14 @@ impl Shipping {
         let (postgres, source, queue) = (self.postgres.clone(), self.source.clone(), Arc::clone(&self.queue));
         self.sending.spawn(async move {
             let done = match queue.send(&shipment.jobs).await {
-                Ok(()) => delete_sent(&postgres, &source, &shipment).await.map(|()| Sent::StruckOff),
+                Ok(()) => delete_sent(&postgres, &source, &shipment).await.map(|()| Sent::Deleted),
                 Err(error) => put_back(&postgres, &shipment).await.map(|()| Sent::PutBack(error)),
             };
-            done.unwrap_or_else(Sent::Ownership)
+            done.unwrap_or_else(Sent::Leased)
         });
     }
 
-    /// Takes over a shipment that was left, if there is one.
+    /// Sends a shipment whose lease has expired, if there is one.
     pub(super) async fn resume_leftover(&mut self, done: &mut Transferred) -> Result<()> {
         let is_due = self.looked_at.is_none_or(|at| at.elapsed() >= CHECK_EVERY);
         if !std::mem::take(&mut self.is_left) && !is_due {
@@ -190,7 +189,7 @@ impl Shipping {
             .await
             .map_err(|error| failure("look for shipments that were left", error))?;
         let Some(row) = row else { return Ok(()) };
-        // Where one was, others may be.
+        // There may be more.
         self.is_left = true;
         let bodies: Vec<String> = row.get(1);
         let jobs = bodies
@@ -207,9 +206,9 @@ impl Shipping {
     }
 }
 
-/// Strikes off a shipment that the queue has taken, and remembers how it was packed.
+/// Deletes a shipment that the queue has taken, and records how many changes its messages held.
 async fn delete_sent(postgres: &Postgres, source: &str, shipment: &Shipment) -> Result<()> {
-    let fail = |error: tokio_postgres::Error| failure("strike off a shipment", error);
+    let fail = |error: tokio_postgres::Error| failure("delete a shipment that was sent", error);
     let mut client = postgres.client().await?;
     let transaction = client.transaction().await.map_err(fail)?;
     transaction.execute(DELETE_SENT, &[&shipment.id]).await.map_err(fail)?;
@@ -226,7 +225,7 @@ async fn delete_sent(postgres: &Postgres, source: &str, shipment: &Shipment) -> 
     transaction.commit().await.map_err(fail)
 }
 
-/// Gives up the lease on a shipment that the queue has not taken, so that it is sent again soon.
+/// Releases the lease on a shipment that the queue has not taken, so that it is sent again soon.
 async fn put_back(postgres: &Postgres, shipment: &Shipment) -> Result<()> {
     let client = postgres.client().await?;
     let put_back = client.execute(RELEASE, &[&shipment.id]).await;

@@ -1,11 +1,11 @@
 //! A TRUNCATE becomes deletes of the rows that the ledger knows.
 //!
-//! No trigger sees the rows that a TRUNCATE removes, so that capture leaves a mark in the outbox. The ledger
-//! knows every row that may be in the index.
+//! No trigger sees the rows that a TRUNCATE removes, so capture inserts a row without ids into the outbox.
+//! The ledger knows every row that may be in the index.
 
 use tokio_postgres::Transaction;
 
-use super::{Delivery, count_lanes};
+use super::delivery::{Delivery, count_lanes};
 use crate::backend::postgres::failure;
 use crate::pipeline::change::{MAX_CHANGES_PER_JOB, Op};
 use crate::pipeline::failure::Result;
@@ -14,14 +14,14 @@ use crate::pipeline::outbox::{BuildJobs, OutboxRow, Transferred};
 /// Ids that are read from the ledger and sent at a time.
 const PAGE: i64 = 5_000;
 
-/// Rows that the ledger knows, unless it knows them to be gone. A row that is being written, or is dirty, may
-/// have been there in between.
+/// Rows in the ledger, without rows whose deletion is settled. If an entry is open or dirty, the index may
+/// hold the row although the entry says that the row is deleted.
 const KNOWN_ROWS: &str = "SELECT l.target, l.id FROM refarch.ledger l JOIN refarch.target t ON t.id = l.target \
     WHERE t.source = $1 AND t.state <> 'retired' AND NOT (l.deleted AND l.open = 0 AND NOT l.dirty) \
       AND (l.target, l.id) > ($2, $3) \
     ORDER BY l.target, l.id LIMIT $4";
 
-/// A TRUNCATE that capture left in the outbox.
+/// A TRUNCATE in the outbox.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Truncate {
     pub(super) seq: i64,
@@ -29,8 +29,8 @@ pub(super) struct Truncate {
 }
 
 impl Truncate {
-    /// Sends a delete for every row of `source` that may be in the index. Whether a row is really gone, the
-    /// indexer sees when it reads it.
+    /// Sends a delete for every row of `source` that may be in the index. The indexer reads each row and sees
+    /// whether the row is gone.
     pub(super) async fn send_deletes(
         self,
         transaction: &Transaction<'_>,
@@ -69,7 +69,7 @@ impl Truncate {
             ids: ids.to_vec(),
             xid: 0,
             changed_at_us: self.changed_at_us,
-            // However few they are, nobody edits by TRUNCATE.
+            // Nobody edits by TRUNCATE, so the deletes go to the bulk lane, however few they are.
             xid_changes: u64::MAX,
         }
     }

@@ -4,14 +4,10 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
-use super::{Products, STATEMENT_TIMEOUT, check_text, failed, time_limits};
+use super::columns::LEGACY;
+use super::table::{Products, STATEMENT_TIMEOUT, check_text, failed, time_limits};
+use crate::backend::postgres::client;
 use crate::pipeline::failure::Result;
-
-/// The columns in the reference architecture's responses. Its driver turns dates into timestamps, and its
-/// clients expect that.
-pub(super) const LEGACY: &str = "jsonb_build_object('id', p.id, 'name', p.name, 'sku', p.sku, 'description', p.description, \
-                      'created_at', to_char(p.created_at, 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), 'price', p.price, \
-                      'last_updated', to_char(p.last_updated, 'YYYY-MM-DD\"T00:00:00.000Z\"'), 'uuid', p.uuid)";
 
 /// The result of an edit by SKU.
 #[derive(Debug)]
@@ -46,7 +42,7 @@ impl Products {
         check_text("sku", sku, Some(255))?;
         check_text("description", description, None)?;
         let fail = |error: tokio_postgres::Error| failed(error);
-        let mut client = super::super::client(&self.pool).await?;
+        let mut client = client(&self.pool).await?;
         let transaction = client.transaction().await.map_err(fail)?;
         transaction.batch_execute(&time_limits(STATEMENT_TIMEOUT)).await.map_err(fail)?;
         let sql = format!("SELECT id::bigint FROM {} WHERE sku = $1 FOR UPDATE", self.relation);

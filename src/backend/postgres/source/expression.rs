@@ -1,6 +1,6 @@
 //! SQL expressions for a row's text and metadata.
 
-use super::quote_ident;
+use super::quote::quote_ident;
 
 /// Columns in one call: PostgreSQL allows 100 arguments, and a metadata column needs two.
 const COLUMNS_A_CALL: usize = 50;

@@ -6,7 +6,7 @@
 
 use tokio_postgres::GenericClient;
 
-use super::quote_ident;
+use super::quote::quote_ident;
 use crate::backend::postgres::failure;
 use crate::pipeline::failure::Result;
 

@@ -15,7 +15,8 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error as PgError, GenericClient, Row, Statement};
 
-use super::{FINGERPRINT, SourceTable, columns};
+use super::table::{FINGERPRINT, SourceTable, columns};
+use crate::backend::postgres::connection::{Connection, Sql as _};
 use crate::backend::postgres::{Postgres, failure, hides_rows};
 use crate::pipeline::failure::{Class, Error, FailureKind, Result, chain};
 
@@ -189,6 +190,29 @@ impl SourceReader {
             }
         }
         Ok(refused)
+    }
+}
+
+impl Connection {
+    /// Reads the source's table by a description, and the catalog to check that description.
+    pub(crate) async fn read_source(
+        &self,
+        table: &SourceTable,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<(Vec<Row>, Option<Row>), PgError> {
+        loop {
+            let prepare =
+                async { Ok((sql.prepared(self).await?, SourceReader::check().prepared(self).await?)) };
+            let read = self
+                .transact(prepare, |(statement, check)| async move {
+                    SourceReader::read(&***self, table, &statement, parameters, &check).await
+                })
+                .await;
+            if !self.is_outdated(sql, &read) {
+                return read;
+            }
+        }
     }
 }
 

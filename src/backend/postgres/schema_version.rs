@@ -1,4 +1,4 @@
-//! The schema's versions: which are applied, and whether they are what this build knows under their numbers.
+//! The version of the schema `refarch`: which migrations are applied, and whether they have this build's content.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -6,25 +6,24 @@ use std::fmt::Write as _;
 use sha2::{Digest as _, Sha256};
 use tokio_postgres::Transaction;
 
-use super::report::Report;
-use crate::backend::postgres::failure;
+use super::failure;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// The migrations of schema `refarch`, in order. A released migration is never edited.
+/// The migrations of schema `refarch`, in order. Never edit a released migration.
 const MIGRATIONS: &[(i32, &str, &str)] = &[
-    (1, "core", include_str!("../schema/0001_core.sql")),
-    (2, "attempts", include_str!("../schema/0002_attempts.sql")),
-    (3, "shipments", include_str!("../schema/0003_shipments.sql")),
-    (4, "made", include_str!("../schema/0004_made.sql")),
-    (5, "capture", include_str!("../schema/0005_capture.sql")),
-    (6, "faults", include_str!("../schema/0006_faults.sql")),
-    (7, "proof", include_str!("../schema/0007_proof.sql")),
-    (8, "ownership", include_str!("../schema/0008_ownership.sql")),
-    (9, "leaves", include_str!("../schema/0009_leaves.sql")),
-    (10, "checksums", include_str!("../schema/0010_checksums.sql")),
+    (1, "core", include_str!("schema/0001_core.sql")),
+    (2, "attempts", include_str!("schema/0002_attempts.sql")),
+    (3, "shipments", include_str!("schema/0003_shipments.sql")),
+    (4, "made", include_str!("schema/0004_made.sql")),
+    (5, "capture", include_str!("schema/0005_capture.sql")),
+    (6, "faults", include_str!("schema/0006_faults.sql")),
+    (7, "proof", include_str!("schema/0007_proof.sql")),
+    (8, "ownership", include_str!("schema/0008_ownership.sql")),
+    (9, "leaves", include_str!("schema/0009_leaves.sql")),
+    (10, "checksums", include_str!("schema/0010_checksums.sql")),
 ];
 
-/// What is recorded of a migration: its checksum, but for those of builds that recorded none.
+/// The applied migrations: version and checksum. Earlier builds recorded no checksum.
 type Applied = BTreeMap<i32, Option<String>>;
 
 /// The version of the schema that this build works with.
@@ -39,7 +38,7 @@ fn checksum(sql: &str) -> String {
     })
 }
 
-/// The migrations that are applied. Before the tenth one there is no column for a checksum.
+/// Reads the applied migrations. The column for the checksum exists since migration 10.
 async fn applied(client: &Transaction<'_>, what: &str) -> Result<Applied> {
     let rows = client
         .query("SELECT version, to_jsonb(m) ->> 'checksum' FROM refarch.migration m", &[])
@@ -48,7 +47,7 @@ async fn applied(client: &Transaction<'_>, what: &str) -> Result<Applied> {
     Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
-/// Refuses a database in which a migration is another one than this build's.
+/// Refuses a database in which a migration has other content than in this build.
 fn refuse_other_content(applied: &Applied, what: &str) -> Result<()> {
     for (version, name, sql) in MIGRATIONS {
         let (Some(Some(there)), ours) = (applied.get(version), checksum(sql)) else { continue };
@@ -66,8 +65,8 @@ fn refuse_other_content(applied: &Applied, what: &str) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a database whose schema is older than this build's, or another one.
-pub(in crate::backend::postgres) async fn check(client: &Transaction<'_>) -> Result<()> {
+/// Refuses a database whose schema is older than this build's, or has other content.
+pub(super) async fn check(client: &Transaction<'_>) -> Result<()> {
     let what = "look for the schema";
     let applied = applied(client, what).await?;
     let version = applied.keys().last().copied().unwrap_or_default();
@@ -84,8 +83,8 @@ pub(in crate::backend::postgres) async fn check(client: &Transaction<'_>) -> Res
     refuse_other_content(&applied, what)
 }
 
-/// Applies what is not applied yet.
-pub(super) async fn apply(transaction: &Transaction<'_>, report: &mut Report) -> Result<()> {
+/// Applies the migrations that are missing, and returns their names.
+pub(super) async fn apply(transaction: &Transaction<'_>) -> Result<Vec<String>> {
     let what = "migrate the schema";
     let fail = |error: tokio_postgres::Error| failure(what, error);
     let there: bool = transaction
@@ -116,15 +115,16 @@ pub(super) async fn apply(transaction: &Transaction<'_>, report: &mut Report) ->
         ));
     }
     refuse_other_content(&applied, what)?;
+    let mut names = Vec::new();
     for (version, name, sql) in MIGRATIONS.iter().filter(|(version, _, _)| !applied.contains_key(version)) {
         transaction.batch_execute(sql).await.map_err(fail)?;
         transaction
             .execute("INSERT INTO refarch.migration (version, name) VALUES ($1, $2)", &[version, name])
             .await
             .map_err(fail)?;
-        report.applied.push(format!("{version:04}_{name}"));
+        names.push(format!("{version:04}_{name}"));
     }
-    // Also of those that an earlier build applied, which recorded none.
+    // Earlier builds recorded no checksum for the migrations that they applied.
     let (versions, checksums): (Vec<i32>, Vec<String>) =
         MIGRATIONS.iter().map(|(version, _, sql)| (version, checksum(sql))).unzip();
     transaction
@@ -135,8 +135,8 @@ pub(super) async fn apply(transaction: &Transaction<'_>, report: &mut Report) ->
             &[&versions, &checksums],
         )
         .await
-        .map(drop)
-        .map_err(fail)
+        .map_err(fail)?;
+    Ok(names)
 }
 
 /// Refuses a role that does not own the existing schema. Replaced functions keep their owner, who may not

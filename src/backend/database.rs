@@ -1,0 +1,69 @@
+//! The database in use: the configured one, or the private cluster.
+
+use std::time::Instant;
+
+use super::embedded::{self, Cluster};
+use super::postgres::Postgres;
+use crate::config::Settings;
+use crate::pipeline::clock::BootClock;
+use crate::pipeline::failure::{Class, Result};
+use crate::pipeline::retry::Backoff;
+
+/// The database in use, and the private cluster if the settings name no database.
+pub struct Database {
+    /// The connections.
+    pub postgres: Postgres,
+    cluster: Option<Cluster>,
+}
+
+impl Database {
+    /// Connects to the configured database. Without one, joins the private cluster and starts it if needed.
+    pub async fn open(settings: &Settings) -> anyhow::Result<Self> {
+        let (url, cluster) = embedded::database_url(settings).await?;
+        let opened = async {
+            let postgres = Postgres::new(&url, &settings.database)?;
+            with_connect_retry(settings, async || postgres.check().await).await?;
+            Ok(postgres)
+        };
+        match opened.await {
+            Ok(postgres) => Ok(Self { postgres, cluster }),
+            Err(error) => {
+                if let Some(cluster) = cluster {
+                    cluster.leave().await?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether this is the private cluster, which is set up without a request.
+    #[must_use]
+    pub fn is_private(&self) -> bool {
+        self.cluster.is_some()
+    }
+
+    /// Closes the connections. The last process that leaves the private cluster stops it.
+    pub async fn close(self) -> anyhow::Result<()> {
+        self.postgres.pool.close();
+        match self.cluster {
+            Some(cluster) => cluster.leave().await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// Repeats the work on retryable errors for at most `database.connect_timeout_s`: a database that restarts is
+/// soon back.
+pub async fn with_connect_retry<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>) -> Result<T> {
+    let started = Instant::now();
+    let timeout = settings.database.connect_timeout;
+    let mut backoff = Backoff::default();
+    loop {
+        match work().await {
+            Err(error) if error.class() == Class::Retryable && started.elapsed() < timeout => {
+                tokio::time::sleep(backoff.next(&BootClock)).await;
+            }
+            result => return result,
+        }
+    }
+}
