@@ -484,7 +484,7 @@ async fn a_refused_record_is_a_permanent_failure() {
         (with_metadata("a", &[1.0, 0.0, 0.0], r#"{"size": 1e400}"#), "number out of range"),
         (
             with_metadata("a", &[1.0, 0.0, 0.0], &json!({ "list": ["x".repeat(41_000)] }).to_string()),
-            "name fewer columns",
+            "list fewer columns",
         ),
         (record("nan", &[1.0, f32::NAN, 0.0]), "the vector of \"nan\" holds NaN"),
         (record("a", &[0.0, 0.0, 0.0]), "non-zero"),

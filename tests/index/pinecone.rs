@@ -303,7 +303,7 @@ async fn an_index_is_created_once_found_by_name_and_refused_if_its_shape_differs
     assert_eq!(control::host(&options).await.unwrap(), double.url());
     let error = control::host(&control_options(&double.url(), "shop", 384)).await.unwrap_err();
     assert!(
-        error.class() == Class::Fatal && error.message().contains("length 3, and the model makes 384"),
+        error.class() == Class::Fatal && error.message().contains("length 3, but the model makes 384"),
         "{error}"
     );
     let dotted = json!({
@@ -350,7 +350,7 @@ async fn migrate_creates_the_index_and_roles_refuse_other_dimensions() {
         .env("PINECONE_API_KEY", "k");
     let output = command.output().await.unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.code() == Some(1) && said.contains("length 3, and the model makes 384"), "{said}");
+    assert!(output.status.code() == Some(1) && said.contains("length 3, but the model makes 384"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -274,7 +274,7 @@ async fn failures_are_classified_and_temporary_ones_are_retried() {
     assert!(error.class() == Class::Permanent && error.message().contains("one of the inputs"), "{error}");
     *double.length.lock().unwrap() = Some(7);
     let error = embedder.embed_texts(&texts(&["a"])).await.unwrap_err();
-    assert!(error.class() == Class::Fatal && error.message().contains("length 7, and 384"), "{error}");
+    assert!(error.class() == Class::Fatal && error.message().contains("length 7 instead of 384"), "{error}");
     *double.length.lock().unwrap() = Some(0);
     assert!(open("openai", &url, &[]).await.is_err(), "a vector without numbers");
     let wrong = open("openai", &url, &[("REFARCH_EMBEDDER_API_KEY", "wrong-key")]).await.err().unwrap();
