@@ -109,6 +109,10 @@ impl Backends {
                 generation.salt.clone(),
                 generation.id,
                 pgvector::PgVectorOptions {
+                    method: index.search,
+                    exact_limit: index.exact_limit,
+                    recall: index.recall,
+                    build_memory: index.build_memory,
                     graph_min_rows: index.graph_min_rows,
                     graph_max_backlog: index.graph_max_backlog,
                     ef_search: index.ef_search,

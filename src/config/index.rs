@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use serde::Deserialize;
 use toml::Value;
 
 use super::declare::Rule::{Address, AtLeast, Between, Chooses, Is, OneOf, Variable};
@@ -25,6 +26,20 @@ section! {
     }
 }
 
+/// How the nearest vectors are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SearchMethod {
+    /// Exactly while that is fast, then through lists.
+    Auto,
+    /// By reading all vectors.
+    Exact,
+    /// Through lists (IVFFlat).
+    Lists,
+    /// Through a graph (HNSW).
+    Graph,
+}
+
 /// The indexes that can be chosen.
 #[derive(Clone, Debug)]
 pub enum Index {
@@ -37,10 +52,21 @@ pub enum Index {
 section! {
     /// `[index]` of the kind `pgvector`.
     pub struct PgvectorIndex in "index" of ["pgvector"] {
-        /// Build the HNSW graph once there are this many vectors. Below, a search reads all vectors and misses
-        /// nothing: some 40 ms for 100,000 on two cores. A graph misses texts that are unlike all others: among
-        /// 100,000 products, 16 of 100 edits to such texts were not found through it.
-        graph_min_rows: u64 = 250000;
+        /// How the nearest vectors are found: exact (a search reads all vectors and misses nothing), lists (IVFFlat),
+        /// graph (HNSW), or auto: exact while that takes at most `index.exact_ms`, then lists.
+        search: SearchMethod = "auto", OneOf(&["auto", "exact", "lists", "graph"]);
+        /// With `search = "auto"`: build lists once an exact search takes longer than this. Some 20,000 vectors on
+        /// one core.
+        exact_limit as "exact_ms": Duration = 10, AtLeast(1);
+        /// The part of the true ten nearest that a search through lists should find. More reads more lists. Sampled
+        /// each hour, and after a tenth of the rows was written; `refarch status` shows it.
+        recall: f64 = 0.99, Between(0, 1);
+        /// The most memory that PostgreSQL may use to build lists or a graph (`maintenance_work_mem`), in MiB. A million
+        /// vectors need 300 for lists.
+        build_memory as "build_memory_mib": u64 = 2048, AtLeast(64);
+        /// With `search = "graph"`: build the graph once there are this many vectors. Below, a search is exact. A graph
+        /// misses texts that are unlike all others, and products that resemble each other closely.
+        graph_min_rows: u64 = 50000;
         /// Build the graph only while fewer changes than this wait, because a graph makes a load four times slower.
         graph_max_backlog: u64 = 1000;
         /// Candidates that a search keeps while it walks the graph. More is slower and more exact.
@@ -82,6 +108,12 @@ fn is_given(value: &Value) -> bool {
 
 fn is_not_of_notes(value: &Value) -> bool {
     value.as_str() != Some(OWNERSHIP_NAMESPACE)
+}
+
+impl Setting for SearchMethod {
+    fn read(values: &Values, path: &'static str) -> Result<Self, ConfigError> {
+        values.parse(path)
+    }
 }
 
 impl Setting for Index {

@@ -24,7 +24,9 @@ mod values;
 
 pub use embedder::{Embedder, EmbedderKind, HttpEmbedder, LocalEmbedder};
 pub use error::ConfigError;
-pub use index::{Index, OWNERSHIP_NAMESPACE, PgvectorIndex, PineconeIndex, RESERVED_METADATA_PREFIX};
+pub use index::{
+    Index, OWNERSHIP_NAMESPACE, PgvectorIndex, PineconeIndex, RESERVED_METADATA_PREFIX, SearchMethod,
+};
 pub use load::{DEFAULT_FILE, File, Override};
 pub use queue::{Queue, QueueKind, SqsQueue};
 pub use roles::{Audit, IndexCheck, Indexer, Relay, Serve, Up};

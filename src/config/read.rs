@@ -43,7 +43,7 @@ macro_rules! by_serde {
     };
 }
 
-by_serde!(u32, u64, usize, String, Vec<String>, PathBuf, SocketAddr, Precision, InstructionSet);
+by_serde!(f64, u32, u64, usize, String, Vec<String>, PathBuf, SocketAddr, Precision, InstructionSet);
 
 impl Setting for Secret {
     const IS_SECRET: bool = true;

@@ -565,6 +565,10 @@ async fn a_role_with_unusual_settings_reads_and_writes_the_same_values() {
     ))
     .await;
     let options = pgvector::PgVectorOptions {
+        method: SearchMethod::Graph,
+        exact_limit: Duration::from_millis(10),
+        recall: 0.99,
+        build_memory: 256,
         graph_min_rows: 10,
         graph_max_backlog: 10,
         ef_search: 100,
@@ -789,6 +793,10 @@ async fn a_failed_graph_build_is_logged_once_and_retried_with_backoff() {
     let hand = Arc::new(ManualClock::default());
     let generation = &it.backends.generation;
     let options = pgvector::PgVectorOptions {
+        method: SearchMethod::Graph,
+        exact_limit: Duration::from_millis(10),
+        recall: 0.99,
+        build_memory: 256,
         graph_min_rows: 10,
         graph_max_backlog: 10,
         ef_search: 100,

@@ -124,6 +124,11 @@ impl Connection {
         Self { client, settings }
     }
 
+    /// The settings of each transaction, as SQL.
+    pub(super) fn settings(&self) -> &str {
+        &self.settings
+    }
+
     /// Runs one statement in a transaction of its own.
     pub async fn query(
         &self,
@@ -131,6 +136,19 @@ impl Connection {
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Error> {
         self.run(sql, |statement| async move { self.client.query(&statement, parameters).await }).await
+    }
+
+    /// Runs one statement in a transaction of its own that begins with more settings, given as SQL without
+    /// parameters.
+    pub(crate) async fn query_with(
+        &self,
+        settings: &str,
+        sql: &(impl Sql + ?Sized),
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, Error> {
+        let settings = format!("{}; {settings}", self.settings).into();
+        let work = |statement| async move { self.client.query(&statement, parameters).await };
+        self.run_by(&settings, sql, work).await
     }
 
     /// Runs one statement that gives exactly one row.
@@ -162,7 +180,7 @@ impl Connection {
 
     /// Runs statements without parameters, in one transaction.
     pub async fn batch_execute(&self, sql: &str) -> Result<(), Error> {
-        self.transact(async { Ok(()) }, |()| self.client.batch_execute(sql)).await
+        self.transact(&self.settings, async { Ok(()) }, |()| self.client.batch_execute(sql)).await
     }
 
     /// Begins a transaction.
@@ -190,8 +208,17 @@ impl Connection {
         sql: &(impl Sql + ?Sized),
         work: impl Fn(Statement) -> W,
     ) -> Result<T, Error> {
+        self.run_by(&self.settings, sql, work).await
+    }
+
+    async fn run_by<T, W: Future<Output = Result<T, Error>>>(
+        &self,
+        settings: &Arc<str>,
+        sql: &(impl Sql + ?Sized),
+        work: impl Fn(Statement) -> W,
+    ) -> Result<T, Error> {
         loop {
-            let result = self.transact(sql.prepared(&self.client), &work).await;
+            let result = self.transact(settings, sql.prepared(&self.client), &work).await;
             if !self.is_outdated(sql, &result) {
                 return result;
             }
@@ -204,10 +231,11 @@ impl Connection {
     /// role's own timeouts would cut that off. After an error, the commit rolls back.
     pub(super) async fn transact<S, T, W: Future<Output = Result<T, Error>>>(
         &self,
+        settings: &str,
         prepare: impl Future<Output = Result<S, Error>>,
         work: impl FnOnce(S) -> W,
     ) -> Result<T, Error> {
-        let opening = begun_by(&self.settings);
+        let opening = begun_by(settings);
         let mut begun = pin!(maybe_done(self.client.batch_execute(&opening)));
         let open = OpenTransaction(&self.client);
         let prepared = {

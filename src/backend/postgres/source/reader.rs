@@ -205,7 +205,7 @@ impl Connection {
             let prepare =
                 async { Ok((sql.prepared(self).await?, SourceReader::check().prepared(self).await?)) };
             let read = self
-                .transact(prepare, |(statement, check)| async move {
+                .transact(self.settings(), prepare, |(statement, check)| async move {
                     SourceReader::read(&***self, table, &statement, parameters, &check).await
                 })
                 .await;

@@ -1,0 +1,186 @@
+//! Looks after the index on the vectors: builds it when searches would be slow, measures how much searches find, reads
+//! more lists if that is too little, and builds the lists again if that does not help.
+
+use super::method::{Action, Presence, Situation};
+use super::observations::BuildHistory;
+use super::state::{self, SearchIndex};
+use super::table::PgVector;
+use crate::backend::postgres::failure;
+use crate::config::SearchMethod;
+use crate::pipeline::failure::Result;
+
+/// Below this many rows, no exact search is timed.
+const MIN_TIMED_ROWS: u64 = 2_000;
+
+/// An exact search is timed again once the table has grown by this factor.
+const RETIME_GROWTH: f64 = 1.5;
+
+/// The rows are counted again once the table's size has changed by this part.
+const RECOUNT: f64 = 0.05;
+
+/// Lists are built again once a search must read this many times the lists that it read after the build.
+const PROBES_GROWTH: i32 = 2;
+
+/// Lists are built again once they are this many times as uneven as after the build.
+const SKEW_GROWTH: f32 = 2.0;
+
+/// Lists that find too little are built again only if this part of the rows was written since the build: the same rows
+/// would give the same lists.
+const MIN_REBUILD_WRITES: f64 = 0.1;
+
+impl PgVector {
+    /// Takes the next step, if one is due. If it fails, the reason is logged once, and the pauses between attempts
+    /// grow. Searches read all vectors, or go through the older index, meanwhile.
+    pub(super) async fn maintain_search(&self, backlog: u64) -> Result<()> {
+        if self.clock.now() < self.builds().not_before {
+            return Ok(());
+        }
+        let (situation, seen) = self.look(backlog).await?;
+        let Some(action) = situation.next_action() else {
+            if situation.lists == Presence::Valid
+                && state::claim_check(&self.postgres, self.generation).await?
+            {
+                self.check(situation.rows, seen).await?;
+            }
+            return Ok(());
+        };
+        if let Err(error) = self.take(action, situation.rows).await {
+            let reason = error.to_string();
+            let (pause, is_news) = self.builds().failed(&reason, self.clock.now());
+            let retry_in_s = pause.as_secs();
+            if is_news {
+                tracing::warn!(
+                    table = self.table,
+                    reason,
+                    retry_in_s,
+                    "cannot build the search index: searches read all vectors, or use the older index, until a build succeeds"
+                );
+            } else {
+                tracing::debug!(table = self.table, reason, retry_in_s, "cannot build the search index");
+            }
+        }
+        Ok(())
+    }
+
+    async fn take(&self, action: Action, rows: u64) -> Result<()> {
+        let Some(done) = self.act(action, rows).await? else { return Ok(()) };
+        match action {
+            Action::BuildLists => {
+                let rows = i64::try_from(rows).unwrap_or(i64::MAX);
+                state::built(&self.postgres, self.generation, done.lists, rows, done.took_ms).await?;
+            }
+            Action::DropLists => state::dropped(&self.postgres, self.generation).await?,
+            Action::BuildGraph | Action::DropGraph => {}
+        }
+        *self.builds() = BuildHistory::default();
+        Ok(())
+    }
+
+    /// Measures how much searches find, and chooses the probes.
+    async fn check(&self, rows: u64, seen: Option<SearchIndex>) -> Result<()> {
+        let Some(mut seen) = seen else { return Ok(()) };
+        let sample = self.draw_sample(rows).await?;
+        let is_first = seen.recall.is_none();
+        let before = if is_first { 0.0 } else { self.recall_with(&sample, seen.probes).await? };
+        let skew = self.list_skew(&sample, rows, seen.lists).await?;
+        let mut found = before;
+        if is_first || before < self.options.recall {
+            (seen.probes, found) = self.choose_probes(&sample, seen.lists).await?;
+        }
+        if is_first {
+            (seen.probes_at_build, seen.skew_at_build) = (seen.probes, Some(skew));
+        }
+        let changed = seen.written as f64 / rows.max(1) as f64 > MIN_REBUILD_WRITES;
+        let is_uneven = seen.skew_at_build.is_some_and(|at_build| skew > at_build * SKEW_GROWTH);
+        let reads_more = seen.probes > seen.probes_at_build * PROBES_GROWTH;
+        seen.is_degraded = changed && (found < self.options.recall || reads_more || is_uneven);
+        (seen.recall, seen.skew) = (Some(found as f32), Some(skew));
+        state::checked(&self.postgres, self.generation, &seen).await?;
+        tracing::info!(
+            table = self.table,
+            recall = found,
+            recall_before = (!is_first).then_some(before),
+            probes = seen.probes,
+            lists = seen.lists,
+            skew,
+            is_degraded = seen.is_degraded,
+            "checked how much searches find"
+        );
+        Ok(())
+    }
+
+    /// Looks at the table, its indexes and the record of the lists.
+    async fn look(&self, backlog: u64) -> Result<(Situation, Option<SearchIndex>)> {
+        let fail = |error: tokio_postgres::Error| failure("look at the search index", error);
+        let lists = format!("refarch.vector_{}_lists", self.generation);
+        let graph = format!("refarch.vector_{}_graph", self.generation);
+        let sql = "SELECT pg_relation_size(to_regclass($1)), \
+                     (SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass($2)), \
+                     (SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass($3))";
+        let row = self
+            .postgres
+            .client()
+            .await?
+            .query_one(sql, &[&self.table, &lists, &graph])
+            .await
+            .map_err(fail)?;
+        let presence = |valid: Option<bool>| match valid {
+            None => Presence::Absent,
+            Some(false) => Presence::Invalid,
+            Some(true) => Presence::Valid,
+        };
+        let (lists, graph) = (presence(row.get(1)), presence(row.get(2)));
+        let rows = self.rows(row.get::<_, Option<i64>>(0).unwrap_or_default()).await?;
+        let seen = match lists {
+            Presence::Absent => None,
+            _ => state::read(&self.postgres, self.generation).await?,
+        };
+        let situation = Situation {
+            method: self.options.method,
+            rows,
+            backlog,
+            exact: self.exact_time(rows).await?,
+            exact_limit: self.options.exact_limit,
+            graph_min_rows: self.options.graph_min_rows,
+            graph_max_backlog: self.options.graph_max_backlog,
+            lists,
+            listed_rows: seen.as_ref().map(|seen| seen.rows_at_build.unsigned_abs()),
+            is_degraded: seen.as_ref().is_some_and(|seen| seen.is_degraded),
+            graph,
+        };
+        Ok((situation, seen))
+    }
+
+    /// Vectors in the table, of this many bytes.
+    async fn rows(&self, bytes: i64) -> Result<u64> {
+        let mut observations = self.observations.lock().await;
+        if let Some((counted, rows)) = observations.counted
+            && (bytes - counted).abs() as f64 <= counted as f64 * RECOUNT
+            && rows >= MIN_TIMED_ROWS
+        {
+            return Ok(rows);
+        }
+        let client = self.postgres.client().await?;
+        let sql = format!("SELECT count(*) FROM {}", self.table);
+        let row = client.query_one(&sql, &[]).await.map_err(|error| failure("count vectors", error))?;
+        let rows = row.get::<_, i64>(0).unsigned_abs();
+        observations.counted = Some((bytes, rows));
+        Ok(rows)
+    }
+
+    /// How long an exact search takes among this many rows.
+    async fn exact_time(&self, rows: u64) -> Result<Option<std::time::Duration>> {
+        let mut observations = self.observations.lock().await;
+        if self.options.method != SearchMethod::Auto {
+            return Ok(None);
+        }
+        if rows < MIN_TIMED_ROWS {
+            return Ok(Some(std::time::Duration::ZERO));
+        }
+        let is_old = observations.exact.is_none_or(|(timed, _)| rows as f64 > timed as f64 * RETIME_GROWTH);
+        if is_old && let Some(took) = self.time_exact(rows).await? {
+            observations.exact = Some((rows, took));
+        }
+        Ok(observations.exact_at(rows))
+    }
+}

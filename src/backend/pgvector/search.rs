@@ -1,0 +1,56 @@
+//! A search for the nearest vectors, in one round trip to the database.
+
+use pgvector::HalfVector;
+
+use super::table::{Extension, PgVector, Version};
+use crate::pipeline::failure::Result;
+use crate::pipeline::index::Match;
+
+/// Lists that a search reads before the first check has chosen a number.
+pub(super) const DEFAULT_PROBES: i32 = 16;
+
+/// The oldest pgvector that continues a search if the first candidates were too few.
+const MIN_ITERATIVE_VERSION: Version = (0, 8, 0);
+
+impl PgVector {
+    /// The settings of a search, as statements at the beginning of its transaction. The probes are read from the
+    /// record of the lists, so that all processes search alike.
+    pub(super) fn search_settings(&self, version: Version, top: usize) -> String {
+        let candidates = (self.options.ef_search as usize).max(top);
+        let continued = if version >= MIN_ITERATIVE_VERSION {
+            ", set_config('hnsw.iterative_scan', 'strict_order', true), \
+               set_config('ivfflat.iterative_scan', 'relaxed_order', true)"
+        } else {
+            ""
+        };
+        format!(
+            "SELECT set_config('ivfflat.probes', coalesce((SELECT s.probes FROM refarch.search_index s \
+               WHERE s.target = {}), {DEFAULT_PROBES})::text, true), \
+               set_config('hnsw.ef_search', '{candidates}', true){continued}",
+            self.generation
+        )
+    }
+
+    /// The nearest `top` vectors.
+    pub(super) async fn search(&self, embedding: &[f32], top: usize) -> Result<Vec<Match>> {
+        let Extension { schema, version } = self.extension().await?;
+        let distance = format!("embedding OPERATOR({schema}.<=>) $1");
+        let sql = format!("SELECT id, 1 - ({distance}) FROM {} ORDER BY {distance} LIMIT $2", self.table);
+        let rows = self
+            .postgres
+            .client()
+            .await?
+            .query_with(
+                &self.search_settings(version, top),
+                &sql,
+                &[&HalfVector::from_f32_slice(embedding), &(top as i64)],
+            )
+            .await
+            .map_err(|error| self.failed("search", error))?;
+        let mut found: Vec<Match> =
+            rows.iter().map(|row| Match { id: row.get(0), score: row.get::<_, f64>(1) as f32 }).collect();
+        // A search that was continued in further lists returns them one after the other.
+        found.sort_by(|a, b| b.score.total_cmp(&a.score));
+        Ok(found)
+    }
+}
