@@ -10,6 +10,7 @@ use super::pinecone;
 use super::postgres::generation::{self, Generation, IndexShape};
 use super::postgres::ledger::PgLedger;
 use super::postgres::outbox::PgOutbox;
+use super::postgres::products::VectorSource;
 use super::postgres::{self, Postgres};
 use super::queue::open_queue;
 use crate::config::{Index, PineconeIndex, Settings};
@@ -31,6 +32,8 @@ pub struct Backends {
     pub queue: Queue,
     /// The vector index.
     pub index: Arc<dyn VectorIndex>,
+    /// The vectors, if they are in the source's database.
+    pub vectors: Option<Arc<dyn VectorSource>>,
     /// The prefix of pgmq's queues, if the queue is pgmq.
     pgmq: Option<String>,
     /// The source in the settings.
@@ -102,23 +105,28 @@ impl Backends {
         shape.location = configured_location(settings, Some(host.clone()));
         let generation = generation::find(postgres, &settings.source, &shape).await?;
         let table = Arc::new(generation.table.clone());
+        let mut vectors: Option<Arc<dyn VectorSource>> = None;
         let index: Arc<dyn VectorIndex> = match &settings.index {
-            Index::Pgvector(index) => Arc::new(PgVector::new(
-                postgres.clone(),
-                Arc::clone(&table),
-                generation.salt.clone(),
-                generation.id,
-                pgvector::PgVectorOptions {
-                    method: index.search,
-                    exact_limit: index.exact_limit,
-                    recall: index.recall,
-                    build_memory: index.build_memory,
-                    graph_min_rows: index.graph_min_rows,
-                    graph_max_backlog: index.graph_max_backlog,
-                    ef_search: index.ef_search,
-                    acknowledged_in_same_log: settings.queue.is_pgmq(),
-                },
-            )),
+            Index::Pgvector(index) => {
+                let index = Arc::new(PgVector::new(
+                    postgres.clone(),
+                    Arc::clone(&table),
+                    generation.salt.clone(),
+                    generation.id,
+                    pgvector::PgVectorOptions {
+                        method: index.search,
+                        exact_limit: index.exact_limit,
+                        recall: index.recall,
+                        build_memory: index.build_memory,
+                        graph_min_rows: index.graph_min_rows,
+                        graph_max_backlog: index.graph_max_backlog,
+                        ef_search: index.ef_search,
+                        acknowledged_in_same_log: settings.queue.is_pgmq(),
+                    },
+                ));
+                vectors = Some(Arc::clone(&index) as _);
+                index
+            }
             Index::Pinecone(index) => Arc::new(pinecone_at(settings, index, host, generation.dimensions)?),
         };
         let ledger = Arc::new(PgLedger::new(postgres.clone(), table, generation.id, generation.salt.clone()));
@@ -128,6 +136,7 @@ impl Backends {
             ledger,
             queue,
             index,
+            vectors,
             pgmq: settings.queue.is_pgmq().then(|| settings.queue.name.clone()),
             source: Arc::new(settings.source.clone()),
             counted: Arc::default(),

@@ -1,8 +1,10 @@
 //! A search for the nearest vectors, in one round trip to the database.
 
+use async_trait::async_trait;
 use pgvector::HalfVector;
 
-use super::table::{Extension, PgVector, Version};
+use super::table::{Extension, PgVector, Version, is_about_names};
+use crate::backend::postgres::products::{VectorSource, VectorTable};
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::Match;
 
@@ -52,5 +54,25 @@ impl PgVector {
         // A search that was continued in further lists returns them one after the other.
         found.sort_by(|a, b| b.score.total_cmp(&a.score));
         Ok(found)
+    }
+}
+
+#[async_trait]
+impl VectorSource for PgVector {
+    async fn vector_table(&self, top: usize) -> Result<VectorTable> {
+        let Extension { schema, version } = self.extension().await?;
+        Ok(VectorTable {
+            table: self.table.clone(),
+            distance: format!("OPERATOR({schema}.<=>)"),
+            settings: self.search_settings(version, top),
+        })
+    }
+
+    fn may_have_moved(&self, error: &tokio_postgres::Error) -> bool {
+        let is_moved = is_about_names(error);
+        if is_moved {
+            *self.known_extension() = None;
+        }
+        is_moved
     }
 }

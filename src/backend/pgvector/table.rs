@@ -160,7 +160,7 @@ impl PgVector {
 }
 
 /// Whether an error says that a type, an operator or a schema does not exist.
-fn is_about_names(error: &tokio_postgres::Error) -> bool {
+pub(super) fn is_about_names(error: &tokio_postgres::Error) -> bool {
     use tokio_postgres::error::SqlState;
     let missing = [SqlState::UNDEFINED_OBJECT, SqlState::UNDEFINED_FUNCTION, SqlState::INVALID_SCHEMA_NAME];
     error.code().is_some_and(|code| missing.contains(code))

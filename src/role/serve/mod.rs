@@ -7,6 +7,7 @@ mod connections;
 mod error;
 mod hosts;
 mod page_files;
+mod query_cache;
 mod readiness;
 mod route;
 mod search;
@@ -41,6 +42,7 @@ pub use access_control::AccessControl;
 pub use connection_tracker::ClientTimeouts;
 pub use connections::{ConnectionLimits, serve};
 use error::ApiError;
+use query_cache::QueryCache;
 pub use route::router;
 
 /// How long a request may take. Its database statements have the same timeout.
@@ -143,6 +145,7 @@ impl Limits {
 pub struct App {
     products: Products,
     embedder: Arc<dyn Embedder>,
+    query_cache: QueryCache,
     index: Arc<dyn VectorIndex>,
     sync_status: Arc<dyn SyncStatus>,
     limits: Limits,
@@ -173,6 +176,7 @@ impl App {
         Self {
             products,
             embedder,
+            query_cache: QueryCache::default(),
             index,
             sync_status,
             limits,
@@ -243,7 +247,10 @@ pub async fn work(
 ) -> anyhow::Result<()> {
     let requests = backends.postgres.for_requests(settings.serve.pool_size, REQUEST_TIMEOUT)?;
     let asked = Backends::open_for(&requests, settings, Some(model)).await?;
-    let products = Products::new(requests.pool.clone(), &asked.generation.table.relation);
+    let mut products = Products::new(requests.pool.clone(), &asked.generation.table.relation);
+    if let Some(vectors) = &asked.vectors {
+        products = products.with_vectors(Arc::clone(vectors));
+    }
     products.check().await?;
     let access = AccessControl::new(listener.local_addr()?, settings.serve.edit_token.clone())
         .with_hosts(&settings.serve.allowed_hosts);

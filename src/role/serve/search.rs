@@ -1,14 +1,13 @@
 //! A search: exact matches first, then by meaning.
 
 use std::collections::HashSet;
-use std::sync::Arc;
 use std::time::Instant;
 
 use serde::Serialize;
 
 use super::App;
 use super::error::ApiError;
-use crate::backend::postgres::products::Exact;
+use crate::backend::postgres::products::{Exact, Found};
 use crate::product::Product;
 
 /// Ranked rows that paging can reach. Every page is cut from a ranking of this depth, because an approximate
@@ -41,6 +40,22 @@ pub struct Hit {
     /// Why the row is in the results.
     #[serde(rename = "match")]
     pub kind: MatchKind,
+}
+
+impl From<Exact> for MatchKind {
+    fn from(exact: Exact) -> Self {
+        match exact {
+            Exact::Sku => Self::Sku,
+            Exact::Name => Self::Name,
+        }
+    }
+}
+
+impl From<Found> for Hit {
+    fn from(found: Found) -> Self {
+        let kind = found.exact.map_or(MatchKind::Semantic, MatchKind::from);
+        Self { product: found.product, score: found.score, kind }
+    }
 }
 
 /// A page of results.
@@ -86,9 +101,16 @@ pub async fn search(app: &App, term: &str, page: u64, per_page: u64) -> Result<R
         return Ok(results(false, Vec::new()));
     }
     let _permit = app.permit(&app.searches).await?;
-    let vector = app.embedder.embed_query(&Arc::from(term)).await?;
+    let vector = app.query_cache.embed(&*app.embedder, term).await?;
     // A second permit, because a slow embedder needs no connection.
     let _query = app.permit(&app.queries).await?;
+    let count = (per_page as usize).min(TOP - first);
+    // One more, to know whether there are more pages.
+    if let Some(mut found) = app.products.search(term, &vector, first, count + 1).await? {
+        let has_next = found.len() > count && first + count < TOP;
+        found.truncate(count);
+        return Ok(results(has_next, found.into_iter().map(Hit::from).collect()));
+    }
     let ranked = rank(app, term, &vector).await?;
     let start = first.min(ranked.len());
     let end = start.saturating_add(per_page as usize).min(ranked.len());
@@ -139,13 +161,7 @@ async fn rank(app: &App, term: &str, vector: &[f32]) -> Result<Vec<Ranked>, ApiE
 fn merge(exact: &[(i64, Exact)], nearest: &[(i64, f32)], existing: &HashSet<i64>) -> Vec<Ranked> {
     let score = |id| nearest.iter().find(|(near, _)| *near == id).map(|(_, score)| *score);
     let mut seen = HashSet::new();
-    let exact = exact.iter().map(|(id, exact)| {
-        let kind = match exact {
-            Exact::Sku => MatchKind::Sku,
-            Exact::Name => MatchKind::Name,
-        };
-        Ranked { id: *id, score: score(*id), kind }
-    });
+    let exact = exact.iter().map(|(id, exact)| Ranked { id: *id, score: score(*id), kind: (*exact).into() });
     let mut nearest: Vec<&(i64, f32)> = nearest.iter().filter(|(id, _)| existing.contains(id)).collect();
     nearest.sort_by(|(a_id, a), (b_id, b)| b.total_cmp(a).then(a_id.cmp(b_id)));
     let nearest = nearest.into_iter().map(|(id, score)| Ranked {

@@ -2,7 +2,11 @@
 
 mod columns;
 mod legacy;
+mod search;
 mod table;
+mod vectors;
 
 pub use legacy::EditedBySku;
+pub use search::Found;
 pub use table::{Edit, Edited, Exact, LISTED, Page, Products};
+pub use vectors::{VectorSource, VectorTable};

@@ -8,6 +8,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
 use super::columns::{COLUMNS, LEGACY};
+use super::vectors::InDatabase;
 use crate::backend::postgres::connection::Connection;
 use crate::backend::postgres::{client, failure};
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
@@ -22,7 +23,7 @@ pub(super) const STATEMENT_TIMEOUT: &str = "5s";
 const EXACT_TIMEOUT: &str = "600ms";
 
 /// Rows with the same name that are listed first.
-const EXACT_LIMIT: i64 = 20;
+pub(super) const EXACT_LIMIT: i64 = 20;
 
 /// A table with more rows than this, by the planner's estimate, is not counted for a page.
 const COUNT_UP_TO: f32 = 200_000.0;
@@ -80,13 +81,14 @@ pub enum Edited<T> {
 pub struct Products {
     pub(super) pool: Pool,
     pub(super) relation: String,
+    pub(super) in_database: Option<InDatabase>,
 }
 
 impl Products {
     /// The products in a table, whose name is quoted.
     #[must_use]
     pub fn new(pool: Pool, relation: &str) -> Self {
-        Self { pool, relation: relation.into() }
+        Self { pool, relation: relation.into(), in_database: None }
     }
 
     /// Whether the table has the columns of the reference architecture's.
@@ -302,7 +304,7 @@ fn as_i64(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-fn product(row: &Row) -> Product {
+pub(super) fn product(row: &Row) -> Product {
     Product {
         id: row.get(0),
         name: row.get(1),

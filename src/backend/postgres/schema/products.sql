@@ -10,3 +10,7 @@ CREATE TABLE public.products_with_increment (
     last_updated date,
     uuid         varchar(255)
 );
+
+-- For the matches of a search by SKU and name, whatever their case.
+CREATE INDEX ON public.products_with_increment (lower(sku));
+CREATE INDEX ON public.products_with_increment (lower(name));
