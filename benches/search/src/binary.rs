@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use refarch::backend::LoadedModel;
 use refarch::config::{self, Settings};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::process::{Child, Command};
 
 use crate::mode::{Mode, Variable};
@@ -26,6 +26,9 @@ const POLL: Duration = Duration::from_millis(500);
 /// How long a role may take to start, and to stop: its grace period and more.
 const START_LIMIT: Duration = Duration::from_mins(2);
 const STOP_LIMIT: Duration = Duration::from_secs(40);
+
+/// A backlog that does not change for this long will not be worked off.
+const STUCK: Duration = Duration::from_mins(3);
 
 /// The roles that run while searches are measured. Each is a process of its own.
 const ROLES: [&str; 3] = ["serve", "listen", "embed"];
@@ -41,13 +44,13 @@ pub struct Binary {
 
 impl Binary {
     /// Takes the programs and the model from the runtime folder `installed`, if the folder has none.
-    pub fn new(path: PathBuf, folder: PathBuf, installed: &Path) -> Result<Self> {
+    pub fn new(path: PathBuf, folder: &Path, installed: &Path) -> Result<Self> {
         ensure!(
             path.is_file(),
             "there is no binary {}: build it, or name another one with --refarch",
             path.display()
         );
-        std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let folder = folder.canonicalize()?;
         // A folder of refarch itself also serves.
         let runtime = if folder.join("postgres").is_dir() { folder.clone() } else { folder.join(".refarch") };
@@ -96,9 +99,8 @@ impl Binary {
 
     /// The settings that choose a mode, if this binary can search that way.
     pub async fn settings(&self, mode: Mode) -> Result<Vec<Variable>> {
-        let refusal = match self.output(&mode.settings(), &["config"]).await {
-            Ok(_) => return Ok(mode.settings()),
-            Err(refusal) => refusal,
+        let Err(refusal) = self.output(&mode.settings(), &["config"]).await else {
+            return Ok(mode.settings());
         };
         if let Some(older) = mode.settings_without_search()
             && self.output(&older, &["config"]).await.is_ok()
@@ -132,6 +134,7 @@ impl Binary {
     /// Waits until every row is searchable in its current state, with a pause between two looks. `refarch
     /// status` reads anew each time.
     pub async fn wait_until_synced(&self, pause: Duration) -> Result<()> {
+        let (mut last, mut changed) = (Value::Null, Instant::now());
         loop {
             let text = self.output(&[], &["status", "--json"]).await?;
             let status: Value = serde_json::from_str(&text).context("refarch status --json")?;
@@ -139,6 +142,11 @@ impl Binary {
                 return Ok(());
             }
             ensure!(status["dead_letters"] == 0, "there are dead letters: refarch redrive lists them");
+            let now = json!([status["pending"], status["queue"], status["in_sync"], status["unsettled"]]);
+            if last != now {
+                (last, changed) = (now, Instant::now());
+            }
+            ensure!(changed.elapsed() < STUCK, "nothing has been indexed for {} s: {text}", STUCK.as_secs());
             tokio::time::sleep(pause).await;
         }
     }

@@ -113,6 +113,7 @@ pub async fn times(url: &str, path: &str, count: usize) -> Result<Result<Vec<f64
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp, reason = "these numbers are exact")]
 mod tests {
     use super::*;
 

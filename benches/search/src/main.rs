@@ -191,7 +191,7 @@ fn open_binary(arguments: &Arguments, installed: &Path) -> Result<Binary> {
         None => beside.with_file_name("bench").join("search").join(arguments.rows.to_string()),
     };
     let path = path.canonicalize().with_context(|| format!("there is no binary {}", path.display()))?;
-    Binary::new(path, folder, installed)
+    Binary::new(path, &folder, installed)
 }
 
 /// Fills a new folder with products.

@@ -14,7 +14,7 @@ pub static SUBJECTS: [Subject; 20] = [
         sentences: [
             (
                 "Astronomers suspect that a cloud of dust made {} fade last winter",
-                "The light of {} grew weaker, perhaps because fine grains in space hid it from observatories",
+                "{} lost brightness in the cold season, possibly dimmed by dust, observers of the sky believe",
             ),
             (
                 "The parallax of {} puts it further from the Earth than the old star charts say",
@@ -37,15 +37,15 @@ pub static SUBJECTS: [Subject; 20] = [
             ),
             (
                 "Counsel for the plaintiff argued that {} came after the limitation period had run out",
-                "The claimant's barrister said that it was too late in law for {}",
+                "The claimant's barrister said that the legal deadline had passed before {}",
             ),
         ],
         things: [
-            ("the conviction for perjury", "the verdict of lying under oath"),
+            ("the conviction for perjury", "the perjury verdict"),
             ("the eviction of the tenant", "the removal of the leaseholder"),
             ("the contested will", "the testament that the heirs disputed"),
             ("the libel award", "the damages for defamation"),
-            ("the bankruptcy petition", "the filing for insolvency"),
+            ("the bankruptcy petition", "the filing for bankruptcy"),
         ],
     },
     Subject {
@@ -56,13 +56,13 @@ pub static SUBJECTS: [Subject; 20] = [
             ),
             (
                 "A trial of two thousand volunteers found that the vaccine does not prevent {}",
-                "Inoculation gave no protection against {}, a large clinical study concluded",
+                "The vaccine gave no protection against {}, a large clinical study concluded",
             ),
         ],
         things: [
             ("a ruptured appendix", "a burst appendix"),
             ("a torn retina", "a rip at the back of the eye"),
-            ("gallstones", "stones in the gall bladder"),
+            ("gallstones", "gallstones in the bladder"),
             ("an aneurysm of the aorta", "a bulge in the body's main artery"),
             ("a slipped disc", "a herniated disc of the spine"),
         ],
@@ -81,7 +81,7 @@ pub static SUBJECTS: [Subject; 20] = [
         things: [
             ("the schooner", "the two-masted schooner"),
             ("the old ketch", "the ketch, a veteran vessel"),
-            ("the racing catamaran", "the fast boat with two hulls"),
+            ("the racing catamaran", "the catamaran, a fast boat with two hulls"),
             ("the herring trawler", "the ship that fishes for herring"),
             ("the Baltic ferry", "the ferry on the Baltic route"),
         ],
@@ -113,7 +113,7 @@ pub static SUBJECTS: [Subject; 20] = [
             ),
             (
                 "In the fresco above the altar, {} is painted in ochre and lapis lazuli",
-                "Blue and earthen pigments on the church wall depict {}",
+                "Above the altar, a wall painting in blue and earthen pigments depicts {}",
             ),
         ],
         things: [
@@ -132,7 +132,7 @@ pub static SUBJECTS: [Subject; 20] = [
             ),
             (
                 "A counterexample shattered the conjecture that {}",
-                "Someone found a case which shows that it is wrong to assume that {}",
+                "A single case that breaks the rule refutes the guess that {}",
             ),
         ],
         things: [
@@ -174,10 +174,10 @@ pub static SUBJECTS: [Subject; 20] = [
             ),
         ],
         things: [
-            ("hyperinflation", "prices that rise out of control"),
-            ("mass unemployment", "millions of people out of work"),
+            ("hyperinflation", "runaway inflation of prices"),
+            ("mass unemployment", "widespread unemployment"),
             ("the national debt", "what the state owes its creditors"),
-            ("the flight of capital", "investors moving their money abroad"),
+            ("the flight of capital", "capital leaving the country"),
             ("the trade deficit", "importing far more than is exported"),
         ],
     },
@@ -213,7 +213,7 @@ pub static SUBJECTS: [Subject; 20] = [
         ],
         things: [
             ("the jealous sister", "the envious sister"),
-            ("the court jester", "the fool of the palace"),
+            ("the court jester", "the jester of the palace"),
             ("the one-eyed general", "the commander with a single eye"),
             ("the orphan from Seville", "the parentless child of Seville"),
             ("the disgraced priest", "the clergyman who lost his honour"),
@@ -270,9 +270,9 @@ pub static SUBJECTS: [Subject; 20] = [
         ],
         things: [
             ("doping", "taking forbidden substances"),
-            ("spitting at the referee", "having spat at the umpire"),
+            ("spitting at the referee", "having spat on the referee"),
             ("handling the ball outside the area", "touching the ball by hand beyond the box"),
-            ("biting a defender", "sinking teeth into a defending player"),
+            ("biting a defender", "sinking teeth into a defender"),
             ("betting on the result", "wagering money on how the game would end"),
         ],
     },
@@ -291,7 +291,7 @@ pub static SUBJECTS: [Subject; 20] = [
             ("the dual number of nouns", "nouns having a special form for two"),
             ("the whistled dialect", "the way of speaking by whistles"),
             ("the click consonants", "the consonants that are clicked"),
-            ("the runic alphabet", "the letters called runes"),
+            ("the runic alphabet", "the alphabet of runes"),
             ("the tonal vowels", "vowels whose pitch changes the meaning"),
         ],
     },
@@ -310,7 +310,7 @@ pub static SUBJECTS: [Subject; 20] = [
             ("the Higgs boson", "the boson named after Higgs"),
             ("a neutral pion", "a pion without charge"),
             ("a black hole", "a collapsed star from which nothing escapes"),
-            ("dark matter", "the invisible mass of the universe"),
+            ("dark matter", "invisible dark matter"),
             ("positronium", "the bound state of an electron and a positron"),
         ],
     },
@@ -349,7 +349,7 @@ pub static SUBJECTS: [Subject; 20] = [
             ("the seaplane", "the aeroplane that lands on water"),
             ("the rescue helicopter", "the helicopter on its lifesaving mission"),
             ("the president's jet", "the jet with the head of state aboard"),
-            ("the crop duster", "the aircraft that sprays fields"),
+            ("the crop duster", "the plane that dusts crops"),
         ],
     },
     Subject {
@@ -386,7 +386,7 @@ pub static SUBJECTS: [Subject; 20] = [
             ("free will", "the freedom to choose one's actions"),
             ("the sense of time", "the feeling for how time passes"),
             ("the memory of childhood", "recollections of early years"),
-            ("moral judgement", "telling right from wrong"),
+            ("moral judgement", "judging morally what is right"),
             ("the perception of colour", "seeing colours"),
         ],
     },
