@@ -29,9 +29,10 @@ FROM tools AS builder
 COPY Cargo.toml Cargo.lock ./
 COPY src/encoder/Cargo.toml src/encoder/
 COPY benches/encoder/Cargo.toml benches/encoder/
-RUN mkdir -p benches/encoder/src \
+COPY benches/search/Cargo.toml benches/search/
+RUN mkdir -p benches/encoder/src benches/search/src \
     && touch src/lib.rs src/encoder/lib.rs \
-    && for file in src/main.rs benches/queue.rs benches/encoder/src/main.rs; do echo 'fn main() {}' >"$file"; done \
+    && for file in src/main.rs benches/queue.rs benches/encoder/src/main.rs benches/search/src/main.rs; do echo 'fn main() {}' >"$file"; done \
     && cargo build --release --locked
 COPY config config
 COPY src src
