@@ -236,13 +236,16 @@ impl Database {
         if !self.client.query_one(has_state, &[]).await?.get::<_, bool>(0) {
             return Ok(Value::Null);
         }
-        let method = if access_method == "hnsw" { "graph" } else { "lists" };
+        // Only lists have a description; it is complete after their first check.
+        if access_method != "ivfflat" {
+            return Ok(Value::Null);
+        }
         let started = Instant::now();
         loop {
             let rows = self.client.query("SELECT to_jsonb(s)::text FROM refarch.search_index s", &[]).await?;
             for row in rows {
                 let state: Value = serde_json::from_str(row.get(0))?;
-                if state["method"] == method && !state["built_at"].is_null() {
+                if !state["recall"].is_null() {
                     return Ok(state);
                 }
             }
