@@ -86,8 +86,8 @@ impl Migrated {
 
     pub fn pgvector(&self, generation: &Generation) -> PgVector {
         let options = pgvector::PgVectorOptions {
-            method: SearchMethod::Graph,
-            exact_limit: Duration::from_millis(10),
+            method: refarch::config::SearchMethod::Graph,
+            exact_limit: std::time::Duration::from_millis(10),
             recall: 0.99,
             build_memory: 256,
             graph_min_rows: 1_000,

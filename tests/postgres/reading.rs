@@ -493,7 +493,13 @@ async fn pgvector_may_be_in_any_schema() {
     let setup = "CREATE SCHEMA \"my Extensions\"; CREATE EXTENSION vector SCHEMA \"my Extensions\"; \
                  DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, \"my Extensions\"', current_database()); END $$; \
                  CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
-    let env = [ITEM[0], ITEM[1], ITEM[2], ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10")];
+    let env = [
+        ITEM[0],
+        ITEM[1],
+        ITEM[2],
+        ("REFARCH_INDEX_SEARCH", "graph"),
+        ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10"),
+    ];
     let it = SyncFixture::new(setup, &env).await;
     it.run(
         "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = ''''', current_database()); END $$",
@@ -565,7 +571,7 @@ async fn a_role_with_unusual_settings_reads_and_writes_the_same_values() {
     ))
     .await;
     let options = pgvector::PgVectorOptions {
-        method: SearchMethod::Graph,
+        method: refarch::config::SearchMethod::Graph,
         exact_limit: Duration::from_millis(10),
         recall: 0.99,
         build_memory: 256,
@@ -793,7 +799,7 @@ async fn a_failed_graph_build_is_logged_once_and_retried_with_backoff() {
     let hand = Arc::new(ManualClock::default());
     let generation = &it.backends.generation;
     let options = pgvector::PgVectorOptions {
-        method: SearchMethod::Graph,
+        method: refarch::config::SearchMethod::Graph,
         exact_limit: Duration::from_millis(10),
         recall: 0.99,
         build_memory: 256,
@@ -803,8 +809,12 @@ async fn a_failed_graph_build_is_logged_once_and_retried_with_backoff() {
         acknowledged_in_same_log: true,
     };
     // Of the owner's table, and the role may not ask for an index on it either.
-    it.run("REVOKE EXECUTE ON FUNCTION refarch.build_graph FROM PUBLIC").await;
-    it.run(&format!("REVOKE EXECUTE ON FUNCTION refarch.build_graph FROM {}", it.role())).await;
+    it.run("REVOKE EXECUTE ON FUNCTION refarch.build_graph(integer, integer, integer) FROM PUBLIC").await;
+    it.run(&format!(
+        "REVOKE EXECUTE ON FUNCTION refarch.build_graph(integer, integer, integer) FROM {}",
+        it.role()
+    ))
+    .await;
     let table = Arc::new(generation.table.clone());
     let index = PgVector::new(it.postgres.clone(), table, generation.salt.clone(), generation.id, options)
         .with_clock(Arc::clone(&hand) as _);
@@ -825,7 +835,7 @@ async fn a_failed_graph_build_is_logged_once_and_retried_with_backoff() {
         .lock()
         .unwrap()
         .iter()
-        .filter(|line| line.contains("cannot build the graph"))
+        .filter(|line| line.contains("cannot build the search index"))
         .cloned()
         .collect();
     let (warnings, others): (Vec<&String>, Vec<&String>) =
@@ -840,7 +850,13 @@ async fn a_failed_graph_build_is_logged_once_and_retried_with_backoff() {
 async fn an_older_pgvector_works_without_a_graph() {
     let setup = "CREATE EXTENSION vector; UPDATE pg_extension SET extversion = '0.8.1' WHERE extname = 'vector'; \
                  CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
-    let env = [ITEM[0], ITEM[1], ITEM[2], ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10")];
+    let env = [
+        ITEM[0],
+        ITEM[1],
+        ITEM[2],
+        ("REFARCH_INDEX_SEARCH", "graph"),
+        ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10"),
+    ];
     let it = SyncFixture::new(setup, &env).await;
     let report = backend::migrate(&it.postgres, &it.settings).await.unwrap();
     assert!(report.warnings.iter().any(|warning| warning.contains("0.8.1")), "{report:?}");

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use refarch::backend::Backends;
+use refarch::config::{Index, SearchMethod};
 use refarch::pipeline::change::{Group, JOB_VERSION, Job, Lane, Op};
 use refarch::pipeline::queue::Backlog;
 use tokio::process::Child;
@@ -313,7 +315,9 @@ async fn an_indexer_holds_few_messages_beyond_its_current_work() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_graph_is_built_after_a_load_and_dropped_for_a_larger_load() {
-    let it = SyncFixture::new("", &[("REFARCH_INDEX_GRAPH_MIN_ROWS", "20")]).await;
+    let it =
+        SyncFixture::new("", &[("REFARCH_INDEX_SEARCH", "graph"), ("REFARCH_INDEX_GRAPH_MIN_ROWS", "20")])
+            .await;
     let graph = async || -> bool {
         let sql = "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE c.relname LIKE 'vector%graph' AND indisvalid)";
         it.client.query_one(sql, &[]).await.unwrap().get(0)
@@ -332,6 +336,48 @@ async fn the_graph_is_built_after_a_load_and_dropped_for_a_larger_load() {
     assert!(graph().await, "too small a load to build anew for");
     it.backends.index.maintain(50_000).await.unwrap();
     assert!(!graph().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_are_built_checked_built_again_and_dropped() {
+    let it = SyncFixture::new("", &[("REFARCH_INDEX_SEARCH", "lists")]).await;
+    let lists = async || -> Option<u32> {
+        let sql = "SELECT c.oid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam \
+                   WHERE a.amname = 'ivfflat' AND i.indisvalid";
+        it.client.query_opt(sql, &[]).await.unwrap().map(|row| row.get(0))
+    };
+    it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text ' || i FROM generate_series(1, 1500) i").await;
+    it.converge().await;
+    let maintain = async || it.backends.index.maintain(0).await.unwrap();
+    // The indexer may have built them already.
+    maintain().await;
+    let built = lists().await.expect("lists over 1,500 vectors");
+    maintain().await;
+    let state =
+        it.client.query_one("SELECT lists, probes, recall FROM refarch.search_index", &[]).await.unwrap();
+    let (count, probes, recall): (i32, i32, Option<f32>) = (state.get(0), state.get(1), state.get(2));
+    assert_eq!(count, 38);
+    assert!((1..=4).contains(&probes) && recall.is_some_and(|recall| recall > 0.5), "{probes} {recall:?}");
+    assert_eq!(it.find("text 17").await[0], "17");
+    let status = it.backends.status().await.unwrap();
+    assert_eq!(status.search.expect("the state of the lists").lists, 38);
+    // As if the table had grown since.
+    it.run("UPDATE refarch.search_index SET rows = 900").await;
+    maintain().await;
+    let again = lists().await.expect("lists");
+    assert_ne!(again, built);
+    // As if searches found too little.
+    it.run("UPDATE refarch.search_index SET degraded = true").await;
+    maintain().await;
+    assert_ne!(lists().await.expect("lists"), again);
+    assert_eq!(it.find("text 17").await[0], "17");
+    let mut settings = it.settings.clone();
+    let Index::Pgvector(index) = &mut settings.index else { panic!("pgvector is the default") };
+    index.search = SearchMethod::Exact;
+    let exact = Backends::open(&it.postgres, &settings).await.unwrap();
+    exact.index.maintain(0).await.unwrap();
+    assert_eq!(lists().await, None);
+    assert!(exact.status().await.unwrap().search.is_none());
 }
 
 #[tokio::test(flavor = "multi_thread")]

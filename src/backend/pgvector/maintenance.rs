@@ -3,9 +3,9 @@
 
 use super::method::{Action, Presence, Situation};
 use super::observations::BuildHistory;
-use super::state::{self, SearchIndex};
 use super::table::PgVector;
 use crate::backend::postgres::failure;
+use crate::backend::postgres::search_index::{self, SearchIndex};
 use crate::config::SearchMethod;
 use crate::pipeline::failure::Result;
 
@@ -38,7 +38,7 @@ impl PgVector {
         let (situation, seen) = self.look(backlog).await?;
         let Some(action) = situation.next_action() else {
             if situation.lists == Presence::Valid
-                && state::claim_check(&self.postgres, self.generation).await?
+                && search_index::claim_check(&self.postgres, self.generation).await?
             {
                 self.check(situation.rows, seen).await?;
             }
@@ -67,9 +67,9 @@ impl PgVector {
         match action {
             Action::BuildLists => {
                 let rows = i64::try_from(rows).unwrap_or(i64::MAX);
-                state::built(&self.postgres, self.generation, done.lists, rows, done.took_ms).await?;
+                search_index::built(&self.postgres, self.generation, done.lists, rows, done.took_ms).await?;
             }
-            Action::DropLists => state::dropped(&self.postgres, self.generation).await?,
+            Action::DropLists => search_index::dropped(&self.postgres, self.generation).await?,
             Action::BuildGraph | Action::DropGraph => {}
         }
         *self.builds() = BuildHistory::default();
@@ -95,7 +95,7 @@ impl PgVector {
         let reads_more = seen.probes > seen.probes_at_build * PROBES_GROWTH;
         seen.is_degraded = changed && (found < self.options.recall || reads_more || is_uneven);
         (seen.recall, seen.skew) = (Some(found as f32), Some(skew));
-        state::checked(&self.postgres, self.generation, &seen).await?;
+        search_index::checked(&self.postgres, self.generation, &seen).await?;
         tracing::info!(
             table = self.table,
             recall = found,
@@ -133,7 +133,7 @@ impl PgVector {
         let rows = self.rows(row.get::<_, Option<i64>>(0).unwrap_or_default()).await?;
         let seen = match lists {
             Presence::Absent => None,
-            _ => state::read(&self.postgres, self.generation).await?,
+            _ => search_index::read(&self.postgres, self.generation).await?,
         };
         let situation = Situation {
             method: self.options.method,

@@ -11,11 +11,8 @@ mod method;
 mod observations;
 mod quality;
 mod search;
-mod state;
 mod table;
 mod write;
 
-pub use state::SearchIndex;
-pub use table::{
-    MIN_GRAPH_VERSION, MIN_VERSION, PgVector, PgVectorOptions, Version, parse_version, table_name,
-};
+pub use super::postgres::search_index::vector_table as table_name;
+pub use table::{MIN_GRAPH_VERSION, MIN_VERSION, PgVector, PgVectorOptions, Version, parse_version};

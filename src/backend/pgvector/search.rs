@@ -5,11 +5,9 @@ use pgvector::HalfVector;
 
 use super::table::{Extension, PgVector, Version, is_about_names};
 use crate::backend::postgres::products::{VectorSource, VectorTable};
+use crate::backend::postgres::search_index::DEFAULT_PROBES;
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::Match;
-
-/// Lists that a search reads before the first check has chosen a number.
-pub(super) const DEFAULT_PROBES: i32 = 16;
 
 /// The oldest pgvector that continues a search if the first candidates were too few.
 const MIN_ITERATIVE_VERSION: Version = (0, 8, 0);

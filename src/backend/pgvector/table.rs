@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::observations::{BuildHistory, Observations};
+use crate::backend::postgres::search_index::vector_table;
 use crate::backend::postgres::source::{SourceReader, SourceTable};
 use crate::backend::postgres::{Postgres, failure};
 use crate::config::SearchMethod;
@@ -73,12 +74,6 @@ pub fn parse_version(text: &str) -> Version {
     (next(), next(), next())
 }
 
-/// The table that holds a target's vectors.
-#[must_use]
-pub fn table_name(generation: i32) -> String {
-    format!("refarch.vector_{generation}")
-}
-
 impl PgVector {
     /// The index of a target. Its table must exist.
     #[must_use]
@@ -89,7 +84,7 @@ impl PgVector {
         generation: i32,
         options: PgVectorOptions,
     ) -> Self {
-        let table = table_name(generation);
+        let table = vector_table(generation);
         let source = SourceReader::new(postgres.clone(), source);
         Self {
             postgres,

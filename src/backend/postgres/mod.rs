@@ -14,6 +14,7 @@ pub mod products;
 pub mod proof;
 pub mod pruning;
 mod schema_version;
+pub mod search_index;
 pub mod source;
 pub mod status;
 pub mod tls;

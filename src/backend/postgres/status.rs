@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::fault::{self, FaultStatus};
 use super::generation::Generation;
 use super::proof::Proof;
+use super::search_index::{self, SearchIndex};
 use super::source::SourceTable;
 use super::worker_registry::WORKER_GONE_S;
 use super::{Postgres, capture, failure, outbox};
@@ -65,6 +66,9 @@ pub struct Status {
     pub in_sync: u64,
     /// Whether `in_sync` is an upper bound, because changes are on their way.
     pub in_sync_estimated: bool,
+    /// The lists through which searches go; none if searches read all vectors, go through a graph, or are made
+    /// elsewhere.
+    pub search: Option<SearchIndex>,
     /// Time from statement to searchable over the last five minutes, in milliseconds.
     pub freshness_ms: LaneFreshness,
     /// Processes with a recent heartbeat.
@@ -309,6 +313,7 @@ pub async fn read(
         capture_faults: capture::faults(postgres, source).await?,
         in_sync: 0,
         in_sync_estimated: false,
+        search: search_index::read(postgres, generation.id).await?,
         freshness_ms: freshness,
         workers,
         faults,

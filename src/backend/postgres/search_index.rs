@@ -3,8 +3,17 @@
 use serde::Serialize;
 use tokio_postgres::Row;
 
-use crate::backend::postgres::{Postgres, failure};
+use super::{Postgres, failure};
 use crate::pipeline::failure::Result;
+
+/// Lists that a search reads before the first check has chosen a number.
+pub(crate) const DEFAULT_PROBES: i32 = 16;
+
+/// The table that holds a generation's vectors.
+#[must_use]
+pub fn vector_table(generation: i32) -> String {
+    format!("refarch.vector_{generation}")
+}
 
 /// The lists of a generation, as they were built and last checked.
 #[derive(Clone, Debug, Serialize)]
@@ -27,19 +36,19 @@ pub struct SearchIndex {
     /// Whether the lists no longer find enough and are to be built again.
     pub is_degraded: bool,
     #[serde(skip)]
-    pub(super) probes_at_build: i32,
+    pub(crate) probes_at_build: i32,
     #[serde(skip)]
-    pub(super) skew_at_build: Option<f32>,
+    pub(crate) skew_at_build: Option<f32>,
     /// Rows written since the build.
     #[serde(skip)]
-    pub(super) written: i64,
+    pub(crate) written: i64,
 }
 
 const COLUMNS: &str = "s.lists, s.probes, s.rows, s.build_ms, s.recall, \
     extract(epoch FROM now() - s.checked_at)::bigint, s.skew, s.degraded, s.probes_at_build, s.skew_at_build";
 
 /// Rows that were written to the table of vectors, as the statistics count them.
-pub(super) fn written(table: &str) -> String {
+fn written(table: &str) -> String {
     format!(
         "pg_catalog.pg_stat_get_tuples_inserted('{table}'::regclass) + pg_catalog.pg_stat_get_tuples_updated('{table}'::regclass)"
     )
@@ -65,7 +74,7 @@ fn from_row(row: &Row) -> SearchIndex {
 pub async fn read(postgres: &Postgres, generation: i32) -> Result<Option<SearchIndex>> {
     let sql = format!(
         "SELECT {COLUMNS}, abs({written} - s.built_writes) FROM refarch.search_index s WHERE s.target = $1",
-        written = written(&super::table::table_name(generation))
+        written = written(&vector_table(generation))
     );
     let client = postgres.client().await?;
     let row = client.query_opt(&sql, &[&generation]).await;
@@ -73,12 +82,12 @@ pub async fn read(postgres: &Postgres, generation: i32) -> Result<Option<SearchI
 }
 
 /// Claims the next check, so that one worker makes it: after an hour, or after a tenth of the rows was written.
-pub(super) async fn claim_check(postgres: &Postgres, generation: i32) -> Result<bool> {
+pub(crate) async fn claim_check(postgres: &Postgres, generation: i32) -> Result<bool> {
     let sql = format!(
         "UPDATE refarch.search_index s SET checked_at = now(), checked_writes = w.n FROM (SELECT {written} AS n) w \
          WHERE s.target = $1 AND (s.checked_at IS NULL OR s.checked_at < now() - interval '1 hour' \
            OR abs(w.n - s.checked_writes) > greatest(s.rows, 1000) / 10)",
-        written = written(&super::table::table_name(generation))
+        written = written(&vector_table(generation))
     );
     let client = postgres.client().await?;
     let claimed = client.execute(&sql, &[&generation]).await;
@@ -86,7 +95,7 @@ pub(super) async fn claim_check(postgres: &Postgres, generation: i32) -> Result<
 }
 
 /// Records a build.
-pub(super) async fn built(
+pub(crate) async fn built(
     postgres: &Postgres,
     generation: i32,
     lists: i32,
@@ -100,16 +109,15 @@ pub(super) async fn built(
            probes_at_build = excluded.probes_at_build, rows = excluded.rows, build_ms = excluded.build_ms, \
            built_writes = excluded.built_writes, built_at = now(), recall = NULL, checked_at = NULL, \
            skew = NULL, skew_at_build = NULL, degraded = false",
-        written = written(&super::table::table_name(generation))
+        written = written(&vector_table(generation))
     );
     let client = postgres.client().await?;
-    let done =
-        client.execute(&sql, &[&generation, &lists, &rows, &build_ms, &super::search::DEFAULT_PROBES]).await;
+    let done = client.execute(&sql, &[&generation, &lists, &rows, &build_ms, &DEFAULT_PROBES]).await;
     done.map(drop).map_err(|error| failure("record the lists", error))
 }
 
 /// Records a check.
-pub(super) async fn checked(postgres: &Postgres, generation: i32, seen: &SearchIndex) -> Result<()> {
+pub(crate) async fn checked(postgres: &Postgres, generation: i32, seen: &SearchIndex) -> Result<()> {
     let client = postgres.client().await?;
     let done = client
         .execute(
@@ -130,7 +138,7 @@ pub(super) async fn checked(postgres: &Postgres, generation: i32, seen: &SearchI
 }
 
 /// Removes the record.
-pub(super) async fn dropped(postgres: &Postgres, generation: i32) -> Result<()> {
+pub(crate) async fn dropped(postgres: &Postgres, generation: i32) -> Result<()> {
     let client = postgres.client().await?;
     let done = client.execute("DELETE FROM refarch.search_index WHERE target = $1", &[&generation]).await;
     done.map(drop).map_err(|error| failure("remove the record of the lists", error))
