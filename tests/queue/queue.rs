@@ -629,7 +629,7 @@ async fn a_short_retention_period_is_reported_at_the_start_and_by_migrate() {
             assert!(said.lines().any(|line| about(&line)), "{args:?}: {url}: {said}");
         }
         assert!(said.contains("MessageRetentionPeriod = 3600 s"), "{said}");
-        assert!(said.contains("counts from when a message was first sent"), "{said}");
+        assert!(said.contains("counts from when the message was first sent"), "{said}");
         assert!(said.lines().any(|line| line.contains("MaximumMessageSize = 65536")), "{said}");
     }
     // The default is worth a note of migrate's, and no warning.
