@@ -14,6 +14,7 @@ use tokio_postgres::Transaction;
 
 use hnsw::BuildHistory;
 
+use super::postgres::counts;
 use super::postgres::ledger::{Entries, source_row};
 use super::postgres::source::{MAX_REREADS, SourceRead, SourceReader, SourceTable, altered_too_often};
 use super::postgres::{Postgres, failure};
@@ -230,12 +231,14 @@ impl VectorIndex for PgVector {
     }
 
     async fn count(&self) -> Result<u64> {
+        let records = counts::read(&self.postgres, self.generation).await?.records;
+        // The table itself says whether it has any.
         let client = self.postgres.client().await?;
         let row = client
-            .query_one(&format!("SELECT count(*) FROM {}", self.table), &[])
+            .query_one(&format!("SELECT EXISTS (SELECT FROM {})", self.table), &[])
             .await
             .map_err(|error| failure("count vectors", error))?;
-        Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
+        Ok(if row.get(0) { records } else { 0 })
     }
 
     async fn list(&self, cursor: Option<&str>, limit: usize) -> Result<Listing> {

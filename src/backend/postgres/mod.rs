@@ -1,7 +1,8 @@
-//! PostgreSQL: connections, schema, capture, outbox, ledger, worker registry, and the state of the proof.
+//! PostgreSQL: connections, schema, capture, outbox, ledger, kept counts, worker registry, and the state of the proof.
 
 pub mod capture;
 pub mod connection;
+pub mod counts;
 pub mod fault;
 pub mod generation;
 pub mod ledger;
@@ -12,6 +13,7 @@ pub mod ownership;
 pub mod products;
 pub mod proof;
 pub mod source;
+pub mod source_rows;
 pub mod status;
 pub mod tls;
 pub mod worker_lock;

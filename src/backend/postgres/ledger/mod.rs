@@ -21,7 +21,7 @@ use entry::{ENTRY, hash, read_entry};
 use super::connection::Connection;
 use super::source::{MAX_REREADS, SourceRead, SourceReader, SourceTable, altered_too_often};
 use super::worker_lock::WORKER_LOCKS;
-use super::{Postgres, failure};
+use super::{Postgres, counts, failure};
 use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::ledger::{CloseResult, Closed, Entry, Ledger, Opened, Outcome, Peeked, Pending, Swept};
@@ -469,6 +469,10 @@ impl Ledger for PgLedger {
             .await
             .map_err(fail("count the outbox"))?;
         Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
+    }
+
+    async fn tidy(&self) -> Result<()> {
+        counts::fold(&self.postgres, self.generation).await
     }
 
     async fn count_try(&self, id: &str, by: i32) -> Result<u32> {

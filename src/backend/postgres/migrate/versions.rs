@@ -22,6 +22,7 @@ const MIGRATIONS: &[(i32, &str, &str)] = &[
     (8, "ownership", include_str!("../schema/0008_ownership.sql")),
     (9, "leaves", include_str!("../schema/0009_leaves.sql")),
     (10, "checksums", include_str!("../schema/0010_checksums.sql")),
+    (12, "counts", include_str!("../schema/0012_counts.sql")),
 ];
 
 /// What is recorded of a migration: its checksum, but for those of builds that recorded none.

@@ -4,6 +4,7 @@
 //! outside, that transaction books the messages, packed as they will travel, and [`shipping`] sends them:
 //! no transaction stays open during a call, which would hold back vacuum in the whole database.
 
+mod pending;
 mod shipping;
 mod truncate;
 
@@ -18,6 +19,7 @@ use crate::pipeline::change::{Job, Lane, Op};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::outbox::{BuildJobs, ClaimRequest, Outbox, OutboxRow, Transferred};
 use crate::pipeline::queue::JobQueue;
+pub use pending::{PendingChanges, pending};
 use shipping::Shipping;
 use truncate::Truncate;
 
@@ -174,22 +176,6 @@ impl PgOutbox {
             .map_err(|error| failure("set the relay's wake-up flag", error))?;
         Ok(())
     }
-}
-
-/// Changes in the outbox or on their way to the queue; a truncation counts as one, and so does a table that is to be
-/// read anew.
-pub async fn pending(postgres: &Postgres, source: &str) -> Result<u64> {
-    let client = postgres.client().await?;
-    let row = client
-        .query_one(
-            "SELECT (SELECT coalesce(sum(greatest(cardinality(ids), 1)), 0) FROM refarch.outbox WHERE source = $1)::bigint \
-               + (SELECT coalesce(sum(changes), 0) FROM refarch.shipment WHERE source = $1)::bigint \
-               + (EXISTS (SELECT FROM refarch.backfill WHERE source = $1) OR EXISTS (SELECT FROM refarch.mark WHERE source = $1))::int",
-            &[&source],
-        )
-        .await
-        .map_err(|error| failure("count the outbox", error))?;
-    Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
 }
 
 /// Counts what goes to each lane.

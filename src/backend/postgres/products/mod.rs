@@ -1,6 +1,7 @@
 //! The reference architecture's table, as the page and the API read and edit it.
 
 mod legacy;
+mod page;
 
 use std::collections::{HashMap, HashSet};
 
@@ -15,6 +16,7 @@ use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::product::Product;
 pub use legacy::EditedBySku;
 use legacy::LEGACY;
+pub use page::{Page, Place};
 
 /// The time limit of one statement, so that a page never holds a connection for long.
 const STATEMENT_TIMEOUT: &str = "5s";
@@ -27,27 +29,10 @@ const EXACT_TIMEOUT: &str = "600ms";
 /// Rows with the same name that are listed first.
 const EXACT_LIMIT: i64 = 20;
 
-/// A table with more rows than this, by the planner's estimate, is not counted for a page.
-const COUNT_UP_TO: f32 = 200_000.0;
-
-/// How many rows of the table pages can reach. A page further in would read every row before it.
-pub const LISTED: u64 = 10_000;
-
 /// The columns that a reader sees, in the same form whatever the role's `DateStyle`. `xmin` changes with
 /// every write to the row.
 const COLUMNS: &str = "p.id::bigint, p.name::text, p.sku::text, p.description, p.price::text, \
                        to_char(p.last_updated, 'YYYY-MM-DD'), p.xmin::text";
-
-/// A page of the table.
-#[derive(Debug)]
-pub struct Page {
-    /// Rows, by id.
-    pub rows: Vec<Product>,
-    /// Number of rows in the table.
-    pub total: u64,
-    /// Whether `total` is the planner's estimate.
-    pub total_estimated: bool,
-}
 
 /// How a row matches a search term exactly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,37 +90,6 @@ impl Products {
                 Error::new(FailureKind::WrongShape, format!("read {}", self.relation), format!("{}; {hint}", error.message())).because(error)
             },
         )
-    }
-
-    /// Page `page` (from 1) of `per_page` rows, by id; past [`LISTED`] rows nothing is read.
-    pub async fn page(&self, page: u64, per_page: u64) -> Result<Page> {
-        let offset = (page - 1).saturating_mul(per_page);
-        let rows = self.window(COLUMNS, offset, per_page).await?;
-        let estimate = self
-            .query("SELECT reltuples FROM pg_class WHERE oid = $1::text::regclass", &[&self.relation])
-            .await?;
-        let estimate: f32 = estimate.first().map_or(0.0, |row| row.get(0));
-        let total_estimated = estimate > COUNT_UP_TO;
-        let total = if total_estimated {
-            estimate as u64
-        } else {
-            let count = self.query(&format!("SELECT count(*) FROM {}", self.relation), &[]).await?;
-            count.first().map_or(0, |row| row.get::<_, i64>(0)) as u64
-        };
-        Ok(Page { rows: rows.iter().map(product).collect(), total, total_estimated })
-    }
-
-    /// Rows of a page. Of the rows before the page, only the id is read.
-    async fn window(&self, columns: &str, offset: u64, count: u64) -> Result<Vec<Row>> {
-        if offset >= LISTED {
-            return Ok(Vec::new());
-        }
-        let sql = format!(
-            "SELECT {columns} FROM {table} p JOIN (SELECT id FROM {table} ORDER BY id LIMIT $1 OFFSET $2) k ON k.id = p.id \
-             ORDER BY p.id",
-            table = self.relation
-        );
-        self.query(&sql, &[&as_i64(count), &as_i64(offset)]).await
     }
 
     /// One row.
