@@ -22,7 +22,7 @@ const COUNTED_FOR: Duration = Duration::from_mins(1);
 const COUNTED_FOR_COST: u32 = 100;
 
 /// How far the planner's estimate of a large table may be off. If the ledger differs by more, the table is counted.
-const ESTIMATE_IS_OFF: f64 = 0.1;
+pub(super) const ESTIMATE_IS_OFF: f64 = 0.1;
 
 /// Rows of a table and of the tables below it by the planner's estimate (0: unknown), and their size in bytes. `$1` is the
 /// quoted name.

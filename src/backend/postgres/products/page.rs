@@ -4,7 +4,7 @@ use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
 use super::{COLUMNS, LEGACY, Products, as_i64, product};
-use crate::backend::postgres::source_rows::{COUNT_UP_TO, ESTIMATE};
+use crate::backend::postgres::source_rows::{COUNT_UP_TO, ESTIMATE, ESTIMATE_IS_OFF};
 use crate::pipeline::failure::Result;
 use crate::product::Product;
 use serde_json::Value;
@@ -86,9 +86,13 @@ impl Products {
         if offset < LISTED {
             return Ok((self.counted_off(columns, "ASC", offset, per_page).await?, false));
         }
-        let left = total.saturating_sub(offset);
+        let mut left = total.saturating_sub(offset);
         if left == 0 {
-            return Ok((Vec::new(), false));
+            // An estimate may be somewhat low: then this is the last page.
+            if !total_estimated || offset as f64 > total as f64 * (1.0 + ESTIMATE_IS_OFF) {
+                return Ok((Vec::new(), false));
+            }
+            left = per_page;
         }
         if left <= LISTED {
             let count = left.min(per_page);
