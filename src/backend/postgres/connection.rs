@@ -8,15 +8,14 @@
 //!
 //! SQL that runs here names the schema of everything outside of `pg_catalog`.
 
+use std::future::poll_fn;
 use std::ops::Deref;
 use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 
 use async_trait::async_trait;
 use deadpool_postgres::{ClientWrapper, Object, Transaction};
-use futures::future::{FutureExt, join3};
-use futures::poll;
+use futures::future::{FutureExt, join3, maybe_done};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error, IsolationLevel, Row, Statement};
 
@@ -230,21 +229,21 @@ impl Connection {
         work: impl FnOnce(S) -> W,
     ) -> Result<T, Error> {
         let opening = begun_by(&self.settings);
-        let mut begun = pin!(self.client.batch_execute(&opening));
-        let at_once = poll!(begun.as_mut());
+        let mut begun = pin!(maybe_done(self.client.batch_execute(&opening)));
         let open = OpenTransaction(&self.client);
-        let prepared = prepare.await;
-        open.closes_now();
-        let commit = self.client.batch_execute("COMMIT");
-        let begun = async {
-            match at_once {
-                Poll::Ready(result) => result,
-                Poll::Pending => begun.await,
-            }
+        let prepared = {
+            let mut prepare = pin!(prepare);
+            // The answer to the beginning must be taken meanwhile: the connection reads no other answer before.
+            poll_fn(|context| {
+                let _ = begun.as_mut().poll(context);
+                prepare.as_mut().poll(context)
+            })
+            .await
         };
+        open.closes_now();
         let work = async { work(prepared?).await };
-        let (begun, done, ended) = join3(begun, work, commit).await;
-        begun?;
+        let ((), done, ended) = join3(begun.as_mut(), work, self.client.batch_execute("COMMIT")).await;
+        begun.take_output().unwrap_or(Ok(()))?;
         let done = done?;
         ended?;
         Ok(done)
