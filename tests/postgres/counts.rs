@@ -225,18 +225,15 @@ async fn a_large_table_is_counted_once_a_minute_and_a_difference_is_not_called_s
         .await;
     let status = it.backends.status().await.unwrap();
     assert_eq!((status.source_rows, status.source_rows_estimated, status.is_synced()), (210_000, true, true));
-    // The number follows the ledger; the table is not even looked at.
+    // The number follows the ledger: a row that nobody captured is not seen before the next count.
     it.run("INSERT INTO item VALUES (210001, NULL)").await;
     it.settle().await;
-    it.run("BEGIN; LOCK TABLE item IN ACCESS EXCLUSIVE MODE").await;
-    let status =
-        tokio::time::timeout(TIMEOUT, it.backends.status()).await.expect("an answer without the table");
-    it.run("ROLLBACK").await;
-    assert_eq!(status.unwrap().source_rows, 210_001);
-    // A row that nobody captured: another process counts for itself.
     it.run("ALTER TABLE item DISABLE TRIGGER USER; INSERT INTO item VALUES (210002, NULL); ALTER TABLE item ENABLE TRIGGER USER").await;
+    assert_eq!(it.backends.status().await.unwrap().source_rows, 210_001);
+    // Another process counts for itself.
     let other = refarch::backend::Backends::open(&it.postgres, &it.settings).await.unwrap();
-    let status = other.status().await.unwrap();
-    assert_eq!((status.source_rows, status.is_synced()), (210_002, false));
-    assert!(!other.status().await.unwrap().is_synced(), "the same answer by the same count");
+    for _ in 0..2 {
+        let status = other.status().await.unwrap();
+        assert_eq!((status.source_rows, status.is_synced()), (210_002, false));
+    }
 }
