@@ -39,7 +39,7 @@ pub struct Backends {
     /// The source in the settings.
     pub source: Arc<crate::config::Source>,
     /// The last count of a large table's rows, for the status.
-    counted: Arc<postgres::status::Counted>,
+    counted: Arc<postgres::source_rows::Counted>,
     /// How long a round of the proof takes; `None`: the proof is off.
     proof_period: Option<Duration>,
 }

@@ -363,6 +363,12 @@ pub trait Ledger: Send + Sync {
         Ok(0)
     }
 
+    /// Tidies what the ledger keeps beside its entries. Called by each worker once a second; cheap if there is
+    /// nothing to do.
+    async fn tidy(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Adds to the count of a change's tries and returns it; zero is the least. A write that settles
     /// the entry sets it to zero.
     async fn count_try(&self, id: &str, by: i32) -> Result<u32>;

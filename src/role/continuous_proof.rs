@@ -1,5 +1,5 @@
-//! The continuous proof, which runs in an embed worker. The same worker checks change capture, and deletes
-//! old rows of the ledger, the freshness samples and the events.
+//! The continuous proof, which runs in an embed worker. The same worker checks change capture, counts the ledger
+//! anew once an hour, and deletes old rows of the ledger, the freshness samples and the events.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::Backends;
 use crate::backend::postgres::proof::PgRounds;
-use crate::backend::postgres::{capture, pruning};
+use crate::backend::postgres::{capture, counts, pruning};
 use crate::config::{IndexCheck, Settings};
 use crate::pipeline::audit::{ProofOptions, Prover};
 use crate::pipeline::clock::{BootClock, Clock as _};
@@ -18,7 +18,7 @@ use crate::pipeline::retry::Backoff;
 /// Rows in a page.
 const PAGE: usize = 500;
 
-/// Capture checks between two prunings of the ledger: an hour, because pruning reads the ledger.
+/// Capture checks between two prunings and counts of the ledger: an hour, because both read the ledger.
 const CHECKS_PER_PRUNE: u32 = 60;
 
 /// A difference counts as a lost message only after it has lasted at least this long.
@@ -101,7 +101,7 @@ struct CaptureMonitor<'a> {
     worker: &'a str,
     /// Faults that are already logged.
     reported_faults: Vec<String>,
-    /// Checks until the ledger is pruned again.
+    /// Checks until the ledger is pruned and counted again.
     checks_until_prune: u32,
 }
 
@@ -112,6 +112,9 @@ impl CaptureMonitor<'_> {
         if self.checks_until_prune == 0 {
             let may_be_more = pruning::prune_ledger(postgres, generation.id).await?;
             self.checks_until_prune = if may_be_more { 0 } else { CHECKS_PER_PRUNE };
+            if !may_be_more {
+                counts::recount(postgres, generation).await?;
+            }
         } else {
             self.checks_until_prune -= 1;
         }

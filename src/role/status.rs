@@ -59,7 +59,7 @@ pub fn text(status: &Status) -> String {
         "source rows    {}{}\n\
          in sync        {}{}{}; {}\n\
          indexed        {}\n\
-         pending        {} in the outbox\n\
+         pending        {}{} in the outbox\n\
          queue, live    {} visible, {} in flight\n\
          queue, bulk    {} visible, {} in flight\n\
          dead letters   {}\n\
@@ -72,6 +72,7 @@ pub fn text(status: &Status) -> String {
         by_the_ledger(status),
         status.proof.describe(),
         indexed(status),
+        about(status.pending_estimated),
         status.pending,
         queue.live.visible,
         queue.live.in_flight,

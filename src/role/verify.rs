@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::progress::Progress;
 use crate::backend::postgres::ownership::{self, Ownership};
-use crate::backend::postgres::{Postgres, capture};
+use crate::backend::postgres::{Postgres, capture, counts};
 use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
@@ -120,6 +120,12 @@ async fn verify(
         let settle = settings.indexer.attempt();
         ownership::claim(&backends.postgres, generation.id, &*backends.index, settle, &|_| ()).await?;
         eprintln!("repaired: every row is queued");
+    }
+    // A role that may only read cannot correct the counts, and can compare all the same.
+    match counts::recount(&backends.postgres, generation).await {
+        Ok(true) => eprintln!("the counts that status shows were wrong, and are corrected"),
+        Ok(false) => {}
+        Err(error) => tracing::debug!(%error, "cannot count the ledger anew"),
     }
     let expected = backends.status().await?;
     let progress = Progress::new(

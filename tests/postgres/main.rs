@@ -4,6 +4,7 @@
 mod common;
 
 mod capture;
+mod counts;
 mod embedded;
 mod ledger;
 mod live;

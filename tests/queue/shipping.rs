@@ -148,7 +148,7 @@ impl Fixture {
     }
 
     async fn pending(&self) -> u64 {
-        pending(&self.postgres, "products").await.unwrap()
+        pending(&self.postgres, "products").await.unwrap().changes
     }
 }
 

@@ -389,6 +389,7 @@ async fn status_has_the_documented_keys() {
         "indexed",
         "indexed_error",
         "pending",
+        "pending_estimated",
         "proof",
         "queue",
         "source_rows",

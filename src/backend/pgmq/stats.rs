@@ -34,18 +34,38 @@ impl QueueStats for Pgmq {
     }
 }
 
-/// Counts the changes in a queue.
+/// Messages of a queue that are counted, and pages that are read where there are more.
+const COUNTED_MESSAGES: i64 = 10_000;
+const SAMPLED_PAGES: f64 = 200.0;
+
+/// Changes in one of the queues. Where more than [`COUNTED_MESSAGES`] messages are, their number is estimated from some
+/// pages of the queue.
 pub(super) async fn count(postgres: &Postgres, queue: &str) -> Result<Backlog> {
+    let fail = |error: tokio_postgres::Error| failure("count a queue", error);
     let client = postgres.client().await?;
-    // The name is not from a user: it holds only lower-case letters, digits and underscores. Headers may come
-    // from any program: a malformed count counts as 1, and cannot make the queue look full.
-    let sql = format!(
-        "SELECT coalesce(sum(n) FILTER (WHERE due), 0)::bigint, coalesce(sum(n) FILTER (WHERE NOT due), 0)::bigint FROM ( \
-           SELECT CASE WHEN headers ->> 'changes' ~ '^[0-9]{{1,4}}$' THEN (headers ->> 'changes')::bigint ELSE 1 END AS n, \
-                  vt <= clock_timestamp() AS due FROM pgmq.q_{queue} \
-         ) q"
-    );
-    let row = client.query_one(&sql, &[]).await.map_err(|error| failure("count a queue", error))?;
-    let number = |at| u64::try_from(row.get::<_, i64>(at)).unwrap_or_default();
-    Ok(Backlog { visible: number(0), in_flight: number(1) })
+    // refarch made the name, of lower-case letters, digits and underscores. Anybody may have written the
+    // headers: a count in another form is taken as 1, and cannot make the queue look full.
+    let sums = |from: &str| {
+        format!(
+            "SELECT coalesce(sum(n) FILTER (WHERE due), 0)::bigint, coalesce(sum(n) FILTER (WHERE NOT due), 0)::bigint, count(*) FROM ( \
+               SELECT CASE WHEN headers ->> 'changes' ~ '^[0-9]{{1,4}}$' THEN (headers ->> 'changes')::bigint ELSE 1 END AS n, \
+                      vt <= clock_timestamp() AS due FROM {from} \
+             ) q"
+        )
+    };
+    let table = format!("pgmq.q_{queue}");
+    let some = sums(&format!("{table} LIMIT $1::bigint + 1"));
+    let row = client.query_one(&some, &[&COUNTED_MESSAGES]).await.map_err(fail)?;
+    let number = |row: &tokio_postgres::Row, at, factor: f64| {
+        (u64::try_from(row.get::<_, i64>(at)).unwrap_or_default() as f64 * factor) as u64
+    };
+    if row.get::<_, i64>(2) <= COUNTED_MESSAGES {
+        return Ok(Backlog { visible: number(&row, 0, 1.0), in_flight: number(&row, 1, 1.0) });
+    }
+    let percent = "SELECT least(100, 100 * $2::float8 / greatest(pg_relation_size($1::text::regclass) / current_setting('block_size')::float8, 1))";
+    let percent: f64 = client.query_one(percent, &[&table, &SAMPLED_PAGES]).await.map_err(fail)?.get(0);
+    let sampled = sums(&format!("{table} TABLESAMPLE SYSTEM ($1::float8)"));
+    let row = client.query_one(&sampled, &[&percent]).await.map_err(fail)?;
+    let factor = 100.0 / percent;
+    Ok(Backlog { visible: number(&row, 0, factor), in_flight: number(&row, 1, factor) })
 }

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use pgvector::HalfVector;
 
 use super::table::PgVector;
-use crate::backend::postgres::failure;
+use crate::backend::postgres::{counts, failure};
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::{Listing, Match, OwnershipStore, Stored, VectorIndex, Writes};
 use crate::pipeline::source_row::Hash;
@@ -28,12 +28,14 @@ impl VectorIndex for PgVector {
     }
 
     async fn count(&self) -> Result<u64> {
+        let records = counts::read(&self.postgres, self.generation).await?.records;
+        // The table itself says whether it has any.
         let client = self.postgres.client().await?;
         let row = client
-            .query_one(&format!("SELECT count(*) FROM {}", self.table), &[])
+            .query_one(&format!("SELECT EXISTS (SELECT FROM {})", self.table), &[])
             .await
             .map_err(|error| failure("count vectors", error))?;
-        Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
+        Ok(if row.get(0) { records } else { 0 })
     }
 
     async fn list(&self, cursor: Option<&str>, limit: usize) -> Result<Listing> {

@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod connection;
+pub mod counts;
 mod error_policy;
 pub mod fault;
 pub mod generation;
@@ -16,6 +17,7 @@ pub mod pruning;
 mod schema_version;
 pub mod search_index;
 pub mod source;
+pub mod source_rows;
 pub mod status;
 pub mod tls;
 pub mod worker_lock;

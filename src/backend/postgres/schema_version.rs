@@ -22,6 +22,7 @@ const MIGRATIONS: &[(i32, &str, &str)] = &[
     (9, "leaves", include_str!("schema/0009_leaves.sql")),
     (10, "checksums", include_str!("schema/0010_checksums.sql")),
     (11, "search_index", include_str!("schema/0011_search_index.sql")),
+    (12, "counts", include_str!("schema/0012_counts.sql")),
 ];
 
 /// The applied migrations: version and checksum. Earlier builds recorded no checksum.

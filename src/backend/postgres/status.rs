@@ -1,7 +1,7 @@
 //! Counts, backlog, freshness and workers, as `refarch status` shows them.
 
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -9,9 +9,9 @@ use super::fault::{self, FaultStatus};
 use super::generation::Generation;
 use super::proof::Proof;
 use super::search_index::{self, SearchIndex};
-use super::source::SourceTable;
+use super::source_rows::{self, Counted};
 use super::worker_registry::WORKER_GONE_S;
-use super::{Postgres, capture, failure, outbox};
+use super::{Postgres, capture, counts, failure, outbox};
 use crate::config;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
@@ -19,18 +19,6 @@ use crate::pipeline::fault::redacted;
 use crate::pipeline::histogram::Histogram;
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::queue::{Backlog, Queue};
-
-/// A table with more rows than this by the planner's estimate, and with more than this many bytes, is not
-/// counted each time. The estimate alone may be far off; the size decides what counting costs.
-const COUNT_UP_TO: f64 = 2_000_000.0;
-const COUNT_UP_TO_BYTES: i64 = 256 << 20;
-
-/// How long the count of a large table is used.
-const COUNTED_FOR: Duration = Duration::from_mins(1);
-
-/// How far the planner's estimate of a large table may be off. If the ledger differs by more, the table is
-/// counted.
-const ESTIMATE_IS_OFF: f64 = 0.1;
 
 /// The period over which freshness is measured.
 const FRESHNESS_WINDOW: &str = "5 minutes";
@@ -44,6 +32,8 @@ pub struct Status {
     pub source_rows_estimated: bool,
     /// Changes in the outbox.
     pub pending: u64,
+    /// Whether `pending` is an estimate, since so many changes wait.
+    pub pending_estimated: bool,
     /// Changes in the queue.
     pub queue: Lanes,
     /// Changes in the dead-letter queue.
@@ -145,73 +135,6 @@ impl Status {
     }
 }
 
-/// Counts of a target's ledger.
-struct Settled {
-    /// Rows that are settled.
-    rows: u64,
-    /// Settled rows with a text.
-    with_text: u64,
-    /// Entries that are not settled.
-    not: u64,
-}
-
-/// The last count of a large table's rows, and when it was made.
-#[derive(Debug, Default)]
-pub struct Counted(Mutex<Option<(Instant, u64)>>);
-
-impl Counted {
-    fn get(&self) -> Option<u64> {
-        let counted = *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        counted.filter(|(at, _)| at.elapsed() < COUNTED_FOR).map(|(_, rows)| rows)
-    }
-
-    fn set(&self, rows: u64) {
-        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some((Instant::now(), rows));
-    }
-}
-
-/// Rows of the source, and whether that is not an exact and current count.
-async fn source_rows(
-    postgres: &Postgres,
-    table: &SourceTable,
-    settled: &Settled,
-    counted: &Counted,
-) -> Result<(u64, bool)> {
-    let fail = |error: tokio_postgres::Error| failure("count the rows", error);
-    let client = postgres.client().await?;
-    let size = client
-        .query_one(
-            "WITH RECURSIVE tree(oid) AS ( \
-               SELECT $1::text::regclass::oid UNION SELECT i.inhrelid FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid) \
-             SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::float8, coalesce(sum(pg_relation_size(c.oid)), 0)::bigint \
-             FROM tree JOIN pg_class c USING (oid) WHERE c.relkind IN ('r', 'm')",
-            &[&table.relation],
-        )
-        .await
-        .map_err(fail)?;
-    let (estimate, bytes): (f64, i64) = (size.get(0), size.get(1));
-    let is_large = estimate > COUNT_UP_TO && bytes > COUNT_UP_TO_BYTES;
-    if is_large {
-        if let Some(rows) = counted.get() {
-            return Ok((rows, true));
-        }
-        if settled.not > 0 {
-            return Ok((estimate as u64, true));
-        }
-        // No change is on its way, so the ledger is more exact than the planner, unless they are far apart.
-        if (settled.rows as f64 - estimate).abs() <= estimate * ESTIMATE_IS_OFF {
-            return Ok((settled.rows, true));
-        }
-    }
-    let sql = format!("SELECT count(*) FROM {}", table.relation);
-    let rows: i64 = client.query_one(&sql, &[]).await.map_err(fail)?.get(0);
-    let rows = rows.try_into().unwrap_or_default();
-    if is_large {
-        counted.set(rows);
-    }
-    Ok((rows, is_large))
-}
-
 /// Whether rows that existed before capture, or changed without capture, are still to be queued.
 async fn is_backfilling(postgres: &Postgres, source: &str) -> Result<bool> {
     let fail = |error: tokio_postgres::Error| failure("look for rows that must be queued", error);
@@ -238,7 +161,7 @@ pub async fn read(
     generation: &Generation,
     queue: &Queue,
     index: &dyn VectorIndex,
-    counted: &Counted,
+    counted: &Arc<Counted>,
     period: Option<Duration>,
 ) -> Result<Status> {
     let fail = |error: tokio_postgres::Error| failure("read the status", error);
@@ -250,21 +173,9 @@ pub async fn read(
     let Queue { stats, dead_letters, .. } = queue;
     let lanes = Lanes { live: stats.backlog(Lane::Live).await?, bulk: stats.backlog(Lane::Bulk).await? };
     let dead_letters = dead_letters.count().await?;
-    let client = postgres.client().await?;
-    let without_text = generation.salt.hash("").0.to_vec();
-    let row = client
-        .query_one(
-            "SELECT count(*) FILTER (WHERE settled AND NOT deleted), \
-                    count(*) FILTER (WHERE settled AND NOT deleted AND content_hash IS DISTINCT FROM $2), \
-                    count(*) FILTER (WHERE NOT settled) \
-             FROM (SELECT open = 0 AND NOT dirty AS settled, deleted, content_hash FROM refarch.ledger WHERE target = $1) l",
-            &[&generation.id, &without_text],
-        )
-        .await
-        .map_err(fail)?;
-    let number = |at| u64::try_from(row.get::<_, i64>(at)).unwrap_or_default();
-    let settled = Settled { rows: number(0), with_text: number(1), not: number(2) };
+    let counts = counts::read(postgres, generation.id).await?;
     let freshness = freshness(postgres).await?;
+    let client = postgres.client().await?;
     let workers = client
         .query(
             "SELECT worker_id, role, host, pid, threads, extract(epoch FROM now() - started_at)::bigint, \
@@ -288,7 +199,7 @@ pub async fn read(
         })
         .collect();
     drop(client);
-    let (source_rows, source_rows_estimated) = source_rows(postgres, table, &settled, counted).await?;
+    let rows = source_rows::read(postgres, generation, &counts, counted).await?;
     let faults = fault::read(postgres).await?;
     // During an outage of the index, the other numbers are still useful.
     let (indexed, indexed_error) = match index.count().await {
@@ -299,15 +210,16 @@ pub async fn read(
         }
     };
     let mut status = Status {
-        source_rows,
-        source_rows_estimated,
-        pending,
+        source_rows: rows.rows,
+        source_rows_estimated: rows.estimated,
+        pending: pending.changes,
+        pending_estimated: pending.estimated,
         queue: lanes,
         dead_letters,
         indexed,
         indexed_error,
-        expected: settled.with_text,
-        unsettled: settled.not,
+        expected: counts.with_text,
+        unsettled: counts.unsettled,
         synced: false,
         proof: Proof::read(postgres, generation.id, period).await?,
         capture_faults: capture::faults(postgres, source).await?,
@@ -321,23 +233,23 @@ pub async fn read(
     // If no change is on its way, a settled entry equals its row. Otherwise at most the settled rows are in
     // sync, and at most the rows without an outstanding change.
     let outstanding = status.outstanding();
-    status.in_sync = settled.rows.min(source_rows.saturating_sub(outstanding));
-    status.in_sync_estimated = outstanding > 0 || (source_rows_estimated && settled.not > 0);
+    status.in_sync = counts.settled.min(rows.rows.saturating_sub(outstanding));
+    status.in_sync_estimated = outstanding > 0 || (rows.estimated && counts.unsettled > 0);
     // The count of an index outside of the database lags. But an empty index cannot be in sync with rows.
     let is_late = !matches!(index.writes(), Writes::Transactional(_));
     let counts_agree = match indexed {
-        Some(indexed) if is_late => indexed > 0 || settled.with_text == 0,
-        Some(indexed) => indexed >= settled.with_text,
+        Some(indexed) if is_late => indexed > 0 || counts.with_text == 0,
+        Some(indexed) => indexed >= counts.with_text,
         None => false,
     };
     status.synced = outstanding == 0
         && !backfilling
         && dead_letters == 0
-        && settled.not == 0
+        && counts.unsettled == 0
         && status.capture_faults.is_empty()
         && counts_agree
-        // The planner's estimate of a large table does not matter: unsettled entries were counted.
-        && (source_rows_estimated || status.in_sync == source_rows);
+        // An estimate is no count to compare with; the last count of a large table is.
+        && if rows.estimated { !rows.differs } else { status.in_sync == rows.rows };
     Ok(status)
 }
 

@@ -66,6 +66,9 @@ impl Indexer {
             if let Err(error) = self.sweep().await {
                 tracing::debug!(%error, "cannot sweep attempts");
             }
+            if let Err(error) = self.writer.ledger.tidy().await {
+                tracing::debug!(%error, "cannot tidy the ledger");
+            }
             self.clock.sleep(MAINTAIN_EVERY).await;
         }
     }

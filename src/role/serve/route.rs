@@ -16,7 +16,7 @@ use super::access_control::{AccessControl, check_request};
 use super::connection_tracker::ConnectionTracker;
 use super::error::ApiError;
 use super::{App, caller_trust, page_files, search};
-use crate::backend::postgres::products::{Edit, Edited, EditedBySku, LISTED};
+use crate::backend::postgres::products::{Edit, Edited, EditedBySku, Place};
 use crate::product::Product;
 
 /// Most bytes of a request's body: a description of a megabyte, and JSON's escapes.
@@ -146,6 +146,8 @@ struct Paging {
     q: Option<String>,
     page: Option<String>,
     per_page: Option<String>,
+    after: Option<String>,
+    before: Option<String>,
 }
 
 impl Paging {
@@ -164,29 +166,52 @@ impl Paging {
     }
 }
 
+impl Paging {
+    /// The id after or before which rows are asked for.
+    fn cursor(&self) -> Answer<Option<Place>> {
+        let id = |name: &str, text: &str| {
+            text.parse().map_err(|_| {
+                ApiError::bad_request(format!("{name}={text}: use the id of a row, a whole number"))
+            })
+        };
+        Ok(match (&self.after, &self.before) {
+            (None, None) => None,
+            (Some(text), None) => Some(Place::After(id("after", text)?)),
+            (None, Some(text)) => Some(Place::Before(id("before", text)?)),
+            (Some(_), Some(_)) => return Err(ApiError::bad_request("use one of page, after and before")),
+        })
+    }
+}
+
 async fn list(State(app): Shared, Query(paging): Query<Paging>) -> Answer<Json<Value>> {
     let (page, per_page) = paging.resolve(&app)?;
-    let last = LISTED / per_page;
-    if page > last {
-        return Err(ApiError::bad_request(format!(
-            "page={page}: the last page is {last}, which ends with row {}; use the search to find later rows",
-            last * per_page
-        )));
-    }
+    let place = match paging.cursor()? {
+        Some(_) if paging.page.is_some() => {
+            return Err(ApiError::bad_request("use one of page, after and before"));
+        }
+        Some(cursor) => cursor,
+        None => Place::Number(page),
+    };
     let _permit = app.permit(&app.reads).await?;
-    let found = app.products.page(page, per_page).await?;
+    let found = app.products.page(place, per_page).await?;
     Ok(Json(json!({
-        "page": page,
+        "page": matches!(place, Place::Number(_)).then_some(page),
         "per_page": per_page,
-        "pages": found.total.div_ceil(per_page).clamp(1, last),
+        "pages": found.total.div_ceil(per_page).max(1),
         "total": found.total,
         "total_estimated": found.total_estimated,
+        "approximate": found.approximate,
+        "previous": found.previous,
+        "next": found.next,
         "rows": found.rows,
     })))
 }
 
 async fn find(State(app): Shared, Query(paging): Query<Paging>) -> Answer<Json<search::Results>> {
     let (page, per_page) = paging.resolve(&app)?;
+    if paging.cursor()?.is_some() {
+        return Err(ApiError::bad_request("a search has pages by number only: use page"));
+    }
     search::search(&app, paging.q.as_deref().unwrap_or_default(), page, per_page).await.map(Json)
 }
 

@@ -17,7 +17,7 @@ pub(crate) use entry::Entries;
 pub(crate) use rows::source_row;
 
 use super::source::SourceTable;
-use super::{Postgres, fail};
+use super::{Postgres, counts, fail};
 use crate::pipeline::clock::Clock;
 use crate::pipeline::failure::Result;
 use crate::pipeline::ledger::{Closed, Ledger, Opened, Outcome, Peeked, Pending, Swept};
@@ -134,6 +134,10 @@ impl Ledger for PgLedger {
             .await
             .map_err(fail("count the outbox"))?;
         Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
+    }
+
+    async fn tidy(&self) -> Result<()> {
+        counts::fold(&self.postgres, self.generation).await
     }
 
     async fn count_try(&self, id: &str, by: i32) -> Result<u32> {

@@ -63,6 +63,10 @@ pub(super) async fn retire(
     let fail = |error: tokio_postgres::Error| failure("delete the old index", error);
     transaction.batch_execute(&sql).await.map_err(fail)?;
     transaction.execute("DELETE FROM refarch.target WHERE id = $1", &[&generation]).await.map_err(fail)?;
+    transaction
+        .execute("DELETE FROM refarch.count_delta WHERE target = $1", &[&generation])
+        .await
+        .map_err(fail)?;
     report.warnings.push(format!(
         "{differences}: every row is embedded again, and a search finds a row only after that"
     ));
@@ -117,6 +121,7 @@ pub(super) async fn create(
          ALTER TABLE {name} ALTER embedding SET STORAGE MAIN"
     );
     transaction.batch_execute(&sql).await.map_err(fail)?;
+    transaction.execute("SELECT refarch.begin_count($1)", &[&id]).await.map_err(fail)?;
     report.created.push(name);
     Ok(())
 }

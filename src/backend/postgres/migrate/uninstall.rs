@@ -156,11 +156,12 @@ pub(super) async fn refuse_while_running(
     ))
 }
 
-/// Triggers that call our functions, on any table: names of triggers and tables.
+/// Triggers that call our functions, on any table outside of our schema: names of triggers and tables.
 async fn triggers(transaction: &Transaction<'_>) -> Result<Vec<(String, String)>> {
     let triggers = transaction
         .query(
             "SELECT t.tgname::text, t.tgrelid::regclass::text FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid \
+             JOIN pg_class c ON c.oid = t.tgrelid AND c.relnamespace <> 'refarch'::regnamespace \
              WHERE p.pronamespace = 'refarch'::regnamespace AND NOT t.tgisinternal AND t.tgparentid = 0 ORDER BY 2, 1",
             &[],
         )

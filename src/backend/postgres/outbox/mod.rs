@@ -6,6 +6,7 @@
 //! the whole database.
 
 mod delivery;
+mod pending;
 mod shipping;
 mod truncate;
 
@@ -21,6 +22,7 @@ use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::outbox::{BuildJobs, ClaimRequest, Outbox, OutboxRow, Transferred};
 use crate::pipeline::queue::JobQueue;
 use delivery::{Delivery, count_lanes};
+pub use pending::{PendingChanges, pending};
 use shipping::Shipping;
 use truncate::Truncate;
 
@@ -171,22 +173,6 @@ impl PgOutbox {
             .map_err(|error| failure("set the relay's wake-up flag", error))?;
         Ok(())
     }
-}
-
-/// Changes in the outbox and in shipments. A truncation counts as one change, and so does a backfill that is
-/// not complete.
-pub async fn pending(postgres: &Postgres, source: &str) -> Result<u64> {
-    let client = postgres.client().await?;
-    let row = client
-        .query_one(
-            "SELECT (SELECT coalesce(sum(greatest(cardinality(ids), 1)), 0) FROM refarch.outbox WHERE source = $1)::bigint \
-               + (SELECT coalesce(sum(changes), 0) FROM refarch.shipment WHERE source = $1)::bigint \
-               + (EXISTS (SELECT FROM refarch.backfill WHERE source = $1) OR EXISTS (SELECT FROM refarch.mark WHERE source = $1))::int",
-            &[&source],
-        )
-        .await
-        .map_err(|error| failure("count the outbox", error))?;
-    Ok(row.get::<_, i64>(0).try_into().unwrap_or_default())
 }
 
 /// The gaps between known large transactions, as exclusive bounds.

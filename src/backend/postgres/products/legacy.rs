@@ -30,13 +30,6 @@ impl Products {
         Ok(ids.iter().filter_map(|id| by_id.remove(id)).collect())
     }
 
-    /// A page of the table with all columns, by id.
-    pub async fn legacy_page(&self, page: u64, per_page: u64) -> Result<Vec<Value>> {
-        let offset = (page - 1).saturating_mul(per_page);
-        let rows = self.window(LEGACY, offset, per_page).await?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
-    }
-
     /// Changes the description of the one row that bears the SKU.
     pub async fn describe_by_sku(&self, sku: &str, description: &str) -> Result<EditedBySku> {
         check_text("sku", sku, Some(255))?;

@@ -2,11 +2,13 @@
 
 mod columns;
 mod legacy;
+mod page;
 mod search;
 mod table;
 mod vectors;
 
 pub use legacy::EditedBySku;
+pub use page::{Page, Place};
 pub use search::Found;
-pub use table::{Edit, Edited, Exact, LISTED, Page, Products};
+pub use table::{Edit, Edited, Exact, Products};
 pub use vectors::{VectorSource, VectorTable};

@@ -25,23 +25,6 @@ const EXACT_TIMEOUT: &str = "600ms";
 /// Rows with the same name that are listed first.
 pub(super) const EXACT_LIMIT: i64 = 20;
 
-/// A table with more rows than this, by the planner's estimate, is not counted for a page.
-const COUNT_UP_TO: f32 = 200_000.0;
-
-/// How many rows of the table pages can reach. A page further in would read every row before it.
-pub const LISTED: u64 = 10_000;
-
-/// A page of the table.
-#[derive(Debug)]
-pub struct Page {
-    /// Rows, by id.
-    pub rows: Vec<Product>,
-    /// Number of rows in the table.
-    pub total: u64,
-    /// Whether `total` is the planner's estimate.
-    pub total_estimated: bool,
-}
-
 /// How a row matches a search term exactly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exact {
@@ -99,37 +82,6 @@ impl Products {
                 Error::new(FailureKind::WrongShape, format!("read {}", self.relation), format!("{}; {hint}", error.message())).because(error)
             },
         )
-    }
-
-    /// Page `page` (from 1) of `per_page` rows, by id; past [`LISTED`] rows nothing is read.
-    pub async fn page(&self, page: u64, per_page: u64) -> Result<Page> {
-        let offset = (page - 1).saturating_mul(per_page);
-        let rows = self.window(COLUMNS, offset, per_page).await?;
-        let estimate = self
-            .query("SELECT reltuples FROM pg_class WHERE oid = $1::text::regclass", &[&self.relation])
-            .await?;
-        let estimate: f32 = estimate.first().map_or(0.0, |row| row.get(0));
-        let total_estimated = estimate > COUNT_UP_TO;
-        let total = if total_estimated {
-            estimate as u64
-        } else {
-            let count = self.query(&format!("SELECT count(*) FROM {}", self.relation), &[]).await?;
-            count.first().map_or(0, |row| row.get::<_, i64>(0)) as u64
-        };
-        Ok(Page { rows: rows.iter().map(product).collect(), total, total_estimated })
-    }
-
-    /// Rows of a page. Of the rows before the page, only the id is read.
-    pub(super) async fn window(&self, columns: &str, offset: u64, count: u64) -> Result<Vec<Row>> {
-        if offset >= LISTED {
-            return Ok(Vec::new());
-        }
-        let sql = format!(
-            "SELECT {columns} FROM {table} p JOIN (SELECT id FROM {table} ORDER BY id LIMIT $1 OFFSET $2) k ON k.id = p.id \
-             ORDER BY p.id",
-            table = self.relation
-        );
-        self.query(&sql, &[&as_i64(count), &as_i64(offset)]).await
     }
 
     /// One row.
@@ -300,7 +252,7 @@ pub(super) fn failed(error: tokio_postgres::Error) -> Error {
     }
 }
 
-fn as_i64(value: u64) -> i64 {
+pub(super) fn as_i64(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 

@@ -12,7 +12,9 @@ const SURE_MS = 4000;
 
 const $ = (id) => document.getElementById(id);
 // touched: the user has edited, so rows must not move before the next search or page.
-const state = { q: "", page: 1, request: null, shown: null, touched: false, applied: null };
+// cursor: the list's next and previous pages are found by the id of a row, {after} or {before}.
+// near: the page's number is an estimate, and so are those of the pages reached from there.
+const state = { q: "", page: 1, cursor: {}, near: false, request: null, shown: null, touched: false, applied: null };
 
 class Refused extends Error {
   constructor(status, body) {
@@ -77,12 +79,14 @@ function address() {
   const query = new URLSearchParams();
   if (state.q) query.set("q", state.q);
   if (state.page > 1) query.set("page", state.page);
+  for (const [key, id] of Object.entries(state.cursor)) query.set(key, id);
   const text = query.toString();
   return text ? `/?${text}` : "/";
 }
 
 function listing() {
-  const query = new URLSearchParams({ page: state.page });
+  const by = Object.keys(state.cursor).length > 0;
+  const query = new URLSearchParams(by ? state.cursor : { page: state.page });
   if (state.q) query.set("q", state.q);
   return `/api/v1/${state.q ? "search" : "products"}?${query}`;
 }
@@ -141,10 +145,19 @@ function show(found) {
   $("empty").textContent = searching
     ? (state.page > 1 ? "No more results." : "Nothing found. Rows that are still being embedded appear here once they are searchable.")
     : (state.page > 1 ? "There is no such page." : "No products yet.\nrefarch generate --count 10000 --load");
-  const pages = searching ? null : found.pages;
-  $("page").textContent = pages ? `Page ${state.page.toLocaleString("en")} of ${pages.toLocaleString("en")}` : `Page ${state.page}`;
-  $("previous").disabled = state.page <= 1;
-  $("next").disabled = searching ? !found.has_next : state.page >= pages;
+  if (!searching) {
+    state.near = found.approximate || (found.page === null && state.near);
+    if (found.previous === null && !none && state.page > 1) {
+      // Fewer rows were before the page than its number said.
+      Object.assign(state, { page: 1, cursor: {}, near: false });
+      history.replaceState(null, "", address());
+    }
+  }
+  const number = (value) => value.toLocaleString("en");
+  $("page").textContent = searching ? `Page ${state.page}`
+    : `${state.near ? "About page" : "Page"} ${number(state.page)} of ${number(Math.max(state.page, found.pages))}`;
+  $("previous").disabled = searching ? state.page <= 1 : found.previous === null;
+  $("next").disabled = searching ? !found.has_next : found.next === null;
 }
 
 function element(tag, className, text) {
@@ -395,19 +408,22 @@ $("search").addEventListener("submit", (event) => {
   clearTimeout(typing);
   go($("q").value.trim(), 1);
 });
-function go(q, page, typed = false) {
-  if (q === state.q && page === state.page && state.shown) return;
+function go(q, page, typed = false, cursor = {}) {
+  if (q === state.q && page === state.page && JSON.stringify(cursor) === JSON.stringify(state.cursor) && state.shown) return;
   // Typing a term makes one history entry only.
   const replace = typed && Boolean(state.q) && Boolean(q);
   state.q = q;
   state.page = page;
+  state.cursor = cursor;
   history[replace ? "replaceState" : "pushState"](null, "", address());
   load();
 }
 $("previous").addEventListener("click", () => turn(-1));
 $("next").addEventListener("click", () => turn(1));
 function turn(by) {
-  go(state.q, state.page + by);
+  const page = Math.max(1, state.page + by);
+  if (state.q || page === 1) go(state.q, page);
+  else go("", page, false, by > 0 ? { after: state.shown.next } : { before: state.shown.previous });
   scrollTo({ top: 0 });
 }
 function fromAddress() {
@@ -415,6 +431,8 @@ function fromAddress() {
   state.q = (query.get("q") ?? "").trim();
   const page = Number(query.get("page") ?? 1);
   state.page = Number.isSafeInteger(page) && page >= 1 ? page : 1;
+  const key = state.q ? undefined : ["after", "before"].find((name) => /^-?\d+$/.test(query.get(name) ?? ""));
+  state.cursor = key ? { [key]: query.get(key) } : {};
   $("q").value = state.q;
   load();
 }
@@ -453,7 +471,7 @@ function showStatus(status) {
   const { synced, proof } = status;
   $("s-rows").textContent = number(status.source_rows, status.source_rows_estimated);
   $("s-sync").textContent = synced ? "all" : number(status.in_sync, status.in_sync_estimated);
-  $("s-pending").textContent = number(waiting);
+  $("s-pending").textContent = number(waiting, status.pending_estimated);
   const { p50, p99 } = status.freshness_ms;
   const time = (ms) => (ms < 1000 ? `${ms} ms` : ms < 120000 ? `${(ms / 1000).toFixed(1)} s` : `${Math.round(ms / 60000)} min`);
   $("s-fresh").textContent = p50 === null ? "\u2013" : `p50 ${time(p50)}, p99 ${time(p99)}`;
