@@ -104,7 +104,7 @@ pub(crate) async fn built(
 ) -> Result<()> {
     let sql = format!(
         "INSERT INTO refarch.search_index AS s (target, lists, probes, probes_at_build, rows, build_ms, built_writes) \
-         VALUES ($1, $2, least($2, $5), least($2, $5), $3, $4, {written}) \
+         VALUES ($1, $2::integer, least($2::integer, $5::integer), least($2::integer, $5::integer), $3, $4, {written}) \
          ON CONFLICT (target) DO UPDATE SET lists = excluded.lists, probes = excluded.probes, \
            probes_at_build = excluded.probes_at_build, rows = excluded.rows, build_ms = excluded.build_ms, \
            built_writes = excluded.built_writes, built_at = now(), recall = NULL, checked_at = NULL, \
