@@ -89,6 +89,7 @@ impl Migrated {
             method: refarch::config::SearchMethod::Graph,
             exact_limit: std::time::Duration::from_millis(10),
             recall: 0.99,
+            exact_below: 0.0,
             build_memory: 256,
             graph_min_rows: 1_000,
             graph_max_backlog: 1_000,

@@ -63,6 +63,12 @@ impl VectorSource for PgVector {
             table: self.table.clone(),
             distance: format!("OPERATOR({schema}.<=>)"),
             settings: self.search_settings(version, top),
+            exact_settings: "SET LOCAL enable_indexscan = off".into(),
+            is_listed: format!(
+                "EXISTS (SELECT FROM refarch.search_index WHERE target = {})",
+                self.generation
+            ),
+            exact_below: self.options.exact_below,
         })
     }
 

@@ -31,6 +31,8 @@ pub struct PgVectorOptions {
     pub exact_limit: Duration,
     /// The part of the true ten nearest that a search through the lists should find, from 0 to 1.
     pub recall: f64,
+    /// Below this score of the best match, a search through lists is repeated over all vectors.
+    pub exact_below: f64,
     /// The most memory for building an index, in MiB.
     pub build_memory: u64,
     /// From this many vectors on, a graph is built.

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use async_trait::async_trait;
+use tokio::sync::Semaphore;
 
 use crate::pipeline::failure::Result;
 
@@ -16,6 +17,12 @@ pub struct VectorTable {
     pub distance: String,
     /// Settings of a search, as SQL.
     pub settings: String,
+    /// Settings of a search that reads all vectors, as SQL.
+    pub exact_settings: String,
+    /// An expression that is true if searches go through lists, which may miss a text unlike all others.
+    pub is_listed: String,
+    /// Below this score of the best match, such a search is repeated over all vectors.
+    pub exact_below: f64,
 }
 
 /// Knows the table of vectors.
@@ -32,5 +39,7 @@ pub trait VectorSource: Send + Sync {
 #[derive(Clone)]
 pub(super) struct InDatabase {
     pub(super) vectors: Arc<dyn VectorSource>,
+    /// One search over all vectors at a time: it is many times as dear as another.
+    pub(super) exact_searches: Arc<Semaphore>,
     pub(super) indexed: Arc<Mutex<Option<(Instant, bool)>>>,
 }
