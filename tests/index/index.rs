@@ -486,7 +486,7 @@ async fn a_refused_record_is_a_permanent_failure() {
             with_metadata("a", &[1.0, 0.0, 0.0], &json!({ "list": ["x".repeat(41_000)] }).to_string()),
             "list fewer columns",
         ),
-        (record("nan", &[1.0, f32::NAN, 0.0]), "the vector of \"nan\" holds NaN"),
+        (record("nan", &[1.0, f32::NAN, 0.0]), "the vector of \"nan\" contains NaN"),
         (record("a", &[0.0, 0.0, 0.0]), "non-zero"),
         (record("a", &[1.0, 0.0]), "dimension"),
         (record(&"x".repeat(513), &[1.0, 0.0, 0.0]), "513 characters"),

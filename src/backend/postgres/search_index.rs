@@ -49,8 +49,10 @@ const COLUMNS: &str = "s.lists, s.probes, s.rows, s.build_ms, s.recall, \
 
 /// Rows that were written to the table of vectors, as the statistics count them.
 fn written(table: &str) -> String {
+    // An index outside of the database has no such table.
     format!(
-        "pg_catalog.pg_stat_get_tuples_inserted('{table}'::regclass) + pg_catalog.pg_stat_get_tuples_updated('{table}'::regclass)"
+        "coalesce(pg_catalog.pg_stat_get_tuples_inserted(pg_catalog.to_regclass('{table}')) \
+           + pg_catalog.pg_stat_get_tuples_updated(pg_catalog.to_regclass('{table}')), 0)"
     )
 }
 
