@@ -356,11 +356,12 @@ async fn lists_are_built_checked_built_again_and_dropped() {
     let state =
         it.client.query_one("SELECT lists, probes, recall FROM refarch.search_index", &[]).await.unwrap();
     let (count, probes, recall): (i32, i32, Option<f32>) = (state.get(0), state.get(1), state.get(2));
-    assert_eq!(count, 38);
+    // The root of the rows, of which the indexer may have seen 1,000 only.
+    assert!((31..=38).contains(&count), "{count}");
     assert!((1..=4).contains(&probes) && recall.is_some_and(|recall| recall > 0.5), "{probes} {recall:?}");
     assert_eq!(it.find("text 17").await[0], "17");
     let status = it.backends.status().await.unwrap();
-    assert_eq!(status.search.expect("the state of the lists").lists, 38);
+    assert_eq!(status.search.expect("the state of the lists").lists, count);
     // As if the table had grown since.
     it.run("UPDATE refarch.search_index SET rows = 900").await;
     maintain().await;

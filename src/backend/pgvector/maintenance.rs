@@ -38,9 +38,9 @@ impl PgVector {
         let (situation, seen) = self.look(backlog).await?;
         let Some(action) = situation.next_action() else {
             if situation.lists == Presence::Valid
-                && search_index::claim_check(&self.postgres, self.generation).await?
+                && search_index::is_check_due(&self.postgres, self.generation).await?
             {
-                self.check(situation.rows, seen).await?;
+                self.check_alone(situation.rows, seen).await?;
             }
             return Ok(());
         };
@@ -73,6 +73,30 @@ impl PgVector {
             Action::BuildGraph | Action::DropGraph => {}
         }
         *self.builds() = BuildHistory::default();
+        Ok(())
+    }
+
+    /// Checks the lists, unless another worker does. The lock ends with its session, also if the worker stops.
+    async fn check_alone(&self, rows: u64, seen: Option<SearchIndex>) -> Result<()> {
+        let fail = |error: tokio_postgres::Error| failure("check the search index", error);
+        if !self.postgres.supports_sessions().await? {
+            return self.check(rows, seen).await;
+        }
+        let (session, connection) = self.postgres.dedicated().await.map_err(fail)?;
+        let connection = tokio::spawn(connection);
+        let is_alone: bool = session
+            .query_one(
+                "SELECT pg_catalog.pg_try_advisory_lock(pg_catalog.hashtext('refarch.search_check'), $1)",
+                &[&self.generation],
+            )
+            .await
+            .map_err(fail)?
+            .get(0);
+        if is_alone {
+            self.check(rows, seen).await?;
+        }
+        drop(session);
+        let _ = connection.await;
         Ok(())
     }
 

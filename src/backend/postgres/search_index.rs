@@ -83,17 +83,17 @@ pub async fn read(postgres: &Postgres, generation: i32) -> Result<Option<SearchI
     Ok(row.map_err(|error| failure("read the record of the lists", error))?.as_ref().map(from_row))
 }
 
-/// Claims the next check, so that one worker makes it: after an hour, or after a tenth of the rows was written.
-pub(crate) async fn claim_check(postgres: &Postgres, generation: i32) -> Result<bool> {
+/// Whether a check is due: after an hour, or after a tenth of the rows was written.
+pub(crate) async fn is_check_due(postgres: &Postgres, generation: i32) -> Result<bool> {
     let sql = format!(
-        "UPDATE refarch.search_index s SET checked_at = now(), checked_writes = w.n FROM (SELECT {written} AS n) w \
-         WHERE s.target = $1 AND (s.checked_at IS NULL OR s.checked_at < now() - interval '1 hour' \
-           OR abs(w.n - s.checked_writes) > greatest(s.rows, 1000) / 10)",
+        "SELECT EXISTS (SELECT FROM refarch.search_index s WHERE s.target = $1 \
+           AND (s.checked_at IS NULL OR s.checked_at < now() - interval '1 hour' \
+             OR abs({written} - s.checked_writes) > greatest(s.rows, 1000) / 10))",
         written = written(&vector_table(generation))
     );
     let client = postgres.client().await?;
-    let claimed = client.execute(&sql, &[&generation]).await;
-    Ok(claimed.map_err(|error| failure("claim a check of the lists", error))? > 0)
+    let due = client.query_one(&sql, &[&generation]).await;
+    Ok(due.map_err(|error| failure("look for a check of the lists", error))?.get(0))
 }
 
 /// Records a build.
@@ -121,10 +121,14 @@ pub(crate) async fn built(
 /// Records a check.
 pub(crate) async fn checked(postgres: &Postgres, generation: i32, seen: &SearchIndex) -> Result<()> {
     let client = postgres.client().await?;
+    let sql = format!(
+        "UPDATE refarch.search_index SET probes = $2, probes_at_build = $3, recall = $4, skew = $5, \
+           skew_at_build = $6, degraded = $7, checked_at = now(), checked_writes = {written} WHERE target = $1",
+        written = written(&vector_table(generation))
+    );
     let done = client
         .execute(
-            "UPDATE refarch.search_index SET probes = $2, probes_at_build = $3, recall = $4, skew = $5, \
-               skew_at_build = $6, degraded = $7 WHERE target = $1",
+            &sql,
             &[
                 &generation,
                 &seen.probes,
