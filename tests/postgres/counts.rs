@@ -122,7 +122,8 @@ async fn rows_of_counts_are_summed_up_and_those_of_a_target_that_is_gone_deleted
     other.batch_execute("BEGIN; UPDATE refarch.ledger SET dirty = true WHERE id = '1'").await.unwrap();
     let (ledger, again) = (&it.backends.ledger, &it.backends.ledger);
     let (one, two) = tokio::join!(ledger.tidy(), again.tidy());
-    (one.unwrap(), two.unwrap());
+    one.unwrap();
+    two.unwrap();
     other.batch_execute("COMMIT").await.unwrap();
     let rows: i64 =
         it.client.query_one("SELECT count(*) FROM refarch.count_delta", &[]).await.unwrap().get(0);
@@ -160,7 +161,7 @@ async fn a_database_from_before_the_counts_gets_them_and_a_dropped_generation_ta
     let it = Migrated::new(TABLE, settings(&ITEM), "pgvector").await;
     let first = it.generation().await;
     let run = async |sql: &str| {
-        it.client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"))
+        it.client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
     };
     run(&format!(
         "INSERT INTO refarch.ledger (target, id, dirty) SELECT {id}, n::text, n > 30 FROM generate_series(1, 40) n; \

@@ -24,6 +24,7 @@ use crate::pipeline::queue::{Backlog, Queue};
 const FRESHNESS_WINDOW: &str = "5 minutes";
 
 /// The state of one target. All counts are changes or rows, never messages.
+#[allow(clippy::struct_excessive_bools)] // The keys of the JSON output.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
     /// Rows of the source's table.
