@@ -1,7 +1,8 @@
 //! The job queue on Amazon SQS: one queue for each lane, or one queue for both, and a dead-letter queue.
 //!
-//! SQS delivers at least once and in no order, which the contract of [`JobQueue`](crate::pipeline::queue::JobQueue) allows. SQS bills by the
-//! request, so all calls here carry up to ten messages, and receives use long polling.
+//! SQS delivers at least once and in no order, which the contract of
+//! [`JobQueue`](crate::pipeline::queue::JobQueue) allows. SQS bills by the request, so all calls here carry up
+//! to ten messages, and receives use long polling.
 
 mod batch;
 mod client;
