@@ -349,10 +349,14 @@ async fn lists_are_built_checked_built_again_and_dropped() {
     it.run("INSERT INTO products_with_increment (id, description) SELECT i, 'text ' || i FROM generate_series(1, 1500) i").await;
     it.converge().await;
     let maintain = async || it.backends.index.maintain(0).await.unwrap();
-    // The indexer may have built them already.
-    maintain().await;
+    // The indexer may have built them already, or may have been stopped at it.
+    common::eventually("the lists to be built and checked", TIMEOUT, async || {
+        maintain().await;
+        let checked = "SELECT EXISTS (SELECT FROM refarch.search_index WHERE recall IS NOT NULL)";
+        it.client.query_one(checked, &[]).await.unwrap().get(0)
+    })
+    .await;
     let built = lists().await.expect("lists over 1,500 vectors");
-    maintain().await;
     let state =
         it.client.query_one("SELECT lists, probes, recall FROM refarch.search_index", &[]).await.unwrap();
     let (count, probes, recall): (i32, i32, Option<f32>) = (state.get(0), state.get(1), state.get(2));
