@@ -15,8 +15,8 @@ use futures::{FutureExt as _, StreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use super::Indexer;
 use super::spawn::{Spawn, Task};
+use super::step::Indexer;
 use crate::pipeline::change::{Lane, MAX_CHANGES_PER_JOB};
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::fault;

@@ -7,8 +7,10 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::batch::Batch;
+use super::receiver::Receiver;
+use super::spawn::TokioTasks;
+use super::step::Indexer;
 use super::visibility::Visibility;
-use super::{Indexer, Receiver, TokioTasks};
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::queue::{Backlog, Message};
