@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use jiff::Timestamp;
 
-use super::Pgmq;
+use super::queue::Pgmq;
 use crate::backend::postgres::{Postgres, failure};
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
