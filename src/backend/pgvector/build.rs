@@ -7,18 +7,19 @@ use super::table::{MIN_GRAPH_VERSION, PgVector};
 use crate::backend::postgres::failure;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// Neighbours of a vector in the graph, and candidates for them during the build. Measured among 10,000
+/// The number of neighbours of a vector in the graph, and of candidates for them during the build. Measured among 10,000
 /// products: of 100 rows whose new text was unlike all other texts, one or two were not found with pgvector's
 /// defaults (16 and 64) and 100 candidates in a search. With these values and 200 candidates, all were found.
-/// Among 100,000 products some are missed all the same, so a graph is built only if the settings ask for it.
+/// Among 100,000 products some rows are missed even so. Therefore a graph is built only if the settings ask for
+/// it.
 const GRAPH_DEGREE: u32 = 32;
 const GRAPH_CANDIDATES: u32 = 128;
 
-/// Memory for what a build needs beside k-means: sorting and writing the vectors.
+/// Memory that a build needs besides k-means, for sorting and writing the vectors.
 const BUILD_SPARE: u64 = 64 << 20;
 
-/// Settings of the session that builds. They cannot be set for the statement alone, which runs outside of a
-/// transaction.
+/// Settings of the session that builds. They are set for the whole session, because the statement that builds
+/// runs outside of a transaction.
 const SESSION: &str = "SET search_path = pg_catalog, pg_temp; SET statement_timeout = 0; SET lock_timeout = 0; \
     SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
     SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) IS NOT NULL";
@@ -40,7 +41,7 @@ struct Plan {
 }
 
 impl PgVector {
-    /// Takes the step, unless another worker takes one. Returns none then.
+    /// Does the step. Returns `None` if another worker does a step now.
     pub(super) async fn act(&self, action: Action, rows: u64) -> Result<Option<Done>> {
         let what = "build the search index";
         let fail = |error: tokio_postgres::Error| failure(what, error);
@@ -85,7 +86,7 @@ impl PgVector {
     }
 
     async fn plan(&self, action: Action, rows: u64, what: &'static str) -> Result<Plan> {
-        // Looked up again, since the extension may have been updated after the start.
+        // The version is looked up again, because the extension may have been updated after the start.
         let extension = self.installed().await?;
         let (is_owned, dimensions) = self.ownership_and_dimensions(what).await?;
         let (generation, table, schema) = (self.generation, &self.table, &extension.schema);
@@ -133,7 +134,7 @@ impl PgVector {
                             "CREATE INDEX CONCURRENTLY vector_{generation}_lists_new ON {table} \
                              USING ivfflat (embedding {schema}.halfvec_cosine_ops) WITH (lists = {lists})"
                         ),
-                        // Searches and writes of vectors wait for this, no longer than for a lock.
+                        // Searches and writes of vectors wait for this statement. The lock timeout limits the wait.
                         format!(
                             "BEGIN; SET LOCAL lock_timeout = '5s'; {}; \
                              ALTER INDEX refarch.vector_{generation}_lists_new RENAME TO vector_{generation}_lists; COMMIT",
@@ -149,8 +150,8 @@ impl PgVector {
         Ok(Plan { statements, memory, lists })
     }
 
-    /// Whether the role may index the table (only its owner can; another role calls a function of the owner), and
-    /// the numbers of a vector.
+    /// Returns whether the role may index the table, and the number of dimensions. Only the table's owner may index
+    /// it; another role calls a function of the owner.
     async fn ownership_and_dimensions(&self, what: &'static str) -> Result<(bool, u64)> {
         let row = self
             .postgres

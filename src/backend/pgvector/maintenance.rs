@@ -1,5 +1,6 @@
-//! Looks after the index on the vectors: builds it when searches would be slow, measures how much searches find, reads
-//! more lists if that is too little, and builds the lists again if that does not help.
+//! Maintains the index on the vectors. Builds the index when searches would be slow. Measures how many of the nearest
+//! vectors searches find. If searches find too few, they read more lists; if more lists do not help, the lists are
+//! built again.
 
 use super::method::{Action, Presence, Situation};
 use super::observations::BuildHistory;
@@ -21,7 +22,7 @@ const RECOUNT: f64 = 0.05;
 /// Lists are built again once a search must read this many times the lists that it read after the build.
 const PROBES_GROWTH: i32 = 2;
 
-/// Lists are built again once they are this many times as uneven as after the build.
+/// Lists are built again once their sizes are this many times as uneven as after the build.
 const SKEW_GROWTH: f32 = 2.0;
 
 /// Lists that find too little are built again only if this part of the rows was written since the build: the same rows
@@ -29,8 +30,8 @@ const SKEW_GROWTH: f32 = 2.0;
 const MIN_REBUILD_WRITES: f64 = 0.1;
 
 impl PgVector {
-    /// Takes the next step, if one is due. If it fails, the reason is logged once, and the pauses between attempts
-    /// grow. Searches read all vectors, or go through the older index, meanwhile.
+    /// Does the next step, if a step is due. If the step fails, the reason is logged once, and the pauses between
+    /// attempts grow. Until a step succeeds, searches read all vectors or use the older index.
     pub(super) async fn maintain_search(&self, backlog: u64) -> Result<()> {
         if self.clock.now() < self.builds().not_before {
             return Ok(());
@@ -76,7 +77,8 @@ impl PgVector {
         Ok(())
     }
 
-    /// Checks the lists, unless another worker does. The lock ends with its session, also if the worker stops.
+    /// Checks the lists, unless another worker checks them now. The lock ends with its session, so it also ends if
+    /// the worker stops.
     async fn check_alone(&self, rows: u64, seen: Option<SearchIndex>) -> Result<()> {
         let fail = |error: tokio_postgres::Error| failure("check the search index", error);
         if !self.postgres.supports_sessions().await? {
@@ -100,7 +102,7 @@ impl PgVector {
         Ok(())
     }
 
-    /// Measures how much searches find, and chooses the probes.
+    /// Measures how many of the nearest vectors searches find, and chooses the number of probes.
     async fn check(&self, rows: u64, seen: Option<SearchIndex>) -> Result<()> {
         let Some(mut seen) = seen else { return Ok(()) };
         let sample = self.draw_sample(rows).await?;
@@ -133,7 +135,7 @@ impl PgVector {
         Ok(())
     }
 
-    /// Looks at the table, its indexes and the record of the lists.
+    /// Reads the state of the table, of its indexes and of the record of the lists.
     async fn look(&self, backlog: u64) -> Result<(Situation, Option<SearchIndex>)> {
         let fail = |error: tokio_postgres::Error| failure("look at the search index", error);
         let lists = format!("refarch.vector_{}_lists", self.generation);
@@ -175,7 +177,7 @@ impl PgVector {
         Ok((situation, seen))
     }
 
-    /// Vectors in the table, of this many bytes.
+    /// The number of vectors in the table, which has this many bytes.
     async fn rows(&self, bytes: i64) -> Result<u64> {
         let mut observations = self.observations.lock().await;
         if let Some((counted, rows)) = observations.counted

@@ -1,8 +1,9 @@
-//! What a process remembers between two looks at the index: failed builds, the table's size, the time of an exact search.
+//! Facts that a process keeps between two checks of the index: failed builds, the table's size, the time of an exact
+//! search.
 
 use std::time::Duration;
 
-/// Pause after a failed build; it doubles with each failure.
+/// The pause after a failed build. Each further failure doubles the pause.
 const FIRST_PAUSE: Duration = Duration::from_secs(10);
 const LONGEST_PAUSE: Duration = Duration::from_hours(1);
 
@@ -28,7 +29,7 @@ impl BuildHistory {
     }
 }
 
-/// What was seen of the table of vectors.
+/// Observations of the table of vectors.
 #[derive(Debug, Default)]
 pub(super) struct Observations {
     /// Bytes of the table when its rows were counted, and the rows.

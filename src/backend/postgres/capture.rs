@@ -102,7 +102,7 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
         .map_err(fail)?;
     faults.extend(held.iter().map(|row| {
         let (table, held): (&str, &str) = (row.get(0), row.get(1));
-        format!("{table} must be read again, but can't be: {held}")
+        format!("{table} must be read again, but cannot be read: {held}")
     }));
     Ok(faults)
 }
