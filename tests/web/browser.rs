@@ -11,10 +11,10 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 use crate::common::{self, Database};
 
-/// Longer than anything here takes on a busy machine.
+/// A time limit that no step here reaches, even on a busy machine.
 const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Keeps Chromium from looking anything up elsewhere.
+/// Flags that keep Chromium from sending requests to other hosts.
 const FLAGS: &[&str] = &[
     "--headless",
     "--no-sandbox",
@@ -30,7 +30,7 @@ const FLAGS: &[&str] = &[
     "about:blank",
 ];
 
-/// A page in a browser of its own.
+/// A page, in a browser that only this test uses.
 struct Page {
     _browser: Child,
     _profile: tempfile::TempDir,
@@ -108,7 +108,7 @@ impl Page {
         }
     }
 
-    /// Types as a person would, into what has the focus.
+    /// Types a text into the element that has the focus.
     async fn type_text(&mut self, text: &str) {
         self.call("Input.insertText", json!({ "text": text })).await;
     }
@@ -122,7 +122,7 @@ impl Page {
 
 const FIRST: &str = "document.querySelector('#rows tr')";
 
-/// Every role over a database, once the page can be opened, and its address.
+/// Starts every role on a database. Returns the process and the page's address once the page can be opened.
 async fn up(database: &Database, env: &[(&str, &str)]) -> (Child, String) {
     let address = format!("127.0.0.1:{}", common::free_port());
     let mut command = database.refarch();
@@ -188,7 +188,7 @@ async fn a_user_searches_edits_and_sees_the_edit_become_searchable() {
     page.type_text("fireplace").await;
     page.until(&format!("document.title.startsWith('fireplace') && {FIRST}?.row.id === 1")).await;
 
-    // Somebody else edits the row between our reading and our writing.
+    // Another client edits the row after the page read it and before the page writes it.
     client.batch_execute("UPDATE products_with_increment SET name = 'Theirs' WHERE id = 1").await.unwrap();
     page.eval(&format!("{FIRST}.querySelector('.c-name .cell').click()")).await;
     page.eval("document.activeElement.select()").await;
@@ -209,7 +209,7 @@ async fn a_user_searches_edits_and_sees_the_edit_become_searchable() {
 
     page.eval("history.back()").await;
     page.until("document.querySelector('#q').value === '' && document.title === 'refarch: products'").await;
-    // The conflict is meant to answer 412; nothing else may go wrong.
+    // The conflict must answer 412. No other request may fail.
     let problems: Vec<&String> = page.problems.iter().filter(|problem| !problem.contains("412")).collect();
     assert!(problems.is_empty(), "{problems:#?}");
 
