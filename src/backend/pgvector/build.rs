@@ -30,7 +30,7 @@ pub(super) struct Done {
     /// The lists that were built; 0 for any other step.
     pub(super) lists: i32,
     /// How long the step took, in milliseconds.
-    pub(super) took_ms: i64,
+    pub(super) duration_ms: i64,
 }
 
 /// The statements of a step, and the memory for it.
@@ -75,14 +75,20 @@ impl PgVector {
                 session.batch_execute(statement).await.map_err(fail)?;
             }
         }
-        let took_ms = started.elapsed().as_millis() as i64;
+        let duration_ms = started.elapsed().as_millis() as i64;
         drop(session);
         let _ = connection.await;
         if locked {
             let step = format!("{action:?}");
-            tracing::info!(table = self.table, step, lists = plan.lists, took_ms, "changed the search index");
+            tracing::info!(
+                table = self.table,
+                step,
+                lists = plan.lists,
+                duration_ms,
+                "changed the search index"
+            );
         }
-        Ok(locked.then_some(Done { lists: plan.lists, took_ms }))
+        Ok(locked.then_some(Done { lists: plan.lists, duration_ms }))
     }
 
     async fn plan(&self, action: Action, rows: u64, what: &'static str) -> Result<Plan> {

@@ -48,16 +48,16 @@ impl PgVector {
         if let Err(error) = self.take(action, situation.rows).await {
             let reason = error.to_string();
             let (pause, is_news) = self.builds().failed(&reason, self.clock.now());
-            let retry_in_s = pause.as_secs();
+            let retry_in_ms = pause.as_millis() as u64;
             if is_news {
                 tracing::warn!(
                     table = self.table,
                     reason,
-                    retry_in_s,
+                    retry_in_ms,
                     "cannot build the search index: searches read all vectors, or use the older index, until a build succeeds"
                 );
             } else {
-                tracing::debug!(table = self.table, reason, retry_in_s, "cannot build the search index");
+                tracing::debug!(table = self.table, reason, retry_in_ms, "cannot build the search index");
             }
         }
         Ok(())
@@ -68,7 +68,8 @@ impl PgVector {
         match action {
             Action::BuildLists => {
                 let rows = i64::try_from(rows).unwrap_or(i64::MAX);
-                search_index::built(&self.postgres, self.generation, done.lists, rows, done.took_ms).await?;
+                search_index::built(&self.postgres, self.generation, done.lists, rows, done.duration_ms)
+                    .await?;
             }
             Action::DropLists => search_index::dropped(&self.postgres, self.generation).await?,
             Action::BuildGraph | Action::DropGraph => {}

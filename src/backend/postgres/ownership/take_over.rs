@@ -106,7 +106,7 @@ async fn take_over(
     }
     if let Some(why) = found.why_wait().filter(|_| !is_shared(&state, found)) {
         tracing::info!(
-            why,
+            reason = why,
             wait_s = settle.as_secs_f64(),
             "waiting until the index has applied every write that the ledger does not know of"
         );
