@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::method::{Action, lists_for};
 use super::table::{MIN_GRAPH_VERSION, PgVector};
+use crate::backend::postgres::connection::BUILD_SESSION;
 use crate::backend::postgres::failure;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
@@ -16,12 +17,6 @@ const GRAPH_CANDIDATES: u32 = 128;
 
 /// Memory for what a build needs beside k-means: sorting and writing the vectors.
 const BUILD_SPARE: u64 = 64 << 20;
-
-/// Settings of the session that builds. They cannot be set for the statement alone, which runs outside of a
-/// transaction.
-const SESSION: &str = "SET search_path = pg_catalog, pg_temp; SET statement_timeout = 0; SET lock_timeout = 0; \
-    SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
-    SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) IS NOT NULL";
 
 /// A finished step.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +52,7 @@ impl PgVector {
         // A session of its own: the session's end releases the advisory lock, whatever happens.
         let (session, connection) = self.postgres.dedicated().await.map_err(fail)?;
         let connection = tokio::spawn(connection);
-        session.batch_execute(SESSION).await.map_err(fail)?;
+        session.batch_execute(BUILD_SESSION).await.map_err(fail)?;
         let memory = format!("{}kB", (plan.memory >> 10).max(1_024));
         session
             .execute("SELECT set_config('maintenance_work_mem', $1, false)", &[&memory])
