@@ -1223,8 +1223,8 @@ impl VectorIndex for View {
         }
     }
 
-    async fn maintain(&self, _: u64) -> Result<()> {
-        Ok(())
+    async fn maintain(&self, _: u64) -> Result<bool> {
+        Ok(false)
     }
 }
 

@@ -1,4 +1,4 @@
-//! What a process remembers between two looks at the index: failed builds, the table's size, the time of an exact search.
+//! What a process remembers between two looks at the index: failed builds, the time of an exact search.
 
 use std::time::Duration;
 
@@ -31,8 +31,6 @@ impl BuildHistory {
 /// What was seen of the table of vectors.
 #[derive(Debug, Default)]
 pub(super) struct Observations {
-    /// Bytes of the table when its rows were counted, and the rows.
-    pub(super) counted: Option<(i64, u64)>,
     /// Rows when an exact search was timed, and the time.
     pub(super) exact: Option<(u64, Duration)>,
 }
