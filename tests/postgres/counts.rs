@@ -6,6 +6,7 @@ use refarch::backend::postgres::counts::{self, Counts};
 use refarch::backend::postgres::generation;
 use refarch::pipeline::ledger::Ledger as _;
 
+use crate::common::eventually;
 use crate::common::source::{ITEM, Migrated, migrate, settings, shape};
 use crate::common::steps::SyncFixture;
 
@@ -212,6 +213,17 @@ async fn many_waiting_changes_are_estimated_and_few_counted() {
     assert!(estimated && (100_000..400_000).contains(&changes), "{changes}");
     it.run("DELETE FROM refarch.outbox WHERE seq > 3").await;
     assert_eq!(pending().await, (3, false));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fault_of_capture_is_seen_soon_and_its_end_at_once() {
+    let it = SyncFixture::new(TABLE, &ITEM).await;
+    let faults = async || it.backends.status().await.unwrap().capture_faults;
+    assert_eq!(faults().await, [""; 0]);
+    it.run("ALTER TABLE item DISABLE TRIGGER USER").await;
+    eventually("the fault to be seen", TIMEOUT, async || !faults().await.is_empty()).await;
+    it.run("ALTER TABLE item ENABLE TRIGGER USER").await;
+    assert_eq!(faults().await, [""; 0]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
