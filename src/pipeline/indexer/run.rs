@@ -14,7 +14,7 @@ use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::queue::{Backlog, Message};
 use crate::pipeline::retry::Backoff;
 
-/// How often the index's search structures are maintained.
+/// How often attempts are swept and the ledger is tidied; also the pause between two steps of the index's maintenance.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(1);
 
 /// How often a look is taken at the index's search structures while nothing is to be done about them.
@@ -98,6 +98,7 @@ impl Indexer {
             let backlog = self.stats.backlog(lane).await?;
             sum.visible += backlog.visible;
             sum.in_flight += backlog.in_flight;
+            sum.estimated |= backlog.estimated;
         }
         Ok(sum)
     }
