@@ -21,8 +21,10 @@ const BUILD_SPARE: u64 = 64 << 20;
 /// A finished step.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Done {
-    /// The lists that were built; 0 for any other step.
+    /// The lists that were built or adopted; 0 for any other step.
     pub(super) lists: i32,
+    /// Vectors when the lists were built.
+    pub(super) rows: i64,
     /// How long the step took, in milliseconds.
     pub(super) took_ms: i64,
 }
@@ -32,6 +34,7 @@ struct Plan {
     statements: Vec<String>,
     memory: u64,
     lists: i32,
+    rows: i64,
 }
 
 impl PgVector {
@@ -76,7 +79,7 @@ impl PgVector {
             let step = format!("{action:?}");
             tracing::info!(table = self.table, step, lists = plan.lists, took_ms, "changed the search index");
         }
-        Ok(locked.then_some(Done { lists: plan.lists, took_ms }))
+        Ok(locked.then_some(Done { lists: plan.lists, rows: plan.rows, took_ms }))
     }
 
     async fn plan(&self, action: Action, rows: u64, what: &'static str) -> Result<Plan> {
@@ -86,7 +89,13 @@ impl PgVector {
         let (generation, table, schema) = (self.generation, &self.table, &extension.schema);
         let memory = self.options.build_memory << 20;
         let drop_lists = |name: &str| format!("DROP INDEX IF EXISTS refarch.vector_{generation}_{name}");
+        let mut rows_at_build = i64::try_from(rows).unwrap_or(i64::MAX);
         let (statements, memory, lists) = match action {
+            Action::AdoptLists => {
+                let (lists, rows) = self.unrecorded_lists(what).await?;
+                rows_at_build = rows.unwrap_or(rows_at_build);
+                (Vec::new(), 0, lists)
+            }
             Action::DropGraph if !is_owned => {
                 (vec![format!("SELECT refarch.drop_graph({generation}, 'graph')")], 0, 0)
             }
@@ -141,7 +150,19 @@ impl PgVector {
                 (statements, needed + BUILD_SPARE, lists as i32)
             }
         };
-        Ok(Plan { statements, memory, lists })
+        Ok(Plan { statements, memory, lists, rows: rows_at_build })
+    }
+
+    /// The number of lists by the catalog, and of the vectors when they were built, if it is known.
+    async fn unrecorded_lists(&self, what: &'static str) -> Result<(i32, Option<i64>)> {
+        let name = format!("refarch.vector_{}_lists", self.generation);
+        // pgvector makes 100 lists if an index names no number.
+        let sql = "SELECT coalesce((SELECT o.option_value::integer FROM pg_options_to_table(c.reloptions) o \
+                     WHERE o.option_name = 'lists'), 100), CASE WHEN c.reltuples > 0 THEN c.reltuples::bigint END \
+                   FROM pg_class c WHERE c.oid = to_regclass($1)";
+        let client = self.postgres.client().await?;
+        let row = client.query_one(sql, &[&name]).await.map_err(|error| failure(what, error))?;
+        Ok((row.get(0), row.get(1)))
     }
 
     /// Whether the role may index the table (only its owner can; another role calls a function of the owner), and

@@ -63,9 +63,9 @@ impl PgVector {
     async fn take(&self, action: Action, rows: u64) -> Result<()> {
         let Some(done) = self.act(action, rows).await? else { return Ok(()) };
         match action {
-            Action::BuildLists => {
-                let rows = i64::try_from(rows).unwrap_or(i64::MAX);
-                search_index::built(&self.postgres, self.generation, done.lists, rows, done.took_ms).await?;
+            Action::BuildLists | Action::AdoptLists => {
+                search_index::built(&self.postgres, self.generation, done.lists, done.rows, done.took_ms)
+                    .await?;
             }
             Action::DropLists => search_index::dropped(&self.postgres, self.generation).await?,
             Action::BuildGraph | Action::DropGraph => {}
