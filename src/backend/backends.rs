@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::location::{configured_location, named_index, pinecone_at};
-use super::model::{LoadedModel, known_shape};
+use super::model::{LoadedModel, recorded_shape};
 use super::pgvector::{self, PgVector};
 use super::pinecone;
 use super::postgres::generation::{self, Generation, IndexShape};
@@ -45,8 +45,8 @@ pub struct Backends {
 }
 
 impl Backends {
-    /// Finds the active target and opens its backends. No embedding server is asked for what the database knows of
-    /// its model.
+    /// Finds the active target and opens its backends. No embedding server is asked: the database knows what the
+    /// index was made with.
     pub async fn open(postgres: &Postgres, settings: &Settings) -> Result<Self> {
         Self::open_for(postgres, settings, None).await
     }
@@ -60,7 +60,7 @@ impl Backends {
         let queue = open_queue(postgres, settings).await?;
         let shape = match model {
             Some(model) => model.shape(settings).await?,
-            None => known_shape(postgres, settings).await?,
+            None => recorded_shape(postgres, settings).await?,
         };
         Self::build(postgres, settings, queue, shape, false).await
     }
@@ -68,13 +68,13 @@ impl Backends {
     /// The same, for reading only. If the index's host cannot be found, the recorded place is used.
     pub async fn open_read_only(postgres: &Postgres, settings: &Settings) -> Result<Self> {
         let queue = open_queue(postgres, settings).await?;
-        let shape = known_shape(postgres, settings).await?;
+        let shape = recorded_shape(postgres, settings).await?;
         Self::build(postgres, settings, queue, shape, true).await
     }
 
     /// Opens the backends around an open queue.
     pub async fn with_queue(postgres: &Postgres, settings: &Settings, queue: Queue) -> Result<Self> {
-        let shape = known_shape(postgres, settings).await?;
+        let shape = recorded_shape(postgres, settings).await?;
         Self::build(postgres, settings, queue, shape, false).await
     }
 
