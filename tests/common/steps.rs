@@ -72,6 +72,7 @@ impl SyncFixture {
             },
         ));
         let metrics: Arc<Metrics> = Arc::default();
+                start_timeout: Duration::ZERO,
         let indexer = Arc::new(Indexer::new(
             backends.queue.clone(),
             Arc::clone(&backends.ledger) as _,
@@ -93,6 +94,7 @@ impl SyncFixture {
         ));
         Self { database, settings, postgres, backends, client, indexer, relay, metrics }
     }
+                start_timeout: Duration::ZERO,
 
     pub async fn run(&self, sql: &str) {
         super::run(&self.client, sql).await;
