@@ -42,6 +42,8 @@ pub struct Backends {
     counted: Arc<postgres::source_rows::Counted>,
     /// How long a round of the proof takes; `None`: the proof is off.
     proof_period: Option<Duration>,
+    /// How often the worker that runs the proof checks capture; `None`: never.
+    capture_check: Option<Duration>,
 }
 
 impl Backends {
@@ -142,6 +144,7 @@ impl Backends {
             source: Arc::new(settings.source.clone()),
             counted: Arc::default(),
             proof_period: settings.audit.period,
+            capture_check: settings.audit.armed,
         })
     }
 
@@ -170,6 +173,12 @@ impl Backends {
     /// The state of the proof.
     pub async fn proof(&self) -> Result<postgres::proof::Proof> {
         postgres::proof::Proof::read(&self.postgres, self.generation.id, self.proof_period).await
+    }
+
+    /// How often a running worker checks capture, and captures new parts of the table; `None`: never.
+    #[must_use]
+    pub fn capture_check(&self) -> Option<Duration> {
+        self.capture_check
     }
 
     /// Whether dead letters can be read without hiding them from other readers for a while.

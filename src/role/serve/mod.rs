@@ -35,7 +35,7 @@ pub use connections::{ConnectionLimits, serve};
 pub use limits::Limits;
 use limits::REQUEST_TIMEOUT;
 pub use route::router;
-pub use sync_status::SyncStatus;
+pub use sync_status::{Health, SyncStatus};
 
 /// Binds the address in the settings.
 pub async fn bind(settings: &Settings) -> anyhow::Result<TcpListener> {
