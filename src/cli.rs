@@ -82,6 +82,14 @@ pub enum Command {
     },
 }
 
+/// The admin endpoint of a role that runs for long.
+#[derive(Debug, Args)]
+pub struct Admin {
+    /// Serve /metrics, /healthz and /readyz at this address, such as 127.0.0.1:9464 [default: off]
+    #[arg(long = "admin", value_name = "ADDRESS:PORT")]
+    pub listen: Option<SocketAddr>,
+}
+
 /// `refarch up`
 #[derive(Debug, Args)]
 pub struct Up {
@@ -100,6 +108,9 @@ pub struct Up {
     /// With --until-synced: print the summary as JSON
     #[arg(long, requires = "until_synced")]
     pub json: bool,
+    /// The admin endpoint.
+    #[command(flatten)]
+    pub admin: Admin,
 }
 
 /// `refarch serve`
@@ -108,6 +119,9 @@ pub struct Serve {
     /// Address of the web page [default: 127.0.0.1:3000]
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub bind: Option<SocketAddr>,
+    /// The admin endpoint.
+    #[command(flatten)]
+    pub admin: Admin,
 }
 
 /// `refarch listen`
@@ -116,6 +130,9 @@ pub struct Listen {
     /// Exit as soon as no change is pending
     #[arg(long)]
     pub until_idle: bool,
+    /// The admin endpoint.
+    #[command(flatten)]
+    pub admin: Admin,
 }
 
 /// `refarch embed`
@@ -127,6 +144,9 @@ pub struct Embed {
     /// Exit as soon as the queue is empty
     #[arg(long)]
     pub until_idle: bool,
+    /// The admin endpoint.
+    #[command(flatten)]
+    pub admin: Admin,
 }
 
 /// `refarch generate`
@@ -144,6 +164,9 @@ pub struct Generate {
     /// Load the products into the table with COPY, without a file
     #[arg(long)]
     pub load: bool,
+    /// The admin endpoint.
+    #[command(flatten)]
+    pub admin: Admin,
 }
 
 /// `refarch migrate`
@@ -244,6 +267,41 @@ fn workers(text: &str) -> Result<usize, String> {
     }
 }
 
+impl Command {
+    /// The command's name.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Up(_) => "up",
+            Self::Serve(_) => "serve",
+            Self::Listen(_) => "listen",
+            Self::Embed(_) => "embed",
+            Self::Generate(_) => "generate",
+            Self::Migrate(_) => "migrate",
+            Self::Status(_) => "status",
+            Self::Verify(_) => "verify",
+            Self::Chaos(_) => "chaos",
+            Self::Redrive(_) => "redrive",
+            Self::Config => "config",
+            Self::Psql(_) => "psql",
+            Self::Completions { .. } => "completions",
+        }
+    }
+
+    /// The flags of the admin endpoint, if the role can have one.
+    fn admin(&self) -> Option<&Admin> {
+        match self {
+            Self::Up(role) => Some(&role.admin),
+            Self::Serve(role) => Some(&role.admin),
+            Self::Listen(role) => Some(&role.admin),
+            Self::Embed(role) => Some(&role.admin),
+            Self::Generate(role) => Some(&role.admin),
+            Self::Chaos(role) => Some(&role.admin),
+            _ => None,
+        }
+    }
+}
+
 impl Cli {
     /// The settings that the flags set.
     #[must_use]
@@ -268,6 +326,8 @@ impl Cli {
             _ => (None, None),
         };
         set("--bind", "serve.bind", bind.map(|b| b.to_string()));
+        let admin = self.command.admin().and_then(|admin| admin.listen);
+        set("--admin", "admin.listen", admin.map(|address| address.to_string()));
         set("--workers", "indexer.workers", workers.map(|n| n.to_string()));
         list
     }

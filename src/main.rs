@@ -8,7 +8,6 @@ use clap::Parser;
 use refarch::cli::Cli;
 use refarch::config::{File, Settings};
 use refarch::pipeline::failure::chain;
-use refarch::secret::without_secrets;
 use refarch::{role, telemetry};
 
 fn main() -> ExitCode {
@@ -17,7 +16,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if role::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("refarch: {}", without_secrets(&chain(error.as_ref())));
+            telemetry::notice("ERROR", format_args!("refarch: {}", chain(error.as_ref())));
             ExitCode::FAILURE
         }
     }
@@ -30,7 +29,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();
     let settings = Settings::load(file.as_ref(), &env, &cli.overrides())?;
-    telemetry::init(&settings.log, cli.is_quiet())?;
+    telemetry::init(&settings.log, cli.is_quiet(), cli.command.name())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(role::run(cli.command, settings))
 }

@@ -2,6 +2,7 @@
 
 use clap::{Args, ValueEnum};
 
+use super::Admin;
 use super::help::CHAOS_HELP;
 
 /// `refarch chaos`
@@ -37,6 +38,9 @@ pub struct Chaos {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+    /// The admin endpoint.
+    #[command(flatten)]
+    pub admin: Admin,
 }
 
 /// Vector indexes for `refarch chaos`.

@@ -32,7 +32,7 @@ pub use load::{DEFAULT_FILE, File, Override};
 pub use queue::{Queue, QueueKind, SqsQueue};
 pub use roles::{Audit, IndexCheck, Indexer, Relay, Serve, Up};
 pub use settings::Settings;
-pub use system::{Database, Log, Runtime, Source};
+pub use system::{Admin, Database, Log, Runtime, Source};
 
 /// The defaults as users read them.
 pub const DEFAULTS: &str = include_str!("../../config/default.toml");

@@ -71,6 +71,14 @@ impl Setting for Option<Duration> {
     }
 }
 
+/// None for an empty text.
+impl Setting for Option<SocketAddr> {
+    fn read(values: &Values, path: &'static str) -> Result<Self, ConfigError> {
+        let text: String = values.parse(path)?;
+        if text.is_empty() { Ok(None) } else { values.parse(path).map(Some) }
+    }
+}
+
 /// Declares the settings of a section, or those of some of its kinds (`of`). A field whose key has another name says
 /// so (`as`). After the default come the rules.
 macro_rules! section {

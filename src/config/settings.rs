@@ -7,11 +7,11 @@ use super::index::{Choice, Index, PgvectorIndex, PineconeIndex, RESERVED_METADAT
 use super::queue::{Queue, SqsQueue};
 use super::read::Section;
 use super::roles::{Audit, Indexer, Relay, Serve, Up};
-use super::system::{Database, Log, Runtime, Source};
+use super::system::{Admin, Database, Log, Runtime, Source};
 use super::values::Values;
 
 /// Every section, in the order in which it is shown.
-const SECTIONS: [&[Key]; 17] = [
+const SECTIONS: [&[Key]; 18] = [
     Database::KEYS,
     Source::KEYS,
     Queue::KEYS,
@@ -28,6 +28,7 @@ const SECTIONS: [&[Key]; 17] = [
     Serve::KEYS,
     Up::KEYS,
     Runtime::KEYS,
+    Admin::KEYS,
     Log::KEYS,
 ];
 
@@ -51,6 +52,7 @@ pub struct Settings {
     pub serve: Serve,
     pub up: Up,
     pub runtime: Runtime,
+    pub admin: Admin,
     pub log: Log,
     /// Every key, also those of kinds that were not chosen.
     shown: String,
@@ -76,6 +78,7 @@ impl Settings {
             serve: Serve::read(values)?,
             up: Up::read(values)?,
             runtime: Runtime::read(values)?,
+            admin: Admin::read(values)?,
             log: Log::read(values)?,
             shown: values.redacted(),
         };

@@ -1,5 +1,6 @@
 //! `[database]`, `[source]`, `[runtime]` and `[log]`
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -83,6 +84,16 @@ section! {
         dir: PathBuf = ".refarch";
         /// Grace period: how long held work may take to finish after a stop signal.
         grace as "grace_s": Duration = 20;
+    }
+}
+
+section! {
+    /// `[admin]`: metrics and readiness of a process.
+    pub struct Admin in "admin" {
+        /// Address of the admin endpoint (`/metrics`, `/healthz`, `/readyz`), such as 127.0.0.1:9464. Empty: off. Each
+        /// process needs a port of its own. Port 0 takes any free one, and the log names it. Who can reach it can
+        /// read it, so keep it on loopback or in a private network.
+        listen: Option<SocketAddr> = "";
     }
 }
 

@@ -11,6 +11,7 @@ use super::change::Lane;
 use super::clock::Clock;
 use super::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use super::failure::{Error, FailureKind, Result};
+use super::metrics::Metrics;
 
 /// While both lanes have work, one slice in this many is a bulk one, so that bulk is never starved.
 const BULK_SHARE: u32 = 8;
@@ -64,6 +65,7 @@ pub struct EmbedScheduler {
     slice: Duration,
     /// Tokens a second of one thread, smoothed.
     speed: AtomicU64,
+    metrics: Arc<Metrics>,
 }
 
 impl EmbedScheduler {
@@ -77,7 +79,14 @@ impl EmbedScheduler {
             waiting: Semaphore::new(0),
             slice,
             speed: AtomicU64::new(FIRST_GUESS),
+            metrics: Arc::default(),
         }
+    }
+
+    /// The same scheduler, which counts the calls of the embedder here.
+    #[must_use]
+    pub fn measuring(self, metrics: Arc<Metrics>) -> Self {
+        Self { metrics, ..self }
     }
 
     /// Tokens a second of one thread, as measured.
@@ -170,9 +179,11 @@ impl EmbedScheduler {
             if slice.done.is_closed() {
                 continue;
             }
-            let started = self.clock.now();
+            let (started, texts) = (self.clock.now(), slice.batch.len());
             let result = self.embedder.embed(slice.batch).await;
-            let took = self.clock.now().saturating_sub(started).as_micros() as u64;
+            let took = self.clock.now().saturating_sub(started);
+            self.metrics.called_embedder(texts, slice.tokens, took);
+            let took = took.as_micros() as u64;
             if result.is_ok() && took > 0 {
                 let measured = slice.tokens * 1_000_000 / took;
                 let old = self.tokens_per_second();

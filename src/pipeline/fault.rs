@@ -20,6 +20,9 @@ pub const QUEUE: &str = "queue";
 /// Changes cannot be moved from the outbox to the queue.
 pub const RELAY: &str = "relay";
 
+/// Every kind that a worker's own parts report.
+pub const KINDS: [&str; 4] = [INDEXING_BLOCKED, MISDIRECTED, QUEUE, RELAY];
+
 /// This many failures in a row, without a success in between, are a fault.
 pub const FAILURE_THRESHOLD: u32 = 3;
 

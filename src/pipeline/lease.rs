@@ -69,6 +69,16 @@ impl Lease {
         !confirmed.is_zero() && self.clock.now().saturating_sub(confirmed) + request < self.length
     }
 
+    /// How long the last heartbeat is still valid.
+    #[must_use]
+    pub fn remaining(&self) -> Duration {
+        let confirmed = Duration::from_micros(self.confirmed_us.load(Ordering::SeqCst));
+        if confirmed.is_zero() {
+            return Duration::ZERO;
+        }
+        (confirmed + self.length).saturating_sub(self.clock.now())
+    }
+
     /// The session, once there is one that covers a request of up to `request`.
     pub async fn current(&self, request: Duration) -> Result<u64> {
         let started = self.clock.now();

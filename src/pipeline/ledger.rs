@@ -260,6 +260,12 @@ impl Peeked {
         needed(self.row.as_ref(), self.entry.as_ref().map_or(Known::Never, Entry::known))
     }
 
+    /// Whether the row has a text whose vector the index holds.
+    #[must_use]
+    pub fn keeps_vector(&self) -> bool {
+        self.row.as_ref().is_some_and(SourceRow::has_text) && self.need().keeps_vector()
+    }
+
     /// Whether nothing is to be done.
     #[must_use]
     pub fn is_in_sync(&self) -> bool {

@@ -6,6 +6,7 @@
 //! Pinecone or HTTP.
 
 pub mod audit;
+pub mod backlog;
 pub mod change;
 pub mod clock;
 pub mod embed_scheduler;

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use super::admin::Observed;
+use super::harness::Process;
 use crate::backend::postgres::worker_registry::WorkerRegistration;
 use crate::backend::postgres::{ownership, worker_lock};
 use crate::backend::{Backends, Database, LoadedModel};
@@ -16,17 +18,16 @@ use crate::pipeline::failure::Class;
 use crate::pipeline::fault;
 use crate::pipeline::indexer::{Indexer, IndexerOptions};
 use crate::pipeline::lease::Lease;
-use crate::pipeline::metrics::Metrics;
 use crate::pipeline::retry::{Backoff, FatalPolicy};
 use crate::shutdown;
 
 /// Runs the role in its own process.
 pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
-    let stop = shutdown::on_signal()?;
+    let process = Process::start("embed", settings).await?;
     super::harness::with_model(settings, async |database: &Database, model: &LoadedModel| {
-        let backends = super::harness::open_backends(database, settings, Some(model)).await?;
+        let backends = process.open_backends(database, settings, Some(model)).await?;
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");
-        work(&backends, settings, model, &Arc::default(), &stop, args.until_idle).await
+        work(&backends, settings, model, &process.observed, &process.stop, args.until_idle).await
     })
     .await
 }
@@ -38,12 +39,13 @@ pub async fn work(
     backends: &Backends,
     settings: &Settings,
     model: &LoadedModel,
-    metrics: &Arc<Metrics>,
+    observed: &Observed,
     stop: &CancellationToken,
     until_idle: bool,
 ) -> anyhow::Result<()> {
     let workers = settings.indexer.worker_count();
-    let worker = super::harness::register(backends, settings, "embed", workers, metrics).await?;
+    let worker =
+        super::harness::register(backends, settings, "embed", workers, &observed.indexer).await?;
     // Before the first heartbeat, so that none is missed.
     let lost = worker.lost.subscribe();
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
@@ -53,7 +55,7 @@ pub async fn work(
         Arc::clone(&backends.ledger) as _,
         Arc::clone(&backends.index),
         EmbedScheduler::new(model.start(workers), settings.indexer.slice, Arc::clone(&clock)),
-        Arc::clone(metrics),
+        Arc::clone(&observed.indexer),
         Arc::clone(&lease),
         IndexerOptions {
             source: settings.source.name.clone(),
@@ -71,6 +73,9 @@ pub async fn work(
     let indexer = Arc::new(indexer);
     let abort = shutdown::after_grace(stop, settings.runtime.grace);
     let work_ended = CancellationToken::new();
+    if !backends.index_is_transactional() {
+        observed.watch_lease(&lease);
+    }
     let worker_lock = async {
         if backends.index_is_transactional() {
             return Ok(());
@@ -109,7 +114,7 @@ pub async fn work(
         let (done, alive, ours, ()) = tokio::join!(work, worker_lock, ownership, Box::pin(proof));
         Ok(done.and(alive).and(ours)?)
     });
-    let result = super::harness::with_heartbeat(&worker, both).await;
+    let result = super::harness::with_heartbeat(&worker, observed, both).await;
     abort.cancel();
     result
 }

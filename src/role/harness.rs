@@ -1,8 +1,12 @@
-//! The parts that the roles share: database, model, backends and heartbeat.
+//! The parts that the roles share: stop signals, admin endpoint, database, model, backends and heartbeat.
 
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::activity;
+use super::admin::{self, Observed};
 
 use crate::backend::postgres::generation;
 use crate::backend::postgres::worker_registry::WorkerRegistration;
@@ -12,6 +16,50 @@ use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::Result;
 use crate::pipeline::metrics::Metrics;
 use crate::pipeline::retry::{Backoff, FatalPolicy};
+use crate::{shutdown, telemetry};
+
+/// A process that runs until it is told to stop: its stop signal, and what is watched of it. The admin endpoint is
+/// served for as long as this lives, also while the process drains.
+pub(super) struct Process {
+    /// Cancelled by the first stop signal.
+    pub(super) stop: CancellationToken,
+    /// What is watched.
+    pub(super) observed: Arc<Observed>,
+    _admin: Option<AbortOnDropHandle<()>>,
+}
+
+impl Process {
+    /// Installs the stop signals, and serves the admin endpoint if the settings name an address.
+    pub(super) async fn start(role: &'static str, settings: &Settings) -> anyhow::Result<Self> {
+        Self::with_stop(role, settings, shutdown::on_signal()?).await
+    }
+
+    /// The same without stop signals, for a role that needs none: a signal ends it at once.
+    pub(super) async fn with_stop(
+        role: &'static str,
+        settings: &Settings,
+        stop: CancellationToken,
+    ) -> anyhow::Result<Self> {
+        let observed = Arc::new(Observed::new(role, &settings.source.name, stop.clone()));
+        let admin = match settings.admin.listen {
+            Some(address) => Some(admin::start(address, &observed).await?.1),
+            None => None,
+        };
+        Ok(Self { stop, observed, _admin: admin })
+    }
+
+    /// Opens the backends, and watches them.
+    pub(super) async fn open_backends(
+        &self,
+        database: &Database,
+        settings: &Settings,
+        model: Option<&LoadedModel>,
+    ) -> anyhow::Result<Backends> {
+        let backends = open_backends(database, settings, model).await?;
+        self.observed.watch_backends(&backends);
+        Ok(backends)
+    }
+}
 
 /// Opens the database, does the work, and closes the database, even if the work fails.
 pub(super) async fn with_database<T>(
@@ -87,17 +135,24 @@ pub(super) async fn register(
     }
 }
 
-/// Sends heartbeats during the work. After the work, the worker leaves the worker registry.
+/// Sends heartbeats and logs counts during the work. After the work, the worker leaves the worker registry.
 pub(super) async fn with_heartbeat<T>(
     worker: &WorkerRegistration,
+    observed: &Observed,
     work: impl Future<Output = anyhow::Result<T>>,
 ) -> anyhow::Result<T> {
+    // Of several workers in one process, each names itself.
+    if worker.role() == observed.role {
+        telemetry::identify(&worker.id);
+    }
+    let _watched = observed.watch(worker);
     let done = CancellationToken::new();
     let work = async {
         let result = work.await;
         done.cancel();
         result
     };
-    let (result, ()) = tokio::join!(work, worker.run(&done));
+    let (result, (), ()) =
+        tokio::join!(work, worker.run(&done), activity::log_until(&done, worker, observed));
     result
 }

@@ -4,20 +4,21 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
+use super::admin::Observed;
+use super::harness::Process;
 use crate::backend::{Backends, Database};
 use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::relay::{Relay, RelayOptions};
-use crate::shutdown;
 
 /// Runs the role in its own process.
 pub async fn run(args: &cli::Listen, settings: &Settings) -> anyhow::Result<()> {
-    let stop = shutdown::on_signal()?;
+    let process = Process::start("listen", settings).await?;
     super::harness::with_database(settings, async |database: &Database| {
-        let backends = super::harness::open_backends(database, settings, None).await?;
+        let backends = process.open_backends(database, settings, None).await?;
         tracing::info!(source = settings.source.name, table = settings.source.table, "capturing changes");
-        work(&backends, settings, &stop, args.until_idle).await
+        work(&backends, settings, &process.observed, &process.stop, args.until_idle).await
     })
     .await
 }
@@ -26,6 +27,7 @@ pub async fn run(args: &cli::Listen, settings: &Settings) -> anyhow::Result<()> 
 pub async fn work(
     backends: &Backends,
     settings: &Settings,
+    observed: &Observed,
     stop: &CancellationToken,
     until_idle: bool,
 ) -> anyhow::Result<()> {
@@ -43,6 +45,7 @@ pub async fn work(
             start_timeout: settings.database.connect_timeout,
         },
     )
-    .reporting(Arc::clone(&worker.faults));
-    super::harness::with_heartbeat(&worker, async { Ok(relay.run(stop, until_idle).await?) }).await
+    .reporting(Arc::clone(&worker.faults))
+    .measuring(Arc::clone(&observed.relay));
+    super::harness::with_heartbeat(&worker, observed, async { Ok(relay.run(stop, until_idle).await?) }).await
 }

@@ -8,6 +8,7 @@ use crate::backend::postgres::migrate::{MigrateOptions, Report};
 use crate::backend::{self, Database};
 use crate::cli;
 use crate::config::Settings;
+use crate::telemetry;
 
 /// Exit code of `--uninstall` without `--yes`.
 const NOT_CONFIRMED: u8 = 2;
@@ -32,7 +33,7 @@ async fn migrate(args: &cli::Migrate, settings: &Settings, database: &Database) 
         backend::migrate_with(&database.postgres, settings, &options).await?
     };
     for warning in &report.warnings {
-        eprintln!("warning: {warning}");
+        telemetry::notice("WARN", format_args!("warning: {warning}"));
     }
     let text = if args.json {
         serde_json::to_string(&report)? + "\n"
@@ -59,7 +60,7 @@ async fn uninstall(
     if args.yes || args.dry_run || done.removed.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("nothing was removed: add --yes to uninstall");
+    telemetry::notice("WARN", "nothing was removed: add --yes to uninstall");
     Ok(ExitCode::from(NOT_CONFIRMED))
 }
 

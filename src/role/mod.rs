@@ -1,10 +1,13 @@
 //! One module for each subcommand.
 
+mod activity;
+pub mod admin;
 pub mod chaos;
 pub mod continuous_proof;
 pub mod embed;
 pub mod generate;
 mod harness;
+mod http_server;
 pub mod listen;
 pub mod migrate;
 mod output;

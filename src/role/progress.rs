@@ -1,10 +1,13 @@
 //! Progress of long work: a bar on a terminal, otherwise a plain line every few seconds.
 
 use std::io::IsTerminal as _;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::pipeline::metrics::Counter;
+use crate::telemetry;
 
 /// Time between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -16,6 +19,8 @@ pub struct Progress {
     /// Time of the last plain line; none on a terminal.
     plain: Option<Mutex<Instant>>,
     started: Instant,
+    /// Counts the progress for others.
+    counter: Arc<Counter>,
 }
 
 impl Progress {
@@ -30,7 +35,19 @@ impl Progress {
             bar.set_style(style.progress_chars("=> "));
         }
         let now = Instant::now();
-        Self { label, bar, plain: (!terminal).then(|| Mutex::new(now)), started: now }
+        Self {
+            label,
+            bar,
+            plain: (!terminal).then(|| Mutex::new(now)),
+            started: now,
+            counter: Arc::default(),
+        }
+    }
+
+    /// The same progress, which also counts here.
+    #[must_use]
+    pub fn counting(self, counter: Arc<Counter>) -> Self {
+        Self { counter, ..self }
     }
 
     /// Sets a new total.
@@ -40,6 +57,7 @@ impl Progress {
 
     /// Sets the position, and shows it.
     pub fn set(&self, position: u64) {
+        self.counter.add(position.saturating_sub(self.bar.position()));
         self.bar.set_position(position);
         let Some(plain) = &self.plain else { return };
         let mut last = plain.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -65,6 +83,8 @@ impl Progress {
         let left = total.saturating_sub(position) as f64 / rate.max(1e-3);
         let eta =
             if position == 0 || position >= total { String::new() } else { format!(", {left:.0} s left") };
-        eprintln!("{}: {position} of {total} in {seconds:.1} s, {rate:.0}/s{eta}", self.label);
+        let label = self.label;
+        let line = format!("{label}: {position} of {total} in {seconds:.1} s, {rate:.0}/s{eta}");
+        telemetry::notice("INFO", line);
     }
 }

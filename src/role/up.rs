@@ -10,12 +10,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::generate;
+use super::harness::Process;
 use super::progress::Progress;
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
 use crate::pipeline::metrics::Metrics;
-use crate::shutdown;
+use crate::telemetry;
 
 /// Time between two reads of the status for the progress line.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
@@ -42,7 +43,7 @@ struct Summary {
 
 /// Runs all roles until a stop signal, or with `--until-synced` until every row is searchable.
 pub async fn run(args: &cli::Up, settings: &Settings) -> anyhow::Result<()> {
-    let stop = shutdown::on_signal()?;
+    let process = Process::start("up", settings).await?;
     // Both can fail because of a setting. That error should come before a database is started.
     let listener = super::serve::bind(settings).await?;
     let model = LoadedModel::load(settings).await?;
@@ -52,7 +53,8 @@ pub async fn run(args: &cli::Up, settings: &Settings) -> anyhow::Result<()> {
             tracing::warn!(warning, "migrated");
         }
         let backends = Backends::open_for(&database.postgres, settings, Some(&model)).await?;
-        run_roles(args, settings, &backends, model, listener, &stop).await
+        process.observed.watch_backends(&backends);
+        run_roles(args, settings, &backends, model, listener, &process).await
     })
     .await
 }
@@ -63,32 +65,34 @@ async fn run_roles(
     backends: &Backends,
     model: LoadedModel,
     listener: TcpListener,
-    stop: &CancellationToken,
+    process: &Process,
 ) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let model = Arc::new(model);
-    let metrics: Arc<Metrics> = Arc::default();
     let mut roles: JoinSet<anyhow::Result<()>> = JoinSet::new();
     // A token of its own, so that this function can stop all roles if one role fails.
-    let stop = stop.child_token();
+    let stop = process.stop.child_token();
     {
         let (backends, settings, stop) = (backends.clone(), settings.clone(), stop.clone());
+        let observed = Arc::clone(&process.observed);
         roles.spawn(async move {
-            super::listen::work(&backends, &settings, &stop, false).await.context("listen")
+            super::listen::work(&backends, &settings, &observed, &stop, false).await.context("listen")
         });
     }
     {
         let (backends, settings, stop) = (backends.clone(), settings.clone(), stop.clone());
-        let (model, metrics) = (Arc::clone(&model), Arc::clone(&metrics));
+        let (model, observed) = (Arc::clone(&model), Arc::clone(&process.observed));
         roles.spawn(async move {
-            super::embed::work(&backends, &settings, &model, &metrics, &stop, false).await.context("embed")
+            super::embed::work(&backends, &settings, &model, &observed, &stop, false).await.context("embed")
         });
     }
     {
         let (backends, settings, stop) = (backends.clone(), settings.clone(), stop.clone());
-        let model = Arc::clone(&model);
+        let (model, observed) = (Arc::clone(&model), Arc::clone(&process.observed));
         roles.spawn(async move {
-            super::serve::work(listener, &backends, &settings, &model, &stop).await.context("serve")
+            super::serve::work(listener, &backends, &settings, &model, &observed, &stop)
+                .await
+                .context("serve")
         });
     }
     let foreground = async {
@@ -99,7 +103,7 @@ async fn run_roles(
             return Ok(());
         }
         if args.until_synced {
-            return summarize(args, backends, &metrics, started.elapsed()).await;
+            return summarize(args, backends, &process.observed.indexer, started.elapsed()).await;
         }
         super::output::print(format!("refarch is up: http://{address}  (Ctrl-C stops it)\n").as_bytes())?;
         stop.cancelled().await;
@@ -154,10 +158,11 @@ async fn wait_until_synced(backends: &Backends, stop: &CancellationToken) -> any
         // Waiting does not help: a dead letter becomes searchable only after a redrive.
         if status.dead_letters > 0 && status.outstanding() == 0 {
             progress.finish();
-            eprintln!(
+            let message = format!(
                 "{} of {} rows are searchable; {} changes are dead letters: refarch redrive lists them",
                 status.in_sync, status.source_rows, status.dead_letters
             );
+            telemetry::notice("WARN", message);
             return Ok(());
         }
         progress.set_total(status.source_rows);

@@ -16,6 +16,7 @@ use crate::config::Settings;
 use crate::pipeline::audit::{AuditOptions, Auditor, Report};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::chain;
+use crate::telemetry;
 
 /// Exit codes, as in the help of the command.
 const DIFFERENT: u8 = 1;
@@ -72,7 +73,7 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
         let (backends, model) = opened.await.inspect_err(|_| {
             // The faults may explain the failure.
             for fault in told {
-                eprintln!("not captured: {fault}");
+                telemetry::notice("WARN", format_args!("not captured: {fault}"));
             }
         })?;
         verify(args, settings, &backends, model.as_ref(), faults?).await
@@ -86,7 +87,13 @@ pub async fn run(args: &cli::Verify, settings: &Settings) -> anyhow::Result<Exit
         }
         // The exit code of any other error is 1. A script would read 1 as "index and table differ".
         Err(error) if !super::output::is_broken_pipe(&error) => {
-            eprintln!("error: could not tell whether index and table agree: {}", chain(error.as_ref()));
+            telemetry::notice(
+                "ERROR",
+                format_args!(
+                    "error: could not tell whether index and table agree: {}",
+                    chain(error.as_ref())
+                ),
+            );
             Ok(ExitCode::from(UNDECIDED))
         }
         Err(error) => Err(error),
@@ -100,7 +107,10 @@ async fn arm(postgres: &Postgres, settings: &Settings, faults: &[String]) -> any
         capture::restore(postgres, &settings.source, WORKER, faults).await
     });
     if armed.await.context("arm change capture")? {
-        eprintln!("repaired: change capture is armed; refarch listen queues what may have changed unseen");
+        telemetry::notice(
+            "INFO",
+            "repaired: change capture is armed; refarch listen queues what may have changed unseen",
+        );
     }
     Ok(())
 }
@@ -119,11 +129,11 @@ async fn verify(
     if args.repair && foreign {
         let settle = settings.indexer.attempt();
         ownership::claim(&backends.postgres, generation.id, &*backends.index, settle, &|_| ()).await?;
-        eprintln!("repaired: every row is queued");
+        telemetry::notice("INFO", "repaired: every row is queued");
     }
     // A role that may only read cannot correct the counts, and can compare all the same.
     match counts::recount(&backends.postgres, generation).await {
-        Ok(true) => eprintln!("the counts that status shows were wrong, and are corrected"),
+        Ok(true) => telemetry::notice("WARN", "the counts that status shows were wrong, and are corrected"),
         Ok(false) => {}
         Err(error) => tracing::debug!(%error, "cannot count the ledger anew"),
     }

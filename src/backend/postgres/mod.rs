@@ -19,6 +19,7 @@ pub mod search_index;
 pub mod source;
 pub mod source_rows;
 pub mod status;
+pub mod throughput;
 pub mod tls;
 pub mod worker_lock;
 pub mod worker_registry;

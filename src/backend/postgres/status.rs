@@ -215,7 +215,8 @@ pub async fn read(
     let (indexed, indexed_error) = match index.count().await {
         Ok(count) => (Some(count), None),
         Err(error) => {
-            tracing::warn!(%error, "cannot count the records of the index");
+            // Shown in the status, which may be read every few seconds.
+            tracing::debug!(%error, "cannot count the records of the index");
             (None, Some(redacted(&error.to_string())))
         }
     };

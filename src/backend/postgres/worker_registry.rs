@@ -1,6 +1,6 @@
 //! The worker registry: heartbeats, samples and events of each process.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
@@ -8,9 +8,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Connection, Postgres, failure};
 use crate::pipeline::change::Lane;
+use crate::pipeline::clock::{BootClock, Clock as _};
 use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::fault::{Fault, FaultBoard};
-use crate::pipeline::metrics::Metrics;
+use crate::pipeline::metrics::{Counter, Metrics};
 
 /// How often a worker writes a heartbeat, and a sample if it did anything.
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(1);
@@ -31,6 +32,8 @@ pub struct WorkerRegistration {
     pub id: String,
     /// Faults that parts of this worker report. Each heartbeat writes them.
     pub faults: Arc<FaultBoard>,
+    /// When the database last had a heartbeat of this worker.
+    pub heartbeat: Arc<Heartbeat>,
     /// The last heartbeat that this worker wrote and the database does not hold: the database went back to an
     /// earlier state.
     pub lost: watch::Sender<Option<SystemTime>>,
@@ -39,6 +42,31 @@ pub struct WorkerRegistration {
     host: String,
     pid: i32,
     threads: i32,
+}
+
+/// Whether the heartbeats of a worker reach the database.
+#[derive(Debug, Default)]
+pub struct Heartbeat {
+    /// By [`BootClock`].
+    last: Mutex<Option<Duration>>,
+    /// Heartbeats that did not.
+    pub failures: Counter,
+}
+
+impl Heartbeat {
+    /// Time since the last one; none before the first.
+    #[must_use]
+    pub fn age(&self) -> Option<Duration> {
+        let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.map(|at| BootClock.now().saturating_sub(at))
+    }
+
+    fn ended(&self, result: &Result<()>) {
+        match result {
+            Ok(()) => *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(BootClock.now()),
+            Err(_) => self.failures.add(1),
+        }
+    }
 }
 
 /// What the last heartbeat wrote, to see what is new.
@@ -80,6 +108,7 @@ impl WorkerRegistration {
             postgres,
             id,
             faults: Arc::default(),
+            heartbeat: Arc::default(),
             lost: watch::Sender::new(None),
             metrics,
             role,
@@ -89,13 +118,21 @@ impl WorkerRegistration {
         })
     }
 
+    /// The worker's role.
+    #[must_use]
+    pub fn role(&self) -> &str {
+        &self.role
+    }
+
     /// Writes heartbeats until `stop`, then removes the entry.
     pub async fn run(&self, stop: &CancellationToken) {
         let mut tick = tokio::time::interval(HEARTBEAT_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut last = Last::default();
         while stop.run_until_cancelled(tick.tick()).await.is_some() {
-            if let Err(error) = self.beat(&mut last).await {
+            let result = self.beat(&mut last).await;
+            self.heartbeat.ended(&result);
+            if let Err(error) = result {
                 tracing::debug!(worker.id = self.id, %error, "cannot write a heartbeat");
             }
         }

@@ -133,6 +133,36 @@ impl FailureKind {
         Self::ProcessBroken,
     ];
 
+    /// The kind's name in metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Unreachable => "unreachable",
+            Self::ConnectionLost => "connection_lost",
+            Self::TimedOut => "timed_out",
+            Self::RateLimited => "rate_limited",
+            Self::Overloaded => "overloaded",
+            Self::Conflict => "conflict",
+            Self::NoSession => "no_session",
+            Self::SourceChanged => "source_changed",
+            Self::HiddenRows => "hidden_rows",
+            Self::NoCredit => "no_credit",
+            Self::UnexpectedAnswer => "unexpected_answer",
+            Self::DamagedData => "damaged_data",
+            Self::SuspectRows => "suspect_rows",
+            Self::RefusedData => "refused_data",
+            Self::Malformed => "malformed",
+            Self::Unsupported => "unsupported",
+            Self::RefusedCredentials => "refused_credentials",
+            Self::MissingResource => "missing_resource",
+            Self::WrongShape => "wrong_shape",
+            Self::WrongSetting => "wrong_setting",
+            Self::WrongVersion => "wrong_version",
+            Self::RefusesAll => "refuses_all",
+            Self::ProcessBroken => "process_broken",
+        }
+    }
+
     /// The table.
     const fn policy(self) -> Policy {
         match self {
@@ -224,6 +254,8 @@ mod tests {
     fn each_kind_is_in_the_table_once_and_has_a_remedy() {
         let distinct: std::collections::HashSet<FailureKind> = FailureKind::ALL.into();
         assert_eq!(distinct.len(), FailureKind::ALL.len());
+        // The metrics count by place.
+        assert!(FailureKind::ALL.into_iter().enumerate().all(|(at, kind)| kind as usize == at));
         for kind in FailureKind::ALL {
             assert!(!kind.remedy().is_empty(), "{kind:?}");
             // A failure in doubt is tried again, so its kind is retryable.

@@ -36,6 +36,19 @@ enum GroupOutcome {
     NotAdmitted(Error),
 }
 
+impl GroupOutcome {
+    /// Why the group is tried again; none if it is not, or only in parts.
+    fn retried(&self) -> Option<&Error> {
+        match self {
+            Self::FailedAlone(failure) | Self::FailedTogether(failure) | Self::HoldsAll(failure) => {
+                Some(&failure.error)
+            }
+            Self::NotAdmitted(error) => Some(error),
+            Self::Written { .. } | Self::Refused(_) | Self::DeadLettered => None,
+        }
+    }
+}
+
 /// Failed and conflicted groups in a row.
 #[derive(Default)]
 struct Streak {
@@ -54,6 +67,7 @@ impl Indexer {
         if let Err(error) = sorted.await {
             let failure = Failure::from(error);
             self.health.failed(&failure);
+            self.metrics().apply_retries.count(failure.error.kind());
             return Err(failure.error);
         }
         let worked = self.work_groups(lane, batch).await;
@@ -119,6 +133,9 @@ impl Indexer {
         outcome: GroupOutcome,
         streak: &mut Streak,
     ) -> Result<()> {
+        if let Some(error) = outcome.retried() {
+            self.metrics().apply_retries.count(error.kind());
+        }
         match outcome {
             GroupOutcome::Written { written, took } => {
                 self.take_written(lane, batch, &group, written, took, streak).await
@@ -187,6 +204,7 @@ impl Indexer {
         } else {
             streak.conflicts += 1;
             batch.done.conflicts += 1;
+            self.metrics().conflicts.add(1);
             batch.try_last(conflicted);
         }
         match refused {

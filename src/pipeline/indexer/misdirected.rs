@@ -15,6 +15,7 @@ use crate::pipeline::change::JOB_VERSION;
 use crate::pipeline::clock::Clock;
 use crate::pipeline::failure::Result;
 use crate::pipeline::fault;
+use crate::pipeline::metrics::Metrics;
 use crate::pipeline::queue::{DeadLetterCause, DeadLetters, JobQueue, Message, Reason};
 
 /// How long such a message is put back for at first, and at most.
@@ -38,6 +39,7 @@ pub(super) struct Misdirected {
     dead_letters: Arc<dyn DeadLetters>,
     clock: Arc<dyn Clock>,
     health: Arc<Health>,
+    metrics: Arc<Metrics>,
     seen: Mutex<Seen>,
 }
 
@@ -51,8 +53,9 @@ impl Misdirected {
         dead_letters: Arc<dyn DeadLetters>,
         clock: Arc<dyn Clock>,
         health: Arc<Health>,
+        metrics: Arc<Metrics>,
     ) -> Self {
-        Self { source, queue, dead_letters, clock, health, seen: Mutex::default() }
+        Self { source, queue, dead_letters, clock, health, metrics, seen: Mutex::default() }
     }
 
     /// Dead-letters messages that no build can read, and puts back messages that another worker can read.
@@ -72,6 +75,7 @@ impl Misdirected {
                 );
                 let cause = DeadLetterCause { reason: Reason::Undecodable, error, tries: 0 };
                 self.dead_letters.store(message, None, &cause).await?;
+                self.metrics.dead_lettered(cause.reason);
             } else {
                 at += 1;
                 continue;

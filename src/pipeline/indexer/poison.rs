@@ -318,6 +318,7 @@ impl Isolation {
         if let Some((message, part)) = batch.part_about(id) {
             self.dead_letters.store(message, Some(&part), cause).await?;
         }
+        self.writer.metrics.dead_lettered(cause.reason);
         tracing::error!(
             row.id = id,
             tries = cause.tries,

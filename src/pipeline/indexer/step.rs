@@ -100,6 +100,7 @@ impl Indexer {
                 dead_letters,
                 Arc::clone(&clock),
                 Arc::clone(&health),
+                Arc::clone(&writer.metrics),
             ),
             queue: jobs,
             stats,
@@ -135,6 +136,10 @@ impl Indexer {
     /// has under this worker's name but this worker does not know.
     pub async fn sweep(&self) -> Result<Swept> {
         self.writer.sweep().await
+    }
+
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.writer.metrics
     }
 
     /// A batch of these messages.

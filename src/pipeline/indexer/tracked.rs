@@ -113,6 +113,8 @@ impl Writer {
         batch: &mut Batch,
     ) -> Result<Written, Failure> {
         let peeked = self.ledger.peek(ids).await?;
+        let in_step = peeked.iter().filter(|one| one.is_in_sync() && one.keeps_vector()).count();
+        self.metrics.unchanged.add(in_step as u64);
         let ids: Vec<String> = peeked.into_iter().filter(|one| !one.is_in_sync()).map(|one| one.id).collect();
         if ids.is_empty() {
             return Ok(Written::default());
@@ -194,12 +196,15 @@ impl Writer {
             part.row = peeked.row;
         }
         let mut reused = self.reusable_vectors(parts).await?;
-        let mut texts = Texts::new();
+        self.metrics.unchanged.add(reused.len() as u64);
+        let (mut texts, mut wanted) = (Texts::new(), 0);
         for row in parts.iter().filter_map(Part::row_with_text) {
             if !reused.contains_key(&row.id) {
+                wanted += 1;
                 texts.entry(row.content_hash).or_insert_with(|| row.text.clone());
             }
         }
+        self.metrics.same_text.add(wanted - texts.len() as u64);
         self.embed_texts(lane, texts, batch).await?;
 
         let mut records = Vec::new();
@@ -273,10 +278,12 @@ impl Writer {
             if let Err(error) = self.lease.ensure(term, index.request_timeout()).await {
                 return SendResult::Failed(doubtful, error);
             }
-            let answer = match request {
-                Request::Upsert(records) => index.upsert(records).await,
-                Request::Delete(ids) => index.delete(ids).await,
+            let started = self.clock().now();
+            let (answer, times) = match request {
+                Request::Upsert(records) => (index.upsert(records).await, &self.metrics.writes),
+                Request::Delete(ids) => (index.delete(ids).await, &self.metrics.deletes),
             };
+            times.observe(self.clock().now().saturating_sub(started).as_secs_f64());
             let error = match answer {
                 Ok(()) if doubtful => return SendResult::InDoubt,
                 Ok(()) => return SendResult::Applied,
@@ -292,6 +299,7 @@ impl Writer {
                 // A refusal says nothing of an earlier try, and that one's ids must stay open.
                 Class::Permanent if !doubtful => return SendResult::Refused(error),
                 Class::Retryable if !over => {
+                    self.metrics.apply_retries.count(error.kind());
                     let pause = backoff.next(self.clock());
                     // The index itself says when it is ready again.
                     if error.kind() != FailureKind::RateLimited {

@@ -33,13 +33,20 @@ impl Writer {
         batch: &mut Batch,
     ) -> Result<Written, Failure> {
         let peeked = self.ledger.peek(ids).await?;
+        let unchanged = peeked.iter().filter(|one| one.keeps_vector()).count() as u64;
+        self.metrics.unchanged.add(unchanged);
         let (planned, texts) = plan(peeked, batch);
+        let wanted = planned.iter().filter(|(_, wants)| wants.is_some()).count();
+        self.metrics.same_text.add((wanted - texts.len()) as u64);
         if planned.is_empty() {
             return Ok(Written::default());
         }
         self.embed_texts(lane, texts, batch).await?;
         let planned = with_vectors(planned, &batch.vectors);
-        let applied = index.apply(&planned).await?;
+        let started = self.clock().now();
+        let applied = index.apply(&planned).await;
+        self.metrics.writes.observe(self.clock().now().saturating_sub(started).as_secs_f64());
+        let applied = applied?;
         let conflicted: HashSet<&str> = applied.conflicted.iter().map(String::as_str).collect();
         let written = planned.iter().map(|write| write.id.as_str()).filter(|id| !conflicted.contains(id));
         self.freshness.record(lane, written, &batch.hints, applied.clock_us);

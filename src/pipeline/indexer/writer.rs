@@ -73,7 +73,7 @@ pub(super) struct Writer {
     pub(super) ledger: Arc<dyn Ledger>,
     pub(super) index: Arc<dyn VectorIndex>,
     scheduler: EmbedScheduler,
-    metrics: Arc<Metrics>,
+    pub(super) metrics: Arc<Metrics>,
     /// The right to send a tracked write.
     pub(super) lease: Arc<Lease>,
     pub(super) health: Arc<Health>,
@@ -92,6 +92,7 @@ impl Writer {
             Arc::clone(lease.clock()),
             freshness_poll,
         );
+        let scheduler = scheduler.measuring(Arc::clone(&metrics));
         let open_writes = OpenWrites::new(worker);
         Self { ledger, index, scheduler, metrics, lease, health, freshness, open_writes, settle }
     }
@@ -119,7 +120,7 @@ impl Writer {
             Writes::External(index) => self.write_tracked(index, lane, now, batch).await,
         }?;
         written.unread = later.to_vec();
-        self.metrics.applied(written.applied);
+        self.metrics.applied[lane].add(written.applied);
         Ok(written)
     }
 
@@ -147,7 +148,7 @@ impl Writer {
         let vectors = embedded.map_err(|error| Failure::at_embedder(error.over_the_change()))?;
         self.health.embedded();
         batch.done.embedded += hashes.len() as u64;
-        self.metrics.embedded(hashes.len() as u64);
+        self.metrics.embedded[lane].add(hashes.len() as u64);
         batch.vectors.extend(hashes.into_iter().zip(vectors));
         Ok(())
     }

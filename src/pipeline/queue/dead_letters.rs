@@ -61,6 +61,20 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// Every rule.
+    pub const ALL: [Self; 4] = [Self::Undecodable, Self::Refused, Self::Failed, Self::Received];
+
+    /// The rule's name in metrics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Undecodable => "undecodable",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+            Self::Received => "received",
+        }
+    }
+
     /// The rule as a sentence's end: "the change ...".
     #[must_use]
     pub fn describe(self) -> &'static str {

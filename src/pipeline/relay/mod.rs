@@ -19,6 +19,7 @@ use super::change::Lane;
 use super::clock::Clock;
 use super::failure::{Class, Result};
 use super::fault::{self, FaultBoard};
+use super::metrics::RelayMetrics;
 use super::outbox::{ClaimRequest, Outbox, Transferred};
 use super::queue::QueueStats;
 use super::retry::{Backoff, FatalPolicy};
@@ -54,6 +55,7 @@ pub struct Relay {
     /// Whether the last step found the outbox empty.
     is_idle: bool,
     faults: Arc<FaultBoard>,
+    metrics: Arc<RelayMetrics>,
 }
 
 impl Relay {
@@ -75,6 +77,7 @@ impl Relay {
             counted_at: None,
             is_idle: false,
             faults: Arc::default(),
+            metrics: Arc::default(),
         }
     }
 
@@ -82,6 +85,12 @@ impl Relay {
     #[must_use]
     pub fn reporting(self, faults: Arc<FaultBoard>) -> Self {
         Self { faults, ..self }
+    }
+
+    /// The same relay, which counts what it does here.
+    #[must_use]
+    pub fn measuring(self, metrics: Arc<RelayMetrics>) -> Self {
+        Self { metrics, ..self }
     }
 
     /// Moves one claim; nothing moved means that the outbox was empty.
@@ -102,6 +111,12 @@ impl Relay {
         self.live_backlog += done.live;
         self.bulk_backlog += done.bulk;
         self.is_idle = done.rows == 0 && !is_full;
+        if done.rows > 0 {
+            self.metrics.queued[Lane::Live].add(done.live);
+            self.metrics.queued[Lane::Bulk].add(done.bulk);
+            self.metrics.claims.observe(done.changes as f64);
+            self.metrics.capture_lag.observe(done.oldest_ms as f64 / 1000.0);
+        }
         Ok(done)
     }
 
@@ -138,6 +153,7 @@ impl Relay {
                 }
                 Err(error) if fatal.ends(&error, &*self.clock) => return Err(error),
                 Err(error) => {
+                    self.metrics.retries.count(error.kind());
                     let pause = backoff.next(&*self.clock);
                     let retry_in_ms = pause.as_millis() as u64;
                     // Logged once, and shown as a fault for as long as it lasts.

@@ -28,6 +28,7 @@ use tokio::sync::{Mutex, RwLock, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::generate;
+use super::harness::Process;
 use super::progress::Progress;
 use crate::backend::postgres::Postgres;
 use crate::backend::{Backends, LoadedModel};
@@ -38,7 +39,7 @@ use crate::double::sqs::{SqsDouble, SqsFaults};
 use crate::pipeline::audit::{AuditOptions, Auditor};
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::chain;
-use crate::shutdown;
+use crate::telemetry;
 use comparison::{count_differing_rows, index_differs};
 use environment::Environment;
 use fault_injector::{FaultInjector, InjectedFaults};
@@ -67,17 +68,18 @@ const WAIT: Duration = Duration::from_mins(2);
 
 /// Runs the command.
 pub async fn run(args: &cli::Chaos, settings: &Settings) -> anyhow::Result<ExitCode> {
-    let stop = shutdown::on_signal()?;
+    let process = Process::start("chaos", settings).await?;
+    let stop = process.stop.clone();
     let environment = Box::pin(Environment::create(settings, args)).await?;
     let outcome = Box::pin(run_experiment(args, &environment, &stop)).await;
     let clean = outcome.as_ref().is_ok_and(|outcome| outcome.as_ref().is_none_or(|o| o.code() == 0));
     let dir = environment.dir.clone();
     environment.tear_down(!clean).await?;
     if !clean {
-        eprintln!("the logs of the roles are in {}", dir.display());
+        telemetry::notice("WARN", format_args!("the logs of the roles are in {}", dir.display()));
     }
     let Some(outcome) = outcome? else {
-        eprintln!("chaos was stopped before its end: nothing was compared");
+        telemetry::notice("WARN", "chaos was stopped before its end: nothing was compared");
         return Ok(ExitCode::from(2));
     };
     let json = serde_json::to_string(&outcome)? + "\n";
@@ -310,9 +312,10 @@ async fn drain(
         if progressed.elapsed() > STUCK_AFTER {
             // The audit names them.
             progress.finish();
-            eprintln!(
+            let message = format!(
                 "{left} changes are still under way after {STUCK_AFTER:?} without progress; comparing anyway"
             );
+            telemetry::notice("WARN", message);
             return Ok(true);
         }
         if stop.run_until_cancelled(tokio::time::sleep(POLL_INTERVAL)).await.is_none() {

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::mpsc as blocking;
 
 use anyhow::{Context as _, bail};
@@ -14,7 +15,9 @@ use bytes::Bytes;
 use futures::SinkExt as _;
 use rayon::prelude::*;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
+use super::harness::Process;
 use super::progress::Progress;
 use crate::backend::Database;
 use crate::cli;
@@ -38,7 +41,10 @@ pub async fn run(args: &cli::Generate, settings: &Settings) -> anyhow::Result<()
     if args.count > MAX_COUNT {
         bail!("--count {} is too large: use at most {MAX_COUNT}, so that SKUs stay unique", args.count);
     }
-    let progress = Progress::new("generating products", args.count);
+    // A signal ends it at once: what it made so far is not kept.
+    let process = Process::with_stop("generate", settings, CancellationToken::new()).await?;
+    let progress =
+        Progress::new("generating products", args.count).counting(Arc::clone(&process.observed.generated));
     if args.load {
         return super::harness::with_database(settings, async |database: &Database| {
             let backends = super::harness::open_backends(database, settings, None).await?;

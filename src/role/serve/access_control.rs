@@ -10,10 +10,10 @@ use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 
 use super::caller_trust;
-use super::connections::Peer;
 use super::error::ApiError;
-use super::hosts::{self, Hosts};
 use super::throttle::{Throttle, Verdict};
+use crate::role::http_server::Peer;
+use crate::role::http_server::hosts::{self, Hosts};
 use crate::secret::Secret;
 
 /// Headers that proxies add. A request with one of them came through a proxy: it is not from this machine,

@@ -7,7 +7,6 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::connection_tracker::MemoryReservation;
 use super::error::ApiError;
 use super::limits::Limits;
 use super::query_cache::QueryCache;
@@ -16,6 +15,8 @@ use super::{readiness, status};
 use crate::backend::postgres::products::Products;
 use crate::pipeline::embedder::Embedder;
 use crate::pipeline::index::VectorIndex;
+use crate::role::admin::PageMetrics;
+use crate::role::http_server::MemoryReservation;
 
 /// Responses up to this size reserve no memory.
 const SMALL_ANSWER_KIB: u64 = 64;
@@ -38,6 +39,7 @@ pub struct App {
     pub(super) page_size: u64,
     /// A query vector for checking that the index answers.
     pub(super) zero: Vec<f32>,
+    pub(super) metrics: Arc<PageMetrics>,
 }
 
 impl App {
@@ -68,7 +70,14 @@ impl App {
             ready: readiness::Cache::default(),
             page_size: page_size.into(),
             zero,
+            metrics: Arc::default(),
         }
+    }
+
+    /// The same state, which counts requests here.
+    #[must_use]
+    pub fn measuring(self, metrics: Arc<PageMetrics>) -> Self {
+        Self { metrics, ..self }
     }
 
     /// What a check of readiness asks.

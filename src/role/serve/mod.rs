@@ -3,10 +3,7 @@
 mod access_control;
 mod app;
 mod caller_trust;
-mod connection_tracker;
-mod connections;
 mod error;
-mod hosts;
 mod limits;
 mod page_files;
 mod query_cache;
@@ -28,10 +25,12 @@ use crate::backend::{Backends, Database, LoadedModel};
 use crate::config::Settings;
 use crate::shutdown;
 
+use super::admin::Observed;
+use super::harness::Process;
+
+pub use super::http_server::{ClientTimeouts, ConnectionLimits, serve};
 pub use access_control::AccessControl;
 pub use app::App;
-pub use connection_tracker::ClientTimeouts;
-pub use connections::{ConnectionLimits, serve};
 pub use limits::Limits;
 use limits::REQUEST_TIMEOUT;
 pub use route::router;
@@ -47,13 +46,13 @@ pub async fn bind(settings: &Settings) -> anyhow::Result<TcpListener> {
 
 /// Runs the role in its own process.
 pub async fn run(settings: &Settings) -> anyhow::Result<()> {
-    let stop = shutdown::on_signal()?;
+    let process = Process::start("serve", settings).await?;
     let listener = bind(settings).await?;
     super::harness::with_model(settings, async |database: &Database, model: &LoadedModel| {
-        let backends = super::harness::open_backends(database, settings, Some(model)).await?;
+        let backends = process.open_backends(database, settings, Some(model)).await?;
         let address = listener.local_addr()?;
         super::output::print(format!("refarch serves http://{address}\n").as_bytes())?;
-        work(listener, &backends, settings, model, &stop).await
+        work(listener, &backends, settings, model, &process.observed, &process.stop).await
     })
     .await
 }
@@ -64,9 +63,11 @@ pub async fn work(
     backends: &Backends,
     settings: &Settings,
     model: &LoadedModel,
+    observed: &Observed,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     let requests = backends.postgres.for_requests(settings.serve.pool_size, REQUEST_TIMEOUT)?;
+    observed.watch_pool("requests", &requests.pool);
     let asked = Backends::open_for(&requests, settings, Some(model)).await?;
     let mut products = Products::new(requests.pool.clone(), &asked.generation.table.relation);
     if let Some(vectors) = &asked.vectors {
@@ -83,15 +84,18 @@ pub async fn work(
         Arc::new(asked),
         settings.serve.page_size,
         Limits::new(settings.serve.pool_size),
-    );
+    )
+    .measuring(Arc::clone(&observed.page));
+    let app = Arc::new(app);
+    observed.watch_readiness(Arc::clone(&app) as _);
     let connection_limits = ConnectionLimits::new(
         settings.serve.max_connections,
         settings.serve.pool_size + settings.database.pool_size,
     );
     let worker = super::harness::register(backends, settings, "serve", 1, &Arc::default()).await?;
     let abort = shutdown::after_grace(stop, settings.runtime.grace);
-    let server = serve(listener, router(Arc::new(app), access), connection_limits, stop.clone());
-    let result = super::harness::with_heartbeat(&worker, async {
+    let server = serve(listener, router(app, access), connection_limits, stop.clone());
+    let result = super::harness::with_heartbeat(&worker, observed, async {
         tokio::select! {
             () = server => {}
             () = abort.cancelled() => {}

@@ -1,9 +1,10 @@
 //! The HTTP API.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, State};
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, MatchedPath, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -14,11 +15,11 @@ use tower_http::set_header::SetResponseHeaderLayer;
 
 use super::access_control::{AccessControl, check_request};
 use super::app::App;
-use super::connection_tracker::ConnectionTracker;
 use super::error::ApiError;
 use super::{caller_trust, page_files, search};
 use crate::backend::postgres::products::{Edit, Edited, EditedBySku, Place};
 use crate::product::Product;
+use crate::role::http_server::ConnectionTracker;
 
 /// Most bytes of a request's body: a description of a megabyte, and JSON's escapes.
 const MAX_BODY: usize = 2 * 1024 * 1024;
@@ -127,10 +128,24 @@ fn always(name: HeaderName, value: &'static str) -> SetResponseHeaderLayer<Heade
     SetResponseHeaderLayer::overriding(name, HeaderValue::from_static(value))
 }
 
-/// Ends requests that take too long. Written by hand, because `tower-http`'s layer always answers with an
+/// Ends requests that take too long, and counts all. Written by hand, because `tower-http`'s layer always answers with an
 /// empty body and one status; here the answer depends on whether the client or the server was late.
 async fn time_out(State(app): Shared, request: axum::extract::Request, next: middleware::Next) -> Response {
     let tracker = request.extensions().get::<Arc<ConnectionTracker>>().cloned();
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let started = Instant::now();
+    let response = in_time(&app, tracker, request, next).await;
+    let route = route.as_ref().map_or("other", MatchedPath::as_str);
+    app.metrics.answered(route, response.status().as_u16(), started.elapsed());
+    response
+}
+
+async fn in_time(
+    app: &App,
+    tracker: Option<Arc<ConnectionTracker>>,
+    request: axum::extract::Request,
+    next: middleware::Next,
+) -> Response {
     if let Ok(response) = tokio::time::timeout(app.limits.request, next.run(request)).await {
         return app.with_room(response).unwrap_or_else(IntoResponse::into_response);
     }

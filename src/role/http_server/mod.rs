@@ -1,9 +1,13 @@
-//! Connections of clients: their number, and how long a client may be slow.
+//! The HTTP server of the page and of the admin endpoint: the number of its connections, and how long a client may
+//! be slow.
 //!
 //! Each connection uses a file descriptor, and a process has few. So the number of connections is limited,
 //! and each part of a request has a timeout. When all connections are taken, the connection that has waited
 //! longest for its client is closed for the next client. So a client that sends nothing cannot keep others
 //! out.
+
+mod connection_tracker;
+pub mod hosts;
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -23,7 +27,9 @@ use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use super::connection_tracker::{self, ClientTimeouts, ConnectionTracker, TrackedStream};
+use connection_tracker::TrackedStream;
+
+pub use connection_tracker::{ClientTimeouts, ConnectionTracker, MemoryReservation};
 
 /// Default number of connections, if the limit on open files allows as many.
 const DEFAULT_CONNECTIONS: usize = 512;

@@ -1,0 +1,48 @@
+//! What is counted of the requests to the page.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use super::catalogue::{REQUEST, REQUESTS};
+use super::exposition::Samples;
+use crate::pipeline::metrics::{Distribution, REQUEST_S};
+
+/// Classes of answers.
+const CODES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+
+#[derive(Debug)]
+struct Route {
+    by_code: [u64; CODES.len()],
+    times: Distribution,
+}
+
+/// Requests by route. Routes are those of the router, so there are few.
+#[derive(Debug, Default)]
+pub struct PageMetrics(Mutex<BTreeMap<String, Route>>);
+
+impl PageMetrics {
+    /// Counts a request that was answered.
+    pub fn answered(&self, route: &str, status: u16, took: Duration) {
+        let mut routes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !routes.contains_key(route) {
+            let new = Route { by_code: [0; CODES.len()], times: Distribution::new(REQUEST_S) };
+            routes.insert(route.to_owned(), new);
+        }
+        let Some(counted) = routes.get_mut(route) else { return };
+        let class = usize::from(status / 100).clamp(1, CODES.len()) - 1;
+        counted.by_code[class] += 1;
+        counted.times.observe(took.as_secs_f64());
+    }
+
+    /// Adds the counts.
+    pub fn collect(&self, samples: &mut Samples) {
+        let routes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for (name, route) in &*routes {
+            for (code, count) in CODES.iter().zip(route.by_code).filter(|(_, count)| *count > 0) {
+                samples.count(&REQUESTS, &[name, code], count);
+            }
+            samples.distribution(&REQUEST, &[name], route.times.get());
+        }
+    }
+}
