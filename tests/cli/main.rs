@@ -4,4 +4,6 @@
 mod common;
 
 mod cli;
+mod logs;
+mod metrics;
 mod setup;

@@ -303,3 +303,24 @@ impl Worker {
         reasons.extend(self.faults.current().into_iter().map(|fault| Reason::new(fault.kind, fault.message)));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn kinds(observed: &Observed) -> Vec<String> {
+        observed.reasons().await.into_iter().map(|reason| reason.kind).collect()
+    }
+
+    #[tokio::test]
+    async fn a_process_is_not_ready_while_it_starts_or_stops() {
+        let stop = CancellationToken::new();
+        let up = Observed::new("up", "products", stop.clone());
+        assert_eq!(kinds(&up).await, ["starting"; 3]);
+        let generate = Observed::new("generate", "products", stop.clone());
+        assert_eq!(kinds(&generate).await, [""; 0]);
+        stop.cancel();
+        assert_eq!(kinds(&up).await, ["stopping"]);
+        assert_eq!(kinds(&generate).await, ["stopping"]);
+    }
+}
