@@ -183,6 +183,8 @@ impl Scrape {
                 let is_there = |value: &&str| value.contains('$') || values.contains(value);
                 if values.is_empty() {
                     missing.push(format!("{name}{{{label}}}"));
+                } else if label == "le" && wanted.iter().any(is_there) {
+                    // The forms of a scrape write bounds in different ways, so that a matcher may name both.
                 } else if operator.starts_with('=') {
                     let absent = wanted.iter().filter(|value| !is_there(value));
                     missing.extend(absent.map(|value| format!("{name}{{{label}={value:?}}}")));
