@@ -8,6 +8,7 @@ use refarch::double::pinecone::{PineconeDouble, Verb};
 use refarch::double::sqs::SqsDouble;
 use reqwest::Client;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::process::{Child, Command};
 use tokio_postgres::Client as Session;
 
@@ -129,13 +130,34 @@ impl Drop for Services {
     }
 }
 
-/// Stops a role, and takes what it wrote.
-async fn stop(written: &mut Written, role: &str, child: Child) {
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-    let output = child.wait_with_output().await.unwrap();
-    assert!(output.status.success(), "{role}: {}", String::from_utf8_lossy(&output.stderr));
-    written.add(role, &output);
+/// A role that runs for long. It writes into files: a pipe that nobody reads would stop it.
+struct Role {
+    name: &'static str,
+    child: Child,
+    admin: String,
+    dir: TempDir,
+}
+
+impl Role {
+    fn start(services: &Services, name: &'static str, args: &[&str]) -> Self {
+        let (admin, dir) = (format!("127.0.0.1:{}", common::free_port()), tempfile::tempdir().unwrap());
+        let file = |name: &str| std::fs::File::create(dir.path().join(name)).unwrap();
+        let mut command = services.refarch(&[name]);
+        command.args(args).args(["--admin", &admin]).stdout(file("out")).stderr(file("err"));
+        Self { name, child: command.spawn().unwrap(), admin: format!("http://{admin}"), dir }
+    }
+
+    /// Stops it, and takes what it wrote.
+    async fn stop(mut self, written: &mut Written) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id().unwrap()).unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        let status = self.child.wait().await.unwrap();
+        let read = |name: &str| std::fs::read_to_string(self.dir.path().join(name)).unwrap();
+        let (out, log) = (read("out"), read("err"));
+        assert!(status.success(), "{}: {log}", self.name);
+        written.logs.push((self.name.into(), log));
+        written.results.push((self.name.into(), out));
+    }
 }
 
 async fn text(client: &Client, url: &str) -> String {
@@ -152,16 +174,14 @@ fn insert(count: u32) -> String {
 /// Lets the roles work on rows, over services that refuse some of it, and reads and edits through the page.
 async fn work(services: &Services, written: &mut Written) {
     let (bind, client) = (format!("127.0.0.1:{}", common::free_port()), Client::new());
-    let mut roles = Vec::new();
-    for args in [&["listen"][..], &["embed", "--workers", "1"], &["serve", "--bind", &bind]] {
-        let admin = format!("127.0.0.1:{}", common::free_port());
-        let mut command = services.refarch(args);
-        command.args(["--admin", &admin]);
-        roles.push((args[0], command.spawn().unwrap(), format!("http://{admin}")));
-    }
-    for (role, _, admin) in &roles {
-        let url = format!("{admin}/readyz");
-        eventually(&format!("{role} to be ready"), TIMEOUT, async || {
+    let roles = [
+        Role::start(services, "listen", &[]),
+        Role::start(services, "embed", &["--workers", "1"]),
+        Role::start(services, "serve", &["--bind", &bind]),
+    ];
+    for role in &roles {
+        let url = format!("{}/readyz", role.admin);
+        eventually(&format!("{} to be ready", role.name), TIMEOUT, async || {
             client.get(&url).send().await.is_ok_and(|answer| answer.status().is_success())
         })
         .await;
@@ -177,7 +197,7 @@ async fn work(services: &Services, written: &mut Written) {
             client.post(format!("{api}/products")).bearer_auth(token).json(&row).send().await.unwrap();
         assert_eq!(created.status().is_success(), token == SECRET);
     }
-    let listen = roles[0].2.clone();
+    let listen = roles[0].admin.clone();
     eventually("a dead letter, and everything else to be searchable", TIMEOUT, async || {
         let page = text(&client, &format!("{listen}/metrics")).await;
         let has = |line: &str| page.lines().any(|there| there == line);
@@ -185,11 +205,12 @@ async fn work(services: &Services, written: &mut Written) {
             && has("refarch_backlog_seconds{source=\"products\"} 0.0")
     })
     .await;
-    for (role, child, admin) in roles {
+    for role in roles {
         for path in ["metrics", "readyz"] {
-            written.logs.push((format!("{role}'s {path}"), text(&client, &format!("{admin}/{path}")).await));
+            let page = text(&client, &format!("{}/{path}", role.admin)).await;
+            written.logs.push((format!("{}'s {path}", role.name), page));
         }
-        stop(written, role, child).await;
+        role.stop(written).await;
     }
 }
 

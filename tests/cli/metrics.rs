@@ -148,7 +148,7 @@ fn expressions() -> (Vec<(String, String)>, BTreeSet<String>) {
         let dashboard: Value = serde_json::from_str(&text).unwrap();
         let before = expressions.len();
         collect(&dashboard, &mut |expression| {
-            expressions.push((path.display().to_string(), expression.to_owned()))
+            expressions.push((path.display().to_string(), expression.to_owned()));
         });
         assert!(expressions.len() > before + 10, "{} has few expressions", path.display());
     }

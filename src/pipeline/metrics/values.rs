@@ -137,7 +137,9 @@ mod tests {
     #[test]
     fn a_value_on_a_bound_counts_below_it() {
         let distribution = Distribution::new(&[1.0, 2.5]);
-        [0.0, 1.0, 1.000_001, 2.5, 9.0].into_iter().for_each(|value| distribution.observe(value));
+        for value in [0.0, 1.0, 1.000_001, 2.5, 9.0] {
+            distribution.observe(value);
+        }
         let seen = distribution.get();
         assert_eq!(seen.buckets, [(1.0, 2), (2.5, 2), (f64::INFINITY, 1)]);
         assert_eq!(seen.count(), 5);

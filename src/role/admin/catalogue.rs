@@ -168,10 +168,10 @@ metrics! {
     STATE_READABLE: Gauge "refarch_state_readable" by [] of REPORTERS;
     /// Changes that are not in the index yet: in the outbox, in the queue, or received and not finished (`in_flight`).
     BACKLOG: Gauge "refarch_backlog_changes" by ["source", "place", "lane"] of REPORTERS;
-    /// How long the backlog takes: its changes over the fleet's rate. At least the age of the oldest change; that age
-    /// if no rate is known.
+    /// How long the backlog takes: its changes over the fleet's rate. If nothing was applied for two minutes, the age of
+    /// the oldest change.
     BACKLOG_SECONDS: Gauge "refarch_backlog_seconds" in "seconds" by ["source"] of REPORTERS;
-    /// Changes a second that the fleet applied while it worked, over the last two minutes. Missing if it applied none.
+    /// Changes a second that the fleet applied while it worked, in the last two minutes. Missing if it applied none.
     RATE: Gauge "refarch_fleet_changes_per_second" by ["source"] of REPORTERS;
     /// Age of the oldest change that is not in the index yet; 0 if there is none. Missing if the queue cannot tell
     /// (SQS, while it holds anything).

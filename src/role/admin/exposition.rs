@@ -1,4 +1,4 @@
-//! The page of metrics, as Prometheus text or as OpenMetrics.
+//! The page of metrics, as Prometheus text or as `OpenMetrics`.
 
 use std::fmt;
 
@@ -14,7 +14,7 @@ use prometheus_client::registry::{Registry, Unit};
 use super::catalogue::{Kind, Metric};
 use crate::pipeline::metrics::Distributed;
 
-/// The media type of OpenMetrics.
+/// The media type of `OpenMetrics`.
 const OPEN_METRICS: &str = "application/openmetrics-text";
 
 /// A sample's labels and value.
@@ -35,7 +35,7 @@ pub struct Samples(Vec<(&'static Metric, Vec<Sample>)>);
 pub enum Format {
     /// Prometheus's text, version 0.0.4.
     Prometheus,
-    /// OpenMetrics 1.0.0.
+    /// `OpenMetrics` 1.0.0.
     OpenMetrics,
 }
 

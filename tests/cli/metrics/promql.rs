@@ -1,4 +1,4 @@
-//! Reads expressions of PromQL as far as it takes to know which metrics, labels and values they name, and compares them
+//! Reads expressions of `PromQL` as far as it takes to know which metrics, labels and values they name, and compares them
 //! with a scrape.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,11 +12,14 @@ const GROUPING: [&str; 6] = ["by", "without", "on", "ignoring", "group_left", "g
 /// Other words that are no metric.
 const WORDS: [&str; 7] = ["and", "or", "unless", "bool", "offset", "inf", "nan"];
 
+/// A matcher of a label: label, operator, value.
+type Matcher = (String, String, String);
+
 /// What an expression names.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Named {
-    /// Metrics with their label matchers: label, operator, value.
-    pub selectors: Vec<(String, Vec<(String, String, String)>)>,
+    /// Metrics with their matchers.
+    pub selectors: Vec<(String, Vec<Matcher>)>,
     /// Labels by which is grouped.
     pub grouping: BTreeSet<String>,
 }
@@ -51,7 +54,7 @@ impl<'a> Reader<'a> {
         ["(", "by ", "by(", "without ", "without("].iter().any(|next| self.0.starts_with(next))
     }
 
-    fn matchers(&mut self) -> Vec<(String, String, String)> {
+    fn matchers(&mut self) -> Vec<Matcher> {
         let mut matchers = Vec::new();
         loop {
             self.take(|c| c.is_whitespace() || c == ',');
@@ -197,14 +200,14 @@ impl Scrape {
 
 #[test]
 fn an_expression_names_metrics_labels_and_values() {
-    let named = read(
+    let expression = read(
         "1 - sum by (source, le) (rate(a_bucket{lane=\"live\",le=\"5.0\"}[5m])) / on (x) group_left b:c > 14.4 * 0.01 and up{job=\"a(b\"} == 0 or absent(d[$__rate_interval]) or $v",
     );
-    let names: Vec<&str> = named.selectors.iter().map(|(name, _)| name.as_str()).collect();
+    let names: Vec<&str> = expression.selectors.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names, ["a_bucket", "b:c", "up", "d"]);
     let matcher = |label: &str, value: &str| (label.to_owned(), "=".to_owned(), value.to_owned());
-    assert_eq!(named.selectors[0].1, [matcher("lane", "live"), matcher("le", "5.0")]);
-    assert_eq!(named.grouping, ["le", "source", "x"].map(str::to_owned).into());
+    assert_eq!(expression.selectors[0].1, [matcher("lane", "live"), matcher("le", "5.0")]);
+    assert_eq!(expression.grouping, ["le", "source", "x"].map(str::to_owned).into());
 }
 
 #[test]
