@@ -161,10 +161,10 @@ mod tests {
                 "# TYPE refarch_ready gauge",
                 "refarch_ready 1.0",
                 "# TYPE refarch_freshness_seconds histogram",
+                "refarch_freshness_seconds_bucket{source=\"a\",lane=\"live\",le=\"0.5\"} 1",
+                "refarch_freshness_seconds_bucket{source=\"a\",lane=\"live\",le=\"+Inf\"} 3",
                 "refarch_freshness_seconds_sum{source=\"a\",lane=\"live\"} 9.5",
                 "refarch_freshness_seconds_count{source=\"a\",lane=\"live\"} 3",
-                "refarch_freshness_seconds_bucket{le=\"0.5\",source=\"a\",lane=\"live\"} 1",
-                "refarch_freshness_seconds_bucket{le=\"+Inf\",source=\"a\",lane=\"live\"} 3",
             ]
         );
     }
