@@ -44,8 +44,7 @@ pub async fn work(
     until_idle: bool,
 ) -> anyhow::Result<()> {
     let workers = settings.indexer.worker_count();
-    let worker =
-        super::harness::register(backends, settings, "embed", workers, &observed.indexer).await?;
+    let worker = super::harness::register(backends, settings, "embed", workers, &observed.indexer).await?;
     // Before the first heartbeat, so that none is missed.
     let lost = worker.lost.subscribe();
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
