@@ -14,10 +14,11 @@ use super::postgres::products::VectorSource;
 use super::postgres::{self, Postgres};
 use super::queue::open_queue;
 use crate::config::{Index, PineconeIndex, Settings};
+use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::outbox::Outbox;
-use crate::pipeline::queue::Queue;
+use crate::pipeline::queue::{Backlog, Queue};
 
 /// The backends of one source and its active target.
 #[derive(Clone)]
@@ -165,6 +166,19 @@ impl Backends {
     pub async fn status(&self) -> Result<postgres::status::Status> {
         let Self { postgres, source, generation, queue, index, counted, proof_period, .. } = self;
         postgres::status::read(postgres, source, generation, queue, &**index, counted, *proof_period).await
+    }
+
+    /// Changes in the outbox, and those in both lanes of the queue. What moves on meanwhile is counted twice rather than
+    /// never.
+    pub async fn backlog(&self) -> Result<(u64, Backlog)> {
+        let pending = postgres::outbox::pending(&self.postgres, &self.generation.table.name).await?.changes;
+        let mut sum = Backlog::default();
+        for lane in Lane::ALL {
+            let backlog = self.queue.stats.backlog(lane).await?;
+            sum.visible += backlog.visible;
+            sum.in_flight += backlog.in_flight;
+        }
+        Ok((pending, sum))
     }
 
     /// The state of the proof.

@@ -1,11 +1,12 @@
 //! The order of embedding: slices of two lanes, live slices first.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use super::change::Lane;
 use super::clock::Clock;
@@ -64,6 +65,8 @@ pub struct EmbedScheduler {
     slice: Duration,
     /// Tokens a second of one thread, smoothed.
     speed: AtomicU64,
+    /// Slices that are being embedded.
+    in_work: AtomicUsize,
 }
 
 impl EmbedScheduler {
@@ -77,7 +80,19 @@ impl EmbedScheduler {
             waiting: Semaphore::new(0),
             slice,
             speed: AtomicU64::new(FIRST_GUESS),
+            in_work: AtomicUsize::new(0),
         }
+    }
+
+    /// Slices that are being embedded or wait for it.
+    #[must_use]
+    pub fn slices(&self) -> usize {
+        self.in_work.load(Ordering::Relaxed) + self.waiting.available_permits()
+    }
+
+    /// Tells the embedder that so many [`Self::work`] are running from now on.
+    pub async fn resize(&self, workers: usize) {
+        self.embedder.resize(workers).await;
     }
 
     /// Tokens a second of one thread, as measured.
@@ -158,11 +173,10 @@ impl EmbedScheduler {
         }
     }
 
-    /// Takes slices and embeds them, one at a time, for as long as it is polled.
-    pub async fn work(&self) {
-        loop {
-            // The semaphore is never closed.
-            let Ok(permit) = self.waiting.acquire().await else { return };
+    /// Takes slices and embeds them, one at a time, until `retired`. A slice that was taken is embedded to its end.
+    pub async fn work(&self, retired: &CancellationToken) {
+        // The semaphore is never closed.
+        while let Some(Ok(permit)) = retired.run_until_cancelled(self.waiting.acquire()).await {
             permit.forget();
             // What comes meanwhile may be live, and goes first.
             self.embedder.ready().await;
@@ -171,7 +185,9 @@ impl EmbedScheduler {
                 continue;
             }
             let started = self.clock.now();
+            self.in_work.fetch_add(1, Ordering::Relaxed);
             let result = self.embedder.embed(slice.batch).await;
+            self.in_work.fetch_sub(1, Ordering::Relaxed);
             let took = self.clock.now().saturating_sub(started).as_micros() as u64;
             if result.is_ok() && took > 0 {
                 let measured = slice.tokens * 1_000_000 / took;
@@ -277,9 +293,10 @@ mod tests {
         let scheduler = EmbedScheduler::new(Arc::<Noting>::clone(&embedder), Duration::from_secs(1), clock);
         let texts: Vec<Arc<str>> =
             ["eight...", "a", "seven..", "b", "twelve......", "c", "d"].map(Arc::from).to_vec();
+        let never = CancellationToken::new();
         let embeddings = tokio::select! {
             embeddings = scheduler.embed(Lane::Bulk, texts.clone()) => embeddings.unwrap(),
-            () = scheduler.work() => unreachable!("it goes on for ever"),
+            () = scheduler.work(&never) => unreachable!("it goes on for ever"),
         };
         let lengths: Vec<usize> = embeddings.iter().map(|embedding| embedding[0] as usize).collect();
         assert_eq!(lengths, texts.iter().map(|text| text.len()).collect::<Vec<_>>(), "in the texts' order");

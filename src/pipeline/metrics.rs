@@ -5,12 +5,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::change::Lane;
 use super::histogram::Histogram;
+use super::scaling::ScalingGauges;
 
 /// Counters of one process, shared by its tasks.
 #[derive(Debug, Default)]
 pub struct Metrics {
     applied: AtomicU64,
     embedded: AtomicU64,
+    held: AtomicU64,
+    /// What this process scales.
+    pub scaling: ScalingGauges,
     /// A lane each: a load must not hide how fresh edits are.
     freshness: Mutex<[Freshness; Lane::ALL.len()]>,
 }
@@ -31,6 +35,22 @@ impl Metrics {
     /// Counts texts that went through the model.
     pub fn embedded(&self, texts: u64) {
         self.embedded.fetch_add(texts, Ordering::Relaxed);
+    }
+
+    /// Counts changes that were received.
+    pub fn hold(&self, changes: u64) {
+        self.held.fetch_add(changes, Ordering::Relaxed);
+    }
+
+    /// Counts changes that were received and are finished or released.
+    pub fn release(&self, changes: u64) {
+        self.held.fetch_sub(changes, Ordering::Relaxed);
+    }
+
+    /// Changes that this process holds: received, and neither finished nor released.
+    #[must_use]
+    pub fn held(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
     }
 
     /// Counts the time from statement to searchable of one change each, in milliseconds.

@@ -240,12 +240,14 @@ impl Receiver {
             messages.iter().map(|message| message.body.as_ref().map_or(1, |job| job.changes() as u64)).sum();
         self.per_message = (changes as f64 / messages.len() as f64).max(1.0);
         self.in_flight.fetch_add(changes, Ordering::Relaxed);
+        self.indexer.metrics.hold(changes);
         let (indexer, in_flight, abort) =
             (Arc::clone(&self.indexer), Arc::clone(&self.in_flight), self.abort.clone());
         let (lane, until_idle) = (self.lane, self.until_idle);
         let task = async move {
             let result = indexer.process_with_visibility(lane, &messages, &abort, until_idle).await;
             in_flight.fetch_sub(changes, Ordering::Relaxed);
+            indexer.metrics.release(changes);
             drop(permit);
             result
         };

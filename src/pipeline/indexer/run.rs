@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::batch::Batch;
 use super::receiver::Receiver;
@@ -29,11 +29,8 @@ impl Indexer {
         until_idle: bool,
     ) -> Result<()> {
         let lanes_done = CancellationToken::new();
-        let mut threads = JoinSet::new();
-        for _ in 0..self.options.workers.max(1) {
-            let indexer = Arc::clone(self);
-            threads.spawn(async move { indexer.embed_slices().await });
-        }
+        let indexer = Arc::clone(self);
+        let workers = AbortOnDropHandle::new(tokio::spawn(async move { indexer.keep_workers().await }));
         let (maintain, indexer) = (lanes_done.clone(), Arc::clone(self));
         let maintenance = tokio::spawn(async move {
             maintain.run_until_cancelled(indexer.maintain()).await;
@@ -56,7 +53,7 @@ impl Indexer {
         if let Err(error) = self.writer.close_leftover().await {
             tracing::warn!(%error, "cannot close attempts: others will sweep them");
         }
-        threads.shutdown().await;
+        drop(workers);
         live.and(bulk)
     }
 

@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_util::sync::CancellationToken;
+
 use super::batch::{Batch, StepOutcome};
 use super::health::Health;
 use super::misdirected::Misdirected;
 use super::poison::Isolation;
 use super::throughput::Throughput;
+use super::workers::Workers;
 use super::writer::{Parts, Writer};
 use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;
@@ -27,7 +30,7 @@ pub struct IndexerOptions {
     pub source: String,
     /// This worker's name, which no other worker ever had. The ledger records tracked writes under this name.
     pub worker: String,
-    /// Embedding threads.
+    /// Embedding threads at the start; [`Indexer::set_workers`] changes their number.
     pub workers: usize,
     /// A lane holds at most the work of this time.
     pub prefetch: Duration,
@@ -53,6 +56,8 @@ pub struct Indexer {
     pub(super) health: Arc<Health>,
     /// Sizes groups and receives.
     pub(super) throughput: Throughput,
+    pub(super) workers: Workers,
+    pub(super) metrics: Arc<Metrics>,
     pub(super) writer: Arc<Writer>,
     pub(super) isolation: Isolation,
     pub(super) misdirected: Misdirected,
@@ -77,7 +82,7 @@ impl Indexer {
             ledger: Arc::clone(&ledger),
             index,
             scheduler,
-            metrics,
+            metrics: Arc::clone(&metrics),
             lease,
             health: Arc::clone(&health),
             worker: options.worker.clone(),
@@ -102,6 +107,8 @@ impl Indexer {
             queue: jobs,
             stats,
             clock,
+            workers: Workers::new(options.workers),
+            metrics,
             options,
             health,
             throughput: Throughput::default(),
@@ -126,7 +133,7 @@ impl Indexer {
 
     /// Embeds slices, one at a time, for as long as the future is polled.
     pub async fn embed_slices(&self) {
-        self.writer.embed_slices().await;
+        self.writer.scheduler.work(&CancellationToken::new()).await;
     }
 
     /// Closes leftover writes, sweeps writes that no worker will close, and abandons writes that the ledger
