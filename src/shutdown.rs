@@ -29,8 +29,8 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
     Ok(stop)
 }
 
-/// Cancels `stop` when standard input is closed. A process that holds the other end of a pipe, and never writes to it,
-/// so takes this process along, however it ends.
+/// Cancels `stop` when standard input is closed. A process that holds the other end of a pipe, and never
+/// writes to it, so takes this process along, however it ends.
 pub fn on_closed_stdin(stop: &CancellationToken) {
     let stop = stop.clone();
     // A thread of its own: the end of the runtime would wait for a read that tokio has under way.

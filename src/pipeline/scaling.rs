@@ -1,8 +1,9 @@
-//! How many workers there should be: target tracking, as a state machine that knows neither threads nor processes.
+//! How many workers there should be: target tracking, as a state machine that knows neither threads nor
+//! processes.
 //!
-//! A [`Scaler`] is asked again and again, with the time, the number of workers that were asked for, and what was
-//! observed. It answers with a [`Decision`]: the number of workers, and the reason. It reads no clock and no
-//! database, so a simulation can drive it through hours in a moment.
+//! A [`Scaler`] is asked again and again, with the time, the number of workers that were asked for, and what
+//! was observed. It answers with a [`Decision`]: the number of workers, and the reason. It reads no clock and
+//! no database, so a simulation can drive it through hours in a moment.
 //!
 //! # The two metrics
 //!
@@ -10,16 +11,17 @@
 //!
 //! > (pending + queued + in flight) / (changes a second of one worker * workers)
 //!
-//! It rises as soon as work waits, whatever the work waits for, and it says how many workers are needed: that many
-//! finish the backlog within [`Policy::target`]. *CPU* is what the reference architecture tracks.
+//! It rises as soon as work waits, whatever the work waits for, and it says how many workers are needed: that
+//! many finish the backlog within [`Policy::target`]. *CPU* is what the reference architecture tracks.
 //!
 //! # The rules
 //!
-//! - **Out**: to as many workers as finish the backlog within the target. Workers that are starting count, so a slow
-//!   start adds no more workers than the backlog asks for. A worker that adds no throughput is the last one for
-//!   [`NO_GAIN_FOR`]. While nothing gets through (an outage), no worker is added.
-//! - **In**: to the most workers that were wanted during a whole cooldown. As many stay as do what arrives with
-//!   [`UTILIZATION`] of their speed, and as many as hold work now. So a steady load makes no circle of out and in.
+//! - **Out**: to as many workers as finish the backlog within the target. Workers that are starting count, so
+//!   a slow start adds no more workers than the backlog asks for. A worker that adds no throughput is the
+//!   last one for [`NO_GAIN_FOR`]. While nothing gets through (an outage), no worker is added.
+//! - **In**: to the most workers that were wanted during a whole cooldown. As many stay as do what arrives
+//!   with [`UTILIZATION`] of their speed, and as many as hold work now. So a steady load makes no circle of
+//!   out and in.
 //! - Without an observation the number stays, and the time of the cooldown before scaling in begins anew.
 
 mod decision;
@@ -41,11 +43,12 @@ pub use policy::{Metric, Policy};
 /// The metric must be this much above its target before workers are added, so that noise adds none.
 const TOLERANCE: f64 = 1.1;
 
-/// What is left after scaling in does the changes that arrive with at most this part of its speed. Without this
-/// reserve, the backlog would grow again.
+/// What is left after scaling in does the changes that arrive with at most this part of its speed. Without
+/// this reserve, the backlog would grow again.
 pub const UTILIZATION: f64 = 0.8;
 
-/// The same for the CPU: what is left may use at most this part of the target. Of the reference architecture's service.
+/// The same for the CPU: what is left may use at most this part of the target. Of the reference
+/// architecture's service.
 const CPU_RESERVE: f64 = 0.9;
 
 /// Weight of older values of the CPU use: after this time, a third is left.
@@ -57,7 +60,8 @@ const MIN_GAIN: f64 = 0.1;
 /// If so few workers are added to so many, the noise of the throughput hides whether it grew.
 const MIN_TRIAL: f64 = 0.2;
 
-/// After workers were added in vain, it is tried again after this time: somebody else may have used the machine.
+/// After workers were added in vain, it is tried again after this time: somebody else may have used the
+/// machine.
 pub const NO_GAIN_FOR: Duration = Duration::from_mins(10);
 
 /// What was seen of the work and the workers.
@@ -69,7 +73,8 @@ pub struct Observation {
     pub queued: u64,
     /// Changes that workers have received and not acknowledged.
     pub in_flight: u64,
-    /// Changes that these workers have applied since some fixed moment: a counter, from which the rates are made.
+    /// Changes that these workers have applied since some fixed moment: a counter, from which the rates are
+    /// made.
     pub applied: u64,
     /// Workers that work. The others that were asked for are starting.
     pub ready: usize,
@@ -117,8 +122,8 @@ pub struct Scaler {
 }
 
 impl Scaler {
-    /// A scaler that has seen nothing yet. Bounds that contradict each other are mended: at least one worker, and no
-    /// fewer at most than at least.
+    /// A scaler that has seen nothing yet. Bounds that contradict each other are mended: at least one worker,
+    /// and no fewer at most than at least.
     #[must_use]
     pub fn new(mut policy: Policy) -> Self {
         policy.least = policy.least.max(1);
@@ -148,8 +153,8 @@ impl Scaler {
         self.meter.rate()
     }
 
-    /// Decides. `now` must not go back; `current` is the number of workers that were asked for, those that are
-    /// starting included. Without an observation (the database cannot be asked), nothing is scaled.
+    /// Decides. `now` must not go back; `current` is the number of workers that were asked for, those that
+    /// are starting included. Without an observation (the database cannot be asked), nothing is scaled.
     ///
     /// A caller carries out what is decided before it asks again.
     pub fn decide(&mut self, now: Duration, current: usize, observed: Option<&Observation>) -> Decision {
@@ -209,8 +214,8 @@ impl Scaler {
         Decision { current, desired, reason: Reason::Below(measured) }
     }
 
-    /// The metric, the workers that bring it to its target, and the workers that must stay when scaling in. None if
-    /// that cannot be told yet.
+    /// The metric, the workers that bring it to its target, and the workers that must stay when scaling in.
+    /// None if that cannot be told yet.
     fn want(
         &mut self,
         now: Duration,

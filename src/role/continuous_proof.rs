@@ -1,5 +1,5 @@
-//! The continuous proof, which runs in an embed worker. The same worker checks change capture, and counts the ledger
-//! anew once an hour.
+//! The continuous proof, which runs in an embed worker. The same worker checks change capture, and counts the
+//! ledger anew once an hour.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,8 +24,8 @@ const CHECKS_PER_COUNT: u32 = 60;
 /// A difference counts as a lost message only after it has lasted at least this long.
 const MIN_LOST_AFTER: Duration = Duration::from_secs(30);
 
-/// Runs the continuous proof until `work_ended`, unless another worker runs it. Retries after a failure, because no
-/// other work waits for the proof.
+/// Runs the continuous proof until `work_ended`, unless another worker runs it. Retries after a failure,
+/// because no other work waits for the proof.
 pub async fn run_until(
     backends: &Backends,
     settings: &Settings,

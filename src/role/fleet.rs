@@ -1,8 +1,8 @@
-//! The embed processes of `refarch up --processes`: started and drained as the load asks for, and started again when
-//! they end by themselves.
+//! The embed processes of `refarch up --processes`: started and drained as the load asks for, and started
+//! again when they end by themselves.
 //!
-//! The processes end with this one, however it ends: each has a pipe to this process as its standard input, and stops
-//! when the pipe is closed.
+//! The processes end with this one, however it ends: each has a pipe to this process as its standard input,
+//! and stops when the pipe is closed.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -24,7 +24,8 @@ use crate::pipeline::clock::{BootClock, Clock as _};
 use crate::pipeline::metrics::Metrics;
 use crate::pipeline::retry::Backoff;
 
-/// A process that runs for so long has started well: if it ends then, it is started again without a long pause.
+/// A process that runs for so long has started well: if it ends then, it is started again without a long
+/// pause.
 const STARTED_WELL: Duration = Duration::from_mins(1);
 
 /// A process that drains is killed this long after its grace period.
@@ -99,8 +100,8 @@ pub(super) async fn work(
     fleet.drain().await
 }
 
-/// The arguments of an embed process: the same settings, and one thread if nothing else is set, because the processes
-/// share the cores.
+/// The arguments of an embed process: the same settings, and one thread if nothing else is set, because the
+/// processes share the cores.
 fn arguments(settings: &Settings, global: &cli::Global) -> Vec<OsString> {
     let indexer = &settings.indexer;
     let threads = if indexer.workers == 0 && indexer.max_workers == 0 {
@@ -226,7 +227,8 @@ impl Fleet<'_> {
             self.members.iter().any(|member| member.number == *number)
                 || self.draining.iter().any(|draining| draining.number == *number)
         };
-        (1..).find(|number| !taken(number)).unwrap_or_default()
+        let most = self.members.len() + self.draining.len() + 1;
+        (1..=most).find(|number| !taken(number)).unwrap_or(most)
     }
 }
 

@@ -14,12 +14,13 @@ pub(super) struct RoleProcess {
     /// The name, for logs and for `ps`.
     pub(super) name: String,
     child: Child,
-    /// The other end of its standard input, if that is a pipe. Kept here, because [`Child::wait`] would close it.
+    /// The other end of its standard input, if that is a pipe. Kept here, because [`Child::wait`] would close
+    /// it.
     _stdin: Option<ChildStdin>,
 }
 
-/// This executable with these arguments, as a process named `refarch-NAME`. It gets no signals from this terminal, and
-/// is killed when its [`RoleProcess`] is dropped.
+/// This executable with these arguments, as a process named `refarch-NAME`. It gets no signals from this
+/// terminal, and is killed when its [`RoleProcess`] is dropped.
 pub(super) fn command(
     name: &str,
     args: impl IntoIterator<Item = impl AsRef<OsStr>>,

@@ -24,7 +24,7 @@ pub async fn run_until(backends: &Backends, stop: &CancellationToken) {
             None => return,
             Some(Ok(())) => {}
             Some(Err(error)) => {
-                tracing::debug!(%error, "cannot delete old samples, events and ledger entries")
+                tracing::debug!(%error, "cannot delete old samples, events and ledger entries");
             }
         }
         if stop.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_none() {

@@ -1,7 +1,7 @@
 //! Scaling: looks at backlog and workers once a second, and carries out what [`Scaler`] decides.
 //!
-//! The workers are embedding threads ([`Threads`]) or processes ([`super::fleet`]). Each decision is logged, recorded
-//! as an event, and counted.
+//! The workers are embedding threads ([`Threads`]) or processes ([`super::fleet`]). Each decision is logged,
+//! recorded as an event, and counted.
 
 use std::time::Duration;
 
@@ -21,8 +21,8 @@ use crate::pipeline::scaling::{Decision, Observation, Policy, Scaler};
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const LOOK_EVERY_IDLE: Duration = Duration::from_secs(5);
 
-/// One step at most multiplies the workers by this. They share one machine, so each step shows whether the one before
-/// made anything faster.
+/// One step at most multiplies the workers by this. They share one machine, so each step shows whether the
+/// one before made anything faster.
 const GROWTH: f64 = 2.0;
 
 /// The policy of the settings, for so many workers.
@@ -43,8 +43,8 @@ pub(super) trait Scaled {
     /// Workers that are asked for.
     fn current(&self) -> usize;
 
-    /// What these workers do. `embedders` are all embed processes there are, those of others included; `queued` tells
-    /// whether changes wait in the queue.
+    /// What these workers do. `embedders` are all embed processes there are, those of others included;
+    /// `queued` tells whether changes wait in the queue.
     fn look(&mut self, embedders: &[EmbedWorker], queued: bool) -> Seen;
 
     /// Sets the number of workers.
@@ -76,13 +76,13 @@ pub(super) async fn run_until<S: Scaled>(
     metrics: &Metrics,
     stop: &CancellationToken,
 ) {
-    let mut scaler = Scaler::new(policy);
+    let mut target = Scaler::new(policy);
     loop {
         let Some(seen) = stop.run_until_cancelled(observe(scaled, backends)).await else { return };
         let observation = seen.inspect_err(|error| tracing::debug!(%error, "cannot read the backlog")).ok();
-        let decision = scaler.decide(BootClock.now(), scaled.current(), observation.as_ref());
+        let decision = target.decide(BootClock.now(), scaled.current(), observation.as_ref());
         metrics.scaling.note(&decision, observation.map_or(0, |observation| observation.ready));
-        tracing::debug!(workers = S::WORKERS, reason = %decision, rate = scaler.rate(), "looked at the load");
+        tracing::debug!(workers = S::WORKERS, reason = %decision, rate = target.rate(), "looked at the load");
         if decision.is_change() {
             carry_out(scaled, &decision, backends, worker).await;
         }

@@ -39,7 +39,8 @@ async fn steps(shop: &Shop, comparison: &str) -> i64 {
     .await
 }
 
-/// Inserts rows, ever more of them, until workers are added: however fast the machine is, they wait long enough then.
+/// Inserts rows, ever more of them, until workers are added: however fast the machine is, they wait long
+/// enough then.
 async fn load_until_scaled_out(shop: &Shop) {
     let (mut rows, mut next) = (5_000, 0);
     eventually("workers to be added", TIMEOUT, async || {

@@ -5,11 +5,11 @@ use std::time::Duration;
 use super::{Postgres, fail};
 use crate::pipeline::failure::Result;
 
-/// Claims a chore that is to be done once in `every`. True for one worker in that time. A worker that dies meanwhile
-/// leaves the chore to the next time.
+/// Claims a chore that is to be done once in `every`. True for one worker in that time. A worker that dies
+/// meanwhile leaves the chore to the next time.
 ///
-/// The row is the lock: of two workers that claim at once, the second one waits for the first, and then sees that the
-/// chore is not due any more.
+/// The row is the lock: of two workers that claim at once, the second one waits for the first, and then sees
+/// that the chore is not due any more.
 pub async fn claim(postgres: &Postgres, name: &str, every: Duration) -> Result<bool> {
     let client = postgres.client().await?;
     let claimed = client

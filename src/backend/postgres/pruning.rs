@@ -14,8 +14,8 @@ const KEEP_DELETED: &str = "1 day";
 /// Rows that are deleted at a time.
 const PRUNED_AT_ONCE: i64 = 5_000;
 
-/// Deletes old samples and events, and what workers left that ended without leaving; some at a time. True if there may
-/// be more.
+/// Deletes old samples and events, and what workers left that ended without leaving; some at a time. True if
+/// there may be more.
 pub async fn prune_history(postgres: &Postgres) -> Result<bool> {
     let client = postgres.client().await?;
     let mut may_be_more = false;

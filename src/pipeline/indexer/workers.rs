@@ -39,7 +39,8 @@ impl Indexer {
         self.writer.scheduler.slices().min(self.workers())
     }
 
-    /// Keeps as many workers running as are wanted, for as long as the future is polled. A drop ends them all.
+    /// Keeps as many workers running as are wanted, for as long as the future is polled. A drop ends them
+    /// all.
     pub(super) async fn keep_workers(self: &Arc<Self>) {
         let mut wanted = self.workers.wanted.subscribe();
         let mut loops = JoinSet::new();

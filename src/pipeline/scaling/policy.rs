@@ -31,7 +31,8 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Tracks backlog seconds: at most `target` seconds of work wait. The cooldowns of the reference architecture.
+    /// Tracks backlog seconds: at most `target` seconds of work wait. The cooldowns of the reference
+    /// architecture.
     #[must_use]
     pub const fn backlog(target: f64, least: usize, most: usize) -> Self {
         Self { metric: Metric::Backlog, target, ..Self::reference(least, most) }
@@ -63,7 +64,8 @@ impl Policy {
     }
 }
 
-/// The better signal with the reference's numbers: a backlog of 10 seconds, 2 to 50 workers, cooldowns of 30 seconds.
+/// The better signal with the reference's numbers: a backlog of 10 seconds, 2 to 50 workers, cooldowns of 30
+/// seconds.
 impl Default for Policy {
     fn default() -> Self {
         Self::backlog(10.0, 2, 50)

@@ -29,8 +29,8 @@ pub(super) struct RateMeter {
     last: Option<Seen>,
     /// Changes a second of one worker, as last measured.
     rate: Option<f64>,
-    /// Changes, worker seconds and seconds of the saturated times with the present number of workers; the first two
-    /// fade.
+    /// Changes, worker seconds and seconds of the saturated times with the present number of workers; the
+    /// first two fade.
     changes: f64,
     worker_seconds: f64,
     seconds: f64,
@@ -52,14 +52,14 @@ impl RateMeter {
         }
         let last = self.last.replace(Seen { at: now, applied, ready, saturated });
         let Some(last) = last.filter(|last| last.at < now && last.applied <= applied) else { return };
-        let seconds = (now - last.at).as_secs_f64();
+        let seconds = now.saturating_sub(last.at).as_secs_f64();
         let changes = (applied - last.applied) as f64;
         let kept = (-seconds / THROUGHPUT_MEMORY_S).exp();
         self.throughput = self.throughput * kept + changes / seconds * (1.0 - kept);
         let saturated = saturated && last.saturated && ready > 0;
         if saturated && changes == 0.0 {
             let since = *self.stalled_since.get_or_insert(last.at);
-            self.is_stalled = now - since >= STALLED_AFTER;
+            self.is_stalled = now.saturating_sub(since) >= STALLED_AFTER;
         } else {
             self.stalled_since = None;
             self.is_stalled = false;
@@ -93,7 +93,8 @@ impl RateMeter {
         self.throughput
     }
 
-    /// Changes a second that the present number of workers applies when there is enough to do, if that was measured.
+    /// Changes a second that the present number of workers applies when there is enough to do, if that was
+    /// measured.
     pub(super) fn throughput_if_measured(&self) -> Option<f64> {
         self.is_measured().then_some(self.changes / self.worker_seconds * self.ready as f64)
     }

@@ -273,11 +273,11 @@ proptest! {
                 Some(seen) if decision.desired < current => {
                     prop_assert!(decision.desired >= seen.holding.min(current), "work is held: {}", decision);
                     prop_assert!(seen.in_flight == 0 || decision.desired >= 1);
-                    prop_assert!(last_step.is_none_or(|step| now - step >= cooldown_in));
-                    prop_assert!(now - last_blind >= cooldown_in);
+                    prop_assert!(last_step.is_none_or(|step| now.saturating_sub(step) >= cooldown_in));
+                    prop_assert!(now.saturating_sub(last_blind) >= cooldown_in);
                 }
                 Some(_) if decision.desired > current => {
-                    prop_assert!(last_out.is_none_or(|out| now - out >= cooldown_out));
+                    prop_assert!(last_out.is_none_or(|out| now.saturating_sub(out) >= cooldown_out));
                     prop_assert!(decision.desired as f64 <= (current as f64 * growth).max(current as f64 + 1.0));
                     last_out = Some(now);
                 }
