@@ -178,6 +178,7 @@ impl EmbedScheduler {
         // The semaphore is never closed.
         while let Some(Ok(permit)) = retired.run_until_cancelled(self.waiting.acquire()).await {
             permit.forget();
+            let _in_work = InWork::count(&self.in_work);
             // What comes meanwhile may be live, and goes first.
             self.embedder.ready().await;
             let Some(slice) = self.queues().take() else { continue };
@@ -185,9 +186,7 @@ impl EmbedScheduler {
                 continue;
             }
             let started = self.clock.now();
-            self.in_work.fetch_add(1, Ordering::Relaxed);
             let result = self.embedder.embed(slice.batch).await;
-            self.in_work.fetch_sub(1, Ordering::Relaxed);
             let took = self.clock.now().saturating_sub(started).as_micros() as u64;
             if result.is_ok() && took > 0 {
                 let measured = slice.tokens * 1_000_000 / took;
@@ -202,6 +201,22 @@ impl EmbedScheduler {
 
     fn queues(&self) -> MutexGuard<'_, Queues> {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A slice that is in work, as long as this exists.
+struct InWork<'a>(&'a AtomicUsize);
+
+impl<'a> InWork<'a> {
+    fn count(slices: &'a AtomicUsize) -> Self {
+        slices.fetch_add(1, Ordering::Relaxed);
+        Self(slices)
+    }
+}
+
+impl Drop for InWork<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
