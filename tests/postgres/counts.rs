@@ -5,7 +5,10 @@ use std::time::Duration;
 use refarch::backend::postgres::counts::{self, Counts};
 use refarch::backend::postgres::generation;
 use refarch::pipeline::ledger::Ledger as _;
+use refarch::pipeline::queue::Backlog;
+use refarch::role::status::text;
 
+use crate::common::eventually;
 use crate::common::source::{ITEM, Migrated, migrate, settings, shape};
 use crate::common::steps::SyncFixture;
 
@@ -212,6 +215,39 @@ async fn many_waiting_changes_are_estimated_and_few_counted() {
     assert!(estimated && (100_000..400_000).contains(&changes), "{changes}");
     it.run("DELETE FROM refarch.outbox WHERE seq > 3").await;
     assert_eq!(pending().await, (3, false));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_queued_changes_are_estimated_and_few_counted() {
+    let it = SyncFixture::new(TABLE, &ITEM).await;
+    let send = async |count: u32| {
+        it.run(&format!(
+            "INSERT INTO pgmq.q_refarch_live (vt, message, headers) \
+             SELECT now(), '{{}}', '{{\"changes\": 2}}' FROM generate_series(1, {count})"
+        ))
+        .await;
+        it.backends.status().await.unwrap()
+    };
+    let few = send(1_000).await;
+    assert_eq!(few.queue.live, Backlog::counted(2_000, 0));
+    assert!(text(&few).contains("queue, live    2000 visible"), "{}", text(&few));
+    let many = send(30_000).await;
+    let Backlog { visible, estimated, .. } = many.queue.live;
+    assert!(estimated && (20_000..120_000).contains(&visible), "{visible}");
+    assert!(text(&many).contains(&format!("queue, live    about {visible} visible")), "{}", text(&many));
+    assert!(!many.queue.bulk.estimated && !many.pending_estimated);
+    assert_eq!(serde_json::to_value(&many).unwrap()["queue"]["live"]["estimated"], true);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fault_of_capture_is_seen_soon_and_its_end_at_once() {
+    let it = SyncFixture::new(TABLE, &ITEM).await;
+    let faults = async || it.backends.status().await.unwrap().capture_faults;
+    assert_eq!(faults().await, [""; 0]);
+    it.run("ALTER TABLE item DISABLE TRIGGER USER").await;
+    eventually("the fault to be seen", TIMEOUT, async || !faults().await.is_empty()).await;
+    it.run("ALTER TABLE item ENABLE TRIGGER USER").await;
+    assert_eq!(faults().await, [""; 0]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

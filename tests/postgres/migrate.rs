@@ -653,3 +653,49 @@ async fn a_migration_with_another_checksum_under_a_recorded_number_is_refused() 
     }
     assert_eq!(number(&client, "SELECT count(*) FROM refarch.migration WHERE checksum IS NULL").await, 0);
 }
+
+/// Indexes for matches by SKU and name that can be used.
+async fn lower_case_indexes(client: &Client) -> Vec<String> {
+    let sql = "SELECT pg_get_expr(i.indexprs, i.indrelid) FROM pg_index i \
+               WHERE i.indrelid = 'products_with_increment'::regclass AND i.indisvalid AND i.indexprs IS NOT NULL ORDER BY 1";
+    client.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_of_products_that_refarch_made_gets_the_indexes_that_it_lacks() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    migrate(&database, &[]).await;
+    let made = lower_case_indexes(&client).await;
+    assert_eq!(made, ["lower((name)::text)", "lower((sku)::text)"]);
+    // As an earlier version made it, with what an interrupted build leaves.
+    client
+        .batch_execute(
+            "DROP INDEX products_with_increment_lower_idx, products_with_increment_lower_idx1; \
+             ALTER TABLE products_with_increment ADD COLUMN more text; \
+             CREATE INDEX products_with_increment_lower_sku ON products_with_increment (lower(sku)); \
+             UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'products_with_increment_lower_sku'::regclass",
+        )
+        .await
+        .unwrap();
+    let expected =
+        ["sku", "name"].map(|column| format!("index on lower({column}) of public.products_with_increment"));
+    let planned = migrate(&database, &["--dry-run"]).await;
+    assert_eq!(planned["created"], serde_json::json!(expected));
+    assert_eq!(lower_case_indexes(&client).await, [""; 0]);
+    let report = migrate(&database, &[]).await;
+    assert_eq!(
+        (&report["created"], &report["warnings"]),
+        (&serde_json::json!(expected), &serde_json::json!([]))
+    );
+    assert_eq!(lower_case_indexes(&client).await, made);
+    assert_eq!(migrate(&database, &[]).await["created"], serde_json::json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_of_products_of_the_user_gets_no_index() {
+    let (database, client) = reference().await;
+    let report = migrate(&database, &[]).await;
+    assert!(!report["created"].to_string().contains("lower("), "{report}");
+    assert_eq!(lower_case_indexes(&client).await, [""; 0]);
+}

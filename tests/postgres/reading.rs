@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use refarch::backend::pgvector::{self, PgVector};
+use refarch::backend::pgvector::PgVector;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
 use refarch::backend::postgres::migrate;
@@ -23,7 +23,7 @@ use refarch::secret::Secret;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
-use crate::common::source::{ITEM, settings};
+use crate::common::source::{ITEM, graph_options, settings};
 use crate::common::steps::SyncFixture;
 use crate::common::{self, Database, eventually};
 
@@ -489,19 +489,21 @@ async fn tables_of_a_hundred_columns_are_kept_in_step() {
     assert_eq!(row.text.lines().count(), 110);
 }
 
+/// Thirty rows, and a graph over their vectors. The SQL `setup` installs pgvector.
+async fn with_graph(setup: &str) -> SyncFixture {
+    let setup = format!(
+        "{setup}; CREATE TABLE item (id integer PRIMARY KEY, body text); \
+         INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g"
+    );
+    let graph = [("REFARCH_INDEX_SEARCH", "graph"), ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10")];
+    SyncFixture::new(&setup, &[ITEM.as_slice(), &graph].concat()).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn pgvector_may_be_in_any_schema() {
     let setup = "CREATE SCHEMA \"my Extensions\"; CREATE EXTENSION vector SCHEMA \"my Extensions\"; \
-                 DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, \"my Extensions\"', current_database()); END $$; \
-                 CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
-    let env = [
-        ITEM[0],
-        ITEM[1],
-        ITEM[2],
-        ("REFARCH_INDEX_SEARCH", "graph"),
-        ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10"),
-    ];
-    let it = SyncFixture::new(setup, &env).await;
+                 DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, \"my Extensions\"', current_database()); END $$";
+    let it = with_graph(setup).await;
     it.run(
         "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = ''''', current_database()); END $$",
     )
@@ -571,19 +573,9 @@ async fn a_role_with_unusual_settings_reads_and_writes_the_same_values() {
         generation.id
     ))
     .await;
-    let options = pgvector::PgVectorOptions {
-        method: refarch::config::SearchMethod::Graph,
-        exact_limit: Duration::from_millis(10),
-        recall: 0.99,
-        exact_below: 0.0,
-        build_memory: 256,
-        graph_min_rows: 10,
-        graph_max_backlog: 10,
-        ef_search: 100,
-        acknowledged_in_same_log: true,
-    };
     let table = Arc::new(generation.table.clone());
-    let index = PgVector::new(odd.postgres.clone(), table, generation.salt.clone(), generation.id, options);
+    let index =
+        PgVector::new(odd.postgres.clone(), table, generation.salt.clone(), generation.id, graph_options(10));
     index.maintain(0).await.unwrap();
     assert!(has_graph(&odd).await);
     odd.end().await;
@@ -800,17 +792,6 @@ async fn a_failed_graph_build_is_logged_once_and_retried_with_backoff() {
     it.settle().await;
     let hand = Arc::new(ManualClock::default());
     let generation = &it.backends.generation;
-    let options = pgvector::PgVectorOptions {
-        method: refarch::config::SearchMethod::Graph,
-        exact_limit: Duration::from_millis(10),
-        recall: 0.99,
-        exact_below: 0.0,
-        build_memory: 256,
-        graph_min_rows: 10,
-        graph_max_backlog: 10,
-        ef_search: 100,
-        acknowledged_in_same_log: true,
-    };
     // The table belongs to another role, and this role may not call the function that builds the index.
     it.run("REVOKE EXECUTE ON FUNCTION refarch.build_graph(integer, integer, integer) FROM PUBLIC").await;
     it.run(&format!(
@@ -819,8 +800,9 @@ async fn a_failed_graph_build_is_logged_once_and_retried_with_backoff() {
     ))
     .await;
     let table = Arc::new(generation.table.clone());
-    let index = PgVector::new(it.postgres.clone(), table, generation.salt.clone(), generation.id, options)
-        .with_clock(Arc::clone(&hand) as _);
+    let index =
+        PgVector::new(it.postgres.clone(), table, generation.salt.clone(), generation.id, graph_options(10))
+            .with_clock(Arc::clone(&hand) as _);
     let lines = Lines::default();
     let writer = lines.clone();
     let subscriber = tracing_subscriber::fmt()
@@ -851,16 +833,9 @@ async fn a_failed_graph_build_is_logged_once_and_retried_with_backoff() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_older_pgvector_works_without_a_graph() {
-    let setup = "CREATE EXTENSION vector; UPDATE pg_extension SET extversion = '0.8.1' WHERE extname = 'vector'; \
-                 CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
-    let env = [
-        ITEM[0],
-        ITEM[1],
-        ITEM[2],
-        ("REFARCH_INDEX_SEARCH", "graph"),
-        ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10"),
-    ];
-    let it = SyncFixture::new(setup, &env).await;
+    let setup =
+        "CREATE EXTENSION vector; UPDATE pg_extension SET extversion = '0.8.1' WHERE extname = 'vector'";
+    let it = with_graph(setup).await;
     let report = backend::migrate(&it.postgres, &it.settings).await.unwrap();
     assert!(report.warnings.iter().any(|warning| warning.contains("0.8.1")), "{report:?}");
     it.settle().await;

@@ -969,7 +969,7 @@ impl QueueStats for View {
     async fn backlog(&self, lane: Lane) -> Result<Backlog> {
         let world = self.world();
         let visible = world.lanes[lane as usize].iter().map(|held| held.job.changes() as u64).sum();
-        Ok(Backlog { visible, in_flight: 0 })
+        Ok(Backlog::counted(visible, 0))
     }
 
     async fn oldest(&self) -> Result<Option<Timestamp>> {
@@ -1223,8 +1223,8 @@ impl VectorIndex for View {
         }
     }
 
-    async fn maintain(&self, _: u64) -> Result<()> {
-        Ok(())
+    async fn maintain(&self, _: u64) -> Result<bool> {
+        Ok(false)
     }
 }
 

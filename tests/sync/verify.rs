@@ -474,7 +474,7 @@ impl VectorIndex for Marked {
         self.index.writes()
     }
 
-    async fn maintain(&self, backlog: u64) -> Result<()> {
+    async fn maintain(&self, backlog: u64) -> Result<bool> {
         self.index.maintain(backlog).await
     }
 

@@ -264,3 +264,57 @@ async fn an_edit_asks_for_the_token_once_and_keeps_it_for_the_session() {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
     assert!(roles.wait().await.unwrap().success());
 }
+
+#[tokio::test]
+async fn next_and_previous_go_by_the_rows_that_are_shown() {
+    let database = Database::create().await;
+    assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
+    let client = database.client().await;
+    client
+        .batch_execute("INSERT INTO products_with_increment (id, name) SELECT i, 'Row ' || i FROM generate_series(1, 7) i")
+        .await
+        .unwrap();
+    let (mut roles, url) = up(&database, &[("REFARCH_SERVE_PAGE_SIZE", "2")]).await;
+    let mut page = Page::open(&url).await;
+    let shows = async |page: &mut Page, ids: &str, is_first: bool, is_last: bool| {
+        page.until(&format!(
+            "[...document.querySelectorAll('#rows tr')].map((line) => line.row?.id).join() === '{ids}' \
+             && document.querySelector('#previous').disabled === {is_first} \
+             && document.querySelector('#next').disabled === {is_last}"
+        ))
+        .await;
+    };
+    let turn = async |page: &mut Page, button: &str| {
+        page.eval(&format!("document.querySelector('#{button}').click()")).await;
+    };
+    shows(&mut page, "1,2", true, false).await;
+    turn(&mut page, "next").await;
+    shows(&mut page, "3,4", false, false).await;
+    assert_eq!(page.eval("document.querySelector('#page').textContent").await, "Page 2 of 4");
+    // The address names the row, and so it shows the same page to whoever opens it.
+    assert_eq!(page.eval("new URLSearchParams(location.search).get('after')").await, "2");
+    page.call("Page.reload", json!({})).await;
+    page.until("document.readyState === 'complete'").await;
+    shows(&mut page, "3,4", false, false).await;
+
+    // A page counted from the beginning would leave row 5 out.
+    client.batch_execute("DELETE FROM products_with_increment WHERE id = 1").await.unwrap();
+    turn(&mut page, "next").await;
+    shows(&mut page, "5,6", false, false).await;
+    turn(&mut page, "next").await;
+    shows(&mut page, "7", false, true).await;
+    turn(&mut page, "previous").await;
+    shows(&mut page, "5,6", false, false).await;
+    turn(&mut page, "previous").await;
+    shows(&mut page, "3,4", false, false).await;
+    // The first page begins with the first row.
+    turn(&mut page, "previous").await;
+    shows(&mut page, "2,3", true, false).await;
+    page.eval("history.back()").await;
+    shows(&mut page, "3,4", false, false).await;
+    assert!(page.problems.is_empty(), "{:#?}", page.problems);
+
+    let pid = nix::unistd::Pid::from_raw(roles.id().unwrap() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(roles.wait().await.unwrap().success());
+}

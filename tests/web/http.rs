@@ -136,8 +136,8 @@ impl VectorIndex for FlatIndex {
         unreachable!("the page never writes to the index")
     }
 
-    async fn maintain(&self, _: u64) -> Result<()> {
-        Ok(())
+    async fn maintain(&self, _: u64) -> Result<bool> {
+        Ok(false)
     }
 }
 

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::method::{Action, lists_for};
 use super::table::{MIN_GRAPH_VERSION, PgVector};
+use crate::backend::postgres::connection::BUILD_SESSION;
 use crate::backend::postgres::failure;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
@@ -18,17 +19,13 @@ const GRAPH_CANDIDATES: u32 = 128;
 /// Memory that a build needs besides k-means, for sorting and writing the vectors.
 const BUILD_SPARE: u64 = 64 << 20;
 
-/// Settings of the session that builds. They are set for the whole session, because the statement that builds
-/// runs outside of a transaction.
-const SESSION: &str = "SET search_path = pg_catalog, pg_temp; SET statement_timeout = 0; SET lock_timeout = 0; \
-    SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
-    SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) IS NOT NULL";
-
 /// A finished step.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Done {
-    /// The lists that were built; 0 for any other step.
+    /// The lists that were built or adopted; 0 for any other step.
     pub(super) lists: i32,
+    /// Vectors when the lists were built.
+    pub(super) rows: i64,
     /// How long the step took, in milliseconds.
     pub(super) duration_ms: i64,
 }
@@ -38,6 +35,7 @@ struct Plan {
     statements: Vec<String>,
     memory: u64,
     lists: i32,
+    rows: i64,
 }
 
 impl PgVector {
@@ -58,7 +56,7 @@ impl PgVector {
         // A session of its own: the session's end releases the advisory lock, whatever happens.
         let (session, connection) = self.postgres.dedicated().await.map_err(fail)?;
         let connection = tokio::spawn(connection);
-        session.batch_execute(SESSION).await.map_err(fail)?;
+        session.batch_execute(BUILD_SESSION).await.map_err(fail)?;
         let memory = format!("{}kB", (plan.memory >> 10).max(1_024));
         session
             .execute("SELECT set_config('maintenance_work_mem', $1, false)", &[&memory])
@@ -88,7 +86,7 @@ impl PgVector {
                 "changed the search index"
             );
         }
-        Ok(locked.then_some(Done { lists: plan.lists, duration_ms }))
+        Ok(locked.then_some(Done { lists: plan.lists, rows: plan.rows, duration_ms }))
     }
 
     async fn plan(&self, action: Action, rows: u64, what: &'static str) -> Result<Plan> {
@@ -98,7 +96,13 @@ impl PgVector {
         let (generation, table, schema) = (self.generation, &self.table, &extension.schema);
         let memory = self.options.build_memory << 20;
         let drop_lists = |name: &str| format!("DROP INDEX IF EXISTS refarch.vector_{generation}_{name}");
+        let mut rows_at_build = i64::try_from(rows).unwrap_or(i64::MAX);
         let (statements, memory, lists) = match action {
+            Action::AdoptLists => {
+                let (lists, rows) = self.unrecorded_lists(what).await?;
+                rows_at_build = rows.unwrap_or(rows_at_build);
+                (Vec::new(), 0, lists)
+            }
             Action::DropGraph if !is_owned => {
                 (vec![format!("SELECT refarch.drop_graph({generation}, 'graph')")], 0, 0)
             }
@@ -153,7 +157,19 @@ impl PgVector {
                 (statements, needed + BUILD_SPARE, lists as i32)
             }
         };
-        Ok(Plan { statements, memory, lists })
+        Ok(Plan { statements, memory, lists, rows: rows_at_build })
+    }
+
+    /// The number of lists by the catalog, and of the vectors when they were built, if it is known.
+    async fn unrecorded_lists(&self, what: &'static str) -> Result<(i32, Option<i64>)> {
+        let name = format!("refarch.vector_{}_lists", self.generation);
+        // pgvector makes 100 lists if an index names no number.
+        let sql = "SELECT coalesce((SELECT o.option_value::integer FROM pg_options_to_table(c.reloptions) o \
+                     WHERE o.option_name = 'lists'), 100), CASE WHEN c.reltuples > 0 THEN c.reltuples::bigint END \
+                   FROM pg_class c WHERE c.oid = to_regclass($1)";
+        let client = self.postgres.client().await?;
+        let row = client.query_one(sql, &[&name]).await.map_err(|error| failure(what, error))?;
+        Ok((row.get(0), row.get(1)))
     }
 
     /// Returns whether the role may index the table, and the number of dimensions. Only the table's owner may index

@@ -103,7 +103,7 @@ impl VectorIndex for PgVector {
         Writes::Transactional(self)
     }
 
-    async fn maintain(&self, backlog: u64) -> Result<()> {
+    async fn maintain(&self, backlog: u64) -> Result<bool> {
         self.maintain_search(backlog).await
     }
 }

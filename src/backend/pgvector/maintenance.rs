@@ -5,8 +5,8 @@
 use super::method::{Action, Presence, Situation};
 use super::observations::BuildHistory;
 use super::table::PgVector;
-use crate::backend::postgres::failure;
 use crate::backend::postgres::search_index::{self, SearchIndex};
+use crate::backend::postgres::{counts, failure};
 use crate::config::SearchMethod;
 use crate::pipeline::failure::Result;
 
@@ -15,9 +15,6 @@ const MIN_TIMED_ROWS: u64 = 2_000;
 
 /// An exact search is timed again once the table has grown by this factor.
 const RETIME_GROWTH: f64 = 1.5;
-
-/// The rows are counted again once the table's size has changed by this part.
-const RECOUNT: f64 = 0.05;
 
 /// Lists are built again once a search must read this many times the lists that it read after the build.
 const PROBES_GROWTH: i32 = 2;
@@ -30,20 +27,21 @@ const SKEW_GROWTH: f32 = 2.0;
 const MIN_REBUILD_WRITES: f64 = 0.1;
 
 impl PgVector {
-    /// Does the next step, if a step is due. If the step fails, the reason is logged once, and the pauses between
-    /// attempts grow. Until a step succeeds, searches read all vectors or use the older index.
-    pub(super) async fn maintain_search(&self, backlog: u64) -> Result<()> {
+    /// Takes the next step, if a step is due. If the step fails, the reason is logged once, and the pauses between
+    /// attempts grow. Until a step succeeds, searches read all vectors or use the older index. Returns whether a step
+    /// was taken.
+    pub(super) async fn maintain_search(&self, backlog: u64) -> Result<bool> {
         if self.clock.now() < self.builds().not_before {
-            return Ok(());
+            return Ok(false);
         }
         let (situation, seen) = self.look(backlog).await?;
         let Some(action) = situation.next_action() else {
-            if situation.lists == Presence::Valid
-                && search_index::is_check_due(&self.postgres, self.generation).await?
-            {
+            let is_due = situation.lists == Presence::Valid
+                && search_index::is_check_due(&self.postgres, self.generation).await?;
+            if is_due {
                 self.check_alone(situation.rows, seen).await?;
             }
-            return Ok(());
+            return Ok(is_due);
         };
         if let Err(error) = self.take(action, situation.rows).await {
             let reason = error.to_string();
@@ -59,16 +57,16 @@ impl PgVector {
             } else {
                 tracing::debug!(table = self.table, reason, retry_in_ms, "cannot build the search index");
             }
+            return Ok(false);
         }
-        Ok(())
+        Ok(true)
     }
 
     async fn take(&self, action: Action, rows: u64) -> Result<()> {
         let Some(done) = self.act(action, rows).await? else { return Ok(()) };
         match action {
-            Action::BuildLists => {
-                let rows = i64::try_from(rows).unwrap_or(i64::MAX);
-                search_index::built(&self.postgres, self.generation, done.lists, rows, done.duration_ms)
+            Action::BuildLists | Action::AdoptLists => {
+                search_index::built(&self.postgres, self.generation, done.lists, done.rows, done.duration_ms)
                     .await?;
             }
             Action::DropLists => search_index::dropped(&self.postgres, self.generation).await?,
@@ -141,23 +139,16 @@ impl PgVector {
         let fail = |error: tokio_postgres::Error| failure("look at the search index", error);
         let lists = format!("refarch.vector_{}_lists", self.generation);
         let graph = format!("refarch.vector_{}_graph", self.generation);
-        let sql = "SELECT pg_relation_size(to_regclass($1)), \
-                     (SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass($2)), \
-                     (SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass($3))";
-        let row = self
-            .postgres
-            .client()
-            .await?
-            .query_one(sql, &[&self.table, &lists, &graph])
-            .await
-            .map_err(fail)?;
+        let sql = "SELECT (SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass($1)), \
+                     (SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass($2))";
+        let row = self.postgres.client().await?.query_one(sql, &[&lists, &graph]).await.map_err(fail)?;
         let presence = |valid: Option<bool>| match valid {
             None => Presence::Absent,
             Some(false) => Presence::Invalid,
             Some(true) => Presence::Valid,
         };
-        let (lists, graph) = (presence(row.get(1)), presence(row.get(2)));
-        let rows = self.rows(row.get::<_, Option<i64>>(0).unwrap_or_default()).await?;
+        let (lists, graph) = (presence(row.get(0)), presence(row.get(1)));
+        let rows = counts::read(&self.postgres, self.generation).await?.records;
         let seen = match lists {
             Presence::Absent => None,
             _ => search_index::read(&self.postgres, self.generation).await?,
@@ -176,23 +167,6 @@ impl PgVector {
             graph,
         };
         Ok((situation, seen))
-    }
-
-    /// The number of vectors in the table, which has this many bytes.
-    async fn rows(&self, bytes: i64) -> Result<u64> {
-        let mut observations = self.observations.lock().await;
-        if let Some((counted, rows)) = observations.counted
-            && (bytes - counted).abs() as f64 <= counted as f64 * RECOUNT
-            && rows >= MIN_TIMED_ROWS
-        {
-            return Ok(rows);
-        }
-        let client = self.postgres.client().await?;
-        let sql = format!("SELECT count(*) FROM {}", self.table);
-        let row = client.query_one(&sql, &[]).await.map_err(|error| failure("count vectors", error))?;
-        let rows = row.get::<_, i64>(0).unsigned_abs();
-        observations.counted = Some((bytes, rows));
-        Ok(rows)
     }
 
     /// How long an exact search takes among this many rows.

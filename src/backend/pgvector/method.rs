@@ -76,6 +76,8 @@ pub(super) struct Situation {
 pub(super) enum Action {
     /// Build the lists, beside older lists if there are any.
     BuildLists,
+    /// Record lists that a worker built and did not record.
+    AdoptLists,
     /// Build the graph.
     BuildGraph,
     /// Drop the lists.
@@ -119,13 +121,14 @@ impl Situation {
         match self.lists {
             Presence::Invalid => Some(Action::DropLists),
             Presence::Absent => Some(Action::BuildLists),
+            Presence::Valid if self.listed_rows.is_none() => Some(Action::AdoptLists),
             Presence::Valid if self.are_outgrown() => Some(Action::BuildLists),
             Presence::Valid => (self.graph != Presence::Absent).then_some(Action::DropGraph),
         }
     }
 
     fn are_outgrown(&self) -> bool {
-        let Some(listed) = self.listed_rows else { return true };
+        let Some(listed) = self.listed_rows else { return false };
         let (rows, listed) = (self.rows as f64, listed.max(1) as f64);
         let growth = if self.backlog == 0 { GROWTH_SETTLED } else { GROWTH_LOADING };
         self.is_degraded || rows > listed * growth || rows < listed * SHRINKAGE
@@ -211,6 +214,8 @@ mod tests {
         assert_eq!(Situation { is_degraded: true, ..fresh }.next_action(), Some(Action::BuildLists));
         assert_eq!(Situation { rows: 20_000, ..fresh }.next_action(), Some(Action::BuildLists));
         assert_eq!(Situation { lists: Presence::Invalid, ..fresh }.next_action(), Some(Action::DropLists));
+        // A worker built them, and stopped before it recorded them.
+        assert_eq!(Situation { listed_rows: None, ..fresh }.next_action(), Some(Action::AdoptLists));
     }
 
     #[test]

@@ -1,5 +1,4 @@
-//! Facts that a process keeps between two checks of the index: failed builds, the table's size, the time of an exact
-//! search.
+//! Facts that a process keeps between two checks of the index: failed builds, the time of an exact search.
 
 use std::time::Duration;
 
@@ -32,8 +31,6 @@ impl BuildHistory {
 /// Observations of the table of vectors.
 #[derive(Debug, Default)]
 pub(super) struct Observations {
-    /// Bytes of the table when its rows were counted, and the rows.
-    pub(super) counted: Option<(i64, u64)>,
     /// Rows when an exact search was timed, and the time.
     pub(super) exact: Option<(u64, Duration)>,
 }
