@@ -14,7 +14,6 @@ use super::postgres::products::VectorSource;
 use super::postgres::{self, Postgres};
 use super::queue::open_queue;
 use crate::config::{Index, PineconeIndex, Settings};
-use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::outbox::Outbox;
@@ -172,13 +171,7 @@ impl Backends {
     /// never.
     pub async fn backlog(&self) -> Result<(u64, Backlog)> {
         let pending = postgres::outbox::pending(&self.postgres, &self.generation.table.name).await?.changes;
-        let mut sum = Backlog::default();
-        for lane in Lane::ALL {
-            let backlog = self.queue.stats.backlog(lane).await?;
-            sum.visible += backlog.visible;
-            sum.in_flight += backlog.in_flight;
-        }
-        Ok((pending, sum))
+        Ok((pending, Backlog::of_both_lanes(&*self.queue.stats).await?))
     }
 
     /// The state of the proof.

@@ -86,25 +86,13 @@ impl Indexer {
         if !self.writer.is_transactional() {
             return Ok(false);
         }
-        let backlog = self.backlog().await?;
+        let backlog = Backlog::of_both_lanes(&*self.stats).await?;
         self.writer.index.maintain(backlog.total()).await
-    }
-
-    /// Changes in both lanes.
-    async fn backlog(&self) -> Result<Backlog> {
-        let mut sum = Backlog::default();
-        for lane in Lane::ALL {
-            let backlog = self.stats.backlog(lane).await?;
-            sum.visible += backlog.visible;
-            sum.in_flight += backlog.in_flight;
-            sum.estimated |= backlog.estimated;
-        }
-        Ok(sum)
     }
 
     /// Whether no work is left for this worker. Messages for other workers stay in the queue.
     pub(super) async fn is_idle(&self) -> Result<bool> {
-        let backlog = self.backlog().await?;
+        let backlog = Backlog::of_both_lanes(&*self.stats).await?;
         Ok(backlog.total() == 0 || (backlog.visible == 0 && self.misdirected.has_returned()))
     }
 
