@@ -19,17 +19,17 @@ use crate::pipeline::fault;
 use crate::pipeline::indexer::{Indexer, IndexerOptions};
 use crate::pipeline::lease::Lease;
 use crate::pipeline::metrics::Metrics;
-use crate::pipeline::retry::Backoff;
+use crate::pipeline::retry::{Backoff, FatalPolicy};
 use crate::shutdown;
 
 /// Runs the role in its own process.
 pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
     let stop = shutdown::on_signal()?;
+    if args.stop_with_stdin {
+        shutdown::on_closed_stdin(&stop);
+    }
     super::harness::with_model(settings, async |database: &Database, model: &LoadedModel| {
         let backends = super::harness::open_backends(database, settings, Some(model)).await?;
-        if args.stop_with_stdin {
-            shutdown::on_closed_stdin(&stop);
-        }
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");
         work(&backends, settings, model, &Arc::default(), &stop, args.until_idle).await
     })
@@ -48,8 +48,7 @@ pub async fn work(
     until_idle: bool,
 ) -> anyhow::Result<()> {
     let workers = settings.indexer.worker_count();
-    let worker =
-        WorkerRegistration::join(backends.postgres.clone(), "embed", workers, Arc::clone(metrics)).await?;
+    let worker = super::harness::register(backends, settings, "embed", workers, metrics).await?;
     // Before the first heartbeat, so that none is missed.
     let lost = worker.lost.subscribe();
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
@@ -70,6 +69,7 @@ pub async fn work(
             max_receives: settings.queue.max_receives,
             settle: settings.indexer.attempt(),
             freshness_poll: settings.index.pinecone().map_or(Duration::ZERO, |index| index.freshness),
+            start_timeout: settings.database.connect_timeout,
         },
     )
     .reporting(Arc::clone(&worker.faults));
@@ -118,7 +118,7 @@ pub async fn work(
     };
     // On the heap, because the futures of the roles are nested.
     let both = Box::pin(async {
-        claim_ownership(backends, settings.indexer.attempt(), &worker, &*clock, stop).await?;
+        claim_ownership(backends, settings, &worker, &*clock, stop).await?;
         let aside =
             Box::pin(async { tokio::join!(proof, scaling, retention::run_until(backends, &work_ended)) });
         let (done, alive, ours, _) = tokio::join!(work, worker_lock, ownership, aside);
@@ -133,11 +133,13 @@ pub async fn work(
 /// the waiting for late writes.
 async fn claim_ownership(
     backends: &Backends,
-    settle: Duration,
+    settings: &Settings,
     worker: &WorkerRegistration,
     clock: &dyn Clock,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
+    let settle = settings.indexer.attempt();
+    let fatal = FatalPolicy::new(clock, settings.database.connect_timeout, false);
     let mut backoff = Backoff::default();
     let report = |why: &str| worker.faults.report(fault::INDEXING_BLOCKED, why);
     loop {
@@ -146,7 +148,9 @@ async fn claim_ownership(
         let Some(claimed) = stop.run_until_cancelled(claim).await else { break };
         match claimed {
             Ok(()) => break,
-            Err(error) if error.class() != Class::Retryable => return Err(error.into()),
+            Err(error) if error.class() == Class::Permanent || fatal.ends(&error, clock) => {
+                return Err(error.into());
+            }
             Err(error) => {
                 let pause = backoff.next(clock);
                 worker
