@@ -8,9 +8,40 @@ With DATABASE_URL, or POSTGRES_DB_HOST, _PORT, _NAME, _USER and _PASSWORD, every
 Start here:
   refarch up                   run every role on this machine, with 10,000 generated products
   refarch status --watch       show what is pending, in flight and in sync
+  refarch events --follow      show workers come and go, and why
   refarch config               print every setting and its value
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 forced by a second stop signal.";
+
+/// The end of `refarch up --help`.
+pub(super) const UP_HELP: &str = "\
+  refarch up                      embed on all cores
+  refarch up --workers 1..4       1 to 4 embedding threads in this process, as the load asks for
+  refarch up --processes 1..4     1 to 4 embed processes, each with as many threads as --workers
+                                  says (1 if it is not given); they end with this process
+
+Workers are added while the changes that wait would take longer than scaling.backlog_s (10). They end
+once fewer are enough. refarch events shows each decision with its reason.";
+
+/// The end of `refarch embed --help`.
+pub(super) const EMBED_HELP: &str = "\
+  refarch embed                   embed on all cores
+  refarch embed --workers 1..4    1 to 4 embedding threads, as the load asks for
+
+Threads are added while the changes that wait would take longer than scaling.backlog_s (10), and as long
+as the last ones made anything faster. They end once fewer are enough. Several processes share the
+backlog by their threads. refarch events shows each decision with its reason.";
+
+/// The end of `refarch events --help`.
+pub(super) const EVENTS_HELP: &str = "\
+Prints time, kind and a sentence for each event, the newest last. Kinds: joined and left (a process of a
+role), scaled (the number of threads or processes was changed, with the reason), ended (a process of
+up --processes ended by itself and is started again), rearmed (change capture), dead_letter.
+Events are kept for 7 days, those of dead letters for 90.
+
+  refarch events                    what happened in the last day
+  refarch events --since 10m        in the last ten minutes
+  refarch events --follow --json    also what happens from now on, one JSON object a line";
 
 /// The end of `refarch redrive --help`.
 pub(super) const REDRIVE_HELP: &str = "\

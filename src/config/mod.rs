@@ -30,7 +30,7 @@ pub use index::{
 };
 pub use load::{DEFAULT_FILE, File, Override};
 pub use queue::{Queue, QueueKind, SqsQueue};
-pub use roles::{Audit, IndexCheck, Indexer, Relay, Serve, Up};
+pub use roles::{Audit, IndexCheck, Indexer, Relay, Scaling, Serve, Up};
 pub use settings::Settings;
 pub use system::{Admin, Database, Log, Runtime, Source};
 

@@ -6,12 +6,12 @@ use super::error::ConfigError;
 use super::index::{Choice, Index, PgvectorIndex, PineconeIndex, RESERVED_METADATA_PREFIX};
 use super::queue::{Queue, SqsQueue};
 use super::read::Section;
-use super::roles::{Audit, Indexer, Relay, Serve, Up};
+use super::roles::{Audit, Indexer, Relay, Scaling, Serve, Up};
 use super::system::{Admin, Database, Log, Runtime, Source};
 use super::values::Values;
 
 /// Every section, in the order in which it is shown.
-const SECTIONS: [&[Key]; 18] = [
+const SECTIONS: [&[Key]; 19] = [
     Database::KEYS,
     Source::KEYS,
     Queue::KEYS,
@@ -24,6 +24,7 @@ const SECTIONS: [&[Key]; 18] = [
     HttpEmbedder::KEYS,
     Relay::KEYS,
     Indexer::KEYS,
+    Scaling::KEYS,
     Audit::KEYS,
     Serve::KEYS,
     Up::KEYS,
@@ -48,6 +49,7 @@ pub struct Settings {
     pub embedder: Embedder,
     pub relay: Relay,
     pub indexer: Indexer,
+    pub scaling: Scaling,
     pub audit: Audit,
     pub serve: Serve,
     pub up: Up,
@@ -74,6 +76,7 @@ impl Settings {
             embedder: Embedder::read(values)?,
             relay: Relay::read(values)?,
             indexer: Indexer::read(values)?,
+            scaling: Scaling::read(values)?,
             audit: Audit::read(values)?,
             serve: Serve::read(values)?,
             up: Up::read(values)?,

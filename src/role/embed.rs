@@ -7,6 +7,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::admin::Observed;
 use super::harness::Process;
+use super::retention;
+use super::scaling::{self, Threads};
 use crate::backend::postgres::worker_registry::WorkerRegistration;
 use crate::backend::postgres::{ownership, worker_lock};
 use crate::backend::{Backends, Database, LoadedModel};
@@ -24,6 +26,9 @@ use crate::shutdown;
 /// Runs the role in its own process.
 pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
     let process = Process::start("embed", settings).await?;
+    if args.stop_with_stdin {
+        shutdown::on_closed_stdin(&process.stop);
+    }
     super::harness::with_model(settings, async |database: &Database, model: &LoadedModel| {
         let backends = process.open_backends(database, settings, Some(model)).await?;
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");
@@ -88,6 +93,15 @@ pub async fn work(
         work_ended.cancel();
         result
     };
+    let scaling = async {
+        let most = settings.indexer.max_worker_count();
+        if most > workers {
+            let metrics = &observed.indexer;
+            let mut threads = Threads { indexer: &indexer, worker: &worker, metrics, current: workers };
+            let policy = scaling::policy(&settings.scaling, workers, most);
+            scaling::run_until(&mut threads, policy, backends, &worker.id, metrics, &work_ended).await;
+        }
+    };
     let proof = async {
         // The continuous proof needs a process that keeps running.
         if !until_idle {
@@ -110,7 +124,9 @@ pub async fn work(
     // On the heap, because the futures of the roles are nested.
     let both = Box::pin(async {
         claim_ownership(backends, settings, &worker, &*clock, stop).await?;
-        let (done, alive, ours, ()) = tokio::join!(work, worker_lock, ownership, Box::pin(proof));
+        let aside =
+            Box::pin(async { tokio::join!(proof, scaling, retention::run_until(backends, &work_ended)) });
+        let (done, alive, ours, _) = tokio::join!(work, worker_lock, ownership, aside);
         Ok(done.and(alive).and(ours)?)
     });
     let result = super::harness::with_heartbeat(&worker, observed, both).await;

@@ -5,15 +5,20 @@ pub mod admin;
 pub mod chaos;
 pub mod continuous_proof;
 pub mod embed;
+pub mod events;
+mod fleet;
 pub mod generate;
 mod harness;
 mod http_server;
 pub mod listen;
 pub mod migrate;
 mod output;
+mod process;
 pub mod progress;
 pub mod psql;
 pub mod redrive;
+mod retention;
+mod scaling;
 pub mod serve;
 pub mod status;
 pub mod up;
@@ -30,8 +35,8 @@ use output::print;
 pub use output::is_broken_pipe;
 
 /// Runs the role that the command line names, and returns the exit code of the process.
-pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCode> {
-    let done = match command {
+pub async fn run(cli: Cli, settings: Settings) -> anyhow::Result<ExitCode> {
+    let done = match cli.command {
         Command::Verify(args) => return verify::run(&args, &settings).await,
         Command::Migrate(args) => return migrate::run(&args, &settings).await,
         Command::Chaos(args) => return Box::pin(chaos::run(&args, &settings)).await,
@@ -39,8 +44,9 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCod
         Command::Listen(args) => listen::run(&args, &settings).await,
         Command::Embed(args) => embed::run(&args, &settings).await,
         Command::Serve(_) => serve::run(&settings).await,
-        Command::Up(args) => up::run(&args, &settings).await,
+        Command::Up(args) => up::run(&args, &cli.global, &settings).await,
         Command::Status(args) => status::run(&args, &settings).await,
+        Command::Events(args) => events::run(&args, &settings).await,
         Command::Redrive(args) => redrive::run(&args, &settings).await,
         Command::Config => print(settings.as_toml().as_bytes()),
         Command::Completions { shell } => {

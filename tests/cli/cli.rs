@@ -68,6 +68,12 @@ async fn wrong_usage_exits_with_2_and_says_how_to_correct_it() {
         wrong_usage(&["embed", &flag], "use 1 to 1024 embedding threads").await;
         wrong_usage(&["up", &flag], "use 1 to 1024 embedding threads").await;
     }
+    for range in ["4..1", "0..2", "1..", "1..1025"] {
+        wrong_usage(&["embed", "--workers", range], "or a range such as 1..4").await;
+    }
+    wrong_usage(&["up", "--processes", "1..257"], "use 1 to 256 processes").await;
+    wrong_usage(&["up", "--processes", "2", "--until-synced"], "cannot be used with").await;
+    wrong_usage(&["events", "--since", "soon"], "use an age such as 10m").await;
     wrong_usage(&["generate", "--count=99999999999999999999"], "number too large").await;
     wrong_usage(&["generate", "--load", "--output", "x.csv"], "cannot be used with").await;
     wrong_usage(&["up", "--json"], "--until-synced").await;

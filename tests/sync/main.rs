@@ -6,6 +6,8 @@ mod common;
 mod faults;
 mod harness;
 mod proof;
+mod retention;
+mod scaling;
 mod shop;
 mod sync;
 mod twisted;

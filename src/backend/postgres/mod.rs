@@ -1,9 +1,11 @@
 //! PostgreSQL: connections, schema, capture, outbox, ledger, worker registry, and the state of the proof.
 
 pub mod capture;
+pub mod chore;
 pub mod connection;
 pub mod counts;
 mod error_policy;
+pub mod event;
 pub mod fault;
 pub mod generation;
 pub mod ledger;

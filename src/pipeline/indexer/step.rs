@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_util::sync::CancellationToken;
+
 use super::batch::{Batch, StepOutcome};
 use super::health::Health;
 use super::misdirected::Misdirected;
 use super::poison::Isolation;
 use super::throughput::Throughput;
+use super::workers::Workers;
 use super::writer::{Parts, Writer};
 use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;
@@ -27,7 +30,7 @@ pub struct IndexerOptions {
     pub source: String,
     /// This worker's name, which no other worker ever had. The ledger records tracked writes under this name.
     pub worker: String,
-    /// Embedding threads.
+    /// Embedding threads at the start; [`Indexer::set_workers`] changes their number.
     pub workers: usize,
     /// A lane holds at most the work of this time.
     pub prefetch: Duration,
@@ -55,6 +58,7 @@ pub struct Indexer {
     pub(super) health: Arc<Health>,
     /// Sizes groups and receives.
     pub(super) throughput: Throughput,
+    pub(super) workers: Workers,
     pub(super) writer: Arc<Writer>,
     pub(super) isolation: Isolation,
     pub(super) misdirected: Misdirected,
@@ -105,6 +109,7 @@ impl Indexer {
             queue: jobs,
             stats,
             clock,
+            workers: Workers::new(options.workers),
             options,
             health,
             throughput: Throughput::default(),
@@ -129,7 +134,7 @@ impl Indexer {
 
     /// Embeds slices, one at a time, for as long as the future is polled.
     pub async fn embed_slices(&self) {
-        self.writer.embed_slices().await;
+        self.writer.scheduler.work(&CancellationToken::new()).await;
     }
 
     /// Closes leftover writes, sweeps writes that no worker will close, and abandons writes that the ledger
