@@ -2,6 +2,8 @@
 
 mod chaos;
 mod help;
+mod plan;
+mod quantity;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -12,6 +14,7 @@ use crate::config::Override;
 use help::{AFTER_HELP, MIGRATE_HELP, REDRIVE_HELP, VERIFY_HELP};
 
 pub use chaos::{Chaos, ChaosEmbedder, ChaosFault, ChaosIndex, ChaosQueue};
+pub use plan::{Plan, PlanIndex, PlanQueue};
 
 /// Keeps a semantic search index in sync with a PostgreSQL table, and proves it row by row.
 #[derive(Debug, Parser)]
@@ -71,6 +74,8 @@ pub enum Command {
     Chaos(Chaos),
     /// List the dead letters, or queue them again
     Redrive(Redrive),
+    /// Model a load: how long it takes, what limits it, how many workers it needs, and what it costs
+    Plan(Box<Plan>),
     /// Print the settings in use as TOML, without secrets
     Config,
     /// Open psql on the database in use

@@ -8,6 +8,7 @@ mod harness;
 pub mod listen;
 pub mod migrate;
 mod output;
+pub mod plan;
 pub mod progress;
 pub mod psql;
 pub mod redrive;
@@ -39,6 +40,7 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCod
         Command::Up(args) => up::run(&args, &settings).await,
         Command::Status(args) => status::run(&args, &settings).await,
         Command::Redrive(args) => redrive::run(&args, &settings).await,
+        Command::Plan(args) => plan::run(&args, &settings).await,
         Command::Config => print(settings.as_toml().as_bytes()),
         Command::Completions { shell } => {
             let mut script = Vec::new();

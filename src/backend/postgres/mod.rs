@@ -8,6 +8,7 @@ pub mod fault;
 pub mod generation;
 pub mod ledger;
 pub mod listener;
+pub mod measured_rate;
 pub mod migrate;
 pub mod outbox;
 pub mod ownership;
