@@ -22,5 +22,6 @@ pub mod outbox;
 pub mod queue;
 pub mod relay;
 pub mod retry;
+pub mod scaling;
 pub mod source_row;
 pub mod unchanged;
