@@ -2,9 +2,10 @@
 
 use serde::Serialize;
 
-use super::scenario::{Index, PINECONE_BYTES, PINECONE_REQUESTS, Queue, SQS_IN_FLIGHT, Scaling, Scenario};
+use super::scenario::{Index, PINECONE_BYTES, PINECONE_REQUESTS, Queue, SQS_IN_FLIGHT, Scenario};
 use super::simulate::simulate;
 use super::timeline::Timeline;
+use crate::pipeline::scaling::Policy;
 
 /// The more the parts can take above the bare need, the fewer workers the ramp needs. Tried one after the other.
 const HEADROOM: [f64; 8] = [1.01, 1.03, 1.06, 1.1, 1.2, 1.4, 2.0, 3.0];
@@ -77,8 +78,10 @@ fn fewest(
     from_start: bool,
 ) -> Option<(u32, Scenario, Timeline)> {
     let with = |most: u32| {
-        let least = if from_start { most } else { scenario.scaling.least.min(most) };
-        let scenario = Scenario { scaling: Scaling { least, most, ..scenario.scaling }, ..scenario.clone() };
+        let all = most as usize;
+        let least = if from_start { all } else { scenario.scaling.least.min(all) };
+        let scaling = Policy { least, most: all, ..scenario.scaling };
+        let scenario = Scenario { scaling, ..scenario.clone() };
         let timeline = simulate(&scenario);
         timeline.drained.is_some_and(|drained| drained <= deadline).then_some((most, scenario, timeline))
     };
@@ -122,9 +125,10 @@ fn enlarged(base: &Scenario, needed: f64, largest_database: f64) -> (Scenario, V
         Index::Pinecone { namespaces, wire_bytes } => {
             let by_bytes = PINECONE_BYTES / wire_bytes;
             let by_requests = PINECONE_REQUESTS * base.records_per_request();
-            let workers = needed / base.worker_rate;
-            let of_edits = base.live_requests(workers, base.edits) / PINECONE_REQUESTS;
-            let wanted = (needed / by_bytes).max(needed / by_requests + of_edits).ceil();
+            // Edits take an upsert each, up to half of them all.
+            let of_bulk = (needed - base.edits) / by_requests;
+            let wanted = (of_bulk + base.edits / PINECONE_REQUESTS).min(2.0 * of_bulk);
+            let wanted = (needed / by_bytes).max(wanted).ceil();
             let reason = if by_bytes <= by_requests {
                 format!("50 MB a second are {} rows/s for each", rows(by_bytes))
             } else {

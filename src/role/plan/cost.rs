@@ -89,7 +89,7 @@ pub(super) fn items(scenario: &Scenario, timeline: &Timeline, sizes: &Sizes, pri
     let edits = scenario.edits;
     let task =
         |(vcpus, memory): (f64, f64)| vcpus * prices.fargate_vcpu_hour + memory * prices.fargate_gb_hour;
-    let least = f64::from(scenario.scaling.least);
+    let least = scenario.scaling.least as f64;
 
     let worker = task((sizes.worker_vcpus, sizes.worker_memory));
     let worker_hours = timeline.worker_seconds / HOUR;
@@ -160,7 +160,7 @@ fn pinecone(
     // The namespaces grow from nothing to their size.
     let read = queries * of_query(stored / 2.0);
     // Each edit makes one worker ask, each worker as often as it may.
-    let asking = scenario.edits.min(f64::from(scenario.scaling.least) / sizes.freshness_every);
+    let asking = scenario.edits.min(scenario.scaling.least as f64 / sizes.freshness_every);
     let month = stored * prices.pinecone_gb_month;
     let (write, ask) =
         (prices.pinecone_million_write_units / MILLION, prices.pinecone_million_read_units / MILLION);

@@ -6,7 +6,6 @@
 mod advice;
 mod chart;
 mod cost;
-mod policy;
 mod prices;
 mod report;
 mod scenario;
@@ -22,10 +21,11 @@ use crate::backend::Database;
 use crate::backend::postgres::measured_rate;
 use crate::cli::{self, PlanIndex, PlanQueue};
 use crate::config::{Index as IndexSettings, SearchMethod, Settings};
+use crate::pipeline::scaling::Policy;
 use cost::Sizes;
 use prices::{Instance, Prices};
 use report::Report;
-use scenario::{Index, Queue, Scaling, Scenario};
+use scenario::{Index, Queue, Scenario};
 
 /// Rows a second that one virtual CPU of the database takes: PostgreSQL took 12 % of two cores at 830 rows/s.
 const ROWS_PER_VCPU: f64 = 3_400.0;
@@ -41,6 +41,9 @@ const RELAY_EDIT_RATE: f64 = 108_000.0;
 /// Freshness of an edit (99 %), while nothing else happens and beside a load, with pgvector.
 const IDLE_FRESHNESS: f64 = 0.035;
 const LOADED_FRESHNESS: f64 = 0.12;
+
+/// The least backlog that scaling can aim at, in seconds.
+const LEAST_TARGET: f64 = 0.1;
 
 /// Bytes of a number of a vector in JSON, and of a record's own keys.
 const JSON_BYTES: f64 = 12.0;
@@ -103,12 +106,14 @@ fn scenario(args: &cli::Plan, settings: &Settings, worker_rate: f64, instance: I
         hold: settings.indexer.hold.as_secs_f64(),
         database_rate: args.database_rate.unwrap_or(ROWS_PER_VCPU * f64::from(instance.vcpus)),
         index,
-        scaling: Scaling {
-            least: args.workers.0,
-            most: args.workers.1,
-            target: args.target.as_secs_f64(),
-            out_cooldown: args.scale_out_cooldown.as_secs_f64(),
-            in_cooldown: args.scale_in_cooldown.as_secs_f64(),
+        scaling: Policy {
+            cooldown_out: args.scale_out_cooldown,
+            cooldown_in: args.scale_in_cooldown,
+            ..Policy::backlog(
+                args.target.as_secs_f64().max(LEAST_TARGET),
+                args.workers.0 as usize,
+                args.workers.1 as usize,
+            )
         },
         idle_freshness: IDLE_FRESHNESS + lag,
         loaded_freshness: LOADED_FRESHNESS + lag,

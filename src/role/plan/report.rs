@@ -139,7 +139,7 @@ impl Report {
     /// With how many workers the next part becomes the limit.
     fn useful_workers(&self) -> Option<u32> {
         let others = self.scenario.ceilings(f64::INFINITY).into_iter().map(|(_, rate)| rate);
-        let requests = self.scenario.request_ceiling(0.0, 0.0);
+        let requests = self.scenario.request_ceiling(0.0);
         let least = others.chain(requests).fold(f64::INFINITY, f64::min);
         least.is_finite().then(|| (least / self.scenario.worker_rate).ceil() as u32)
     }
@@ -279,8 +279,9 @@ impl Report {
             "limits": self.timeline.phases().iter().map(|phase| serde_json::json!({
                 "from_s": phase.from, "to_s": phase.to, "limit": phase.limit, "rows_per_s": phase.rate,
             })).collect::<Vec<_>>(),
-            "decisions": self.timeline.decisions.iter().map(|decision| serde_json::json!({
-                "at_s": decision.at, "from": decision.from, "to": decision.to, "backlog_s": decision.backlog_seconds,
+            "decisions": self.timeline.decisions.iter().map(|decided| serde_json::json!({
+                "at_s": decided.at, "from": decided.decision.current, "to": decided.decision.desired,
+                "reason": decided.decision.to_string(),
             })).collect::<Vec<_>>(),
             "freshness_s": freshness.map(|freshness| serde_json::json!({
                 "p50": finite(freshness.p50), "p99": finite(freshness.p99), "worst": finite(freshness.worst),

@@ -4,6 +4,8 @@
 
 use serde::Serialize;
 
+use crate::pipeline::scaling::Policy;
+
 /// Messages in flight that a queue of SQS allows.
 pub(super) const SQS_IN_FLIGHT: f64 = 120_000.0;
 
@@ -21,8 +23,8 @@ const REQUEST_RECORDS: f64 = 1_000.0;
 const GROUP_SECONDS: f64 = 0.5;
 const GROUP_ROWS: (f64, f64) = (32.0, 1_000.0);
 
-/// Batches of edits that a worker writes in a second at most: one for each slice of embedding.
-const LIVE_BATCHES: f64 = 20.0;
+/// The part of an index's upserts that edits take at most: beyond it, edits share upserts.
+const LIVE_REQUESTS: f64 = 0.5;
 
 /// The part of the workers' time that edits get while a load waits: seven slices of eight.
 pub(super) const LIVE_SHARE: f64 = 7.0 / 8.0;
@@ -47,17 +49,6 @@ pub(super) enum Index {
     Pgvector { rate: f64 },
     /// Namespaces, and bytes of a record on the wire.
     Pinecone { namespaces: f64, wire_bytes: f64 },
-}
-
-/// How workers come and go: target tracking of the backlog in seconds.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Scaling {
-    pub(super) least: u32,
-    pub(super) most: u32,
-    /// The backlog that is aimed at, in seconds of work of the present workers.
-    pub(super) target: f64,
-    pub(super) out_cooldown: f64,
-    pub(super) in_cooldown: f64,
 }
 
 /// The whole of what is planned.
@@ -87,7 +78,8 @@ pub(super) struct Scenario {
     /// Rows that the database takes: reads, ledger, and vectors and messages if they are in it.
     pub(super) database_rate: f64,
     pub(super) index: Index,
-    pub(super) scaling: Scaling,
+    /// How workers come and go.
+    pub(super) scaling: Policy,
     /// Freshness of an edit that waits for nothing: while nothing else happens, and beside a load.
     pub(super) idle_freshness: f64,
     pub(super) loaded_freshness: f64,
@@ -153,15 +145,10 @@ impl Scenario {
     }
 
     /// What the index's limit on requests leaves for rows of a load, beside so many edits.
-    pub(super) fn request_ceiling(&self, workers: f64, edits: f64) -> Option<f64> {
+    pub(super) fn request_ceiling(&self, edits: f64) -> Option<f64> {
         let Index::Pinecone { namespaces, .. } = self.index else { return None };
-        let left = (namespaces * PINECONE_REQUESTS - self.live_requests(workers, edits)).max(0.0);
-        Some(left * self.records_per_request())
-    }
-
-    /// Upserts a second for so many edits: one for each batch of a worker.
-    pub(super) fn live_requests(&self, workers: f64, edits: f64) -> f64 {
-        edits.min(workers * LIVE_BATCHES)
+        let all = namespaces * PINECONE_REQUESTS;
+        Some((all - edits.min(all * LIVE_REQUESTS)) * self.records_per_request())
     }
 
     /// Rows of a load in one upsert: a group is cut where a request is full.

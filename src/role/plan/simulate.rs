@@ -4,16 +4,17 @@
 //! step width, no error of integration. Events are: an amount runs empty or full, a worker is ready, scaling looks.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
-use super::policy::Policy;
 use super::scenario::{LIVE_SHARE, Scenario, Stage};
-use super::timeline::{Decision, Point, Timeline};
+use super::timeline::{Decided, Point, Timeline};
+use crate::pipeline::scaling::{Observation, Scaler};
 
 /// How often scaling looks, unless the run is so long that this would be too often.
-const LOOK_EVERY: f64 = 10.0;
+const LOOK_EVERY: f64 = 1.0;
 
 /// Looks in the shortest time that the run can take, and in the longest.
-const LOOKS: f64 = 5_000.0;
+const LOOKS: f64 = 10_000.0;
 const MAX_LOOKS: f64 = 200_000.0;
 
 /// A run that takes this much longer than with all workers from the start has no end.
@@ -72,7 +73,7 @@ struct Run<'a> {
     ready: u32,
     /// When workers will be ready, and how many.
     starting: VecDeque<(f64, u32)>,
-    policy: Policy,
+    scaler: Scaler,
     next_look: f64,
     look_every: f64,
     give_up: f64,
@@ -81,19 +82,19 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(scenario: &'a Scenario) -> Self {
-        let most = f64::from(scenario.scaling.most);
+        let most = scenario.scaling.most as f64;
         let slowest = scenario.ceilings(most).iter().map(|(_, rate)| *rate).fold(f64::INFINITY, f64::min);
         let shortest = scenario.records / slowest.min(scenario.load_rate).min(scenario.relay_bulk(0.0));
-        let with_least = scenario.records / (f64::from(scenario.scaling.least) * scenario.worker_rate);
+        let with_least = scenario.records / (scenario.scaling.least as f64 * scenario.worker_rate);
         let give_up = PATIENCE * (shortest + scenario.startup + LOOK_EVERY) + with_least;
         let look_every = LOOK_EVERY.max(shortest / LOOKS).max(give_up / MAX_LOOKS);
         Self {
             scenario,
             at: 0.0,
             amounts: Amounts { unwritten: scenario.records, ..Amounts::default() },
-            ready: scenario.scaling.least,
+            ready: scenario.scaling.least as u32,
             starting: VecDeque::new(),
-            policy: Policy::new(scenario.scaling),
+            scaler: Scaler::new(scenario.scaling),
             next_look: look_every,
             look_every,
             give_up,
@@ -148,15 +149,18 @@ impl<'a> Run<'a> {
         let served_live = served(queue_live, relay_live, live_capacity);
         let spill = if is_full { (relay_live - served_live).max(0.0) } else { 0.0 };
         let mut bulk_capacity = (capacity - served_live).max(0.0);
-        if let Some(by_requests) = scenario.request_ceiling(workers, served_live)
+        if let Some(by_requests) = scenario.request_ceiling(served_live)
             && by_requests < bulk_capacity
         {
             (limit, bulk_capacity) = (Stage::IndexRequests, by_requests);
         }
         let served_bulk = served(queue_bulk, relay_bulk + spill, bulk_capacity);
-        let limit = if queue_bulk > 0.0 || queue_live > 0.0 {
+        // Something waits, or begins to.
+        let queue_grows = relay_bulk + relay_live > served_bulk + served_live;
+        let outbox_grows = load + scenario.edits > relay_bulk + relay_live;
+        let limit = if queue_bulk > 0.0 || queue_live > 0.0 || queue_grows {
             limit
-        } else if outbox_bulk > 0.0 || outbox_live > 0.0 {
+        } else if outbox_bulk > 0.0 || outbox_live > 0.0 || outbox_grows {
             Stage::Relay
         } else if unwritten > 0.0 {
             Stage::Load
@@ -222,16 +226,17 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Asks the policy, and adds or removes workers.
+    /// Asks the scaler, and adds or removes workers.
     fn look(&mut self) {
-        let coming: u32 = self.starting.iter().map(|(_, count)| count).sum();
-        let workers = self.ready + coming;
-        let backlog = self.amounts.backlog();
-        let Some(to) = self.policy.decide(self.at, workers, backlog, self.scenario.worker_rate) else {
+        let workers = self.ready + self.starting.iter().map(|(_, count)| count).sum::<u32>();
+        let observed = self.observe();
+        let at = Duration::from_secs_f64(self.at);
+        let decision = self.scaler.decide(at, workers as usize, Some(&observed));
+        if !decision.is_change() {
             return;
-        };
-        let backlog_seconds = backlog / (f64::from(workers) * self.scenario.worker_rate);
-        self.timeline.decisions.push(Decision { at: self.at, from: workers, to, backlog_seconds });
+        }
+        let to = decision.desired as u32;
+        self.timeline.decisions.push(Decided { at: self.at, decision });
         if to > workers {
             self.starting.push_back((self.at + self.scenario.startup, to - workers));
             self.start_ready();
@@ -250,6 +255,26 @@ impl<'a> Run<'a> {
             }
         }
         self.ready -= surplus;
+    }
+
+    /// What scaling sees.
+    fn observe(&self) -> Observation {
+        let Amounts { outbox_bulk, outbox_live, queue_bulk, queue_live, done_bulk, done_live, .. } =
+            self.amounts;
+        let queued = queue_bulk + queue_live;
+        let held = self.scenario.worker_rate * self.scenario.hold;
+        let in_flight = queued.min(f64::from(self.ready) * held);
+        Observation {
+            pending: (outbox_bulk + outbox_live).round() as u64,
+            queued: (queued - in_flight).round() as u64,
+            in_flight: in_flight.round() as u64,
+            applied: (done_bulk + done_live).round() as u64,
+            ready: self.ready as usize,
+            // Messages go to whoever asks first.
+            holding: (in_flight / held.max(NONE)).ceil() as usize,
+            saturated: queued > in_flight,
+            cpu: None,
+        }
     }
 
     fn point(&self, flow: &Flow) -> Point {

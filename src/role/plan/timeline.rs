@@ -2,6 +2,7 @@
 
 use super::scenario::{Scenario, Stage};
 use super::simulate::Amounts;
+use crate::pipeline::scaling::Decision;
 
 /// Edits that are followed through the run, at even distances.
 const FOLLOWED: usize = 2_000;
@@ -22,14 +23,11 @@ pub(super) struct Point {
     pub(super) limit: Stage,
 }
 
-/// A change of the number of workers.
+/// A decision that changed the number of workers.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Decision {
+pub(super) struct Decided {
     pub(super) at: f64,
-    pub(super) from: u32,
-    pub(super) to: u32,
-    /// The backlog as the time in which the workers of that moment would finish it.
-    pub(super) backlog_seconds: f64,
+    pub(super) decision: Decision,
 }
 
 /// A time in which one stage limits the flow.
@@ -56,7 +54,7 @@ pub(super) struct Freshness {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Timeline {
     pub(super) points: Vec<Point>,
-    pub(super) decisions: Vec<Decision>,
+    pub(super) decisions: Vec<Decided>,
     /// When the last row of the load was searchable.
     pub(super) drained: Option<f64>,
     /// Time of all workers together, that of their start included.
