@@ -45,14 +45,6 @@ pub(super) type Impossible = String;
 
 /// What is needed for a deadline in seconds. `largest_database` is what the largest database takes.
 pub(super) fn remedy(base: &Scenario, deadline: f64, largest_database: f64) -> Result<Remedy, Impossible> {
-    let written = base.records / base.load_rate;
-    if written >= deadline {
-        return Err(format!(
-            "writing the rows into the table takes {} alone at {} rows/s: load faster (--load-rate)",
-            super::text::time(written),
-            super::text::amount(base.load_rate)
-        ));
-    }
     let mut ways = HEADROOM.iter().map(|headroom| (*headroom, false)).collect::<Vec<_>>();
     // Where a worker starts too slowly, all must be there before.
     ways.extend(HEADROOM.iter().map(|headroom| (*headroom, true)));
@@ -110,6 +102,9 @@ fn enlarged(base: &Scenario, needed: f64, largest_database: f64) -> (Scenario, V
         from.max(to)
     };
     let rows = super::text::amount;
+
+    let reason = "more statements beside each other write the rows".to_owned();
+    scenario.load_rate = raise("load rate", base.load_rate, needed.ceil(), reason);
 
     let busy = base.edits / base.relay_edit_rate;
     let relays = (needed / base.relay_bulk_rate + busy).ceil();

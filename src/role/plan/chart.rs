@@ -103,10 +103,12 @@ pub(super) fn svg(report: &Report) -> String {
         title = title(report),
         subtitle = subtitle(report),
     );
-    bands(&mut svg, report, &progress, waits.bottom());
-    axes(&mut svg, &progress, "rows searchable (%)", |value| format!("{value}"));
-    axes(&mut svg, &workers, "workers", |value| format!("{value}"));
-    axes(&mut svg, &waits, "changes waiting", short);
+    for panel in [&progress, &workers, &waits] {
+        bands(&mut svg, report, panel);
+    }
+    axes(&mut svg, &progress, "rows searchable (%)", 25.0);
+    axes(&mut svg, &workers, "workers", nice_step(workers.max / 4.0).max(1.0));
+    axes(&mut svg, &waits, "changes waiting", nice_step(waits.max / 4.0));
     time_axis(&mut svg, &waits, &[&progress, &workers, &waits]);
 
     let records = report.scenario.records;
@@ -128,11 +130,14 @@ pub(super) fn svg(report: &Report) -> String {
     if let Some(deadline) = shown {
         let x = progress.x(deadline);
         let (top, bottom) = (progress.top - 6.0, waits.bottom());
+        let is_left = x < WIDTH / 2.0;
         let _ = writeln!(
             svg,
             r##"<path d="M{x:.1} {top}V{bottom}" stroke="#dc2626" stroke-width="1.5" stroke-dasharray="5 4"/>
-<text x="{x:.1}" y="{y}" text-anchor="end" fill="#dc2626">deadline {deadline} </text>"##,
-            y = top - 4.0,
+<text x="{at:.1}" y="{y}" text-anchor="{anchor}" fill="#dc2626">deadline {deadline}</text>"##,
+            at = if is_left { x + 6.0 } else { x - 6.0 },
+            y = progress.top + 16.0,
+            anchor = if is_left { "start" } else { "end" },
             deadline = time(deadline),
         );
     }
@@ -150,7 +155,10 @@ fn title(report: &Report) -> String {
 }
 
 fn subtitle(report: &Report) -> String {
-    let most = report.timeline.most_workers();
+    let most = match report.timeline.most_workers() {
+        1 => "1 worker".to_owned(),
+        most => format!("up to {most} workers"),
+    };
     let rate = amount(report.scenario.worker_rate);
     let edits = report.scenario.edits;
     format!(
@@ -180,16 +188,15 @@ fn colour(stage: Stage) -> &'static str {
     }
 }
 
-/// What limits the flow, behind all panels.
-fn bands(svg: &mut String, report: &Report, panel: &Panel, bottom: f64) {
+/// What limits the flow, behind a panel.
+fn bands(svg: &mut String, report: &Report, panel: &Panel) {
     for phase in report.timeline.phases() {
         let (from, to) = (panel.x(phase.from), panel.x(phase.to));
         let _ = writeln!(
             svg,
-            r#"<rect x="{from:.1}" y="{top}" width="{width:.1}" height="{height}" fill="{fill}"><title>{name}</title></rect>"#,
+            r#"<rect x="{from:.1}" y="{top}" width="{width:.1}" height="{PANEL}" fill="{fill}"><title>{name}</title></rect>"#,
             top = panel.top,
             width = to - from,
-            height = bottom - panel.top,
             fill = colour(phase.limit),
             name = phase.limit.name(),
         );
@@ -230,14 +237,13 @@ fn key(svg: &mut String, panel: &Panel, areas: &[(&str, &str)]) {
 }
 
 /// The value axis of a panel, with its name above.
-fn axes(svg: &mut String, panel: &Panel, name: &str, label: impl Fn(f64) -> String) {
+fn axes(svg: &mut String, panel: &Panel, name: &str, step: f64) {
     let right = WIDTH - RIGHT;
     let _ = writeln!(
         svg,
         r##"<text x="{LEFT}" y="{y}" font-weight="600" fill="#0f172a">{name}</text>"##,
         y = panel.top - 9.0
     );
-    let step = nice_step(panel.max / 4.0);
     let mut value = 0.0;
     while value <= panel.max * 1.001 {
         let y = panel.y(value);
@@ -247,7 +253,7 @@ fn axes(svg: &mut String, panel: &Panel, name: &str, label: impl Fn(f64) -> Stri
             width = if value == 0.0 { 1.2 } else { 0.6 },
             x = LEFT - 8.0,
             base = y + 4.0,
-            label = label(value),
+            label = short(value),
         );
         value += step;
     }

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::prices::{Instance, Prices};
 use super::scenario::{Index, Queue, Scenario};
+use super::text::amount;
 use super::timeline::Timeline;
 
 const HOUR: f64 = 3_600.0;
@@ -39,6 +40,9 @@ const BOOKS_BYTES: f64 = 300.0;
 
 /// Bytes of a vector's place in pgvector's lists and table beside its numbers.
 const LISTED_BYTES: f64 = 100.0;
+
+/// The part that asks which writes queries can see.
+pub(super) const FRESHNESS: &str = "index freshness";
 
 /// What costs are made of, beside the scenario.
 #[derive(Clone, Debug)]
@@ -131,7 +135,7 @@ pub(super) fn items(scenario: &Scenario, timeline: &Timeline, sizes: &Sizes, pri
         let price = prices.sqs_million_requests / MILLION;
         items.push(Item {
             part: "queue",
-            quantity: format!("{requests:.0} requests"),
+            quantity: format!("{} requests", amount(requests)),
             load_usd: requests * price,
             month_usd: (of_edits + idle) * MONTH * price,
         });
@@ -172,8 +176,8 @@ fn pinecone(
             month_usd: units_of_edits * MONTH * write,
         },
         Item {
-            part: "index freshness",
-            quantity: format!("{queries:.0} queries, {:.1} million read units", read / MILLION),
+            part: FRESHNESS,
+            quantity: format!("{} queries, {:.1} million read units", amount(queries), read / MILLION),
             load_usd: read * ask,
             month_usd: asking * MONTH * of_query(stored) * ask,
         },

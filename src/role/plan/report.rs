@@ -5,13 +5,16 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::advice::{Change, Impossible, Remedy};
-use super::cost::{Item, total};
+use super::cost::{self, Item, total};
 use super::scenario::{Index, Queue, Scenario, Stage};
 use super::text::{amount, dollars, time};
 use super::timeline::{Freshness, Phase, Timeline};
 
 /// Lines of the table of workers over time.
 const LINES: usize = 14;
+
+/// A part that costs more than this of all is worth a remark.
+const DEAR: f64 = 0.25;
 
 /// Everything that a plan says.
 pub(super) struct Report {
@@ -229,6 +232,11 @@ impl Report {
         }
         let (load, month) = total(&self.costs);
         writeln!(to, "  {:<18}{:>14}{:>16}", "total", dollars(load), dollars(month))?;
+        let asking = self.costs.iter().find(|item| item.part == cost::FRESHNESS);
+        if asking.is_some_and(|item| item.load_usd > DEAR * load || item.month_usd > DEAR * month) {
+            let why = "each worker asks how far queries are, at a price for each GB of the namespace";
+            writeln!(to, "  {} is dear: {why}. Raise index.freshness_ms.", cost::FRESHNESS)?;
+        }
         if let Some(costs) = &self.remedy_costs {
             let (load, month) = total(costs);
             writeln!(to, "  {:<18}{:>14}{:>16}", "in the deadline", dollars(load), dollars(month))?;

@@ -21,6 +21,9 @@ pub(super) fn time(seconds: f64) -> String {
     if !seconds.is_finite() {
         return "never".into();
     }
+    if seconds == 0.0 {
+        return "0 s".into();
+    }
     if seconds < 0.9995 {
         return format!("{:.0} ms", seconds * 1_000.0);
     }
