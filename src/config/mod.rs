@@ -14,6 +14,7 @@ mod environment;
 mod error;
 mod index;
 mod load;
+mod otlp;
 mod queue;
 mod read;
 mod roles;
@@ -28,6 +29,7 @@ pub use index::{
     Index, OWNERSHIP_NAMESPACE, PgvectorIndex, PineconeIndex, RESERVED_METADATA_PREFIX, SearchMethod,
 };
 pub use load::{DEFAULT_FILE, File, Override};
+pub use otlp::Otlp;
 pub use queue::{Queue, QueueKind, SqsQueue};
 pub use roles::{Audit, IndexCheck, Indexer, Relay, Serve, Up};
 pub use system::{Database, Log, Runtime, Source};
@@ -41,7 +43,7 @@ use values::Values;
 pub const DEFAULTS: &str = include_str!("../../config/default.toml");
 
 /// Every section, in the order in which it is shown.
-const SECTIONS: [&[Key]; 17] = [
+const SECTIONS: [&[Key]; 18] = [
     Database::KEYS,
     Source::KEYS,
     Queue::KEYS,
@@ -59,6 +61,7 @@ const SECTIONS: [&[Key]; 17] = [
     Up::KEYS,
     Runtime::KEYS,
     Log::KEYS,
+    Otlp::KEYS,
 ];
 
 /// Every key that there is.
@@ -82,6 +85,7 @@ pub struct Settings {
     pub up: Up,
     pub runtime: Runtime,
     pub log: Log,
+    pub otlp: Otlp,
     /// Every key, also those of kinds that were not chosen.
     shown: String,
 }
@@ -107,6 +111,7 @@ impl Settings {
             up: Up::read(values)?,
             runtime: Runtime::read(values)?,
             log: Log::read(values)?,
+            otlp: Otlp::read(values)?,
             shown: values.redacted(),
         };
         settings.check_sections_together(values)?;

@@ -10,6 +10,7 @@ use crate::backend::postgres::{ownership, worker_lock};
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
+use crate::otlp::Otlp;
 use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::embed_scheduler::EmbedScheduler;
 use crate::pipeline::failure::Class;
@@ -49,6 +50,7 @@ pub async fn work(
     let lost = worker.lost.subscribe();
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
     let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease));
+    let otlp = Otlp::open(&settings.otlp, "embed", &worker.id, metrics)?;
     let indexer = Indexer::new(
         backends.queue.clone(),
         Arc::clone(&backends.ledger) as _,
@@ -67,7 +69,8 @@ pub async fn work(
             freshness_poll: settings.index.pinecone().map_or(Duration::ZERO, |index| index.freshness),
         },
     )
-    .reporting(Arc::clone(&worker.faults));
+    .reporting(Arc::clone(&worker.faults))
+    .tracing(otlp.clone().map(|otlp| otlp as _));
     let indexer = Arc::new(indexer);
     let abort = shutdown::after_grace(stop, settings.runtime.grace);
     let work_ended = CancellationToken::new();
@@ -111,6 +114,9 @@ pub async fn work(
     });
     let result = super::harness::with_heartbeat(&worker, both).await;
     abort.cancel();
+    if let Some(otlp) = otlp {
+        otlp.close().await;
+    }
     result
 }
 

@@ -8,6 +8,7 @@ use crate::backend::postgres::worker_registry::WorkerRegistration;
 use crate::backend::{Backends, Database};
 use crate::cli;
 use crate::config::Settings;
+use crate::otlp::Otlp;
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::metrics::Metrics;
 use crate::pipeline::relay::{Relay, RelayOptions};
@@ -34,6 +35,7 @@ pub async fn work(
     let worker =
         WorkerRegistration::join(backends.postgres.clone(), "listen", 1, Arc::new(Metrics::default()))
             .await?;
+    let otlp = Otlp::open(&settings.otlp, "listen", &worker.id, &Arc::default())?;
     let mut relay = Relay::new(
         backends.outbox(),
         Arc::clone(&backends.queue.stats),
@@ -46,6 +48,12 @@ pub async fn work(
             poll: settings.relay.poll,
         },
     )
-    .reporting(Arc::clone(&worker.faults));
-    super::harness::with_heartbeat(&worker, async { Ok(relay.run(stop, until_idle).await?) }).await
+    .reporting(Arc::clone(&worker.faults))
+    .tracing(otlp.as_ref().map(Otlp::sampler));
+    let work = async { Ok(relay.run(stop, until_idle).await?) };
+    let result = super::harness::with_heartbeat(&worker, work).await;
+    if let Some(otlp) = otlp {
+        otlp.close().await;
+    }
+    result
 }

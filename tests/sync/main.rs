@@ -8,5 +8,6 @@ mod harness;
 mod proof;
 mod shop;
 mod sync;
+mod trace;
 mod twisted;
 mod verify;

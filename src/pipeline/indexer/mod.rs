@@ -45,6 +45,7 @@ use crate::pipeline::lease::Lease;
 use crate::pipeline::ledger::{Ledger, Swept};
 use crate::pipeline::metrics::Metrics;
 use crate::pipeline::queue::{JobQueue, Message, Queue, QueueStats};
+use crate::pipeline::trace::{BatchTrace, SpanSink};
 use batch::Batch;
 use health::Health;
 use misdirected::Misdirected;
@@ -88,6 +89,8 @@ pub struct Indexer {
     writer: Arc<Writer>,
     isolation: Isolation,
     misdirected: Misdirected,
+    /// Where the traces of messages go on; none if nothing is traced.
+    spans: Option<Arc<dyn SpanSink>>,
 }
 
 impl Indexer {
@@ -138,6 +141,7 @@ impl Indexer {
             health,
             throughput: Throughput::default(),
             writer,
+            spans: None,
         }
     }
 
@@ -146,6 +150,12 @@ impl Indexer {
     pub fn reporting(self, faults: Arc<FaultBoard>) -> Self {
         self.health.report_to(faults);
         self
+    }
+
+    /// The same indexer, which continues the traces of messages if there is a sink.
+    #[must_use]
+    pub fn tracing(self, spans: Option<Arc<dyn SpanSink>>) -> Self {
+        Self { spans, ..self }
     }
 
     /// Applies messages of one lane and acknowledges them. On an error, unfinished messages stay
@@ -169,6 +179,12 @@ impl Indexer {
 
     /// A batch of these messages.
     fn batch(&self, messages: &[Message]) -> Batch {
-        Batch::new(&self.options.source, messages, self.throughput.group_size())
+        let mut batch = Batch::new(&self.options.source, messages, self.throughput.group_size());
+        if self.spans.is_some() {
+            let jobs = messages.iter().filter_map(|message| message.body.as_ref().ok());
+            let ours = jobs.filter(|job| job.source == self.options.source);
+            batch.trace = BatchTrace::of(self.spans.as_ref(), ours);
+        }
+        batch
     }
 }

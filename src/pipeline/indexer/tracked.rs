@@ -132,7 +132,10 @@ impl Writer {
         let written = self.write_parts(index, lane, term, &ids, &mut parts, batch).await;
         let closing: Closing = parts.into_iter().map(|part| (part.opened, part.outcome)).collect();
         self.open_writes.keep_closing(&write.id, closing.clone());
+        let trace = batch.trace.group(&ids);
+        let begun = trace.now();
         let closed = self.ledger.close(&write.id, worker, &closing).await;
+        trace.done("close", begun);
         if closed.is_ok() {
             self.open_writes.forget(&write.id);
         }
@@ -140,7 +143,7 @@ impl Writer {
         let refused = written?;
         let closed = closed?;
         let settled = closed.settled.iter().map(String::as_str);
-        self.freshness.record(lane, settled, &batch.hints, closed.clock_us);
+        self.freshness.record(lane, settled, &batch.hints, closed.clock_us, trace);
         Ok(Written {
             settled: closed.settled.len() as u64,
             applied: closed.settled.len() as u64 + closed.overlapped + closed.abandoned,
@@ -189,19 +192,25 @@ impl Writer {
         parts: &mut [Part],
         batch: &mut Batch,
     ) -> Result<Refusal, Failure> {
+        let trace = batch.trace.group(ids);
+        let begun = trace.now();
         // After the opening was committed.
         for (part, peeked) in parts.iter_mut().zip(self.ledger.peek(ids).await?) {
             part.row = peeked.row;
         }
         let mut reused = self.reusable_vectors(parts).await?;
+        trace.done("read", begun);
         let mut texts = Texts::new();
         for row in parts.iter().filter_map(Part::row_with_text) {
             if !reused.contains_key(&row.id) {
                 texts.entry(row.content_hash).or_insert_with(|| row.text.clone());
             }
         }
+        let begun = trace.now();
         self.embed_texts(lane, texts, batch).await?;
+        trace.done("embed", begun);
 
+        let begun = trace.now();
         let mut records = Vec::new();
         let mut gone = Vec::new();
         for part in parts.iter() {
@@ -228,6 +237,7 @@ impl Writer {
             let sent = self.send(index, term, Request::Delete(ids)).await;
             outcomes.take(ids.to_vec(), sent)?;
         }
+        trace.done("write", begun);
         Ok(outcomes.refusal)
     }
 

@@ -32,17 +32,24 @@ impl Writer {
         ids: &[String],
         batch: &mut Batch,
     ) -> Result<Written, Failure> {
+        let trace = batch.trace.group(ids);
+        let begun = trace.now();
         let peeked = self.ledger.peek(ids).await?;
+        trace.done("read", begun);
         let (planned, texts) = plan(peeked, batch);
         if planned.is_empty() {
             return Ok(Written::default());
         }
+        let begun = trace.now();
         self.embed_texts(lane, texts, batch).await?;
+        trace.done("embed", begun);
         let planned = with_vectors(planned, &batch.vectors);
+        let begun = trace.now();
         let applied = index.apply(&planned).await?;
+        trace.done("write", begun);
         let conflicted: HashSet<&str> = applied.conflicted.iter().map(String::as_str).collect();
         let written = planned.iter().map(|write| write.id.as_str()).filter(|id| !conflicted.contains(id));
-        self.freshness.record(lane, written, &batch.hints, applied.clock_us);
+        self.freshness.record(lane, written, &batch.hints, applied.clock_us, trace);
         let settled = (planned.len() - applied.conflicted.len()) as u64;
         Ok(Written { conflicted: applied.conflicted, applied: settled, settled, ..Written::default() })
     }

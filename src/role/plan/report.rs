@@ -11,7 +11,10 @@ use super::text::{amount, dollars, time};
 use super::timeline::{Freshness, Phase, Timeline};
 
 /// Lines of the table of workers over time.
-const LINES: usize = 14;
+const LINES: usize = 9;
+
+/// Changes of the number of workers that have lines of their own in it.
+const MAX_CHANGES: usize = 8;
 
 /// A part that costs more than this of all is worth a remark.
 const DEAR: f64 = 0.25;
@@ -239,35 +242,44 @@ impl Report {
         }
         if let Some(costs) = &self.remedy_costs {
             let (load, month) = total(costs);
-            writeln!(to, "  {:<18}{:>14}{:>16}", "in the deadline", dollars(load), dollars(month))?;
+            writeln!(to, "  {:<18}{:>14}{:>16}", "for the deadline", dollars(load), dollars(month))?;
         }
         Ok(())
     }
 
-    /// The state at even distances.
+    /// The state at even distances, and where the number of workers changes.
     pub(super) fn rows(&self, count: usize) -> Vec<Row> {
         let duration = self.timeline.duration();
         let steps = count.max(2) - 1;
-        (0..=steps)
-            .filter_map(|nth| {
-                let at = duration * nth as f64 / steps as f64;
-                let point = self.timeline.point_at(at)?;
-                let since = at - point.at;
-                let amounts = point.amounts;
-                let searchable = self.timeline.done_at(at);
-                let edits = amounts.done_live + amounts.spilled + point.live_rate * since;
-                Some(Row {
-                    at_s: at,
-                    workers: point.workers,
-                    starting: point.starting,
-                    searchable,
-                    loaded: (searchable - edits).clamp(0.0, self.scenario.records),
-                    rows_per_s: point.rate,
-                    waiting: amounts.backlog(),
-                    limit: point.limit,
-                })
-            })
-            .collect()
+        let mut times: Vec<f64> = (0..=steps).map(|nth| duration * nth as f64 / steps as f64).collect();
+        let changes: Vec<f64> = self
+            .timeline
+            .points
+            .windows(2)
+            .filter(|pair| pair[0].workers != pair[1].workers)
+            .map(|pair| pair[1].at)
+            .collect();
+        times.extend(changes.iter().step_by(changes.len().div_ceil(MAX_CHANGES).max(1)));
+        times.sort_by(f64::total_cmp);
+        times.dedup();
+        times.into_iter().filter_map(|at| self.row(at)).collect()
+    }
+
+    fn row(&self, at: f64) -> Option<Row> {
+        let point = self.timeline.point_at(at)?;
+        let amounts = point.amounts;
+        let searchable = self.timeline.done_at(at);
+        let edits = amounts.done_live + amounts.spilled + point.live_rate * (at - point.at);
+        Some(Row {
+            at_s: at,
+            workers: point.workers,
+            starting: point.starting,
+            searchable,
+            loaded: (searchable - edits).clamp(0.0, self.scenario.records),
+            rows_per_s: point.rate,
+            waiting: amounts.backlog(),
+            limit: point.limit,
+        })
     }
 
     /// The report for programs.

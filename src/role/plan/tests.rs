@@ -105,7 +105,7 @@ fn the_limit_moves_from_the_load_to_the_workers() {
     let base = Scenario { load_rate: 1_000.0, records: 10_000.0, ..scenario(0.0, 1) };
     let limits: Vec<Stage> = simulate(&base).phases().iter().map(|phase| phase.limit).collect();
     assert_eq!(limits, [Stage::Workers]);
-    let base = Scenario { load_rate: 1_000.0, records: 100_000.0, ..scenario(0.0, 1) };
+    let base = Scenario { records: 1e6, ..base };
     let timeline = simulate(&Scenario { scaling: between(1, 9), ..base });
     let limits: Vec<Stage> = timeline.phases().iter().map(|phase| phase.limit).collect();
     assert_eq!(limits[..2], [Stage::Workers, Stage::Load], "more workers catch up");
