@@ -38,8 +38,8 @@ pub struct Backends {
     pgmq: Option<String>,
     /// The source in the settings.
     pub source: Arc<crate::config::Source>,
-    /// The last count of a large table's rows, for the status.
-    counted: Arc<postgres::source_rows::Counted>,
+    /// What the last status found out, for the next one.
+    remembered: Arc<postgres::status::Remembered>,
     /// How long a round of the proof takes; `None`: the proof is off.
     proof_period: Option<Duration>,
 }
@@ -140,7 +140,7 @@ impl Backends {
             vectors,
             pgmq: settings.queue.is_pgmq().then(|| settings.queue.name.clone()),
             source: Arc::new(settings.source.clone()),
-            counted: Arc::default(),
+            remembered: Arc::default(),
             proof_period: settings.audit.period,
         })
     }
@@ -163,8 +163,8 @@ impl Backends {
 
     /// Counts, backlog, freshness and workers.
     pub async fn status(&self) -> Result<postgres::status::Status> {
-        let Self { postgres, source, generation, queue, index, counted, proof_period, .. } = self;
-        postgres::status::read(postgres, source, generation, queue, &**index, counted, *proof_period).await
+        let Self { postgres, source, generation, queue, index, remembered, proof_period, .. } = self;
+        postgres::status::read(postgres, source, generation, queue, &**index, remembered, *proof_period).await
     }
 
     /// The state of the proof.

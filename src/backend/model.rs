@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::http_embedder::{self, Known};
+use super::http_embedder::{HttpEmbedder, Known, Server};
 use super::minilm::{self, MiniLm, Model};
 use super::postgres::Postgres;
 use super::postgres::generation::{self, IndexLocation, IndexShape};
@@ -36,7 +36,7 @@ pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
             })
         }
         EmbedderKind::Openai(_) | EmbedderKind::Tei(_) | EmbedderKind::Pinecone(_) => {
-            let server = http_embedder::Server::open(&settings.embedder, None).await?;
+            let server = Server::open(&settings.embedder, None).await?;
             Ok(shape(settings, server.name(), server.dimensions()))
         }
     }
@@ -80,7 +80,7 @@ pub enum LoadedModel {
     /// A `MiniLM`-class model on this machine's CPU.
     Minilm(Arc<Model>),
     /// A model on a server.
-    Http(Box<http_embedder::Server>),
+    Http(Box<Server>),
 }
 
 impl LoadedModel {
@@ -110,7 +110,7 @@ impl LoadedModel {
                 ))
             }
             EmbedderKind::Openai(_) | EmbedderKind::Tei(_) | EmbedderKind::Pinecone(_) => {
-                let server = http_embedder::Server::open(&settings.embedder, known).await?;
+                let server = Server::open(&settings.embedder, known).await?;
                 server.greet().await?;
                 Self::Http(Box::new(server))
             }
@@ -131,7 +131,7 @@ impl LoadedModel {
     pub fn start(&self, threads: usize) -> Arc<dyn Embedder> {
         match self {
             Self::Minilm(model) => Arc::new(MiniLm::start(Arc::clone(model), threads)),
-            Self::Http(server) => Arc::new(server.start(threads)),
+            Self::Http(server) => Arc::new(HttpEmbedder::start((**server).clone(), threads)),
         }
     }
 }

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
+use super::environment;
 use super::error::ConfigError;
+use super::settings::{Settings, keys};
 use super::values::{RawValue, Values};
-use super::{Settings, environment, keys};
 
 /// Where configuration is looked for when no `--config` is given.
 pub const DEFAULT_FILE: &str = "refarch.toml";

@@ -2,9 +2,10 @@
 
 use std::fmt::Write as _;
 
+use super::DEFAULTS;
 use super::declare::Rule;
+use super::settings::{Settings, keys};
 use super::values::default_of;
-use super::{DEFAULTS, Settings, keys};
 
 const HEAD: &str = "\
 # Every setting of refarch, with its default.

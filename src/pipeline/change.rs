@@ -7,20 +7,20 @@ use super::trace::MessageTrace;
 /// Version of the message body that this build writes and reads.
 pub const JOB_VERSION: u32 = 1;
 
-/// At most this many changes travel in one message: some 40 kB of JSON in the worst case (500
-/// groups of one id each), well under the 64 KiB that SQS bills as one request.
+/// The most changes of one message. In the worst case (500 groups of one id each) the message has about
+/// 40 kB of JSON. SQS bills up to 64 KiB as one request.
 pub const MAX_CHANGES_PER_JOB: usize = 500;
 
-/// Which of the two queues a change travels on.
+/// The queue that carries a change: one of two.
 ///
-/// Live changes overtake bulk loads. Order between the lanes does not matter, since an indexer
-/// reads the row itself.
+/// Live changes overtake bulk loads. The order of the lanes does not matter, because an indexer reads the row
+/// itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Lane {
-    /// Edits that somebody waits for.
+    /// For edits, because a person waits for the result.
     Live,
-    /// Loads, backfills, and whatever exceeds the live lane's bound.
+    /// For loads, backfills, and changes for which the live lane has no room.
     Bulk,
 }
 
@@ -28,7 +28,7 @@ impl Lane {
     /// Both lanes, in order of preference.
     pub const ALL: [Self; 2] = [Self::Live, Self::Bulk];
 
-    /// The lane's name as it stands in messages and settings.
+    /// The lane's name in messages and settings.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -38,21 +38,20 @@ impl Lane {
     }
 }
 
-/// What a change did to its row when it was captured. A hint: the indexer acts on the row as it
-/// finds it.
+/// What a statement did to a row. This is a hint: the indexer reads the row, and acts on what it reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Op {
-    /// The row came or was changed.
+    /// The statement inserted or updated the row.
     Upsert,
-    /// The row went.
+    /// The statement deleted the row.
     Delete,
 }
 
-/// Changes of one version: ids that one captured statement touched.
+/// The changes of one version: ids of rows that one captured statement changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
-    /// The outbox row's sequence number: for lag and display, never for safety.
+    /// The sequence number of the outbox row. It serves for lag and display; correctness does not depend on it.
     pub version: i64,
     /// What the statement did.
     pub op: Op,
@@ -63,17 +62,17 @@ pub struct Group {
     pub ids: Vec<String>,
 }
 
-/// The body of a message: thin on purpose, so that there is no size limit to hit, no stale
-/// payload, and nothing private in the queue.
+/// The body of a message. It holds ids and no texts: so no message exceeds a size limit, no message holds an
+/// old text, and the queue holds nothing private.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Job {
-    /// [`JOB_VERSION`].
+    /// The version of this format, [`JOB_VERSION`].
     pub v: u32,
     /// The source (a settings name, not a table) whose rows changed.
     pub source: String,
     /// The lane that the relay chose.
     pub lane: Lane,
-    /// When the oldest statement in here ran, by the database's clock.
+    /// When the oldest statement of the message ran, by the database's clock.
     pub oldest: jiff::Timestamp,
     /// The trace that the message continues, if it is traced. Builds that do not know it ignore it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -83,7 +82,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// How many changes the message carries.
+    /// The number of changes in the message.
     #[must_use]
     pub fn changes(&self) -> usize {
         self.groups.iter().map(|group| group.ids.len()).sum()

@@ -1,13 +1,14 @@
-//! Freshness: the time from a statement to the moment a search can find it, as a histogram.
+//! A histogram of freshness: the time from a statement until a search can find the change.
 
-/// Steps in which a doubling of the time is told apart: a bucket is at most 1/16 wide.
+/// The binary logarithm of the number of buckets for each doubling of the time. With 16 buckets, the width of a
+/// bucket is at most 1/16 of its value.
 const STEPS_LOG2: u32 = 4;
 const STEPS: u64 = 1 << STEPS_LOG2;
 
-/// A histogram of durations in milliseconds, with buckets that grow with the value.
+/// A histogram of durations in milliseconds. The width of a bucket grows with the value.
 ///
-/// Values under 16 ms are exact; above, a quantile is at most 6.25 % too high. Histograms of several
-/// workers add up. The bucket layout is the log-linear one of `HdrHistogram`.
+/// Quantiles below 16 ms are exact; larger ones are at most 6.25 % too high. Histograms of several workers can
+/// be added. The layout of the buckets is log-linear, as in `HdrHistogram`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Histogram {
     counts: Vec<u64>,
@@ -19,7 +20,7 @@ impl Histogram {
         self.add(bucket_of(ms), 1);
     }
 
-    /// Adds `count` values to a bucket.
+    /// Counts `count` values of one bucket.
     pub fn add(&mut self, bucket: usize, count: u64) {
         if self.counts.len() <= bucket {
             self.counts.resize(bucket + 1, 0);
@@ -32,13 +33,13 @@ impl Histogram {
         self.counts.iter().copied().enumerate().filter(|(_, count)| *count > 0)
     }
 
-    /// How many values were counted.
+    /// The number of counted values.
     #[must_use]
     pub fn total(&self) -> u64 {
         self.counts.iter().sum()
     }
 
-    /// The value, in milliseconds, that a share `q` (0 to 1) of all values does not exceed.
+    /// The quantile `q` (0 to 1) in milliseconds: this part of all values does not exceed it. `None` without values.
     #[must_use]
     pub fn quantile(&self, q: f64) -> Option<u64> {
         let total = self.total();
@@ -63,7 +64,7 @@ fn bucket_of(ms: u64) -> usize {
     (u64::from(octave + 1) * STEPS + step) as usize
 }
 
-/// The largest value of a bucket.
+/// The largest value that belongs to a bucket.
 fn upper_bound(bucket: usize) -> u64 {
     let bucket = bucket as u64;
     if bucket < STEPS {

@@ -193,8 +193,9 @@ pub trait VectorIndex: Send + Sync {
     /// Builds or drops search structures as the backlog asks for; called once in a while by one
     /// indexer at a time is enough, called by several is harmless.
     ///
-    /// `backlog` is how many changes wait to be applied.
-    async fn maintain(&self, backlog: u64) -> Result<()>;
+    /// `backlog` is how many changes wait to be applied. Returns whether something was done, so that something
+    /// else may be due.
+    async fn maintain(&self, backlog: u64) -> Result<bool>;
 
     /// Whether the index can be written to just now: writes in a way that changes nothing that can be
     /// seen, so that a change that fails can be told from an outage.

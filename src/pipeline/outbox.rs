@@ -18,8 +18,8 @@ pub struct OutboxRow {
     pub xid: u64,
     /// When the statement ran, by the database's clock, in microseconds since the epoch.
     pub changed_at_us: i64,
-    /// Changes of the same transaction that stood in the outbox, this row's included; counted at least as
-    /// far as [`ClaimRequest::large_transaction`] asks.
+    /// The number of changes of the same transaction in the outbox, this row's included. The count may stop once it
+    /// exceeds [`ClaimRequest::large_transaction`].
     pub xid_changes: u64,
 }
 
@@ -58,13 +58,13 @@ pub struct Transferred {
 /// same rows.
 #[async_trait]
 pub trait Outbox: Send {
-    /// Claims rows (small ones first), packs them, sends them to the queue and removes them. Rows
-    /// that another relay holds are passed over. A crash at any point may send a change again, and
-    /// never loses one. Sending may go on after this returns; then its failure is a later call's, and a
-    /// call that finds nothing to take returns when all is sent.
+    /// Claims rows (small ones first), packs them, sends them to the queue and deletes them. Skips rows that another
+    /// relay holds. A crash at any point may send a change twice, but never loses a change. Sending may continue
+    /// after this method has returned: then a later call returns the failure. A call that finds no row returns after
+    /// everything has been sent.
     async fn transfer(&mut self, request: ClaimRequest, build_jobs: BuildJobs<'_>) -> Result<Transferred>;
 
-    /// Returns when a change may have been committed, or after `timeout`. Arms the wake-up before it
-    /// looks, so that a change committed in between is not slept through.
+    /// Returns when a change may have been committed, or after `timeout`. Arms the wake-up before it looks for rows,
+    /// so that it does not miss a change that is committed meanwhile.
     async fn wait(&mut self, timeout: std::time::Duration);
 }

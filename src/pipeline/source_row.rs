@@ -1,11 +1,11 @@
-//! The rows that are kept in step, and the hashes that tell whether they are.
+//! The rows of the source, and the hashes that show whether the index holds their newest content.
 
 use std::fmt;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-/// SHA-256 of what decides a vector or of what travels beside it.
+/// A SHA-256 hash of a row's text or of its metadata.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Hash(pub [u8; 32]);
 
@@ -26,10 +26,10 @@ impl fmt::Debug for Hash {
     }
 }
 
-/// Everything besides the text that decides a row's vector: model, precision and text template.
+/// The model, its precision and the text template. Together with the text they decide a row's vector.
 ///
 /// The hash is plain SHA-256 over `salt || 0x00 || text`, so that SQL can compute it too:
-/// `sha256(convert_to($salt, 'UTF8') || '\x00' || convert_to(text, 'UTF8'))`, a blank text as an empty one.
+/// `sha256(convert_to($salt, 'UTF8') || '\x00' || convert_to(text, 'UTF8'))`. A blank text counts as an empty text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ContentSalt(String);
 
@@ -40,7 +40,7 @@ impl ContentSalt {
         Self(format!("{model}\u{1}{template}"))
     }
 
-    /// A salt that was stored.
+    /// A salt that the database stored.
     #[must_use]
     pub fn stored(salt: String) -> Self {
         Self(salt)
@@ -52,8 +52,8 @@ impl ContentSalt {
         &self.0
     }
 
-    /// The content hash of a text. A row whose text is null or blank hashes like one with an empty text:
-    /// neither has a vector, and the hash alone tells so.
+    /// The content hash of a text. Null, blank and empty texts have the same hash. So the hash alone shows that
+    /// a row has no vector.
     #[must_use]
     pub fn hash(&self, text: &str) -> Hash {
         let mut digest = Sha256::new();
@@ -66,12 +66,12 @@ impl ContentSalt {
     }
 }
 
-/// A row of the source as the indexer sees it.
+/// A row of the source as the indexer reads the row.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SourceRow {
     /// The row's id, as text.
     pub id: String,
-    /// The text to embed; empty when the row has none, and then the row has no vector.
+    /// The text to embed. If the row has no text, this is empty, and the row has no vector.
     pub text: Arc<str>,
     /// [`ContentSalt::hash`] of the text.
     pub content_hash: Hash,
@@ -82,7 +82,7 @@ pub struct SourceRow {
 }
 
 impl SourceRow {
-    /// Whether the row has a vector at all: a null, empty or blank text has none.
+    /// Whether the row has a text to embed. A row with a null, empty or blank text has no vector.
     #[must_use]
     pub fn has_text(&self) -> bool {
         !self.text.trim().is_empty()

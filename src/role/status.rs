@@ -7,6 +7,7 @@ use crate::backend::postgres::status::Status;
 use crate::backend::{Backends, Database};
 use crate::cli;
 use crate::config::Settings;
+use crate::pipeline::queue::Backlog;
 use crate::shutdown;
 
 /// Time between two outputs of `--watch`.
@@ -54,14 +55,16 @@ fn indexed(status: &Status) -> String {
 pub fn text(status: &Status) -> String {
     let about = |estimated| if estimated { "about " } else { "" };
     let ms = |value: Option<u64>| value.map_or_else(|| "-".into(), |ms| format!("{ms} ms"));
-    let queue = status.queue;
+    let lane = |lane: Backlog| {
+        format!("{}{} visible, {} in flight", about(lane.estimated), lane.visible, lane.in_flight)
+    };
     let mut text = format!(
         "source rows    {}{}\n\
          in sync        {}{}{}; {}\n\
          indexed        {}\n\
          pending        {}{} in the outbox\n\
-         queue, live    {} visible, {} in flight\n\
-         queue, bulk    {} visible, {} in flight\n\
+         queue, live    {}\n\
+         queue, bulk    {}\n\
          dead letters   {}\n\
          freshness      p50 {}, p99 {} (last 5 minutes)\n\
          bulk freshness p50 {}, p99 {}\n",
@@ -74,10 +77,8 @@ pub fn text(status: &Status) -> String {
         indexed(status),
         about(status.pending_estimated),
         status.pending,
-        queue.live.visible,
-        queue.live.in_flight,
-        queue.bulk.visible,
-        queue.bulk.in_flight,
+        lane(status.queue.live),
+        lane(status.queue.bulk),
         status.dead_letters,
         ms(status.freshness_ms.live.p50),
         ms(status.freshness_ms.live.p99),

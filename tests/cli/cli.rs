@@ -1,5 +1,5 @@
-//! The command line and the configuration, as a person or a script meets them: bad input gets a
-//! sentence that says what would be right, and the exit code that stands in `--help`.
+//! The command line and the configuration, as a person or a script uses them. Wrong input gives an error message that
+//! says what is right, and the exit code that `--help` documents.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use crate::common::{self, Database, refarch};
 
-/// What a run printed, and its exit code.
+/// The output of a run, and its exit code.
 #[derive(Debug)]
 struct Run {
     code: Option<i32>,
@@ -35,14 +35,14 @@ async fn into(stdout: impl Into<Stdio>, args: &[&str]) -> std::process::Output {
     command.spawn().unwrap().wait_with_output().await.unwrap()
 }
 
-/// Fails as used wrongly, and says so.
+/// Checks that a run fails because of wrong usage, and that the message says so.
 async fn wrong_usage(args: &[&str], says: &str) {
     let run = run(args, &[]).await;
     assert_eq!((run.code, run.out.as_str()), (Some(2), ""), "{run:?}");
     assert!(run.err.contains(says), "{args:?} should say {says:?}: {}", run.err);
 }
 
-/// Fails in a line on standard error.
+/// Checks that a run fails, and prints one line on standard error.
 async fn failure(args: &[&str], env: &[(&str, &str)], says: &str) {
     let run = run(args, env).await;
     assert_eq!((run.code, run.out.as_str()), (Some(1), ""), "{run:?}");
@@ -168,10 +168,10 @@ async fn config_prints_the_effective_settings_and_no_secret() {
     assert_eq!(key("serve", "edit_token"), "[redacted]".into());
 }
 
-/// Stands in every secret of the tests below.
+/// A text that every secret of the tests below contains.
 const MARK: &str = "Mark7hidden";
 
-/// Runs with this file and environment; nothing of a secret may be printed.
+/// Runs with this file and environment. Checks that no part of a secret is printed.
 async fn shows_no_secret(args: &[&str], text: &str, env: &[(&str, &str)]) -> Run {
     let (_dir, path) = file(&text.replace("MARK", MARK));
     let env: Vec<(&str, String)> =
@@ -231,13 +231,13 @@ async fn a_wrong_value_of_a_secret_or_of_an_address_is_not_printed() {
             assert!(run.err.contains(&format!("{section}.{name}")), "{}", run.err);
         }
     }
-    // An address in the place of something else.
+    // The value of another setting is an address with a password.
     let url = "postgres://u:MARK@h/d";
     for variable in ["REFARCH_DATABASE_POOL_SIZE", "REFARCH_SERVE_BIND", "REFARCH_QUEUE_KIND", "PGSSLMODE"] {
         let run = shows_no_secret(&["config"], "", &[(variable, url)]).await;
         assert!(run.code == Some(1) && run.err.contains("@h/d"), "{variable}: {run:?}");
     }
-    // A queue's credentials are not in its address.
+    // A queue's address must not have credentials.
     let run = shows_no_secret(&["config"], "", &[("SQS_QUEUE_URL", "https://u:MARK@h/1/q")]).await;
     assert!(run.code == Some(1) && run.err.contains("AWS_"), "{run:?}");
     for url in
@@ -269,13 +269,13 @@ async fn addresses_are_shown_without_their_secrets() {
             assert!(said.contains(rest), "{key}: {said}");
         }
     }
-    // Nobody is at these addresses, which the errors name.
+    // No server listens at these addresses. The errors name them.
     let port = common::free_port();
     let database = Database::create().await;
     let env = [("DATABASE_URL", database.url())];
     let env = env.each_ref().map(|(name, value)| (*name, value.as_str()));
     let base = format!("http://me:MARK@127.0.0.1:{port}/?token=MARK");
-    // A user in the embedder's address is refused, and not shown.
+    // An embedder's address with a user is refused. The error does not show the user.
     let text = format!("[embedder]\nkind = 'tei'\nurl = '{base}'");
     let refused = shows_no_secret(&["migrate"], &text, &env).await;
     assert!(refused.code == Some(1) && refused.err.contains("embedder.url"), "{refused:?}");
@@ -351,7 +351,7 @@ async fn a_database_url_of_another_tool_works_with_one_warning_about_its_options
             assert!(run.err.contains(name), "{options}: {}", run.err);
         }
     }
-    // As pairs of key and value, and as a tool's own quotes left it.
+    // The address as pairs of key and value, and with quotes that a tool added.
     let pairs = format!("{} connection_limit=1 schema = 'my shop'", database.url());
     let said = run(&["status"], &[("DATABASE_URL", &pairs)]).await;
     assert!(said.code == Some(0) && said.err.contains("connection_limit"), "{said:?}");
@@ -476,7 +476,7 @@ async fn a_database_that_cannot_be_reached_is_named_without_its_password() {
 async fn psql_uses_the_configured_database_and_passes_its_exit_code_on() {
     let database = Database::create().await;
     let mut good = database.refarch();
-    // What is in the environment for another server must not get in the way.
+    // Variables of the environment that name another server must have no effect.
     good.env("PGHOST", "elsewhere").env("PGSERVICE", "other").env("PGHOSTADDR", "192.0.2.1");
     let sql = "SELECT current_database() LIKE 'test%', current_user";
     let output = good.args(["psql", "-XAtc", sql]).output().await.unwrap();
@@ -534,7 +534,7 @@ async fn generate_writes_the_whole_csv_file_or_none() {
     assert_eq!(left, ["products.csv"], "nothing half-written is left behind");
 }
 
-/// Fails with a last line that says why.
+/// Checks that a run fails, and that its last line has the reason.
 async fn failure_after_progress(args: &[&str], says: &str) {
     let run = run(args, &[]).await;
     assert_eq!((run.code, run.out.as_str()), (Some(1), ""), "{run:?}");

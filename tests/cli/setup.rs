@@ -1,5 +1,5 @@
-//! `scripts/setup` with input that it must refuse, and the themes of `scripts/test`. The downloads themselves are
-//! tried by whatever runs these tests.
+//! `scripts/setup` with input that it must refuse, and the themes of `scripts/test`. Whoever runs these tests has run
+//! the downloads before.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

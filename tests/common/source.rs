@@ -53,6 +53,21 @@ impl Database {
     }
 }
 
+/// An index that builds a graph from this many vectors on.
+pub fn graph_options(min_rows: u64) -> pgvector::PgVectorOptions {
+    pgvector::PgVectorOptions {
+        method: refarch::config::SearchMethod::Graph,
+        exact_limit: std::time::Duration::from_millis(10),
+        recall: 0.99,
+        exact_below: 0.0,
+        build_memory: 256,
+        graph_min_rows: min_rows,
+        graph_max_backlog: min_rows,
+        ef_search: 100,
+        acknowledged_in_same_log: true,
+    }
+}
+
 /// A database that is migrated for a source, and a session in it.
 pub struct Migrated {
     pub settings: Settings,
@@ -85,17 +100,10 @@ impl Migrated {
     }
 
     pub fn pgvector(&self, generation: &Generation) -> PgVector {
-        let options = pgvector::PgVectorOptions {
-            method: refarch::config::SearchMethod::Graph,
-            exact_limit: std::time::Duration::from_millis(10),
-            recall: 0.99,
-            exact_below: 0.0,
-            build_memory: 256,
-            graph_min_rows: 1_000,
-            graph_max_backlog: 1_000,
-            ef_search: 100,
-            acknowledged_in_same_log: true,
-        };
+        self.pgvector_with(generation, graph_options(1_000))
+    }
+
+    pub fn pgvector_with(&self, generation: &Generation, options: pgvector::PgVectorOptions) -> PgVector {
         let table = Arc::new(generation.table.clone());
         PgVector::new(self.postgres.clone(), table, generation.salt.clone(), generation.id, options)
     }

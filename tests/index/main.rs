@@ -5,5 +5,6 @@ mod common;
 
 mod embedders;
 mod index;
+mod lists;
 mod pinecone;
 mod quality;

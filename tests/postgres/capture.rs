@@ -1,5 +1,5 @@
-//! What the triggers capture, what they don't, and what they cost the writer's own statement: nothing
-//! but time. Every statement runs for real, and the outbox is read back.
+//! The statements that the triggers capture and do not capture. Capture must never make the application's statement
+//! fail. Every statement runs on a real database, and the test reads the outbox.
 
 use std::collections::BTreeMap;
 
@@ -40,7 +40,7 @@ impl Captured {
         common::run(&self.client, sql).await;
     }
 
-    /// Takes what the outbox holds: ids by operation, sorted. A truncation shows as `t` without ids.
+    /// Deletes and returns the rows of the outbox: ids by operation, sorted. A TRUNCATE is `t` without ids.
     async fn take(&self) -> BTreeMap<String, Vec<String>> {
         let rows =
             self.client.query("DELETE FROM refarch.outbox RETURNING op::text, ids", &[]).await.unwrap();
@@ -54,7 +54,7 @@ impl Captured {
         taken
     }
 
-    /// Runs a statement and takes what it captured.
+    /// Runs a statement, and takes the outbox rows that it caused.
     async fn capture(&self, sql: &str) -> BTreeMap<String, Vec<String>> {
         self.take().await;
         self.run(sql).await;
@@ -95,7 +95,7 @@ async fn an_update_of_the_id_is_a_delete_and_an_upsert() {
     let mut both = ids("d", &["3"]);
     both.extend(ids("u", &["30"]));
     assert_eq!(captured.capture("UPDATE products_with_increment SET id = 30 WHERE id = 3").await, both);
-    // Ids that change places are changes of both rows.
+    // If two rows swap their ids, both rows are captured.
     captured.run("UPDATE products_with_increment SET id = -id").await;
     let swap =
         "UPDATE products_with_increment SET id = CASE id WHEN -1 THEN -2 ELSE -1 END WHERE id IN (-1, -2)";
@@ -239,7 +239,7 @@ async fn writes_to_a_partition_are_captured() {
     moved.extend(ids("u", &["102"]));
     assert_eq!(captured.capture("UPDATE item SET id = 102 WHERE id = 2").await, moved);
     assert_eq!(captured.capture("DELETE FROM item_low").await, ids("d", &["1"]));
-    // Captured for the root and for each leaf, which is harmless.
+    // The TRUNCATE is captured for the root and for each leaf. The repetition does no harm.
     assert_eq!(captured.capture("TRUNCATE item").await, ids("t", &[]));
 }
 
@@ -366,7 +366,7 @@ impl Live {
         Self::new(ARTICLES, "title,body", "id").await
     }
 
-    /// Takes what the outbox holds: op and id, sorted.
+    /// Deletes and returns the rows of the outbox: operation and id, sorted.
     async fn take(&self) -> Vec<String> {
         let rows =
             self.client.query("DELETE FROM refarch.outbox RETURNING op::text, ids", &[]).await.unwrap();
@@ -476,7 +476,7 @@ async fn generated_columns_are_captured_through_their_source_columns() {
         assert_eq!(live.capture("UPDATE articles SET title = 'x'").await, ["u 1"], "{kind}");
         assert_eq!(live.capture("UPDATE articles SET body = 'y'").await, ["u 1"], "{kind}");
         assert_eq!(live.capture("UPDATE articles SET other = 'y'").await, Vec::<String>::new(), "{kind}");
-        // The settings still name columns that are all there: capture is armed anew by itself.
+        // Every column that the settings name still exists, so refarch installs capture again without a migration.
         live.run("ALTER TABLE articles RENAME title TO headline; UPDATE articles SET body = 'z'").await;
         live.done(&["listen", "--until-idle"]).await;
         assert_eq!(live.capture("UPDATE articles SET headline = 'z'").await, ["u 1"], "{kind}");
@@ -524,7 +524,7 @@ async fn a_transaction_can_be_prepared_while_the_relay_sleeps() {
     assert_eq!(captured, 1);
 }
 
-/// A type that holds texts equal whose letters differ in case only, in a schema of its own, as an extension makes it.
+/// A type that ignores case, in its own schema, as an extension creates it.
 const FOLDED: &str = "CREATE SCHEMA ext; CREATE TYPE ext.folded; \
      CREATE FUNCTION ext.folded_in(cstring) RETURNS ext.folded LANGUAGE internal IMMUTABLE STRICT AS 'textin'; \
      CREATE FUNCTION ext.folded_out(ext.folded) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'textout'; \
@@ -673,7 +673,8 @@ async fn code_of_the_table_owner_never_runs_as_the_migrating_role() {
     live.number(step).await;
     let held = "SELECT count(*) FROM refarch.backfill WHERE held LIKE '%drop that cast%'";
     let is_held = live.number(held).await;
-    // Armed while there is no such cast, which comes back: the type's own output is used.
+    // Capture is installed while the cast is missing, and the cast is created again later. The triggers use the type's
+    // own output.
     live.run("DROP CAST (number AS text); UPDATE articles SET title = 'marked'").await;
     while live.number(IN_NEED).await > 0 {
         live.number(step).await;
@@ -683,7 +684,7 @@ async fn code_of_the_table_owner_never_runs_as_the_migrating_role() {
     ))
     .await;
     let captured = live.capture("UPDATE articles SET title = 'z' WHERE id = '2'").await;
-    // A domain's check is not run for the cursor.
+    // A backfill that reads its cursor does not run the check of a domain.
     live.run(&format!(
         "SET ROLE {role}; CREATE FUNCTION checked(bigint) RETURNS bool LANGUAGE plpgsql AS \
            $$BEGIN INSERT INTO public.seen VALUES (current_user); RETURN true; END$$; \
@@ -784,8 +785,8 @@ const STEP: &str = "SELECT refarch.backfill_step('products', 1)";
 const TRUNCATIONS: &str = "SELECT count(*) FROM refarch.outbox WHERE op = 't'";
 
 impl Live {
-    /// Arms what is to be armed, and queues what that asks for: the operations and ids, and how often the ledger is
-    /// to be queued.
+    /// Installs capture where it is due, and queues the rows that must be read again. Returns operations and ids, and
+    /// how many times the ledger must be queued.
     async fn armed_again(&self) -> (Vec<String>, i64) {
         while self.number(REARM).await > 0 {}
         while self.number(IN_NEED).await > 0 {
@@ -828,7 +829,7 @@ async fn only_the_rows_of_a_new_partition_are_queued() {
         assert_eq!(live.faults().await, Vec::<String>::new(), "{change}");
         assert_eq!(live.capture(&format!("UPDATE {of} SET title = 'y'")).await, [queued]);
     }
-    // By a migration, too; and that of several pages.
+    // A migration does the same, also for a partition of several pages.
     live.run(
         "CREATE TABLE large PARTITION OF articles FOR VALUES FROM (1000) TO (9000); \
          INSERT INTO large SELECT i, 'x' FROM generate_series(1001, 2200) i",
@@ -911,7 +912,7 @@ async fn a_backfill_restarts_when_the_id_type_changes() {
     live.run("SELECT refarch.request_backfill('products', false, false)").await;
     assert_eq!(live.number(STEP).await, 500);
     live.take().await;
-    // Another order: most of the ids come before the last one that was queued.
+    // The key's order changes: most ids now sort before the last id that was queued.
     live.run("ALTER TABLE articles ALTER id DROP IDENTITY; ALTER TABLE articles ALTER id TYPE text").await;
     while live.number(STEP).await > 0 {}
     assert_eq!((live.number(IN_NEED).await, live.take().await.len()), (0, 1200));
@@ -946,7 +947,7 @@ async fn rows_of_a_dropped_partition_leave_the_index() {
     live.sync().await;
     assert_eq!(live.number(indexed).await, 2);
     assert_eq!(live.capture("UPDATE top SET title = 'no more'").await, Vec::<String>::new());
-    // It comes back as a new one.
+    // Attached again, the partition counts as new.
     live.run("ALTER TABLE articles ATTACH PARTITION top FOR VALUES FROM (20) TO (30)").await;
     assert_eq!(live.armed_again().await, (vec!["u 21".to_owned(), "u 22".to_owned()], 0));
 }

@@ -1,20 +1,23 @@
-//! The counts of ledger and vectors are kept, and equal what a count would give.
+//! The kept counts of ledger entries and vectors equal a recount.
 
 use std::time::Duration;
 
 use refarch::backend::postgres::counts::{self, Counts};
 use refarch::backend::postgres::generation;
 use refarch::pipeline::ledger::Ledger as _;
+use refarch::pipeline::queue::Backlog;
+use refarch::role::status::text;
 
+use crate::common::eventually;
 use crate::common::source::{ITEM, Migrated, migrate, settings, shape};
 use crate::common::steps::SyncFixture;
 
-/// Longer than anything here takes on a busy machine.
+/// A time limit that no step here reaches, even on a busy machine.
 const TIMEOUT: Duration = Duration::from_mins(1);
 
 const TABLE: &str = "CREATE TABLE item (id bigint PRIMARY KEY, body text)";
 
-/// The counts of the only target, from its entries and vectors.
+/// Counts the entries and vectors of the only target.
 async fn recounted(it: &SyncFixture) -> Counts {
     let without_text = it.backends.generation.salt.hash("").0.to_vec();
     let sql = format!(
@@ -32,7 +35,7 @@ async fn kept(it: &SyncFixture) -> Counts {
     counts::read(&it.postgres, it.backends.generation.id).await.unwrap()
 }
 
-/// Kept counts and status equal a recount, which is returned.
+/// Checks that the kept counts and the status equal a recount. Returns the recount.
 async fn agreed(it: &SyncFixture) -> Counts {
     let (counts, status) = (recounted(it).await, it.backends.status().await.unwrap());
     assert_eq!(kept(it).await, counts);
@@ -54,7 +57,7 @@ async fn the_status_equals_a_recount_after_a_mixed_history() {
     .await;
     it.settle().await;
     assert_eq!(agreed(&it).await, counts(60, 54, 0, 54));
-    // Texts that change, come and go; rows that go, one of them and come back.
+    // Texts are changed, added and removed. Rows are deleted, and one of them is inserted again.
     it.run(
         "UPDATE item SET body = 'other' WHERE id <= 5; UPDATE item SET body = 'text' WHERE id = 10; \
             UPDATE item SET body = ' ' WHERE id = 11; DELETE FROM item WHERE id BETWEEN 41 AND 50; \
@@ -63,7 +66,7 @@ async fn the_status_equals_a_recount_after_a_mixed_history() {
     .await;
     it.settle().await;
     assert_eq!(agreed(&it).await, counts(51, 46, 0, 46));
-    // Entries that are not to be trusted, tried, parked, and rolled back.
+    // Entries become dirty, tried and parked; one change is rolled back.
     let ledger = &it.backends.ledger;
     ledger.requeue(&["1".to_owned(), "2".to_owned(), "none".to_owned()]).await.unwrap();
     ledger.count_try("3", 1).await.unwrap();
@@ -77,11 +80,11 @@ async fn the_status_equals_a_recount_after_a_mixed_history() {
     it.settle().await;
     assert_eq!(agreed(&it).await, counts(51, 46, 0, 46));
     assert!(it.backends.status().await.unwrap().is_synced());
-    // Writes to an index that cannot fence: opened, and swept or closed.
+    // Tracked writes: opened, and then swept or closed.
     let opened = ledger.open("write", "test", &["1".to_owned(), "99".to_owned()]).await.unwrap();
     assert_eq!((opened.len(), agreed(&it).await), (2, counts(50, 45, 2, 46)));
     it.run("UPDATE refarch.ledger SET open = 0, dirty = false WHERE id = '1'; DELETE FROM refarch.ledger WHERE id = '99'").await;
-    // Everything goes at once.
+    // All rows are deleted at once.
     it.run("TRUNCATE item").await;
     it.settle().await;
     assert_eq!(agreed(&it).await, counts(0, 0, 0, 0));
@@ -117,7 +120,7 @@ async fn rows_of_counts_are_summed_up_and_those_of_a_target_that_is_gone_deleted
     it.run("INSERT INTO refarch.count_delta (target, settled) VALUES (1000000, 3)").await;
     let before = kept(&it).await;
     assert_eq!((before.settled, before.unsettled), (60, 0));
-    // Others count on while rows are summed up.
+    // Other transactions add counts while the counts are summed up.
     let other = it.database.client().await;
     other.batch_execute("BEGIN; UPDATE refarch.ledger SET dirty = true WHERE id = '1'").await.unwrap();
     let (ledger, again) = (&it.backends.ledger, &it.backends.ledger);
@@ -142,11 +145,11 @@ async fn what_no_trigger_saw_is_corrected_by_a_count_and_never_looks_synced() {
             DELETE FROM refarch.ledger WHERE id = '8'; ALTER TABLE refarch.ledger ENABLE TRIGGER USER")
         .await;
     assert_ne!(kept(&it).await, recounted(&it).await);
-    // Seen once only: the entry was dirty, and is settled. The sum is less than none.
+    // The triggers saw that the entry was settled, but not that it was dirty. So the sum is below zero.
     it.run("UPDATE refarch.ledger SET dirty = false WHERE id = '7'").await;
     assert_eq!(kept(&it).await.unsettled, 1);
     assert!(!it.backends.status().await.unwrap().is_synced());
-    // Two that count at once correct once, and others write meanwhile.
+    // Two recounts at once correct the counts only once, while another transaction writes.
     let other = it.database.client().await;
     other.batch_execute("BEGIN; UPDATE refarch.ledger SET dirty = true WHERE id = '9'").await.unwrap();
     let (one, two) =
@@ -171,7 +174,7 @@ async fn a_database_from_before_the_counts_gets_them_and_a_dropped_generation_ta
     .await;
     let counts = Counts { settled: 30, with_text: 30, unsettled: 10, records: 30 };
     assert_eq!(counts::read(&it.postgres, first.id).await.unwrap(), counts);
-    // As before the migration.
+    // The state before the migration of the counts.
     run("DROP TABLE refarch.count_delta; DELETE FROM refarch.migration WHERE name = 'counts'; \
          DROP FUNCTION refarch.count_entries_insert, refarch.count_entries_update, refarch.count_entries_delete, \
            refarch.count_entries_truncate, refarch.count_records, refarch.begin_count, refarch.textless_hash CASCADE")
@@ -215,9 +218,42 @@ async fn many_waiting_changes_are_estimated_and_few_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn many_queued_changes_are_estimated_and_few_counted() {
+    let it = SyncFixture::new(TABLE, &ITEM).await;
+    let send = async |count: u32| {
+        it.run(&format!(
+            "INSERT INTO pgmq.q_refarch_live (vt, message, headers) \
+             SELECT now(), '{{}}', '{{\"changes\": 2}}' FROM generate_series(1, {count})"
+        ))
+        .await;
+        it.backends.status().await.unwrap()
+    };
+    let few = send(1_000).await;
+    assert_eq!(few.queue.live, Backlog::counted(2_000, 0));
+    assert!(text(&few).contains("queue, live    2000 visible"), "{}", text(&few));
+    let many = send(30_000).await;
+    let Backlog { visible, estimated, .. } = many.queue.live;
+    assert!(estimated && (20_000..120_000).contains(&visible), "{visible}");
+    assert!(text(&many).contains(&format!("queue, live    about {visible} visible")), "{}", text(&many));
+    assert!(!many.queue.bulk.estimated && !many.pending_estimated);
+    assert_eq!(serde_json::to_value(&many).unwrap()["queue"]["live"]["estimated"], true);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fault_of_capture_is_seen_soon_and_its_end_at_once() {
+    let it = SyncFixture::new(TABLE, &ITEM).await;
+    let faults = async || it.backends.status().await.unwrap().capture_faults;
+    assert_eq!(faults().await, [""; 0]);
+    it.run("ALTER TABLE item DISABLE TRIGGER USER").await;
+    eventually("the fault to be seen", TIMEOUT, async || !faults().await.is_empty()).await;
+    it.run("ALTER TABLE item ENABLE TRIGGER USER").await;
+    assert_eq!(faults().await, [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_large_table_is_counted_once_a_minute_and_a_difference_is_not_called_synced() {
     let it = SyncFixture::new(TABLE, &ITEM).await;
-    // Wide rows without a text of their own; the ledger says that all are settled.
+    // Wide rows without a text. The ledger says that all of them are settled.
     it.run("ALTER TABLE item DISABLE TRIGGER USER; ALTER TABLE item ADD COLUMN pad text; \
             INSERT INTO item SELECT n, NULL, repeat('x', 150) FROM generate_series(1, 210000) n; \
             ALTER TABLE item ENABLE TRIGGER USER; ANALYZE item; \
@@ -226,12 +262,12 @@ async fn a_large_table_is_counted_once_a_minute_and_a_difference_is_not_called_s
         .await;
     let status = it.backends.status().await.unwrap();
     assert_eq!((status.source_rows, status.source_rows_estimated, status.is_synced()), (210_000, true, true));
-    // The number follows the ledger: a row that nobody captured is not seen before the next count.
+    // The number follows the ledger: a row that was not captured counts only after the next count.
     it.run("INSERT INTO item VALUES (210001, NULL)").await;
     it.settle().await;
     it.run("ALTER TABLE item DISABLE TRIGGER USER; INSERT INTO item VALUES (210002, NULL); ALTER TABLE item ENABLE TRIGGER USER").await;
     assert_eq!(it.backends.status().await.unwrap().source_rows, 210_001);
-    // Another process counts for itself.
+    // Another process makes its own count.
     let other = refarch::backend::Backends::open(&it.postgres, &it.settings).await.unwrap();
     for _ in 0..2 {
         let status = other.status().await.unwrap();

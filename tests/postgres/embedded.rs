@@ -1,4 +1,4 @@
-//! The private cluster: joined by many, left by the last, and mended after what can happen to it.
+//! The private cluster: many processes join it, the last one stops it, and it recovers from crashes and damaged files.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -15,7 +15,7 @@ use crate::common::{self, cannot_run, connect, eventually, refarch};
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// A runtime folder of one test's own, with the crate's PostgreSQL binaries.
+/// A runtime folder that only one test uses, with the crate's PostgreSQL binaries.
 struct ClusterFolder {
     _parent: TempDir,
     dir: PathBuf,
@@ -36,7 +36,7 @@ impl ClusterFolder {
     }
 
     fn options(&self) -> ClusterOptions {
-        // These servers are killed, but the machine is not.
+        // The tests kill servers, but not the machine, so data need not reach the disk.
         let extra = vec![("fsync".to_owned(), "off".to_owned())];
         ClusterOptions { extra, ..ClusterOptions::in_runtime_dir(&self.dir) }
     }
@@ -45,12 +45,12 @@ impl ClusterFolder {
         Cluster::join(self.options()).await
     }
 
-    /// Joins, expecting to fail, and returns why.
+    /// Checks that joining fails. Returns the error.
     async fn refusal(&self) -> String {
         format!("{:#}", self.join().await.unwrap_err())
     }
 
-    /// A process of its own that joins, runs some SQL and leaves.
+    /// Another process, which joins, runs some SQL and leaves.
     fn psql(&self, sql: &str) -> tokio::process::Command {
         let mut command = refarch();
         command.env("REFARCH_RUNTIME_DIR", &self.dir).args(["psql", "-XAtc", sql]);
@@ -58,7 +58,7 @@ impl ClusterFolder {
         command
     }
 
-    /// Where the server's files are.
+    /// The folder of the server's files.
     fn files(&self) -> PathBuf {
         let dir = self.dir.join("postgres");
         fs::read_to_string(dir.join("location")).map_or(dir, PathBuf::from)
@@ -164,7 +164,7 @@ async fn a_server_left_by_killed_users_is_stopped_by_the_next_user() {
     let home = ClusterFolder::new();
     let mut user = home.psql("SELECT pg_sleep(60)").spawn().unwrap();
     eventually("the server to start", SOON, async || home.server().is_some()).await;
-    // Joining waits for the start to be over.
+    // Joining waits until the server has started.
     home.join().await.unwrap().leave().await.unwrap();
     assert!(home.server().is_some());
     user.kill().await.unwrap();
@@ -204,7 +204,7 @@ async fn a_killed_server_recovers_every_committed_row() {
     kill(home.server().unwrap(), Signal::SIGKILL).unwrap();
     let again = home.join().await.unwrap();
     assert_eq!(answer(&again, "SELECT what FROM kept").await, "kept");
-    // The first user's address still holds.
+    // The address of the first user still works.
     assert_eq!(answer(&cluster, "SELECT what FROM kept").await, "kept");
     again.leave().await.unwrap();
     assert!(home.server().is_some());
@@ -216,7 +216,7 @@ async fn a_killed_server_recovers_every_committed_row() {
 async fn a_pid_file_that_names_another_process_is_treated_as_stale() {
     let home = ClusterFolder::new();
     home.join().await.unwrap().leave().await.unwrap();
-    // PostgreSQL itself gives way to a process of its own user only.
+    // PostgreSQL refuses to start only if the recorded process id belongs to a process of its own user.
     let data = fs::metadata(home.files().join("data")).unwrap();
     let mut other = std::process::Command::new("sleep");
     if Uid::effective().is_root() {
@@ -288,7 +288,7 @@ async fn the_server_inherits_no_open_lock_file() {
 
 #[tokio::test]
 async fn root_keeps_the_files_elsewhere_when_the_servers_user_cannot_reach_the_project() {
-    // Otherwise the server runs as us, and reaches what we reach.
+    // If the test does not run as root, the server runs as the same user and can read the project.
     if !is_root() {
         return;
     }
@@ -389,7 +389,7 @@ async fn a_missing_password_file_is_named() {
 
 #[tokio::test]
 async fn a_copied_project_gets_its_own_data() {
-    // Only root's data can be outside the project.
+    // Data is kept outside of the project only if root runs refarch.
     if !is_root() {
         return;
     }
@@ -453,7 +453,7 @@ impl RootOnlyFolder {
     }
 }
 
-/// Joins if that is possible, and leaves; either is fine.
+/// Tries to join, and leaves. Both success and failure are allowed.
 async fn try_join(home: &ClusterFolder) -> String {
     match home.join().await {
         Ok(cluster) => cluster.leave().await.map_or_else(|error| format!("{error:#}"), |()| "joined".into()),
@@ -481,7 +481,7 @@ async fn root_follows_no_link_that_the_servers_user_created() {
         let files = home.files();
         let user = fs::metadata(files.join("data")).unwrap();
         let (uid, gid) = (Some(user.uid()), Some(user.gid()));
-        // Long enough to be moved aside at each start.
+        // The log is so long that each start moves it aside.
         let long_log = || {
             let log = files.join("server.log");
             let _ = fs::remove_file(&log);
@@ -505,7 +505,7 @@ async fn root_follows_no_link_that_the_servers_user_created() {
         ];
         for name in names {
             let targets = match (mode, name) {
-                // The rest is the same wherever the files are.
+                // The other files are tested in the other mode: their place makes no difference.
                 (0o700, "origin" | "location" | "password" | "server.log.1") => &["file"][..],
                 (0o700, _) => &[],
                 (_, "server.log" | "server.log.1") => &["file", "new", "folder", "hard link"],
@@ -521,7 +521,7 @@ async fn root_follows_no_link_that_the_servers_user_created() {
                     long_log();
                 }
                 if generation == "hard link" {
-                    // Systems forbid links to files of others; an old one may stand there.
+                    // Many systems forbid hard links to files of other users. A link from earlier may exist.
                     if fs::hard_link(vault.path("file"), &path).is_err() {
                         cannot_run("no hard link can be made here");
                         let _ = fs::rename(&saved, &path);
@@ -568,7 +568,7 @@ async fn root_ignores_a_location_it_did_not_write_and_keeps_the_owner_of_other_f
     fs::remove_file(&location).unwrap();
     assert_eq!(try_join(&home).await, "joined");
     home.assert_stopped();
-    // The cluster's folder is another one, by a link.
+    // The cluster's folder is a link to another folder.
     let linked = ClusterFolder::new();
     fs::create_dir_all(&linked.dir).unwrap();
     std::os::unix::fs::symlink(vault.path("folder"), linked.dir.join("postgres")).unwrap();

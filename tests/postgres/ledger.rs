@@ -1,4 +1,4 @@
-//! The ledger in PostgreSQL: the contract, and what only a real database can get wrong.
+//! The ledger in PostgreSQL: the contract, and cases that need a real database.
 
 #[path = "../contract/ledger.rs"]
 mod contract;
@@ -31,10 +31,10 @@ use crate::common::{Database, eventually};
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Far longer than any test: it passes by [`Fixture::pass`] alone.
+/// The settling time. It is far longer than any test, so it passes only by [`Fixture::pass`].
 const SETTLE: Duration = Duration::from_hours(1);
 
-/// A table with its ledger, and sessions of the workers that seem to use it.
+/// A table with its ledger, and the sessions of pretended workers.
 struct PostgresFixture {
     postgres: Postgres,
     ledger: Arc<PgLedger>,
@@ -45,7 +45,7 @@ struct PostgresFixture {
     passed: Arc<FixedClock>,
 }
 
-/// This process's clock: it goes on by [`Fixture::pass`] alone.
+/// This process's clock. It moves only by [`Fixture::pass`].
 #[derive(Default)]
 struct FixedClock(Mutex<Duration>);
 
@@ -89,7 +89,7 @@ impl PostgresFixture {
         self.client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
     }
 
-    /// The backend that waits for a lock, once one does.
+    /// Waits until a backend waits for a lock, and returns the backend's process id.
     async fn blocked(&self) -> i32 {
         let sql = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
         let mut pid = 0;
@@ -105,7 +105,7 @@ impl PostgresFixture {
 
 impl Drop for PostgresFixture {
     fn drop(&mut self) {
-        // A session would be made again, for as long as the test's runtime lives.
+        // Without this, each session would be opened again until the runtime of the test ends.
         for (stop, _) in self.sessions.lock().unwrap().values() {
             stop.cancel();
         }
@@ -160,7 +160,7 @@ impl Fixture for PostgresFixture {
 
     async fn pass(&self, time: Duration) {
         *self.passed.0.lock().unwrap() += time;
-        // By the database's clock it passes for what is abandoned already, and nothing else is measured by it.
+        // The database's clock measures only the age of abandoned attempts, so their times are moved back.
         let sql = "UPDATE refarch.attempt SET abandoned_at = abandoned_at - make_interval(secs => $1)";
         self.client.execute(sql, &[&time.as_secs_f64()]).await.unwrap();
     }
@@ -192,7 +192,7 @@ fn all(opened: Vec<Opened>, outcome: &Outcome) -> Vec<(Opened, Outcome)> {
 
 const GONE: Outcome = Outcome::Settled { content_hash: None, metadata_hash: None, deleted: true, version: 7 };
 
-/// Pages through the table and compares with what the database's own order gives.
+/// Reads the table page by page, and compares the ids with the database's own order.
 async fn assert_paged(real: &PostgresFixture) {
     let sql = "SELECT id::text FROM item ORDER BY item.id";
     let expected: Vec<String> =
@@ -241,7 +241,7 @@ async fn pages_by_text_id_hold_each_row_once_in_order() {
 #[tokio::test]
 async fn pages_are_in_order_for_every_join_plan_of_the_ledger() {
     let real = PostgresFixture::with_ids("text").await;
-    // A ledger that is read whole costs less than looking each row up.
+    // With this many entries, the planner reads the whole ledger instead of looking up each row.
     real.run("INSERT INTO item SELECT md5(n::text), 'text' FROM generate_series(1, 600) n").await;
     let entries = "INSERT INTO refarch.ledger (target, id, epoch) \
                    SELECT $1, md5(n::text), n FROM generate_series(900, 1, -1) n";
@@ -272,7 +272,7 @@ async fn the_oldest_change_is_the_one_not_yet_in_the_queue() {
     assert!(first.oldest.is_some_and(|oldest| oldest < first.now));
     assert_eq!(second.oldest, first.oldest);
     assert!(second.now > first.now);
-    // Whatever its transaction and sequence number are.
+    // The oldest change counts, whatever its transaction and sequence number.
     real.run("UPDATE refarch.outbox SET changed_at = changed_at - interval '1 day' WHERE ids = '{2}'").await;
     assert!(real.ledger.pending().await.unwrap().oldest < first.oldest);
     real.run(
@@ -332,7 +332,7 @@ async fn concurrent_work_on_the_same_ids_does_not_deadlock() {
     let real = PostgresFixture::new().await;
     let mut rng = StdRng::seed_from_u64(7);
     for round in 0..50 {
-        // Some known, some new; the database's order is neither of numbers nor the one asked.
+        // Some ids have entries, some are new. Their order is neither numeric nor the database's order.
         let mut known: Vec<String> = (0..12).map(|id| (round * 4 + id).to_string()).collect();
         let tasks = (0..4).map(|task| {
             known.shuffle(&mut rng);
@@ -344,7 +344,7 @@ async fn concurrent_work_on_the_same_ids_does_not_deadlock() {
                 if task == 0 {
                     ledger.requeue(&ids).await.unwrap();
                 }
-                // Swept before it is closed, or after, or by somebody else meanwhile.
+                // The write is swept before it is closed, or after, or by another task meanwhile.
                 let mut closing = all(opened, &outcome);
                 closing.reverse();
                 if task < 2 {
@@ -359,7 +359,7 @@ async fn concurrent_work_on_the_same_ids_does_not_deadlock() {
         }
     }
     while real.ledger.sweep(Duration::ZERO, 100).await.unwrap().writes > 0 {}
-    // The invariants, when nobody works.
+    // The invariants hold after all tasks have ended.
     let attempts: i64 =
         real.client.query_one("SELECT count(*) FROM refarch.attempt", &[]).await.unwrap().get(0);
     let open: i64 = real.client.query_one("SELECT sum(open) FROM refarch.ledger", &[]).await.unwrap().get(0);
@@ -375,7 +375,7 @@ async fn requeue_locks_entries_in_id_order_even_new_ones() {
     let ledger = Arc::clone(&real.ledger);
     let queued = tokio::spawn(async move { ledger.requeue(&ids(&["2", "1", "2"])).await });
     real.blocked().await;
-    // The next statement of a transaction that opens both ids.
+    // This is the next statement of a transaction that opens both ids.
     let sql = "INSERT INTO refarch.ledger (target, id) VALUES ($1, '2')";
     other.execute(sql, &[&real.generation]).await.unwrap();
     other.batch_execute("COMMIT").await.unwrap();
@@ -390,7 +390,7 @@ async fn an_interrupted_close_leaves_the_tracked_write_open() {
     let opened = real.ledger.open("a", "w", &ids(&["1", "2"])).await.unwrap();
     let closing = all(opened, &GONE);
     let blocker = real.database.client().await;
-    // The last thing that it locks.
+    // The close locks this entry last.
     blocker.batch_execute("BEGIN; SELECT FROM refarch.ledger WHERE id = '2' FOR UPDATE").await.unwrap();
     let (ledger, sent) = (Arc::clone(&real.ledger), closing.clone());
     let cut = tokio::spawn(async move { ledger.close("a", "w", &sent).await });
@@ -398,7 +398,7 @@ async fn an_interrupted_close_leaves_the_tracked_write_open() {
     real.client.execute("SELECT pg_terminate_backend($1)", &[&pid]).await.unwrap();
     assert_eq!(cut.await.unwrap().unwrap_err().class(), Class::Retryable);
     blocker.batch_execute("COMMIT").await.unwrap();
-    // The pool may hand the dead connection out once more.
+    // The pool may give out the broken connection once more.
     eventually("a connection", TIMEOUT, async || real.ledger.peek(&[]).await.is_ok()).await;
     for peeked in real.ledger.peek(&ids(&["1", "2"])).await.unwrap() {
         let entry = peeked.entry.unwrap();
@@ -452,7 +452,7 @@ async fn rows_are_read_together_up_to_the_byte_limit() {
     for (bytes, fitting) in [(0, 1), (1_100, 3), (2_100, 4), (3_500, 5), (1 << 30, 6)] {
         assert_eq!(real.ledger.fits(&asked, bytes).await.unwrap(), fitting, "{bytes}");
     }
-    // A failure of this query is left to the read, which reports the error.
+    // This query hides its failure, because the read reports the same error.
     real.run("ALTER TABLE item RENAME body TO other").await;
     assert_eq!(real.ledger.fits(&asked, 0).await.unwrap(), 6);
 }

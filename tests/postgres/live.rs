@@ -1,4 +1,4 @@
-//! A table of a test's own, and the executable with the settings for it.
+//! A table that only one test uses, and the executable with the settings for this table.
 
 use tokio_postgres::Client;
 
@@ -16,7 +16,7 @@ impl Live {
     pub async fn new(setup: &str, text: &str, metadata: &str) -> Self {
         let database = Database::create().await;
         let client = database.client().await;
-        // By default new tables would go into our own schema, which has the user's name.
+        // Without this, new tables would go into refarch's schema, because the user has the same name.
         client.batch_execute("SET search_path = public").await.unwrap();
         client.batch_execute(setup).await.unwrap();
         let env = vec![

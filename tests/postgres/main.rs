@@ -1,4 +1,4 @@
-//! What PostgreSQL does for us: capture, the ledger, migrations, reading of rows, and the private cluster.
+//! The parts that run in PostgreSQL: capture, the ledger, migrations, reading of rows, and the private cluster.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,5 +1,5 @@
 //! Installing and removing: taking over a database of the reference architecture, dry runs that change nothing,
-//! uninstalling everything; a table in use, roles with settings and few rights, and what is refused.
+//! uninstalling everything; a table in use, roles with settings and few rights, and migrations that are refused.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -118,7 +118,7 @@ async fn a_database_of_the_reference_architecture_is_taken_over_with_its_rows_un
     // The reference architecture's listener marks rows as processed; that must not be captured.
     client.batch_execute("UPDATE products_with_increment SET processed = true").await.unwrap();
     assert_eq!(number(&client, QUEUED).await, ROWS);
-    // A description near the original's limit is no trouble any more.
+    // A description beyond the limit of the reference architecture's triggers is accepted now.
     let long = "x".repeat(9_000);
     client
         .execute("UPDATE products_with_increment SET description = $1 WHERE id = 1", &[&long])
@@ -150,7 +150,7 @@ async fn a_dry_run_reports_every_step_and_changes_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn uninstall_removes_everything_that_migrate_installed() {
     let (database, client) = reference().await;
-    // As the original's, which do not come back.
+    // The reference architecture's triggers are dropped first, because an uninstallation does not bring them back.
     client
         .batch_execute(
             "DROP TRIGGER products_inserted ON products_with_increment; DROP TRIGGER products_updated ON products_with_increment; \
@@ -172,7 +172,7 @@ async fn uninstall_removes_everything_that_migrate_installed() {
     let (code, _, _) = refarch(&database, &["migrate", "--uninstall", "--dry-run"]).await;
     assert_eq!(code, Some(0));
 
-    // Not under a role that runs.
+    // Refused while a role runs.
     let worker = "INSERT INTO refarch.worker (worker_id, role, host, pid) VALUES ('w', 'listen', 'here', 7)";
     client.batch_execute(worker).await.unwrap();
     let (code, _, said) = refarch(&database, &["migrate", "--uninstall", "--yes"]).await;
@@ -183,7 +183,7 @@ async fn uninstall_removes_everything_that_migrate_installed() {
     assert_eq!((snapshot(&client).await, checksum(&client).await), (catalog, rows));
     let (code, done, _) = refarch(&database, &["migrate", "--uninstall", "--yes"]).await;
     assert!(code == Some(0) && done.starts_with("nothing to do"), "{done}");
-    // And back to the first settings.
+    // A migration back to the first settings queues every row.
     assert_eq!(migrate(&database, &[]).await["queued"], ROWS);
 }
 
@@ -223,7 +223,7 @@ async fn no_writer_waits_long_for_a_migration_that_waits_for_another_writer() {
     holder.batch_execute("BEGIN; UPDATE articles SET body = 'held' WHERE id = 1").await.unwrap();
     let mut migrating =
         articles.database.refarch().arg("migrate").envs(articles.env.iter().cloned()).spawn().unwrap();
-    // While it waits for the lock.
+    // The migration waits for the lock meanwhile.
     let waits = "SELECT count(*) FROM pg_locks WHERE relation = 'articles'::regclass AND NOT granted";
     let ready = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'refarch'";
     common::eventually("the migration to wait", Duration::from_mins(1), async || {
@@ -260,7 +260,7 @@ async fn settings_that_would_discard_the_index_are_refused() {
         );
     }
     assert_eq!(articles.number(vectors).await, 20);
-    // Another table.
+    // The settings name another table.
     articles
         .run("CREATE TABLE other (id bigint PRIMARY KEY, headline text); INSERT INTO other VALUES (1, 'x')")
         .await;
@@ -269,7 +269,7 @@ async fn settings_that_would_discard_the_index_are_refused() {
     let said = articles.refused(&["migrate"]).await;
     assert!(said.contains("public.articles") && said.contains("20 rows"), "{said}");
     articles.run("UPDATE articles SET title = 'still captured' WHERE id = 1").await;
-    // Not under a role that runs.
+    // Refused while a role runs.
     articles
         .run("INSERT INTO refarch.worker (worker_id, role, host, pid) VALUES ('w', 'embed', 'here', 7)")
         .await;
@@ -325,7 +325,7 @@ async fn a_change_of_queue_is_refused_while_the_old_queue_holds_messages() {
     articles.done(&["verify", "--sample", "0"]).await;
 }
 
-/// What a model folder was called before names covered more than samples of the weights.
+/// The name of a model folder in earlier releases, which hashed only samples of the weights.
 fn former_name(folder: &str, weights: &[u8]) -> String {
     let mut digest = Sha256::new();
     digest.update((weights.len() as u64).to_le_bytes());
@@ -374,7 +374,7 @@ async fn an_index_whose_model_folder_has_its_former_name_is_kept() {
     assert_eq!(articles.number("SELECT count(*) FROM refarch.vector_1").await, 20);
     articles.done(&["embed", "--until-idle", "--workers", "1"]).await;
 
-    // Of another folder, or of weights that were known by name, it was another model or may have been.
+    // A recorded name of another folder, or a name without a hash: the model is another one, or may be.
     for other in [former_name("other", &weights), "all-MiniLM-L6-v2/f32".to_owned()] {
         call(&other).await;
         let said = articles.refused(&["migrate"]).await;
@@ -448,14 +448,14 @@ async fn roles_work_with_the_rights_that_migrate_gives_them_and_no_more() {
     let said = articles.refused(&["migrate", "--roles", "embed=nobody_of_this_name"]).await;
     assert!(said.contains("CREATE ROLE nobody_of_this_name"), "{said}");
     articles.done(&["migrate", "--roles", &wanted.join(",")]).await;
-    // Each of the roles by a login of its own; what fails is collected, so that the logins go in any case.
+    // Each role runs with its own login. Failures are collected, so that the logins are always deleted.
     for (part, args) in [
         ("listen", &["listen", "--until-idle"][..]),
         ("embed", &["embed", "--until-idle", "--workers", "1"]),
         ("serve", &["status", "--json"]),
         ("verify", &["verify", "--sample", "0", "--repair"]),
     ] {
-        // The setting of the login, since the cluster's access file knows only its owner.
+        // The role is set for the database, because the cluster's access file allows only the owner to log in.
         articles.run(&format!("ALTER DATABASE {name} SET role = '{}'", role(part))).await;
         let (code, said) = articles.refarch(args).await;
         if code != Some(0) || said.contains("permission denied") || said.contains("must be owner") {
@@ -494,7 +494,7 @@ async fn rows_are_queued_after_transactions_under_the_old_settings_end() {
     let mut articles = self::articles().await;
     articles.done(&["migrate"]).await;
     articles.sync().await;
-    // Nobody watches this column yet.
+    // No trigger captures this column yet.
     let writer = articles.database.client().await;
     writer.batch_execute("BEGIN; UPDATE public.articles SET sku = 'new' WHERE id = 1").await.unwrap();
     articles.set("REFARCH_SOURCE_METADATA", "id,sku");
@@ -563,7 +563,7 @@ async fn triggers_left_by_an_interrupted_migration_are_removed_by_the_next() {
     articles.done(&["migrate"]).await;
     articles.run("CREATE TABLE other (id bigint PRIMARY KEY, title text, body text)").await;
     articles.set("REFARCH_SOURCE_TABLE", "public.other");
-    // As after the first part of a migration to it.
+    // The state after the first part of a migration to the other table.
     articles
         .run("UPDATE refarch.source SET relation = 'public.other'::regclass, table_name = 'public.other'")
         .await;
@@ -589,7 +589,7 @@ async fn granted_rights_cover_schemas_and_queues_of_other_names() {
     articles.set("REFARCH_SOURCE_TABLE", "shop.articles");
     articles.set("REFARCH_QUEUE_NAME", "mine");
     articles.done(&["migrate"]).await;
-    // As queues that were there before.
+    // Without this record, the queues look as if refarch had not made them.
     articles.run("DELETE FROM refarch.made").await;
     articles.done(&["migrate", "--roles", &format!("embed={role}")]).await;
     let mut wrong = Vec::new();
@@ -605,7 +605,7 @@ async fn granted_rights_cover_schemas_and_queues_of_other_names() {
             wrong.push(format!("{right} on {thing}"));
         }
     }
-    // The table's end takes nothing away from the others.
+    // After the table was dropped, the rights on other tables are still given.
     articles
         .run(&format!(
             "DROP TABLE shop.articles; REVOKE SELECT ON refarch.ledger FROM {role}; SELECT refarch.give_rights()"
@@ -633,7 +633,7 @@ async fn a_migration_with_another_checksum_under_a_recorded_number_is_refused() 
     assert_eq!(first[0], (1, Some(checksum)));
     assert!(first.iter().all(|(_, checksum)| checksum.is_some()), "{first:?}");
 
-    // As an earlier build leaves it.
+    // The state that an earlier build leaves.
     let earlier = "ALTER TABLE refarch.migration DROP COLUMN checksum; \
                    DELETE FROM refarch.migration WHERE name = 'checksums'";
     client.batch_execute(earlier).await.unwrap();
@@ -652,4 +652,50 @@ async fn a_migration_with_another_checksum_under_a_recorded_number_is_refused() 
         assert!(stderr.contains(says), "{args:?}: {stderr}");
     }
     assert_eq!(number(&client, "SELECT count(*) FROM refarch.migration WHERE checksum IS NULL").await, 0);
+}
+
+/// Indexes for matches by SKU and name that can be used.
+async fn lower_case_indexes(client: &Client) -> Vec<String> {
+    let sql = "SELECT pg_get_expr(i.indexprs, i.indrelid) FROM pg_index i \
+               WHERE i.indrelid = 'products_with_increment'::regclass AND i.indisvalid AND i.indexprs IS NOT NULL ORDER BY 1";
+    client.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_of_products_that_refarch_made_gets_the_indexes_that_it_lacks() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    migrate(&database, &[]).await;
+    let made = lower_case_indexes(&client).await;
+    assert_eq!(made, ["lower((name)::text)", "lower((sku)::text)"]);
+    // As an earlier version made it, with what an interrupted build leaves.
+    client
+        .batch_execute(
+            "DROP INDEX products_with_increment_lower_idx, products_with_increment_lower_idx1; \
+             ALTER TABLE products_with_increment ADD COLUMN more text; \
+             CREATE INDEX products_with_increment_lower_sku ON products_with_increment (lower(sku)); \
+             UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'products_with_increment_lower_sku'::regclass",
+        )
+        .await
+        .unwrap();
+    let expected =
+        ["sku", "name"].map(|column| format!("index on lower({column}) of public.products_with_increment"));
+    let planned = migrate(&database, &["--dry-run"]).await;
+    assert_eq!(planned["created"], serde_json::json!(expected));
+    assert_eq!(lower_case_indexes(&client).await, [""; 0]);
+    let report = migrate(&database, &[]).await;
+    assert_eq!(
+        (&report["created"], &report["warnings"]),
+        (&serde_json::json!(expected), &serde_json::json!([]))
+    );
+    assert_eq!(lower_case_indexes(&client).await, made);
+    assert_eq!(migrate(&database, &[]).await["created"], serde_json::json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_of_products_of_the_user_gets_no_index() {
+    let (database, client) = reference().await;
+    let report = migrate(&database, &[]).await;
+    assert!(!report["created"].to_string().contains("lower("), "{report}");
+    assert_eq!(lower_case_indexes(&client).await, [""; 0]);
 }

@@ -1,5 +1,5 @@
-//! Reading the source's table as it is: keys of every type, tables that change, roles with settings of
-//! their own, and what must never be taken for "the row is gone".
+//! Reading of the source's table: keys of every type, tables that change, roles with unusual settings, and failures that
+//! must not look like a deleted row.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use refarch::backend::pgvector::{self, PgVector};
+use refarch::backend::pgvector::PgVector;
 use refarch::backend::postgres::Postgres;
 use refarch::backend::postgres::ledger::PgLedger;
 use refarch::backend::postgres::migrate;
@@ -23,14 +23,14 @@ use refarch::secret::Secret;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
-use crate::common::source::{ITEM, settings};
+use crate::common::source::{ITEM, graph_options, settings};
 use crate::common::steps::SyncFixture;
 use crate::common::{self, Database, eventually};
 
-/// Longer than anything here takes on a busy machine.
+/// A time limit that no step here reaches, even on a busy machine.
 const TIMEOUT: Duration = Duration::from_mins(2);
 
-/// Settings of a role that would spoil what relies on the usual ones.
+/// Settings of a role that would break code that relies on the defaults.
 const ODD: &[&str] = &[
     "search_path = ''",
     "statement_timeout = '50ms'",
@@ -46,7 +46,7 @@ const ODD: &[&str] = &[
 ];
 
 impl SyncFixture {
-    /// By a role without rights of its own, with these settings, that only reads and writes.
+    /// A fixture whose role has these settings and only the rights that `migrate --roles` gives it.
     async fn by_role(setup: &str, env: &[(&str, &str)], role_settings: &[&str]) -> Self {
         let it = Self::new(setup, env).await;
         let name = it.role();
@@ -57,7 +57,7 @@ impl SyncFixture {
         it.run(&sql).await;
         let roles = ["listen", "embed"].map(|part| (part.to_owned(), name.clone())).into();
         let options = migrate::MigrateOptions { roles, ..migrate::MigrateOptions::default() };
-        // Boxed, since it is large.
+        // Boxed, because the future is large.
         Box::pin(backend::migrate_with(&it.postgres, &it.settings, &options)).await.unwrap();
         let url = Secret::new(url_of(&it.database, &name));
         let postgres = Postgres::new(&url, &it.settings.database).unwrap();
@@ -114,7 +114,7 @@ impl SyncFixture {
         (output.status.success(), text + &String::from_utf8_lossy(&output.stderr))
     }
 
-    /// Takes the role away again.
+    /// Deletes the role.
     async fn end(&self) {
         self.postgres.pool.close();
         let role = self.role();
@@ -136,7 +136,7 @@ fn strings(ids: &[&str]) -> Vec<String> {
     ids.iter().map(|id| (*id).to_owned()).collect()
 }
 
-/// The message of a read error, which must be of the kind that holds the work.
+/// The message of a read error. The error must be retryable, so that the work is kept.
 async fn held(it: &SyncFixture, ids: &[&str]) -> String {
     let error = it.backends.ledger.peek(&strings(ids)).await.expect_err("must not be believed");
     assert_eq!(error.class(), Class::Retryable, "{error}");
@@ -145,7 +145,7 @@ async fn held(it: &SyncFixture, ids: &[&str]) -> String {
     error.to_string()
 }
 
-/// A type of a schema that is on no search path, which takes big and small letters for the same, as citext does.
+/// A type in a schema that is on no search path. It ignores case, as citext does.
 const FOLDED: &str = "CREATE SCHEMA ext; CREATE TYPE ext.folded; \
     CREATE FUNCTION ext.folded_in(cstring) RETURNS ext.folded LANGUAGE internal IMMUTABLE STRICT AS 'textin'; \
     CREATE FUNCTION ext.folded_out(ext.folded) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'textout'; \
@@ -154,7 +154,7 @@ const FOLDED: &str = "CREATE SCHEMA ext; CREATE TYPE ext.folded; \
     CREATE FUNCTION ext.cmp(ext.folded, ext.folded) RETURNS integer LANGUAGE sql IMMUTABLE STRICT \
       AS $$ SELECT bttextcmp(lower($1::text), lower($2::text)) $$;";
 
-/// Its operators and their class.
+/// The type with its operators and their class.
 fn folded() -> String {
     let mut sql = FOLDED.to_owned();
     for (name, operator) in [("lt", "<"), ("le", "<="), ("eq", "="), ("ge", ">="), ("gt", ">")] {
@@ -216,7 +216,7 @@ async fn keys_of_every_kind_reach_the_index() {
         let peeked = it.backends.ledger.peek(&expected).await.unwrap();
         let gone: Vec<_> = peeked.iter().filter(|one| one.row.is_none()).collect();
         assert!(gone.is_empty(), "{kind}: {gone:?}");
-        // As they were queued.
+        // The ids are queued as the ledger reads them.
         it.run("DELETE FROM refarch.outbox").await;
         it.backends.ledger.requeue(&expected).await.unwrap();
         it.settle().await;
@@ -292,7 +292,7 @@ async fn of_two_spellings_of_a_key_only_the_rows_own_finds_it() {
     let peeked = it.backends.ledger.peek(&strings(&["KETTLE", "Kettle", "kettle", "tent"])).await.unwrap();
     let seen: Vec<_> = peeked.iter().map(|one| (&*one.id, one.row.is_some())).collect();
     assert_eq!(seen, [("KETTLE", false), ("Kettle", true), ("kettle", false), ("tent", false)]);
-    // The row is written otherwise: the old spelling goes, the new one comes.
+    // The id of the row gets another spelling: the record of the old spelling is deleted, the new one is added.
     it.settle().await;
     assert_eq!(it.indexed().await, ["Kettle"]);
     it.run("ALTER TABLE item DISABLE TRIGGER ALL; UPDATE item SET id = 'KETTLE'::text").await;
@@ -305,7 +305,7 @@ async fn of_two_spellings_of_a_key_only_the_rows_own_finds_it() {
 async fn a_key_without_an_order_is_refused() {
     let database = Database::create().await;
     let client = database.client().await;
-    // Its order is none that PostgreSQL takes by itself.
+    // The type has no default order in PostgreSQL.
     let kind = folded()
         .replace("CREATE CAST (ext.folded AS text) WITHOUT FUNCTION AS IMPLICIT;", "")
         .replace("DEFAULT FOR TYPE", "FOR TYPE");
@@ -358,7 +358,7 @@ async fn rows_hidden_by_a_policy_are_not_treated_as_deleted() {
     .await;
     let error = held(&it, &["1", "2"]).await;
     assert!(error.contains(&role) && error.contains("BYPASSRLS"), "{error}");
-    // Nor by the write that reads rows again.
+    // The write that reads rows again must fail too.
     let Writes::Transactional(transactional) = it.backends.index.writes() else { panic!("pgvector fences") };
     let plan = Planned { id: "1".into(), revision: None, version: 1, desired: Desired::Absent };
     let error = transactional.apply(&[plan]).await.unwrap_err();
@@ -370,7 +370,7 @@ async fn rows_hidden_by_a_policy_are_not_treated_as_deleted() {
     let status = it.backends.status().await;
     assert!(status.is_err_and(|error| error.class() == Class::Retryable));
     it.run(&format!("ALTER ROLE {role} BYPASSRLS")).await;
-    // What a session may see is looked at anew in each transaction.
+    // Each transaction checks again which rows its session may see.
     eventually("all to be in sync", TIMEOUT, async || {
         it.backends.status().await.is_ok_and(|status| status.is_synced() && status.indexed == Some(20))
     })
@@ -390,12 +390,13 @@ async fn a_changed_key_type_is_read_without_a_restart() {
     it.settle().await;
     assert_eq!(it.indexed().await, ["1", "2", "3", "3000000000", "4", "5"]);
     assert_eq!(it.rows().await.len(), 6);
-    // To text, with ids that no number is.
+    // The key becomes text, and one id is not a number.
     it.run("ALTER TABLE item ALTER id TYPE text; INSERT INTO item VALUES ('six', 'text')").await;
     it.backends.ledger.requeue(&strings(&["six", "1"])).await.unwrap();
     it.settle().await;
     assert_eq!(it.indexed().await.len(), 7);
-    // By the fenced write alone: it was planned before.
+    // The plan takes the row for deleted. The write reads the row again, and must find it although the type of the key
+    // changed after the plan was made.
     let Writes::Transactional(transactional) = it.backends.index.writes() else { panic!("pgvector fences") };
     it.run("ALTER TABLE item ALTER id TYPE varchar(40)").await;
     let revision =
@@ -424,7 +425,7 @@ async fn a_missing_column_holds_the_work_until_it_is_back() {
         it.run(&format!("ALTER TABLE {back}")).await;
         assert!(it.backends.ledger.peek(&strings(&["1"])).await.unwrap()[0].row.is_some(), "{back}");
     }
-    // While the roles run: nothing ends, nothing is given up, and it goes on by itself.
+    // The same while the roles run: no role ends, no change is given up, and the work goes on once the table is right.
     let (stop, task) = it.index();
     it.backends.ledger.requeue(&strings(&["1", "2"])).await.unwrap();
     it.run("ALTER TABLE item DISABLE TRIGGER ALL; ALTER TABLE item RENAME body TO headline; UPDATE item SET headline = 'new'").await;
@@ -488,19 +489,21 @@ async fn tables_of_a_hundred_columns_are_kept_in_step() {
     assert_eq!(row.text.lines().count(), 110);
 }
 
+/// Thirty rows, and a graph over their vectors. The SQL `setup` installs pgvector.
+async fn with_graph(setup: &str) -> SyncFixture {
+    let setup = format!(
+        "{setup}; CREATE TABLE item (id integer PRIMARY KEY, body text); \
+         INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g"
+    );
+    let graph = [("REFARCH_INDEX_SEARCH", "graph"), ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10")];
+    SyncFixture::new(&setup, &[ITEM.as_slice(), &graph].concat()).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn pgvector_may_be_in_any_schema() {
     let setup = "CREATE SCHEMA \"my Extensions\"; CREATE EXTENSION vector SCHEMA \"my Extensions\"; \
-                 DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, \"my Extensions\"', current_database()); END $$; \
-                 CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
-    let env = [
-        ITEM[0],
-        ITEM[1],
-        ITEM[2],
-        ("REFARCH_INDEX_SEARCH", "graph"),
-        ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10"),
-    ];
-    let it = SyncFixture::new(setup, &env).await;
+                 DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, \"my Extensions\"', current_database()); END $$";
+    let it = with_graph(setup).await;
     it.run(
         "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = ''''', current_database()); END $$",
     )
@@ -533,13 +536,13 @@ async fn a_role_with_unusual_settings_reads_and_writes_the_same_values() {
     let (one, other) = (read(&plain).await, read(&odd).await);
     assert_eq!(one, other);
     assert!(one.is_some());
-    // All that a role does.
+    // Every kind of work of a role.
     odd.run("DELETE FROM refarch.outbox").await;
     let rows = odd.rows().await;
     odd.backends.ledger.requeue(&rows).await.unwrap();
     odd.settle().await;
     assert_eq!((odd.indexed().await, rows.len()), (rows, 30));
-    // A session that waits longer than the role's statements may.
+    // A session waits longer than the role's statement timeout.
     let worker = "worker";
     let first = odd.database.client().await;
     first
@@ -563,26 +566,16 @@ async fn a_role_with_unusual_settings_reads_and_writes_the_same_values() {
     stop.cancel();
     session.await.unwrap().unwrap();
     assert!(odd.postgres.supports_sessions().await.unwrap());
-    // And the graph, once its table is the role's.
+    // The role can build the graph once it owns the table.
     let (role, generation) = (odd.role(), &odd.backends.generation);
     odd.run(&format!(
         "ALTER TABLE refarch.vector_{} OWNER TO {role}; GRANT CREATE ON SCHEMA refarch TO {role}",
         generation.id
     ))
     .await;
-    let options = pgvector::PgVectorOptions {
-        method: refarch::config::SearchMethod::Graph,
-        exact_limit: Duration::from_millis(10),
-        recall: 0.99,
-        exact_below: 0.0,
-        build_memory: 256,
-        graph_min_rows: 10,
-        graph_max_backlog: 10,
-        ef_search: 100,
-        acknowledged_in_same_log: true,
-    };
     let table = Arc::new(generation.table.clone());
-    let index = PgVector::new(odd.postgres.clone(), table, generation.salt.clone(), generation.id, options);
+    let index =
+        PgVector::new(odd.postgres.clone(), table, generation.salt.clone(), generation.id, graph_options(10));
     index.maintain(0).await.unwrap();
     assert!(has_graph(&odd).await);
     odd.end().await;
@@ -597,7 +590,7 @@ async fn no_setting_outlives_its_transaction() {
     };
     let fresh = common::connect(&url_of(&it.database, &it.role())).await;
     let expected = read(&fresh).await;
-    // Each way to work once, on the one connection that the pool then has.
+    // Each kind of statement once, on the only connection of the pool.
     let mut client = it.postgres.client().await.unwrap();
     client.query("SELECT 1", &[]).await.unwrap();
     assert!(client.query("SELECT 1 / 0", &[]).await.is_err());
@@ -674,7 +667,7 @@ async fn metadata_is_compared_by_names_and_values_and_not_by_order() {
     let with = async |metadata: &str| {
         let set = settings(&[ITEM[0], ITEM[1], ("REFARCH_SOURCE_METADATA", metadata)]);
         let backends = Backends::open(&it.postgres, &set).await.unwrap();
-        // A process with other columns than those that are recorded reads nothing.
+        // A process whose settings name other columns than the record reads nothing.
         let client = it.postgres.client().await.unwrap();
         let record = "UPDATE refarch.source SET metadata_columns = $1";
         client.execute(record, &[&set.source.metadata]).await.unwrap();
@@ -717,7 +710,7 @@ async fn an_added_metadata_column_is_sent_without_embedding_again() {
     assert_eq!(embedded().await, (10, 10));
     run("id,name,sku", &[&["migrate"]]).await;
     run("id,name,sku", &sync).await;
-    // Records of other metadata would be told as stale.
+    // `verify` would report records with other metadata as stale.
     run("id,name,sku", &[&["verify"]]).await;
     let (sent, embedded_now) = embedded().await;
     assert!(sent >= 20, "{sent}");
@@ -799,18 +792,7 @@ async fn a_failed_graph_build_is_logged_once_and_retried_with_backoff() {
     it.settle().await;
     let hand = Arc::new(ManualClock::default());
     let generation = &it.backends.generation;
-    let options = pgvector::PgVectorOptions {
-        method: refarch::config::SearchMethod::Graph,
-        exact_limit: Duration::from_millis(10),
-        recall: 0.99,
-        exact_below: 0.0,
-        build_memory: 256,
-        graph_min_rows: 10,
-        graph_max_backlog: 10,
-        ef_search: 100,
-        acknowledged_in_same_log: true,
-    };
-    // Of the owner's table, and the role may not ask for an index on it either.
+    // The table belongs to another role, and this role may not call the function that builds the index.
     it.run("REVOKE EXECUTE ON FUNCTION refarch.build_graph(integer, integer, integer) FROM PUBLIC").await;
     it.run(&format!(
         "REVOKE EXECUTE ON FUNCTION refarch.build_graph(integer, integer, integer) FROM {}",
@@ -818,8 +800,9 @@ async fn a_failed_graph_build_is_logged_once_and_retried_with_backoff() {
     ))
     .await;
     let table = Arc::new(generation.table.clone());
-    let index = PgVector::new(it.postgres.clone(), table, generation.salt.clone(), generation.id, options)
-        .with_clock(Arc::clone(&hand) as _);
+    let index =
+        PgVector::new(it.postgres.clone(), table, generation.salt.clone(), generation.id, graph_options(10))
+            .with_clock(Arc::clone(&hand) as _);
     let lines = Lines::default();
     let writer = lines.clone();
     let subscriber = tracing_subscriber::fmt()
@@ -850,16 +833,9 @@ async fn a_failed_graph_build_is_logged_once_and_retried_with_backoff() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_older_pgvector_works_without_a_graph() {
-    let setup = "CREATE EXTENSION vector; UPDATE pg_extension SET extversion = '0.8.1' WHERE extname = 'vector'; \
-                 CREATE TABLE item (id integer PRIMARY KEY, body text); INSERT INTO item SELECT g, 'text ' || g FROM generate_series(1, 30) g";
-    let env = [
-        ITEM[0],
-        ITEM[1],
-        ITEM[2],
-        ("REFARCH_INDEX_SEARCH", "graph"),
-        ("REFARCH_INDEX_GRAPH_MIN_ROWS", "10"),
-    ];
-    let it = SyncFixture::new(setup, &env).await;
+    let setup =
+        "CREATE EXTENSION vector; UPDATE pg_extension SET extversion = '0.8.1' WHERE extname = 'vector'";
+    let it = with_graph(setup).await;
     let report = backend::migrate(&it.postgres, &it.settings).await.unwrap();
     assert!(report.warnings.iter().any(|warning| warning.contains("0.8.1")), "{report:?}");
     it.settle().await;

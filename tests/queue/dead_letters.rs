@@ -91,7 +91,7 @@ impl QueueFixture {
     /// Changes in the live lane, the bulk lane and the dead letters.
     async fn counts(&self) -> (u64, u64, u64) {
         let visible = async |lane| {
-            let Backlog { visible, in_flight } = self.queue.backlog(lane).await.unwrap();
+            let Backlog { visible, in_flight, .. } = self.queue.backlog(lane).await.unwrap();
             assert_eq!(in_flight, 0);
             visible
         };

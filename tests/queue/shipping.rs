@@ -80,7 +80,7 @@ impl JobQueue for RecordingQueue {
 impl QueueStats for RecordingQueue {
     async fn backlog(&self, lane: Lane) -> Result<Backlog> {
         let visible = if lane == Lane::Bulk { self.standing.load(Ordering::SeqCst) } else { 0 };
-        Ok(Backlog { visible, in_flight: 0 })
+        Ok(Backlog::counted(visible, 0))
     }
 
     fn shared_bound(&self) -> Option<u64> {

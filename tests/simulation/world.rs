@@ -150,6 +150,8 @@ pub struct World {
     backup: Option<Backup>,
     /// When every row is queued, after the database was restored.
     distrust_at: Option<Duration>,
+    /// Attempts that the restored database does not know of. Once every row was queued, they are as if swept.
+    lost_by_restore: BTreeMap<String, TrackedWrite>,
     /// Attempts that were swept and that their workers have not closed since.
     swept: BTreeMap<String, TrackedWrite>,
     /// Workers that must not die now, with the attempts that they must close before: they wrote under an
@@ -161,6 +163,8 @@ pub struct World {
     peeked: BTreeMap<String, Option<RowText>>,
     /// How each receive fails, while they do.
     pub cannot_receive: Option<FailureKind>,
+    /// Whether what happens is printed.
+    is_recorded: bool,
 }
 
 impl World {
@@ -193,15 +197,25 @@ impl World {
             late: Vec::new(),
             backup: None,
             distrust_at: None,
+            lost_by_restore: BTreeMap::new(),
             swept: BTreeMap::new(),
             overwriting: BTreeMap::new(),
             broken: None,
             peeked: BTreeMap::new(),
             cannot_receive: None,
+            is_recorded: std::env::var_os("REFARCH_HISTORY").is_some(),
+        }
+    }
+
+    /// Prints what happened, if `REFARCH_HISTORY` is set: for reading a schedule that diverged.
+    pub fn record(&self, what: impl FnOnce() -> String) {
+        if self.is_recorded {
+            println!("{:>12.6} {}", self.clock.now().as_secs_f64() - 3_600.0, what());
         }
     }
 
     pub fn count(&mut self, what: &'static str) {
+        self.record(|| what.to_owned());
         *self.counts.entry(what).or_default() += 1;
     }
 
@@ -232,6 +246,7 @@ impl World {
     /// Commits a statement of the application.
     pub fn write(&mut self, id: &str, row: Option<RowText>) {
         let op = if row.is_some() { Op::Upsert } else { Op::Delete };
+        self.record(|| format!("the application writes {id}: {row:?}"));
         match row {
             Some(row) => drop(self.rows.insert(id.to_owned(), row)),
             None => drop(self.rows.remove(id)),
@@ -269,6 +284,9 @@ impl World {
     /// accepted.
     pub fn restore(&mut self) {
         let Some(backup) = self.backup.clone() else { return };
+        let mut lost = std::mem::take(&mut self.attempts);
+        lost.retain(|name, _| !backup.attempts.contains_key(name));
+        self.lost_by_restore.append(&mut lost);
         Backup {
             rows: self.rows,
             outbox: self.outbox,
@@ -290,6 +308,10 @@ impl World {
     /// the proof does it.
     fn invalidate(&mut self) {
         self.distrust_at = None;
+        self.record(|| "every entry is invalidated".into());
+        // A worker that writes under one of these now must live until it closes it. Its request was sent, or about to
+        // be sent, before the worker was frozen for longer than lease and settling time.
+        self.swept.append(&mut self.lost_by_restore);
         for id in self.index.keys() {
             self.ledger.entry(id.clone()).or_default();
         }
@@ -318,6 +340,7 @@ impl World {
     fn apply(&mut self, write: DelayedWrite) {
         match write {
             DelayedWrite::Upsert(record) => {
+                self.record(|| format!("the index takes {}: {:?}", record.row.id, record.row.text));
                 let content = Content {
                     text: record.row.content_hash,
                     metadata: record.row.metadata_hash,
@@ -326,7 +349,10 @@ impl World {
                 };
                 self.index.insert(record.row.id, content);
             }
-            DelayedWrite::Delete(id) => drop(self.index.remove(&id)),
+            DelayedWrite::Delete(id) => {
+                self.record(|| format!("the index loses {id}"));
+                self.index.remove(&id);
+            }
         }
     }
 
@@ -571,6 +597,7 @@ impl Ledger for View {
             let opened = ids.iter().map(|id| world.entry(id).open(id)).collect();
             let held = TrackedWrite { worker: worker.into(), ids: ids.to_vec(), abandoned_at: None };
             world.attempts.insert(attempt.into(), held);
+            world.record(|| format!("attempt {attempt} opens {opened:?}"));
             opened
         };
         self.answer(opened).await
@@ -632,6 +659,7 @@ impl Ledger for View {
                 attempts.remove(attempt);
             }
             world.check_invariant();
+            world.record(|| format!("attempt {attempt} closes {closing:?}: {closed:?}"));
             closed.clock_us = world.now_us();
             closed
         };
@@ -685,6 +713,7 @@ impl Ledger for View {
             .collect();
         for name in due {
             let attempt = world.attempts.remove(&name).unwrap();
+            world.record(|| format!("attempt {name} of {:?} is swept", attempt.ids));
             if world.worker_locks.contains(&attempt.worker) {
                 world.count("attempt swept while its worker lived");
             }
@@ -940,7 +969,7 @@ impl QueueStats for View {
     async fn backlog(&self, lane: Lane) -> Result<Backlog> {
         let world = self.world();
         let visible = world.lanes[lane as usize].iter().map(|held| held.job.changes() as u64).sum();
-        Ok(Backlog { visible, in_flight: 0 })
+        Ok(Backlog::counted(visible, 0))
     }
 
     async fn oldest(&self) -> Result<Option<Timestamp>> {
@@ -1194,8 +1223,8 @@ impl VectorIndex for View {
         }
     }
 
-    async fn maintain(&self, _: u64) -> Result<()> {
-        Ok(())
+    async fn maintain(&self, _: u64) -> Result<bool> {
+        Ok(false)
     }
 }
 

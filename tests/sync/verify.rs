@@ -270,7 +270,10 @@ async fn every_obstacle_to_capture_is_reported() {
     shop.sql("ALTER TABLE public.note DISABLE TRIGGER ALL; INSERT INTO refarch.backfill (source, held) VALUES ('products', 'of a test')")
         .await;
     let verified = shop.verify(&["--sample", "0"]).await;
-    assert!(verified.report["capture_faults"].to_string().contains("can't be: of a test"), "{verified:?}");
+    assert!(
+        verified.report["capture_faults"].to_string().contains("cannot be read: of a test"),
+        "{verified:?}"
+    );
     repaired_to(&[]).await;
 
     shop.sql(&format!(
@@ -471,7 +474,7 @@ impl VectorIndex for Marked {
         self.index.writes()
     }
 
-    async fn maintain(&self, backlog: u64) -> Result<()> {
+    async fn maintain(&self, backlog: u64) -> Result<bool> {
         self.index.maintain(backlog).await
     }
 

@@ -1,4 +1,4 @@
-//! Keys of types that extensions bring.
+//! Primary keys whose types belong to extensions.
 
 use std::sync::Arc;
 

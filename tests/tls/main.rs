@@ -1,6 +1,6 @@
-//! What needs the distribution's PostgreSQL: connections with TLS, a pooler before it, and types of extensions.
+//! Tests that need PostgreSQL from the distribution: connections with TLS, a pooler, and types of extensions.
 //!
-//! Debian's packages, which `scripts/test` installs: the private server's build has none of these.
+//! `scripts/test` installs Debian's packages. The build of the private server has no TLS, no pooler and no extensions.
 
 #[path = "../common/mod.rs"]
 mod common;

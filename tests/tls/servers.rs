@@ -12,10 +12,11 @@ use crate::common;
 
 const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Where the servers listen; every resolver takes it for this machine.
+/// The host name at which the servers listen. Every resolver resolves it to this machine.
 pub const NAME: &str = "localhost";
 
-/// A program of Debian's server packages. A missing one fails the test: what did not run has shown nothing.
+/// A program of Debian's server packages. If the program is missing, the test fails: a test that is skipped proves
+/// nothing.
 fn program(name: &str) -> Command {
     let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let mut found: Vec<PathBuf> = versions.map(|version| version.path().join("bin").join(name)).collect();
@@ -31,7 +32,7 @@ fn program(name: &str) -> Command {
     command
 }
 
-/// The user that servers run as when we are root, which PostgreSQL refuses to be.
+/// The user of the servers if the test runs as root. PostgreSQL refuses to run as root.
 fn lower_user() -> Option<User> {
     let named = || User::from_name("postgres").unwrap().expect("Debian's package makes the user postgres");
     Uid::effective().is_root().then(named)
@@ -51,7 +52,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one, with TLS if it gets a certificate and its key.
+    /// Starts a server. With a certificate and its key, the server has TLS.
     pub async fn start(certificate: Option<[PathBuf; 2]>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         hand_over(dir.path());
@@ -89,14 +90,14 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // At once, and without a checkpoint: nothing of it is kept.
+        // The server stops at once, without a checkpoint, because its data is deleted.
         let data = self.dir.path().join("data");
         let _ = program("pg_ctl").arg("-D").arg(data).args(["-m", "immediate", "stop"]).status();
         let _ = self.child.wait();
     }
 }
 
-/// pgbouncer in transaction mode before a server.
+/// pgbouncer in transaction mode, in front of a server.
 pub struct Pooler {
     child: Child,
     port: u16,

@@ -65,7 +65,7 @@ impl Certificates {
     }
 }
 
-/// What the tests of this process share.
+/// The servers and certificates that the tests of this process share.
 struct Fixture {
     certificates: Certificates,
     good: Server,
@@ -99,7 +99,7 @@ fn settings() -> Database {
     common::source::settings(&[]).database
 }
 
-/// Whether the connection is encrypted, or why there is none.
+/// Returns whether the connection is encrypted, or why no connection was made.
 async fn connect(url: &str, settings: &Database) -> Result<bool, Error> {
     let postgres = Postgres::new(&Secret::new(url), settings)?;
     let client = postgres.client().await?;
@@ -107,7 +107,7 @@ async fn connect(url: &str, settings: &Database) -> Result<bool, Error> {
     Ok(client.query_one(sql, &[]).await.unwrap().get(0))
 }
 
-/// Server, mode, certificates, and whether the connection is encrypted or what is wrong.
+/// Server, mode, certificates, and the expected result: whether the connection is encrypted, or a part of the error.
 type Case<'a> = (&'a Server, &'a str, Option<&'a str>, Result<bool, &'a str>);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -125,12 +125,12 @@ async fn every_sslmode_checks_what_libpq_checks() {
         (good, "require", none, Ok(true)),
         (good, "verify-ca", ours, Ok(true)),
         (good, "verify-full", ours, Ok(true)),
-        // Nobody on this machine knows the authority.
+        // The authority is not among the authorities of this machine.
         (good, "verify-full", none, Err(unknown)),
         (good, "verify-full", Some("system"), Err(unknown)),
         (good, "verify-ca", strange, Err(unknown)),
         (good, "verify-full", strange, Err(unknown)),
-        // With certificates given, they are looked at.
+        // If the settings name certificates, the server's certificate is checked.
         (good, "require", strange, Err(unknown)),
         (named, "require", none, Ok(true)),
         (named, "verify-ca", ours, Ok(true)),
@@ -174,7 +174,7 @@ async fn tls_options_work_in_settings_key_value_pairs_and_urls() {
     let empty = Database { sslrootcert: fixture.certificates.path("empty.pem").into(), ..set };
     let error = connect(&pairs, &empty).await.unwrap_err().to_string();
     assert!(error.contains("there is no certificate in it"), "{error}");
-    // This machine needs nothing, unless it is said.
+    // A connection to this machine needs no encryption, unless the settings ask for it.
     assert!(!connect(&pairs, &settings()).await.unwrap());
 }
 
@@ -216,13 +216,13 @@ async fn a_pooler_in_transaction_mode_is_detected() {
     let migrated =
         common::refarch().arg("migrate").env("DATABASE_URL", &direct).envs(env).output().await.unwrap();
     assert!(migrated.status.success(), "{}", String::from_utf8_lossy(&migrated.stderr));
-    // The probe itself: a session of the server's is one, and the pooler's is none.
+    // The probe itself: the server supports sessions, the pooler does not.
     let probe = async |url: &str| {
         Postgres::new(&Secret::new(url), &settings()).unwrap().supports_sessions().await.unwrap()
     };
     assert!(probe(&direct).await);
     assert!(!probe(&pooler.url()).await);
-    // A listener says so once, and goes on by polling.
+    // The listener logs once that it cannot listen, and polls.
     let mut listen = common::refarch();
     listen.arg("listen").env("DATABASE_URL", pooler.url()).env("REFARCH_DATABASE_POOL_SIZE", "4").envs(env);
     let mut child = listen.stderr(Stdio::piped()).spawn().unwrap();

@@ -11,10 +11,10 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 use crate::common::{self, Database};
 
-/// Longer than anything here takes on a busy machine.
+/// A time limit that no step here reaches, even on a busy machine.
 const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Keeps Chromium from looking anything up elsewhere.
+/// Flags that keep Chromium from sending requests to other hosts.
 const FLAGS: &[&str] = &[
     "--headless",
     "--no-sandbox",
@@ -30,7 +30,7 @@ const FLAGS: &[&str] = &[
     "about:blank",
 ];
 
-/// A page in a browser of its own.
+/// A page, in a browser that only this test uses.
 struct Page {
     _browser: Child,
     _profile: tempfile::TempDir,
@@ -108,7 +108,7 @@ impl Page {
         }
     }
 
-    /// Types as a person would, into what has the focus.
+    /// Types a text into the element that has the focus.
     async fn type_text(&mut self, text: &str) {
         self.call("Input.insertText", json!({ "text": text })).await;
     }
@@ -122,7 +122,7 @@ impl Page {
 
 const FIRST: &str = "document.querySelector('#rows tr')";
 
-/// Every role over a database, once the page can be opened, and its address.
+/// Starts every role on a database. Returns the process and the page's address once the page can be opened.
 async fn up(database: &Database, env: &[(&str, &str)]) -> (Child, String) {
     let address = format!("127.0.0.1:{}", common::free_port());
     let mut command = database.refarch();
@@ -188,7 +188,7 @@ async fn a_user_searches_edits_and_sees_the_edit_become_searchable() {
     page.type_text("fireplace").await;
     page.until(&format!("document.title.startsWith('fireplace') && {FIRST}?.row.id === 1")).await;
 
-    // Somebody else edits the row between our reading and our writing.
+    // Another client edits the row after the page read it and before the page writes it.
     client.batch_execute("UPDATE products_with_increment SET name = 'Theirs' WHERE id = 1").await.unwrap();
     page.eval(&format!("{FIRST}.querySelector('.c-name .cell').click()")).await;
     page.eval("document.activeElement.select()").await;
@@ -209,7 +209,7 @@ async fn a_user_searches_edits_and_sees_the_edit_become_searchable() {
 
     page.eval("history.back()").await;
     page.until("document.querySelector('#q').value === '' && document.title === 'refarch: products'").await;
-    // The conflict is meant to answer 412; nothing else may go wrong.
+    // The conflict must answer 412. No other request may fail.
     let problems: Vec<&String> = page.problems.iter().filter(|problem| !problem.contains("412")).collect();
     assert!(problems.is_empty(), "{problems:#?}");
 
@@ -259,6 +259,60 @@ async fn an_edit_asks_for_the_token_once_and_keeps_it_for_the_session() {
     assert_eq!(page.eval("sessionStorage.getItem('token')").await, "hush");
     assert_eq!(page.eval("localStorage.length").await, 0);
     assert_eq!(page.eval("location.href.includes('hush')").await, false);
+
+    let pid = nix::unistd::Pid::from_raw(roles.id().unwrap() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(roles.wait().await.unwrap().success());
+}
+
+#[tokio::test]
+async fn next_and_previous_go_by_the_rows_that_are_shown() {
+    let database = Database::create().await;
+    assert!(database.refarch().arg("migrate").output().await.unwrap().status.success());
+    let client = database.client().await;
+    client
+        .batch_execute("INSERT INTO products_with_increment (id, name) SELECT i, 'Row ' || i FROM generate_series(1, 7) i")
+        .await
+        .unwrap();
+    let (mut roles, url) = up(&database, &[("REFARCH_SERVE_PAGE_SIZE", "2")]).await;
+    let mut page = Page::open(&url).await;
+    let shows = async |page: &mut Page, ids: &str, is_first: bool, is_last: bool| {
+        page.until(&format!(
+            "[...document.querySelectorAll('#rows tr')].map((line) => line.row?.id).join() === '{ids}' \
+             && document.querySelector('#previous').disabled === {is_first} \
+             && document.querySelector('#next').disabled === {is_last}"
+        ))
+        .await;
+    };
+    let turn = async |page: &mut Page, button: &str| {
+        page.eval(&format!("document.querySelector('#{button}').click()")).await;
+    };
+    shows(&mut page, "1,2", true, false).await;
+    turn(&mut page, "next").await;
+    shows(&mut page, "3,4", false, false).await;
+    assert_eq!(page.eval("document.querySelector('#page').textContent").await, "Page 2 of 4");
+    // The address names the row, and so it shows the same page to whoever opens it.
+    assert_eq!(page.eval("new URLSearchParams(location.search).get('after')").await, "2");
+    page.call("Page.reload", json!({})).await;
+    page.until("document.readyState === 'complete'").await;
+    shows(&mut page, "3,4", false, false).await;
+
+    // A page counted from the beginning would leave row 5 out.
+    client.batch_execute("DELETE FROM products_with_increment WHERE id = 1").await.unwrap();
+    turn(&mut page, "next").await;
+    shows(&mut page, "5,6", false, false).await;
+    turn(&mut page, "next").await;
+    shows(&mut page, "7", false, true).await;
+    turn(&mut page, "previous").await;
+    shows(&mut page, "5,6", false, false).await;
+    turn(&mut page, "previous").await;
+    shows(&mut page, "3,4", false, false).await;
+    // The first page begins with the first row.
+    turn(&mut page, "previous").await;
+    shows(&mut page, "2,3", true, false).await;
+    page.eval("history.back()").await;
+    shows(&mut page, "3,4", false, false).await;
+    assert!(page.problems.is_empty(), "{:#?}", page.problems);
 
     let pid = nix::unistd::Pid::from_raw(roles.id().unwrap() as i32);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();

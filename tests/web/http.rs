@@ -1,5 +1,5 @@
-//! The contract of the HTTP API in corners that the whole loop does not reach at will: an index that is
-//! away or orders ties otherwise, a locked row, rows deleted since they were indexed.
+//! The contract of the HTTP API in cases that a test of all roles cannot cause at a given moment: an index that does not
+//! answer or that orders equal matches differently, a locked row, rows that were deleted after they were indexed.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -27,12 +27,12 @@ use tokio_util::sync::CancellationToken;
 use crate::common::source::settings;
 use crate::common::{self, Database};
 
-/// Longer than anything here takes on a busy machine.
+/// A time limit that no step here reaches, even on a busy machine.
 const TIMEOUT: Duration = Duration::from_mins(1);
 
 const TABLE: &str = include_str!("../../src/backend/postgres/schema/products.sql");
 
-/// Texts that share words point the same way.
+/// Gives similar vectors to texts that share words.
 struct WordEmbedder;
 
 const DIMENSIONS: usize = 256;
@@ -73,8 +73,8 @@ impl Embedder for WordEmbedder {
     }
 }
 
-/// Compares with every vector. Like an approximate index it is free to order what ties, and does so
-/// otherwise whenever it is asked for another number of matches.
+/// An index that compares the query with every vector. Like an approximate index, it may order matches with equal
+/// scores in any way. It orders them differently for each number of matches.
 #[derive(Default)]
 struct FlatIndex {
     vectors: Mutex<Vec<(String, Vec<f32>)>>,
@@ -136,8 +136,8 @@ impl VectorIndex for FlatIndex {
         unreachable!("the page never writes to the index")
     }
 
-    async fn maintain(&self, _: u64) -> Result<()> {
-        Ok(())
+    async fn maintain(&self, _: u64) -> Result<bool> {
+        Ok(false)
     }
 }
 
@@ -179,7 +179,7 @@ impl SyncStatus for ScriptedSyncStatus {
 
 /// Options of a server.
 struct ServerOptions<'a> {
-    /// What it thinks it is bound to; the tests reach it on loopback all the same.
+    /// The address that the server takes for its own. The tests always connect to it on loopback.
     address: &'a str,
     token: &'a str,
     hosts: &'a [&'a str],
@@ -199,7 +199,7 @@ impl Default for ServerOptions<'_> {
     }
 }
 
-/// A server on a free port over a database of its own.
+/// A server on a free port, with a database that only this test uses.
 struct Server {
     url: String,
     address: SocketAddr,
@@ -255,14 +255,14 @@ impl Server {
         Self { url, address, database, sql, index, sync_status, http, stop, serving }
     }
 
-    /// A connection on which these bytes were sent.
+    /// Opens a connection, and sends these bytes.
     async fn socket(&self, bytes: &str) -> TcpStream {
         let mut socket = TcpStream::connect(self.address).await.unwrap();
         socket.write_all(bytes.as_bytes()).await.unwrap();
         socket
     }
 
-    /// Adds a row, and its vector.
+    /// Adds a row and its vector.
     async fn add(&self, name: &str, sku: &str, description: &str) -> i64 {
         let row = self
             .sql
@@ -278,11 +278,11 @@ impl Server {
         id
     }
 
-    /// Adds many rows, each less like "lamp" than the one before.
+    /// Adds many rows. Each is less similar to "lamp" than the row before.
     async fn add_lamps(&self, count: usize) -> Vec<i64> {
         let mut ids = Vec::new();
         for number in 0..count {
-            // Two of each are alike.
+            // Rows come in pairs with equal texts.
             let others: Vec<String> = (0..number / 2).map(|other| format!("w{other}")).collect();
             ids.push(
                 self.add(
@@ -306,7 +306,7 @@ impl Server {
         answer.json().await.unwrap()
     }
 
-    /// Edits a row at the revision that it has now.
+    /// Edits a row, with its present revision.
     async fn patch(&self, id: i64, body: &Value) -> (StatusCode, Value) {
         let revision = self.get(&format!("/api/v1/products/{id}")).await["revision"].clone();
         let tag = format!("\"{}\"", revision.as_str().unwrap());
@@ -326,7 +326,7 @@ async fn answer(request: RequestBuilder) -> (StatusCode, Value) {
     (response.status(), response.json().await.unwrap())
 }
 
-/// Checks that a request is refused in our form, and gives code and message.
+/// Checks that a request is refused in the API's form. Returns code and message.
 async fn refusal(request: RequestBuilder, status: u16) -> (String, String) {
     let response = request.send().await.unwrap();
     let got = response.status().as_u16();
@@ -403,7 +403,7 @@ async fn a_page_of_a_large_table_neither_counts_nor_reads_the_whole_table() {
     let pages = counted_off["pages"].as_i64().unwrap();
     assert!((20_000..22_000).contains(&pages), "{pages}");
     assert_eq!((ids(&counted_off), &counted_off["approximate"]), ((9_991..=10_000).collect(), &json!(false)));
-    // Further in the place is estimated, and the pages beside that one are exact.
+    // The place of a page far from the start is estimated. The pages before and after it join it exactly.
     let middle = page("page=10501").await;
     assert_eq!((&middle["approximate"], &middle["page"]), (&json!(true), &json!(10501)));
     let found = ids(&middle);
@@ -428,7 +428,7 @@ async fn a_page_of_a_large_table_neither_counts_nor_reads_the_whole_table() {
             "{beyond}"
         );
     }
-    // The estimate may be low: somewhat further on is the last page too.
+    // The estimated number of pages may be too low. A page number a little beyond it gives the last page.
     assert_eq!(ids(&page("page=21500").await), (209_991..=210_000).collect::<Vec<_>>());
     // The reference architecture's call reaches the same rows.
     for (page, ids) in [(1_001, Some(10)), (pages, Some(1)), (1_000_000_000, None)] {
@@ -436,7 +436,7 @@ async fn a_page_of_a_large_table_neither_counts_nor_reads_the_whole_table() {
             server.post("/api/products", &json!({ "searchTerm": "", "currentPage": page })).await;
         assert_eq!((status, rows.as_array().unwrap().is_empty()), (StatusCode::OK, ids.is_none()), "{page}");
     }
-    // Without statistics, as if ids were spread evenly.
+    // Without statistics, the estimate assumes that ids are spread evenly.
     server
         .sql
         .batch_execute("DELETE FROM pg_statistic WHERE starelid = 'products_with_increment'::regclass")
@@ -458,7 +458,7 @@ async fn pages_by_cursor_neither_skip_nor_repeat_while_rows_are_deleted() {
     loop {
         seen.extend(ids(&found));
         let Some(next) = found["next"].as_i64() else { break };
-        // Rows that were seen, the one that the cursor names among them, and one that is next.
+        // Deletes rows that were shown, among them the cursor's row, and the row after them.
         let deleted: Vec<i64> = [next - 3, next, next + 1].into();
         gone.insert(next + 1);
         server
@@ -470,7 +470,7 @@ async fn pages_by_cursor_neither_skip_nor_repeat_while_rows_are_deleted() {
         assert!(found["previous"].is_i64() && found["pages"].is_i64(), "{found}");
     }
     assert_eq!(seen, (1..=100).filter(|id| !gone.contains(id)).collect::<Vec<_>>());
-    // And back.
+    // The same pages, backwards.
     let there = ids(&server.get("/api/v1/products?per_page=100").await);
     let mut back = ids(&found);
     let mut previous = found["previous"].as_i64();
@@ -480,7 +480,7 @@ async fn pages_by_cursor_neither_skip_nor_repeat_while_rows_are_deleted() {
         previous = found["previous"].as_i64();
     }
     assert_eq!(back, there);
-    // A page whose rows are all gone still knows its neighbours.
+    // A page whose rows were all deleted still has a previous page.
     server.sql.batch_execute("DELETE FROM products_with_increment WHERE id > 50").await.unwrap();
     let empty = server.get("/api/v1/products?after=70").await;
     let previous = empty["previous"].as_i64().unwrap();
@@ -596,7 +596,7 @@ async fn a_search_needs_a_text_of_a_bounded_length() {
     let long = "x".repeat(2001);
     let (_, message) = refusal(server.request(Method::GET, &format!("/api/v1/search?q={long}")), 400).await;
     assert!(message.contains("2001") && message.contains("2000"), "{message}");
-    // What PostgreSQL's text can't hold is not there, rather than an error.
+    // A term that PostgreSQL cannot store gives no results, not an error.
     assert!(ids(&server.get("/api/v1/search?q=a%00b").await).is_empty());
 }
 
@@ -676,7 +676,7 @@ async fn an_edit_never_overwrites_a_revision_it_has_not_seen() {
     }
     assert_eq!(server.get(&path).await["description"], "theirs");
 
-    // Of many at once that have seen the same, one wins.
+    // Of many edits at once with the same revision, one succeeds.
     let revision = server.get(&path).await["revision"].as_str().unwrap().to_owned();
     let edits = (0..8).map(|number| {
         let request = server.request(Method::PATCH, &path).header("if-match", format!("\"{revision}\""));
@@ -1001,7 +1001,7 @@ async fn requests_without_a_permit_are_told_to_try_again() {
         told
     })
     .await;
-    // Requests that need no permit are answered meanwhile.
+    // Meanwhile the server answers requests that need no permit.
     assert_eq!(server.get("/api/v1/status").await["source_rows"], 3);
     lock.rollback().await.unwrap();
     server.get("/api/v1/products").await;
@@ -1025,7 +1025,7 @@ async fn client_requests_have_their_own_connections_and_statement_timeout() {
     held[0].query("SELECT pg_sleep(0.5)::text", &[]).await.unwrap();
 }
 
-/// Bounds in which a client soon has taken too long.
+/// Limits with short timeouts for a client.
 fn strict(connections: usize) -> ConnectionLimits {
     let soon = Duration::from_millis(300);
     let timeouts = ClientTimeouts { head: soon, idle: soon, write: soon, answer: TIMEOUT };
@@ -1036,7 +1036,7 @@ fn strict(connections: usize) -> ConnectionLimits {
 async fn rest(socket: &mut TcpStream) -> String {
     let mut text = Vec::new();
     let read = tokio::time::timeout(TIMEOUT, socket.read_to_end(&mut text)).await;
-    // A connection that is reset is closed too.
+    // A reset also closes the connection, so the result may be an error.
     let _ = read.expect("the server closes the connection");
     String::from_utf8_lossy(&text).into_owned()
 }
@@ -1074,12 +1074,12 @@ async fn a_client_that_does_not_read_its_answer_is_disconnected() {
         .unwrap();
     let request = "GET /api/v1/products?per_page=100 HTTP/1.1\r\nhost: localhost\r\n\r\n";
     let mut socket = server.socket(request).await;
-    // The first bytes, and then nothing for longer than the server is patient.
+    // The client reads the first bytes, and then nothing for longer than the server's timeout.
     let mut some = [0; 1000];
     socket.read_exact(&mut some).await.unwrap();
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(rest(&mut socket).await.len() < 40_000_000);
-    // One that reads gets all of it.
+    // A client that reads gets the whole answer.
     let page = server.get("/api/v1/products?per_page=100").await;
     assert_eq!(page["rows"].as_array().unwrap().len(), 100);
 }
@@ -1129,7 +1129,7 @@ async fn when_all_connections_are_taken_the_longest_idle_one_is_closed() {
         server.socket("GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await;
     assert!(rest(&mut asks).await.ends_with("ok\n"));
     assert_eq!(rest(&mut waiting[0]).await, "");
-    // The youngest may still ask.
+    // The newest connection can still send a request.
     let youngest = waiting.last_mut().unwrap();
     let more = "TP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
     youngest.write_all(more.as_bytes()).await.unwrap();
@@ -1157,7 +1157,7 @@ async fn a_stopping_server_answers_received_requests_and_no_more() {
     assert!(TcpStream::connect(server.address).await.is_err());
     assert!(!server.serving.is_finished());
     lock.rollback().await.unwrap();
-    // Its statement may have waited too long by now.
+    // The statement of this request may have exceeded its timeout.
     assert!([200, 503].contains(&asked.await.unwrap()));
     tokio::time::timeout(TIMEOUT, server.serving).await.unwrap().unwrap();
 }

@@ -12,7 +12,7 @@ use tokio::process::{Child, Command};
 
 use crate::common::{self, Database};
 
-/// Longer than anything here takes on a busy machine.
+/// A time limit that no step here reaches, even on a busy machine.
 const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A migrated database with every role running on it.
@@ -32,7 +32,7 @@ impl Server {
         Self::limited(env, None).await
     }
 
-    /// As [`Self::with`], with so many open files at most.
+    /// Like [`Self::with`], with a limit on the number of open files.
     async fn limited(env: &[(&str, &str)], files: Option<u32>) -> Self {
         let database = Database::create().await;
         let migrated = database.refarch().arg("migrate").output().await.unwrap();
@@ -101,7 +101,7 @@ impl Server {
         .await;
     }
 
-    /// A refusal's status, code and message.
+    /// Checks that a request is refused. Returns status, code and message.
     async fn refused(&self, method: Method, path: &str, body: Option<Value>) -> (u16, String, String) {
         let (status, body) = self.call(method, path, body).await;
         refusal(status, &body)
@@ -114,7 +114,7 @@ impl Server {
     }
 }
 
-/// The same command in a shell that lowers the limit on open files first.
+/// The same command, run by a shell that first lowers the limit on open files.
 fn with_few_files(command: &Command, files: u32) -> Command {
     let command = command.as_std();
     let mut limited = Command::new("bash");
@@ -426,7 +426,7 @@ async fn silent_connections_do_not_keep_other_clients_out() {
         socket.write_all(b"GET / HT").await.unwrap();
         waiting.push(socket);
     }
-    // A client of its own, since one that has a connection already would keep it.
+    // Each request uses a new client, because a client keeps its connection and sends the next request on it.
     for path in ["/healthz", "/api/v1/products", "/"] {
         let client = Client::builder().timeout(TIMEOUT / 2).build().unwrap();
         let answer = client.get(format!("{}{path}", server.base)).send().await;

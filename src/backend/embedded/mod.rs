@@ -9,6 +9,7 @@
 mod digest;
 mod layout;
 mod log;
+mod memory;
 mod no_follow;
 mod options;
 mod postgresql_conf;

@@ -3,6 +3,8 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use super::memory;
+
 /// Size of `/dev/shm` that parallel index builds may need. In containers it is often only 64 MB.
 #[cfg(target_os = "linux")]
 const SHM_MIN_BYTES: u64 = 512 << 20;
@@ -13,7 +15,6 @@ const FIXED: &[(&str, &str)] = &[
     // Enough for the connection pool of every role, and for a person with psql.
     ("max_connections", "100"),
     ("password_encryption", "scram-sha-256"),
-    ("shared_buffers", "256MB"),
     ("maintenance_work_mem", "256MB"),
     ("work_mem", "16MB"),
     // During a load, the size of the WAL triggers the checkpoints, and each checkpoint is spread over time.
@@ -41,6 +42,9 @@ pub fn text(port: u16, socket_dir: &Path, extra: &[(String, String)]) -> String 
     }
     set("port", &port.to_string());
     set("unix_socket_directories", &socket_dir.to_string_lossy());
+    // Anonymous memory, so that a small `/dev/shm` does not matter; the system gives it page by page as it is used.
+    set("shared_memory_type", "mmap");
+    set("shared_buffers", &memory::shared_buffers());
     set("dynamic_shared_memory_type", dynamic_shared_memory());
     for (name, value) in extra {
         set(name, value);

@@ -7,8 +7,8 @@ use futures::future::try_join_all;
 use tokio::sync::Semaphore;
 
 use super::provider::Purpose;
+use super::server::{GREETING_TEXT, Server};
 use super::texts::{HALVINGS, SHORT, batches, cut, half, tokens};
-use super::{GREETING_TEXT, Server};
 use crate::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
@@ -18,11 +18,17 @@ const MOST_TEXTS: usize = 256;
 
 /// Embeds texts on a server.
 pub struct HttpEmbedder {
-    pub(super) server: Server,
-    pub(super) requests: Semaphore,
+    server: Server,
+    requests: Semaphore,
 }
 
 impl HttpEmbedder {
+    /// Starts an embedder with at most this many requests in flight.
+    #[must_use]
+    pub fn start(server: Server, at_once: usize) -> Self {
+        Self { server, requests: Semaphore::new(at_once.max(1)) }
+    }
+
     /// Sends one request, once a permit is free.
     async fn one(&self, texts: &[&str], purpose: Purpose) -> Result<Vec<Vec<f32>>> {
         // The semaphore is never closed.
@@ -122,7 +128,7 @@ fn is_refusal(error: &Error) -> bool {
 #[async_trait]
 impl Embedder for HttpEmbedder {
     fn dimensions(&self) -> usize {
-        self.server.dimensions
+        self.server.dimensions()
     }
 
     fn model(&self) -> &str {

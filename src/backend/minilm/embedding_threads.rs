@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 
-use super::Model;
+use super::model::Model;
 use crate::encoder::ExecutionContext;
 use crate::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use crate::pipeline::failure::{Error, FailureKind, Result};
@@ -138,5 +138,44 @@ impl Embedder for MiniLm {
             return Ok(Vec::new());
         }
         ask(&self.requests, Batch::Tokens(batch)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::minilm::model::{ModelOptions, model_dir};
+
+    fn cosine(a: &[f32], b: &[f32]) -> f32 {
+        a.iter().zip(b).map(|(a, b)| a * b).sum()
+    }
+
+    #[tokio::test]
+    async fn the_real_model_tells_meanings_apart_and_a_batch_changes_nothing() {
+        let model = Arc::new(Model::load(&model_dir(), ModelOptions::default()).unwrap());
+        let minilm = MiniLm::start(model, 2);
+        assert_eq!((minilm.model(), minilm.dimensions()), ("all-MiniLM-L6-v2/f32", 384));
+        let long = "a sentence about gardens and rain, ".repeat(200);
+        let texts: Vec<Arc<str>> = [
+            "An electric kettle that switches itself off",
+            "A device for boiling water with electricity",
+            "A history of the Roman senate",
+            &long,
+            "x",
+            "An electric kettle that switches itself off",
+        ]
+        .map(Arc::from)
+        .to_vec();
+        let together = minilm.embed_texts(&texts).await.unwrap();
+        for (text, vector) in texts.iter().zip(&together) {
+            assert!((cosine(vector, vector) - 1.0).abs() < 1e-5);
+            assert!(*vector == minilm.embed_texts(std::slice::from_ref(text)).await.unwrap()[0], "{text}");
+            assert!(*vector == minilm.embed_query(text).await.unwrap(), "{text}");
+        }
+        assert!(cosine(&together[0], &together[1]) > 0.6);
+        assert!(cosine(&together[0], &together[2]) < 0.2);
+        let read = minilm.tokenize(vec![long.into()]).await.unwrap();
+        assert_eq!(read.iter().map(Tokens::count).collect::<Vec<_>>(), [256]);
+        assert!(minilm.embed_texts(&[]).await.unwrap().is_empty());
     }
 }

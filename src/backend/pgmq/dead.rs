@@ -7,8 +7,8 @@ use serde_json::json;
 use tokio_postgres::Row;
 use tokio_postgres::types::Json;
 
+use super::queue::{CHANNEL, Pgmq, handles};
 use super::stats::count;
-use super::{CHANNEL, Pgmq, handles};
 use crate::backend::postgres::failure;
 use crate::pipeline::change::{Job, Lane};
 use crate::pipeline::failure::{Error, FailureKind, Result};

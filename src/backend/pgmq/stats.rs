@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use jiff::Timestamp;
 
-use super::Pgmq;
+use super::queue::Pgmq;
 use crate::backend::postgres::{Postgres, failure};
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::Result;
@@ -60,12 +60,12 @@ pub(super) async fn count(postgres: &Postgres, queue: &str) -> Result<Backlog> {
         (u64::try_from(row.get::<_, i64>(at)).unwrap_or_default() as f64 * factor) as u64
     };
     if row.get::<_, i64>(2) <= COUNTED_MESSAGES {
-        return Ok(Backlog { visible: number(&row, 0, 1.0), in_flight: number(&row, 1, 1.0) });
+        return Ok(Backlog::counted(number(&row, 0, 1.0), number(&row, 1, 1.0)));
     }
     let percent = "SELECT least(100, 100 * $2::float8 / greatest(pg_relation_size($1::text::regclass) / current_setting('block_size')::float8, 1))";
     let percent: f64 = client.query_one(percent, &[&table, &SAMPLED_PAGES]).await.map_err(fail)?.get(0);
     let sampled = sums(&format!("{table} TABLESAMPLE SYSTEM ($1::float8)"));
     let row = client.query_one(&sampled, &[&percent]).await.map_err(fail)?;
     let factor = 100.0 / percent;
-    Ok(Backlog { visible: number(&row, 0, factor), in_flight: number(&row, 1, factor) })
+    Ok(Backlog::estimated(number(&row, 0, factor), number(&row, 1, factor)))
 }

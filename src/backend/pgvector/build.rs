@@ -4,32 +4,30 @@ use std::time::Instant;
 
 use super::method::{Action, lists_for};
 use super::table::{MIN_GRAPH_VERSION, PgVector};
+use crate::backend::postgres::connection::BUILD_SESSION;
 use crate::backend::postgres::failure;
 use crate::pipeline::failure::{Error, FailureKind, Result};
 
-/// Neighbours of a vector in the graph, and candidates for them during the build. Measured among 10,000
+/// The number of neighbours of a vector in the graph, and of candidates for them during the build. Measured among 10,000
 /// products: of 100 rows whose new text was unlike all other texts, one or two were not found with pgvector's
 /// defaults (16 and 64) and 100 candidates in a search. With these values and 200 candidates, all were found.
-/// Among 100,000 products some are missed all the same, so a graph is built only if the settings ask for it.
+/// Among 100,000 products some rows are missed even so. Therefore a graph is built only if the settings ask for
+/// it.
 const GRAPH_DEGREE: u32 = 32;
 const GRAPH_CANDIDATES: u32 = 128;
 
-/// Memory for what a build needs beside k-means: sorting and writing the vectors.
+/// Memory that a build needs besides k-means, for sorting and writing the vectors.
 const BUILD_SPARE: u64 = 64 << 20;
-
-/// Settings of the session that builds. They cannot be set for the statement alone, which runs outside of a
-/// transaction.
-const SESSION: &str = "SET search_path = pg_catalog, pg_temp; SET statement_timeout = 0; SET lock_timeout = 0; \
-    SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
-    SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) IS NOT NULL";
 
 /// A finished step.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Done {
-    /// The lists that were built; 0 for any other step.
+    /// The lists that were built or adopted; 0 for any other step.
     pub(super) lists: i32,
+    /// Vectors when the lists were built.
+    pub(super) rows: i64,
     /// How long the step took, in milliseconds.
-    pub(super) took_ms: i64,
+    pub(super) duration_ms: i64,
 }
 
 /// The statements of a step, and the memory for it.
@@ -37,10 +35,11 @@ struct Plan {
     statements: Vec<String>,
     memory: u64,
     lists: i32,
+    rows: i64,
 }
 
 impl PgVector {
-    /// Takes the step, unless another worker takes one. Returns none then.
+    /// Does the step. Returns `None` if another worker does a step now.
     pub(super) async fn act(&self, action: Action, rows: u64) -> Result<Option<Done>> {
         let what = "build the search index";
         let fail = |error: tokio_postgres::Error| failure(what, error);
@@ -57,7 +56,7 @@ impl PgVector {
         // A session of its own: the session's end releases the advisory lock, whatever happens.
         let (session, connection) = self.postgres.dedicated().await.map_err(fail)?;
         let connection = tokio::spawn(connection);
-        session.batch_execute(SESSION).await.map_err(fail)?;
+        session.batch_execute(BUILD_SESSION).await.map_err(fail)?;
         let memory = format!("{}kB", (plan.memory >> 10).max(1_024));
         session
             .execute("SELECT set_config('maintenance_work_mem', $1, false)", &[&memory])
@@ -74,24 +73,36 @@ impl PgVector {
                 session.batch_execute(statement).await.map_err(fail)?;
             }
         }
-        let took_ms = started.elapsed().as_millis() as i64;
+        let duration_ms = started.elapsed().as_millis() as i64;
         drop(session);
         let _ = connection.await;
         if locked {
             let step = format!("{action:?}");
-            tracing::info!(table = self.table, step, lists = plan.lists, took_ms, "changed the search index");
+            tracing::info!(
+                table = self.table,
+                step,
+                lists = plan.lists,
+                duration_ms,
+                "changed the search index"
+            );
         }
-        Ok(locked.then_some(Done { lists: plan.lists, took_ms }))
+        Ok(locked.then_some(Done { lists: plan.lists, rows: plan.rows, duration_ms }))
     }
 
     async fn plan(&self, action: Action, rows: u64, what: &'static str) -> Result<Plan> {
-        // Looked up again, since the extension may have been updated after the start.
+        // The version is looked up again, because the extension may have been updated after the start.
         let extension = self.installed().await?;
         let (is_owned, dimensions) = self.ownership_and_dimensions(what).await?;
         let (generation, table, schema) = (self.generation, &self.table, &extension.schema);
         let memory = self.options.build_memory << 20;
         let drop_lists = |name: &str| format!("DROP INDEX IF EXISTS refarch.vector_{generation}_{name}");
+        let mut rows_at_build = i64::try_from(rows).unwrap_or(i64::MAX);
         let (statements, memory, lists) = match action {
+            Action::AdoptLists => {
+                let (lists, rows) = self.unrecorded_lists(what).await?;
+                rows_at_build = rows.unwrap_or(rows_at_build);
+                (Vec::new(), 0, lists)
+            }
             Action::DropGraph if !is_owned => {
                 (vec![format!("SELECT refarch.drop_graph({generation}, 'graph')")], 0, 0)
             }
@@ -133,7 +144,7 @@ impl PgVector {
                             "CREATE INDEX CONCURRENTLY vector_{generation}_lists_new ON {table} \
                              USING ivfflat (embedding {schema}.halfvec_cosine_ops) WITH (lists = {lists})"
                         ),
-                        // Searches and writes of vectors wait for this, no longer than for a lock.
+                        // Searches and writes of vectors wait for this statement. The lock timeout limits the wait.
                         format!(
                             "BEGIN; SET LOCAL lock_timeout = '5s'; {}; \
                              ALTER INDEX refarch.vector_{generation}_lists_new RENAME TO vector_{generation}_lists; COMMIT",
@@ -146,11 +157,23 @@ impl PgVector {
                 (statements, needed + BUILD_SPARE, lists as i32)
             }
         };
-        Ok(Plan { statements, memory, lists })
+        Ok(Plan { statements, memory, lists, rows: rows_at_build })
     }
 
-    /// Whether the role may index the table (only its owner can; another role calls a function of the owner), and
-    /// the numbers of a vector.
+    /// The number of lists by the catalog, and of the vectors when they were built, if it is known.
+    async fn unrecorded_lists(&self, what: &'static str) -> Result<(i32, Option<i64>)> {
+        let name = format!("refarch.vector_{}_lists", self.generation);
+        // pgvector makes 100 lists if an index names no number.
+        let sql = "SELECT coalesce((SELECT o.option_value::integer FROM pg_options_to_table(c.reloptions) o \
+                     WHERE o.option_name = 'lists'), 100), CASE WHEN c.reltuples > 0 THEN c.reltuples::bigint END \
+                   FROM pg_class c WHERE c.oid = to_regclass($1)";
+        let client = self.postgres.client().await?;
+        let row = client.query_one(sql, &[&name]).await.map_err(|error| failure(what, error))?;
+        Ok((row.get(0), row.get(1)))
+    }
+
+    /// Returns whether the role may index the table, and the number of dimensions. Only the table's owner may index
+    /// it; another role calls a function of the owner.
     async fn ownership_and_dimensions(&self, what: &'static str) -> Result<(bool, u64)> {
         let row = self
             .postgres

@@ -29,7 +29,7 @@ impl VectorIndex for PgVector {
 
     async fn count(&self) -> Result<u64> {
         let records = counts::read(&self.postgres, self.generation).await?.records;
-        // The table itself says whether it has any.
+        // The table itself shows whether it holds vectors.
         let client = self.postgres.client().await?;
         let row = client
             .query_one(&format!("SELECT EXISTS (SELECT FROM {})", self.table), &[])
@@ -67,14 +67,15 @@ impl VectorIndex for PgVector {
     }
 
     fn ownership_store(&self) -> Option<&dyn OwnershipStore> {
-        // The vectors are restored together with rows and ledger and cannot be ahead of them. `ownership` says
-        // more.
+        // A restore brings back vectors, rows and ledger together, so the vectors cannot be ahead. See
+        // `ownership`.
         None
     }
 
     async fn check_writable(&self) -> Result<()> {
         let what = "try a write";
-        // Writes ledger and index as for a change, so that whatever stops all changes stops the canary too.
+        // The canary writes ledger and index as a change does. So a fault that stops every change also stops the
+        // canary.
         let schema = self.extension().await?.schema;
         let mut client = self.postgres.client().await?;
         let transaction = client.transaction().await.map_err(|error| failure(what, error))?;
@@ -102,7 +103,7 @@ impl VectorIndex for PgVector {
         Writes::Transactional(self)
     }
 
-    async fn maintain(&self, backlog: u64) -> Result<()> {
+    async fn maintain(&self, backlog: u64) -> Result<bool> {
         self.maintain_search(backlog).await
     }
 }

@@ -1,11 +1,12 @@
-//! Looks after the index on the vectors: builds it when searches would be slow, measures how much searches find, reads
-//! more lists if that is too little, and builds the lists again if that does not help.
+//! Maintains the index on the vectors. Builds the index when searches would be slow. Measures how many of the nearest
+//! vectors searches find. If searches find too few, they read more lists; if more lists do not help, the lists are
+//! built again.
 
 use super::method::{Action, Presence, Situation};
 use super::observations::BuildHistory;
 use super::table::PgVector;
-use crate::backend::postgres::failure;
 use crate::backend::postgres::search_index::{self, SearchIndex};
+use crate::backend::postgres::{counts, failure};
 use crate::config::SearchMethod;
 use crate::pipeline::failure::Result;
 
@@ -15,13 +16,10 @@ const MIN_TIMED_ROWS: u64 = 2_000;
 /// An exact search is timed again once the table has grown by this factor.
 const RETIME_GROWTH: f64 = 1.5;
 
-/// The rows are counted again once the table's size has changed by this part.
-const RECOUNT: f64 = 0.05;
-
 /// Lists are built again once a search must read this many times the lists that it read after the build.
 const PROBES_GROWTH: i32 = 2;
 
-/// Lists are built again once they are this many times as uneven as after the build.
+/// Lists are built again once their sizes are this many times as uneven as after the build.
 const SKEW_GROWTH: f32 = 2.0;
 
 /// Lists that find too little are built again only if this part of the rows was written since the build: the same rows
@@ -29,45 +27,47 @@ const SKEW_GROWTH: f32 = 2.0;
 const MIN_REBUILD_WRITES: f64 = 0.1;
 
 impl PgVector {
-    /// Takes the next step, if one is due. If it fails, the reason is logged once, and the pauses between attempts
-    /// grow. Searches read all vectors, or go through the older index, meanwhile.
-    pub(super) async fn maintain_search(&self, backlog: u64) -> Result<()> {
+    /// Takes the next step, if a step is due. If the step fails, the reason is logged once, and the pauses between
+    /// attempts grow. Until a step succeeds, searches read all vectors or use the older index. Returns whether a step
+    /// was taken.
+    pub(super) async fn maintain_search(&self, backlog: u64) -> Result<bool> {
         if self.clock.now() < self.builds().not_before {
-            return Ok(());
+            return Ok(false);
         }
         let (situation, seen) = self.look(backlog).await?;
         let Some(action) = situation.next_action() else {
-            if situation.lists == Presence::Valid
-                && search_index::is_check_due(&self.postgres, self.generation).await?
-            {
+            let is_due = situation.lists == Presence::Valid
+                && search_index::is_check_due(&self.postgres, self.generation).await?;
+            if is_due {
                 self.check_alone(situation.rows, seen).await?;
             }
-            return Ok(());
+            return Ok(is_due);
         };
         if let Err(error) = self.take(action, situation.rows).await {
             let reason = error.to_string();
             let (pause, is_news) = self.builds().failed(&reason, self.clock.now());
-            let retry_in_s = pause.as_secs();
+            let retry_in_ms = pause.as_millis() as u64;
             if is_news {
                 tracing::warn!(
                     table = self.table,
                     reason,
-                    retry_in_s,
+                    retry_in_ms,
                     "cannot build the search index: searches read all vectors, or use the older index, until a build succeeds"
                 );
             } else {
-                tracing::debug!(table = self.table, reason, retry_in_s, "cannot build the search index");
+                tracing::debug!(table = self.table, reason, retry_in_ms, "cannot build the search index");
             }
+            return Ok(false);
         }
-        Ok(())
+        Ok(true)
     }
 
     async fn take(&self, action: Action, rows: u64) -> Result<()> {
         let Some(done) = self.act(action, rows).await? else { return Ok(()) };
         match action {
-            Action::BuildLists => {
-                let rows = i64::try_from(rows).unwrap_or(i64::MAX);
-                search_index::built(&self.postgres, self.generation, done.lists, rows, done.took_ms).await?;
+            Action::BuildLists | Action::AdoptLists => {
+                search_index::built(&self.postgres, self.generation, done.lists, done.rows, done.duration_ms)
+                    .await?;
             }
             Action::DropLists => search_index::dropped(&self.postgres, self.generation).await?,
             Action::BuildGraph | Action::DropGraph => {}
@@ -76,7 +76,8 @@ impl PgVector {
         Ok(())
     }
 
-    /// Checks the lists, unless another worker does. The lock ends with its session, also if the worker stops.
+    /// Checks the lists, unless another worker checks them now. The lock ends with its session, so it also ends if
+    /// the worker stops.
     async fn check_alone(&self, rows: u64, seen: Option<SearchIndex>) -> Result<()> {
         let fail = |error: tokio_postgres::Error| failure("check the search index", error);
         if !self.postgres.supports_sessions().await? {
@@ -100,7 +101,7 @@ impl PgVector {
         Ok(())
     }
 
-    /// Measures how much searches find, and chooses the probes.
+    /// Measures how many of the nearest vectors searches find, and chooses the number of probes.
     async fn check(&self, rows: u64, seen: Option<SearchIndex>) -> Result<()> {
         let Some(mut seen) = seen else { return Ok(()) };
         let sample = self.draw_sample(rows).await?;
@@ -133,28 +134,21 @@ impl PgVector {
         Ok(())
     }
 
-    /// Looks at the table, its indexes and the record of the lists.
+    /// Reads the state of the table, of its indexes and of the record of the lists.
     async fn look(&self, backlog: u64) -> Result<(Situation, Option<SearchIndex>)> {
         let fail = |error: tokio_postgres::Error| failure("look at the search index", error);
         let lists = format!("refarch.vector_{}_lists", self.generation);
         let graph = format!("refarch.vector_{}_graph", self.generation);
-        let sql = "SELECT pg_relation_size(to_regclass($1)), \
-                     (SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass($2)), \
-                     (SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass($3))";
-        let row = self
-            .postgres
-            .client()
-            .await?
-            .query_one(sql, &[&self.table, &lists, &graph])
-            .await
-            .map_err(fail)?;
+        let sql = "SELECT (SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass($1)), \
+                     (SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass($2))";
+        let row = self.postgres.client().await?.query_one(sql, &[&lists, &graph]).await.map_err(fail)?;
         let presence = |valid: Option<bool>| match valid {
             None => Presence::Absent,
             Some(false) => Presence::Invalid,
             Some(true) => Presence::Valid,
         };
-        let (lists, graph) = (presence(row.get(1)), presence(row.get(2)));
-        let rows = self.rows(row.get::<_, Option<i64>>(0).unwrap_or_default()).await?;
+        let (lists, graph) = (presence(row.get(0)), presence(row.get(1)));
+        let rows = counts::read(&self.postgres, self.generation).await?.records;
         let seen = match lists {
             Presence::Absent => None,
             _ => search_index::read(&self.postgres, self.generation).await?,
@@ -173,23 +167,6 @@ impl PgVector {
             graph,
         };
         Ok((situation, seen))
-    }
-
-    /// Vectors in the table, of this many bytes.
-    async fn rows(&self, bytes: i64) -> Result<u64> {
-        let mut observations = self.observations.lock().await;
-        if let Some((counted, rows)) = observations.counted
-            && (bytes - counted).abs() as f64 <= counted as f64 * RECOUNT
-            && rows >= MIN_TIMED_ROWS
-        {
-            return Ok(rows);
-        }
-        let client = self.postgres.client().await?;
-        let sql = format!("SELECT count(*) FROM {}", self.table);
-        let row = client.query_one(&sql, &[]).await.map_err(|error| failure("count vectors", error))?;
-        let rows = row.get::<_, i64>(0).unsigned_abs();
-        observations.counted = Some((bytes, rows));
-        Ok(rows)
     }
 
     /// How long an exact search takes among this many rows.

@@ -11,12 +11,12 @@ use crate::config::SearchMethod;
 /// No lists are built for fewer vectors, whatever the settings: k-means needs some.
 const MIN_LISTED_ROWS: u64 = 1_000;
 
-/// Lists are built again once the table has this many times the rows that it had: while changes wait, and
-/// when none wait. Each build of a growing table costs as much as all before it.
+/// Lists are built again once the table has grown by this factor since the last build: the first factor while
+/// changes wait, the second when none wait. Each build of a growing table costs as much as all builds before.
 const GROWTH_LOADING: f64 = 3.0;
 const GROWTH_SETTLED: f64 = 1.5;
 
-/// Lists are built again once the table has less than this part of the rows that it had.
+/// Lists are built again once the table has less than this part of the rows of the last build.
 const SHRINKAGE: f64 = 0.25;
 
 /// With lists, reading all vectors must take less than this part of the limit before the lists are dropped.
@@ -26,7 +26,7 @@ const HYSTERESIS: f64 = 0.5;
 /// than the table has rows. Below that, building the graph again would cost more than it saves.
 const MIN_RELOAD: u64 = 10_000;
 
-/// Vectors that k-means looks at: this many for each list, and at least [`MIN_SAMPLES`] (pgvector's `ivfbuild.c`).
+/// The number of vectors that k-means reads for each list, at least [`MIN_SAMPLES`] (pgvector's `ivfbuild.c`).
 const SAMPLES_PER_LIST: u64 = 50;
 const MIN_SAMPLES: u64 = 10_000;
 
@@ -36,15 +36,15 @@ const MAX_LISTS: u64 = 32_768;
 /// An index on the vectors, as the catalog shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Presence {
-    /// There is none.
+    /// No index.
     Absent,
-    /// An interrupted build left it.
+    /// An index that an interrupted build left. Searches cannot use it.
     Invalid,
-    /// It can be used.
+    /// An index that searches can use.
     Valid,
 }
 
-/// What the decision depends on.
+/// The facts that decide the next step.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Situation {
     /// The setting.
@@ -65,7 +65,7 @@ pub(super) struct Situation {
     pub(super) lists: Presence,
     /// The vectors when the lists were built; none if no record says so.
     pub(super) listed_rows: Option<u64>,
-    /// Whether the lists no longer find enough.
+    /// Whether searches through the lists find too few of the nearest vectors.
     pub(super) is_degraded: bool,
     /// The graph.
     pub(super) graph: Presence,
@@ -76,6 +76,8 @@ pub(super) struct Situation {
 pub(super) enum Action {
     /// Build the lists, beside older lists if there are any.
     BuildLists,
+    /// Record lists that a worker built and did not record.
+    AdoptLists,
     /// Build the graph.
     BuildGraph,
     /// Drop the lists.
@@ -119,13 +121,14 @@ impl Situation {
         match self.lists {
             Presence::Invalid => Some(Action::DropLists),
             Presence::Absent => Some(Action::BuildLists),
+            Presence::Valid if self.listed_rows.is_none() => Some(Action::AdoptLists),
             Presence::Valid if self.are_outgrown() => Some(Action::BuildLists),
             Presence::Valid => (self.graph != Presence::Absent).then_some(Action::DropGraph),
         }
     }
 
     fn are_outgrown(&self) -> bool {
-        let Some(listed) = self.listed_rows else { return true };
+        let Some(listed) = self.listed_rows else { return false };
         let (rows, listed) = (self.rows as f64, listed.max(1) as f64);
         let growth = if self.backlog == 0 { GROWTH_SETTLED } else { GROWTH_LOADING };
         self.is_degraded || rows > listed * growth || rows < listed * SHRINKAGE
@@ -194,7 +197,7 @@ mod tests {
         assert_eq!(Situation { exact: None, ..slow }.next_action(), None);
         let listed = Situation { lists: Presence::Valid, listed_rows: Some(100_000), ..slow };
         assert_eq!(listed.next_action(), None);
-        // Neither at once when the time falls a little below the limit.
+        // The lists are not dropped as soon as the time falls a little below the limit.
         assert_eq!(Situation { exact: Some(Duration::from_millis(9)), ..listed }.next_action(), None);
         let fast = Situation { exact: Some(Duration::from_millis(4)), ..listed };
         assert_eq!(fast.next_action(), Some(Action::DropLists));
@@ -211,6 +214,8 @@ mod tests {
         assert_eq!(Situation { is_degraded: true, ..fresh }.next_action(), Some(Action::BuildLists));
         assert_eq!(Situation { rows: 20_000, ..fresh }.next_action(), Some(Action::BuildLists));
         assert_eq!(Situation { lists: Presence::Invalid, ..fresh }.next_action(), Some(Action::DropLists));
+        // A worker built them, and stopped before it recorded them.
+        assert_eq!(Situation { listed_rows: None, ..fresh }.next_action(), Some(Action::AdoptLists));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The vector index on pgvector, in the source's database, so that every write can be part of a transaction.
 //!
 //! Each generation has a table: `refarch.vector_N (id, embedding halfvec(d), content_hash)`. A search reads all
-//! vectors, or goes through an index on them: lists (IVFFlat) or a graph (HNSW). [`method`] decides which,
-//! [`maintenance`] looks after it.
+//! vectors, or goes through an index on them: lists (IVFFlat) or a graph (HNSW). [`method`] chooses the
+//! way, and [`maintenance`] builds and checks the index.
 
 mod build;
 mod index;

@@ -1,8 +1,8 @@
-//! What a process remembers between two looks at the index: failed builds, the table's size, the time of an exact search.
+//! Facts that a process keeps between two checks of the index: failed builds, the time of an exact search.
 
 use std::time::Duration;
 
-/// Pause after a failed build; it doubles with each failure.
+/// The pause after a failed build. Each further failure doubles the pause.
 const FIRST_PAUSE: Duration = Duration::from_secs(10);
 const LONGEST_PAUSE: Duration = Duration::from_hours(1);
 
@@ -28,11 +28,9 @@ impl BuildHistory {
     }
 }
 
-/// What was seen of the table of vectors.
+/// Observations of the table of vectors.
 #[derive(Debug, Default)]
 pub(super) struct Observations {
-    /// Bytes of the table when its rows were counted, and the rows.
-    pub(super) counted: Option<(i64, u64)>,
     /// Rows when an exact search was timed, and the time.
     pub(super) exact: Option<(u64, Duration)>,
 }

@@ -1,7 +1,7 @@
-//! How much a search through the lists finds, measured beside exact searches.
+//! Measures how many of the nearest vectors a search through the lists finds, by comparison with an exact search.
 //!
-//! The queries are mixtures of two stored vectors: they lie where the stored texts lie, and none of them is stored. A
-//! result counts by its score, so that equal texts count alike.
+//! Each query is the mean of two stored vectors. So queries are similar to the stored texts, but no query is stored. A
+//! result is judged by its score, so that two rows with equal texts are interchangeable.
 
 use pgvector::HalfVector;
 
@@ -9,23 +9,24 @@ use super::table::{Extension, PgVector};
 use crate::backend::postgres::failure;
 use crate::pipeline::failure::Result;
 
-/// Queries of a check.
+/// The number of queries of a check.
 const QUERIES: usize = 32;
 
-/// Results that are compared.
+/// The number of results that are compared for each query.
 const TOP: usize = 10;
 
-/// Scores that differ by less are the same: the same distance, computed twice.
+/// Two scores that differ by less are equal: the difference comes from rounding.
 const SAME_SCORE: f64 = 1e-6;
 
 /// The part of the lists that a search reads at least. Texts that are unlike all others lie far from every centre, and
 /// the nearest centre of a paraphrase may be another one.
 const LEAST_SHARE: i32 = 60;
 
-/// The part of the lists that a search reads at most. Beyond, the lists do not pay.
+/// The part of the lists that a search reads at most. A search that reads more lists is hardly faster
+/// than an exact one.
 const MOST_SHARE: i32 = 8;
 
-/// Queries, and the scores of their true nearest.
+/// Queries, each with the scores of its nearest vectors.
 pub(super) struct Sample {
     queries: Vec<HalfVector>,
     exact: Vec<Vec<f64>>,
@@ -37,7 +38,7 @@ pub(super) fn probes_range(lists: i32) -> (i32, i32) {
     (least, (lists / MOST_SHARE).max(least))
 }
 
-/// The part of the true nearest, by score, that was found.
+/// The part of the nearest vectors, by score, that a search found.
 fn recall(exact: &[Vec<f64>], found: &[Vec<f64>]) -> f64 {
     let total: usize = exact.iter().map(Vec::len).sum();
     let hits: usize = exact
@@ -61,7 +62,7 @@ fn mixture(a: &[f32], b: &[f32]) -> Vec<f32> {
 impl PgVector {
     /// Stored vectors, at random.
     async fn stored(&self, rows: u64, count: usize) -> Result<Vec<Vec<f32>>> {
-        // Twenty times as many, since rows of one page were often written together.
+        // Twenty times as many rows are read, because rows of one page were often written together.
         let percent = (2_000.0 * count as f64 / rows.max(1) as f64).clamp(0.000_1, 100.0);
         let sql = format!(
             "SELECT embedding FROM (SELECT embedding FROM {} TABLESAMPLE SYSTEM ({percent})) v ORDER BY random() LIMIT $1",
@@ -87,7 +88,7 @@ impl PgVector {
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
-    /// Scores of the true nearest.
+    /// The scores of the nearest vectors, from an exact search.
     async fn exact_scores(&self, query: &HalfVector) -> Result<Vec<f64>> {
         self.scores("SET LOCAL enable_indexscan = off", query).await
     }
@@ -104,7 +105,7 @@ impl PgVector {
         Ok(fastest)
     }
 
-    /// Draws queries and finds their true nearest.
+    /// Draws queries, and finds their nearest vectors by exact searches.
     pub(super) async fn draw_sample(&self, rows: u64) -> Result<Sample> {
         let stored = self.stored(rows, 2 * QUERIES).await?;
         let mut sample = Sample { queries: Vec::new(), exact: Vec::new() };
@@ -116,7 +117,7 @@ impl PgVector {
         Ok(sample)
     }
 
-    /// The part of the true nearest that searches find which read this many lists.
+    /// The part of the nearest vectors that searches find if each reads this many lists.
     pub(super) async fn recall_with(&self, sample: &Sample, probes: i32) -> Result<f64> {
         let settings =
             format!("SELECT set_config('ivfflat.probes', '{probes}', true); SET LOCAL enable_seqscan = off");
@@ -127,7 +128,7 @@ impl PgVector {
         Ok(recall(&sample.exact, &found))
     }
 
-    /// The fewest probes within the range that find the wanted part, and the part that they find.
+    /// The smallest number of probes in the range that finds the wanted part, and the part that it finds.
     pub(super) async fn choose_probes(&self, sample: &Sample, lists: i32) -> Result<(i32, f64)> {
         let (least, most) = probes_range(lists);
         let mut probes = least;
@@ -140,7 +141,7 @@ impl PgVector {
         }
     }
 
-    /// The size of the list that a query meets first, over the average size of a list.
+    /// The size of the list that a query reads first, divided by the average size of a list.
     pub(super) async fn list_skew(&self, sample: &Sample, rows: u64, lists: i32) -> Result<f32> {
         let Extension { schema, .. } = self.extension().await?;
         // A limit above the number of rows reads the one list to its end.
@@ -169,7 +170,7 @@ mod tests {
     fn results_count_by_score() {
         let exact = [vec![0.9, 0.8, 0.8]];
         assert!((recall(&exact, &[vec![0.9, 0.8, 0.8]]) - 1.0).abs() < 1e-9);
-        // Another row with the same score counts; more results than asked for do not.
+        // Another row with the same score counts as found. Results beyond the wanted number do not count.
         assert!((recall(&exact, &[vec![0.9, 0.8, 0.8, 0.8]]) - 1.0).abs() < 1e-9);
         assert!((recall(&exact, &[vec![0.9, 0.7]]) - 1.0 / 3.0).abs() < 1e-9);
         assert!((recall(&[Vec::new()], &[Vec::new()]) - 1.0).abs() < 1e-9);

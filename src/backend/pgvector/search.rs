@@ -49,7 +49,8 @@ impl PgVector {
             .map_err(|error| self.failed("search", error))?;
         let mut found: Vec<Match> =
             rows.iter().map(|row| Match { id: row.get(0), score: row.get::<_, f64>(1) as f32 }).collect();
-        // A search that was continued in further lists returns them one after the other.
+        // A search that continues in further lists returns the results of each list in turn, so they are sorted
+        // again.
         found.sort_by(|a, b| b.score.total_cmp(&a.score));
         Ok(found)
     }

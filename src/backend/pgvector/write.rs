@@ -72,8 +72,8 @@ impl PgVector {
         };
         let transaction = client.transaction().await.map_err(fail("begin a write"))?;
         if self.options.acknowledged_in_same_log {
-            // The commit need not wait for the disk: a crash loses the end of the log, and the
-            // acknowledgement comes after this commit in the same log.
+            // The commit need not wait for the disk. A crash loses the end of the log. The acknowledgement comes
+            // later in the same log than this commit, so a crash that loses this commit loses both.
             transaction
                 .batch_execute("SET LOCAL synchronous_commit = off")
                 .await

@@ -281,8 +281,8 @@ impl VectorIndex for Pinecone {
         Writes::External(self)
     }
 
-    async fn maintain(&self, _backlog: u64) -> Result<()> {
-        Ok(())
+    async fn maintain(&self, _backlog: u64) -> Result<bool> {
+        Ok(false)
     }
 
     async fn check_writable(&self) -> Result<()> {

@@ -1,5 +1,8 @@
 //! Capture: the triggers on the source's table, and the changes that triggers cannot see.
 
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
 use tokio_postgres::GenericClient;
 
 use super::source::SourceTable;
@@ -21,6 +24,36 @@ pub(super) async fn tables_without_triggers_in(
         .await
         .map_err(|error| failure("read the capture triggers", error))?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// How long [`LastLook`] relies on a look that found no fault.
+const FAULTLESS_FOR: Duration = Duration::from_secs(5);
+
+/// When capture was last seen without a fault. A page asks for the status all the time, and a look costs some 10 ms.
+#[derive(Debug, Default)]
+pub(super) struct LastLook(Mutex<Option<Instant>>);
+
+impl LastLook {
+    /// [`faults`], or none if there was none a few seconds ago. A fault is looked at again each time.
+    pub(super) async fn faults(&self, postgres: &Postgres, source: &config::Source) -> Result<Vec<String>> {
+        let now = Instant::now();
+        if self.was_faultless(now) {
+            return Ok(Vec::new());
+        }
+        let faults = faults(postgres, source).await?;
+        self.note(now, faults.is_empty());
+        Ok(faults)
+    }
+
+    /// Notes a look that began at `began`.
+    fn note(&self, began: Instant, is_faultless: bool) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = is_faultless.then_some(began);
+    }
+
+    fn was_faultless(&self, now: Instant) -> bool {
+        let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        last.is_some_and(|began| now.saturating_duration_since(began) < FAULTLESS_FOR)
+    }
 }
 
 /// Compares the triggers and recorded columns with the table: each difference is a sentence that says what to
@@ -102,7 +135,7 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
         .map_err(fail)?;
     faults.extend(held.iter().map(|row| {
         let (table, held): (&str, &str) = (row.get(0), row.get(1));
-        format!("{table} must be read again, but can't be: {held}")
+        format!("{table} must be read again, but cannot be read: {held}")
     }));
     Ok(faults)
 }
@@ -207,4 +240,20 @@ pub(super) async fn warnings(client: &impl GenericClient, table: &SourceTable) -
         ));
     }
     Ok(warnings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_without_a_fault_is_relied_on_for_some_seconds() {
+        let (last, began) = (LastLook::default(), Instant::now());
+        assert!(!last.was_faultless(began), "nobody has looked");
+        last.note(began, true);
+        assert!(last.was_faultless(began + FAULTLESS_FOR / 2));
+        assert!(!last.was_faultless(began + FAULTLESS_FOR));
+        last.note(began, false);
+        assert!(!last.was_faultless(began), "a fault is looked at again");
+    }
 }

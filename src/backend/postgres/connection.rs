@@ -42,6 +42,12 @@ pub(super) fn settings(statement_timeout_ms: u128) -> Arc<str> {
     .into()
 }
 
+/// The settings of a session of its own that builds an index. They cannot be set for the statement alone, which runs
+/// outside of a transaction.
+pub(crate) const BUILD_SESSION: &str = "SET search_path = pg_catalog, pg_temp; SET statement_timeout = 0; SET lock_timeout = 0; \
+    SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
+    SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) IS NOT NULL";
+
 /// The SQL that begins a transaction with these settings.
 pub(super) fn begun_by(settings: &str) -> String {
     format!("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {settings}")

@@ -24,7 +24,7 @@ pub struct SearchIndex {
     pub probes: i32,
     /// Vectors when the lists were built.
     pub rows_at_build: i64,
-    /// How long the build took, in milliseconds.
+    /// How long the build took, in milliseconds; 0 if the worker that built them did not record it.
     pub build_ms: i64,
     /// The part of the true ten nearest that sampled searches found; none before the first check.
     #[serde(rename = "recall@10")]

@@ -51,7 +51,7 @@ pub struct Status {
     pub synced: bool,
     /// Result of the continuous proof, which checks that the ledger is right.
     pub proof: Proof,
-    /// Why changes of the table are not captured.
+    /// Why changes of the table are not captured. A process that saw no reason looks again after some seconds.
     pub capture_faults: Vec<String>,
     /// Rows whose current state the index holds, by the ledger.
     pub in_sync: u64,
@@ -136,6 +136,15 @@ impl Status {
     }
 }
 
+/// What a process remembers from one status to the next.
+#[derive(Debug, Default)]
+pub struct Remembered {
+    /// The last count of a large table's rows.
+    counted: Arc<Counted>,
+    /// The last look at capture.
+    capture: capture::LastLook,
+}
+
 /// Whether rows that existed before capture, or changed without capture, are still to be queued.
 async fn is_backfilling(postgres: &Postgres, source: &str) -> Result<bool> {
     let fail = |error: tokio_postgres::Error| failure("look for rows that must be queued", error);
@@ -162,7 +171,7 @@ pub async fn read(
     generation: &Generation,
     queue: &Queue,
     index: &dyn VectorIndex,
-    counted: &Arc<Counted>,
+    remembered: &Remembered,
     period: Option<Duration>,
 ) -> Result<Status> {
     let fail = |error: tokio_postgres::Error| failure("read the status", error);
@@ -200,7 +209,7 @@ pub async fn read(
         })
         .collect();
     drop(client);
-    let rows = source_rows::read(postgres, generation, &counts, counted).await?;
+    let rows = source_rows::read(postgres, generation, &counts, &remembered.counted).await?;
     let faults = fault::read(postgres).await?;
     // During an outage of the index, the other numbers are still useful.
     let (indexed, indexed_error) = match index.count().await {
@@ -223,7 +232,7 @@ pub async fn read(
         unsettled: counts.unsettled,
         synced: false,
         proof: Proof::read(postgres, generation.id, period).await?,
-        capture_faults: capture::faults(postgres, source).await?,
+        capture_faults: remembered.capture.faults(postgres, source).await?,
         in_sync: 0,
         in_sync_estimated: false,
         search: search_index::read(postgres, generation.id).await?,

@@ -85,10 +85,10 @@ impl QueueStats for Sqs {
         if self.options.bulk_url.is_some() {
             let counted = self.count_messages(self.url(lane)).await?;
             let recent_density = self.recent_density(&[lane]).await?;
-            return Ok(Backlog {
-                visible: recent_density.estimate(counted.visible),
-                in_flight: recent_density.estimate(counted.in_flight),
-            });
+            return Ok(Backlog::estimated(
+                recent_density.estimate(counted.visible),
+                recent_density.estimate(counted.in_flight),
+            ));
         }
         // SQS cannot count the lanes of a shared queue separately. Changes up to the bound of the bulk lane
         // are counted as bulk, so that a load does not make the live backlog look too large.
@@ -97,11 +97,10 @@ impl QueueStats for Sqs {
         let (visible, in_flight) =
             (recent_density.estimate(counted.visible), recent_density.estimate(counted.in_flight));
         let bound = self.options.shared_bound;
-        let bulk =
-            Backlog { in_flight: in_flight.min(bound), visible: visible.min(bound - in_flight.min(bound)) };
+        let bulk = Backlog::estimated(visible.min(bound - in_flight.min(bound)), in_flight.min(bound));
         Ok(match lane {
             Lane::Bulk => bulk,
-            Lane::Live => Backlog { visible: visible - bulk.visible, in_flight: in_flight - bulk.in_flight },
+            Lane::Live => Backlog::estimated(visible - bulk.visible, in_flight - bulk.in_flight),
         })
     }
 

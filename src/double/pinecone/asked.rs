@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::Record;
+use super::record::Record;
 
 /// The most records in a listing, and the default.
 pub(super) const MAX_LISTED: usize = 100;

@@ -1,6 +1,5 @@
 //! The control plane: indexes by name. Every index stands for the one index of the double.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -10,21 +9,9 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse as _, Json, Response};
 use serde_json::{Value, json};
 
-use super::{ServerState, lock};
-
-/// An index as it was created.
-#[derive(Clone, Debug)]
-pub(super) struct IndexDescription {
-    pub(super) dimension: usize,
-    pub(super) metric: String,
-    cloud: String,
-    region: String,
-    protected: bool,
-    /// How many more times the index is described as not ready.
-    pub(super) unready: u32,
-}
-
-pub(super) type Indexes = BTreeMap<String, IndexDescription>;
+use super::indexes::IndexDescription;
+use super::lock::lock;
+use super::server_state::ServerState;
 
 /// An error in the control plane's format.
 fn error(status: StatusCode, code: &str, message: &str) -> Response {

@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 
 use super::asked::{DeleteSelection, Write};
-use super::lock;
+use super::lock::lock;
 
 /// The kind of request about a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,10 +4,10 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::Record;
 use super::asked::{
     DeleteSelection, FetchByMetadata, LimitResult, MAX_LISTED, Parameters, Query, Update, Write,
 };
+use super::record::Record;
 
 const MAX_RECORDS: usize = 1_000;
 const MAX_UPSERT_BYTES: usize = 2 * 1024 * 1024;

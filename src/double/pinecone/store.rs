@@ -8,7 +8,8 @@ use serde_json::{Map, Value, json};
 use super::asked::{
     DeleteSelection, FetchByMetadata, LimitResult, Parameters, Query, Update, Write, namespace_or_default,
 };
-use super::{Record, metadata_filter};
+use super::metadata_filter;
+use super::record::Record;
 
 /// A namespace: the records that readers see, and the writes that they do not see yet.
 #[derive(Default)]

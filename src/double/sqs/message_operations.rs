@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use rand::RngExt as _;
 use serde_json::{Map, Value, json};
 
-use super::State;
 use super::queue::{Message, ReceiptError};
+use super::state::State;
 use super::wire::{
     MAX_BYTES, MAX_ENTRIES, MAX_VISIBILITY, MAX_WAIT, SqsError, SqsResult, message, name_of, number,
     receipt_error, receive_result, send_result, text,

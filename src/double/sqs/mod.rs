@@ -8,6 +8,7 @@ mod faults;
 mod message_operations;
 mod queue;
 mod queue_operations;
+mod state;
 mod wire;
 
 use std::collections::HashMap;
@@ -30,11 +31,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use faults::FaultDecision;
 pub use faults::{SqsCounts, SqsFaults};
 use queue::Queue;
+use state::{ACCOUNT, REGION, State};
 use wire::{SqsError, SqsResult};
-
-/// The account id in every queue's URL and ARN.
-const ACCOUNT: &str = "123456789012";
-const REGION: &str = "us-east-1";
 
 /// The double. It stops when its last clone is dropped.
 #[derive(Clone)]
@@ -42,15 +40,6 @@ pub struct SqsDouble {
     url: String,
     server: Arc<Server>,
     _stop: Arc<DropGuard>,
-}
-
-/// The queues, and the faults.
-struct State {
-    queues: HashMap<String, Queue>,
-    moves: Vec<Value>,
-    rng: StdRng,
-    faults: SqsFaults,
-    counts: SqsCounts,
 }
 
 struct Server {

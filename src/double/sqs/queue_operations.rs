@@ -5,8 +5,8 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::{Map, Value, json};
 
 use super::queue::Message;
+use super::state::{ACCOUNT, State};
 use super::wire::{SqsError, SqsResult, arn, millis, name_of, number, random_id, text};
-use super::{ACCOUNT, State};
 
 impl State {
     pub(super) fn queue(&mut self, body: &Value) -> Result<String, SqsError> {

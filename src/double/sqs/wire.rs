@@ -7,7 +7,7 @@ use rand::RngExt as _;
 use serde_json::{Map, Value, json};
 
 use super::queue::{Message, Queue, ReceiptError};
-use super::{ACCOUNT, REGION, State};
+use super::state::{ACCOUNT, REGION, State};
 
 pub(super) use super::queue::MAX_BYTES;
 

@@ -40,17 +40,17 @@ pub use prover::Prover;
 pub use report::{Difference, DifferenceKind, Report};
 pub use round::{ProofOptions, Round, RoundStore, SavedProgress, Walk};
 
-/// Suspects that are kept before they are settled: bounds the memory when everything differs.
+/// The most suspects that are kept before they are settled. Limits the memory if everything differs.
 const MAX_SUSPECTS: usize = 10_000;
 
-/// What the audit needs of the settings.
+/// Options of the audit.
 #[derive(Clone, Copy, Debug)]
 pub struct AuditOptions {
-    /// Rows whose text is embedded anew, to compare the vectors.
+    /// The number of rows whose text is embedded again, to compare the vectors.
     pub sample: usize,
     /// How long to wait for suspects to be settled.
     pub wait: Duration,
-    /// Whether what differs is queued.
+    /// Whether ids that differ are queued again.
     pub repair: bool,
 }
 
@@ -62,17 +62,17 @@ pub struct Auditor<'a> {
     pub index: &'a dyn VectorIndex,
     /// The queue, to know how old the changes are that are on their way.
     pub queue: &'a dyn QueueStats,
-    /// For the sample.
+    /// Embeds the sample.
     pub embedder: Option<Arc<dyn Embedder>>,
-    /// For waiting.
+    /// Measures pauses.
     pub clock: &'a dyn Clock,
-    /// What is asked for.
+    /// The options.
     pub options: AuditOptions,
 }
 
 impl Auditor<'_> {
-    /// Walks source and index, settles what differs, and compares a sample of vectors. `progress` is
-    /// told the rows and records seen so far.
+    /// Walks source and index, settles the suspects, and compares a sample of vectors. `progress` gets the numbers of
+    /// rows and records read so far.
     pub async fn run(&self, progress: &(dyn Fn(u64) + Sync)) -> Result<Report> {
         let mut report = Report::default();
         let mut suspects = Vec::new();
@@ -141,7 +141,7 @@ impl Auditor<'_> {
         let mut cursor: Option<String> = None;
         loop {
             let page = self.index.list(cursor.as_deref(), PAGE).await?;
-            // Rows that cannot be read were named with the rows.
+            // The walk over the rows has named unreadable rows already.
             let (peeked, _) = pages::peek(self.ledger, &page.ids).await?;
             report.indexed += page.ids.len() as u64;
             let without_text = |one: &&Peeked| one.row.as_ref().is_none_or(|row| !row.has_text());
@@ -159,7 +159,7 @@ impl Auditor<'_> {
         }
     }
 
-    /// Looks at suspects until each agrees, or differs for sure, or time is up.
+    /// Compares suspects until each agrees, or differs for certain, or the time is over.
     async fn settle(&self, suspects: Vec<Suspect>, report: &mut Report) -> Result<()> {
         let mut by_id: HashMap<String, Suspect> = HashMap::new();
         for suspect in suspects {

@@ -8,19 +8,19 @@ use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::ledger::{Ledger, Peeked};
 use crate::pipeline::source_row::SourceRow;
 
-/// Rows of a page at most.
+/// The most rows of a page.
 pub(super) const PAGE: usize = 500;
 
-/// Rows of the first page.
+/// The number of rows of the first page.
 const FIRST: usize = 10;
 
-/// Bytes of a page's texts and metadata, if its rows are like those before them.
+/// The wanted size of a page's texts and metadata, in bytes. The size of earlier rows serves as the estimate.
 const PAGE_BYTES: usize = 8 << 20;
 
-/// How much larger than the last a page may be: the next rows may be larger.
+/// A page may have at most this many times the rows of the page before, because its rows may be larger.
 const GROWTH: usize = 4;
 
-/// How many rows to read at a time, so that a page of large ones fits into the memory.
+/// The number of rows of a page, chosen so that a page of large rows fits into the memory.
 pub(super) struct Size(usize);
 
 impl Default for Size {
@@ -30,12 +30,12 @@ impl Default for Size {
 }
 
 impl Size {
-    /// Rows to read, when `most` are wanted.
+    /// The number of rows to read, at most `most`.
     pub(super) fn of(&self, most: usize) -> usize {
         self.0.min(most).max(1)
     }
 
-    /// Sizes the next page by this one.
+    /// Chooses the size of the next page by the rows of this page.
     pub(super) fn saw(&mut self, rows: &[Peeked]) {
         let weight = |row: &SourceRow| row.text.len() + row.metadata.len();
         let bytes: usize = rows.iter().filter_map(|one| one.row.as_ref()).map(weight).sum();
@@ -52,17 +52,17 @@ fn lighten(peeked: &mut Peeked) {
     }
 }
 
-/// Most consecutive unreadable rows: if there are more, the rows are not the cause.
+/// The most consecutive unreadable rows. If there are more, the rows are not the cause.
 const MAX_UNREADABLE: usize = 100;
 
-/// How often a row is read again whose failure might be the server's.
+/// How often a row that fails is read again, because the server may have caused the failure.
 const TRIES: usize = 3;
 
 /// Rows of a page, and ids of those that cannot be read.
 pub(super) struct Page {
     pub(super) rows: Vec<Peeked>,
     pub(super) unreadable: Vec<String>,
-    /// The page's last id; none when nothing is left.
+    /// The last id of the page; `None` if no row is left.
     pub(super) last: Option<String>,
     /// Whether more may follow.
     pub(super) is_full: bool,
@@ -92,7 +92,7 @@ fn may_be_of_a_row(error: &Error) -> bool {
     error.class() == Class::Permanent || error.is_about_change()
 }
 
-/// Whether a row fails time and again though the database answers otherwise. Else another try may do.
+/// Whether a row always fails while the database answers other reads. If not, another try may succeed.
 async fn fails_alone(ledger: &dyn Ledger, part: &[String]) -> Result<bool> {
     for _ in 0..TRIES {
         ledger.pending().await?;
@@ -105,13 +105,13 @@ async fn fails_alone(ledger: &dyn Ledger, part: &[String]) -> Result<bool> {
     Ok(true)
 }
 
-/// Rows (without their texts, but for whether they have one) and entries of these ids, and the ids that
-/// cannot be read.
+/// Rows and entries of these ids, and the ids of rows that cannot be read. The rows have no texts, but they still show
+/// whether they had one.
 pub(super) async fn peek(ledger: &dyn Ledger, ids: &[String]) -> Result<(Vec<Peeked>, Vec<String>)> {
     let mut rows = Vec::with_capacity(ids.len());
     let mut unreadable = Vec::new();
     let mut size = Size::default();
-    // The next part to read is on top, so that rows come in the order asked.
+    // The next part to read is last in `parts`, so that the rows come in the order of `ids`.
     let mut parts = vec![ids];
     while let Some(part) = parts.pop() {
         if part.is_empty() {

@@ -56,8 +56,8 @@ const MAX_SUSPECTS: usize = 2_000;
 /// While more changes than this are under way, the walk waits: they would all be suspects.
 const QUIET: u64 = 1_000;
 
-/// After this time of waiting for fewer changes to be under way, a page is walked all the same: some queues
-/// are never quiet.
+/// The longest wait for fewer changes under way. After it, a page is walked, because some queues always have many
+/// changes.
 const MAX_WAIT: Duration = Duration::from_mins(10);
 
 /// Most dead letters that are read for their ids.
@@ -140,7 +140,7 @@ impl Prover {
         self.is_ours = true;
         let Some(period) = self.options.period else { return Ok(IDLE) };
         let mut running = match self.running.take() {
-            // Unless another worker had it meanwhile.
+            // The round continues unless another worker changed it meanwhile.
             Some(running) if saved.round.as_ref() == Some(&running.round) => running,
             _ => match self.open(&saved, period).await? {
                 Ok(running) => running,
@@ -173,7 +173,7 @@ impl Prover {
         let round = if let Some(round) = resumed {
             round
         } else {
-            // A beginning ahead of now is of a clock that was wrong, and tells nothing.
+            // A beginning in the future comes from a wrong clock, and is ignored.
             let began = saved.last.map(|(began, _)| began).filter(|began| *began <= saved.now);
             let since = began.map(|began| elapsed(began, saved.now));
             if let Some(left) =
@@ -185,7 +185,7 @@ impl Prover {
             self.begin(saved.now).await?
         };
         let pause = match saved.last {
-            // The first round is not spread: nothing is proved until it ends.
+            // The first round has no pauses, because nothing is proved until it ends.
             None => Duration::ZERO,
             Some((_, seen)) => {
                 let expected = seen.max(3 * self.index.count().await?).max(1);
@@ -219,15 +219,15 @@ impl Prover {
         Ok(round.full || !self.store.listed(&[MARKER.to_owned()]).await?.is_empty())
     }
 
-    /// The reads by id must see the rows that a page shows. A proof on reads that lie would take every
-    /// record for one without a row.
+    /// Checks that reads by id find the rows that a page shows. With wrong reads, the proof would take every record
+    /// for one without a row.
     async fn check_reads(&self) -> Result<()> {
         const SHOWN: usize = 10;
         for _ in 0..3 {
             let shown = pages::rows_after(&*self.ledger, None, SHOWN).await?.rows;
             let ids: Vec<String> = shown.into_iter().map(|row| row.id).collect();
             let (peeked, _) = pages::peek(&*self.ledger, &ids).await?;
-            // All of them gone at once is no accident, unless the table is emptied just now.
+            // All rows can be gone at once only if the table was emptied just now.
             if peeked.is_empty() || peeked.iter().any(|one| one.row.is_some()) {
                 return Ok(());
             }
@@ -370,7 +370,7 @@ impl Prover {
         }
         running.round.differences += ids.len() as u64;
         running.round.mended += ids.len() as u64;
-        // A row that changes all the time is worked on all the time.
+        // A row that always changes is always in work, so its suspect is dropped after some time.
         let give_up = self.clock.now().saturating_sub(self.options.lost_after * 3);
         let moves = |suspect: &Suspect| {
             suspect.first < give_up && suspect.stable_since.is_none_or(|since| since > give_up)

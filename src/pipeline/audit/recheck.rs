@@ -15,14 +15,14 @@ use crate::pipeline::queue::QueueStats;
 use crate::pipeline::source_row::{Hash, SourceRow};
 use crate::pipeline::unchanged::{Need, needed};
 
-/// How often suspects are looked at again.
+/// How often suspects are compared again.
 pub(super) const RECHECK_PAUSE: Duration = Duration::from_millis(250);
 
-/// An index outside of the database may show a write a little later than it accepts it: a difference
-/// to a clean entry must last this long.
+/// An index outside of the database may show a write some time after it accepted the write. So a difference from
+/// a clean entry must last this long.
 const VISIBLE_AFTER: Duration = Duration::from_secs(5);
 
-/// With many changes under way, a difference must last this many times as long as without.
+/// While many changes are under way, a difference must last this many times longer.
 const LOST_AFTER_UNDER_LOAD: u32 = 30;
 
 /// Epoch of the entry and hashes of the row, and how they differ from the index.
@@ -33,22 +33,23 @@ pub(super) fn state(peeked: &Peeked, kind: DifferenceKind) -> State {
     (peeked.entry.as_ref().map(|entry| entry.revision), hashes, kind)
 }
 
-/// An id that differed when it was last seen.
+/// An id that differed at its last comparison.
 pub(super) struct Suspect {
     pub(super) id: String,
-    /// As last seen.
+    /// The state at the last comparison.
     pub(super) state: State,
-    /// Since when it has looked like this at the latest, by the database's clock: read after the
-    /// state, so that whatever led to the state was captured before.
+    /// A time at which the id was in this state, by the database's clock. The clock was read after the state, so
+    /// every change that led to the state was captured before this time.
     pub(super) since: Timestamp,
-    /// Since when it has looked like this, by ours; none before it was looked at again.
+    /// Since when the id has been in this state, by our clock; `None` before its second comparison.
     pub(super) stable_since: Option<Duration>,
-    /// Whether the table was to be read anew when it was seen: a change of it is still to be captured, then.
+    /// Whether the table had to be read again at the last comparison. Then a change of the id may not be captured
+    /// yet.
     pub(super) waits: bool,
-    /// When it was first seen, by our clock.
+    /// When the id was first compared, by our clock.
     pub(super) first: Duration,
-    /// The page of rows that showed a row with a text: the id before the page, which is none for the
-    /// first page, and how many rows it had.
+    /// The page of rows that showed the row with a text: the id before the page (`None` for the first page), and
+    /// the number of rows of the page.
     pub(super) page: Option<(Option<String>, usize)>,
 }
 
@@ -67,7 +68,7 @@ pub(super) fn difference(peeked: &Peeked, stored: Option<&Stored>) -> Option<Dif
     }
 }
 
-/// Whether the ledger does not say that the index holds this row: the id still needs work.
+/// Whether the id still needs work: the ledger does not say that the index holds this row.
 pub(super) fn is_unsettled(peeked: &Peeked) -> bool {
     !peeked.is_in_sync()
 }
@@ -85,7 +86,7 @@ pub(super) enum DeadLetterIds {
 
 /// The additional rules of the continuous proof.
 pub(super) struct ProofContext {
-    /// How long a difference must last until it is taken for a lost message.
+    /// A difference that lasts at least this long counts as the result of a lost message.
     pub(super) lost_after: Duration,
     /// Whether hardly any changes are under way.
     pub(super) quiet: bool,
@@ -123,8 +124,7 @@ pub(super) struct Recheck<'a> {
 }
 
 impl Recheck<'_> {
-    /// How an id differs. For the proof an entry that nobody has settled differs too: its message may be
-    /// lost.
+    /// How an id differs. For the proof, an unsettled entry is a difference too, because its message may be lost.
     pub(super) fn classify(&self, peeked: &Peeked, stored: Option<&Stored>) -> Option<DifferenceKind> {
         let Some(proof) = &self.proof else { return difference(peeked, stored) };
         if proof.is_dead_lettered(peeked) {
@@ -141,7 +141,7 @@ impl Recheck<'_> {
         Ok(stored.into_iter().map(|stored| (stored.id.clone(), stored)).collect())
     }
 
-    /// Makes suspects of ids that differ. The clock is read after they were seen.
+    /// Makes suspects of ids that differ. The clock is read after the ids were compared.
     pub(super) async fn suspect(
         &self,
         differing: Vec<(&Peeked, DifferenceKind)>,
@@ -167,10 +167,10 @@ impl Recheck<'_> {
 
     /// Compares all suspects once.
     pub(super) async fn run(&self, mut suspects: Vec<Suspect>) -> Result<Rechecked> {
-        // The outbox before the queue: what moves in between is seen twice, and not missed.
+        // The outbox is read before the queue. So a change that moves in between is counted twice, and not missed.
         let pending = self.ledger.pending().await?;
-        // What a table's being read anew puts into the outbox seems younger than the suspects that it is
-        // about. When that is over, all of it is older than now.
+        // While a table is read again, changes of the suspects may come into the outbox with a later time than the
+        // suspects have. After the table has been read, all of these changes are older than now.
         for suspect in &mut suspects {
             if pending.rereads {
                 suspect.waits = true;
@@ -245,16 +245,17 @@ impl Recheck<'_> {
         self.confirm_gone(vanished, rechecked).await
     }
 
-    /// Whether a difference has lasted so long that its message must be lost. Doing it again is harmless,
-    /// so that this may be wrong; but while a load waits its turn it would double the load.
+    /// Whether a difference has lasted so long that its message counts as lost. A wrong answer does no harm, because
+    /// an id may be done twice. But during a load, wrong answers would double the load.
     fn outlasts(&self, lasted: Duration) -> bool {
         self.proof.as_ref().is_some_and(|proof| {
             lasted >= proof.lost_after * if proof.quiet { 1 } else { LOST_AFTER_UNDER_LOAD }
         })
     }
 
-    /// A row that a page showed and that a read by its id does not find is gone only if the page does not
-    /// show it any more. Else reads by id lie, and every row would pass for one that is gone.
+    /// Checks rows that a page showed and that a read by id did not find. Such a row is gone only if the page does not
+    /// show it any more. If the page still shows it, reads by id are wrong, and every row would look as if it were
+    /// gone.
     async fn confirm_gone(&self, vanished: Vec<Suspect>, rechecked: &mut Rechecked) -> Result<()> {
         let mut by_page: BTreeMap<(Option<String>, usize), Vec<Suspect>> = BTreeMap::new();
         for suspect in vanished {
@@ -268,7 +269,7 @@ impl Recheck<'_> {
             for suspect in suspects.into_iter().filter(|suspect| shown.contains(suspect.id.as_str())) {
                 let at = self.clock.now();
                 let lasted = at.saturating_sub(suspect.stable_since.unwrap_or(at));
-                // Once more, for a row that came back in between.
+                // The row is compared once more, because it may have been inserted again meanwhile.
                 if suspect.stable_since.is_some() && lasted >= RECHECK_PAUSE {
                     rechecked.confirmed.push(Difference { id: suspect.id, kind: DifferenceKind::Missing });
                 } else {

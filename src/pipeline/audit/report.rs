@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// Most differences that are named in the report.
+/// The most differences that the report names.
 pub(super) const MAX_EXAMPLES: usize = 20;
 
 /// How an index can differ from its table.
@@ -17,7 +17,7 @@ pub enum DifferenceKind {
     Stale,
     /// There is a record, and no row with a text.
     Orphaned,
-    /// The index is right, but the ledger does not say so.
+    /// The index is right, but the ledger's entry is not settled.
     Unsettled,
     /// The row cannot be read, so it cannot be compared.
     Unreadable,
@@ -55,7 +55,7 @@ pub struct Report {
     pub undecided: u64,
     /// Rows that cannot be read, so they cannot be compared.
     pub unreadable: u64,
-    /// Rows whose text was embedded anew.
+    /// Rows whose text was embedded again.
     pub sampled: u64,
     /// Sampled rows whose vector differs in the index.
     pub vector_mismatch: u64,
@@ -66,7 +66,7 @@ pub struct Report {
     pub unsampled_error: Option<String>,
     /// Ids that were queued to be done again.
     pub repaired: u64,
-    /// Some of what differs.
+    /// Some of the differences.
     pub examples: Vec<Difference>,
 }
 
@@ -77,7 +77,7 @@ impl Report {
         self.missing + self.stale + self.orphaned + self.vector_mismatch
     }
 
-    /// Whether something was not compared, or not to the end.
+    /// Whether a part of the audit was not compared completely.
     #[must_use]
     pub fn is_partial(&self) -> bool {
         self.undecided + self.unreadable + self.unsampled > 0

@@ -1,4 +1,4 @@
-//! What is kept of the continuous proof: how far a round is, and where that stands.
+//! The progress of the continuous proof: how far a round is, and the store that keeps the progress.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -9,64 +9,64 @@ use serde::{Deserialize, Serialize};
 
 use crate::pipeline::failure::Result;
 
-/// What the proof needs of the settings.
+/// Options of the proof.
 #[derive(Clone, Debug)]
 pub struct ProofOptions {
-    /// How long a round takes; none for no rounds.
+    /// How long a round takes; `None` turns the proof off.
     pub period: Option<Duration>,
-    /// Whether every record is compared, of an index outside of the database too.
+    /// Whether every record is fetched and compared, even if the index is outside of the database.
     pub full: bool,
-    /// How long a difference must last until it is taken for a lost message.
+    /// A difference that lasts at least this long counts as the result of a lost message.
     pub lost_after: Duration,
-    /// Whether dead letters can be read without keeping them from others.
+    /// Whether a read of the dead letters leaves them visible to other readers.
     pub read_letters: bool,
-    /// Rows of a page.
+    /// The number of rows of a page.
     pub page: usize,
 }
 
-/// What is walked.
+/// What a round reads, page by page, one after the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Walk {
-    /// The index's ids.
+    /// The ids in the index.
     Records,
-    /// The source's rows.
+    /// The rows of the source.
     Rows,
-    /// The ledger's entries.
+    /// The entries of the ledger.
     Entries,
-    /// Nothing any more: suspects are waited for.
+    /// Nothing is left to read. The round waits until each suspect is settled.
     Done,
 }
 
 /// How far a round has come.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Round {
-    /// When it began, by the database's clock.
+    /// When the round began, by the database's clock.
     pub began_at: Timestamp,
-    /// Whether every record is compared.
+    /// Whether every record is fetched and compared.
     pub full: bool,
-    /// What is walked.
+    /// What the round reads now.
     pub walk: Walk,
-    /// Where the walk is; none at its beginning.
+    /// The last id, or the index's place, of the page before; `None` for the first page.
     pub cursor: Option<String>,
-    /// Rows seen.
+    /// The number of rows read.
     pub rows: u64,
-    /// Records seen.
+    /// The number of records that the index listed.
     pub records: u64,
-    /// Entries seen.
+    /// The number of entries read.
     pub entries: u64,
-    /// Ids that surely differed.
+    /// The number of ids that differed for certain.
     pub differences: u64,
-    /// Ids that were queued to be done again.
+    /// The number of ids that were queued again.
     pub mended: u64,
-    /// Rows that could not be read.
+    /// The number of rows that could not be read.
     pub unreadable: u64,
-    /// Ids that differ and are not settled yet.
+    /// Ids that differ. A later look decides whether a message is on its way or was lost.
     pub suspects: Vec<String>,
 }
 
 impl Round {
-    /// A round that begins.
+    /// A round at its beginning.
     pub(super) fn new(began_at: Timestamp, full: bool) -> Self {
         Self {
             began_at,
@@ -83,44 +83,44 @@ impl Round {
         }
     }
 
-    /// Rows, records and entries seen.
+    /// The number of rows, records and entries read.
     pub(super) fn seen(&self) -> u64 {
         self.rows + self.records + self.entries
     }
 }
 
-/// What is kept of the proof, as its holder finds it.
+/// The saved progress, as a worker finds it when the worker takes the right to prove.
 #[derive(Clone, Debug)]
 pub struct SavedProgress {
-    /// The database's clock.
+    /// The time now, by the database's clock.
     pub now: Timestamp,
-    /// The round under way.
+    /// The round that is under way; `None` if there is none.
     pub round: Option<Round>,
-    /// When the last round that ended began, and how many rows, records and entries it saw.
+    /// Of the last round that ended: when it began, and the number of rows, records and entries that it read.
     pub last: Option<(Timestamp, u64)>,
 }
 
-/// Where rounds are kept, and who may prove.
+/// Keeps the progress of rounds, and gives one worker at a time the right to prove.
 #[async_trait]
 pub trait RoundStore: Send + Sync {
-    /// Takes the right to prove, or keeps it, for `lease`. None while another worker has it.
+    /// Takes or extends the right to prove, for `lease`. `None` if another worker has the right.
     async fn acquire(&self, lease: Duration) -> Result<Option<SavedProgress>>;
 
-    /// Gives the right back.
+    /// Gives the right to prove back.
     async fn release(&self) -> Result<()>;
 
-    /// Keeps how far a round is. False if the right was lost, and then nothing is kept.
+    /// Saves the progress of a round. Returns false, and saves nothing, if this worker lost the right to prove.
     async fn save(&self, round: &Round) -> Result<bool>;
 
-    /// Keeps a round that has ended. False if the right was lost, and then nothing is kept.
+    /// Records the end of a round. Returns false, and records nothing, if this worker lost the right to prove.
     async fn end(&self, round: &Round) -> Result<bool>;
 
-    /// Notes ids that the index listed in this round.
+    /// Records ids that the index listed in this round.
     async fn record_listed(&self, ids: &[String]) -> Result<()>;
 
-    /// Those of the ids that the index listed in this round.
+    /// Returns those of `ids` that the index listed in this round.
     async fn listed(&self, ids: &[String]) -> Result<HashSet<String>>;
 
-    /// Forgets what was listed.
+    /// Deletes the recorded ids.
     async fn forget_listed(&self) -> Result<()>;
 }

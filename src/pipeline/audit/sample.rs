@@ -1,4 +1,4 @@
-//! A sample of the vectors, compared with what their texts give now.
+//! A sample of the vectors. Each text is embedded again, and the new vector is compared with the stored one.
 
 use std::sync::Arc;
 
@@ -10,19 +10,19 @@ use crate::pipeline::fault::redacted;
 use crate::pipeline::index::Stored;
 use crate::pipeline::ledger::Peeked;
 
-/// Vectors of one text that are less alike than this are not of the same model. A stored vector's
-/// rounding costs a ten-thousandth at most.
+/// The least cosine similarity of two vectors that one model made of one text. Rounding a vector for storage
+/// lowers the similarity by at most 0.0001.
 const SAME_VECTOR: f32 = 0.999;
 
-/// A row that the sample may embed anew.
+/// A row of the sample: its text, and its vector in the index.
 pub(super) struct Sample {
     text: Arc<str>,
     id: String,
     embedding: Embedding,
 }
 
-/// Keeps each row with the same chance (Vitter's algorithm R). `wanted` is the size of the sample, and `seen`
-/// the number of rows so far, this row included.
+/// Puts a row into the sample, so that each row has the same chance (Vitter's algorithm R). `wanted` is the size
+/// of the sample, and `seen` the number of rows so far, this row included.
 pub(super) fn choose(
     sample: &mut Vec<Sample>,
     wanted: usize,
@@ -43,8 +43,8 @@ pub(super) fn choose(
     }
 }
 
-/// Embeds the sample again. Counts and returns the ids whose vector differs from the index's. If the embedder
-/// fails, the report says so, and the other results of the audit stay.
+/// Embeds the texts of the sample again. Counts and returns the ids whose new vector differs from the stored
+/// vector. If the embedder fails, the report names the error, and keeps the other results of the audit.
 pub(super) async fn compare(sample: &[Sample], embedder: &dyn Embedder, report: &mut Report) -> Vec<String> {
     let mut differ = Vec::new();
     for part in sample.chunks(32) {
@@ -56,7 +56,7 @@ pub(super) async fn compare(sample: &[Sample], embedder: &dyn Embedder, report: 
                     Error::new(
                         FailureKind::UnexpectedAnswer,
                         "embed a sample",
-                        "another number of vectors came back",
+                        "the embedder returned another number of vectors than texts",
                     )
                 };
                 let error = failed.err().unwrap_or_else(few);

@@ -1,4 +1,4 @@
-//! The three walks of a round, page by page.
+//! The three parts of a round: records, rows and entries. Each part goes page by page.
 
 use std::collections::HashSet;
 
@@ -11,11 +11,11 @@ use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::ledger::Peeked;
 use crate::pipeline::source_row::SourceRow;
 
-/// Records of a page that are fetched for a sample.
+/// The number of records of a page that are fetched at random, if not all are fetched.
 const SAMPLE: usize = 5;
 
 impl Prover {
-    /// Ids of the index: records without a row.
+    /// Compares a page of the index's ids with the rows. Finds records that have no row.
     pub(super) async fn page_of_records(
         &self,
         recheck: &Recheck<'_>,
@@ -23,7 +23,7 @@ impl Prover {
     ) -> Result<Vec<Suspect>> {
         let page = match self.index.list(round.cursor.as_deref(), self.options.page).await {
             Ok(page) => page,
-            // A place in a listing may be good for a while only.
+            // The index may accept a place in a listing for a limited time only.
             Err(error) if error.class() == Class::Permanent && round.cursor.is_some() => {
                 tracing::debug!(%error, "the listing of the index begins anew");
                 (round.cursor, round.records) = (None, 0);
@@ -31,7 +31,7 @@ impl Prover {
             }
             Err(error) => return Err(error),
         };
-        // Rows that cannot be read are counted with the rows.
+        // The number of unreadable rows is dropped here: `page_of_rows` counts them.
         let (peeked, _) = pages::peek(&*self.ledger, &page.ids).await?;
         if !self.fetches_all() && !page.ids.is_empty() {
             self.store.record_listed(&page.ids).await?;
@@ -46,7 +46,8 @@ impl Prover {
         recheck.suspect(orphans, None).await
     }
 
-    /// Rows: records that are missing or of another text, and entries that nobody has settled.
+    /// Compares a page of rows with the records. Finds records that are missing or have another text, and
+    /// entries that are not settled.
     pub(super) async fn page_of_rows(
         &self,
         recheck: &Recheck<'_>,
@@ -88,7 +89,8 @@ impl Prover {
         Ok(suspects)
     }
 
-    /// Rows whose records are fetched though not all are: those that the index did not list, and a few.
+    /// Chooses the rows whose records are fetched, if not all are fetched: rows that the index did not list, and
+    /// [`SAMPLE`] rows at random.
     async fn chosen(&self, rows: &[Peeked]) -> Result<HashSet<String>> {
         let with_text: Vec<String> = rows
             .iter()
@@ -105,7 +107,8 @@ impl Prover {
         Ok(chosen)
     }
 
-    /// Entries of rows that are gone: those of rows were seen with them.
+    /// Checks a page of the ledger's entries. Finds unsettled entries whose row is gone. Entries that have a row
+    /// were checked together with the row.
     pub(super) async fn page_of_entries(
         &self,
         recheck: &Recheck<'_>,

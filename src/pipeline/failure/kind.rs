@@ -1,19 +1,19 @@
-//! The table of failures: each kind, its class, and what the operator does about it.
+//! The table of failures: each kind, its class, and the operator's remedy.
 //!
-//! A backend maps its own codes (SQLSTATE, codes of SQS, statuses of HTTP) to a kind. All that is decided
-//! about a failure follows from the kind.
+//! A backend maps its own codes (SQLSTATE, codes of SQS, statuses of HTTP) to a kind. Every decision about a
+//! failure depends on the kind only.
 
 use std::fmt;
 
 /// What the program does about a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// Trying again may help: a lost connection, a rate limit, a serialization conflict.
+    /// Another attempt may succeed: a lost connection, a rate limit, a serialization conflict.
     Retryable,
-    /// The same work fails again for ever: a malformed message, a value the index refuses.
+    /// The same work always fails: a malformed message, a value that the index refuses.
     Permanent,
-    /// No work is possible until somebody repairs the cause: a missing table, a refused password, an index of
-    /// the wrong shape. A role that starts ends; a role at work holds its work.
+    /// No work is possible until an operator removes the cause: a missing table, a refused password, an index of
+    /// the wrong shape. A role that starts exits. A role that runs keeps its messages and waits.
     Fatal,
 }
 
@@ -27,7 +27,7 @@ impl fmt::Display for Class {
     }
 }
 
-/// What kind of failure it is.
+/// The kind of a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FailureKind {
     /// No connection was made, so the request was not sent.
@@ -38,31 +38,31 @@ pub enum FailureKind {
     TimedOut,
     /// The backend asks for fewer requests.
     RateLimited,
-    /// The backend failed by its own fault, or lacks memory, disk or connections.
+    /// The backend itself failed, or lacks memory, disk or connections.
     Overloaded,
     /// Another process or transaction worked on the same data at the same time.
     Conflict,
-    /// This worker has no session in the database, so that it must not write.
+    /// This worker has no session in the database. Without a session it must not write.
     NoSession,
-    /// The source is not as it was described: its table, its rights, or the settings of other processes.
+    /// The source differs from its description: its table, its rights, or the settings of other processes.
     SourceChanged,
     /// A row-level policy would hide rows from this role.
     HiddenRows,
     /// The account has no credit left.
     NoCredit,
-    /// The answer is not one of the protocol.
+    /// The answer does not follow the protocol.
     UnexpectedAnswer,
     /// Stored data is damaged.
     DamagedData,
-    /// The rows at hand are beyond a limit of the backend, or a trigger raised an error over them.
+    /// The rows of the request exceed a limit of the backend, or a trigger raised an error because of them.
     SuspectRows,
     /// The backend refuses the data.
     RefusedData,
-    /// The data is not what this program can read or write.
+    /// This program cannot read or write the data.
     Malformed,
     /// The backend does not support the request.
     Unsupported,
-    /// The credentials are refused, or do not allow this.
+    /// The backend refuses the credentials, or they lack a right.
     RefusedCredentials,
     /// A resource named by a setting does not exist.
     MissingResource,
@@ -70,21 +70,21 @@ pub enum FailureKind {
     WrongShape,
     /// A setting is wrong.
     WrongSetting,
-    /// The backend and this build are of versions that do not go together.
+    /// The version of the backend and the version of this build are not compatible.
     WrongVersion,
-    /// Even harmless data is refused, so the data of the request is not at fault.
+    /// The backend refuses even harmless data. So the data of the request is not the cause.
     RefusesAll,
     /// This process itself is broken, for example because a thread has ended. Another process can continue.
     ProcessBroken,
 }
 
-/// A kind's line in the table.
+/// The line of one kind in the table.
 #[derive(Clone, Copy)]
 struct Policy {
     class: Class,
-    /// Whether what was asked for may have been done, or may yet be, all the same.
+    /// Whether the backend may have done the request, or may still do it, although the request failed.
     is_doubtful: bool,
-    /// Whether the rows at hand may be at fault, and not the world.
+    /// Whether the rows of the request may be the cause.
     is_about_rows: bool,
     remedy: &'static str,
 }
@@ -136,68 +136,73 @@ impl FailureKind {
     /// The table.
     const fn policy(self) -> Policy {
         match self {
-            Self::Unreachable => retryable("is the backend up, and its address right?"),
-            Self::ConnectionLost => {
-                doubtful("see the network between, and the backend's own log, if this lasts")
-            }
-            Self::TimedOut => doubtful("is the backend slow, or the timeout too short?"),
-            Self::RateLimited => retryable("ask the provider for a higher limit if this lasts"),
-            Self::Overloaded => doubtful("see the backend's own log if this lasts"),
-            Self::Conflict => retryable("wait, or see who holds the locks if this lasts"),
-            Self::NoSession => retryable("is the database up?"),
+            Self::Unreachable => retryable("is the backend running, and is its address right?"),
+            Self::ConnectionLost => doubtful("if this lasts, check the network and the backend's own log"),
+            Self::TimedOut => doubtful("is the backend slow, or is the timeout too short?"),
+            Self::RateLimited => retryable("if this lasts, ask the provider for a higher limit"),
+            Self::Overloaded => doubtful("if this lasts, check the backend's own log"),
+            Self::Conflict => retryable("wait; if this lasts, find the session that holds the locks"),
+            Self::NoSession => retryable("is the database running?"),
             Self::SourceChanged => {
-                retryable("put the table back, or mend the settings, run refarch migrate and restart")
+                retryable("restore the table; or correct the settings, run refarch migrate and restart")
             }
-            Self::HiddenRows => retryable("refarch's role needs BYPASSRLS"),
-            Self::NoCredit => retryable("pay for more, or use another key"),
-            Self::UnexpectedAnswer => retryable("is the address that of the right server?"),
+            Self::HiddenRows => retryable("give refarch's database role the attribute BYPASSRLS"),
+            Self::NoCredit => retryable("buy credit, or use another key"),
+            Self::UnexpectedAnswer => retryable("does the address lead to the right server?"),
             Self::DamagedData => {
-                about_rows(Class::Retryable, "mend the database: restore it, or delete the damaged row")
+                about_rows(Class::Retryable, "restore the database, or delete the damaged row")
             }
-            Self::SuspectRows => about_rows(Class::Retryable, "mend the row, or the trigger that refuses it"),
-            Self::RefusedData => about_rows(Class::Permanent, "mend the row, and run refarch redrive"),
-            Self::Malformed => {
-                about_rows(Class::Permanent, "see who wrote it: refarch redrive lists dead letters")
+            Self::SuspectRows => {
+                about_rows(Class::Retryable, "correct the row, or the trigger that refuses the row")
             }
+            Self::RefusedData => about_rows(Class::Permanent, "correct the row, and run refarch redrive"),
+            Self::Malformed => about_rows(
+                Class::Permanent,
+                "find out which program wrote the data; refarch redrive lists the dead letters",
+            ),
             Self::Unsupported => about_rows(Class::Permanent, "use a newer version of the backend"),
-            Self::RefusedCredentials => fatal("are the credentials right, and do they allow this?"),
-            Self::MissingResource => {
-                fatal("is its name right? refarch migrate makes what is refarch's own, and is missing")
+            Self::RefusedCredentials => {
+                fatal("are the credentials right, and do they have the right to do this?")
             }
-            Self::WrongShape => fatal("name another index, or another model, and run refarch migrate"),
-            Self::WrongSetting => fatal("mend the setting"),
-            Self::WrongVersion => fatal("use versions that go together, and run refarch migrate"),
-            Self::RefusesAll => fatal("look at the settings of the embedder and of the index"),
-            Self::ProcessBroken => fatal("start the process again, and report it"),
+            Self::MissingResource => {
+                fatal("is the name right? refarch migrate creates missing objects of refarch")
+            }
+            Self::WrongShape => {
+                fatal("name another index or another model in the settings, and run refarch migrate")
+            }
+            Self::WrongSetting => fatal("correct the setting"),
+            Self::WrongVersion => fatal("use compatible versions, and run refarch migrate"),
+            Self::RefusesAll => fatal("check the settings of the embedder and of the index"),
+            Self::ProcessBroken => fatal("start the process again, and report the error"),
         }
     }
 
-    /// What the program does about it.
+    /// What the program does about the failure.
     #[must_use]
     pub const fn class(self) -> Class {
         self.policy().class
     }
 
-    /// What the operator does about it.
+    /// What the operator does about the failure.
     #[must_use]
     pub const fn remedy(self) -> &'static str {
         self.policy().remedy
     }
 
-    /// Whether what was asked for may have been done, or may yet be, all the same.
+    /// Whether the backend may have done the request, or may still do it, although the request failed.
     #[must_use]
     pub const fn is_doubtful(self) -> bool {
         self.policy().is_doubtful
     }
 
-    /// Whether it arose over the rows at hand, so that they may be at fault and not the world: never for a
-    /// lost connection, a deadlock or a rate limit.
+    /// Whether the rows of the request may be the cause. They never are for a lost connection, a deadlock or a
+    /// rate limit.
     #[must_use]
     pub const fn is_about_rows(self) -> bool {
         self.policy().is_about_rows
     }
 
-    /// Whether this process is what is broken, so that only another one can go on.
+    /// Whether this process is broken, so that only another process can continue.
     #[must_use]
     pub const fn is_of_process(self) -> bool {
         matches!(self, Self::ProcessBroken)
@@ -209,15 +214,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_kind_stands_in_the_table_once_and_says_what_to_do() {
+    fn each_kind_is_in_the_table_once_and_has_a_remedy() {
         let distinct: std::collections::HashSet<FailureKind> = FailureKind::ALL.into();
         assert_eq!(distinct.len(), FailureKind::ALL.len());
         for kind in FailureKind::ALL {
             assert!(!kind.remedy().is_empty(), "{kind:?}");
-            // Only who may try again can be in doubt of the first try.
+            // A failure in doubt is tried again, so its kind is retryable.
             assert!(!kind.is_doubtful() || kind.class() == Class::Retryable, "{kind:?}");
             assert!(!(kind.is_doubtful() && kind.is_about_rows()), "{kind:?}");
-            // What another process can do needs nobody's mending of data.
+            // A broken process ends, so the kind is fatal. Another process does the work.
             assert!(!kind.is_of_process() || kind.class() == Class::Fatal, "{kind:?}");
         }
     }

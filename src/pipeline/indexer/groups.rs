@@ -3,10 +3,10 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use super::Indexer;
 use super::batch::Batch;
 use super::group_failure::Failure;
 use super::poison::Admitted;
+use super::step::Indexer;
 use super::writer::Written;
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Class, Error, FailureKind, Result};

@@ -15,8 +15,8 @@ use futures::{FutureExt as _, StreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use super::Indexer;
 use super::spawn::{Spawn, Task};
+use super::step::Indexer;
 use crate::pipeline::change::{Lane, MAX_CHANGES_PER_JOB};
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::fault;
@@ -222,9 +222,9 @@ impl Receiver {
         let lane = self.lane.name();
         // Logged once, and shown as a fault for as long as it lasts.
         if self.backoff.failures() == 1 {
-            tracing::warn!(lane, %error, retry_in_ms, "cannot receive: trying again until it works");
+            tracing::warn!(lane, %error, retry_in_ms, "cannot receive messages: trying again until a receive succeeds");
         } else {
-            tracing::debug!(lane, %error, retry_in_ms, "cannot receive");
+            tracing::debug!(lane, %error, retry_in_ms, "cannot receive messages");
         }
         if error.class() == Class::Fatal || self.backoff.failures() >= fault::FAILURE_THRESHOLD {
             let faults = self.indexer.health.faults();

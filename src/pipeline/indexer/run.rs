@@ -7,15 +7,20 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::batch::Batch;
+use super::receiver::Receiver;
+use super::spawn::TokioTasks;
+use super::step::Indexer;
 use super::visibility::Visibility;
-use super::{Indexer, Receiver, TokioTasks};
 use crate::pipeline::change::Lane;
 use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::queue::{Backlog, Message};
 use crate::pipeline::retry::Backoff;
 
-/// How often the index's search structures are maintained.
+/// How often attempts are swept and the ledger is tidied; also the pause between two steps of the index's maintenance.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(1);
+
+/// How often a look is taken at the index's search structures while nothing is to be done about them.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
 
 impl Indexer {
     /// Works until `stop`, then finishes the received messages. On `abort`, releases unfinished messages to
@@ -59,9 +64,14 @@ impl Indexer {
     }
 
     async fn maintain(&self) {
+        let mut next_look = self.clock.now();
         loop {
-            if let Err(error) = self.maintain_index().await {
-                tracing::debug!(%error, "cannot look after the index's search structures");
+            if self.clock.now() >= next_look {
+                let is_busy = self.maintain_index().await.unwrap_or_else(|error| {
+                    tracing::debug!(%error, "cannot look after the index's search structures");
+                    false
+                });
+                next_look = self.clock.now() + if is_busy { MAINTAIN_EVERY } else { LOOK_EVERY };
             }
             if let Err(error) = self.sweep().await {
                 tracing::debug!(%error, "cannot sweep attempts");
@@ -73,10 +83,11 @@ impl Indexer {
         }
     }
 
-    async fn maintain_index(&self) -> Result<()> {
+    /// Returns whether something was done.
+    async fn maintain_index(&self) -> Result<bool> {
         // Any other index is a service that maintains itself, and a count may cost a paid call.
         if !self.writer.is_transactional() {
-            return Ok(());
+            return Ok(false);
         }
         let backlog = self.backlog().await?;
         self.writer.index.maintain(backlog.total()).await
@@ -89,6 +100,7 @@ impl Indexer {
             let backlog = self.stats.backlog(lane).await?;
             sum.visible += backlog.visible;
             sum.in_flight += backlog.in_flight;
+            sum.estimated |= backlog.estimated;
         }
         Ok(sum)
     }

@@ -14,9 +14,23 @@ pub struct Backlog {
     pub visible: u64,
     /// Changes that were received and are not acknowledged.
     pub in_flight: u64,
+    /// Whether the numbers are estimates.
+    pub estimated: bool,
 }
 
 impl Backlog {
+    /// Changes that were counted.
+    #[must_use]
+    pub fn counted(visible: u64, in_flight: u64) -> Self {
+        Self { visible, in_flight, estimated: false }
+    }
+
+    /// Changes by an estimate. None is no estimate.
+    #[must_use]
+    pub fn estimated(visible: u64, in_flight: u64) -> Self {
+        Self { visible, in_flight, estimated: visible + in_flight > 0 }
+    }
+
     /// Changes that are visible or in flight.
     #[must_use]
     pub fn total(self) -> u64 {

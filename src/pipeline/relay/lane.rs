@@ -1,14 +1,14 @@
-//! Which lane a change travels in.
+//! Chooses the lane of a change.
 //!
-//! The live lane is for edits that somebody waits for, the bulk lane for loads. A transaction with many
-//! changes is a load. So are the changes that the live lane has no room for: behind so many that wait
-//! already, nobody would see them soon.
+//! The live lane is for edits, because a person waits for the result. The bulk lane is for loads. A transaction
+//! with many changes is a load. If the live lane has no room for a change, the change goes into the bulk lane:
+//! so many live changes wait already that the change would not be indexed soon in either lane.
 
 use crate::pipeline::change::Lane;
 use crate::pipeline::outbox::OutboxRow;
 
-/// Chooses the lane of an outbox row by the size of its transaction, and takes the row's changes from the
-/// room that is left in the live lane.
+/// Chooses the lane of an outbox row by the size of its transaction. `live_room` is the number of changes that
+/// the live lane still takes; the changes of a live row are subtracted from it.
 pub(super) fn choose_lane(row: &OutboxRow, bulk_threshold: u64, live_room: &mut u64) -> Lane {
     let changes = row.ids.len() as u64;
     let is_load = row.xid_changes.max(changes) > bulk_threshold;
@@ -29,7 +29,7 @@ mod tests {
         let lane = |ids: &[&str], xid_changes| choose_lane(&row(1, ids, xid_changes), 2, &mut 100);
         assert_eq!(lane(&["a", "b"], 2), Lane::Live);
         assert_eq!(lane(&["a"], 3), Lane::Bulk);
-        // A count that was cut off cannot be less than what the row itself holds.
+        // The count of a transaction may stop early. The row itself has three changes.
         assert_eq!(lane(&["a", "b", "c"], 1), Lane::Bulk);
     }
 

@@ -1,4 +1,4 @@
-//! Packing outbox rows into messages.
+//! Packs outbox rows into messages.
 
 use std::collections::HashMap;
 
@@ -9,9 +9,9 @@ use super::options::RelayOptions;
 use crate::pipeline::change::{Group, JOB_VERSION, Job, Lane};
 use crate::pipeline::outbox::OutboxRow;
 
-/// Packs rows into messages of at most `options.changes_per_message` changes, each in the lane that
-/// [`choose_lane`] gives it. `live_room` is how many changes the live lane still takes. Every id travels
-/// once.
+/// Packs rows into messages of at most `options.changes_per_message` changes. [`choose_lane`] chooses the lane of
+/// each row. `live_room` is the number of changes that the live lane still takes. Each id is in exactly one
+/// message, once.
 pub(super) fn build_jobs(mut rows: Vec<OutboxRow>, options: &RelayOptions, mut live_room: u64) -> Vec<Job> {
     rows.sort_by_key(|row| row.seq);
     let lanes: Vec<Lane> =
@@ -44,8 +44,8 @@ pub(super) fn build_jobs(mut rows: Vec<OutboxRow>, options: &RelayOptions, mut l
     jobs
 }
 
-/// For each id the place of the row with which it travels: of several the newest in the live lane, or else
-/// the newest. `rows` are in the order of their sequence numbers, so that a later one is newer.
+/// For each id, the place in `rows` of the row that is kept: the newest row in the live lane, or the newest row
+/// if no row is in the live lane. `rows` must be sorted by sequence number, so that a later row is newer.
 fn kept_rows<'a>(rows: &'a [OutboxRow], lanes: &[Lane]) -> HashMap<&'a str, usize> {
     let mut kept: HashMap<&str, usize> = HashMap::new();
     for (at, row) in rows.iter().enumerate() {
@@ -59,7 +59,7 @@ fn kept_rows<'a>(rows: &'a [OutboxRow], lanes: &[Lane]) -> HashMap<&'a str, usiz
     kept
 }
 
-/// A message being filled.
+/// A message that is not full yet.
 #[derive(Default)]
 struct JobBuilder {
     groups: Vec<(i64, Group)>,

@@ -4,8 +4,11 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 
-use super::{App, caller_trust};
+use super::caller_trust;
+use super::sync_status::SyncStatus;
+use crate::backend::postgres::products::Products;
 use crate::pipeline::failure::{Class, Error, Result};
+use crate::pipeline::index::VectorIndex;
 
 /// How long readiness waits for a backend.
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -45,6 +48,19 @@ impl Reason {
     }
 }
 
+/// What a check asks.
+#[derive(Clone, Copy)]
+pub struct Parts<'a> {
+    /// The table.
+    pub products: &'a Products,
+    /// The index that is searched.
+    pub index: &'a dyn VectorIndex,
+    /// A query vector of the index's length.
+    pub zero: &'a [f32],
+    /// The state of the sync.
+    pub sync_status: &'a dyn SyncStatus,
+}
+
 /// The result of one check.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness {
@@ -60,7 +76,7 @@ pub struct Cache(Mutex<Option<(Instant, Readiness)>>);
 
 impl Cache {
     /// The last result, or that of a new check. Requests that arrive during a check wait for its result.
-    pub async fn get(&self, app: &App) -> Readiness {
+    pub async fn get(&self, parts: Parts<'_>) -> Readiness {
         let mut last = self.0.lock().await;
         if let Some((until, found)) = &*last
             && Instant::now() < *until
@@ -68,19 +84,19 @@ impl Cache {
             return found.clone();
         }
         let started = Instant::now();
-        let found = check_readiness(app).await;
+        let found = check_readiness(parts).await;
         let age = (started.elapsed() * AGE_FOR_COST).max(MIN_AGE);
         *last = Some((Instant::now() + age, found.clone()));
         found
     }
 }
 
-async fn check_readiness(app: &App) -> Readiness {
+async fn check_readiness(parts: Parts<'_>) -> Readiness {
     let (table, index, target, health) = tokio::join!(
-        in_time(app.products.check()),
-        in_time(app.index.query(&app.zero, 1)),
-        in_time(app.sync_status.check_generation()),
-        in_time(app.sync_status.health()),
+        in_time(parts.products.check()),
+        in_time(parts.index.query(parts.zero, 1)),
+        in_time(parts.sync_status.check_generation()),
+        in_time(parts.sync_status.health()),
     );
     let mut reasons = Vec::new();
     match table {

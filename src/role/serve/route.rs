@@ -13,9 +13,10 @@ use serde_json::{Value, json};
 use tower_http::set_header::SetResponseHeaderLayer;
 
 use super::access_control::{AccessControl, check_request};
+use super::app::App;
 use super::connection_tracker::ConnectionTracker;
 use super::error::ApiError;
-use super::{App, caller_trust, page_files, search};
+use super::{caller_trust, page_files, search};
 use crate::backend::postgres::products::{Edit, Edited, EditedBySku, Place};
 use crate::product::Product;
 
@@ -338,7 +339,7 @@ async fn status(State(app): Shared) -> Answer<Json<Value>> {
 }
 
 async fn ready(State(app): Shared) -> Answer<String> {
-    let super::readiness::Readiness { reasons, proof } = app.ready.get(&app).await;
+    let super::readiness::Readiness { reasons, proof } = app.ready.get(app.to_check()).await;
     if reasons.is_empty() {
         return Ok(format!("ready\n{proof}").trim_end().to_owned() + "\n");
     }

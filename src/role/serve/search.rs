@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::App;
+use super::app::App;
 use super::error::ApiError;
 use crate::backend::postgres::products::{Exact, Found};
 use crate::product::Product;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::sync::Mutex;
 
-use super::SyncStatus;
+use super::sync_status::SyncStatus;
 use crate::pipeline::failure::Result;
 
 /// Least time that a status is reused.

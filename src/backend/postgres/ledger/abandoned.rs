@@ -1,4 +1,4 @@
-//! How long this process has seen attempts as abandoned, by its own clock.
+//! Measures, by this process's own clock, for how long attempts have been abandoned.
 
 use std::collections::HashMap;
 use std::time::Duration;

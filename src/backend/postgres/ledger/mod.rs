@@ -25,7 +25,7 @@ use crate::pipeline::source_row::ContentSalt;
 use rows::RowReader;
 use tracked_writes::TrackedWrites;
 
-/// Rows of the outbox that are counted at most, where the caller only tells few from many.
+/// The most rows of the outbox that are counted, if the caller only needs to know whether they are many.
 const MANY_ROWS: i64 = 2_000;
 
 /// Source and ledger of one target.

@@ -14,8 +14,8 @@ use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::ledger::{CloseResult, Closed, Entry, Opened, Outcome, Swept};
 
-/// A worker whose heartbeat is older counts as dead, even if its session seems to live: the connection of a
-/// host that lost its power or its network stays open for as long as the kernel keeps it.
+/// A worker whose heartbeat is older counts as dead, even if its session is open. If a host loses its power or its
+/// network, the kernel keeps the connection open for some time.
 const SILENT_FOR: &str = "10 minutes";
 
 /// Abandoned attempts that a process watches. The rest is swept later.
@@ -120,7 +120,7 @@ impl TrackedWrites {
         let mut open = Vec::new();
         let mut requeue = Vec::new();
         if let Some(named) = stands {
-            // A call whose answer was lost closed the ids that the attempt no longer names.
+            // Ids that the attempt no longer has were closed by an earlier call, whose answer was lost.
             let closing: Vec<_> = closing.iter().filter(|(opened, _)| named.contains(&opened.id)).collect();
             let ids: Vec<&str> = closing.iter().map(|(opened, _)| opened.id.as_str()).collect();
             let mut entries = self.entries().lock(&transaction, &ids).await?;

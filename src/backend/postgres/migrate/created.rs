@@ -19,12 +19,12 @@ pub(super) async fn record(transaction: &Transaction<'_>, what: &str, name: &str
         )
         .await
         .map(drop)
-        .map_err(|error| failure("record what was made", error))
+        .map_err(|error| failure("record the created objects", error))
 }
 
 /// Kinds and names of objects that refarch made; `None` if they were made by a version that recorded none.
 pub(super) async fn read(transaction: &Transaction<'_>) -> Result<Option<Vec<(String, String)>>> {
-    let fail = |error: tokio_postgres::Error| failure("look for what was made", error);
+    let fail = |error: tokio_postgres::Error| failure("read the record of created objects", error);
     let remembered: bool = transaction
         .query_one("SELECT to_regclass('refarch.made') IS NOT NULL", &[])
         .await

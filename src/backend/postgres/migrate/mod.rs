@@ -6,6 +6,7 @@ mod created;
 mod generation;
 mod lock_retry;
 mod options;
+mod product_indexes;
 mod queues;
 mod report;
 mod triggers;
@@ -64,6 +65,7 @@ pub async fn migrate_with(
     triggers::remove_stray_triggers(&mut session, &table, &mut report).await?;
     session.close().await;
     triggers::backfill(postgres, &table, &mut report).await?;
+    product_indexes::create(postgres, source, &mut report).await?;
     Ok(report)
 }
 
@@ -108,6 +110,7 @@ pub async fn rehearse(
                 prepare(transaction, source, queue, shape, options).await?;
             report.armed = capture::tables_without_triggers_in(transaction, &table).await?;
             adopt::report(&adopt::find(transaction, &table).await?, &mut report);
+            product_indexes::plan(transaction, source, &mut report).await?;
             let strays = triggers::stray_triggers(transaction, &table).await?;
             report.removed.extend(strays.iter().map(|name| format!("capture triggers on {name}")));
             let counted = (asked || !report.armed.is_empty()).then_some(table.relation);

@@ -23,7 +23,7 @@ pub(super) enum Check {
     IndexAhead(i64),
     /// The record has another name.
     OtherDatabase,
-    /// There is no record, though something was written.
+    /// There is no record, although the ledger has writes to the index.
     RecordMissing,
 }
 
@@ -45,7 +45,7 @@ impl Check {
 pub(super) struct DatabaseEpoch {
     pub(super) name: String,
     pub(super) epoch: i64,
-    /// Whether the index was ever written to, by the ledger.
+    /// Whether the ledger has a write to the index.
     pub(super) written: bool,
     pub(super) handled_record: Option<String>,
     /// Whether this database changed its name within [`OLD_NAME_SEEN_FOR`].

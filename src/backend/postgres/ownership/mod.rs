@@ -4,7 +4,7 @@
 //! After a restore to an earlier point, the index is ahead of the ledger: the index may hold anything for a
 //! row that the ledger calls settled. So the database has an epoch: a name, and a number that grows. The
 //! index keeps an ownership record with the same two, written after the database committed them. A worker
-//! compares the record with the database when the worker starts, and each time that the number grows:
+//! compares the record with the database when the worker starts, and each time the number grows. The results:
 //!
 //! - *Another name*: another database wrote to the index. A worker that starts takes the index over: it
 //!   trusts no entry of the ledger, and every text is embedded. A worker that was running ends, since two
@@ -22,18 +22,18 @@
 //! The number grows once a minute, so it does not show a restore to a state of less than a minute ago, if
 //! server and timeline stay the same (a storage snapshot, or a copy of the files). A running worker shows it:
 //! it wrote a heartbeat each second to `refarch.worker`, and the restored database does not hold the last
-//! one. That cannot be overtaken by what is written after the restore, as a position in the write-ahead log
-//! could be. The workers of a fleet notice it each, and the first to hold the lock queues every row:
-//! `changed_at` is then later than the lost heartbeats of all the others. If no worker ran at the restore,
-//! only the number tells. A state that holds the last heartbeats of all workers is not told apart from the
-//! newest.
+//! heartbeat. Writes after the restore cannot hide the loss, as they could if a position in the write-ahead log
+//! were compared. Each worker of a fleet notices the loss. The first worker that gets the lock queues every row
+//! and sets `changed_at`, which is later than the lost heartbeats of all other workers, so they queue nothing. If
+//! no worker ran at the restore, only the number shows the restore. A restored state that holds the last
+//! heartbeats of all workers is not recognised as a restored state.
 //!
 //! The index may apply a write up to the settling time after it accepted the write. While that may still
-//! happen, the ledger keeps the row open. But the ledger of the lost time is gone, and so is what it knew of
-//! such writes. If a row were written anew at once, a write of the lost time could still replace it, and
-//! nothing would tell. So a worker that finds that the database went back or moved, or that the index is
-//! another database's, first waits for the settling time, and only then queues every row. Whatever running
-//! workers write meanwhile does no harm, since it is written again. An index that was created again needs no
+//! happen, the ledger keeps the row open. A restore loses the newest entries of the ledger, and with them the
+//! record of such writes. If a row were written again at once, a lost write could still replace it, and nothing
+//! would show that. So a worker that finds that the database went back or moved, or that the index is
+//! another database's, first waits for the settling time, and only then queues every row. Records that
+//! running workers write meanwhile do no harm, because they are written again. An index that was created again needs no
 //! waiting, and neither does pgvector: its writes are part of the transactions that went back.
 //!
 //! None of these cases finds a record whose id this database never had. The proof and `verify`, which list

@@ -37,7 +37,7 @@ pub(super) async fn advance(
 ) -> Result<()> {
     match read_and_check(postgres, generation, store, lost).await?.2 {
         Check::Owned | Check::Unclaimed => write_record(postgres, generation, store).await,
-        // Another worker may have seen the same: the lock lets one worker handle it.
+        // Another worker may have found the same. The lock lets one worker handle it.
         _ => take_over(postgres, generation, store, settle, lost, &|_| ()).await,
     }
 }
@@ -76,7 +76,8 @@ async fn take_over(
     lost: Option<SystemTime>,
     report: &(dyn Fn(&str) + Sync),
 ) -> Result<()> {
-    // Before the lock: if another worker has the lock and waits, so does this one.
+    // The reason is reported before the lock is taken: if another worker holds the lock and waits, this worker
+    // waits too.
     let (state, _, found) = read_and_check(postgres, generation, store, lost).await?;
     if let Some(why) = found.why_wait().filter(|_| !is_shared(&state, found)) {
         report(&format!(
@@ -105,7 +106,7 @@ async fn take_over(
     }
     if let Some(why) = found.why_wait().filter(|_| !is_shared(&state, found)) {
         tracing::info!(
-            why,
+            reason = why,
             wait_s = settle.as_secs_f64(),
             "waiting until the index has applied every write that the ledger does not know of"
         );
@@ -125,8 +126,8 @@ async fn take_over(
         .map_err(fail)
 }
 
-/// Waits, and fails if the session that holds the lock ends meanwhile: the database may have gone back again,
-/// and the time begins anew. Using the session keeps a timeout for idle sessions from ending it.
+/// Waits. Fails if the session that holds the lock ends meanwhile: the database may have gone back again, and the
+/// wait must start again. The session is used now and then, so that a timeout for idle sessions does not end it.
 async fn wait(session: &Client, settle: Duration) -> Result<(), tokio_postgres::Error> {
     let mut left = settle;
     while !left.is_zero() {
@@ -172,8 +173,8 @@ async fn invalidate_all(
         .query_one("SELECT refarch.distrust($1, $2)", &[&generation, &keep])
         .await
         .map_err(fail)?;
-    // Higher than the number that was seen: an older record that the index shows later is then not handled
-    // again.
+    // The new number is higher than the number that was read. So an older record that the index shows later is
+    // not handled again.
     transaction
         .execute(
             "UPDATE refarch.lineage SET name = CASE WHEN $2 THEN gen_random_uuid()::text ELSE name END, \

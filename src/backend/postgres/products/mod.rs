@@ -7,6 +7,7 @@ mod search;
 mod table;
 mod vectors;
 
+pub(in crate::backend::postgres) use columns::INDEXES_LOWER_CASE;
 pub use legacy::EditedBySku;
 pub use page::{Page, Place};
 pub use search::Found;

@@ -7,7 +7,7 @@ use deadpool_postgres::Object;
 use pgvector::HalfVector;
 use tokio::sync::Semaphore;
 
-use super::columns::COLUMNS;
+use super::columns::{COLUMNS, INDEXES_LOWER_CASE};
 use super::table::{EXACT_LIMIT, Exact, Products, STATEMENT_TIMEOUT, failed, product, time_limits};
 use super::vectors::{InDatabase, VectorSource, VectorTable};
 use crate::backend::postgres::client;
@@ -145,13 +145,11 @@ impl Products {
         }
         let rows = self
             .query(
-                "SELECT pg_relation_size(r.oid) <= $2 OR count(DISTINCT x.column_name) = 2 FROM (SELECT $1::text::regclass::oid) r(oid) \
+                &format!("SELECT pg_relation_size(r.oid) <= $2 OR count(DISTINCT x.column_name) = 2 FROM (SELECT $1::text::regclass::oid) r(oid) \
                  LEFT JOIN LATERAL ( \
-                   SELECT c.column_name FROM pg_index i, (VALUES ('sku'), ('name')) c(column_name) \
-                   WHERE i.indrelid = r.oid AND i.indisvalid AND i.indpred IS NULL AND i.indnatts = 1 \
-                     AND pg_get_expr(i.indexprs, i.indrelid) IN ( \
-                       'lower((' || c.column_name || ')::text)', 'lower(' || c.column_name || ')')) x ON true \
-                 GROUP BY r.oid",
+                   SELECT k.column_name FROM pg_index i, (VALUES ('sku'), ('name')) k(column_name) \
+                   WHERE i.indrelid = r.oid AND {INDEXES_LOWER_CASE}) x ON true \
+                 GROUP BY r.oid"),
                 &[&self.relation, &SMALL_TABLE],
             )
             .await?;

@@ -471,7 +471,7 @@ function showStatus(status) {
   const { synced, proof } = status;
   $("s-rows").textContent = number(status.source_rows, status.source_rows_estimated);
   $("s-sync").textContent = synced ? "all" : number(status.in_sync, status.in_sync_estimated);
-  $("s-pending").textContent = number(waiting, status.pending_estimated);
+  $("s-pending").textContent = number(waiting, status.pending_estimated || status.queue.live.estimated || status.queue.bulk.estimated);
   const { p50, p99 } = status.freshness_ms;
   const time = (ms) => (ms < 1000 ? `${ms} ms` : ms < 120000 ? `${(ms / 1000).toFixed(1)} s` : `${Math.round(ms / 60000)} min`);
   $("s-fresh").textContent = p50 === null ? "\u2013" : `p50 ${time(p50)}, p99 ${time(p99)}`;
