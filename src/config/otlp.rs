@@ -9,7 +9,7 @@ use super::read::section;
 section! {
     /// `[otlp]`: traces and metrics for a collector.
     pub struct Otlp in "otlp" {
-        /// A collector that takes OTLP over HTTP, such as http://127.0.0.1:4318. The role sends traces and metrics to
+        /// A collector that takes OTLP over HTTP, such as `http://127.0.0.1:4318`. The role sends traces and metrics to
         /// /v1/traces and /v1/metrics there. Empty: nothing is traced and nothing is sent.
         endpoint: String = "", Address, Variable("OTEL_EXPORTER_OTLP_ENDPOINT"), Is(is_endpoint, ENDPOINT_RULE);
         /// The part of the messages that are traced, from 0 to 1.

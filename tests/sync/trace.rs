@@ -41,6 +41,7 @@ impl Collector {
         (collector, address)
     }
 
+    #[allow(clippy::unused_async, reason = "a handler of axum")]
     async fn take_spans(State(this): State<Self>, body: Bytes) {
         let request = ExportTraceServiceRequest::decode(body).unwrap();
         for resource in request.resource_spans {
@@ -51,6 +52,7 @@ impl Collector {
         }
     }
 
+    #[allow(clippy::unused_async, reason = "a handler of axum")]
     async fn take_metrics(State(this): State<Self>, body: Bytes) {
         let request = ExportMetricsServiceRequest::decode(body).unwrap();
         let scopes = request.resource_metrics.into_iter().flat_map(|resource| resource.scope_metrics);
@@ -83,7 +85,7 @@ struct Fleet {
 }
 
 impl Fleet {
-    async fn spawn(&self, role: &str) -> Child {
+    fn spawn(&self, role: &str) -> Child {
         let envs = self.env.iter().map(|(name, value)| (*name, value.as_str()));
         self.database.refarch().arg(role).envs(envs).spawn().unwrap()
     }
@@ -108,7 +110,7 @@ async fn traced(index: Vec<(&'static str, String)>, parts: &[&str]) {
     env.extend(index);
     let fleet = Fleet { database, env };
     fleet.migrate().await;
-    let (listen, embed) = (fleet.spawn("listen").await, fleet.spawn("embed").await);
+    let (listen, embed) = (fleet.spawn("listen"), fleet.spawn("embed"));
     common::run(
         &client,
         "INSERT INTO products_with_increment (id, description) VALUES (7, 'A kettle for tea')",
@@ -173,7 +175,7 @@ async fn a_collector_that_is_away_stops_nothing() {
     let env = vec![("REFARCH_OTLP_ENDPOINT", address), ("REFARCH_OTLP_SAMPLE", "1".to_owned())];
     let fleet = Fleet { database, env };
     fleet.migrate().await;
-    let (listen, embed) = (fleet.spawn("listen").await, fleet.spawn("embed").await);
+    let (listen, embed) = (fleet.spawn("listen"), fleet.spawn("embed"));
     common::run(
         &client,
         "INSERT INTO products_with_increment (id, description) VALUES (7, 'A kettle for tea')",
