@@ -176,6 +176,7 @@ impl Bench {
                 bulk_threshold: set.bulk_threshold,
                 live_bound: set.live_bound,
                 poll: set.poll,
+                start_timeout: Duration::ZERO,
             },
         );
         let started = Instant::now();
@@ -285,6 +286,7 @@ impl Bench {
                 max_receives: self.settings.queue.max_receives,
                 settle: self.settings.indexer.attempt(),
                 freshness_poll: Duration::from_secs(1),
+                start_timeout: Duration::ZERO,
             },
         ));
         let (stop, over) = (CancellationToken::new(), CancellationToken::new());

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::location::{configured_location, named_index, pinecone_at};
-use super::model::{LoadedModel, known_shape};
+use super::model::{LoadedModel, recorded_shape};
 use super::pgvector::{self, PgVector};
 use super::pinecone;
 use super::postgres::generation::{self, Generation, IndexShape};
@@ -42,11 +42,13 @@ pub struct Backends {
     remembered: Arc<postgres::status::Remembered>,
     /// How long a round of the proof takes; `None`: the proof is off.
     proof_period: Option<Duration>,
+    /// How often the worker that runs the proof checks capture; `None`: never.
+    capture_check: Option<Duration>,
 }
 
 impl Backends {
-    /// Finds the active target and opens its backends. No embedding server is asked for what the database knows of
-    /// its model.
+    /// Finds the active target and opens its backends. No embedding server is asked: the database knows what the
+    /// index was made with.
     pub async fn open(postgres: &Postgres, settings: &Settings) -> Result<Self> {
         Self::open_for(postgres, settings, None).await
     }
@@ -60,7 +62,7 @@ impl Backends {
         let queue = open_queue(postgres, settings).await?;
         let shape = match model {
             Some(model) => model.shape(settings).await?,
-            None => known_shape(postgres, settings).await?,
+            None => recorded_shape(postgres, settings).await?,
         };
         Self::build(postgres, settings, queue, shape, false).await
     }
@@ -68,13 +70,13 @@ impl Backends {
     /// The same, for reading only. If the index's host cannot be found, the recorded place is used.
     pub async fn open_read_only(postgres: &Postgres, settings: &Settings) -> Result<Self> {
         let queue = open_queue(postgres, settings).await?;
-        let shape = known_shape(postgres, settings).await?;
+        let shape = recorded_shape(postgres, settings).await?;
         Self::build(postgres, settings, queue, shape, true).await
     }
 
     /// Opens the backends around an open queue.
     pub async fn with_queue(postgres: &Postgres, settings: &Settings, queue: Queue) -> Result<Self> {
-        let shape = known_shape(postgres, settings).await?;
+        let shape = recorded_shape(postgres, settings).await?;
         Self::build(postgres, settings, queue, shape, false).await
     }
 
@@ -142,6 +144,7 @@ impl Backends {
             source: Arc::new(settings.source.clone()),
             remembered: Arc::default(),
             proof_period: settings.audit.period,
+            capture_check: settings.audit.armed,
         })
     }
 
@@ -170,6 +173,12 @@ impl Backends {
     /// The state of the proof.
     pub async fn proof(&self) -> Result<postgres::proof::Proof> {
         postgres::proof::Proof::read(&self.postgres, self.generation.id, self.proof_period).await
+    }
+
+    /// How often a running worker checks capture, and captures new parts of the table; `None`: never.
+    #[must_use]
+    pub fn capture_check(&self) -> Option<Duration> {
+        self.capture_check
     }
 
     /// Whether dead letters can be read without hiding them from other readers for a while.

@@ -6,7 +6,7 @@ use super::embedded::{self, Cluster};
 use super::postgres::Postgres;
 use crate::config::Settings;
 use crate::pipeline::clock::BootClock;
-use crate::pipeline::failure::{Class, Result};
+use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::retry::Backoff;
 
 /// The database in use, and the private cluster if the settings name no database.
@@ -55,13 +55,33 @@ impl Database {
 /// Repeats the work on retryable errors for at most `database.connect_timeout_s`: a database that restarts is
 /// soon back.
 pub async fn with_connect_retry<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>) -> Result<T> {
+    retry(settings, |error| error.class() == Class::Retryable, work).await
+}
+
+/// Like [`with_connect_retry`], for the start of a role: also waits for what may be missing only just now, since
+/// the database is being restored or migrated.
+pub async fn with_start_retry<T>(settings: &Settings, work: impl AsyncFn() -> Result<T>) -> Result<T> {
+    retry(settings, |error| error.class() == Class::Retryable || error.may_pass(), work).await
+}
+
+async fn retry<T>(
+    settings: &Settings,
+    is_waited_for: impl Fn(&Error) -> bool,
+    work: impl AsyncFn() -> Result<T>,
+) -> Result<T> {
     let started = Instant::now();
     let timeout = settings.database.connect_timeout;
     let mut backoff = Backoff::default();
+    let mut is_told = false;
     loop {
         match work().await {
-            Err(error) if error.class() == Class::Retryable && started.elapsed() < timeout => {
-                tokio::time::sleep(backoff.next(&BootClock)).await;
+            Err(error) if is_waited_for(&error) && started.elapsed() < timeout => {
+                // Somebody may have to do something about it.
+                if error.class() == Class::Fatal && !std::mem::replace(&mut is_told, true) {
+                    tracing::warn!(%error, timeout_s = timeout.as_secs(), "cannot start yet: trying again for a while");
+                }
+                let left = timeout.saturating_sub(started.elapsed());
+                tokio::time::sleep(backoff.next(&BootClock).min(left)).await;
             }
             result => return result,
         }

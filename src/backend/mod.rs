@@ -18,7 +18,7 @@ mod queue;
 pub mod sqs;
 
 pub use backends::Backends;
-pub use database::{Database, with_connect_retry};
+pub use database::{Database, with_connect_retry, with_start_retry};
 pub use migration::{migrate, migrate_as_known, migrate_with, plan_migration, uninstall};
 pub use model::{LoadedModel, index_shape, model_dir};
 pub use queue::sqs_options;

@@ -43,13 +43,26 @@ pub async fn index_shape(settings: &Settings) -> Result<IndexShape> {
 }
 
 /// Like [`index_shape`], for a database that may have an index already. A server is asked only if there is no
-/// index, or the index was made with another model than the settings name. So a role that embeds nothing
-/// starts while the server is down.
+/// index, or the index was made with another model than the settings name.
 pub(super) async fn known_shape(postgres: &Postgres, settings: &Settings) -> Result<IndexShape> {
     match known(postgres, settings).await? {
         Some(known) => Ok(shape(settings, known.signature(), known.dimensions())),
         None => index_shape(settings).await,
     }
+}
+
+/// The shape of the index that was made for these settings. A server is never asked, so that a role that embeds
+/// nothing starts while the server is down. Fails if no index was made for the model that the settings name.
+pub(super) async fn recorded_shape(postgres: &Postgres, settings: &Settings) -> Result<IndexShape> {
+    if matches!(settings.embedder.kind, EmbedderKind::Minilm(_)) {
+        return index_shape(settings).await;
+    }
+    if let Some(known) = known(postgres, settings).await? {
+        return Ok(shape(settings, known.signature(), known.dimensions()));
+    }
+    // The database knows why: no index, or an index of another model. No index is of a model without a name.
+    let unnamed = shape(settings, "", 0);
+    generation::find(postgres, &settings.source, &unnamed).await.map(|_| unnamed)
 }
 
 /// What the database records about the server's model; `None` for a local model.

@@ -25,7 +25,7 @@ section! {
         sslrootcert: PathBuf = "", Variable("PGSSLROOTCERT");
         /// Most connections that a process holds. Each role needs a handful.
         pool_size: usize = 12, Is(is_pool, "use at least 4: the roles need that many connections at once");
-        /// How long to try to reach the database before giving up.
+        /// How long a start waits for the database, and a role for tables and rights that are missing in it.
         connect_timeout as "connect_timeout_s": Duration = 10;
     }
 }

@@ -18,7 +18,7 @@ use crate::pipeline::fault;
 use crate::pipeline::indexer::{Indexer, IndexerOptions};
 use crate::pipeline::lease::Lease;
 use crate::pipeline::metrics::Metrics;
-use crate::pipeline::retry::Backoff;
+use crate::pipeline::retry::{Backoff, FatalPolicy};
 use crate::shutdown;
 
 /// Runs the role in its own process.
@@ -44,8 +44,7 @@ pub async fn work(
     until_idle: bool,
 ) -> anyhow::Result<()> {
     let workers = settings.indexer.worker_count();
-    let worker =
-        WorkerRegistration::join(backends.postgres.clone(), "embed", workers, Arc::clone(metrics)).await?;
+    let worker = super::harness::register(backends, settings, "embed", workers, metrics).await?;
     // Before the first heartbeat, so that none is missed.
     let lost = worker.lost.subscribe();
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
@@ -67,6 +66,7 @@ pub async fn work(
             max_receives: settings.queue.max_receives,
             settle: settings.indexer.attempt(),
             freshness_poll: settings.index.pinecone().map_or(Duration::ZERO, |index| index.freshness),
+            start_timeout: settings.database.connect_timeout,
         },
     )
     .reporting(Arc::clone(&worker.faults))
@@ -108,7 +108,7 @@ pub async fn work(
     };
     // On the heap, because the futures of the roles are nested.
     let both = Box::pin(async {
-        claim_ownership(backends, settings.indexer.attempt(), &worker, &*clock, stop).await?;
+        claim_ownership(backends, settings, &worker, &*clock, stop).await?;
         let (done, alive, ours, ()) = tokio::join!(work, worker_lock, ownership, Box::pin(proof));
         Ok(done.and(alive).and(ours)?)
     });
@@ -124,11 +124,13 @@ pub async fn work(
 /// the waiting for late writes.
 async fn claim_ownership(
     backends: &Backends,
-    settle: Duration,
+    settings: &Settings,
     worker: &WorkerRegistration,
     clock: &dyn Clock,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
+    let settle = settings.indexer.attempt();
+    let fatal = FatalPolicy::new(clock, settings.database.connect_timeout, false);
     let mut backoff = Backoff::default();
     let report = |why: &str| worker.faults.report(fault::INDEXING_BLOCKED, why);
     loop {
@@ -137,7 +139,9 @@ async fn claim_ownership(
         let Some(claimed) = stop.run_until_cancelled(claim).await else { break };
         match claimed {
             Ok(()) => break,
-            Err(error) if error.class() != Class::Retryable => return Err(error.into()),
+            Err(error) if error.class() == Class::Permanent || fatal.ends(&error, clock) => {
+                return Err(error.into());
+            }
             Err(error) => {
                 let pause = backoff.next(clock);
                 worker

@@ -1,11 +1,17 @@
 //! The parts that the roles share: database, model, backends and heartbeat.
 
+use std::sync::Arc;
+
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres::generation;
 use crate::backend::postgres::worker_registry::WorkerRegistration;
 use crate::backend::{self, Backends, Database, LoadedModel};
 use crate::config::{EmbedderKind, Settings};
+use crate::pipeline::clock::BootClock;
+use crate::pipeline::failure::Result;
+use crate::pipeline::metrics::Metrics;
+use crate::pipeline::retry::{Backoff, FatalPolicy};
 
 /// Opens the database, does the work, and closes the database, even if the work fails.
 pub(super) async fn with_database<T>(
@@ -53,11 +59,32 @@ pub(super) async fn open_backends(
             tracing::warn!(warning, "migrated");
         }
     }
-    let opened = backend::with_connect_retry(settings, async || {
+    let opened = backend::with_start_retry(settings, async || {
         generation::follow_swap(&database.postgres, &settings.source.name).await;
         Backends::open_for(&database.postgres, settings, model).await
     });
     Ok(opened.await?)
+}
+
+/// Registers a worker for a role. Waits for what may be missing only just now.
+pub(super) async fn register(
+    backends: &Backends,
+    settings: &Settings,
+    role: &str,
+    threads: usize,
+    metrics: &Arc<Metrics>,
+) -> Result<WorkerRegistration> {
+    let fatal = FatalPolicy::new(&BootClock, settings.database.connect_timeout, false);
+    let mut backoff = Backoff::default();
+    loop {
+        let (postgres, metrics) = (backends.postgres.clone(), Arc::clone(metrics));
+        match WorkerRegistration::join(postgres, role, threads, metrics).await {
+            Err(error) if error.may_pass() && !fatal.ends(&error, &BootClock) => {
+                tokio::time::sleep(backoff.next(&BootClock)).await;
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Sends heartbeats during the work. After the work, the worker leaves the worker registry.

@@ -4,13 +4,11 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::backend::postgres::worker_registry::WorkerRegistration;
 use crate::backend::{Backends, Database};
 use crate::cli;
 use crate::config::Settings;
 use crate::otlp::Otlp;
 use crate::pipeline::clock::BootClock;
-use crate::pipeline::metrics::Metrics;
 use crate::pipeline::relay::{Relay, RelayOptions};
 use crate::shutdown;
 
@@ -32,9 +30,7 @@ pub async fn work(
     stop: &CancellationToken,
     until_idle: bool,
 ) -> anyhow::Result<()> {
-    let worker =
-        WorkerRegistration::join(backends.postgres.clone(), "listen", 1, Arc::new(Metrics::default()))
-            .await?;
+    let worker = super::harness::register(backends, settings, "listen", 1, &Arc::default()).await?;
     let otlp = Otlp::open(&settings.otlp, "listen", &worker.id, &Arc::default())?;
     let mut relay = Relay::new(
         backends.outbox(),
@@ -46,6 +42,7 @@ pub async fn work(
             bulk_threshold: settings.relay.bulk_threshold,
             live_bound: settings.relay.live_bound,
             poll: settings.relay.poll,
+            start_timeout: settings.database.connect_timeout,
         },
     )
     .reporting(Arc::clone(&worker.faults))

@@ -8,6 +8,7 @@ use refarch::backend::{self, Backends, LoadedModel};
 use refarch::config::Settings;
 use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::embed_scheduler::EmbedScheduler;
+use refarch::pipeline::fault::FaultBoard;
 use refarch::pipeline::indexer::{self, Indexer};
 use refarch::pipeline::lease::Lease;
 use refarch::pipeline::metrics::Metrics;
@@ -36,6 +37,8 @@ pub struct SyncFixture {
     pub indexer: Arc<Indexer>,
     pub relay: Mutex<Relay>,
     pub metrics: Arc<Metrics>,
+    /// Faults that the indexer reports.
+    pub faults: Arc<FaultBoard>,
 }
 
 impl SyncFixture {
@@ -69,10 +72,12 @@ impl SyncFixture {
                 bulk_threshold: 100,
                 live_bound: 5000,
                 poll: Duration::from_millis(100),
+                start_timeout: Duration::ZERO,
             },
         ));
         let metrics: Arc<Metrics> = Arc::default();
-        let indexer = Arc::new(Indexer::new(
+        let faults: Arc<FaultBoard> = Arc::default();
+        let indexer = Indexer::new(
             backends.queue.clone(),
             Arc::clone(&backends.ledger) as _,
             Arc::clone(&backends.index),
@@ -89,9 +94,11 @@ impl SyncFixture {
                 max_receives: 1000,
                 settle: Duration::from_secs(10),
                 freshness_poll: Duration::from_millis(50),
+                start_timeout: Duration::ZERO,
             },
-        ));
-        Self { database, settings, postgres, backends, client, indexer, relay, metrics }
+        );
+        let indexer = Arc::new(indexer.reporting(Arc::clone(&faults)));
+        Self { database, settings, postgres, backends, client, indexer, relay, metrics, faults }
     }
 
     pub async fn run(&self, sql: &str) {

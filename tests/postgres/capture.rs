@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 
+use refarch::backend::postgres::Postgres;
+use refarch::backend::postgres::capture::{self, CaptureState};
 use refarch::backend::postgres::migrate::Report;
 use refarch::config::Settings;
 use refarch::pipeline::failure::Error;
@@ -388,10 +390,19 @@ impl Live {
     }
 
     async fn faults(&self) -> Vec<String> {
+        let (postgres, settings) = self.connections();
+        capture::faults(&postgres, &settings.source).await.unwrap()
+    }
+
+    async fn state(&self) -> CaptureState {
+        let (postgres, settings) = self.connections();
+        capture::check(&postgres, &settings.source).await.unwrap()
+    }
+
+    fn connections(&self) -> (Postgres, Settings) {
         let env: Vec<_> = self.env.iter().map(|(key, value)| (*key, value.as_str())).collect();
         let settings = settings(&env);
-        let postgres = self.database.postgres(&settings);
-        refarch::backend::postgres::capture::faults(&postgres, &settings.source).await.unwrap()
+        (self.database.postgres(&settings), settings)
     }
 }
 
@@ -825,6 +836,9 @@ async fn only_the_rows_of_a_new_partition_are_queued() {
         assert_eq!(live.take().await, Vec::<String>::new(), "{change}");
         let faults = live.faults().await.join("; ");
         assert!(faults.contains(&format!("changes of public.{of} are not captured yet")), "{faults}");
+        let state = live.state().await;
+        assert!(state.faults.is_empty(), "a worker does it by itself: {state:?}");
+        assert!(state.new_parts.iter().any(|part| part.table == format!("public.{of}")), "{state:?}");
         assert_eq!(live.armed_again().await, (vec![queued.to_owned()], 0), "{change}");
         assert_eq!(live.faults().await, Vec::<String>::new(), "{change}");
         assert_eq!(live.capture(&format!("UPDATE {of} SET title = 'y'")).await, [queued]);
@@ -872,6 +886,8 @@ async fn rows_of_a_new_partition_are_queued_after_its_open_transactions_end() {
         faults.contains("public.made must be read again") && faults.contains("1 transaction"),
         "{faults}"
     );
+    let state = live.state().await;
+    assert!(state.faults.is_empty() && state.new_parts[0].table == "public.made", "{state:?}");
     writer.batch_execute("COMMIT").await.unwrap();
     assert_eq!(live.number(STEP).await, 1);
     assert_eq!(live.number(IN_NEED).await, 0);

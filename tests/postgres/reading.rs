@@ -16,6 +16,7 @@ use refarch::backend::{self, Backends};
 use refarch::double::pinecone::PineconeDouble;
 use refarch::pipeline::clock::{BootClock, Clock};
 use refarch::pipeline::failure::Class;
+use refarch::pipeline::fault;
 use refarch::pipeline::index::{Desired, Planned, VectorIndex as _, Writes};
 use refarch::pipeline::lease::Lease;
 use refarch::pipeline::ledger::{Ledger as _, Outcome};
@@ -369,12 +370,19 @@ async fn rows_hidden_by_a_policy_are_not_treated_as_deleted() {
     let (stop, task) = it.index();
     let status = it.backends.status().await;
     assert!(status.is_err_and(|error| error.class() == Class::Retryable));
+    // Meanwhile one fault says which role lacks what.
+    eventually("the fault to be shown", TIMEOUT, async || !it.faults.current().is_empty()).await;
+    let faults = it.faults.current();
+    assert_eq!((faults.len(), faults[0].kind), (1, fault::INDEXING_BLOCKED), "{faults:?}");
+    assert!(faults[0].message.contains(&role) && faults[0].message.contains("BYPASSRLS"), "{faults:?}");
+    assert_eq!(it.indexed().await.len(), 20);
     it.run(&format!("ALTER ROLE {role} BYPASSRLS")).await;
     // Each transaction checks again which rows its session may see.
     eventually("all to be in sync", TIMEOUT, async || {
         it.backends.status().await.is_ok_and(|status| status.is_synced() && status.indexed == Some(20))
     })
     .await;
+    eventually("the fault to be gone", TIMEOUT, async || it.faults.current().is_empty()).await;
     stop.cancel();
     task.await.unwrap();
     assert_eq!(it.backends.queue.dead_letters.count().await.unwrap(), 0);

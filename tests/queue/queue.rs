@@ -296,6 +296,7 @@ async fn the_bulk_threshold_setting_is_applied() {
             bulk_threshold,
             live_bound: 5_000,
             poll: Duration::from_millis(100),
+            start_timeout: Duration::ZERO,
         };
         let outbox = Box::new(PgOutbox::new(postgres.clone(), "products", "refarch"));
         let mut relay = Relay::new(outbox, queue, Arc::new(BootClock), options);

@@ -118,6 +118,7 @@ impl Fixture {
                 bulk_threshold: 100,
                 live_bound: 5_000,
                 poll: Duration::from_millis(20),
+                start_timeout: Duration::ZERO,
             },
         )
     }

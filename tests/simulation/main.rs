@@ -114,6 +114,7 @@ impl Run {
             bulk_threshold: 100,
             live_bound: 1_000,
             poll: Duration::from_secs(1),
+            start_timeout: START_TIMEOUT,
         };
         let outbox = Box::new(view.clone());
         let mut relay = Relay::new(outbox, Arc::new(view), Arc::clone(&self.clock) as _, options);
@@ -239,6 +240,9 @@ fn indexer(view: &View, clock: &Arc<SimClock>) -> (Arc<Indexer>, Arc<Lease>) {
     (Arc::new(indexer), lease)
 }
 
+/// How long a worker waits at its start for what is missing.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+
 fn build_indexer(view: &View, clock: &Arc<SimClock>) -> (Indexer, Arc<Lease>) {
     let worker = view.worker.clone();
     let view = Arc::new(view.clone());
@@ -261,6 +265,7 @@ fn build_indexer(view: &View, clock: &Arc<SimClock>) -> (Indexer, Arc<Lease>) {
             max_receives: u32::MAX,
             settle: SETTLE,
             freshness_poll: Duration::from_secs(1),
+            start_timeout: START_TIMEOUT,
         },
     );
     (indexer, lease)

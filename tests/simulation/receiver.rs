@@ -21,6 +21,7 @@ const STEPS: u32 = 10_000;
 /// Both lanes of one worker, in a world where nothing goes wrong by itself.
 struct Lanes {
     world: Arc<Mutex<World>>,
+    clock: Arc<SimClock>,
     executor: Executor,
     rng: SmallRng,
     board: Arc<FaultBoard>,
@@ -35,6 +36,7 @@ impl Lanes {
     /// each fails like this, if at all.
     fn start(rows: usize, cannot_receive: Option<FailureKind>) -> Self {
         let clock = Arc::new(SimClock::new(1));
+        let lanes_clock = Arc::clone(&clock);
         let mut world = World::new(SmallRng::seed_from_u64(1), Arc::clone(&clock), IndexKind::External, None);
         world.faults = false;
         world.cannot_receive = cannot_receive;
@@ -79,7 +81,16 @@ impl Lanes {
                 lease.confirm(clock.now());
             }
         });
-        Self { world, executor, rng: SmallRng::seed_from_u64(2), board, stop, abort, ended }
+        Self {
+            world,
+            clock: lanes_clock,
+            executor,
+            rng: SmallRng::seed_from_u64(2),
+            board,
+            stop,
+            abort,
+            ended,
+        }
     }
 
     /// Runs until something holds.
@@ -120,11 +131,36 @@ fn on_stop_a_lane_finishes_its_received_messages() {
 
 #[test]
 fn a_fatal_receive_failure_ends_both_lanes_and_their_work() {
-    let mut lanes = Lanes::start(0, Some(FailureKind::RefusedCredentials));
-    lanes.until("the end of both lanes", Lanes::both_ended);
-    let failed = lanes.ended.lock().unwrap().iter().filter(|ended| ended.is_err()).count();
-    assert!(failed >= 1, "{:?}", lanes.ended);
-    assert!(lanes.stop.is_cancelled() && lanes.abort.is_cancelled());
+    for (kind, waits) in [
+        (FailureKind::WrongSetting, false),
+        (FailureKind::WrongVersion, false),
+        (FailureKind::ProcessBroken, false),
+        // These may pass by themselves, so they are waited for.
+        (FailureKind::MissingResource, true),
+        (FailureKind::RefusedCredentials, true),
+    ] {
+        let mut lanes = Lanes::start(0, Some(kind));
+        let started = lanes.clock.now();
+        lanes.until("the end of both lanes", Lanes::both_ended);
+        let failed = lanes.ended.lock().unwrap().iter().filter(|ended| ended.is_err()).count();
+        assert!(failed >= 1, "{:?}", lanes.ended);
+        assert!(lanes.stop.is_cancelled() && lanes.abort.is_cancelled());
+        assert_eq!(lanes.clock.now() >= started + crate::START_TIMEOUT, waits, "{kind:?}");
+    }
+}
+
+#[test]
+fn a_queue_that_is_missing_at_the_start_is_waited_for() {
+    let mut lanes = Lanes::start(5, Some(FailureKind::MissingResource));
+    lanes.until("the fault", |lanes| lanes.board.current().iter().any(|one| one.kind == fault::QUEUE));
+    lanes.world.lock().unwrap().cannot_receive = None;
+    lanes.until("every row", |lanes| lanes.indexed() == 5);
+    lanes.until("the fault's end", |lanes| lanes.board.current().is_empty());
+    // What was received from before is waited for without a bound.
+    lanes.world.lock().unwrap().cannot_receive = Some(FailureKind::MissingResource);
+    let now = lanes.clock.now();
+    lanes.until("a long time", |lanes| lanes.clock.now() > now + 10 * crate::START_TIMEOUT);
+    assert!(!lanes.both_ended(), "{:?}", lanes.ended);
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod hidden;
 mod refused;
 
 use std::path::Path;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use refarch::double::pinecone::{PineconeDouble, PineconeFaults};
 use serde_json::Value;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 
 use crate::common::{self, Database, eventually};
@@ -839,6 +841,56 @@ async fn running_roles_survive_a_queue_that_is_missing_for_a_while() {
     .await;
     moody.client.batch_execute("ALTER TABLE pgmq.gone RENAME TO q_refarch_live").await.unwrap();
     moody.all_applied(2).await;
+    eventually("the faults to be gone", TIMEOUT, async || moody.kinds().await.is_empty()).await;
+    for role in roles {
+        stop(role).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_that_start_while_something_is_missing_wait_for_it() {
+    let moody = UnreliableEmbedder::start(ServerBehaviour::Well).await;
+    moody.rows(1).await;
+    let start = |part: &str, timeout: &str| {
+        let mut command = moody.refarch(&[part]);
+        command.env("REFARCH_DATABASE_CONNECT_TIMEOUT_S", timeout).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let parts = ["listen", "embed"];
+    // As amid a restore: first nothing is there, and at the first receive the queue is not.
+    moody.client.batch_execute("ALTER SCHEMA refarch RENAME TO away").await.unwrap();
+    let mut roles = parts.map(|part| start(part, "600"));
+    for role in &mut roles {
+        let mut lines = BufReader::new(role.stderr.take().unwrap()).lines();
+        let mut told = String::new();
+        while let Some(line) = lines.next_line().await.unwrap() {
+            told += &line;
+            if told.contains("no schema refarch") {
+                break;
+            }
+        }
+        assert_eq!(role.try_wait().unwrap(), None, "a role ended: {told}");
+        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+    }
+    let sql = "ALTER TABLE pgmq.q_refarch_live RENAME TO gone; ALTER SCHEMA away RENAME TO refarch";
+    moody.client.batch_execute(sql).await.unwrap();
+    eventually("both faults to be shown", TIMEOUT, async || {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        for role in &mut roles {
+            assert_eq!(role.try_wait().unwrap(), None, "a role ended");
+        }
+        moody.kinds().await == ["queue", "relay"]
+    })
+    .await;
+    // Not for ever: the name may be wrong.
+    for part in parts {
+        let output = start(part, "1").wait_with_output().await.unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{part}: {said}");
+        assert!(said.contains("q_refarch_live"), "{part}: {said}");
+    }
+    moody.client.batch_execute("ALTER TABLE pgmq.gone RENAME TO q_refarch_live").await.unwrap();
+    moody.all_applied(1).await;
     eventually("the faults to be gone", TIMEOUT, async || moody.kinds().await.is_empty()).await;
     for role in roles {
         stop(role).await;

@@ -402,7 +402,10 @@ async fn lists_are_built_checked_built_again_and_dropped() {
 async fn a_database_without_the_schema_is_reported() {
     let database = Database::create().await;
     for role in ["listen", "embed", "status"] {
-        let output = database.refarch().arg(role).output().await.unwrap();
+        // A role waits for a while: somebody may be restoring or migrating the database.
+        let mut command = database.refarch();
+        command.arg(role).env("REFARCH_DATABASE_CONNECT_TIMEOUT_S", "1");
+        let output = command.output().await.unwrap();
         let error = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{role}: {error}");
         assert!(error.contains("run refarch migrate"), "{role}: {error}");

@@ -3,17 +3,18 @@
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use refarch::backend::postgres::capture::NewPart;
 use refarch::backend::postgres::products::Products;
 use refarch::pipeline::embedder::{BatchSize, Embedder, Embedding, Tokens};
 use refarch::pipeline::failure::{Error, FailureKind, Result};
 use refarch::pipeline::index::{Listing, Match, OwnershipStore, Stored, VectorIndex, Writes};
 use refarch::role::serve::{
-    AccessControl, App, ClientTimeouts, ConnectionLimits, Limits, SyncStatus, router, serve,
+    AccessControl, App, ClientTimeouts, ConnectionLimits, Health, Limits, SyncStatus, router, serve,
 };
 use refarch::secret::Secret;
 use reqwest::{Method, RequestBuilder, StatusCode};
@@ -147,7 +148,10 @@ struct ScriptedSyncStatus {
     searchable: Mutex<HashSet<String>>,
     asked: Mutex<u32>,
     faults: Mutex<Vec<String>>,
+    new_parts: Mutex<Vec<NewPart>>,
+    new_part_timeout_s: AtomicU64,
     migrated: AtomicBool,
+    failing: AtomicBool,
 }
 
 #[async_trait]
@@ -172,8 +176,16 @@ impl SyncStatus for ScriptedSyncStatus {
         Ok(())
     }
 
-    async fn health(&self) -> Result<(Vec<String>, String)> {
-        Ok((self.faults.lock().unwrap().clone(), "proved 3 h ago: 0 differences".into()))
+    async fn health(&self) -> Result<Health> {
+        if self.failing.load(Ordering::Relaxed) {
+            return Err(Error::new(FailureKind::RefusedCredentials, "compare capture", "scripted: 10.0.0.7"));
+        }
+        Ok(Health {
+            faults: self.faults.lock().unwrap().clone(),
+            new_parts: self.new_parts.lock().unwrap().clone(),
+            new_part_timeout: Duration::from_secs(self.new_part_timeout_s.load(Ordering::Relaxed)),
+            proof: "proved 3 h ago: 0 differences".into(),
+        })
     }
 }
 
@@ -905,6 +917,49 @@ async fn readiness_names_the_failed_check_and_no_internals() {
     assert_eq!(stranger["reasons"], json!(["database: the table cannot be read"]));
     let (_, message) = refusal(server.request(Method::GET, "/api/v1/products"), 500).await;
     assert!(!message.contains("products_with_increment"), "{message}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_partition_is_a_reason_only_if_it_lasts() {
+    let server = Server::start().await;
+    let ready = async || {
+        let response = server.request(Method::GET, "/readyz").send().await.unwrap();
+        (response.status().as_u16(), response.text().await.unwrap())
+    };
+    let partition = || {
+        let fault = "changes of public.lamp_2027 are not captured yet".to_owned();
+        vec![NewPart { table: "public.lamp_2027".into(), fault }]
+    };
+    assert_eq!(ready().await, (200, "ready\nproved 3 h ago: 0 differences\n".to_owned()));
+    server.sync_status.new_part_timeout_s.store(3_600, Ordering::Relaxed);
+    *server.sync_status.new_parts.lock().unwrap() = partition();
+    common::eventually("the partition to be named", TIMEOUT, async || {
+        let (status, body) = ready().await;
+        assert_eq!(status, 200, "{body}");
+        body.ends_with("differences\ncapture: changes of public.lamp_2027 are not captured yet\n")
+    })
+    .await;
+    let stranger = server.request(Method::GET, "/readyz").header("x-forwarded-for", "203.0.113.9");
+    let told = stranger.send().await.unwrap().text().await.unwrap();
+    assert!(told.ends_with("capture: a new part of the table is not captured yet\n"), "{told}");
+    server.sync_status.new_part_timeout_s.store(0, Ordering::Relaxed);
+    common::eventually("readiness to refuse", TIMEOUT, async || ready().await.0 == 503).await;
+    assert!(ready().await.1.contains("not captured: changes of public.lamp_2027"));
+    server.sync_status.new_parts.lock().unwrap().clear();
+    common::eventually("readiness", TIMEOUT, async || ready().await.0 == 200).await;
+
+    // What cannot be checked is not shown as checked.
+    server.sync_status.failing.store(true, Ordering::Relaxed);
+    common::eventually("readiness to refuse", TIMEOUT, async || ready().await.0 == 503).await;
+    let stranger = server.request(Method::GET, "/readyz").header("x-forwarded-for", "203.0.113.9");
+    let reasons = answer(stranger).await.1["reasons"].clone();
+    assert_eq!(reasons, json!(["capture: whether changes are captured cannot be checked"]));
+
+    // A process that has just started does not know how long the partition has been there.
+    let server = Server::start().await;
+    server.sync_status.new_part_timeout_s.store(3_600, Ordering::Relaxed);
+    *server.sync_status.new_parts.lock().unwrap() = partition();
+    assert_eq!(server.request(Method::GET, "/readyz").send().await.unwrap().status(), 503);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -56,13 +56,38 @@ impl LastLook {
     }
 }
 
-/// Compares the triggers and recorded columns with the table: each difference is a sentence that says what to
-/// do. Cheap enough to be called every few seconds.
+/// What differs between capture and the table. Each difference is a sentence that says what to do.
+#[derive(Clone, Debug, Default)]
+pub struct CaptureState {
+    /// Why changes are not all captured.
+    pub faults: Vec<String>,
+    /// Tables that are a part of the source's table only now. The worker that runs the proof captures and queues
+    /// them by itself.
+    pub new_parts: Vec<NewPart>,
+}
+
+/// A partition or inheritance child that is new.
+#[derive(Clone, Debug)]
+pub struct NewPart {
+    /// Its name.
+    pub table: String,
+    /// What is not done yet.
+    pub fault: String,
+}
+
+/// All faults of [`check`], new parts included.
 pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<String>> {
+    let CaptureState { mut faults, new_parts } = check(postgres, source).await?;
+    faults.extend(new_parts.into_iter().map(|part| part.fault));
+    Ok(faults)
+}
+
+/// Compares the triggers and recorded columns with the table. Cheap enough to be called every few seconds.
+pub async fn check(postgres: &Postgres, source: &config::Source) -> Result<CaptureState> {
     let fail = |error: tokio_postgres::Error| failure("compare capture with the table", error);
     let mut client = postgres.client().await?;
     let transaction = client.transaction().await.map_err(fail)?;
-    let mut faults = Vec::new();
+    let CaptureState { mut faults, mut new_parts } = CaptureState::default();
     let noted = transaction
         .query_opt(
             "SELECT s.relation::oid, s.relation::text, \
@@ -74,7 +99,8 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
         .await
         .map_err(fail)?;
     let Some(noted) = noted else {
-        return Ok(vec![format!("{} is not indexed yet: run refarch migrate", source.table)]);
+        faults.push(format!("{} is not indexed yet: run refarch migrate", source.table));
+        return Ok(CaptureState { faults, new_parts });
     };
     let (captured, captured_name): (u32, String) = (noted.get(0), noted.get(1));
     if noted.get::<_, bool>(2) {
@@ -100,7 +126,7 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
                 .map_err(fail)?;
             let name: String = row.get(3);
             if row.get::<_, u32>(0) == captured {
-                faults.extend(leaf_faults(&*transaction, &table, &name).await?);
+                check_leaves(&*transaction, &table, &name, &mut faults, &mut new_parts).await?;
             } else {
                 columns.clear();
                 faults.push(format!(
@@ -126,18 +152,19 @@ pub async fn faults(postgres: &Postgres, source: &config::Source) -> Result<Vec<
     faults.extend(columns.into_iter().map(|fault| format!("{captured_name}: {fault}: {cure}")));
     let held = transaction
         .query(
-            "SELECT CASE b.leaf WHEN '-'::regclass THEN s.relation ELSE b.leaf END::text, b.held \
+            "SELECT CASE b.leaf WHEN '-'::regclass THEN s.relation ELSE b.leaf END::text, b.held, b.leaf <> '-'::regclass \
              FROM refarch.backfill b JOIN refarch.source s ON s.name = b.source \
              WHERE b.source = $1 AND b.held IS NOT NULL ORDER BY b.leaf",
             &[&source.name],
         )
         .await
         .map_err(fail)?;
-    faults.extend(held.iter().map(|row| {
-        let (table, held): (&str, &str) = (row.get(0), row.get(1));
-        format!("{table} must be read again, but cannot be read: {held}")
-    }));
-    Ok(faults)
+    for row in held {
+        let (table, held): (String, &str) = (row.get(0), row.get(1));
+        let fault = format!("{table} must be read again, but cannot be read: {held}");
+        if row.get(2) { new_parts.push(NewPart { table, fault }) } else { faults.push(fault) }
+    }
+    Ok(CaptureState { faults, new_parts })
 }
 
 /// Installs missing capture triggers and queues rows that may have changed without capture. False if there
@@ -176,8 +203,14 @@ pub async fn restore(
     }
 }
 
-/// Faults of single tables in the tree under `root`.
-async fn leaf_faults(client: &impl GenericClient, table: &SourceTable, root: &str) -> Result<Vec<String>> {
+/// Checks the single tables in the tree under `root`.
+async fn check_leaves(
+    client: &impl GenericClient,
+    table: &SourceTable,
+    root: &str,
+    faults: &mut Vec<String>,
+    new_parts: &mut Vec<NewPart>,
+) -> Result<()> {
     let rows = client
         .query(
             "SELECT l.relation::text, l.state, EXISTS (SELECT FROM pg_class c WHERE c.oid = l.relation) \
@@ -186,24 +219,27 @@ async fn leaf_faults(client: &impl GenericClient, table: &SourceTable, root: &st
         )
         .await
         .map_err(|error| failure("read the capture triggers", error))?;
-    let told = rows.iter().map(|row| {
+    for row in rows {
         let (leaf, state, is_there): (&str, &str, bool) = (row.get(0), row.get(1), row.get(2));
         match state {
-            "new" => format!(
-                "changes of {leaf} are not captured yet, since it became a part of {root} later: refarch verify --repair installs the triggers"
-            ),
-            "gone" if is_there => format!(
+            "new" => new_parts.push(NewPart {
+                table: leaf.to_owned(),
+                fault: format!(
+                    "changes of {leaf} are not captured yet, since it became a part of {root} later: refarch verify --repair installs the triggers"
+                ),
+            }),
+            "gone" if is_there => faults.push(format!(
                 "{leaf} is no part of {root} any more, and its rows are still in the index: refarch verify --repair queues them"
-            ),
-            "gone" => format!(
+            )),
+            "gone" => faults.push(format!(
                 "a part of {root} was dropped, and its rows are still in the index: refarch verify --repair queues them"
-            ),
-            _ => format!(
+            )),
+            _ => faults.push(format!(
                 "changes of {leaf} are not captured, since a trigger is missing or disabled: refarch verify --repair installs the triggers"
-            ),
+            )),
         }
-    });
-    Ok(told.collect())
+    }
+    Ok(())
 }
 
 /// Changes of the table that capture cannot see, and what to do about them.

@@ -56,8 +56,9 @@ fn kind_of(code: &SqlState) -> FailureKind {
     match code.code() {
         // A wrong password, or a missing right.
         "28P01" | "28000" | "42501" => FailureKind::RefusedCredentials,
-        // A missing database, schema, table, column or function.
-        "3D000" | "3F000" | "42P01" | "42703" | "42883" => FailureKind::MissingResource,
+        // A missing database, schema, table, column, function, type or other object. No value of a row names one
+        // of these in our statements, so rows are not at fault.
+        "3D000" | "3F000" | "42P01" | "42703" | "42704" | "42883" => FailureKind::MissingResource,
         // A statement that was stopped, by its timeout or by somebody.
         "57014" => FailureKind::TimedOut,
         code => match &code[..2] {
@@ -84,10 +85,10 @@ mod tests {
     #[test]
     fn only_what_may_come_of_the_rows_at_hand_is_a_changes_fault() {
         let kind = |code: &str| kind_of(&SqlState::from_code(code));
-        for code in ["22001", "22P02", "23505", "0A000", "42601", "42P07", "42704"] {
+        for code in ["22001", "22P02", "23505", "0A000", "42601", "42P07"] {
             assert_eq!(kind(code).class(), Class::Permanent, "{code}");
         }
-        for code in ["28P01", "28000", "3D000", "42501", "42P01", "42703", "42883", "3F000"] {
+        for code in ["28P01", "28000", "3D000", "42501", "42P01", "42703", "42704", "42883", "3F000"] {
             assert_eq!(kind(code).class(), Class::Fatal, "{code}");
         }
         for code in ["21000", "27000", "44000", "54000", "P0001", "XX001", "XX002"] {

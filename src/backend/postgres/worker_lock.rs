@@ -39,7 +39,7 @@ pub async fn keep(
             match postgres.supports_sessions().await {
                 Ok(true) => checked = true,
                 Ok(false) => return Err(cannot_lock()),
-                Err(error) if error.class() == Class::Fatal => return Err(error),
+                Err(error) if is_final(&error) => return Err(error),
                 // The database is away: `hold_lock` reports that.
                 Err(_) => {}
             }
@@ -49,7 +49,7 @@ pub async fn keep(
             break;
         };
         let Err(error) = ended else { continue };
-        if error.class() == Class::Fatal {
+        if is_final(&error) {
             return Err(error);
         }
         let pause = backoff.next(&**lease.clock());
@@ -57,6 +57,12 @@ pub async fn keep(
         stop.run_until_cancelled(tokio::time::sleep(pause)).await;
     }
     Ok(())
+}
+
+/// Whether the database refuses permanently. A database that is missing may be being restored; if it never was
+/// there, the worker's other work says so.
+fn is_final(error: &Error) -> bool {
+    error.class() == Class::Fatal && !error.may_pass()
 }
 
 /// Opens a session, takes the lock, and sends heartbeats until one fails.

@@ -202,6 +202,13 @@ impl FailureKind {
         self.policy().is_about_rows
     }
 
+    /// Whether a fatal failure may pass without a change of the settings: a database that is being restored
+    /// has its tables and rights again soon.
+    #[must_use]
+    pub const fn may_pass(self) -> bool {
+        matches!(self, Self::MissingResource | Self::RefusedCredentials)
+    }
+
     /// Whether this process is broken, so that only another process can continue.
     #[must_use]
     pub const fn is_of_process(self) -> bool {
@@ -222,6 +229,7 @@ mod tests {
             // A failure in doubt is tried again, so its kind is retryable.
             assert!(!kind.is_doubtful() || kind.class() == Class::Retryable, "{kind:?}");
             assert!(!(kind.is_doubtful() && kind.is_about_rows()), "{kind:?}");
+            assert!(!kind.may_pass() || kind.class() == Class::Fatal, "{kind:?}");
             // A broken process ends, so the kind is fatal. Another process does the work.
             assert!(!kind.is_of_process() || kind.class() == Class::Fatal, "{kind:?}");
         }

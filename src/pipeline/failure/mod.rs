@@ -120,6 +120,12 @@ impl Error {
         self.over_the_change || self.kind.is_about_rows()
     }
 
+    /// Whether a fatal failure may pass without a change of the settings.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        self.kind.may_pass()
+    }
+
     /// Whether this process is what is broken, so that only another one can go on.
     #[must_use]
     pub fn is_of_process(&self) -> bool {

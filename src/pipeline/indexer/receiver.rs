@@ -21,7 +21,7 @@ use crate::pipeline::change::{Lane, MAX_CHANGES_PER_JOB};
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::fault;
 use crate::pipeline::queue::Message;
-use crate::pipeline::retry::Backoff;
+use crate::pipeline::retry::{Backoff, FatalPolicy};
 
 /// Batches of one lane that are under way at once: one is embedded while the next is received and
 /// peeked and the last is written.
@@ -67,8 +67,8 @@ pub struct Receiver {
     per_message: f64,
     /// Of receives that fail.
     backoff: Backoff,
-    /// Whether a receive ever worked.
-    has_received: bool,
+    /// Decides which receives that fail end the loop.
+    fatal: FatalPolicy,
 }
 
 impl Receiver {
@@ -83,6 +83,7 @@ impl Receiver {
         abort: CancellationToken,
         until_idle: bool,
     ) -> Self {
+        let fatal = FatalPolicy::new(&*indexer.clock, indexer.options.start_timeout, until_idle);
         Self {
             indexer,
             lane,
@@ -97,7 +98,7 @@ impl Receiver {
             // too many.
             per_message: MAX_CHANGES_PER_JOB as f64,
             backoff: Backoff::default(),
-            has_received: false,
+            fatal,
         }
     }
 
@@ -208,13 +209,12 @@ impl Receiver {
             self.indexer.health.faults().clear(fault::QUEUE);
         }
         self.backoff.reset();
-        self.has_received = true;
+        self.fatal.worked();
     }
 
     /// Pauses after a failed receive. Returns the error if waiting does not help.
     async fn sit_out(&mut self, error: Error) -> Result<()> {
-        // A queue that worked before may work again: a database is restored, a right is granted.
-        if error.class() == Class::Fatal && (error.is_of_process() || self.until_idle || !self.has_received) {
+        if self.fatal.ends(&error, &*self.indexer.clock) {
             return Err(error);
         }
         let pause = self.backoff.next(&*self.indexer.clock);

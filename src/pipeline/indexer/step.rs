@@ -41,6 +41,8 @@ pub struct IndexerOptions {
     pub settle: Duration,
     /// How often an index whose queries are behind its writes is asked how far queries are.
     pub freshness_poll: Duration,
+    /// How long the first receive is tried again while it fails with a fatal error that may pass by itself.
+    pub start_timeout: Duration,
 }
 
 /// Applies jobs to an index.

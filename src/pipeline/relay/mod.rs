@@ -21,7 +21,7 @@ use super::failure::{Class, Result};
 use super::fault::{self, FaultBoard};
 use super::outbox::{ClaimRequest, Outbox, Transferred};
 use super::queue::QueueStats;
-use super::retry::Backoff;
+use super::retry::{Backoff, FatalPolicy};
 use super::trace::Sampler;
 use message::build_jobs;
 
@@ -134,13 +134,15 @@ impl Relay {
     /// Steps until `stop`, or with `until_idle` until the outbox is empty.
     pub async fn run(&mut self, stop: &CancellationToken, until_idle: bool) -> Result<()> {
         let mut backoff = Backoff::default();
-        let mut has_worked = false;
+        let mut fatal = FatalPolicy::new(&*self.clock, self.options.start_timeout, until_idle);
         while !stop.is_cancelled() {
             let stepped = self.step().await;
-            has_worked |= stepped.is_ok();
-            if stepped.is_ok() && backoff.failures() > 0 {
-                tracing::info!(failures = backoff.failures(), "changes are queued again");
-                self.faults.clear(fault::RELAY);
+            if stepped.is_ok() {
+                fatal.worked();
+                if backoff.failures() > 0 {
+                    tracing::info!(failures = backoff.failures(), "changes are queued again");
+                    self.faults.clear(fault::RELAY);
+                }
             }
             match stepped {
                 Ok(done) if done.rows == 0 => {
@@ -160,13 +162,7 @@ impl Relay {
                         "changes queued"
                     );
                 }
-                // What was there comes back: a database that is restored, a right that is granted.
-                Err(error)
-                    if error.class() == Class::Fatal
-                        && (error.is_of_process() || until_idle || !has_worked) =>
-                {
-                    return Err(error);
-                }
+                Err(error) if fatal.ends(&error, &*self.clock) => return Err(error),
                 Err(error) => {
                     let pause = backoff.next(&*self.clock);
                     let retry_in_ms = pause.as_millis() as u64;

@@ -15,4 +15,6 @@ pub struct RelayOptions {
     pub live_bound: u64,
     /// How often the outbox is polled when no wake-up comes.
     pub poll: Duration,
+    /// How long the first step is tried again while it fails with a fatal error that may pass by itself.
+    pub start_timeout: Duration,
 }

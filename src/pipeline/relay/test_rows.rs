@@ -13,6 +13,7 @@ pub(super) fn options(changes_per_message: usize) -> RelayOptions {
         bulk_threshold: 10,
         live_bound: 1000,
         poll: Duration::from_millis(100),
+        start_timeout: Duration::ZERO,
     }
 }
 

@@ -24,7 +24,6 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::postgres::products::Products;
-use crate::backend::postgres::worker_registry::WorkerRegistration;
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::config::Settings;
 use crate::shutdown;
@@ -36,7 +35,7 @@ pub use connections::{ConnectionLimits, serve};
 pub use limits::Limits;
 use limits::REQUEST_TIMEOUT;
 pub use route::router;
-pub use sync_status::SyncStatus;
+pub use sync_status::{Health, SyncStatus};
 
 /// Binds the address in the settings.
 pub async fn bind(settings: &Settings) -> anyhow::Result<TcpListener> {
@@ -89,7 +88,7 @@ pub async fn work(
         settings.serve.max_connections,
         settings.serve.pool_size + settings.database.pool_size,
     );
-    let worker = WorkerRegistration::join(backends.postgres.clone(), "serve", 1, Arc::default()).await?;
+    let worker = super::harness::register(backends, settings, "serve", 1, &Arc::default()).await?;
     let abort = shutdown::after_grace(stop, settings.runtime.grace);
     let server = serve(listener, router(Arc::new(app), access), connection_limits, stop.clone());
     let result = super::harness::with_heartbeat(&worker, async {

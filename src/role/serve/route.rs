@@ -339,9 +339,11 @@ async fn status(State(app): Shared) -> Answer<Json<Value>> {
 }
 
 async fn ready(State(app): Shared) -> Answer<String> {
-    let super::readiness::Readiness { reasons, proof } = app.ready.get(app.to_check()).await;
+    let super::readiness::Readiness { reasons, notes, proof } = app.ready.get(app.to_check()).await;
     if reasons.is_empty() {
-        return Ok(format!("ready\n{proof}").trim_end().to_owned() + "\n");
+        let notes = notes.iter().map(super::readiness::Reason::shown);
+        let lines = ["ready".to_owned(), proof].into_iter().chain(notes).filter(|line| !line.is_empty());
+        return Ok(lines.map(|line| line + "\n").collect());
     }
     let mut kinds: Vec<&str> = reasons.iter().map(|reason| reason.kind).collect();
     kinds.dedup();

@@ -1,11 +1,30 @@
 //! The state of the sync, as the page shows it.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use serde_json::Value;
 
+use crate::backend::postgres::capture::{CaptureState, NewPart};
 use crate::backend::{Backends, postgres};
 use crate::pipeline::failure::{Error, FailureKind, Result};
 use crate::pipeline::ledger::Ledger as _;
+
+/// How long a worker may take, after its check of capture is due, until a new part of the table is captured.
+const CAPTURE_TIME: Duration = Duration::from_secs(10);
+
+/// Why results may be wrong, beyond what an answer of table and index shows.
+#[derive(Clone, Debug, Default)]
+pub struct Health {
+    /// Faults that make results wrong until somebody repairs them.
+    pub faults: Vec<String>,
+    /// New parts of the table (partitions, for example), which a worker captures and queues by itself.
+    pub new_parts: Vec<NewPart>,
+    /// A new part that is still not captured after this time is a fault.
+    pub new_part_timeout: Duration,
+    /// The state of the continuous proof, in words.
+    pub proof: String,
+}
 
 /// The state of the sync, as the page shows it.
 #[async_trait]
@@ -18,9 +37,9 @@ pub trait SyncStatus: Send + Sync {
     async fn status(&self) -> Result<Value>;
     /// Whether the index holds the row as it is now.
     async fn is_searchable(&self, id: &str) -> Result<bool>;
-    /// Faults that make results wrong until somebody mends them, and the state of the continuous proof.
-    async fn health(&self) -> Result<(Vec<String>, String)> {
-        Ok((Vec::new(), String::new()))
+    /// What readiness shows of capture and proof.
+    async fn health(&self) -> Result<Health> {
+        Ok(Health::default())
     }
 }
 
@@ -44,9 +63,15 @@ impl SyncStatus for Backends {
         Ok(peeked.iter().any(|p| p.entry.as_ref().is_some_and(|entry| entry.matches(p.row.as_ref()))))
     }
 
-    async fn health(&self) -> Result<(Vec<String>, String)> {
-        let faults = postgres::capture::faults(&self.postgres, &self.source).await?;
-        let faults = faults.into_iter().map(|fault| format!("not captured: {fault}")).collect();
-        Ok((faults, self.proof().await?.describe()))
+    async fn health(&self) -> Result<Health> {
+        let CaptureState { faults, new_parts } =
+            postgres::capture::check(&self.postgres, &self.source).await?;
+        Ok(Health {
+            faults: faults.into_iter().map(|fault| format!("not captured: {fault}")).collect(),
+            new_parts,
+            // If no worker checks capture, nothing is done by itself.
+            new_part_timeout: self.capture_check().map_or(Duration::ZERO, |every| every + CAPTURE_TIME),
+            proof: self.proof().await?.describe(),
+        })
     }
 }

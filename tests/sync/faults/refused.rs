@@ -50,6 +50,18 @@ async fn one_record_refused_by_a_proxy_does_not_hold_other_records() {
     assert_eq!(remote.run(&["redrive", "--all"]).await.0, 0);
     remote.drained(9).await;
     assert_clean(&remote.json(&["verify", "--json"]).await, 9);
+    // A record that cannot be deleted stays, and the others do not wait for it.
+    remote.double.forbid(|verb, namespace, id| verb == Verb::Delete && namespace.is_empty() && id == "3");
+    client.batch_execute("DELETE FROM item WHERE id IN (2, 3, 4)").await.unwrap();
+    remote.drained(6).await;
+    let given_up = letters(&remote).await;
+    assert_eq!((given_up.len(), &given_up[0]["ids"]), (1, &json!(["3"])), "{given_up:?}");
+    let held: Vec<String> = remote.double.snapshot("").into_keys().collect();
+    assert_eq!(held, ["1", "3", "5", "6", "7", "8", "9"]);
+    remote.double.forbid(|_, _, _| false);
+    assert_eq!(remote.run(&["redrive", "--all"]).await.0, 0);
+    remote.drained(6).await;
+    assert_clean(&remote.json(&["verify", "--json"]).await, 6);
     for role in roles {
         stop(role).await;
     }

@@ -12,7 +12,7 @@ use crate::backend::postgres::source::{
     MAX_REREADS, SourceRead, SourceReader, SourceTable, altered_too_often,
 };
 use crate::backend::postgres::{Postgres, fail, failure};
-use crate::pipeline::failure::{Class, Result};
+use crate::pipeline::failure::{Class, FailureKind, Result};
 use crate::pipeline::ledger::Peeked;
 use crate::pipeline::source_row::{ContentSalt, Hash, SourceRow};
 
@@ -119,8 +119,10 @@ impl RowReader {
             Ok(read) => read,
             Err(error) => {
                 let error = failure("read the sizes of rows", error);
-                // Reading the rows gives any other error again, with a better message.
-                return if error.class() == Class::Retryable { Err(error) } else { Ok(ids.len()) };
+                // Reading the rows gives an error about the table again, with a better message.
+                let is_about_table =
+                    error.class() != Class::Retryable || error.kind() == FailureKind::HiddenRows;
+                return if is_about_table { Ok(ids.len()) } else { Err(error) };
             }
         };
         let sizes: HashMap<&str, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
