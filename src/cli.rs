@@ -2,6 +2,8 @@
 
 mod chaos;
 mod help;
+mod plan;
+mod quantity;
 mod range;
 mod since;
 
@@ -19,6 +21,7 @@ use since::since;
 pub use range::Range;
 
 pub use chaos::{Chaos, ChaosEmbedder, ChaosFault, ChaosIndex, ChaosQueue};
+pub use plan::{Plan, PlanIndex, PlanQueue};
 
 /// Keeps a semantic search index in sync with a PostgreSQL table, and proves it row by row.
 #[derive(Debug, Parser)]
@@ -80,6 +83,8 @@ pub enum Command {
     Chaos(Chaos),
     /// List the dead letters, or queue them again
     Redrive(Redrive),
+    /// Model a load: how long it takes, what limits it, how many workers it needs, and what it costs
+    Plan(Box<Plan>),
     /// Print the settings in use as TOML, without secrets
     Config,
     /// Open psql on the database in use
@@ -332,6 +337,7 @@ impl Command {
             Self::Chaos(_) => "chaos",
             Self::Redrive(_) => "redrive",
             Self::Events(_) => "events",
+            Self::Plan(_) => "plan",
             Self::Config => "config",
             Self::Psql(_) => "psql",
             Self::Completions { .. } => "completions",

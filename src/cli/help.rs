@@ -89,3 +89,15 @@ pub(super) const VERIFY_HELP: &str = "\
 Safe while writes go on: rows that differ are compared again until their changes are applied.
 
 Exit codes: 0 index and table agree, 1 they differ (even if repaired), 2 could not tell.";
+
+/// The end of `refarch plan --help`.
+pub(super) const PLAN_HELP: &str = "\
+A model, which touches nothing: no database, no queue and no index (only --rate-from-status reads the
+database). It is as good as the rates that you give. Measure the rate of a worker on your machines and
+with your texts: load some 100,000 rows, and use --rate-from-status, or the rows a second of one worker.
+Rates and counts may be written as 250000, 100k, 2.5M or 1e9, durations as 90s, 30m, 2h or 1h30m.
+
+  refarch plan --records 1e9 --deadline 2h --queue sqs --index pinecone --svg plan.svg
+  refarch plan --records 100k --workers 1 --worker-rate 800 --startup 0     one worker that runs already
+
+docs/plan.md describes the model. Exit codes: 0 planned (whether or not the deadline holds), 1 failed.";

@@ -4,6 +4,7 @@ use super::declare::Key;
 use super::embedder::{Embedder, HttpEmbedder, LocalEmbedder};
 use super::error::ConfigError;
 use super::index::{Choice, Index, PgvectorIndex, PineconeIndex, RESERVED_METADATA_PREFIX};
+use super::otlp::Otlp;
 use super::queue::{Queue, SqsQueue};
 use super::read::Section;
 use super::roles::{Audit, Indexer, Relay, Scaling, Serve, Up};
@@ -11,7 +12,7 @@ use super::system::{Admin, Database, Log, Runtime, Source};
 use super::values::Values;
 
 /// Every section, in the order in which it is shown.
-const SECTIONS: [&[Key]; 19] = [
+const SECTIONS: [&[Key]; 20] = [
     Database::KEYS,
     Source::KEYS,
     Queue::KEYS,
@@ -31,6 +32,7 @@ const SECTIONS: [&[Key]; 19] = [
     Runtime::KEYS,
     Admin::KEYS,
     Log::KEYS,
+    Otlp::KEYS,
 ];
 
 /// Every key that there is.
@@ -56,6 +58,7 @@ pub struct Settings {
     pub runtime: Runtime,
     pub admin: Admin,
     pub log: Log,
+    pub otlp: Otlp,
     /// Every key, also those of kinds that were not chosen.
     shown: String,
 }
@@ -83,6 +86,7 @@ impl Settings {
             runtime: Runtime::read(values)?,
             admin: Admin::read(values)?,
             log: Log::read(values)?,
+            otlp: Otlp::read(values)?,
             shown: values.redacted(),
         };
         settings.check_sections_together(values)?;

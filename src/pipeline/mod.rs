@@ -25,4 +25,5 @@ pub mod relay;
 pub mod retry;
 pub mod scaling;
 pub mod source_row;
+pub mod trace;
 pub mod unchanged;

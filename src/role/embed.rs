@@ -14,6 +14,7 @@ use crate::backend::postgres::{ownership, worker_lock};
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
+use crate::otlp::Otlp;
 use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::embed_scheduler::EmbedScheduler;
 use crate::pipeline::failure::Class;
@@ -54,6 +55,7 @@ pub async fn work(
     let lost = worker.lost.subscribe();
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
     let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease));
+    let otlp = Otlp::open(&settings.otlp, "embed", &worker.id, &observed.indexer)?;
     let indexer = Indexer::new(
         backends.queue.clone(),
         Arc::clone(&backends.ledger) as _,
@@ -73,7 +75,8 @@ pub async fn work(
             start_timeout: settings.database.connect_timeout,
         },
     )
-    .reporting(Arc::clone(&worker.faults));
+    .reporting(Arc::clone(&worker.faults))
+    .tracing(otlp.clone().map(|otlp| otlp as _));
     let indexer = Arc::new(indexer);
     let abort = shutdown::after_grace(stop, settings.runtime.grace);
     let work_ended = CancellationToken::new();
@@ -131,6 +134,9 @@ pub async fn work(
     });
     let result = super::harness::with_heartbeat(&worker, observed, both).await;
     abort.cancel();
+    if let Some(otlp) = otlp {
+        otlp.close().await;
+    }
     result
 }
 

@@ -13,6 +13,7 @@ mod http_server;
 pub mod listen;
 pub mod migrate;
 mod output;
+pub mod plan;
 mod process;
 pub mod progress;
 pub mod psql;
@@ -48,6 +49,7 @@ pub async fn run(cli: Cli, settings: Settings) -> anyhow::Result<ExitCode> {
         Command::Status(args) => status::run(&args, &settings).await,
         Command::Events(args) => events::run(&args, &settings).await,
         Command::Redrive(args) => redrive::run(&args, &settings).await,
+        Command::Plan(args) => plan::run(&args, &settings).await,
         Command::Config => print(settings.as_toml().as_bytes()),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -10,5 +10,6 @@ mod retention;
 mod scaling;
 mod shop;
 mod sync;
+mod trace;
 mod twisted;
 mod verify;

@@ -10,6 +10,7 @@ pub mod fault;
 pub mod generation;
 pub mod ledger;
 pub mod listener;
+pub mod measured_rate;
 pub mod migrate;
 pub mod outbox;
 pub mod ownership;

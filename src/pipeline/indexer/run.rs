@@ -121,6 +121,9 @@ impl Indexer {
                 None
             }
         };
+        if matches!(finished, Some(Ok(()))) {
+            batch.trace.applied();
+        }
         // This worker cut off a try, so its count is taken back. Any other end has settled its count already.
         if finished.is_none() {
             self.isolation.uncount_try(&mut batch).await;

@@ -22,6 +22,7 @@ use crate::pipeline::lease::Lease;
 use crate::pipeline::ledger::{Ledger, Swept};
 use crate::pipeline::metrics::Metrics;
 use crate::pipeline::queue::{JobQueue, Message, Queue, QueueStats};
+use crate::pipeline::trace::{BatchTrace, SpanSink};
 
 /// The options of the indexer.
 #[derive(Clone, Debug)]
@@ -62,6 +63,8 @@ pub struct Indexer {
     pub(super) writer: Arc<Writer>,
     pub(super) isolation: Isolation,
     pub(super) misdirected: Misdirected,
+    /// Where the traces of messages go on; none if nothing is traced.
+    spans: Option<Arc<dyn SpanSink>>,
 }
 
 impl Indexer {
@@ -114,6 +117,7 @@ impl Indexer {
             health,
             throughput: Throughput::default(),
             writer,
+            spans: None,
         }
     }
 
@@ -122,6 +126,12 @@ impl Indexer {
     pub fn reporting(self, faults: Arc<FaultBoard>) -> Self {
         self.health.report_to(faults);
         self
+    }
+
+    /// The same indexer, which continues the traces of messages if there is a sink.
+    #[must_use]
+    pub fn tracing(self, spans: Option<Arc<dyn SpanSink>>) -> Self {
+        Self { spans, ..self }
     }
 
     /// Applies messages of one lane and acknowledges them. On an error, unfinished messages stay
@@ -149,6 +159,12 @@ impl Indexer {
 
     /// A batch of these messages.
     pub(super) fn batch(&self, messages: &[Message]) -> Batch {
-        Batch::new(&self.options.source, messages, self.throughput.group_size())
+        let mut batch = Batch::new(&self.options.source, messages, self.throughput.group_size());
+        if self.spans.is_some() {
+            let jobs = messages.iter().filter_map(|message| message.body.as_ref().ok());
+            let ours = jobs.filter(|job| job.source == self.options.source);
+            batch.trace = BatchTrace::of(self.spans.as_ref(), ours);
+        }
+        batch
     }
 }
