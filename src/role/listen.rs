@@ -19,7 +19,10 @@ pub async fn run(args: &cli::Listen, settings: &Settings) -> anyhow::Result<()> 
     super::harness::with_database(settings, async |database: &Database| {
         let backends = process.open_backends(database, settings, None).await?;
         tracing::info!(source = settings.source.name, table = settings.source.table, "capturing changes");
-        work(&backends, settings, &process.observed, &process.stop, args.until_idle).await
+        tokio::select! {
+            result = work(&backends, settings, &process.observed, &process.stop, args.until_idle) => result,
+            never = super::embedded_metrics::print(&backends, &settings.log.emf) => match never {},
+        }
     })
     .await
 }

@@ -5,6 +5,7 @@ pub mod admin;
 pub mod chaos;
 pub mod continuous_proof;
 pub mod embed;
+mod embedded_metrics;
 pub mod events;
 mod fleet;
 pub mod generate;
