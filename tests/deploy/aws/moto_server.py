@@ -4,6 +4,8 @@ moto 5.2.5 knows nothing of some types: alarms, secrets, scaling, queue policies
 complete without them. What is mended here would otherwise end the stack, though AWS takes it.
 """
 
+import json
+import re
 import sys
 import warnings
 
@@ -11,7 +13,7 @@ from moto.backends import get_backend
 from moto.cloudformation import models as stacks
 from moto.cloudformation import parsing
 from moto.ecr.models import Repository
-from moto.ecs.models import EC2ContainerServiceBackend
+from moto.ecs.models import EC2ContainerServiceBackend, TaskDefinition
 from moto.rds.models import DBInstance, DBParameterGroup
 from moto.server import main
 
@@ -28,10 +30,11 @@ def mended(owner, name):
 
 @mended(parsing, "parse_and_update_resource")
 def _(old, logical_id, resource_json, resources_map, account_id, region_name):
-    """A resource whose condition was false is made by an update, not changed."""
-    if resources_map._parsed_resources.get(logical_id) is None:
+    """A resource whose condition was false is made by an update, and one that moto cannot change stays."""
+    made = resources_map._parsed_resources.get(logical_id)
+    if made is None:
         return parsing.parse_and_create_resource(logical_id, resource_json, resources_map, account_id, region_name)
-    return old(logical_id, resource_json, resources_map, account_id, region_name)
+    return old(logical_id, resource_json, resources_map, account_id, region_name) or made
 
 
 @mended(parsing.ResourceMap, "update")
@@ -57,6 +60,12 @@ def _(old, self, attribute_name):
     return known.get(attribute_name) or old(self, attribute_name)
 
 
+@mended(parsing, "get_references_from_template")
+def _(old, template_part):
+    """A parameter in Fn::Sub is a reference too, so that a change of it changes the resource."""
+    return [*old(template_part), *re.findall(r"\$\{(\w+)\}", json.dumps(template_part))]
+
+
 # The name is what Ref of a group of parameters gives.
 DBParameterGroup.physical_resource_id = property(lambda self: self.name)
 
@@ -65,6 +74,13 @@ DBParameterGroup.physical_resource_id = property(lambda self: self.name)
 def _(old, resource_name, cloudformation_json, account_id, region_name, **kwargs):
     """AWS gives a repository a name in lower case."""
     return old(resource_name.lower(), cloudformation_json, account_id, region_name, **kwargs)
+
+
+@mended(TaskDefinition, "update_from_cloudformation_json")
+def _(old, original_resource, new_resource_name, cloudformation_json, account_id, region_name):
+    """A changed task is a new revision, made as the first one."""
+    get_backend("ecs")[account_id][region_name].deregister_task_definition(original_resource.arn)
+    return TaskDefinition.create_from_cloudformation_json(new_resource_name, cloudformation_json, account_id, region_name)
 
 
 # On Fargate a container needs no memory of its own, only its task does.

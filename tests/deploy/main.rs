@@ -1,0 +1,6 @@
+//! What is shipped.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod aws;
