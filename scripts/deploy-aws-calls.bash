@@ -17,21 +17,10 @@ say() {
 # A call that only reads.
 aws_read() {
     if [ -n "$dry" ]; then
-        printf '(%s)' "$(answer_of "$@")"
+        printf '(%s %s)' "$1" "$2"
     else
         aws ${endpoint[@]+"${endpoint[@]}"} "$@"
     fi
-}
-
-# What a dry run shows in the place of an answer.
-answer_of() {
-    local word last=''
-    for word in "$@"; do last=$word; done
-    case $* in
-        *OutputKey*) last=${*#*OutputKey==\`} && last=${last%%\`*} ;;
-        *get-caller-identity*) last=account ;;
-    esac
-    printf '%s' "$last"
 }
 
 # A call that changes something.
@@ -67,12 +56,17 @@ region() {
     printf '%s' "$found"
 }
 
-# An output of the stack; nothing if there is none.
+# An output of the stack; nothing if there is none. They are asked for once, and again after each change of the stack.
 output() {
-    local value
-    value=$(aws_read cloudformation describe-stacks --stack-name "$stack" \
-        --query "Stacks[0].Outputs[?OutputKey==\`$1\`].OutputValue" --output text 2>/dev/null) || return 0
-    [ "$value" = None ] || printf '%s' "$value"
+    if [ -n "$dry" ]; then
+        printf '(%s)' "$1"
+        return
+    fi
+    if [ ! -s "$work/outputs" ]; then
+        aws_read cloudformation describe-stacks --stack-name "$stack" --output text \
+            --query 'Stacks[0].Outputs[].[OutputKey, OutputValue]' >"$work/outputs" 2>/dev/null || return 0
+    fi
+    awk -F '\t' -v key="$1" '$1 == key { printf "%s", $2 }' "$work/outputs"
 }
 
 needed_output() {
@@ -99,6 +93,7 @@ deploy() {
     while read -r line; do
         if [ -n "$line" ]; then given+=("$line"); fi
     done < <(overrides)
+    rm -f "$work/outputs"
     aws_do cloudformation deploy --stack-name "$stack" --template-file "$template" --capabilities CAPABILITY_IAM \
         --no-fail-on-empty-changeset --tags application=refarch --parameter-overrides "${given[@]}" "$@" || {
         aws_read cloudformation describe-stack-events --stack-name "$stack" --output text --query \

@@ -2,7 +2,9 @@
 //! tests are in Python, beside the tools that they need; their output has the numbers.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 
 use crate::common::{self, Database};
 
@@ -48,6 +50,27 @@ fn the_script_goes_from_up_to_down_over_moto() {
 }
 
 #[tokio::test]
+async fn listen_writes_the_metrics_that_scaling_and_alarms_read() {
+    let database = Database::create().await;
+    let migrated = database.refarch().arg("migrate").output().await.unwrap();
+    assert!(migrated.status.success(), "{}", String::from_utf8_lossy(&migrated.stderr));
+    let mut command = database.refarch();
+    command.arg("listen").env("REFARCH_LOG_EMF", "shop").stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut listen = command.spawn().unwrap();
+    let mut lines = BufReader::new(listen.stdout.take().unwrap()).lines();
+    let line = lines.next_line().await.unwrap().expect("a line of metrics");
+    listen.kill().await.unwrap();
+    let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+    let declared = &line["_aws"]["CloudWatchMetrics"][0];
+    assert_eq!(declared["Namespace"], "refarch", "{line}");
+    assert_eq!(declared["Dimensions"], serde_json::json!([["Deployment"]]), "{line}");
+    assert_eq!(line["Deployment"], "shop", "{line}");
+    for metric in ["BacklogChanges", "BacklogSeconds", "DeadLetters", "Faults", "ProofOverdue"] {
+        assert_eq!(line[metric], 0.0, "{metric}: {line}");
+    }
+}
+
+#[tokio::test]
 async fn the_roles_of_the_services_log_in_and_have_the_rights_that_they_need() {
     let database = Database::create().await;
     let roles = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/aws/roles.sql");
@@ -77,4 +100,7 @@ async fn the_roles_of_the_services_log_in_and_have_the_rights_that_they_need() {
         let error = client.batch_execute("DROP TABLE products_with_increment").await.unwrap_err();
         assert_eq!(error.code(), Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE), "{role}");
     }
+    let owner = database.client().await;
+    let all = "refarch_serve, refarch_listen, refarch_embed";
+    common::run(&owner, &format!("DROP OWNED BY {all}; DROP ROLE {all}")).await;
 }

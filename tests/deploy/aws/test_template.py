@@ -1,6 +1,8 @@
 """The template holds what is asked of it, and the checks notice planted mistakes."""
 
-import pathlib
+import re
+import subprocess
+import tomllib
 import unittest
 
 import check
@@ -96,13 +98,21 @@ class Template(unittest.TestCase):
                 self.assertIn(f'"{key}"', text)
                 self.assertIn(f'set["{key}"]', cost)
 
+    def test_the_runbook_tells_the_cost(self):
+        runbook = (template.ROOT / "docs" / "runbook.md").read_text()
+        totals = []
+        for name in ("small", "stress"):
+            command = ["awk", "-f", template.AWS / "cost.awk", template.AWS / "prices.toml", template.AWS / f"{name}.json"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            month, million = re.findall(r"  total +([\d.]+)", said)
+            totals.append(f"{float(month):,.0f}")
+            self.assertIn(f"| sum | {million} |", runbook)
+        self.assertIn(f"| a month at rest | {' | '.join(totals)} |", runbook)
+
     def test_prices_agree_with_those_of_the_plan(self):
         """refarch plan has a price file of its own form; what both name costs the same."""
-        import re
-        import tomllib
-
         path = template.ROOT / "config" / "prices.toml"
-        if not pathlib.Path(path).exists():
+        if not path.exists():
             self.skipTest("there is no config/prices.toml")
         theirs = tomllib.loads(path.read_text())["us-east-1"]
         ours = dict(re.findall(r"^([a-z][\w.]*) = ([\d.]+)$", (template.AWS / "prices.toml").read_text(), re.M))
