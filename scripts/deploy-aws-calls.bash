@@ -34,6 +34,15 @@ aws_do() {
     fi
 }
 
+# The same without its answer.
+aws_quietly() {
+    if [ -n "$dry" ]; then
+        aws_do "$@"
+    else
+        aws_do "$@" >/dev/null
+    fi
+}
+
 do_or_print() {
     if [ -n "$dry" ]; then
         printf '  %s\n' "$*"

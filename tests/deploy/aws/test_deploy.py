@@ -136,6 +136,11 @@ class OverMoto(unittest.TestCase):
         described = ecs.describe_services(cluster=cluster, services=services)["services"]
         self.assertEqual(sorted(service["desiredCount"] for service in described), [1, 1, 1])
 
+        # A psql that somebody forgot.
+        task = f"{STACK}-tools"
+        ecs.run_task(cluster=cluster, taskDefinition=task, launchType="FARGATE", startedBy="deploy-aws",
+                     networkConfiguration={"awsvpcConfiguration": {"subnets": [self.subnet()]}})  # fmt: skip
+
         # What AWS makes by itself beside the stack.
         name = cluster.split("/")[-1]
         logs.create_log_group(logGroupName=f"/aws/ecs/containerinsights/{name}/performance")
@@ -146,6 +151,11 @@ class OverMoto(unittest.TestCase):
         rds.modify_db_instance(DBInstanceIdentifier=database["DBInstanceIdentifier"], DeletionProtection=False, ApplyImmediately=True)
         self.assertIn(f"stack {STACK} is removed", self.run_script("down", "--yes"))
         self.assertEqual(self.left(), [])
+
+    def subnet(self):
+        (stack,) = self.aws("cloudformation").describe_stacks(StackName=STACK)["Stacks"]
+        (subnets,) = [output["OutputValue"] for output in stack["Outputs"] if output["OutputKey"] == "Subnets"]
+        return subnets.split(",")[0]
 
     def left(self):
         """What there still is in the account, but for what an account begins with."""
@@ -188,7 +198,7 @@ class WithoutAws(unittest.TestCase):
     def test_a_dry_run_calls_nothing_and_prints_all(self):
         with tempfile.NamedTemporaryFile() as calls:
             path = self.path_with(aws=f"echo aws >>{calls.name}", docker=f"echo docker >>{calls.name}", curl=f"echo curl >>{calls.name}")
-            for arguments in (["up"], ["load", "10"], ["psql"], ["status"], ["down"], ["run", "--dry-run", "--", "verify"]):
+            for arguments in (["up"], ["load", "10"], ["psql"], ["status"], ["pause"], ["resume"], ["down"], ["run", "--dry-run", "--", "verify"]):
                 result = deploy(*arguments[:1], "--dry-run", *arguments[1:], path=path)
                 self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
             self.assertEqual(pathlib.Path(calls.name).read_text(), "")
