@@ -110,6 +110,10 @@ def containers_are_locked_down(c):
         dropped = container["LinuxParameters"].get("Capabilities", {}).get("Drop")
         c.that(is_tools or dropped == ["ALL"], f"{name}: keeps capabilities")
         c.that(container.get("User") != "root" and not container.get("Privileged"), f"{name}: runs as root")
+        if name in ("ListenTask", "EmbedTask"):
+            # The health check asks the admin endpoint, which nobody else reaches.
+            c.that(container["HealthCheck"]["Command"] == ["CMD", "refarch", "health"], f"{name}: another health check")
+            c.that(environment(container).get("REFARCH_ADMIN_LISTEN", "").startswith("127.0.0.1:"), f"{name}: its admin endpoint")
         options = container["LogConfiguration"]["Options"]
         c.that(reference(options["awslogs-group"]) == name.replace("Task", "Logs"), f"{name}: another log")
         c.that(environment(container).get("REFARCH_LOG_FORMAT") == "json", f"{name}: the dashboard cannot read its log")
