@@ -38,9 +38,8 @@ def numbers_are_the_same_everywhere(c):
         "ServeCpu": 512, "ServeMemory": 1024, "ServeTasks": 2, "ScaleBacklog": 10,
     }  # fmt: skip
     for parameter, (section, key) in same.items():
-        if section in wanted:
-            value = wanted[section][key]
-            c.that(float(defaults[parameter]) == float(value), f"{parameter} is not {section}.{key} = {value}")
+        value = wanted[section][key]
+        c.that(float(defaults[parameter]) == float(value), f"{parameter} is not {section}.{key} = {value}")
     for parameter, value in reference_numbers.items():
         c.that(float(defaults[parameter]) == value, f"{parameter} is not the reference's {value}")
     for name, values in c.sets.items():
