@@ -5,6 +5,8 @@
 //! interrupted run leaves no folder that looks complete.
 
 mod package_index;
+#[cfg(test)]
+mod tests;
 mod wheel;
 
 use std::collections::BTreeMap;
@@ -62,7 +64,16 @@ pub struct Origin {
 
 /// Installs what is missing under `runtime`. `say` is told of each step.
 pub async fn install(runtime: &Path, origin: &Origin, say: impl Fn(String)) -> anyhow::Result<()> {
-    let parts: BTreeMap<String, Part> = serde_json::from_str(DECLARATIONS)?;
+    install_declared(DECLARATIONS, runtime, origin, say).await
+}
+
+async fn install_declared(
+    declarations: &str,
+    runtime: &Path,
+    origin: &Origin,
+    say: impl Fn(String),
+) -> anyhow::Result<()> {
+    let parts: BTreeMap<String, Part> = serde_json::from_str(declarations)?;
     let part = |name: &str| parts.get(name).with_context(|| format!("{name} is not declared"));
     let platform = platform()?;
     if let Some(model) = &origin.model {
