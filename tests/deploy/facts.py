@@ -75,10 +75,10 @@ def metrics():
     return {name: roles.get(who, who.strip('"')) for name, who in found}
 
 
-def image():
-    """What the image sets: its variables, and its instructions by name."""
+def image(text):
+    """What an image sets: its variables, and its instructions by name."""
     instructions = {}
-    for line in re.sub(r"\\\n\s*", " ", read("Dockerfile")).splitlines():
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         if line and not line.startswith("#"):
             name, _, rest = line.partition(" ")
             instructions.setdefault(name, []).append(rest)
@@ -86,7 +86,7 @@ def image():
     return instructions, last_env
 
 
-INSTRUCTIONS, IMAGE_ENV = image()
+INSTRUCTIONS, IMAGE_ENV = image(read("Dockerfile"))
 PAGE_PORT = int(IMAGE_ENV["REFARCH_SERVE_BIND"].rpartition(":")[2])
 ADMIN_PORT = int(IMAGE_ENV["REFARCH_ADMIN_LISTEN"].rpartition(":")[2])
 GRACE_S = setting("runtime.grace_s", 20)

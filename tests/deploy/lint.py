@@ -8,7 +8,7 @@ import sys
 import unittest
 
 import facts
-from facts import INSTRUCTIONS, ROOT, Checks, read
+from facts import ROOT, Checks, read
 
 BIN = os.path.dirname(sys.executable)
 
@@ -18,8 +18,9 @@ def linted(tool, *args):
     return done.returncode, done.stdout.decode()
 
 
-def check_image(instructions, dockerfile):
+def check_image(dockerfile):
     checks = Checks()
+    instructions, variables = facts.image(dockerfile)
     rust = re.search(r'^rust-version = "(.*)"', read("Cargo.toml"), re.M).group(1)
     checks.that("RUST_IMAGE=rust:%s-bookworm" % rust in instructions["ARG"], "the builder is not Rust %s" % rust)
     checks.that("RUNTIME_IMAGE=debian:bookworm-slim" in instructions["ARG"], "the runtime is not that of the builder")
@@ -28,9 +29,9 @@ def check_image(instructions, dockerfile):
     health = " ".join(instructions["HEALTHCHECK"])
     checks.that(health.endswith('CMD ["refarch", "health"]') and "health" in facts.commands(), "the health check is not the binary's")
     checks.that(instructions["CMD"] == ['["up"]'] and "refarch" in instructions["ENTRYPOINT"][0], "the role is not the argument")
-    ports = set(instructions["EXPOSE"][0].split())
-    checks.that(ports == {str(facts.PAGE_PORT), str(facts.ADMIN_PORT)}, "the ports are not those of the addresses")
-    for variable in facts.IMAGE_ENV:
+    ports = {variables[name].rpartition(":")[2] for name in ("REFARCH_SERVE_BIND", "REFARCH_ADMIN_LISTEN") if name in variables}
+    checks.that(ports == set(instructions["EXPOSE"][0].split()), "the ports are not those of the addresses")
+    for variable in variables:
         checks.that(facts.is_known_variable(variable), "there is no variable %s" % variable)
     for label in ("title", "description", "licenses", "version", "revision"):
         checks.that("org.opencontainers.image.%s=" % label in instructions["LABEL"][0], "no label %s" % label)
@@ -59,11 +60,48 @@ def check_workflows(texts):
     return checks
 
 
+# What is replaced by what, and the fault that has to be found.
+IMAGE_MISTAKES = {
+    "root": ("USER 10001:10001", "USER root", "is root"),
+    "a health check that needs a program": ('"refarch", "health"]', '"wget", "localhost"]', "not the binary's"),
+    "a signal that kills": ("STOPSIGNAL SIGTERM", "STOPSIGNAL SIGKILL", "another signal"),
+    "a port that nobody listens at": ("EXPOSE 3000 9464", "EXPOSE 3000 9465", "not those of the addresses"),
+    "a setting that does not exist": ("REFARCH_SERVE_BIND=", "REFARCH_SERVE_BNID=", "no variable REFARCH_SERVE_BNID"),
+    "another Rust": ("RUST_IMAGE=rust:1.95", "RUST_IMAGE=rust:1.80", "the builder is not Rust"),
+    "an older system at run time": ("RUNTIME_IMAGE=debian:bookworm", "RUNTIME_IMAGE=debian:bullseye", "not that of the builder"),
+    "a file that is not let in": ("COPY src src", "COPY docs docs", "docs is not let in"),
+    "no licence": ("image.licenses", "image.license", "no label licenses"),
+    "another version": ("VERSION=0.1.0", "VERSION=0.0.9", "another version than the crate"),
+    "a download without a hash": ("WORKDIR /refarch\n", "ADD http://localhost/model /refarch\n", "without a hash"),
+    "a role that cannot be chosen": ('CMD ["up"]', 'CMD ["serve"]', "not the argument"),
+}
+WORKFLOW_MISTAKES = {
+    "rights for every job": ("permissions:\n  contents: read\n\n", "permissions: write-all\n\n", "too many rights"),
+    "an action of somebody": ("docker/login-action@v4", "somebody/login@main", "nobody we know"),
+    "a job without an end": ("    timeout-minutes: 30\n", "", "publish has no time limit"),
+    "a text from outside": ("${{ github.token }}", "${{ github.event.head_commit.message }}", "comes from outside"),
+}
+
+
 class Lint(unittest.TestCase):
+    def planted(self, text, mistakes, check):
+        for name, (right, wrong, fault) in mistakes.items():
+            with self.subTest(name):
+                self.assertIn(right, text)
+                faults = check(text.replace(right, wrong)).faults
+                self.assertTrue(any(fault in found for found in faults), faults)
+
+    def test_mistakes_are_found(self):
+        self.planted(read("Dockerfile"), IMAGE_MISTAKES, check_image)
+        release = read(".github/workflows/release.yml")
+        self.planted(release, WORKFLOW_MISTAKES, lambda text: check_workflows({"release.yml": text}))
+        print("image: %d, workflows: %d mistakes planted, all found" % (len(IMAGE_MISTAKES), len(WORKFLOW_MISTAKES)))
+
     def test_the_image(self):
-        code, output = linted("hadolint", "Dockerfile")
+        others = sorted(glob.glob(os.path.join(ROOT, "tests/deploy/images/*/Dockerfile")))
+        code, output = linted("hadolint", "Dockerfile", *others)
         self.assertEqual((code, output), (0, ""))
-        checks = check_image(INSTRUCTIONS, read("Dockerfile"))
+        checks = check_image(read("Dockerfile"))
         self.assertEqual(checks.faults, [])
         print("image: hadolint is content, %d assertions" % checks.count)
 
