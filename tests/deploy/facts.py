@@ -27,8 +27,8 @@ OTHER_VARIABLES = {
     "OPENAI_API_KEY",
 }
 
-# The reference architecture's numbers for the service that embeds, and scaling.backlog_s with its cooldowns. The settings
-# win where they exist.
+# The reference architecture's numbers for the service that embeds, and scaling.backlog_s with its cooldowns. The
+# settings win where they exist.
 LEAST, MOST, CPU_PERCENT = 2, 50, 25
 BACKLOG_S, COOLDOWN_S = 10, 30
 

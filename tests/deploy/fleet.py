@@ -2,8 +2,8 @@
 
     python3 tests/deploy/fleet.py [--rows 10000] [--keep]
 
-It needs docker-compose (or docker compose), the image `refarch`, and the images in tests/deploy/images (scripts/fleet
-makes them). 10,000 rows are loaded. Meanwhile one embed is killed, one is paused, and a listen is started again; `verify`
+It needs docker-compose (or docker compose), the image `refarch`, and the images in tests/deploy/images, which
+scripts/fleet makes. 10,000 rows are loaded. Meanwhile one embed is killed, one is paused, and a listen is started again; `verify`
 has to find nothing. Then every container of all three roles is replaced, one by one, while clients search and rows are
 edited: no search may fail, and `verify` has to find nothing again. All traffic stays on this machine.
 """
@@ -25,7 +25,15 @@ PORT = 3080
 SEARCHERS = 2
 # Searches one client makes in a second at most.
 PACE_S = 0.1
-WORDS = ["lamp", "desk", "running shoes", "coffee mug", "wireless keyboard", "garden chair", "toy for a child"]
+WORDS = [
+    "lamp",
+    "desk",
+    "running shoes",
+    "coffee mug",
+    "wireless keyboard",
+    "garden chair",
+    "toy for a child",
+]
 
 
 def say(text):
@@ -47,7 +55,16 @@ def compose(*args, check=True):
 def containers(role):
     """The running containers of a role, oldest first."""
     label = "label=com.docker.compose.service=" + role
-    ids = run("docker", "ps", "--quiet", "--no-trunc", "--filter", "label=com.docker.compose.project=" + PROJECT, "--filter", label).stdout.split()
+    ids = run(
+        "docker",
+        "ps",
+        "--quiet",
+        "--no-trunc",
+        "--filter",
+        "label=com.docker.compose.project=" + PROJECT,
+        "--filter",
+        label,
+    ).stdout.split()
     return sorted(ids, key=lambda one: inspect(one)["Created"])
 
 
@@ -79,7 +96,11 @@ def status():
 
 
 def wait_for_health(role, count):
-    wait("%d healthy %s" % (count, role), 300, lambda: [health(one) for one in containers(role)].count("healthy") >= count)
+    wait(
+        "%d healthy %s" % (count, role),
+        300,
+        lambda: [health(one) for one in containers(role)].count("healthy") >= count,
+    )
 
 
 def verify():
@@ -110,7 +131,10 @@ def disturb(rows):
     time.sleep(20)
     run("docker", "unpause", second)
     state = status()
-    say("unpaused %s; %s of %s rows are searchable" % (inspect(second)["Name"], state.get("in_sync"), state.get("source_rows")))
+    say(
+        "unpaused %s; %s of %s rows are searchable"
+        % (inspect(second)["Name"], state.get("in_sync"), state.get("source_rows"))
+    )
 
 
 class Searchers:
@@ -204,13 +228,31 @@ def edit(stopped):
     turn = 0
     while not stopped.wait(1):
         turn += 1
-        sql = "UPDATE products_with_increment SET description = description || ' %d' WHERE id %% 500 = %d" % (turn, turn % 500)
+        sql = "UPDATE products_with_increment SET description = description || ' %d' WHERE id %% 500 = %d" % (
+            turn,
+            turn % 500,
+        )
         (server,) = containers("postgres")
-        run("docker", "exec", "--env", "PGPASSWORD=refarch", server, "psql", "--host=127.0.0.1", "--username=refarch", "--dbname=refarch", "--quiet", "--command", sql)
+        run(
+            "docker",
+            "exec",
+            "--env",
+            "PGPASSWORD=refarch",
+            server,
+            "psql",
+            "--host=127.0.0.1",
+            "--username=refarch",
+            "--dbname=refarch",
+            "--quiet",
+            "--command",
+            sql,
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--keep", action="store_true", help="leave the fleet running")
     args = parser.parse_args()
@@ -261,7 +303,10 @@ def roll():
         editor.join()
     times = sorted(searchers.times)
     text = ", ".join("%d %s" % (count, outcome) for outcome, count in searchers.codes.most_common())
-    say("searches while six containers were replaced: %s; p50 %.0f ms, worst %.0f ms" % (text, times[len(times) // 2] * 1e3, times[-1] * 1e3))
+    say(
+        "searches while six containers were replaced: %s; p50 %.0f ms, worst %.0f ms"
+        % (text, times[len(times) // 2] * 1e3, times[-1] * 1e3)
+    )
     if searchers.failures:
         sys.exit("fleet: searches failed: %s" % searchers.failures[:10])
 

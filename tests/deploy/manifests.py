@@ -7,63 +7,17 @@ import re
 import facts
 import kubernetes_validate
 import yaml
-from facts import ADMIN_PORT, BACKLOG_S, COOLDOWN_S, CPU_PERCENT, GRACE_S, LEAST, MOST, PAGE_PORT
-from facts import Checks, is_known_variable, is_secret, read, setting
+from facts import ADMIN_PORT, GRACE_S, PAGE_PORT, Checks, is_known_variable, is_secret, read
+from network import check_network
+from objects import ROLES, labels, named, spec
+from scaler import check_scaler, scalers, target
 
-ROLES = ("serve", "listen", "embed")
 VERSION = "1.37"
 # Kinds of other projects, for which kubernetes_validate has no schema.
 CUSTOM = {"ScaledObject", "PodMonitor", "PrometheusRule"}
 SECRETS = {("refarch-database", "password"), ("refarch-page", "edit-token")}
 # Objects that are made by hand, as the overlay's comment says.
 BY_HAND = {"rds-certificates"}
-
-
-class Manifests:
-    """The objects of an overlay."""
-
-    def __init__(self, objects):
-        self.objects = objects
-
-    def kind(self, *kinds):
-        return [thing for thing in self.objects if thing["kind"] in kinds]
-
-    def get(self, kind, name):
-        for thing in self.kind(kind):
-            if thing["metadata"]["name"] == name:
-                return thing
-        return None
-
-    def workloads(self):
-        return self.kind("Deployment", "StatefulSet", "Job")
-
-    def pods(self, selector):
-        """The workloads whose pods a selector takes."""
-        return [thing for thing in self.workloads() if selects(selector, labels(thing))]
-
-    def settings(self):
-        return self.get("ConfigMap", "refarch")["data"]
-
-
-def named(thing):
-    return "%s/%s" % (thing["kind"], thing["metadata"]["name"])
-
-
-def spec(workload):
-    return workload["spec"]["template"]["spec"]
-
-
-def labels(workload):
-    return workload["spec"]["template"]["metadata"]["labels"]
-
-
-def selects(selector, found):
-    if any(found.get(key) != value for key, value in selector.get("matchLabels", {}).items()):
-        return False
-    for rule in selector.get("matchExpressions", []):
-        if rule["operator"] != "In" or found.get(rule["key"]) not in rule["values"]:
-            return False
-    return True
 
 
 def check(manifests, overlay):
@@ -96,7 +50,10 @@ def check_object(checks, thing):
     if thing["kind"] != "Namespace":
         checks.that(thing["metadata"].get("namespace") == "refarch", "%s is in another namespace" % name)
     checks.that(thing["kind"] != "Secret", "%s: a secret in a file" % name)
-    checks.that(thing["metadata"].get("labels", {}).get("app.kubernetes.io/part-of") == "refarch", "%s has no label" % name)
+    checks.that(
+        thing["metadata"].get("labels", {}).get("app.kubernetes.io/part-of") == "refarch",
+        "%s has no label" % name,
+    )
 
 
 @functools.lru_cache(maxsize=None)
@@ -129,7 +86,10 @@ def check_pod(checks, manifests, workload):
     wanted, most = container["resources"].get("requests", {}), container["resources"].get("limits", {})
     for resource in ("cpu", "memory"):
         if checks.that(resource in wanted and resource in most, "%s: no limit on %s" % (name, resource)):
-            checks.that(quantity(wanted[resource]) <= quantity(most[resource]), "%s requests more %s than its limit" % (name, resource))
+            checks.that(
+                quantity(wanted[resource]) <= quantity(most[resource]),
+                "%s requests more %s than its limit" % (name, resource),
+            )
     for variable in container.get("env", []):
         if is_secret(variable["name"]):
             reference = variable.get("valueFrom", {}).get("secretKeyRef", {})
@@ -140,7 +100,9 @@ def check_pod(checks, manifests, workload):
     volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
     checks.that(mounts == set(volumes) | claims, "%s: mounts and volumes differ" % name)
     for volume in volumes.values():
-        allowed = volume.get("emptyDir", {}).get("sizeLimit") or volume.get("configMap", {}).get("name") in BY_HAND
+        allowed = (
+            volume.get("emptyDir", {}).get("sizeLimit") or volume.get("configMap", {}).get("name") in BY_HAND
+        )
         checks.that(allowed, "%s: the volume %s has no bound" % (name, volume["name"]))
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         port = container.get(probe, {}).get("httpGet", {}).get("port")
@@ -158,33 +120,64 @@ def check_role(checks, manifests, role, workload):
     pod = spec(workload)
     (container,) = pod["containers"]
     checks.that(container["args"] == [role] and role in facts.commands(), "%s: another command" % role)
-    checks.that(workload["spec"]["selector"]["matchLabels"].items() <= labels(workload).items(), "%s: the selector misses its pods" % role)
+    checks.that(
+        workload["spec"]["selector"]["matchLabels"].items() <= labels(workload).items(),
+        "%s: the selector misses its pods" % role,
+    )
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     expected = {"admin": ADMIN_PORT, "page": PAGE_PORT} if role == "serve" else {"admin": ADMIN_PORT}
     checks.that(ports == expected, "%s: the ports are not the image's" % role)
-    for probe, path in (("startupProbe", "/healthz"), ("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")):
+    for probe, path in (
+        ("startupProbe", "/healthz"),
+        ("livenessProbe", "/healthz"),
+        ("readinessProbe", "/readyz"),
+    ):
         asked = container.get(probe, {}).get("httpGet", {})
-        checks.that(asked == {"path": path, "port": "admin"}, "%s: the %s asks something else" % (role, probe))
+        checks.that(
+            asked == {"path": path, "port": "admin"}, "%s: the %s asks something else" % (role, probe)
+        )
     start = container["startupProbe"]
-    checks.that(start["periodSeconds"] * start["failureThreshold"] >= 60, "%s: too little time to start" % role)
+    checks.that(
+        start["periodSeconds"] * start["failureThreshold"] >= 60, "%s: too little time to start" % role
+    )
     waits = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
     grace = pod.get("terminationGracePeriodSeconds", 30)
     checks.that(grace > waits + GRACE_S, "%s: it is killed before runtime.grace_s" % role)
     checks.that(role != "serve" or waits >= 5, "serve: balancers send requests to a pod that ends")
     rolling = workload["spec"]["strategy"].get("rollingUpdate", {})
-    checks.that(rolling.get("maxUnavailable") == 0 and rolling.get("maxSurge"), "%s: a release takes a pod away first" % role)
+    checks.that(
+        rolling.get("maxUnavailable") == 0 and rolling.get("maxSurge"),
+        "%s: a release takes a pod away first" % role,
+    )
     spread = pod.get("topologySpreadConstraints", [])
     keys = {rule["topologyKey"] for rule in spread}
-    checks.that(keys == {"topology.kubernetes.io/zone", "kubernetes.io/hostname"}, "%s: not spread over zones and nodes" % role)
+    checks.that(
+        keys == {"topology.kubernetes.io/zone", "kubernetes.io/hostname"},
+        "%s: not spread over zones and nodes" % role,
+    )
     for rule in spread:
         own = manifests.pods(rule["labelSelector"]) == [workload]
-        checks.that(own and rule["whenUnsatisfiable"] == "ScheduleAnyway", "%s: its spread counts other pods" % role)
-    budgets = [thing for thing in manifests.kind("PodDisruptionBudget") if manifests.pods(thing["spec"]["selector"]) == [workload]]
+        checks.that(
+            own and rule["whenUnsatisfiable"] == "ScheduleAnyway", "%s: its spread counts other pods" % role
+        )
+    budgets = [
+        thing
+        for thing in manifests.kind("PodDisruptionBudget")
+        if manifests.pods(thing["spec"]["selector"]) == [workload]
+    ]
     if checks.that(len(budgets) == 1, "%s: no disruption budget of its own" % role):
-        checks.that(budgets[0]["spec"].get("maxUnavailable") == 1, "%s: the budget lets no node or every node go" % role)
-    scaled = any(target(scaler) == ("Deployment", workload["metadata"]["name"]) for scaler in scalers(manifests))
+        checks.that(
+            budgets[0]["spec"].get("maxUnavailable") == 1,
+            "%s: the budget lets no node or every node go" % role,
+        )
+    scaled = any(
+        target(scaler) == ("Deployment", workload["metadata"]["name"]) for scaler in scalers(manifests)
+    )
     replicas = workload["spec"].get("replicas")
-    checks.that(replicas is None if scaled else (replicas or 0) >= 2, "%s: replicas beside a scaler, or fewer than two" % role)
+    checks.that(
+        replicas is None if scaled else (replicas or 0) >= 2,
+        "%s: replicas beside a scaler, or fewer than two" % role,
+    )
     checks.that(pod["serviceAccountName"] == "refarch-" + role, "%s: the account of another role" % role)
 
 
@@ -194,9 +187,15 @@ def check_migration(checks, manifests):
         return
     pod = spec(job)
     checks.that(pod["containers"][0]["args"] == ["migrate"], "the Job does something else")
-    checks.that(pod.get("restartPolicy") == "Never" and job["spec"].get("backoffLimit"), "the Job is not tried again")
+    checks.that(
+        pod.get("restartPolicy") == "Never" and job["spec"].get("backoffLimit"), "the Job is not tried again"
+    )
     checks.that(pod["serviceAccountName"] == "refarch-migrate", "migrate: the account of another role")
-    versions = {spec(manifests.get("Deployment", "refarch-" + role))["containers"][0]["image"] for role in ROLES if manifests.get("Deployment", "refarch-" + role)}
+    versions = {
+        spec(manifests.get("Deployment", "refarch-" + role))["containers"][0]["image"]
+        for role in ROLES
+        if manifests.get("Deployment", "refarch-" + role)
+    }
     checks.that(versions == {pod["containers"][0]["image"]}, "roles and migration have different images")
 
 
@@ -217,14 +216,20 @@ def check_settings(checks, manifests, overlay):
             checks.that("SQS_%s_URL" % lane in found, "no SQS_%s_URL" % lane)
         for account in manifests.kind("ServiceAccount"):
             role = account["metadata"].get("annotations", {}).get("eks.amazonaws.com/role-arn", "")
-            checks.that(role.endswith("/" + account["metadata"]["name"]), "%s has the rights of another" % named(account))
+            checks.that(
+                role.endswith("/" + account["metadata"]["name"]),
+                "%s has the rights of another" % named(account),
+            )
     else:
         server = manifests.get("Service", found.get("POSTGRES_DB_HOST"))
         checks.that(server, "there is no Service %s" % found.get("POSTGRES_DB_HOST"))
     for workload in manifests.workloads():
         container = spec(workload)["containers"][0]
         if workload["kind"] != "StatefulSet":
-            checks.that({"configMapRef": {"name": "refarch"}} in container["envFrom"], "%s has no settings" % named(workload))
+            checks.that(
+                {"configMapRef": {"name": "refarch"}} in container["envFrom"],
+                "%s has no settings" % named(workload),
+            )
             for variable in container["env"]:
                 checks.that(is_known_variable(variable["name"]), "there is no variable %s" % variable["name"])
 
@@ -236,126 +241,34 @@ def check_services(checks, manifests):
             continue
         ports = {port["name"] for port in spec(found[0])["containers"][0]["ports"]}
         for port in service["spec"]["ports"]:
-            checks.that(port["targetPort"] in ports, "%s leads to port %s, which nobody has" % (named(service), port["targetPort"]))
-        checks.that(service["spec"].get("type", "ClusterIP") == "ClusterIP", "%s is open to the world" % named(service))
-
-
-def scalers(manifests):
-    return manifests.kind("HorizontalPodAutoscaler", "ScaledObject")
-
-
-def target(scaler):
-    to = scaler["spec"]["scaleTargetRef"]
-    return to.get("kind", "Deployment"), to["name"]
-
-
-def check_scaler(checks, manifests):
-    found = scalers(manifests)
-    if not checks.that(len(found) == 1, "not one scaler, but %d" % len(found)):
-        return
-    (scaler,) = found
-    checks.that(target(scaler) == ("Deployment", "refarch-embed"), "the scaler scales something else")
-    checks.that(manifests.get(*target(scaler)), "the scaler scales what is not there")
-    rule = scaler["spec"]
-    if scaler["kind"] == "HorizontalPodAutoscaler":
-        least, most, behavior = rule["minReplicas"], rule["maxReplicas"], rule["behavior"]
-        (metric,) = rule["metrics"]
-        checks.that(metric["resource"] == {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": CPU_PERCENT}}, "the scaler has another target")
-    else:
-        least, most = rule["minReplicaCount"], rule["maxReplicaCount"]
-        behavior = rule["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
-        checks.that("fallback" not in rule, "KEDA has no fallback for metrics of type Value")
-        (trigger,) = rule["triggers"]
-        check_trigger(checks, manifests, trigger)
-    checks.that(1 <= least <= most, "the scaler's least is above its most, or 0")
-    checks.that((least, most) == (LEAST, MOST), "the scaler has other bounds than the reference")
-    up, down = behavior["scaleUp"], behavior["scaleDown"]
-    # One step at most doubles, as in refarch itself.
-    out = {"type": "Percent", "value": 100, "periodSeconds": setting("scaling.cooldown_out_s", COOLDOWN_S)}
-    checks.that(up == {"stabilizationWindowSeconds": 0, "policies": [out]}, "the scaler grows in other steps")
-    checks.that(down["stabilizationWindowSeconds"] == setting("scaling.cooldown_in_s", COOLDOWN_S), "the scaler shrinks after another time")
-
-
-def check_trigger(checks, manifests, trigger):
-    # Twice the seconds want twice the pods: the ratio of the value to its target, not of a sum.
-    checks.that(trigger.get("metricType") == "Value", "the trigger does not take the value as it is")
-    data = trigger["metadata"]
-    checks.that(all(isinstance(value, str) for value in data.values()), "KEDA takes texts only")
-    wanted = setting("scaling.backlog_s", BACKLOG_S)
-    checks.that(data.get("targetValue", data.get("threshold")) == str(wanted), "the target is not scaling.backlog_s")
-    text = data.get("valueLocation", data.get("query", ""))
-    name = (re.findall(r"refarch_\w+", text) or [""])[0]
-    roles = facts.metrics().get(name, "")
-    checks.that(name == "refarch_backlog_seconds" and "`listen`" in roles, "listen has no metric %s" % name)
-    checks.that('source="%s"' % facts.SETTINGS["source.name"] in text, "the metric of another source")
-    if trigger["type"] == "metrics-api":
-        checks.that(data.get("format") == "prometheus", "the answer is read as another format")
-        host, port, path = re.fullmatch(r"http://([\w-]+)\.refarch\.svc:(\d+)(/\w+)", data["url"]).groups()
-        service = manifests.get("Service", host)
-        if checks.that(service, "there is no Service %s" % host):
-            checks.that(int(port) in {port["port"] for port in service["spec"]["ports"]}, "%s has no port %s" % (host, port))
-        checks.that((int(port), path) == (ADMIN_PORT, "/metrics"), "the trigger asks another endpoint")
-        checks.that(data.get("aggregationType") == "max", "the trigger adds up what each reports of all")
-    else:
-        checks.that(trigger["type"] == "prometheus", "a trigger of another type")
-        checks.that(text.startswith("max(") and 'namespace="refarch"' in text, "the query adds up what each reports of all")
-        checks.that(data.get("ignoreNullValues") == "false", "no answer scales in")
-
-
-def check_network(checks, manifests, overlay):
-    policies = manifests.kind("NetworkPolicy")
-    deny = [policy for policy in policies if policy["spec"]["podSelector"] == {}]
-    closed = len(deny) == 1 and set(deny[0]["spec"]) == {"podSelector", "policyTypes"} and len(deny[0]["spec"]["policyTypes"]) == 2
-    checks.that(closed, "the network is not closed at first")
-    for policy in policies:
-        rules = [(rule, "from") for rule in policy["spec"].get("ingress", [])]
-        rules += [(rule, "to") for rule in policy["spec"].get("egress", [])]
-        for rule, side in rules:
-            checks.that(rule.get("ports"), "%s opens every port" % named(policy))
-            checks.that(rule.get(side), "%s opens to everybody" % named(policy))
-            for peer in rule.get(side) or []:
-                checks.that(peer not in ({}, {"podSelector": {}}, {"namespaceSelector": {}}), "%s opens to everybody" % named(policy))
-                cidr = peer.get("ipBlock", {}).get("cidr", "10.0.0.0/16")
-                checks.that(int(cidr.rpartition("/")[2]) >= 16, "%s opens to %s" % (named(policy), cidr))
-        if rules:
-            checks.that(manifests.pods(policy["spec"]["podSelector"]), "%s is for no pod" % named(policy))
-    for role in ROLES:
-        workload = manifests.get("Deployment", "refarch-" + role)
-        if workload:
-            checks.that(opened(policies, workload, "ingress", "admin") == [{"refarch/metrics": "read"}], "%s: metrics are open to others" % role)
-            page = [{"refarch/access": "page"}] if role == "serve" else []
-            checks.that(opened(policies, workload, "ingress", "page") == page, "%s: the page is open to others" % role)
-            checks.that(opened(policies, workload, "egress", 53), "%s cannot look up names" % role)
-            checks.that(opened(policies, workload, "egress", 5432), "%s cannot reach the database" % role)
-            checks.that(bool(opened(policies, workload, "egress", 443)) == (overlay == "aws"), "%s: SQS cannot be reached, or the world can" % role)
-    job = manifests.get("Job", "refarch-migrate")
-    checks.that(job and opened(policies, job, "egress", 5432) and not opened(policies, job, "ingress", "admin"), "migrate: its way to the database")
-    for server in manifests.kind("StatefulSet"):
-        checks.that(opened(policies, server, "ingress", "postgres") == [{"app.kubernetes.io/name": "refarch"}], "the database is open to others")
-        checks.that(not opened(policies, server, "egress", 443), "the database can reach others")
-
-
-def opened(policies, workload, side, port):
-    """The labels of the peers that a pod may exchange packets with at a port."""
-    peers = []
-    for policy in policies:
-        if selects(policy["spec"]["podSelector"], labels(workload)):
-            for rule in policy["spec"].get(side, []):
-                if any(allowed["port"] == port for allowed in rule.get("ports", [])):
-                    for peer in rule.get("from", rule.get("to", [])):
-                        selector = peer.get("podSelector") or peer.get("namespaceSelector") or {"matchLabels": peer.get("ipBlock")}
-                        peers.append(selector.get("matchLabels"))
-    return peers
+            checks.that(
+                port["targetPort"] in ports,
+                "%s leads to port %s, which nobody has" % (named(service), port["targetPort"]),
+            )
+        checks.that(
+            service["spec"].get("type", "ClusterIP") == "ClusterIP",
+            "%s is open to the world" % named(service),
+        )
 
 
 def check_observation(checks, manifests):
     (monitor,) = manifests.kind("PodMonitor")
-    found = {labels(workload)["app.kubernetes.io/component"] for workload in manifests.pods(monitor["spec"]["selector"])}
+    found = {
+        labels(workload)["app.kubernetes.io/component"]
+        for workload in manifests.pods(monitor["spec"]["selector"])
+    }
     checks.that(found == set(ROLES), "the monitor does not look at every role")
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
-    checks.that((endpoint["port"], endpoint["path"]) == ("admin", "/metrics"), "the monitor asks another endpoint")
+    checks.that(
+        (endpoint["port"], endpoint["path"]) == ("admin", "/metrics"), "the monitor asks another endpoint"
+    )
     (rules,) = manifests.kind("PrometheusRule")
-    checks.that(rules["spec"] == yaml.safe_load(read("config/prometheus/refarch.rules.yml")), "the rules are not those of config/prometheus")
+    checks.that(
+        rules["spec"] == yaml.safe_load(read("config/prometheus/refarch.rules.yml")),
+        "the rules are not those of config/prometheus",
+    )
     boards = manifests.get("ConfigMap", "refarch-dashboards")
-    checks.that(boards["metadata"]["labels"].get("grafana_dashboard") == "1", "Grafana does not find the dashboards")
+    checks.that(
+        boards["metadata"]["labels"].get("grafana_dashboard") == "1", "Grafana does not find the dashboards"
+    )
     checks.that(len(boards["data"]) >= 2, "a dashboard is missing")
