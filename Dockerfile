@@ -58,7 +58,7 @@ FROM ${RUNTIME_IMAGE}
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates tini zlib1g \
-    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/debconf \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/cache/debconf /var/log/apt /var/log/dpkg.log \
     && groupadd --gid 10001 refarch \
     && useradd --uid 10001 --gid refarch --no-create-home --home-dir /refarch --shell /usr/sbin/nologin refarch \
     && install -d -o refarch -g refarch -m 0755 /refarch \

@@ -189,20 +189,21 @@ def drained(container):
         line = "echo '%s' | socat stdio /tmp/haproxy.sock" % command
         return run("docker", "exec", balancer, "sh", "-c", line).stdout
 
-    for line in ask("show servers state serve").splitlines():
-        fields = line.split()
-        if len(fields) > 5 and fields[4] == address:
-            ask("set server serve/%s state drain" % fields[3])
-            number = fields[3]
-            wait("the last request of %s" % number, 30, lambda: " 0 " in sessions(ask, number))
+    servers = [line.split() for line in ask("show servers state serve").splitlines()]
+    names = [fields[3] for fields in servers if len(fields) > 5 and fields[4] == address]
+    if not names:
+        sys.exit("fleet: the balancer does not know %s" % address)
+    for name in names:
+        ask("set server serve/%s state drain" % name)
+        wait("the last request of %s" % name, 30, lambda: sessions(ask, name) == "0")
 
 
-def sessions(ask, number):
+def sessions(ask, name):
     for line in ask("show stat serve -1 -1").splitlines():
         fields = line.split(",")
-        if fields[:2] == ["serve", number]:
-            return " %s " % fields[4]
-    return " 0 "
+        if fields[:2] == ["serve", name]:
+            return fields[4]
+    return "0"
 
 
 def replace(role, count):

@@ -82,7 +82,7 @@ impl Served {
     }
 
     async fn install(&self, runtime: &TempDir, model: Option<PathBuf>) -> anyhow::Result<Vec<String>> {
-        let said = RefCell::default();
+        let said: RefCell<Vec<String>> = RefCell::default();
         let origin = Origin { model, index: Some(self.address.clone()), ..Origin::default() };
         install_declared(&self.declarations, runtime.path(), &origin, |step| said.borrow_mut().push(step))
             .await?;
