@@ -155,7 +155,7 @@ class Lint(unittest.TestCase):
         )
 
     def test_the_image(self):
-        others = sorted(glob.glob(os.path.join(ROOT, "tests/deploy/images/*/Dockerfile")))
+        others = sorted(glob.glob(os.path.join(ROOT, "tests/deploy/containers/images/*/Dockerfile")))
         code, output = linted("hadolint", "Dockerfile", *others)
         self.assertEqual((code, output), (0, ""))
         checks = check_image(read("Dockerfile"))

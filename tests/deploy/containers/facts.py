@@ -5,7 +5,7 @@ import re
 
 import yaml
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..", ".."))
 
 # Variables of the environment that are not named REFARCH_..., and that refarch or its libraries read.
 OTHER_VARIABLES = {

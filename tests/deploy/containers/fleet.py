@@ -1,8 +1,8 @@
 """Runs the fleet of config/compose.yaml for real, in Docker, and makes it hard.
 
-    python3 tests/deploy/fleet.py [--rows 10000] [--keep]
+    python3 tests/deploy/containers/fleet.py [--rows 10000] [--keep]
 
-It needs docker-compose (or docker compose), the image `refarch`, and the images in tests/deploy/images, which
+It needs docker-compose (or docker compose), the image `refarch`, and the images in images/, which
 scripts/fleet makes. 10,000 rows are loaded. Meanwhile one embed is killed, one is paused, and a listen is started again; `verify`
 has to find nothing. Then every container of all three roles is replaced, one by one, while clients search and rows are
 edited: no search may fail, and `verify` has to find nothing again. All traffic stays on this machine.
@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.request
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..", ".."))
 PROJECT = "refarch-fleet"
 PORT = 3080
 SEARCHERS = 2
@@ -48,7 +48,7 @@ def run(*command, check=True, **kind):
 
 
 def compose(*args, check=True):
-    files = ["-f", "config/compose.yaml", "-f", "tests/deploy/fleet.yaml"]
+    files = ["-f", "config/compose.yaml", "-f", "tests/deploy/containers/fleet.yaml"]
     return run(*COMPOSE, "-p", PROJECT, *files, *args, check=check, cwd=ROOT)
 
 
