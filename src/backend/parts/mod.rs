@@ -191,13 +191,12 @@ async fn unpack(
     expected: &str,
     temporary: &Path,
 ) -> anyhow::Result<PathBuf> {
-    let wheel = match &origin.wheels {
-        Some(folder) => wheel::find(folder, &part.name, &part.version, platform)?,
-        None => {
-            let wheel = temporary.join("wheel");
-            PackageIndex::new(origin.index.as_deref())?.download(&part.name, expected, &wheel).await?;
-            wheel
-        }
+    let wheel = if let Some(folder) = &origin.wheels {
+        wheel::find(folder, &part.name, &part.version, platform)?
+    } else {
+        let wheel = temporary.join("wheel");
+        PackageIndex::new(origin.index.as_deref())?.download(&part.name, expected, &wheel).await?;
+        wheel
     };
     let (fresh, expected) = (temporary.join("tree"), expected.to_owned());
     let (keep, drop) = (part.keep.clone(), part.drop.clone());

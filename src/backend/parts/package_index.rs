@@ -14,10 +14,13 @@ use tokio::io::AsyncWriteExt as _;
 const FORMS: &str = "application/vnd.pypi.simple.v1+json, text/html;q=0.1";
 
 /// How long the server may be silent.
-const SILENCE: Duration = Duration::from_secs(60);
+const SILENCE: Duration = Duration::from_mins(1);
 
 /// Most bytes of a wheel, so that a wrong server does not fill the disk.
 const WHEEL_BYTES: u64 = 1 << 30;
+
+/// The index of a binary that was built with one (`scripts/release`).
+const BUILT_IN: Option<&str> = option_env!("PACKAGE_INDEX_URL");
 
 /// A package index.
 pub struct PackageIndex {
@@ -43,10 +46,13 @@ struct Hashes {
 }
 
 impl PackageIndex {
-    /// The index at this address.
+    /// The index at this address, else the one that is built in.
     pub fn new(address: Option<&str>) -> anyhow::Result<Self> {
-        let Some(address) = address.filter(|address| !address.is_empty()) else {
-            bail!("no package index is named: use --index URL, or --wheels DIR with the wheels")
+        let Some(address) = address.or(BUILT_IN).filter(|address| !address.is_empty()) else {
+            bail!(
+                "no package index is named, and none is built in: use --index with the address that pip uses (its \
+                 setting index-url), or --wheels DIR with the wheels"
+            )
         };
         // The last part of a path without a slash at its end would be replaced by what is joined.
         let address = Url::parse(&format!("{}/", address.trim_end_matches('/')))

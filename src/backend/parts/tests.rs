@@ -16,6 +16,7 @@ use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
 
 use super::*;
+use crate::backend::embedded::digest::hex;
 
 fn wheel(files: &[(&str, u32)]) -> Vec<u8> {
     let mut bytes = std::io::Cursor::new(Vec::new());
@@ -29,7 +30,7 @@ fn wheel(files: &[(&str, u32)]) -> Vec<u8> {
 }
 
 fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(bytes))
 }
 
 /// A package index that has two packages, and counts the downloads of their wheels.

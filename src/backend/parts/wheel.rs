@@ -9,6 +9,8 @@ use anyhow::{Context as _, bail};
 use sha2::{Digest as _, Sha256};
 use zip::ZipArchive;
 
+use crate::backend::embedded::digest::hex;
+
 /// A package's wheel for this platform, or for all platforms, in a folder.
 pub fn find(folder: &Path, package: &str, version: &str, platform: &str) -> anyhow::Result<PathBuf> {
     let begin = format!("{}-{version}-", package.replace('-', "_"));
@@ -41,7 +43,7 @@ pub fn check(wheel: &Path, expected: &str) -> anyhow::Result<()> {
             length => digest.update(&block[..length]),
         }
     }
-    let found: String = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let found = hex(&digest.finalize());
     if found != expected {
         bail!(
             "{} is not what it should be, and nothing was installed: expected sha256 {expected}, found {found}",
