@@ -162,6 +162,12 @@ class Lint(unittest.TestCase):
         self.assertEqual(checks.faults, [])
         print("image: hadolint is content, %d assertions" % checks.count)
 
+    def test_the_scripts(self):
+        entrypoint = "tests/deploy/containers/images/postgres/entrypoint"
+        code, output = linted("shellcheck", "scripts/release", "scripts/fleet", entrypoint)
+        self.assertEqual((code, output), (0, ""))
+        print("scripts: shellcheck is content")
+
     def test_the_workflows(self):
         paths = sorted(glob.glob(os.path.join(ROOT, ".github/workflows/*.yml")))
         self.assertTrue(paths)
