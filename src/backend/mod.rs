@@ -10,6 +10,7 @@ mod location;
 mod migration;
 pub mod minilm;
 mod model;
+pub mod parts;
 pub mod pgmq;
 pub mod pgvector;
 pub mod pinecone;

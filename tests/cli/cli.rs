@@ -403,7 +403,7 @@ async fn an_unsupported_option_is_refused_by_name_with_a_remedy() {
 async fn help_names_setup_commands_flags_and_exit_codes() {
     let first = run(&["--help"], &[]).await;
     let needs =
-        ["scripts/setup", "DATABASE_URL", "POSTGRES_DB_HOST", "Exit codes: 0 done, 1 failed, 2 wrong usage"];
+        ["refarch setup", "DATABASE_URL", "POSTGRES_DB_HOST", "Exit codes: 0 done, 1 failed, 2 wrong usage"];
     for need in needs {
         assert!(first.out.contains(need), "{need}: {}", first.out);
     }
@@ -504,7 +504,7 @@ async fn a_missing_psql_is_reported() {
     let empty = tempfile::tempdir().unwrap();
     let path = empty.path().to_str().unwrap();
     let env = [("DATABASE_URL", "postgres://me@127.0.0.1/x"), ("PATH", path), ("REFARCH_RUNTIME_DIR", path)];
-    failure(&["psql"], &env, "there is no psql: run scripts/setup").await;
+    failure(&["psql"], &env, "there is no psql: run refarch setup").await;
 }
 
 #[tokio::test]
@@ -588,6 +588,6 @@ async fn a_missing_model_is_reported_before_anything_is_started() {
         let run =
             run(role, &[("REFARCH_EMBEDDER_MODEL", model), ("REFARCH_SERVE_BIND", "127.0.0.1:0")]).await;
         assert_eq!(run.code, Some(1), "{run:?}");
-        assert!(run.err.contains("config.json") && run.err.contains("scripts/setup"), "{}", run.err);
+        assert!(run.err.contains("config.json") && run.err.contains("refarch setup"), "{}", run.err);
     }
 }

@@ -1,9 +1,10 @@
-//! The command line and its settings, and `scripts/setup`.
+//! The command line and its settings, `scripts/setup` and `refarch health`.
 
 #[path = "../common/mod.rs"]
 mod common;
 
 mod cli;
+mod health;
 mod logs;
 mod metrics;
 mod setup;

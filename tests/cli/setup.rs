@@ -72,6 +72,26 @@ fn a_second_setup_downloads_nothing() {
     assert!(!text.contains("downloading") && text.contains("done: "), "{text}");
 }
 
+/// As in a container, where root has few capabilities and the server is another user's process.
+#[tokio::test]
+async fn root_without_capabilities_recognises_its_private_postgresql() {
+    if !nix::unistd::Uid::effective().is_root() {
+        return;
+    }
+    let home = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(common::runtime_dir().join("runtime"), home.path().join("runtime")).unwrap();
+    let refarch = common::refarch();
+    let output = tokio::process::Command::new("setpriv")
+        .arg("--bounding-set=-sys_ptrace")
+        .arg(refarch.as_std().get_program())
+        .args(["psql", "-Atc", "SELECT 6 * 7"])
+        .env("REFARCH_RUNTIME_DIR", home.path())
+        .output()
+        .await
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "42\n", "{output:?}");
+}
+
 #[test]
 fn the_help_of_the_test_script_lists_every_theme() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

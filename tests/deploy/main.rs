@@ -4,3 +4,4 @@
 mod common;
 
 mod aws;
+mod containers;

@@ -341,7 +341,7 @@ async fn missing_binaries_are_reported_with_the_remedy() {
     let home = ClusterFolder::new();
     fs::remove_file(home.dir.join("runtime")).unwrap();
     let refusal = home.refusal().await;
-    assert!(refusal.contains("run scripts/setup, or set DATABASE_URL"), "{refusal}");
+    assert!(refusal.contains("run refarch setup, or set DATABASE_URL"), "{refusal}");
     assert!(!home.dir.join("postgres").exists());
 }
 

@@ -6,7 +6,7 @@
 //! killed process. So if all processes were killed, the next process to join finds the server running, and
 //! stops it on leaving.
 
-mod digest;
+pub(super) mod digest;
 mod layout;
 mod log;
 mod memory;
@@ -73,7 +73,7 @@ impl Cluster {
     async fn join_to_the_end(options: ClusterOptions) -> anyhow::Result<Self> {
         if !["postgres", "initdb", "pg_ctl"].iter().all(|name| options.binary(name).is_file()) {
             anyhow::bail!(
-                "there are no PostgreSQL binaries in {}: run scripts/setup, or set DATABASE_URL to use your own database",
+                "there are no PostgreSQL binaries in {}: run refarch setup, or set DATABASE_URL to use your own database",
                 options.install.display()
             );
         }

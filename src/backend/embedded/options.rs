@@ -14,7 +14,7 @@ pub struct ClusterOptions {
 }
 
 impl ClusterOptions {
-    /// The cluster and the binaries under a runtime folder, in the layout of `scripts/setup`.
+    /// The cluster and the binaries under a runtime folder, in the layout of `refarch setup`.
     #[must_use]
     pub fn in_runtime_dir(dir: &Path) -> Self {
         Self { install: dir.join("runtime/postgres"), dir: dir.join("postgres"), extra: Vec::new() }

@@ -1,6 +1,7 @@
 //! Initialises, starts, finds and stops the server, always within a transition.
 
 use std::fs;
+use std::io;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -308,7 +309,7 @@ impl Server {
         // Lines: pid, data directory, start time, port, socket folder, address, shared memory, status
         let lines: Vec<_> = text.lines().map(str::trim).collect();
         let pid = lines.first().and_then(|pid| pid.parse::<u32>().ok());
-        if !pid.is_some_and(|pid| is_server(pid, &data)) {
+        if !pid.is_some_and(|pid| self.is_server(pid, &data)) {
             return State::Stopped;
         }
         let ready = lines.get(7).is_some_and(|status| *status == "ready");
@@ -317,22 +318,31 @@ impl Server {
             _ => State::Changing,
         }
     }
-}
 
-/// Whether the process is a PostgreSQL server with this data directory, which is its working directory.
-fn is_server(pid: u32, data: &Path) -> bool {
-    if cfg!(target_os = "linux") {
-        return fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data);
+    /// Whether the process is a PostgreSQL server with this data directory, which is its working directory.
+    fn is_server(&self, pid: u32, data: &Path) -> bool {
+        if cfg!(target_os = "linux") {
+            let link = format!("/proc/{pid}/cwd");
+            return match fs::read_link(&link) {
+                Ok(cwd) => cwd == data,
+                // In a container root may look at its own processes only. The server's user may look at the server.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    let found = self.layout.command("readlink").arg("-n").arg(link).output();
+                    found.is_ok_and(|found| found.stdout == data.as_os_str().as_bytes())
+                }
+                Err(_) => false,
+            };
+        }
+        let mut command = Command::new("ps");
+        command.args(["-ww", "-o", "command=", "-p", &pid.to_string()]);
+        let line = command.output().map(|output| output.stdout).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line);
+        line.contains("postgres") && line.contains(&*data.to_string_lossy())
     }
-    let mut command = Command::new("ps");
-    command.args(["-ww", "-o", "command=", "-p", &pid.to_string()]);
-    let line = command.output().map(|output| output.stdout).unwrap_or_default();
-    let line = String::from_utf8_lossy(&line);
-    line.contains("postgres") && line.contains(&*data.to_string_lossy())
 }
 
 /// The port, if it can be bound now; for 0, a free port.
-fn bindable(port: u16) -> std::io::Result<u16> {
+fn bindable(port: u16) -> io::Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, port))?.local_addr()?.port())
 }
 

@@ -139,7 +139,7 @@ fn explain(error: encoder::Error) -> Error {
             FailureKind::MissingResource,
             "find the model",
             format!(
-                "{error}: run scripts/setup, or set embedder.model to a folder with config.json, \
+                "{error}: run refarch setup, or set embedder.model to a folder with config.json, \
                  tokenizer.json and model.safetensors"
             ),
         ),
@@ -214,7 +214,7 @@ mod tests {
     fn a_missing_model_says_which_file_and_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
         let error = Description::read(dir.path(), Precision::Auto).unwrap_err().to_string();
-        assert!(error.contains("config.json") && error.contains("scripts/setup"), "{error}");
+        assert!(error.contains("config.json") && error.contains("refarch setup"), "{error}");
         let copy = |name: &str| std::fs::copy(model_dir().join(name), dir.path().join(name)).unwrap();
         copy("config.json");
         let error = Description::read(dir.path(), Precision::Auto).unwrap_err().to_string();
