@@ -2,16 +2,28 @@
 
 mod chaos;
 mod help;
+mod plan;
+mod quantity;
+mod range;
+mod since;
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::Override;
-use help::{AFTER_HELP, MIGRATE_HELP, REDRIVE_HELP, SETUP_HELP, VERIFY_HELP};
+use help::{
+    AFTER_HELP, EMBED_HELP, EVENTS_HELP, MIGRATE_HELP, REDRIVE_HELP, SETUP_HELP, UP_HELP, VERIFY_HELP,
+};
+use range::{processes, workers};
+use since::since;
+
+pub use range::Range;
 
 pub use chaos::{Chaos, ChaosEmbedder, ChaosFault, ChaosIndex, ChaosQueue};
+pub use plan::{Plan, PlanIndex, PlanQueue};
 
 /// Keeps a semantic search index in sync with a PostgreSQL table, and proves it row by row.
 #[derive(Debug, Parser)]
@@ -26,7 +38,7 @@ pub struct Cli {
 }
 
 /// Flags of every role.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Global {
     /// Configuration file (TOML) [default: refarch.toml, if it exists]
     #[arg(long, global = true, value_name = "FILE", env = "REFARCH_CONFIG", hide_env_values = true)]
@@ -65,12 +77,16 @@ pub enum Command {
     Migrate(Migrate),
     /// Show counts, backlog, freshness and workers
     Status(Status),
+    /// Show what happened: workers that joined and left, decisions about their number, dead letters
+    Events(Events),
     /// Compare index and table row by row, and repair differences on request
     Verify(Verify),
     /// Inject faults on a private database, then prove that index and table agree
     Chaos(Chaos),
     /// List the dead letters, or queue them again
     Redrive(Redrive),
+    /// Model a load: how long it takes, what limits it, how many workers it needs, and what it costs
+    Plan(Box<Plan>),
     /// Print the settings in use as TOML, without secrets
     Config,
     /// Open psql on the database in use
@@ -102,13 +118,17 @@ pub struct Admin {
 
 /// `refarch up`
 #[derive(Debug, Args)]
+#[command(after_help = UP_HELP)]
 pub struct Up {
     /// Number of products to generate if the table is empty [default: 10000]
     #[arg(long, value_name = "N")]
     pub products: Option<u64>,
-    /// Number of embedding threads [default: one for each core]
-    #[arg(long, value_name = "N", value_parser = workers)]
-    pub workers: Option<usize>,
+    /// Number of embedding threads, or a range that follows the load [default: one for each core]
+    #[arg(long, value_name = "N|MIN..MAX", value_parser = workers)]
+    pub workers: Option<Range>,
+    /// Embed in processes of their own: their number, or a range that follows the load
+    #[arg(long, value_name = "N|MIN..MAX", value_parser = processes, conflicts_with = "until_synced")]
+    pub processes: Option<Range>,
     /// Address of the web page [default: 127.0.0.1:3000]
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub bind: Option<SocketAddr>,
@@ -147,10 +167,14 @@ pub struct Listen {
 
 /// `refarch embed`
 #[derive(Debug, Args)]
+#[command(after_help = EMBED_HELP)]
 pub struct Embed {
-    /// Number of embedding threads [default: one for each core]
-    #[arg(long, value_name = "N", value_parser = workers)]
-    pub workers: Option<usize>,
+    /// Number of embedding threads, or a range that follows the load [default: one for each core]
+    #[arg(long, value_name = "N|MIN..MAX", value_parser = workers)]
+    pub workers: Option<Range>,
+    /// Stop when standard input is closed, as it is when the process that started this one ends
+    #[arg(long, hide = true)]
+    pub stop_with_stdin: bool,
     /// Exit as soon as the queue is empty
     #[arg(long)]
     pub until_idle: bool,
@@ -216,6 +240,21 @@ pub struct Status {
     /// Print again every second until stopped
     #[arg(long)]
     pub watch: bool,
+}
+
+/// `refarch events`
+#[derive(Debug, Args)]
+#[command(after_help = EVENTS_HELP)]
+pub struct Events {
+    /// Events since then: an age such as 10m, 2h or 3d, or a time such as 2026-11-27T08:00:00Z
+    #[arg(long, value_name = "WHEN", value_parser = since, default_value = "1d")]
+    pub since: jiff::Timestamp,
+    /// Go on with new events until stopped
+    #[arg(long)]
+    pub follow: bool,
+    /// Print one JSON object for each event
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `refarch verify`
@@ -299,10 +338,27 @@ fn grant(text: &str) -> Result<(String, String), String> {
     }
 }
 
-fn workers(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(count @ 1..=1024) => Ok(count),
-        _ => Err("use 1 to 1024 embedding threads".into()),
+impl LogFormat {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
+}
+
+impl Global {
+    /// The same flags, for another process.
+    #[must_use]
+    pub fn args(&self) -> Vec<OsString> {
+        let mut args = Vec::new();
+        let mut push = |flag: &str, value: Option<OsString>| {
+            args.extend(value.into_iter().flat_map(|value| [flag.into(), value]));
+        };
+        push("--config", self.config.clone().map(Into::into));
+        push("--log-format", self.log_format.map(|format| format.name().into()));
+        push("--log-level", self.log_level.clone().map(Into::into));
+        args
     }
 }
 
@@ -321,6 +377,8 @@ impl Command {
             Self::Verify(_) => "verify",
             Self::Chaos(_) => "chaos",
             Self::Redrive(_) => "redrive",
+            Self::Events(_) => "events",
+            Self::Plan(_) => "plan",
             Self::Config => "config",
             Self::Psql(_) => "psql",
             Self::Completions { .. } => "completions",
@@ -352,15 +410,13 @@ impl Cli {
         let mut set = |flag, key, value: Option<String>| {
             list.extend(value.map(|value| Override { flag, key, value }));
         };
-        let format = self.global.log_format.map(|format| match format {
-            LogFormat::Text => "text".to_owned(),
-            LogFormat::Json => "json".to_owned(),
-        });
-        set("--log-format", "log.format", format);
+        set("--log-format", "log.format", self.global.log_format.map(|format| format.name().to_owned()));
         set("--log-level", "log.level", self.global.log_level.clone());
         let (bind, workers) = match &self.command {
             Command::Up(up) => {
                 set("--products", "up.products", up.products.map(|n| n.to_string()));
+                set("--processes", "up.processes", up.processes.map(|range| range.least.to_string()));
+                set("--processes", "up.max_processes", up.processes.map(|range| range.most.to_string()));
                 (up.bind, up.workers)
             }
             Command::Serve(serve) => (serve.bind, None),
@@ -370,7 +426,8 @@ impl Cli {
         set("--bind", "serve.bind", bind.map(|b| b.to_string()));
         let admin = self.command.admin().and_then(|admin| admin.listen);
         set("--admin", "admin.listen", admin.map(|address| address.to_string()));
-        set("--workers", "indexer.workers", workers.map(|n| n.to_string()));
+        set("--workers", "indexer.workers", workers.map(|range| range.least.to_string()));
+        set("--workers", "indexer.max_workers", workers.map(|range| range.most.to_string()));
         list
     }
 

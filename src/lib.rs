@@ -26,6 +26,7 @@ pub mod backend;
 pub mod cli;
 pub mod config;
 pub mod double;
+pub mod otlp;
 pub mod pipeline;
 pub mod product;
 pub mod role;

@@ -31,5 +31,5 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let settings = Settings::load(file.as_ref(), &env, &cli.overrides())?;
     telemetry::init(&settings.log, cli.is_quiet(), cli.command.name())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(role::run(cli.command, settings))
+    runtime.block_on(role::run(cli, settings))
 }

@@ -29,6 +29,21 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
     Ok(stop)
 }
 
+/// Cancels `stop` when standard input is closed. A process that holds the other end of a pipe, and never
+/// writes to it, so takes this process along, however it ends.
+pub fn on_closed_stdin(stop: &CancellationToken) {
+    let stop = stop.clone();
+    // A thread of its own: the end of the runtime would wait for a read that tokio has under way.
+    std::thread::spawn(move || {
+        // An error is as good as the end: nobody is at the other end.
+        let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        if !stop.is_cancelled() {
+            tracing::info!("stopping: the process that started this one has ended");
+            stop.cancel();
+        }
+    });
+}
+
 /// A token that is cancelled as soon as `grace` has passed since `stop`.
 #[must_use]
 pub fn after_grace(stop: &CancellationToken, grace: std::time::Duration) -> CancellationToken {

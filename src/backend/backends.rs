@@ -17,7 +17,7 @@ use crate::config::{Index, PineconeIndex, Settings};
 use crate::pipeline::failure::Result;
 use crate::pipeline::index::{VectorIndex, Writes};
 use crate::pipeline::outbox::Outbox;
-use crate::pipeline::queue::Queue;
+use crate::pipeline::queue::{Backlog, Queue};
 
 /// The backends of one source and its active target.
 #[derive(Clone)]
@@ -168,6 +168,13 @@ impl Backends {
     pub async fn status(&self) -> Result<postgres::status::Status> {
         let Self { postgres, source, generation, queue, index, remembered, proof_period, .. } = self;
         postgres::status::read(postgres, source, generation, queue, &**index, remembered, *proof_period).await
+    }
+
+    /// Changes in the outbox, and those in both lanes of the queue. What moves on meanwhile is counted twice rather than
+    /// never.
+    pub async fn backlog(&self) -> Result<(u64, Backlog)> {
+        let pending = postgres::outbox::pending(&self.postgres, &self.generation.table.name).await?.changes;
+        Ok((pending, Backlog::of_both_lanes(&*self.queue.stats).await?))
     }
 
     /// The state of the proof.

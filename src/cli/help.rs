@@ -9,9 +9,40 @@ Start here:
   refarch setup                install PostgreSQL and the model into .refarch/
   refarch up                   run every role on this machine, with 10,000 generated products
   refarch status --watch       show what is pending, in flight and in sync
+  refarch events --follow      show workers come and go, and why
   refarch config               print every setting and its value
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 forced by a second stop signal.";
+
+/// The end of `refarch up --help`.
+pub(super) const UP_HELP: &str = "\
+  refarch up                      embed on all cores
+  refarch up --workers 1..4       1 to 4 embedding threads in this process, as the load asks for
+  refarch up --processes 1..4     1 to 4 embed processes, each with as many threads as --workers
+                                  says (1 if it is not given); they end with this process
+
+Workers are added while the changes that wait would take longer than scaling.backlog_s (10). They end
+once fewer are enough. refarch events shows each decision with its reason.";
+
+/// The end of `refarch embed --help`.
+pub(super) const EMBED_HELP: &str = "\
+  refarch embed                   embed on all cores
+  refarch embed --workers 1..4    1 to 4 embedding threads, as the load asks for
+
+Threads are added while the changes that wait would take longer than scaling.backlog_s (10), and as long
+as the last ones made anything faster. They end once fewer are enough. Several processes share the
+backlog by their threads. refarch events shows each decision with its reason.";
+
+/// The end of `refarch events --help`.
+pub(super) const EVENTS_HELP: &str = "\
+Prints time, kind and a sentence for each event, the newest last. Kinds: joined and left (a process of a
+role), scaled (the number of threads or processes was changed, with the reason), ended (a process of
+up --processes ended by itself and is started again), rearmed (change capture), dead_letter.
+Events are kept for 7 days, those of dead letters for 90.
+
+  refarch events                    what happened in the last day
+  refarch events --since 10m        in the last ten minutes
+  refarch events --follow --json    also what happens from now on, one JSON object a line";
 
 /// The end of `refarch redrive --help`.
 pub(super) const REDRIVE_HELP: &str = "\
@@ -67,3 +98,15 @@ pub(super) const VERIFY_HELP: &str = "\
 Safe while writes go on: rows that differ are compared again until their changes are applied.
 
 Exit codes: 0 index and table agree, 1 they differ (even if repaired), 2 could not tell.";
+
+/// The end of `refarch plan --help`.
+pub(super) const PLAN_HELP: &str = "\
+A model, which touches nothing: no database, no queue and no index (only --rate-from-status reads the
+database). It is as good as the rates that you give. Measure the rate of a worker on your machines and
+with your texts: load some 100,000 rows, and use --rate-from-status, or the rows a second of one worker.
+Rates and counts may be written as 250000, 100k, 2.5M or 1e9, durations as 90s, 30m, 2h or 1h30m.
+
+  refarch plan --records 1e9 --deadline 2h --queue sqs --index pinecone --svg plan.svg
+  refarch plan --records 100k --workers 1 --worker-rate 800 --startup 0     one worker that runs already
+
+docs/plan.md describes the model. Exit codes: 0 planned (whether or not the deadline holds), 1 failed.";

@@ -14,6 +14,7 @@ mod environment;
 mod error;
 mod index;
 mod load;
+mod otlp;
 mod queue;
 mod read;
 mod roles;
@@ -29,8 +30,9 @@ pub use index::{
     Index, OWNERSHIP_NAMESPACE, PgvectorIndex, PineconeIndex, RESERVED_METADATA_PREFIX, SearchMethod,
 };
 pub use load::{DEFAULT_FILE, File, Override};
+pub use otlp::Otlp;
 pub use queue::{Queue, QueueKind, SqsQueue};
-pub use roles::{Audit, IndexCheck, Indexer, Relay, Serve, Up};
+pub use roles::{Audit, IndexCheck, Indexer, Relay, Scaling, Serve, Up};
 pub use settings::Settings;
 pub use system::{Admin, Database, Log, Runtime, Source};
 

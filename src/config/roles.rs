@@ -1,4 +1,4 @@
-//! The roles' sections: `[relay]`, `[indexer]`, `[audit]`, `[serve]` and `[up]`
+//! The roles' sections: `[relay]`, `[indexer]`, `[scaling]`, `[audit]`, `[serve]` and `[up]`
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use toml::Value;
 
-use super::declare::Rule::{AtLeast, Between, Each, Is};
+use super::declare::Rule::{AtLeast, Between, Each, Is, Seconds};
 use super::declare::lies;
 use super::error::ConfigError;
 use super::read::{Setting, section};
@@ -33,6 +33,9 @@ section! {
     pub struct Indexer in "indexer" {
         /// Embedding threads of a process. 0: one for each core.
         workers: usize = 0, Is(is_workers, "use 1 to 1024, or 0 for one for each core");
+        /// Embedding threads at most: threads are added while too much work waits (see `[scaling]`), and end again.
+        /// 0: always as many as `workers`.
+        max_workers: usize = 0, Is(is_workers, "use 1 to 1024, or 0 for as many as indexer.workers");
         /// Texts are embedded in slices that take about this long. Live work goes first between two slices.
         slice as "slice_ms": Duration = 50, AtLeast(1);
         /// A process holds as many changes as it embeds in this time.
@@ -69,6 +72,25 @@ impl Indexer {
         }
         std::thread::available_parallelism().map_or(1, usize::from)
     }
+
+    /// Number of embedding threads at most, no less than [`Self::worker_count`].
+    #[must_use]
+    pub fn max_worker_count(&self) -> usize {
+        self.max_workers.max(self.worker_count())
+    }
+}
+
+section! {
+    /// `[scaling]`: how the number of embedding threads (`indexer.max_workers`) and of processes (`up.max_processes`)
+    /// follows the load.
+    pub struct Scaling in "scaling" {
+        /// Workers are added while the changes that wait would take longer than this.
+        backlog as "backlog_s": Duration = 10, Seconds(1, 86_400);
+        /// Cooldown: time between two steps that add workers. One step at most doubles their number.
+        cooldown_out as "cooldown_out_s": Duration = 30, Seconds(0, 86_400);
+        /// Cooldown: workers end only after fewer were enough for so long.
+        cooldown_in as "cooldown_in_s": Duration = 30, Seconds(0, 86_400);
+    }
 }
 
 section! {
@@ -81,8 +103,7 @@ section! {
         /// What a round compares of an index outside of the database. sample: the ids of all records, and some
         /// records of each page. full: every record, which costs ten times as many read units.
         index: IndexCheck = "sample";
-        /// How often to check that changes are still captured (a disabled trigger is armed again), and to delete
-        /// old samples, events and entries. 0: never.
+        /// How often to check that changes are still captured (a disabled trigger is armed again). 0: never.
         armed as "armed_s": Option<Duration> = 60;
     }
 }
@@ -157,5 +178,19 @@ section! {
     pub struct Up in "up" {
         /// Products to generate when the table is empty.
         products: u64 = 10000;
+        /// Embed processes. 0: none, texts are embedded in this process.
+        processes: usize = 0, Between(0, 256);
+        /// Embed processes at most: processes are added while too much work waits (see `[scaling]`), and end again.
+        /// 0: always as many as `processes`.
+        max_processes: usize = 0, Between(0, 256);
+    }
+}
+
+impl Up {
+    /// Number of embed processes at least and at most. None if texts are embedded in this process.
+    #[must_use]
+    pub fn process_range(&self) -> Option<(usize, usize)> {
+        let most = self.max_processes.max(self.processes);
+        (most > 0).then_some((self.processes.max(1), most))
     }
 }

@@ -4,14 +4,15 @@ use super::declare::Key;
 use super::embedder::{Embedder, HttpEmbedder, LocalEmbedder};
 use super::error::ConfigError;
 use super::index::{Choice, Index, PgvectorIndex, PineconeIndex, RESERVED_METADATA_PREFIX};
+use super::otlp::Otlp;
 use super::queue::{Queue, SqsQueue};
 use super::read::Section;
-use super::roles::{Audit, Indexer, Relay, Serve, Up};
+use super::roles::{Audit, Indexer, Relay, Scaling, Serve, Up};
 use super::system::{Admin, Database, Log, Runtime, Source};
 use super::values::Values;
 
 /// Every section, in the order in which it is shown.
-const SECTIONS: [&[Key]; 18] = [
+const SECTIONS: [&[Key]; 20] = [
     Database::KEYS,
     Source::KEYS,
     Queue::KEYS,
@@ -24,12 +25,14 @@ const SECTIONS: [&[Key]; 18] = [
     HttpEmbedder::KEYS,
     Relay::KEYS,
     Indexer::KEYS,
+    Scaling::KEYS,
     Audit::KEYS,
     Serve::KEYS,
     Up::KEYS,
     Runtime::KEYS,
     Admin::KEYS,
     Log::KEYS,
+    Otlp::KEYS,
 ];
 
 /// Every key that there is.
@@ -48,12 +51,14 @@ pub struct Settings {
     pub embedder: Embedder,
     pub relay: Relay,
     pub indexer: Indexer,
+    pub scaling: Scaling,
     pub audit: Audit,
     pub serve: Serve,
     pub up: Up,
     pub runtime: Runtime,
     pub admin: Admin,
     pub log: Log,
+    pub otlp: Otlp,
     /// Every key, also those of kinds that were not chosen.
     shown: String,
 }
@@ -74,12 +79,14 @@ impl Settings {
             embedder: Embedder::read(values)?,
             relay: Relay::read(values)?,
             indexer: Indexer::read(values)?,
+            scaling: Scaling::read(values)?,
             audit: Audit::read(values)?,
             serve: Serve::read(values)?,
             up: Up::read(values)?,
             runtime: Runtime::read(values)?,
             admin: Admin::read(values)?,
             log: Log::read(values)?,
+            otlp: Otlp::read(values)?,
             shown: values.redacted(),
         };
         settings.check_sections_together(values)?;

@@ -104,7 +104,16 @@ section! {
         format: String = "", Is(is_format, "use text or json");
         /// What to log, as in `RUST_LOG`: error, warn, info, debug, trace, or per module.
         level: String = "info";
+        /// For Amazon CloudWatch: the name of this deployment. With it, listen writes the fleet's backlog and freshness
+        /// to standard output three times a minute, as lines of JSON in the embedded metric format. Empty: never.
+        emf: String = "", Is(is_deployment, "use up to 128 letters, digits, - and _");
     }
+}
+
+fn is_deployment(value: &Value) -> bool {
+    value.as_str().is_some_and(|name| {
+        name.len() <= 128 && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))
+    })
 }
 
 fn is_format(value: &Value) -> bool {

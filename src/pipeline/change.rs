@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::trace::MessageTrace;
+
 /// Version of the message body that this build writes and reads.
 pub const JOB_VERSION: u32 = 1;
 
@@ -72,6 +74,9 @@ pub struct Job {
     pub lane: Lane,
     /// When the oldest statement of the message ran, by the database's clock.
     pub oldest: jiff::Timestamp,
+    /// The trace that the message continues, if it is traced. Builds that do not know it ignore it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<MessageTrace>,
     /// The changes, by version.
     pub groups: Vec<Group>,
 }

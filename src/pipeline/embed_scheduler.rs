@@ -1,11 +1,12 @@
 //! The order of embedding: slices of two lanes, live slices first.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use super::change::Lane;
 use super::clock::Clock;
@@ -66,6 +67,8 @@ pub struct EmbedScheduler {
     /// Tokens a second of one thread, smoothed.
     speed: AtomicU64,
     metrics: Arc<Metrics>,
+    /// Slices that are being embedded.
+    in_work: AtomicUsize,
 }
 
 impl EmbedScheduler {
@@ -80,6 +83,7 @@ impl EmbedScheduler {
             slice,
             speed: AtomicU64::new(FIRST_GUESS),
             metrics: Arc::default(),
+            in_work: AtomicUsize::new(0),
         }
     }
 
@@ -87,6 +91,17 @@ impl EmbedScheduler {
     #[must_use]
     pub fn measuring(self, metrics: Arc<Metrics>) -> Self {
         Self { metrics, ..self }
+    }
+
+    /// Slices that are being embedded or wait for it.
+    #[must_use]
+    pub fn slices(&self) -> usize {
+        self.in_work.load(Ordering::Relaxed) + self.waiting.available_permits()
+    }
+
+    /// Tells the embedder that so many [`Self::work`] are running from now on.
+    pub async fn resize(&self, workers: usize) {
+        self.embedder.resize(workers).await;
     }
 
     /// Tokens a second of one thread, as measured.
@@ -167,12 +182,12 @@ impl EmbedScheduler {
         }
     }
 
-    /// Takes slices and embeds them, one at a time, for as long as it is polled.
-    pub async fn work(&self) {
-        loop {
-            // The semaphore is never closed.
-            let Ok(permit) = self.waiting.acquire().await else { return };
+    /// Takes slices and embeds them, one at a time, until `retired`. A slice that was taken is embedded to its end.
+    pub async fn work(&self, retired: &CancellationToken) {
+        // The semaphore is never closed.
+        while let Some(Ok(permit)) = retired.run_until_cancelled(self.waiting.acquire()).await {
             permit.forget();
+            let _in_work = InWork::count(&self.in_work);
             // What comes meanwhile may be live, and goes first.
             self.embedder.ready().await;
             let Some(slice) = self.queues().take() else { continue };
@@ -197,6 +212,22 @@ impl EmbedScheduler {
 
     fn queues(&self) -> MutexGuard<'_, Queues> {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A slice that is in work, as long as this exists.
+struct InWork<'a>(&'a AtomicUsize);
+
+impl<'a> InWork<'a> {
+    fn count(slices: &'a AtomicUsize) -> Self {
+        slices.fetch_add(1, Ordering::Relaxed);
+        Self(slices)
+    }
+}
+
+impl Drop for InWork<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -288,9 +319,10 @@ mod tests {
         let scheduler = EmbedScheduler::new(Arc::<Noting>::clone(&embedder), Duration::from_secs(1), clock);
         let texts: Vec<Arc<str>> =
             ["eight...", "a", "seven..", "b", "twelve......", "c", "d"].map(Arc::from).to_vec();
+        let never = CancellationToken::new();
         let embeddings = tokio::select! {
             embeddings = scheduler.embed(Lane::Bulk, texts.clone()) => embeddings.unwrap(),
-            () = scheduler.work() => unreachable!("it goes on for ever"),
+            () = scheduler.work(&never) => unreachable!("it goes on for ever"),
         };
         let lengths: Vec<usize> = embeddings.iter().map(|embedding| embedding[0] as usize).collect();
         assert_eq!(lengths, texts.iter().map(|text| text.len()).collect::<Vec<_>>(), "in the texts' order");

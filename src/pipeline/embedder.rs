@@ -86,6 +86,10 @@ pub trait Embedder: Send + Sync {
     /// Returns when the embedder may be asked: at once, unless it asked to be left alone for a while.
     async fn ready(&self) {}
 
+    /// From now on so many [`Self::embed`] are asked for at once. An embedder with threads of its own starts or ends
+    /// some. Nothing that was asked for is lost.
+    async fn resize(&self, _at_once: usize) {}
+
     /// Reads texts as the model does, in their order. Text past the model's maximal length is not read. Work
     /// that takes long is done on no thread of the async runtime.
     async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>>;

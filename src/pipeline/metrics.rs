@@ -11,6 +11,7 @@ use super::change::Lane;
 use super::failure::FailureKind;
 use super::histogram::Histogram;
 use super::queue::Reason;
+use super::scaling::ScalingGauges;
 
 pub use values::{ByLane, Counter, Distributed, Distribution, Level};
 
@@ -100,6 +101,8 @@ pub struct Metrics {
     pub apply_retries: Retries,
     /// Changes and messages that were moved to the dead letters, in the order of [`Reason::ALL`].
     dead_letters: [Counter; Reason::ALL.len()],
+    /// What this process scales.
+    pub scaling: ScalingGauges,
     /// Time from statement to searchable, in seconds.
     pub freshness: ByLane<Distribution>,
     /// A lane each: a load must not hide how fresh edits are.
@@ -133,6 +136,7 @@ impl Default for Metrics {
             receive_retries: Retries::default(),
             apply_retries: Retries::default(),
             dead_letters: Default::default(),
+            scaling: ScalingGauges::default(),
             freshness: ByLane::new(|| Distribution::new(LAG_S)),
             samples: Mutex::default(),
         }

@@ -23,5 +23,7 @@ pub mod outbox;
 pub mod queue;
 pub mod relay;
 pub mod retry;
+pub mod scaling;
 pub mod source_row;
+pub mod trace;
 pub mod unchanged;

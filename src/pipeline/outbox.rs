@@ -36,7 +36,7 @@ pub struct ClaimRequest {
     pub large_transaction: u64,
 }
 
-/// Turns claimed rows into messages. Pure: no effect, same rows same messages.
+/// Turns claimed rows into messages. Pure: no effect, same rows same messages (a traced one says when it was made).
 pub type BuildJobs<'a> = &'a (dyn Fn(Vec<OutboxRow>) -> Vec<Job> + Send + Sync);
 
 /// What one transfer did.

@@ -1,5 +1,5 @@
-//! The continuous proof, which runs in an embed worker. The same worker checks change capture, counts the ledger
-//! anew once an hour, and deletes old rows of the ledger, the freshness samples and the events.
+//! The continuous proof, which runs in an embed worker. The same worker checks change capture, and counts the
+//! ledger anew once an hour.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::Backends;
 use crate::backend::postgres::proof::PgRounds;
-use crate::backend::postgres::{capture, counts, pruning};
+use crate::backend::postgres::{capture, counts};
 use crate::config::{IndexCheck, Settings};
 use crate::pipeline::audit::{ProofOptions, Prover};
 use crate::pipeline::clock::{BootClock, Clock as _};
@@ -18,14 +18,14 @@ use crate::pipeline::retry::Backoff;
 /// Rows in a page.
 const PAGE: usize = 500;
 
-/// Capture checks between two prunings and counts of the ledger: an hour, because both read the ledger.
-const CHECKS_PER_PRUNE: u32 = 60;
+/// Capture checks between two counts of the ledger: an hour, because a count reads all of it.
+const CHECKS_PER_COUNT: u32 = 60;
 
 /// A difference counts as a lost message only after it has lasted at least this long.
 const MIN_LOST_AFTER: Duration = Duration::from_secs(30);
 
-/// Runs the continuous proof until `work_ended`, unless another worker runs it. Retries after a failure, because no
-/// other work waits for the proof.
+/// Runs the continuous proof until `work_ended`, unless another worker runs it. Retries after a failure,
+/// because no other work waits for the proof.
 pub async fn run_until(
     backends: &Backends,
     settings: &Settings,
@@ -61,7 +61,7 @@ async fn prove(prover: &mut Prover, backends: &Backends, worker: &str, check_int
     let clock = BootClock;
     let mut backoff = Backoff::default();
     let mut next_check = clock.now();
-    let mut monitor = CaptureMonitor { backends, worker, reported_faults: Vec::new(), checks_until_prune: 0 };
+    let mut monitor = CaptureMonitor { backends, worker, reported_faults: Vec::new(), checks_until_count: 0 };
     loop {
         let mut wait = match prover.step().await {
             Ok(wait) => {
@@ -83,8 +83,8 @@ async fn prove(prover: &mut Prover, backends: &Backends, worker: &str, check_int
                 if let Err(error) = monitor.check().await {
                     tracing::warn!(%error, "cannot check change capture");
                 }
-                if let Err(error) = monitor.prune().await {
-                    tracing::debug!(%error, "cannot delete old rows of the ledger, the samples and the events");
+                if let Err(error) = monitor.recount().await {
+                    tracing::debug!(%error, "cannot count the ledger anew");
                 }
             }
             if prover.is_ours() {
@@ -101,22 +101,18 @@ struct CaptureMonitor<'a> {
     worker: &'a str,
     /// Faults that are already logged.
     reported_faults: Vec<String>,
-    /// Checks until the ledger is pruned and counted again.
-    checks_until_prune: u32,
+    /// Checks until the ledger is counted again.
+    checks_until_count: u32,
 }
 
 impl CaptureMonitor<'_> {
-    async fn prune(&mut self) -> Result<()> {
+    async fn recount(&mut self) -> Result<()> {
         let Backends { postgres, generation, .. } = self.backends;
-        pruning::prune_history(postgres).await?;
-        if self.checks_until_prune == 0 {
-            let may_be_more = pruning::prune_ledger(postgres, generation.id).await?;
-            self.checks_until_prune = if may_be_more { 0 } else { CHECKS_PER_PRUNE };
-            if !may_be_more {
-                counts::recount(postgres, generation).await?;
-            }
+        if self.checks_until_count == 0 {
+            counts::recount(postgres, generation).await?;
+            self.checks_until_count = CHECKS_PER_COUNT;
         } else {
-            self.checks_until_prune -= 1;
+            self.checks_until_count -= 1;
         }
         Ok(())
     }

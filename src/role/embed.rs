@@ -7,11 +7,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::admin::Observed;
 use super::harness::Process;
+use super::retention;
+use super::scaling::{self, Threads};
 use crate::backend::postgres::worker_registry::WorkerRegistration;
 use crate::backend::postgres::{ownership, worker_lock};
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
+use crate::otlp::Otlp;
 use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::embed_scheduler::EmbedScheduler;
 use crate::pipeline::failure::Class;
@@ -24,6 +27,9 @@ use crate::shutdown;
 /// Runs the role in its own process.
 pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
     let process = Process::start("embed", settings).await?;
+    if args.stop_with_stdin {
+        shutdown::on_closed_stdin(&process.stop);
+    }
     super::harness::with_model(settings, async |database: &Database, model: &LoadedModel| {
         let backends = process.open_backends(database, settings, Some(model)).await?;
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");
@@ -44,12 +50,12 @@ pub async fn work(
     until_idle: bool,
 ) -> anyhow::Result<()> {
     let workers = settings.indexer.worker_count();
-    let worker =
-        super::harness::register(backends, settings, "embed", workers, &observed.indexer).await?;
+    let worker = super::harness::register(backends, settings, "embed", workers, &observed.indexer).await?;
     // Before the first heartbeat, so that none is missed.
     let lost = worker.lost.subscribe();
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
     let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease));
+    let otlp = Otlp::open(&settings.otlp, "embed", &worker.id, &observed.indexer)?;
     let indexer = Indexer::new(
         backends.queue.clone(),
         Arc::clone(&backends.ledger) as _,
@@ -69,7 +75,8 @@ pub async fn work(
             start_timeout: settings.database.connect_timeout,
         },
     )
-    .reporting(Arc::clone(&worker.faults));
+    .reporting(Arc::clone(&worker.faults))
+    .tracing(otlp.clone().map(|otlp| otlp as _));
     let indexer = Arc::new(indexer);
     let abort = shutdown::after_grace(stop, settings.runtime.grace);
     let work_ended = CancellationToken::new();
@@ -88,6 +95,15 @@ pub async fn work(
         let result = indexer.run(stop, &abort, until_idle).await;
         work_ended.cancel();
         result
+    };
+    let scaling = async {
+        let most = settings.indexer.max_worker_count();
+        if most > workers {
+            let metrics = &observed.indexer;
+            let mut threads = Threads { indexer: &indexer, worker: &worker, metrics, current: workers };
+            let policy = scaling::policy(&settings.scaling, workers, most);
+            scaling::run_until(&mut threads, policy, backends, &worker.id, metrics, &work_ended).await;
+        }
     };
     let proof = async {
         // The continuous proof needs a process that keeps running.
@@ -111,11 +127,16 @@ pub async fn work(
     // On the heap, because the futures of the roles are nested.
     let both = Box::pin(async {
         claim_ownership(backends, settings, &worker, &*clock, stop).await?;
-        let (done, alive, ours, ()) = tokio::join!(work, worker_lock, ownership, Box::pin(proof));
+        let aside =
+            Box::pin(async { tokio::join!(proof, scaling, retention::run_until(backends, &work_ended)) });
+        let (done, alive, ours, _) = tokio::join!(work, worker_lock, ownership, aside);
         Ok(done.and(alive).and(ours)?)
     });
     let result = super::harness::with_heartbeat(&worker, observed, both).await;
     abort.cancel();
+    if let Some(otlp) = otlp {
+        otlp.close().await;
+    }
     result
 }
 

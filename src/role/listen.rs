@@ -9,6 +9,7 @@ use super::harness::Process;
 use crate::backend::{Backends, Database};
 use crate::cli;
 use crate::config::Settings;
+use crate::otlp::Otlp;
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::relay::{Relay, RelayOptions};
 
@@ -18,7 +19,10 @@ pub async fn run(args: &cli::Listen, settings: &Settings) -> anyhow::Result<()> 
     super::harness::with_database(settings, async |database: &Database| {
         let backends = process.open_backends(database, settings, None).await?;
         tracing::info!(source = settings.source.name, table = settings.source.table, "capturing changes");
-        work(&backends, settings, &process.observed, &process.stop, args.until_idle).await
+        tokio::select! {
+            result = work(&backends, settings, &process.observed, &process.stop, args.until_idle) => result,
+            never = super::embedded_metrics::print(&backends, &settings.log.emf) => match never {},
+        }
     })
     .await
 }
@@ -32,6 +36,7 @@ pub async fn work(
     until_idle: bool,
 ) -> anyhow::Result<()> {
     let worker = super::harness::register(backends, settings, "listen", 1, &Arc::default()).await?;
+    let otlp = Otlp::open(&settings.otlp, "listen", &worker.id, &Arc::default())?;
     let mut relay = Relay::new(
         backends.outbox(),
         Arc::clone(&backends.queue.stats),
@@ -46,6 +51,12 @@ pub async fn work(
         },
     )
     .reporting(Arc::clone(&worker.faults))
-    .measuring(Arc::clone(&observed.relay));
-    super::harness::with_heartbeat(&worker, observed, async { Ok(relay.run(stop, until_idle).await?) }).await
+    .measuring(Arc::clone(&observed.relay))
+    .tracing(otlp.as_ref().map(Otlp::sampler));
+    let work = async { Ok(relay.run(stop, until_idle).await?) };
+    let result = super::harness::with_heartbeat(&worker, observed, work).await;
+    if let Some(otlp) = otlp {
+        otlp.close().await;
+    }
+    result
 }

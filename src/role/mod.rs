@@ -5,6 +5,9 @@ pub mod admin;
 pub mod chaos;
 pub mod continuous_proof;
 pub mod embed;
+mod embedded_metrics;
+pub mod events;
+mod fleet;
 pub mod generate;
 mod harness;
 pub mod health;
@@ -12,9 +15,13 @@ mod http_server;
 pub mod listen;
 pub mod migrate;
 mod output;
+pub mod plan;
+mod process;
 pub mod progress;
 pub mod psql;
 pub mod redrive;
+mod retention;
+mod scaling;
 pub mod serve;
 pub mod setup;
 pub mod status;
@@ -34,8 +41,8 @@ use output::print;
 pub use output::is_broken_pipe;
 
 /// Runs the role that the command line names, and returns the exit code of the process.
-pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCode> {
-    let done = match command {
+pub async fn run(cli: Cli, settings: Settings) -> anyhow::Result<ExitCode> {
+    let done = match cli.command {
         Command::Verify(args) => return verify::run(&args, &settings).await,
         Command::Migrate(args) => return migrate::run(&args, &settings).await,
         Command::Chaos(args) => return Box::pin(chaos::run(&args, &settings)).await,
@@ -43,9 +50,11 @@ pub async fn run(command: Command, settings: Settings) -> anyhow::Result<ExitCod
         Command::Listen(args) => listen::run(&args, &settings).await,
         Command::Embed(args) => embed::run(&args, &settings).await,
         Command::Serve(_) => serve::run(&settings).await,
-        Command::Up(args) => up::run(&args, &settings).await,
+        Command::Up(args) => up::run(&args, &cli.global, &settings).await,
         Command::Status(args) => status::run(&args, &settings).await,
+        Command::Events(args) => events::run(&args, &settings).await,
         Command::Redrive(args) => redrive::run(&args, &settings).await,
+        Command::Plan(args) => plan::run(&args, &settings).await,
         Command::Config => print(settings.as_toml().as_bytes()),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -100,5 +100,12 @@ pub fn text(status: &Status) -> String {
             worker.role, worker.host, worker.pid, worker.uptime_s, worker.applied, worker.embedded
         );
     }
+    for step in &status.scaling {
+        let _ = writeln!(
+            text,
+            "scaled         {} -> {} {}, {}, {:.0}",
+            step.from, step.to, step.workers, step.reason, step.at
+        );
+    }
     text
 }

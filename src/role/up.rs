@@ -1,4 +1,4 @@
-//! `refarch up`: every role in one process.
+//! `refarch up`: every role in one process, or all but embed, which then has processes of its own.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -42,7 +42,11 @@ struct Summary {
 }
 
 /// Runs all roles until a stop signal, or with `--until-synced` until every row is searchable.
-pub async fn run(args: &cli::Up, settings: &Settings) -> anyhow::Result<()> {
+pub async fn run(args: &cli::Up, global: &cli::Global, settings: &Settings) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        !args.until_synced || settings.up.process_range().is_none(),
+        "--until-synced measures this process, so it cannot be used with up.processes"
+    );
     let process = Process::start("up", settings).await?;
     // Both can fail because of a setting. That error should come before a database is started.
     let listener = super::serve::bind(settings).await?;
@@ -54,13 +58,14 @@ pub async fn run(args: &cli::Up, settings: &Settings) -> anyhow::Result<()> {
         }
         let backends = Backends::open_for(&database.postgres, settings, Some(&model)).await?;
         process.observed.watch_backends(&backends);
-        run_roles(args, settings, &backends, model, listener, &process).await
+        run_roles(args, global, settings, &backends, model, listener, &process).await
     })
     .await
 }
 
 async fn run_roles(
     args: &cli::Up,
+    global: &cli::Global,
     settings: &Settings,
     backends: &Backends,
     model: LoadedModel,
@@ -82,9 +87,21 @@ async fn run_roles(
     {
         let (backends, settings, stop) = (backends.clone(), settings.clone(), stop.clone());
         let (model, observed) = (Arc::clone(&model), Arc::clone(&process.observed));
-        roles.spawn(async move {
-            super::embed::work(&backends, &settings, &model, &observed, &stop, false).await.context("embed")
-        });
+        match settings.up.process_range() {
+            None => roles.spawn(async move {
+                super::embed::work(&backends, &settings, &model, &observed, &stop, false)
+                    .await
+                    .context("embed")
+            }),
+            Some(range) => {
+                let global = global.clone();
+                roles.spawn(async move {
+                    let work =
+                        super::fleet::work(&backends, &settings, &global, range, &observed.indexer, &stop);
+                    work.await.context("embed processes")
+                })
+            }
+        };
     }
     {
         let (backends, settings, stop) = (backends.clone(), settings.clone(), stop.clone());

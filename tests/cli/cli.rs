@@ -68,6 +68,12 @@ async fn wrong_usage_exits_with_2_and_says_how_to_correct_it() {
         wrong_usage(&["embed", &flag], "use 1 to 1024 embedding threads").await;
         wrong_usage(&["up", &flag], "use 1 to 1024 embedding threads").await;
     }
+    for range in ["4..1", "0..2", "1..", "1..1025"] {
+        wrong_usage(&["embed", "--workers", range], "or a range such as 1..4").await;
+    }
+    wrong_usage(&["up", "--processes", "1..257"], "use 1 to 256 processes").await;
+    wrong_usage(&["up", "--processes", "2", "--until-synced"], "cannot be used with").await;
+    wrong_usage(&["events", "--since", "soon"], "use an age such as 10m").await;
     wrong_usage(&["generate", "--count=99999999999999999999"], "number too large").await;
     wrong_usage(&["generate", "--load", "--output", "x.csv"], "cannot be used with").await;
     wrong_usage(&["up", "--json"], "--until-synced").await;
@@ -75,6 +81,46 @@ async fn wrong_usage_exits_with_2_and_says_how_to_correct_it() {
     wrong_usage(&["completions", "cmd"], "bash").await;
     wrong_usage(&["redrive", "--id", "1", "--all"], "cannot be used with").await;
     wrong_usage(&["redrive", "--dry-run"], "--id <ID>|--all").await;
+}
+
+#[tokio::test]
+async fn a_plan_needs_no_database_and_says_what_is_wrong_with_its_numbers() {
+    wrong_usage(&["plan"], "--records <COUNT>").await;
+    for (flag, says) in [
+        ("--records=1.5", "use a count of one or more, such as 1000000"),
+        ("--records=1e99", "use at most 1e13"),
+        ("--deadline=2", "use a duration with its unit, such as 500ms"),
+        ("--workers=5..2", "use a number of workers, or the least and the most, such as 8 or 2..50"),
+        ("--worker-rate=0", "use a number above 0"),
+        ("--edits-per-second=-1", "use a number, such as 0, 20 or 1k"),
+        ("--index=faiss", "possible values: pgvector, pinecone"),
+    ] {
+        let args = ["plan", flag, "--records=1k"];
+        wrong_usage(if flag.starts_with("--records") { &args[..2] } else { &args }, says).await;
+    }
+    wrong_usage(&["plan", "--records=1k", "--rate-from-status", "--worker-rate=5"], "cannot be used with")
+        .await;
+    failure(&["plan", "--records=1k", "--region=mars-1"], &[], "has no region mars-1, only us-east-1").await;
+    failure(&["plan", "--records=1k", "--prices=/nowhere.toml"], &[], "price file /nowhere.toml").await;
+
+    let dir = tempfile::tempdir().unwrap();
+    let chart = dir.path().join("plan.svg");
+    let svg = format!("--svg={}", chart.display());
+    let flags =
+        ["plan", "--records=100k", "--workers=1", "--worker-rate=800", "--startup=0", "--deadline=2m"];
+    // A database that cannot be reached is not asked.
+    let env = [("DATABASE_URL", "postgres://nobody@127.0.0.1:1/none")];
+    let text = run(&[&flags[..], &[&svg]].concat(), &env).await;
+    assert_eq!(text.code, Some(0), "{text:?}");
+    for says in ["searchable after 2 min 5 s (800 rows/s).", "is missed by 5.0 s", "up to 2"] {
+        assert!(text.out.contains(says), "{says}: {}", text.out);
+    }
+    let drawn = std::fs::read_to_string(chart).unwrap();
+    assert!(drawn.starts_with("<svg ") && drawn.contains("time since the load began"));
+    let json = run(&[&flags[..], &["--json"]].concat(), &env).await;
+    let json: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    assert_eq!((json["drained_s"].as_f64(), json["holds"].as_bool()), (Some(125.0), Some(false)));
+    assert_eq!(json["remedy"]["workers"], 2);
 }
 
 #[tokio::test]

@@ -52,6 +52,7 @@ pub fn job(lane: Lane, ids: std::ops::Range<u32>) -> Job {
         source: "products".into(),
         lane,
         oldest: "2026-01-02T03:04:05.678Z".parse().unwrap(),
+        trace: None,
         groups: vec![Group { version: 7, op: Op::Delete, after_ms: 3, ids }],
     }
 }

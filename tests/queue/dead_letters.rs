@@ -65,6 +65,7 @@ impl QueueFixture {
             source: "products".into(),
             lane,
             oldest: "2026-01-02T03:04:05.678Z".parse().unwrap(),
+            trace: None,
             groups: vec![Group {
                 version: 7,
                 op: Op::Upsert,

@@ -52,6 +52,7 @@ impl Lanes {
                 source: "products".into(),
                 lane: Lane::Bulk,
                 oldest: jiff::Timestamp::UNIX_EPOCH,
+                trace: None,
                 groups: vec![Group { version: 1, op: Op::Upsert, after_ms: 0, ids: vec![id.to_string()] }],
             })
             .collect();

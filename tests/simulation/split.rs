@@ -32,6 +32,7 @@ fn apply(kind: IndexKind, rows: &[bool]) -> (Arc<Mutex<World>>, refarch::pipelin
         source: "products".into(),
         lane: Lane::Bulk,
         oldest: jiff::Timestamp::UNIX_EPOCH,
+        trace: None,
         groups: vec![Group { version: 1, op: Op::Upsert, after_ms: 0, ids }],
     };
     let message = Message {

@@ -45,6 +45,7 @@ impl Held {
             source: "products".into(),
             lane: Lane::Live,
             oldest: jiff::Timestamp::UNIX_EPOCH,
+            trace: None,
             groups: vec![Group { version: 1, op: Op::Upsert, after_ms: 0, ids: vec!["1".into()] }],
         };
         let ended = Arc::new(Mutex::new(None));

@@ -473,26 +473,6 @@ async fn a_table_swapped_by_rename_is_captured_and_backfilled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn workers_prune_old_samples_events_and_entries() {
-    let shop = on_pgvector().await.filled().await.proving(&[("REFARCH_AUDIT_ARMED_S", "1")]);
-    shop.sql(&format!("DELETE FROM {TABLE} WHERE id IN (1, 2)")).await;
-    shop.apply().await;
-    shop.sql(
-        "UPDATE refarch.ledger SET synced_at = now() - interval '2 days' WHERE id IN ('1', '3'); \
-         INSERT INTO refarch.sample (worker_id, at, applied, embedded) VALUES ('old', now() - interval '2 hours', 1, 1); \
-         INSERT INTO refarch.event (kind, at) VALUES ('old', now() - interval '2 hours')",
-    )
-    .await;
-    let _roles = shop.start_roles();
-    let old = "SELECT (SELECT count(*) FROM refarch.sample WHERE worker_id = 'old') \
-                    + (SELECT count(*) FROM refarch.event WHERE kind = 'old') \
-                    + (SELECT count(*) FROM refarch.ledger WHERE id = '1')";
-    eventually("what is old to be pruned", TIMEOUT, async || shop.number(old).await == 0).await;
-    let kept = "SELECT count(*) FROM refarch.ledger WHERE id IN ('2', '3')";
-    assert_eq!(shop.number(kept).await, 2, "deleted lately, and not deleted");
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn rows_of_a_pending_backfill_are_no_differences() {
     let shop = on_pgvector().await.filled().await;
     shop.on_vectors("TRUNCATE {vectors}; DELETE FROM refarch.ledger").await;

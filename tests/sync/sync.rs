@@ -158,6 +158,7 @@ async fn an_unreadable_message_is_dead_lettered_with_the_reason() {
         source: "other".into(),
         lane: Lane::Live,
         oldest: jiff::Timestamp::now(),
+        trace: None,
         groups: vec![Group { version: 1, op: Op::Upsert, after_ms: 0, ids: vec!["1".into()] }],
     };
     it.backends.queue.jobs.send(&[foreign]).await.unwrap();
@@ -191,6 +192,7 @@ async fn ids_that_no_row_can_have_are_harmless() {
         source: "products".into(),
         lane: Lane::Live,
         oldest: jiff::Timestamp::now(),
+        trace: None,
         groups: vec![Group {
             version: 1,
             op: Op::Upsert,

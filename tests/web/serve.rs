@@ -392,6 +392,7 @@ async fn status_has_the_documented_keys() {
         "pending_estimated",
         "proof",
         "queue",
+        "scaling",
         "search",
         "source_rows",
         "source_rows_estimated",

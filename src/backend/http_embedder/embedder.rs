@@ -1,5 +1,6 @@
 //! Batches of texts, and the handling of refused texts.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Once};
 
 use async_trait::async_trait;
@@ -19,14 +20,17 @@ const MOST_TEXTS: usize = 256;
 /// Embeds texts on a server.
 pub struct HttpEmbedder {
     server: Server,
+    /// One permit a request that may be in flight, and how many permits there are.
     requests: Semaphore,
+    at_once: AtomicUsize,
 }
 
 impl HttpEmbedder {
     /// Starts an embedder with at most this many requests in flight.
     #[must_use]
     pub fn start(server: Server, at_once: usize) -> Self {
-        Self { server, requests: Semaphore::new(at_once.max(1)) }
+        let at_once = at_once.max(1);
+        Self { server, requests: Semaphore::new(at_once), at_once: AtomicUsize::new(at_once) }
     }
 
     /// Sends one request, once a permit is free.
@@ -142,6 +146,17 @@ impl Embedder for HttpEmbedder {
 
     async fn ready(&self) {
         self.server.ready().await;
+    }
+
+    async fn resize(&self, at_once: usize) {
+        let wanted = at_once.max(1);
+        let before = self.at_once.swap(wanted, Ordering::Relaxed);
+        self.requests.add_permits(wanted.saturating_sub(before));
+        let surplus = u32::try_from(before.saturating_sub(wanted)).unwrap_or(u32::MAX);
+        // Waits for requests that are in flight. The semaphore is never closed.
+        if let Ok(permits) = self.requests.acquire_many(surplus).await {
+            permits.forget();
+        }
     }
 
     async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>> {

@@ -1,6 +1,6 @@
 //! The threads that embed with a shared model.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
@@ -29,15 +29,22 @@ impl Batch {
     }
 }
 
-struct Request {
-    batch: Batch,
-    answer: oneshot::Sender<Result<Vec<Embedding>>>,
+enum Request {
+    Embed {
+        batch: Batch,
+        answer: oneshot::Sender<Result<Vec<Embedding>>>,
+    },
+    /// The thread that receives this ends.
+    End,
 }
 
 /// Embedding threads with a shared model. A drop ends the threads.
 pub struct MiniLm {
     model: Arc<Model>,
     requests: mpsc::Sender<Request>,
+    receiver: Arc<Mutex<mpsc::Receiver<Request>>>,
+    /// Threads that are running and were not told to end.
+    threads: Mutex<usize>,
     /// Two threads for one query at a time. Started by the first search.
     queries: OnceLock<mpsc::Sender<Request>>,
 }
@@ -48,10 +55,22 @@ impl MiniLm {
     pub fn start(model: Arc<Model>, threads: usize) -> Self {
         let (requests, receiver) = mpsc::channel::<Request>(threads.max(1));
         let receiver = Arc::new(Mutex::new(receiver));
-        for number in 0..threads.max(1) {
-            spawn(&format!("embed-{number}"), &model, model.execution_context(), &receiver);
+        let minilm = Self { model, requests, receiver, threads: Mutex::new(0), queries: OnceLock::new() };
+        minilm.start_up_to(threads.max(1));
+        minilm
+    }
+
+    /// Starts threads until there are so many.
+    fn start_up_to(&self, wanted: usize) {
+        let mut threads = self.lock_threads();
+        for number in *threads..wanted {
+            spawn(&format!("embed-{number}"), &self.model, self.model.execution_context(), &self.receiver);
         }
-        Self { model, requests, queries: OnceLock::new() }
+        *threads = wanted.max(*threads);
+    }
+
+    fn lock_threads(&self) -> MutexGuard<'_, usize> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn queries(&self) -> &mpsc::Sender<Request> {
@@ -84,7 +103,7 @@ fn spawn(
 fn serve(model: &Model, mut worker: ExecutionContext, receiver: &Mutex<mpsc::Receiver<Request>>) {
     loop {
         let request = receiver.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
-        let Some(Request { batch, answer }) = request else { return };
+        let Some(Request::Embed { batch, answer }) = request else { return };
         if !answer.is_closed() {
             // The caller may have been cancelled meanwhile.
             let _ = answer.send(batch.embed(model, &mut worker));
@@ -101,7 +120,7 @@ async fn ask(threads: &mpsc::Sender<Request>, batch: Batch) -> Result<Vec<Embedd
         )
     };
     let (answer, answered) = oneshot::channel();
-    threads.send(Request { batch, answer }).await.map_err(|_| gone())?;
+    threads.send(Request::Embed { batch, answer }).await.map_err(|_| gone())?;
     answered.await.map_err(|_| gone())?
 }
 
@@ -117,6 +136,19 @@ impl Embedder for MiniLm {
 
     fn batch_size(&self) -> BatchSize {
         BatchSize::Timed
+    }
+
+    async fn resize(&self, at_once: usize) {
+        let wanted = at_once.max(1);
+        self.start_up_to(wanted);
+        let surplus = {
+            let mut threads = self.lock_threads();
+            std::mem::replace(&mut *threads, wanted) - wanted
+        };
+        for _ in 0..surplus {
+            // Fails only if all threads have ended already.
+            let _ = self.requests.send(Request::End).await;
+        }
     }
 
     async fn tokenize(&self, texts: Vec<Arc<str>>) -> Result<Vec<Tokens>> {
@@ -148,6 +180,19 @@ mod tests {
 
     fn cosine(a: &[f32], b: &[f32]) -> f32 {
         a.iter().zip(b).map(|(a, b)| a * b).sum()
+    }
+
+    #[tokio::test]
+    async fn threads_come_and_go_and_no_text_is_lost() {
+        let minilm = MiniLm::start(Arc::new(Model::load(&model_dir(), ModelOptions::default()).unwrap()), 1);
+        let texts: Vec<Arc<str>> = (0..8).map(|number| format!("the number {number}").into()).collect();
+        let alone = minilm.embed_texts(&texts).await.unwrap();
+        for threads in [3, 1, 0, 2] {
+            let each = texts.iter().map(|text| minilm.embed_texts(std::slice::from_ref(text)));
+            let (embedded, ()) = tokio::join!(futures::future::join_all(each), minilm.resize(threads));
+            assert!(embedded.into_iter().map(|one| one.unwrap()[0].clone()).eq(alone.iter().cloned()));
+            assert_eq!(*minilm.lock_threads(), threads.max(1));
+        }
     }
 
     #[tokio::test]

@@ -1,13 +1,16 @@
 //! PostgreSQL: connections, schema, capture, outbox, ledger, worker registry, and the state of the proof.
 
 pub mod capture;
+pub mod chore;
 pub mod connection;
 pub mod counts;
 mod error_policy;
+pub mod event;
 pub mod fault;
 pub mod generation;
 pub mod ledger;
 pub mod listener;
+pub mod measured_rate;
 pub mod migrate;
 pub mod outbox;
 pub mod ownership;

@@ -1,8 +1,12 @@
-//! Deletes old samples, events and ledger entries.
+//! Deletes what is kept for a time only: samples, events, ledger entries of deleted rows.
 
 use super::worker_registry::KEEP;
 use super::{Postgres, fail};
 use crate::pipeline::failure::Result;
+
+/// How long events are kept, and those of dead letters, which somebody may look into later.
+const KEEP_EVENTS: &str = "7 days";
+const KEEP_LETTERS: &str = "90 days";
 
 /// How long entries of deleted rows are kept.
 const KEEP_DELETED: &str = "1 day";
@@ -10,22 +14,31 @@ const KEEP_DELETED: &str = "1 day";
 /// Rows that are deleted at a time.
 const PRUNED_AT_ONCE: i64 = 5_000;
 
-/// Deletes old samples and events, some at a time.
-pub async fn prune_history(postgres: &Postgres) -> Result<()> {
+/// Deletes old samples and events, and what workers left that ended without leaving; some at a time. True if
+/// there may be more.
+pub async fn prune_history(postgres: &Postgres) -> Result<bool> {
     let client = postgres.client().await?;
-    client
-        .execute(
-            &format!(
-                "WITH samples AS (DELETE FROM refarch.sample WHERE ctid = ANY (ARRAY( \
-                   SELECT ctid FROM refarch.sample WHERE at < now() - interval '{KEEP}' LIMIT $1))) \
-                 DELETE FROM refarch.event WHERE ctid = ANY (ARRAY( \
-                   SELECT ctid FROM refarch.event WHERE at < now() - interval '{KEEP}' AND kind <> 'dead_letter' LIMIT $1))"
+    let mut may_be_more = false;
+    for (table, is_old) in [
+        ("sample", format!("at < now() - interval '{KEEP}'")),
+        (
+            "event",
+            format!(
+                "at < now() - CASE kind WHEN 'dead_letter' THEN interval '{KEEP_LETTERS}' ELSE interval '{KEEP_EVENTS}' END"
             ),
-            &[&PRUNED_AT_ONCE],
-        )
-        .await
-        .map(drop)
-        .map_err(fail("delete old samples and events"))
+        ),
+        ("worker", format!("heartbeat_at < now() - interval '{KEEP}'")),
+        ("fault", format!("seen_at < now() - interval '{KEEP}'")),
+    ] {
+        let sql = format!(
+            "DELETE FROM refarch.{table} WHERE ctid = ANY (ARRAY( \
+               SELECT ctid FROM refarch.{table} WHERE {is_old} LIMIT $1 FOR UPDATE SKIP LOCKED))"
+        );
+        let deleted =
+            client.execute(&sql, &[&PRUNED_AT_ONCE]).await.map_err(fail("delete old samples and events"))?;
+        may_be_more |= deleted == PRUNED_AT_ONCE.cast_unsigned();
+    }
+    Ok(may_be_more)
 }
 
 /// Deletes entries of deleted rows, some at a time. True if there may be more. Reads the whole ledger.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::event::{self, ScalingEvent};
 use super::fault::{self, FaultStatus};
 use super::generation::Generation;
 use super::proof::Proof;
@@ -64,6 +65,8 @@ pub struct Status {
     pub freshness_ms: LaneFreshness,
     /// Processes with a recent heartbeat.
     pub workers: Vec<WorkerStatus>,
+    /// The last decisions about the number of workers, newest last.
+    pub scaling: Vec<ScalingEvent>,
     /// What these processes cannot do, and why.
     pub faults: Vec<FaultStatus>,
 }
@@ -239,6 +242,7 @@ pub async fn read(
         search: search_index::read(postgres, generation.id).await?,
         freshness_ms: freshness,
         workers,
+        scaling: event::last_decisions(postgres).await?,
         faults,
     };
     // If no change is on its way, a settled entry equals its row. Otherwise at most the settled rows are in

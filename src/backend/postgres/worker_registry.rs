@@ -1,5 +1,6 @@
 //! The worker registry: heartbeats, samples and events of each process.
 
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -22,7 +23,7 @@ const REFRESH_BEATS: u32 = 10;
 /// A worker whose last heartbeat is older is not shown. Seconds.
 pub const WORKER_GONE_S: i32 = 15;
 
-/// How long samples and events are kept.
+/// How long samples are kept, and entries of workers that ended without leaving.
 pub(super) const KEEP: &str = "1 hour";
 
 /// A process's entry in the worker registry.
@@ -41,7 +42,7 @@ pub struct WorkerRegistration {
     role: String,
     host: String,
     pid: i32,
-    threads: i32,
+    threads: AtomicI32,
 }
 
 /// Whether the heartbeats of a worker reach the database.
@@ -81,8 +82,7 @@ struct Last {
 impl WorkerRegistration {
     /// Registers a worker. Its heartbeats wait for the disk, so a crash of the server loses none.
     pub async fn join(postgres: Postgres, role: &str, threads: usize, metrics: Arc<Metrics>) -> Result<Self> {
-        let host = nix::unistd::gethostname()
-            .map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned());
+        let host = host_name();
         let pid = std::process::id() as i32;
         let postgres = postgres.waiting_for_the_disk();
         let id = format!("{role}-{host}-{pid}-{:04x}", rand::random::<u16>());
@@ -103,7 +103,7 @@ impl WorkerRegistration {
             Err(error) => tracing::debug!(worker.id = id, %error, "cannot register this worker yet"),
             Ok(_) => {}
         }
-        let (role, threads) = (role.to_owned(), threads as i32);
+        let (role, threads) = (role.to_owned(), AtomicI32::new(threads as i32));
         Ok(Self {
             postgres,
             id,
@@ -122,6 +122,11 @@ impl WorkerRegistration {
     #[must_use]
     pub fn role(&self) -> &str {
         &self.role
+    }
+
+    /// Sets the number of threads that the next heartbeat writes.
+    pub fn set_threads(&self, threads: usize) {
+        self.threads.store(threads as i32, Ordering::Relaxed);
     }
 
     /// Writes heartbeats until `stop`, then removes the entry.
@@ -149,10 +154,11 @@ impl WorkerRegistration {
         // restore, only a row that was not written for long is removed.
         let sql = format!(
             "WITH before AS (SELECT heartbeat_at FROM refarch.worker WHERE worker_id = $1) \
-                 INSERT INTO refarch.worker (worker_id, role, host, pid, threads, heartbeat_at, applied, embedded) \
-                 VALUES ($1, $4, $5, $6, $7, clock_timestamp(), $2, $3) \
+                 INSERT INTO refarch.worker \
+                   (worker_id, role, host, pid, threads, heartbeat_at, applied, embedded, held) \
+                 VALUES ($1, $4, $5, $6, $7, clock_timestamp(), $2, $3, $9) \
                  ON CONFLICT (worker_id) DO UPDATE SET heartbeat_at = excluded.heartbeat_at, applied = excluded.applied, \
-                   embedded = excluded.embedded \
+                   embedded = excluded.embedded, threads = excluded.threads, held = excluded.held \
                  RETURNING heartbeat_at, coalesce((SELECT heartbeat_at FROM before) < $8::timestamptz, \
                    $8 > clock_timestamp() - interval '{KEEP}', false)"
         );
@@ -166,8 +172,9 @@ impl WorkerRegistration {
                     &self.role,
                     &self.host,
                     &self.pid,
-                    &self.threads,
+                    &self.threads.load(Ordering::Relaxed),
                     &last.at,
+                    &(self.metrics.in_flight.sum() as i64),
                 ],
             )
             .await
@@ -214,19 +221,63 @@ impl WorkerRegistration {
     async fn leave(&self, last: &mut Last) -> Result<()> {
         self.beat(last).await?;
         let client = self.postgres.client().await?;
-        let sql = format!(
-            "WITH gone AS (DELETE FROM refarch.worker WHERE worker_id = $1 OR heartbeat_at < now() - interval '{KEEP}'), \
-                  faults AS (DELETE FROM refarch.fault WHERE worker_id = $1 OR seen_at < now() - interval '{KEEP}'), \
-                  samples AS (DELETE FROM refarch.sample WHERE at < now() - interval '{KEEP}'), \
-                  events AS (DELETE FROM refarch.event WHERE at < now() - interval '{KEEP}' AND kind <> 'dead_letter') \
-             INSERT INTO refarch.event (worker_id, kind) VALUES ($1, 'left')"
-        );
         client
-            .execute(&sql, &[&self.id])
+            .execute(
+                "WITH gone AS (DELETE FROM refarch.worker WHERE worker_id = $1), \
+                      faults AS (DELETE FROM refarch.fault WHERE worker_id = $1) \
+                 INSERT INTO refarch.event (worker_id, kind) VALUES ($1, 'left')",
+                &[&self.id],
+            )
             .await
             .map_err(|error| failure("leave the worker registry", error))?;
         Ok(())
     }
+}
+
+/// An embed process with a recent heartbeat, as its last heartbeat tells it.
+#[derive(Clone, Debug)]
+pub struct EmbedWorker {
+    /// The worker's name.
+    pub id: String,
+    /// Where it runs.
+    pub host: String,
+    /// Its process there.
+    pub pid: i32,
+    /// Its embedding threads.
+    pub threads: usize,
+    /// Changes that it has applied since its start.
+    pub applied: u64,
+    /// Changes that it holds.
+    pub held: u64,
+}
+
+/// The embed processes with a recent heartbeat.
+pub async fn embed_workers(postgres: &Postgres) -> Result<Vec<EmbedWorker>> {
+    let client = postgres.client().await?;
+    let rows = client
+        .query(
+            "SELECT worker_id, host, pid, threads, applied, held FROM refarch.worker \
+             WHERE role = 'embed' AND heartbeat_at > now() - make_interval(secs => $1)",
+            &[&f64::from(WORKER_GONE_S)],
+        )
+        .await
+        .map_err(|error| failure("read the workers", error))?;
+    let number = |row: &tokio_postgres::Row, at| u64::try_from(row.get::<_, i64>(at)).unwrap_or_default();
+    let worker = |row: &tokio_postgres::Row| EmbedWorker {
+        id: row.get(0),
+        host: row.get(1),
+        pid: row.get(2),
+        threads: usize::try_from(row.get::<_, i32>(3)).unwrap_or_default(),
+        applied: number(row, 4),
+        held: number(row, 5),
+    };
+    Ok(rows.iter().map(worker).collect())
+}
+
+/// The name of this machine.
+#[must_use]
+pub fn host_name() -> String {
+    nix::unistd::gethostname().map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned())
 }
 
 /// A worker's faults as they were last written to the database.

@@ -254,6 +254,7 @@ mod tests {
             source: "products".into(),
             lane: Lane::Bulk,
             oldest: "2026-01-02T03:04:05Z".parse().unwrap(),
+            trace: None,
             groups: vec![group(0..ids / 3), group(ids / 3..ids)],
         }
     }

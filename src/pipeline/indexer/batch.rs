@@ -11,6 +11,7 @@ use crate::pipeline::change::{Group, Job};
 use crate::pipeline::embedder::Embedding;
 use crate::pipeline::queue::{Message, Receipt};
 use crate::pipeline::source_row::Hash;
+use crate::pipeline::trace::BatchTrace;
 
 /// The result of a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,6 +60,8 @@ pub(super) struct Batch {
     /// Ids that are not finished.
     remaining: HashSet<String>,
     pub(super) tries: Tries,
+    /// The traces of the messages; none if nothing is traced.
+    pub(super) trace: BatchTrace,
 }
 
 /// The ids of a job, one for each of its changes.
@@ -110,6 +113,7 @@ impl Batch {
             vectors: Vectors::new(),
             groups,
             tries: Tries::new(redelivered),
+            trace: BatchTrace::default(),
         }
     }
 

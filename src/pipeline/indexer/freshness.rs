@@ -13,6 +13,7 @@ use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;
 use crate::pipeline::index::{IndexFreshness, VectorIndex};
 use crate::pipeline::metrics::Metrics;
+use crate::pipeline::trace::GroupTrace;
 
 /// Changes whose freshness is awaited at most: more are not counted.
 const MAX_PENDING: usize = 100_000;
@@ -29,6 +30,8 @@ struct Write {
     at: Duration,
     /// When their statements ran, by the database's clock.
     changed_at_us: Vec<i64>,
+    /// The traces that it belongs to.
+    trace: GroupTrace,
 }
 
 impl Write {
@@ -101,10 +104,11 @@ impl FreshnessTracker {
         ids: impl Iterator<Item = &'a str>,
         hints: &Hints,
         committed_us: i64,
+        trace: GroupTrace,
     ) {
         let at = self.clock.now();
         let changed_at_us = ids.filter_map(|id| hints.get(id)).map(|hint| hint.changed_at_us).collect();
-        let write = Write { lane, committed_us, at, changed_at_us };
+        let write = Write { lane, committed_us, at, changed_at_us, trace };
         match self.index.freshness().map_or(0, IndexFreshness::last_written) {
             0 => self.count(&write, at),
             position => self.pending().push(position, write),
@@ -114,6 +118,7 @@ impl FreshnessTracker {
     /// Counts a write that queries find now.
     fn count(&self, write: &Write, now: Duration) {
         self.metrics.record_freshness(write.lane, write.ages(now));
+        write.trace.took("searchable", now.saturating_sub(write.at));
     }
 
     /// Asks the index how far its queries are, for as long as it is polled.
@@ -158,6 +163,7 @@ mod tests {
             committed_us: 0,
             at: Duration::from_secs(at_s),
             changed_at_us: vec![0; changes],
+            trace: GroupTrace::default(),
         }
     }
 

@@ -8,7 +8,8 @@
 //! [`run`] until nothing of it is left, in [`groups`] of ids. The [`writer`] writes one group, in the way
 //! that the index allows: [`transactional`] or [`tracked`]; each module says why it is safe. [`poison`] finds
 //! the change that fails by itself, and [`misdirected`] the message for another worker. [`freshness`]
-//! measures, and [`visibility`] hides the messages in work from other workers.
+//! measures, [`visibility`] hides the messages in work from other workers, and [`workers`] are the loops that
+//! embed.
 
 mod batch;
 mod freshness;
@@ -27,6 +28,7 @@ mod tracked;
 mod transactional;
 mod tries;
 mod visibility;
+mod workers;
 mod writer;
 
 pub use batch::StepOutcome;

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::batch::Batch;
 use super::receiver::Receiver;
@@ -32,11 +32,8 @@ impl Indexer {
         until_idle: bool,
     ) -> Result<()> {
         let lanes_done = CancellationToken::new();
-        let mut threads = JoinSet::new();
-        for _ in 0..self.options.workers.max(1) {
-            let indexer = Arc::clone(self);
-            threads.spawn(async move { indexer.embed_slices().await });
-        }
+        let indexer = Arc::clone(self);
+        let workers = AbortOnDropHandle::new(tokio::spawn(async move { indexer.keep_workers().await }));
         let (maintain, indexer) = (lanes_done.clone(), Arc::clone(self));
         let maintenance = tokio::spawn(async move {
             maintain.run_until_cancelled(indexer.maintain()).await;
@@ -59,7 +56,7 @@ impl Indexer {
         if let Err(error) = self.writer.close_leftover().await {
             tracing::warn!(%error, "cannot close attempts: others will sweep them");
         }
-        threads.shutdown().await;
+        drop(workers);
         live.and(bulk)
     }
 
@@ -89,25 +86,13 @@ impl Indexer {
         if !self.writer.is_transactional() {
             return Ok(false);
         }
-        let backlog = self.backlog().await?;
+        let backlog = Backlog::of_both_lanes(&*self.stats).await?;
         self.writer.index.maintain(backlog.total()).await
-    }
-
-    /// Changes in both lanes.
-    async fn backlog(&self) -> Result<Backlog> {
-        let mut sum = Backlog::default();
-        for lane in Lane::ALL {
-            let backlog = self.stats.backlog(lane).await?;
-            sum.visible += backlog.visible;
-            sum.in_flight += backlog.in_flight;
-            sum.estimated |= backlog.estimated;
-        }
-        Ok(sum)
     }
 
     /// Whether no work is left for this worker. Messages for other workers stay in the queue.
     pub(super) async fn is_idle(&self) -> Result<bool> {
-        let backlog = self.backlog().await?;
+        let backlog = Backlog::of_both_lanes(&*self.stats).await?;
         Ok(backlog.total() == 0 || (backlog.visible == 0 && self.misdirected.has_returned()))
     }
 
@@ -136,6 +121,9 @@ impl Indexer {
                 None
             }
         };
+        if matches!(finished, Some(Ok(()))) {
+            batch.trace.applied();
+        }
         // This worker cut off a try, so its count is taken back. Any other end has settled its count already.
         if finished.is_none() {
             self.isolation.uncount_try(&mut batch).await;

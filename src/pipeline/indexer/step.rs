@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_util::sync::CancellationToken;
+
 use super::batch::{Batch, StepOutcome};
 use super::health::Health;
 use super::misdirected::Misdirected;
 use super::poison::Isolation;
 use super::throughput::Throughput;
+use super::workers::Workers;
 use super::writer::{Parts, Writer};
 use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;
@@ -19,6 +22,7 @@ use crate::pipeline::lease::Lease;
 use crate::pipeline::ledger::{Ledger, Swept};
 use crate::pipeline::metrics::Metrics;
 use crate::pipeline::queue::{JobQueue, Message, Queue, QueueStats};
+use crate::pipeline::trace::{BatchTrace, SpanSink};
 
 /// The options of the indexer.
 #[derive(Clone, Debug)]
@@ -27,7 +31,7 @@ pub struct IndexerOptions {
     pub source: String,
     /// This worker's name, which no other worker ever had. The ledger records tracked writes under this name.
     pub worker: String,
-    /// Embedding threads.
+    /// Embedding threads at the start; [`Indexer::set_workers`] changes their number.
     pub workers: usize,
     /// A lane holds at most the work of this time.
     pub prefetch: Duration,
@@ -55,9 +59,12 @@ pub struct Indexer {
     pub(super) health: Arc<Health>,
     /// Sizes groups and receives.
     pub(super) throughput: Throughput,
+    pub(super) workers: Workers,
     pub(super) writer: Arc<Writer>,
     pub(super) isolation: Isolation,
     pub(super) misdirected: Misdirected,
+    /// Where the traces of messages go on; none if nothing is traced.
+    spans: Option<Arc<dyn SpanSink>>,
 }
 
 impl Indexer {
@@ -105,10 +112,12 @@ impl Indexer {
             queue: jobs,
             stats,
             clock,
+            workers: Workers::new(options.workers),
             options,
             health,
             throughput: Throughput::default(),
             writer,
+            spans: None,
         }
     }
 
@@ -117,6 +126,12 @@ impl Indexer {
     pub fn reporting(self, faults: Arc<FaultBoard>) -> Self {
         self.health.report_to(faults);
         self
+    }
+
+    /// The same indexer, which continues the traces of messages if there is a sink.
+    #[must_use]
+    pub fn tracing(self, spans: Option<Arc<dyn SpanSink>>) -> Self {
+        Self { spans, ..self }
     }
 
     /// Applies messages of one lane and acknowledges them. On an error, unfinished messages stay
@@ -129,7 +144,7 @@ impl Indexer {
 
     /// Embeds slices, one at a time, for as long as the future is polled.
     pub async fn embed_slices(&self) {
-        self.writer.embed_slices().await;
+        self.writer.scheduler.work(&CancellationToken::new()).await;
     }
 
     /// Closes leftover writes, sweeps writes that no worker will close, and abandons writes that the ledger
@@ -144,6 +159,12 @@ impl Indexer {
 
     /// A batch of these messages.
     pub(super) fn batch(&self, messages: &[Message]) -> Batch {
-        Batch::new(&self.options.source, messages, self.throughput.group_size())
+        let mut batch = Batch::new(&self.options.source, messages, self.throughput.group_size());
+        if self.spans.is_some() {
+            let jobs = messages.iter().filter_map(|message| message.body.as_ref().ok());
+            let ours = jobs.filter(|job| job.source == self.options.source);
+            batch.trace = BatchTrace::of(self.spans.as_ref(), ours);
+        }
+        batch
     }
 }

@@ -134,7 +134,10 @@ impl Writer {
         let written = self.write_parts(index, lane, term, &ids, &mut parts, batch).await;
         let closing: Closing = parts.into_iter().map(|part| (part.opened, part.outcome)).collect();
         self.open_writes.keep_closing(&write.id, closing.clone());
+        let trace = batch.trace.group(&ids);
+        let begun = trace.now();
         let closed = self.ledger.close(&write.id, worker, &closing).await;
+        trace.done("close", begun);
         if closed.is_ok() {
             self.open_writes.forget(&write.id);
         }
@@ -142,7 +145,7 @@ impl Writer {
         let refused = written?;
         let closed = closed?;
         let settled = closed.settled.iter().map(String::as_str);
-        self.freshness.record(lane, settled, &batch.hints, closed.clock_us);
+        self.freshness.record(lane, settled, &batch.hints, closed.clock_us, trace);
         Ok(Written {
             settled: closed.settled.len() as u64,
             applied: closed.settled.len() as u64 + closed.overlapped + closed.abandoned,
@@ -191,11 +194,14 @@ impl Writer {
         parts: &mut [Part],
         batch: &mut Batch,
     ) -> Result<Refusal, Failure> {
+        let trace = batch.trace.group(ids);
+        let begun = trace.now();
         // After the opening was committed.
         for (part, peeked) in parts.iter_mut().zip(self.ledger.peek(ids).await?) {
             part.row = peeked.row;
         }
         let mut reused = self.reusable_vectors(parts).await?;
+        trace.done("read", begun);
         self.metrics.unchanged.add(reused.len() as u64);
         let (mut texts, mut wanted) = (Texts::new(), 0);
         for row in parts.iter().filter_map(Part::row_with_text) {
@@ -205,8 +211,11 @@ impl Writer {
             }
         }
         self.metrics.same_text.add(wanted - texts.len() as u64);
+        let begun = trace.now();
         self.embed_texts(lane, texts, batch).await?;
+        trace.done("embed", begun);
 
+        let begun = trace.now();
         let mut records = Vec::new();
         let mut gone = Vec::new();
         for part in parts.iter() {
@@ -233,6 +242,7 @@ impl Writer {
             let sent = self.send(index, term, Request::Delete(ids)).await;
             outcomes.take(ids.to_vec(), sent)?;
         }
+        trace.done("write", begun);
         Ok(outcomes.refusal)
     }
 

@@ -32,24 +32,31 @@ impl Writer {
         ids: &[String],
         batch: &mut Batch,
     ) -> Result<Written, Failure> {
+        let trace = batch.trace.group(ids);
+        let begun = trace.now();
         let peeked = self.ledger.peek(ids).await?;
         let unchanged = peeked.iter().filter(|one| one.keeps_vector()).count() as u64;
         self.metrics.unchanged.add(unchanged);
+        trace.done("read", begun);
         let (planned, texts) = plan(peeked, batch);
         let wanted = planned.iter().filter(|(_, wants)| wants.is_some()).count();
         self.metrics.same_text.add((wanted - texts.len()) as u64);
         if planned.is_empty() {
             return Ok(Written::default());
         }
+        let begun = trace.now();
         self.embed_texts(lane, texts, batch).await?;
+        trace.done("embed", begun);
         let planned = with_vectors(planned, &batch.vectors);
+        let begun = trace.now();
         let started = self.clock().now();
         let applied = index.apply(&planned).await;
         self.metrics.writes.observe(self.clock().now().saturating_sub(started).as_secs_f64());
         let applied = applied?;
+        trace.done("write", begun);
         let conflicted: HashSet<&str> = applied.conflicted.iter().map(String::as_str).collect();
         let written = planned.iter().map(|write| write.id.as_str()).filter(|id| !conflicted.contains(id));
-        self.freshness.record(lane, written, &batch.hints, applied.clock_us);
+        self.freshness.record(lane, written, &batch.hints, applied.clock_us, trace);
         let settled = (planned.len() - applied.conflicted.len()) as u64;
         Ok(Written { conflicted: applied.conflicted, applied: settled, settled, ..Written::default() })
     }

@@ -72,7 +72,7 @@ pub(super) struct Parts {
 pub(super) struct Writer {
     pub(super) ledger: Arc<dyn Ledger>,
     pub(super) index: Arc<dyn VectorIndex>,
-    scheduler: EmbedScheduler,
+    pub(super) scheduler: EmbedScheduler,
     pub(super) metrics: Arc<Metrics>,
     /// The right to send a tracked write.
     pub(super) lease: Arc<Lease>,
@@ -95,11 +95,6 @@ impl Writer {
         let scheduler = scheduler.measuring(Arc::clone(&metrics));
         let open_writes = OpenWrites::new(worker);
         Self { ledger, index, scheduler, metrics, lease, health, freshness, open_writes, settle }
-    }
-
-    /// Embeds slices, one at a time, for as long as the future is polled.
-    pub(super) async fn embed_slices(&self) {
-        self.scheduler.work().await;
     }
 
     /// Whether the index shares a transaction with source and ledger.

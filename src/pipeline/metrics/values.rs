@@ -60,6 +60,14 @@ impl<T> ByLane<T> {
     }
 }
 
+impl ByLane<Level> {
+    /// The sum over the lanes.
+    #[must_use]
+    pub fn sum(&self) -> u64 {
+        self.0.iter().map(Level::get).sum()
+    }
+}
+
 impl ByLane<Counter> {
     /// The sum over the lanes.
     #[must_use]

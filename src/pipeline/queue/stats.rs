@@ -31,6 +31,18 @@ impl Backlog {
         Self { visible, in_flight, estimated: visible + in_flight > 0 }
     }
 
+    /// Changes in both lanes.
+    pub async fn of_both_lanes(stats: &dyn QueueStats) -> Result<Self> {
+        let mut sum = Self::default();
+        for lane in Lane::ALL {
+            let backlog = stats.backlog(lane).await?;
+            sum.visible += backlog.visible;
+            sum.in_flight += backlog.in_flight;
+            sum.estimated |= backlog.estimated;
+        }
+        Ok(sum)
+    }
+
     /// Changes that are visible or in flight.
     #[must_use]
     pub fn total(self) -> u64 {

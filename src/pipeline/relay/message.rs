@@ -85,6 +85,7 @@ impl JobBuilder {
             source: source.into(),
             lane,
             oldest: Timestamp::from_microsecond(oldest_us).unwrap_or(Timestamp::UNIX_EPOCH),
+            trace: None,
             groups,
         }
     }

@@ -10,7 +10,7 @@ mod options;
 #[cfg(test)]
 mod test_rows;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -23,6 +23,7 @@ use super::metrics::RelayMetrics;
 use super::outbox::{ClaimRequest, Outbox, Transferred};
 use super::queue::QueueStats;
 use super::retry::{Backoff, FatalPolicy};
+use super::trace::Sampler;
 use message::build_jobs;
 
 pub use options::RelayOptions;
@@ -56,6 +57,8 @@ pub struct Relay {
     is_idle: bool,
     faults: Arc<FaultBoard>,
     metrics: Arc<RelayMetrics>,
+    /// Chooses the messages that are traced; none if nothing is traced.
+    sampler: Option<Sampler>,
 }
 
 impl Relay {
@@ -78,6 +81,7 @@ impl Relay {
             is_idle: false,
             faults: Arc::default(),
             metrics: Arc::default(),
+            sampler: None,
         }
     }
 
@@ -93,6 +97,12 @@ impl Relay {
         Self { metrics, ..self }
     }
 
+    /// The same relay, which begins traces if there is a sampler.
+    #[must_use]
+    pub fn tracing(self, sampler: Option<Sampler>) -> Self {
+        Self { sampler, ..self }
+    }
+
     /// Moves one claim; nothing moved means that the outbox was empty.
     pub async fn step(&mut self) -> Result<Transferred> {
         self.count_backlog().await?;
@@ -106,8 +116,24 @@ impl Relay {
             large_rows,
             large_transaction: self.options.bulk_threshold,
         };
-        let build_jobs = |rows| build_jobs(rows, &self.options, live_room);
+        let Some(sampler) = &self.sampler else {
+            let build_jobs = |rows| build_jobs(rows, &self.options, live_room);
+            let done = self.outbox.transfer(request, &build_jobs).await?;
+            return Ok(self.moved(done, is_full));
+        };
+        let captured = Mutex::new(Vec::new());
+        let build_jobs = |rows| {
+            let mut jobs = build_jobs(rows, &self.options, live_room);
+            captured.lock().unwrap_or_else(PoisonError::into_inner).extend(sampler.mark(&mut jobs));
+            jobs
+        };
         let done = self.outbox.transfer(request, &build_jobs).await?;
+        sampler.transferred(captured.into_inner().unwrap_or_else(PoisonError::into_inner));
+        Ok(self.moved(done, is_full))
+    }
+
+    /// Counts what was moved.
+    fn moved(&mut self, done: Transferred, is_full: bool) -> Transferred {
         self.live_backlog += done.live;
         self.bulk_backlog += done.bulk;
         self.is_idle = done.rows == 0 && !is_full;
@@ -117,7 +143,7 @@ impl Relay {
             self.metrics.claims.observe(done.changes as f64);
             self.metrics.capture_lag.observe(done.oldest_ms as f64 / 1000.0);
         }
-        Ok(done)
+        done
     }
 
     /// Steps until `stop`, or with `until_idle` until the outbox is empty.

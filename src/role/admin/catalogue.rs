@@ -127,6 +127,12 @@ metrics! {
     RECEIVED: Counter "refarch_changes_received_total" by ["source", "lane"] of INDEXERS;
     /// Changes that this process holds: received, and not finished.
     IN_FLIGHT: Gauge "refarch_changes_in_flight" by ["source", "lane"] of INDEXERS;
+    /// Workers, threads or processes, that this process asked for at its last decision; 0 if it scales nothing.
+    WORKERS_DESIRED: Gauge "refarch_scaling_desired_workers" by ["source"] of INDEXERS;
+    /// Workers that worked at the last decision.
+    WORKERS_READY: Gauge "refarch_scaling_ready_workers" by ["source"] of INDEXERS;
+    /// Decisions that changed the number of workers, by direction.
+    SCALED: Counter "refarch_scaling_steps_total" by ["source", "direction"] of INDEXERS;
     /// Changes in one batch.
     BATCHES: Histogram "refarch_batch_changes" by ["source", "lane"] of INDEXERS;
     /// Changes whose outcome is in the index.

@@ -11,7 +11,8 @@ use tokio_util::sync::CancellationToken;
 use super::catalogue::{
     APPLIED, AVOIDED, BATCHES, BUILD_INFO, CAPTURE_LAG, CLAIMS, CONFLICTS, DEAD_LETTERED, EMBEDDED, EMBEDDER,
     EMBEDDER_TEXTS, FAULT, FRESHNESS, GENERATED, HEARTBEAT_AGE, HEARTBEAT_FAILURES, IN_FLIGHT, INDEX, LEASE,
-    POOL, POOL_MAX, POOL_WAITING, QUEUED, READY, RECEIVED, RETRIES, TOKENS, WORKER_INFO,
+    POOL, POOL_MAX, POOL_WAITING, QUEUED, READY, RECEIVED, RETRIES, SCALED, TOKENS, WORKER_INFO,
+    WORKERS_DESIRED, WORKERS_READY,
 };
 use super::exposition::Samples;
 use super::page_metrics::PageMetrics;
@@ -263,6 +264,12 @@ impl Observed {
         for (lane, level) in indexer.in_flight.iter() {
             samples.count(&IN_FLIGHT, &[source, lane.name()], level.get());
         }
+        let scaling = &indexer.scaling;
+        samples.count(&WORKERS_DESIRED, &[source], scaling.desired() as u64);
+        samples.count(&WORKERS_READY, &[source], scaling.ready() as u64);
+        let (steps_out, steps_in) = scaling.steps();
+        samples.count(&SCALED, &[source, "out"], steps_out);
+        samples.count(&SCALED, &[source, "in"], steps_in);
         for (metric, lanes) in [(&BATCHES, &indexer.batches), (&FRESHNESS, &indexer.freshness)] {
             for (lane, seen) in lanes.iter() {
                 samples.distribution(metric, &[source, lane.name()], seen.get());

@@ -2,22 +2,21 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use tokio::process::{Child, Command};
+use nix::sys::signal::Signal;
+
+use crate::role::process::{self, RoleProcess};
 
 /// How long a process may take to end after SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// One process.
-struct RoleProcess {
+/// A role that is to run, and its process.
+struct Member {
     name: String,
     args: Vec<String>,
-    child: Option<Child>,
+    process: Option<RoleProcess>,
     frozen_until: Option<Instant>,
     /// Settings in which this process differs from the fleet.
     extra_settings: Vec<(String, String)>,
@@ -27,7 +26,7 @@ struct RoleProcess {
 
 /// All processes.
 pub struct RoleProcesses {
-    processes: Vec<RoleProcess>,
+    processes: Vec<Member>,
     env: Vec<(String, String)>,
     dir: PathBuf,
     /// Processes that ended by themselves. There must be none.
@@ -43,10 +42,10 @@ impl RoleProcesses {
         let processes = roles
             .iter()
             .enumerate()
-            .map(|(at, args)| RoleProcess {
+            .map(|(at, args)| Member {
                 name: format!("{}-{at}", args[0]),
                 args: args.iter().map(|arg| (*arg).to_owned()).collect(),
-                child: None,
+                process: None,
                 frozen_until: None,
                 extra_settings: Vec::new(),
                 refuses_settings: false,
@@ -58,24 +57,24 @@ impl RoleProcesses {
     /// Starts processes that do not run, thaws processes whose time is over, and notes processes that ended
     /// by themselves.
     pub fn supervise(&mut self) -> anyhow::Result<()> {
-        for process in &mut self.processes {
-            if process.frozen_until.is_some_and(|until| until <= Instant::now()) {
-                process.thaw();
+        for member in &mut self.processes {
+            if member.frozen_until.is_some_and(|until| until <= Instant::now()) {
+                member.thaw();
             }
-            if let Some(child) = &mut process.child
-                && let Some(status) = child.try_wait()?
+            if let Some(process) = &mut member.process
+                && let Some(status) = process.try_wait()?
             {
-                process.child = None;
-                if process.extra_settings.is_empty() {
-                    self.ended.push(format!("{} ({status})", process.name));
+                member.process = None;
+                if member.extra_settings.is_empty() {
+                    self.ended.push(format!("{} ({status})", member.name));
                 } else {
                     // It refused settings that differ from the schema's. The other processes go on.
                     self.refused += 1;
-                    process.refuses_settings = true;
+                    member.refuses_settings = true;
                 }
             }
-            if process.child.is_none() && !process.refuses_settings {
-                process.start(&self.env, &self.dir)?;
+            if member.process.is_none() && !member.refuses_settings {
+                member.start(&self.env, &self.dir)?;
             }
         }
         Ok(())
@@ -83,10 +82,10 @@ impl RoleProcesses {
 
     /// Kills a process; [`Self::supervise`] starts it again.
     pub async fn kill(&mut self, at: usize) -> anyhow::Result<()> {
-        let process = &mut self.processes[at];
-        process.frozen_until = None;
-        if let Some(mut child) = process.child.take() {
-            child.kill().await?;
+        let member = &mut self.processes[at];
+        member.frozen_until = None;
+        if let Some(mut process) = member.process.take() {
+            process.kill().await?;
         }
         Ok(())
     }
@@ -113,55 +112,46 @@ impl RoleProcesses {
 
     /// Freezes a process; [`Self::supervise`] thaws it.
     pub fn freeze(&mut self, at: usize, long: Duration) {
-        let process = &mut self.processes[at];
-        process.signal(Signal::SIGSTOP);
-        process.frozen_until = Some(Instant::now() + long);
+        let member = &mut self.processes[at];
+        member.signal(Signal::SIGSTOP);
+        member.frozen_until = Some(Instant::now() + long);
     }
 
     /// Thaws all processes.
     pub fn thaw_all(&mut self) {
-        self.processes.iter_mut().for_each(RoleProcess::thaw);
+        self.processes.iter_mut().for_each(Member::thaw);
     }
 
     /// Sends SIGTERM to all processes, and waits for their end.
     pub async fn stop(&mut self) -> anyhow::Result<()> {
         self.thaw_all();
-        for process in &self.processes {
-            process.signal(Signal::SIGTERM);
+        for member in &self.processes {
+            member.signal(Signal::SIGTERM);
         }
-        for process in &mut self.processes {
-            let Some(mut child) = process.child.take() else { continue };
-            let ended = tokio::time::timeout(STOP_TIMEOUT, child.wait()).await;
-            let status = ended.with_context(|| {
-                format!("{} did not end within {STOP_TIMEOUT:?} after SIGTERM", process.name)
-            })??;
+        for member in &mut self.processes {
+            let Some(mut process) = member.process.take() else { continue };
+            let status = process.wait_within(STOP_TIMEOUT).await?;
             if !status.success() {
-                self.ended.push(format!("{} ({status})", process.name));
+                self.ended.push(format!("{} ({status})", member.name));
             }
         }
         Ok(())
     }
 }
 
-impl RoleProcess {
+impl Member {
     fn start(&mut self, env: &[(String, String)], dir: &Path) -> anyhow::Result<()> {
         let path = dir.join(format!("{}.log", self.name));
         let log = File::options().create(true).append(true).open(&path);
         let log = log.with_context(|| format!("cannot write {}", path.display()))?;
-        let program = std::env::current_exe().context("find this executable")?;
-        let child = Command::new(program)
-            .args(&self.args)
+        let mut command = process::command(&self.name, &self.args)?;
+        command
             .env_clear()
             .envs(env.iter().chain(&self.extra_settings).map(|(name, value)| (name, value)))
-            // A folder without refarch.toml, and no signals from this terminal.
+            // A folder without refarch.toml.
             .current_dir(dir)
-            .process_group(0)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .kill_on_drop(true)
-            .spawn();
-        self.child = Some(child.with_context(|| format!("cannot start {}", self.name))?);
+            .stderr(log);
+        self.process = Some(RoleProcess::start(&self.name, command)?);
         Ok(())
     }
 
@@ -172,9 +162,8 @@ impl RoleProcess {
     }
 
     fn signal(&self, signal: Signal) {
-        if let Some(pid) = self.child.as_ref().and_then(Child::id) {
-            // A process that has just ended cannot receive the signal.
-            let _ = kill(Pid::from_raw(pid as i32), signal);
+        if let Some(process) = &self.process {
+            process.signal(signal);
         }
     }
 }
