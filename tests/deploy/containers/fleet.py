@@ -179,26 +179,33 @@ class Searchers:
                     self.failures.append((round(time.monotonic() - STARTED, 1), outcome))
 
 
-def drained(container):
-    """Takes a serve out of the balancer, as Kubernetes takes a pod that ends out of its Service."""
+def ask(command):
+    """The balancer's answer to a command."""
     (balancer,) = containers("balancer")
+    line = "echo '%s' | socat stdio /tmp/haproxy.sock" % command
+    return run("docker", "exec", balancer, "sh", "-c", line).stdout
+
+
+def places(address):
+    """The names under which the balancer knows an address."""
+    servers = [line.split() for line in ask("show servers state serve").splitlines()]
+    return [fields[3] for fields in servers if len(fields) > 5 and fields[4] == address]
+
+
+def drain(container):
+    """Takes a serve out of the balancer, as Kubernetes takes a pod that ends out of its Service. Returns its address."""
     networks = inspect(container)["NetworkSettings"]["Networks"]
     (address,) = (network["IPAddress"] for network in networks.values())
-
-    def ask(command):
-        line = "echo '%s' | socat stdio /tmp/haproxy.sock" % command
-        return run("docker", "exec", balancer, "sh", "-c", line).stdout
-
-    servers = [line.split() for line in ask("show servers state serve").splitlines()]
-    names = [fields[3] for fields in servers if len(fields) > 5 and fields[4] == address]
+    names = places(address)
     if not names:
         sys.exit("fleet: the balancer does not know %s" % address)
     for name in names:
         ask("set server serve/%s state drain" % name)
-        wait("the last request of %s" % name, 30, lambda: sessions(ask, name) == "0")
+        wait("the last request of %s" % name, 30, lambda: sessions(name) == "0")
+    return address, names
 
 
-def sessions(ask, name):
+def sessions(name):
     for line in ask("show stat serve -1 -1").splitlines():
         fields = line.split(",")
         if fields[:2] == ["serve", name]:
@@ -214,11 +221,16 @@ def replace(role, count):
         if role == "serve":
             # The balancer looks each half second.
             time.sleep(2)
-            drained(old)
+            address, names = drain(old)
         name = inspect(old)["Name"]
         run("docker", "stop", "--time", "30", old)
         code = inspect(old)["State"]["ExitCode"]
         run("docker", "rm", "--volumes", old)
+        if role == "serve":
+            # The next container may get the place, but not before the balancer has forgotten the old one.
+            wait("the balancer to forget %s" % address, 60, lambda: not places(address))
+            for place in names:
+                ask("set server serve/%s state ready" % place)
         say("replaced %s (it ended with %d)" % (name, code))
         if code != 0:
             sys.exit("fleet: %s did not end by itself" % name)
