@@ -148,12 +148,10 @@ impl Situation {
     }
 }
 
-/// How many lists serve this many vectors: twice the square root, or fewer if k-means would need more memory than there
-/// is. The root makes choosing lists and reading them cost alike. Twice as many lists take twice as long to build and
-/// hold the nearest vectors in half as many rows: among 1,100,000 products a search with the same recall took 6.3 ms
-/// instead of 10.6 ms. Returns lists and the bytes that k-means needs.
+/// How many lists serve this many vectors: the square root, so that choosing lists and reading them cost alike; fewer
+/// if k-means would need more memory than there is. Returns lists and the bytes that k-means needs.
 pub(super) fn lists_for(rows: u64, dimensions: u64, memory: u64) -> (u64, u64) {
-    let mut lists = ((rows as f64).sqrt() as u64 * 2).clamp(10, MAX_LISTS);
+    let mut lists = ((rows as f64).sqrt() as u64).clamp(10, MAX_LISTS);
     loop {
         let needed = kmeans_bytes(lists, dimensions);
         if needed <= memory || lists <= 10 {
@@ -244,9 +242,9 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_lists_is_twice_the_root_of_the_rows_within_the_memory() {
-        assert_eq!(lists_for(1_000_000, 384, 2 << 30).0, 2_000);
-        assert_eq!(lists_for(10_000, 384, 2 << 30).0, 200);
+    fn the_number_of_lists_is_the_root_of_the_rows_within_the_memory() {
+        assert_eq!(lists_for(1_000_000, 384, 2 << 30).0, 1_000);
+        assert_eq!(lists_for(10_000, 384, 2 << 30).0, 100);
         let (lists, needed) = lists_for(100_000_000, 1_024, 1 << 30);
         assert!((1_000..10_000).contains(&lists) && needed <= 1 << 30, "{lists} lists, {needed} bytes");
     }

@@ -20,7 +20,7 @@ const SAME_SCORE: f64 = 1e-6;
 
 /// The part of the lists that a search reads at least. Texts that are unlike all others lie far from every centre, and
 /// the nearest centre of a paraphrase may be another one.
-const LEAST_SHARE: i32 = 80;
+const LEAST_SHARE: i32 = 60;
 
 /// The part of the lists that a search reads at most. A search that reads more lists is hardly faster
 /// than an exact one.
@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn probes_stay_a_small_part_of_the_lists() {
-        assert_eq!(probes_range(2_000), (25, 250));
+        assert_eq!(probes_range(1_000), (16, 125));
         assert_eq!(probes_range(10), (1, 1));
     }
 
