@@ -162,7 +162,7 @@ fn subtitle(report: &Report) -> String {
     let rate = amount(report.scenario.worker_rate);
     let edits = report.scenario.edits;
     format!(
-        "up to {most} workers of {rate} rows/s, {edits} edits a second; the colours behind tell what limits the flow"
+        "{most} of {rate} rows/s each, {edits} edits a second; the colours behind tell what limits the flow"
     )
 }
 
