@@ -173,6 +173,8 @@ fn insert(count: u32) -> String {
 
 /// Lets the roles work on rows, over services that refuse some of it, and reads and edits through the page.
 async fn work(services: &Services, written: &mut Written) {
+    // One record is refused for good, so that its change becomes a dead letter.
+    services.index.forbid(|verb, _, id| verb == Verb::Upsert && id == "3");
     let (bind, client) = (format!("127.0.0.1:{}", common::free_port()), Client::new());
     let roles = [
         Role::start(services, "listen", &[]),
@@ -186,8 +188,6 @@ async fn work(services: &Services, written: &mut Written) {
         })
         .await;
     }
-    // One record is refused for good, so that its change becomes a dead letter.
-    services.index.forbid(|verb, _, id| verb == Verb::Upsert && id == "3");
     common::run(&services.session, &insert(5)).await;
     let api = format!("http://{bind}/api/v1");
     text(&client, &format!("{api}/search?q={ROW}")).await;
