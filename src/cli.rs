@@ -1,7 +1,9 @@
 //! The command line: types only.
 
+mod admin;
 mod chaos;
 mod help;
+mod overrides;
 mod plan;
 mod quantity;
 mod range;
@@ -13,17 +15,16 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
-use crate::config::Override;
 use help::{
     AFTER_HELP, EMBED_HELP, EVENTS_HELP, MIGRATE_HELP, REDRIVE_HELP, SETUP_HELP, UP_HELP, VERIFY_HELP,
 };
 use range::{processes, workers};
 use since::since;
 
-pub use range::Range;
-
+pub use admin::Admin;
 pub use chaos::{Chaos, ChaosEmbedder, ChaosFault, ChaosIndex, ChaosQueue};
 pub use plan::{Plan, PlanIndex, PlanQueue};
+pub use range::Range;
 
 /// Keeps a semantic search index in sync with a PostgreSQL table, and proves it row by row.
 #[derive(Debug, Parser)]
@@ -106,14 +107,6 @@ pub enum Command {
     Setup(Setup),
     /// Ask the process on this machine whether it works; for health checks of containers
     Health(Health),
-}
-
-/// The admin endpoint of a role that runs for long.
-#[derive(Debug, Args)]
-pub struct Admin {
-    /// Serve /metrics, /healthz and /readyz at this address, such as 127.0.0.1:9464 [default: off]
-    #[arg(long = "admin", value_name = "ADDRESS:PORT")]
-    pub listen: Option<SocketAddr>,
 }
 
 /// `refarch up`
@@ -387,50 +380,9 @@ impl Command {
             Self::Health(_) => "health",
         }
     }
-
-    /// The flags of the admin endpoint, if the role can have one.
-    fn admin(&self) -> Option<&Admin> {
-        match self {
-            Self::Up(role) => Some(&role.admin),
-            Self::Serve(role) => Some(&role.admin),
-            Self::Listen(role) => Some(&role.admin),
-            Self::Embed(role) => Some(&role.admin),
-            Self::Generate(role) => Some(&role.admin),
-            Self::Chaos(role) => Some(&role.admin),
-            _ => None,
-        }
-    }
 }
 
 impl Cli {
-    /// The settings that the flags set.
-    #[must_use]
-    pub fn overrides(&self) -> Vec<Override> {
-        let mut list = Vec::new();
-        let mut set = |flag, key, value: Option<String>| {
-            list.extend(value.map(|value| Override { flag, key, value }));
-        };
-        set("--log-format", "log.format", self.global.log_format.map(|format| format.name().to_owned()));
-        set("--log-level", "log.level", self.global.log_level.clone());
-        let (bind, workers) = match &self.command {
-            Command::Up(up) => {
-                set("--products", "up.products", up.products.map(|n| n.to_string()));
-                set("--processes", "up.processes", up.processes.map(|range| range.least.to_string()));
-                set("--processes", "up.max_processes", up.processes.map(|range| range.most.to_string()));
-                (up.bind, up.workers)
-            }
-            Command::Serve(serve) => (serve.bind, None),
-            Command::Embed(embed) => (None, embed.workers),
-            _ => (None, None),
-        };
-        set("--bind", "serve.bind", bind.map(|b| b.to_string()));
-        let admin = self.command.admin().and_then(|admin| admin.listen);
-        set("--admin", "admin.listen", admin.map(|address| address.to_string()));
-        set("--workers", "indexer.workers", workers.map(|range| range.least.to_string()));
-        set("--workers", "indexer.max_workers", workers.map(|range| range.most.to_string()));
-        list
-    }
-
     /// Whether the command's standard output is its result. Then only warnings are logged.
     #[must_use]
     pub fn is_quiet(&self) -> bool {

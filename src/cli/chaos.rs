@@ -2,7 +2,7 @@
 
 use clap::{Args, ValueEnum};
 
-use super::Admin;
+use super::admin::Admin;
 use super::help::CHAOS_HELP;
 
 /// `refarch chaos`

@@ -1,8 +1,7 @@
 //! A change, and the message that carries changes from the relay to the indexers.
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-
-use super::trace::MessageTrace;
 
 /// Version of the message body that this build writes and reads.
 pub const JOB_VERSION: u32 = 1;
@@ -62,6 +61,15 @@ pub struct Group {
     pub ids: Vec<String>,
 }
 
+/// The trace of a message, as it travels. A worker that does not know it ignores it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MessageTrace {
+    /// A [`TraceContext`](super::trace::TraceContext). Kept as it came: a context that cannot be read is ignored.
+    pub parent: String,
+    /// When the message was packed, by the relay's clock.
+    pub packed: Timestamp,
+}
+
 /// The body of a message. It holds ids and no texts: so no message exceeds a size limit, no message holds an
 /// old text, and the queue holds nothing private.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,7 +81,7 @@ pub struct Job {
     /// The lane that the relay chose.
     pub lane: Lane,
     /// When the oldest statement of the message ran, by the database's clock.
-    pub oldest: jiff::Timestamp,
+    pub oldest: Timestamp,
     /// The trace that the message continues, if it is traced. Builds that do not know it ignore it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace: Option<MessageTrace>,

@@ -26,6 +26,7 @@
 
 mod decision;
 mod gauges;
+mod observation;
 mod policy;
 mod rate;
 #[cfg(test)]
@@ -38,6 +39,7 @@ use rate::RateMeter;
 
 pub use decision::{Decision, Measured, Reason};
 pub use gauges::ScalingGauges;
+pub use observation::Observation;
 pub use policy::{Metric, Policy};
 
 /// The metric must be this much above its target before workers are added, so that noise adds none.
@@ -63,36 +65,6 @@ const MIN_TRIAL: f64 = 0.2;
 /// After workers were added in vain, it is tried again after this time: somebody else may have used the
 /// machine.
 pub const NO_GAIN_FOR: Duration = Duration::from_mins(10);
-
-/// What was seen of the work and the workers.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Observation {
-    /// Changes in the outbox.
-    pub pending: u64,
-    /// Changes in the queue that no worker has received.
-    pub queued: u64,
-    /// Changes that workers have received and not acknowledged.
-    pub in_flight: u64,
-    /// Changes that these workers have applied since some fixed moment: a counter, from which the rates are
-    /// made.
-    pub applied: u64,
-    /// Workers that work. The others that were asked for are starting.
-    pub ready: usize,
-    /// Workers that hold work just now.
-    pub holding: usize,
-    /// Whether every worker has more work than it can do just now. Only such times tell how fast a worker is.
-    pub saturated: bool,
-    /// Average CPU use of the workers that work, in percent of what each may use. For [`Metric::Cpu`].
-    pub cpu: Option<f64>,
-}
-
-impl Observation {
-    /// Changes that are not in the index yet.
-    #[must_use]
-    pub fn backlog(&self) -> u64 {
-        self.pending + self.queued + self.in_flight
-    }
-}
 
 /// Workers that were added, until it is known whether they made anything faster.
 #[derive(Clone, Copy, Debug)]

@@ -14,10 +14,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::change::{Group, Job, Lane};
+use super::change::{Group, Job, Lane, MessageTrace};
 
 /// Takes finished spans. Never blocks: spans that it has no room for are lost.
 pub trait SpanSink: Send + Sync {
@@ -82,15 +81,6 @@ impl FromStr for TraceContext {
         }
         Ok(Self { trace: trace.to_be_bytes(), span: (span as u64).to_be_bytes() })
     }
-}
-
-/// The trace of a message, as it travels. A worker that does not know it ignores it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MessageTrace {
-    /// A [`TraceContext`]. Kept as it came: a context that cannot be read is ignored.
-    pub parent: String,
-    /// When the message was packed, by the relay's clock.
-    pub packed: Timestamp,
 }
 
 /// Chooses the messages that are traced.

@@ -28,6 +28,7 @@ mod tracked;
 mod transactional;
 mod tries;
 mod visibility;
+mod worker_count;
 mod workers;
 mod writer;
 

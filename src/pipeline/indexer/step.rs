@@ -10,7 +10,7 @@ use super::health::Health;
 use super::misdirected::Misdirected;
 use super::poison::Isolation;
 use super::throughput::Throughput;
-use super::workers::Workers;
+use super::worker_count::Workers;
 use super::writer::{Parts, Writer};
 use crate::pipeline::change::Lane;
 use crate::pipeline::clock::Clock;

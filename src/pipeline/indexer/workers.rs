@@ -1,25 +1,12 @@
 //! The workers of a process: loops that embed one slice at a time. Their number may change at any time.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::Indexer;
-
-/// How many loops there should be, and how many there are.
-pub(super) struct Workers {
-    wanted: watch::Sender<usize>,
-    running: AtomicUsize,
-}
-
-impl Workers {
-    pub(super) fn new(wanted: usize) -> Self {
-        Self { wanted: watch::Sender::new(wanted.max(1)), running: AtomicUsize::new(0) }
-    }
-}
 
 impl Indexer {
     /// Sets the number of workers, one at least. Surplus workers finish the slice that they embed.

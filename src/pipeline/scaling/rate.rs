@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::Observation;
+use super::observation::Observation;
 
 /// A worker's speed is known after so many seconds in which all workers had more work than they could do.
 const MEASURED_AFTER_S: f64 = 5.0;

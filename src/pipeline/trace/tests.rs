@@ -2,6 +2,8 @@
 
 use std::sync::Mutex;
 
+use serde::Deserialize;
+
 use super::*;
 use crate::pipeline::change::{JOB_VERSION, Op};
 use crate::pipeline::queue::decode;

@@ -4,6 +4,7 @@
 //! [`cost`] prices a run, [`report`] and [`chart`] show it. docs/plan.md tells what the model leaves out.
 
 mod advice;
+mod amounts;
 mod chart;
 mod cost;
 mod prices;

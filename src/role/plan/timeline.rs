@@ -1,7 +1,7 @@
 //! What the model saw: amounts over time, and what follows from them.
 
+use super::amounts::Amounts;
 use super::scenario::{Scenario, Stage};
-use super::simulate::Amounts;
 use crate::pipeline::scaling::Decision;
 
 /// Edits that are followed through the run, at even distances.

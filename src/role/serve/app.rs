@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use axum::body::HttpBody as _;
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -15,7 +16,7 @@ use super::{readiness, status};
 use crate::backend::postgres::products::Products;
 use crate::pipeline::embedder::Embedder;
 use crate::pipeline::index::VectorIndex;
-use crate::role::admin::PageMetrics;
+use crate::role::admin::{self, PageMetrics, ReadinessCheck};
 use crate::role::http_server::MemoryReservation;
 
 /// Responses up to this size reserve no memory.
@@ -112,4 +113,12 @@ impl App {
 
 fn busy() -> ApiError {
     ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "busy", "too many requests at once; try again")
+}
+
+#[async_trait]
+impl ReadinessCheck for App {
+    async fn reasons(&self) -> Vec<admin::Reason> {
+        let readiness::Readiness { reasons, .. } = self.ready.get(self.to_check()).await;
+        reasons.iter().map(|reason| admin::Reason::new(reason.kind, reason.in_full())).collect()
+    }
 }

@@ -6,6 +6,7 @@ mod caller_trust;
 mod error;
 mod limits;
 mod page_files;
+mod paging;
 mod query_cache;
 mod readiness;
 mod route;

@@ -3,17 +3,14 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
 use tokio::sync::Mutex;
 
-use super::app::App;
 use super::caller_trust;
 use super::sync_status::{Health, SyncStatus};
 use crate::backend::postgres::capture::NewPart;
 use crate::backend::postgres::products::Products;
 use crate::pipeline::failure::{Class, Error, Result};
 use crate::pipeline::index::VectorIndex;
-use crate::role::admin::{self, ReadinessCheck};
 
 /// How long readiness waits for a backend.
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -45,7 +42,7 @@ impl Reason {
     }
 
     /// The reason in detail, if there is one.
-    fn in_full(&self) -> &str {
+    pub(super) fn in_full(&self) -> &str {
         self.detail.as_deref().unwrap_or(self.general)
     }
 
@@ -138,14 +135,6 @@ impl Cache {
         let age = (started.elapsed() * AGE_FOR_COST).max(MIN_AGE);
         state.last = Some((Instant::now() + age, found.clone()));
         found
-    }
-}
-
-#[async_trait]
-impl ReadinessCheck for App {
-    async fn reasons(&self) -> Vec<admin::Reason> {
-        let Readiness { reasons, .. } = self.ready.get(self.to_check()).await;
-        reasons.iter().map(|reason| admin::Reason::new(reason.kind, reason.in_full())).collect()
     }
 }
 

@@ -16,6 +16,7 @@ use tower_http::set_header::SetResponseHeaderLayer;
 use super::access_control::{AccessControl, check_request};
 use super::app::App;
 use super::error::ApiError;
+use super::paging::{MAX_PAGE, Paging};
 use super::{caller_trust, page_files, search};
 use crate::backend::postgres::products::{Edit, Edited, EditedBySku, Place};
 use crate::product::Product;
@@ -29,9 +30,6 @@ const MAX_SEARCH_BODY: usize = 64 * 1024;
 
 /// Rows on a page of the reference architecture's search.
 const LEGACY_PAGE: u64 = 10;
-
-/// Greatest page number, so that row offsets cannot overflow.
-const MAX_PAGE: u64 = 1_000_000_000;
 
 /// The page loads files from its own server only, and uses no inline scripts or styles.
 const CONTENT_SECURITY_POLICY: &str =
@@ -155,48 +153,6 @@ async fn in_time(
     }
     ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "timeout", "the request took too long; try again")
         .into_response()
-}
-
-#[derive(Deserialize)]
-struct Paging {
-    q: Option<String>,
-    page: Option<String>,
-    per_page: Option<String>,
-    after: Option<String>,
-    before: Option<String>,
-}
-
-impl Paging {
-    /// The page number and the rows on a page, checked. They are text so that an error can show them.
-    fn resolve(&self, app: &App) -> Answer<(u64, u64)> {
-        let number = |name: &str, given: &Option<String>, default: u64, most: u64| match given {
-            None => Ok(default),
-            Some(text) => text.parse().ok().filter(|value| (1..=most).contains(value)).ok_or_else(|| {
-                ApiError::bad_request(format!("{name}={text}: use a whole number from 1 to {most}"))
-            }),
-        };
-        Ok((
-            number("page", &self.page, 1, MAX_PAGE)?,
-            number("per_page", &self.per_page, app.page_size, 100)?,
-        ))
-    }
-}
-
-impl Paging {
-    /// The id after or before which rows are asked for.
-    fn cursor(&self) -> Answer<Option<Place>> {
-        let id = |name: &str, text: &str| {
-            text.parse().map_err(|_| {
-                ApiError::bad_request(format!("{name}={text}: use the id of a row, a whole number"))
-            })
-        };
-        Ok(match (&self.after, &self.before) {
-            (None, None) => None,
-            (Some(text), None) => Some(Place::After(id("after", text)?)),
-            (None, Some(text)) => Some(Place::Before(id("before", text)?)),
-            (Some(_), Some(_)) => return Err(ApiError::bad_request("use one of page, after and before")),
-        })
-    }
 }
 
 async fn list(State(app): Shared, Query(paging): Query<Paging>) -> Answer<Json<Value>> {

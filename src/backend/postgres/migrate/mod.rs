@@ -28,9 +28,6 @@ pub use report::Report;
 /// The reference architecture's table.
 const PRODUCTS: &str = include_str!("../schema/products.sql");
 
-/// The table that [`PRODUCTS`] makes; any other table must exist.
-const PRODUCTS_TABLE: &str = "public.products_with_increment";
-
 /// Brings the database up to date with this build and these settings.
 pub async fn migrate(
     postgres: &Postgres,
@@ -241,17 +238,17 @@ async fn create_products(
     report: &mut Report,
 ) -> Result<()> {
     let fail = |error: tokio_postgres::Error| failure("create the table of products", error);
-    if source.table != PRODUCTS_TABLE {
+    if source.table != product_indexes::PRODUCTS_TABLE {
         return Ok(());
     }
     let there: bool = transaction
-        .query_one("SELECT to_regclass($1) IS NOT NULL", &[&PRODUCTS_TABLE])
+        .query_one("SELECT to_regclass($1) IS NOT NULL", &[&product_indexes::PRODUCTS_TABLE])
         .await
         .map_err(fail)?
         .get(0);
     if !there {
         transaction.batch_execute(PRODUCTS).await.map_err(fail)?;
-        report.created.push(PRODUCTS_TABLE.into());
+        report.created.push(product_indexes::PRODUCTS_TABLE.into());
     }
     Ok(())
 }

@@ -4,11 +4,14 @@ use std::time::Duration;
 
 use tokio_postgres::{Client, GenericClient};
 
-use super::{PRODUCTS_TABLE, Report};
+use super::Report;
 use crate::backend::postgres::products::INDEXES_LOWER_CASE;
 use crate::backend::postgres::{Postgres, connection, failure};
 use crate::config;
 use crate::pipeline::failure::{Error, FailureKind, Result};
+
+/// The table of products that refarch makes. Any other table must exist.
+pub(super) const PRODUCTS_TABLE: &str = "public.products_with_increment";
 
 /// The columns of the table that refarch makes. The id tells it from the reference architecture's own table of that name,
 /// which has an `integer` and a sequence.
