@@ -18,7 +18,7 @@ pub struct Observation {
     pub holding: usize,
     /// Whether every worker has more work than it can do just now. Only such times tell how fast a worker is.
     pub saturated: bool,
-    /// Average CPU use of the workers that work, in percent of what each may use. For [`Metric::Cpu`].
+    /// Average CPU use of the workers that work, in percent of what each may use. For [`Metric::Cpu`](super::Metric::Cpu).
     pub cpu: Option<f64>,
 }
 
