@@ -84,7 +84,7 @@ impl<A: Float> Workspace<A> {
                 let left = unquantized::<A>(queries.add(first * stride), stride);
                 for panel in (0..length).step_by(A::NARROW) {
                     let right = narrow::<A>(self.keys.as_ptr().add(panel * width), width);
-                    for (row, count) in Tiles::new::<A>(rows) {
+                    for (row, count) in Tiles::new::<A>(0..rows) {
                         let sums =
                             Accumulators { data: scores.add(row * keys + panel), stride: keys, add: false };
                         A::tile(left.at(row, 0), count, &right, sums);
@@ -98,7 +98,7 @@ impl<A: Float> Workspace<A> {
                 let depth = length.next_multiple_of(A::DEPTH);
                 for panel in (0..width).step_by(A::NARROW) {
                     let right = narrow::<A>(self.values.as_ptr().add(panel * keys), depth);
-                    for (row, count) in Tiles::new::<A>(rows) {
+                    for (row, count) in Tiles::new::<A>(0..rows) {
                         let sums = Accumulators {
                             data: context.add(row * A::NARROW),
                             stride: A::NARROW,

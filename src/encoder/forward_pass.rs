@@ -169,14 +169,15 @@ impl<D: Kernel, A: Float> ForwardPass<'_, D, A> {
         let Batch { ids, starts, .. } = self.batch;
         let (rows, pointers) = (ids.len(), self.pointers);
         let partial = self.own.partial.as_mut_ptr();
-        // SAFETY: the places have room for the rows; each unit writes only to its own panel, head or rows.
+        // SAFETY: the places have room for the rows; each unit writes only to its own columns, head or rows.
         unsafe {
             let left = D::left(pointers.normal, padded, pointers.operands, pointers.quantizations);
             let store = StoreEpilogue { to: pointers.projected, stride: 3 * context };
-            for panel in self.team.units(*stage, layer.project.panels()) {
-                layer.project.finish(panel, left, rows, partial, &store);
+            let product = layer.project.divide(rows);
+            for unit in self.team.units(*stage, product.units()) {
+                layer.project.finish(&product.unit(unit), left, partial, &store);
             }
-            self.finish_stage(stage, layer.project.panels());
+            self.finish_stage(stage, product.units());
 
             let units = (starts.len() - 1) * heads;
             for unit in self.team.units(*stage, units) {
@@ -194,25 +195,28 @@ impl<D: Kernel, A: Float> ForwardPass<'_, D, A> {
 
             self.prepare(pointers.context, context, stage);
             let left = D::left(pointers.context, context, pointers.operands, pointers.quantizations);
-            for panel in self.team.units(*stage, layer.output.panels()) {
-                layer.output.add_to(panel, left, rows, pointers.residual, padded);
+            let product = layer.output.divide(rows);
+            for unit in self.team.units(*stage, product.units()) {
+                layer.output.add_to(&product.unit(unit), left, pointers.residual, padded);
             }
-            self.finish_stage(stage, layer.output.panels());
+            self.finish_stage(stage, product.units());
             self.normalise_all(&layer.attended, stage);
 
             let left = D::left(pointers.normal, padded, pointers.operands, pointers.quantizations);
             let gelu = GeluEpilogue { to: pointers.inner, stride: inner };
-            for panel in self.team.units(*stage, layer.widen.panels()) {
-                layer.widen.finish(panel, left, rows, partial, &gelu);
+            let product = layer.widen.divide(rows);
+            for unit in self.team.units(*stage, product.units()) {
+                layer.widen.finish(&product.unit(unit), left, partial, &gelu);
             }
-            self.finish_stage(stage, layer.widen.panels());
+            self.finish_stage(stage, product.units());
 
             self.prepare(pointers.inner, inner, stage);
             let left = D::left(pointers.inner, inner, pointers.operands, pointers.quantizations);
-            for panel in self.team.units(*stage, layer.narrow.panels()) {
-                layer.narrow.add_to(panel, left, rows, pointers.residual, padded);
+            let product = layer.narrow.divide(rows);
+            for unit in self.team.units(*stage, product.units()) {
+                layer.narrow.add_to(&product.unit(unit), left, pointers.residual, padded);
             }
-            self.finish_stage(stage, layer.narrow.panels());
+            self.finish_stage(stage, product.units());
             self.normalise_all(&layer.fed, stage);
         }
     }

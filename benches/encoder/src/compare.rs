@@ -34,6 +34,16 @@ pub fn compare(reference: &[f32], vectors: &[f32], count: usize) -> Fit {
     }
 }
 
+/// A short digest of the bits of vectors (FNV-1a, 64 bits). Two builds of the encoder with the same digest have
+/// computed the same vectors.
+pub fn digest(vectors: &[f32]) -> String {
+    let bytes = vectors.iter().flat_map(|number| number.to_le_bytes());
+    let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    format!("{hash:016x}")
+}
+
 fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }

@@ -157,8 +157,17 @@ fn engines(
 /// Measures all engines on one corpus, in rounds.
 fn measure(corpus: &Corpus, engines: &mut [Box<dyn Engine>], runs: usize) -> Result<Vec<Value>> {
     println!(
-        "\n{:<12} {:<5} {:<14} {:>5} {:>9} {:>15} {:>10} {:>10} {:>10}   runs",
-        corpus.name, "", "kernel", "batch", "docs/s", "with tokenizing", "cosine min", "mean", "overlap@10"
+        "\n{:<12} {:<5} {:<14} {:>5} {:>9} {:>15} {:>10} {:>10} {:>10} {:>16}   runs",
+        corpus.name,
+        "",
+        "kernel",
+        "batch",
+        "docs/s",
+        "with tokenizing",
+        "cosine min",
+        "mean",
+        "overlap@10",
+        "bits"
     );
     let mut batches = Vec::new();
     for engine in engines.iter_mut() {
@@ -177,19 +186,20 @@ fn measure(corpus: &Corpus, engines: &mut [Box<dyn Engine>], runs: usize) -> Res
         let vectors = engine.vectors()?;
         let reference = reference.get_or_insert_with(|| vectors.clone());
         let fit = compare::compare(reference, &vectors, corpus.len());
+        let bits = compare::digest(&vectors);
         let Label { engine, version, precision, kernel } = engine.label();
         let (speed, from_texts) = (median(&alone[number]), median(&tokenized[number]));
         let each: Vec<f64> = alone[number].iter().map(|speed| speed.round()).collect();
         let batch = batches[number].map_or_else(|| "-".into(), |batch| batch.to_string());
         println!(
-            "{engine:<12} {precision:<5} {kernel:<14} {batch:>5} {speed:>9.1} {from_texts:>15.1} {:>10.6} {:>10.6} {:>10.4}   {each:?}",
+            "{engine:<12} {precision:<5} {kernel:<14} {batch:>5} {speed:>9.1} {from_texts:>15.1} {:>10.6} {:>10.6} {:>10.4} {bits}   {each:?}",
             fit.cosine_min, fit.cosine_mean, fit.overlap_at_10
         );
         rows.push(json!({
             "engine": engine, "version": version, "precision": precision, "kernel": kernel, "corpus": corpus.name,
             "texts": corpus.len(), "tokens_mean": corpus.mean_tokens(), "batch": batches[number],
             "docs_per_s": speed, "docs_per_s_with_tokenizing": from_texts,
-            "cosine_min": fit.cosine_min, "cosine_mean": fit.cosine_mean, "overlap_at_10": fit.overlap_at_10,
+            "cosine_min": fit.cosine_min, "cosine_mean": fit.cosine_mean, "overlap_at_10": fit.overlap_at_10, "bits": bits,
         }));
     }
     Ok(rows)

@@ -3,10 +3,13 @@
 //! All kernels share one layout of bytes. The left matrix is row by row, as the stages write it. The right
 //! matrix is in panels of [`Kernel::COLUMNS`] columns. In a panel, [`Kernel::GROUP`] neighbours in depth make
 //! a 32-bit word, which one instruction usually multiplies and adds. A part of a panel, [`Kernel::CHUNK`]
-//! deep, stays in the nearest cache while all rows are multiplied with it.
+//! deep, stays in the nearest cache while all rows are multiplied with it; or, with [`Kernel::KEEPS_ROWS`], a
+//! tile of rows stays there while all panels stream.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod amx;
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+pub(super) mod amx_emulator;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -140,6 +143,9 @@ pub(super) trait Kernel: Sized + Send + Sync + 'static {
     const QUANTIZED: bool = false;
     /// Depth of the part of a panel that is multiplied at a time.
     const CHUNK: usize = 768 / size_of::<Self::Operand>();
+    /// Whether a tile of rows stays in the nearest cache while all panels stream, in products of many rows.
+    /// Otherwise a part of a panel stays, and the rows stream.
+    const KEEPS_ROWS: bool = false;
 
     /// Runs work that is compiled with the kernel's instructions.
     ///
