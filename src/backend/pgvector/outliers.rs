@@ -57,7 +57,9 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 fn unit(mut vector: Vec<f32>) -> Vec<f32> {
     let length = dot(&vector, &vector).sqrt();
     if length > 0.0 {
-        vector.iter_mut().for_each(|x| *x /= length);
+        for number in &mut vector {
+            *number /= length;
+        }
     }
     vector
 }
@@ -70,8 +72,8 @@ fn quantile(numbers: &mut [f32], part: f64) -> Option<f32> {
 }
 
 /// The greatest similarity of a vector to landmarks.
-fn best<'a>(vector: &[f32], landmarks: impl Iterator<Item = &'a Vec<f32>>) -> f32 {
-    landmarks.map(|landmark| dot(vector, landmark)).fold(f32::NEG_INFINITY, f32::max)
+fn best(vector: &[f32], landmarks: &[Vec<f32>]) -> f32 {
+    landmarks.iter().map(|landmark| dot(vector, landmark)).fold(f32::NEG_INFINITY, f32::max)
 }
 
 /// Makes landmarks of the first `count` vectors, and learns the bounds. `outliers` is the part of outliers among the
@@ -83,13 +85,11 @@ fn learn(vectors: Vec<Vec<f32>>, count: usize, outliers: f64) -> Option<Landmark
     let mut pairs: Vec<f32> =
         pairs.flat_map(|(n, one)| landmarks[..n].iter().map(|other| dot(one, other))).collect();
     let weak_below = quantile(&mut pairs, UNRELATED)?;
-    let mut similar: Vec<f32> = sample.iter().map(|vector| best(vector, landmarks.iter())).collect();
+    let mut similar: Vec<f32> = sample.iter().map(|vector| best(vector, landmarks)).collect();
     let outlier_below = quantile(&mut similar, outliers)? - ROUNDING;
-    // A landmark that is unlike all others is an outlier itself.
-    let others =
-        |n: usize| landmarks.iter().enumerate().filter(move |(m, _)| *m != n).map(|(_, other)| other);
-    let kept = landmarks.iter().enumerate().filter(|(n, one)| best(one, others(*n)) >= outlier_below);
-    let vectors = kept.map(|(_, one)| one.clone()).collect();
+    // A landmark to which no vector is similar is an outlier itself.
+    let has_similar = |one: &&Vec<f32>| best(one, sample) >= outlier_below;
+    let vectors = landmarks.iter().filter(has_similar).cloned().collect();
     Some(Landmarks { vectors, outlier_below, weak_below })
 }
 
@@ -112,11 +112,12 @@ impl PgVector {
 
     /// After a build: learns the bounds, and compares all vectors. Later: removes what is no outlier any more.
     pub(super) async fn check_outliers(&self, rows: u64, seen: &SearchIndex) -> Result<()> {
-        if seen.outliers.is_none() && self.choose_landmarks(rows).await? {
-            self.compare_all().await?;
+        if seen.outliers.is_none() {
+            self.learn_anew(rows).await?;
         }
         let mut outliers = self.keep_outliers().await?;
-        if outliers as f64 > OUTGROWN * share(rows) * rows as f64 && self.choose_landmarks(rows).await? {
+        if outliers as f64 > OUTGROWN * share(rows) * rows as f64 {
+            self.learn_anew(rows).await?;
             outliers = self.keep_outliers().await?;
         }
         search_index::counted_outliers(&self.postgres, self.generation, outliers).await?;
@@ -124,15 +125,15 @@ impl PgVector {
         Ok(())
     }
 
-    /// Returns whether there are landmarks now.
-    async fn choose_landmarks(&self, rows: u64) -> Result<bool> {
+    /// Chooses landmarks, and compares all vectors with them.
+    async fn learn_anew(&self, rows: u64) -> Result<()> {
         let count = (rows / ROWS_PER_LANDMARK).clamp(LEAST_LANDMARKS, MOST_LANDMARKS) as usize;
         let sample = self.stored(rows, count + SAMPLE).await?;
         let learnt = tokio::task::spawn_blocking(move || learn(sample, count, share(rows))).await;
         let stopped = |error| Error::caused(FailureKind::ProcessBroken, "choose landmarks", error);
-        let Some(landmarks) = learnt.map_err(stopped)? else { return Ok(false) };
+        let Some(landmarks) = learnt.map_err(stopped)? else { return Ok(()) };
         search_index::put_landmarks(&self.postgres, self.generation, &landmarks).await?;
-        Ok(true)
+        self.compare_all().await
     }
 
     /// Notes the outliers among all vectors.
@@ -195,7 +196,7 @@ mod tests {
         vectors[3] = other.clone();
         let learnt = learn(vectors, 40, 0.01).unwrap();
         assert_eq!(learnt.vectors.len(), 39, "the outlier is no landmark");
-        let is_outlier = |vector: &[f32]| best(vector, learnt.vectors.iter()) < learnt.outlier_below;
+        let is_outlier = |vector: &[f32]| best(vector, &learnt.vectors) < learnt.outlier_below;
         assert!(is_outlier(&other));
         assert!(catalogue(100).into_iter().map(unit).all(|vector| !is_outlier(&vector)), "{learnt:?}");
         // A pair on one subject has 1, a pair on two subjects hardly more than 0.
@@ -213,7 +214,7 @@ mod tests {
     #[test]
     fn equal_vectors_are_no_outliers() {
         let learnt = learn(vec![vec![3.0, 4.0]; 100], 40, 0.01).unwrap();
-        assert!(best(&unit(vec![3.0, 4.0]), learnt.vectors.iter()) >= learnt.outlier_below);
+        assert!(best(&unit(vec![3.0, 4.0]), &learnt.vectors) >= learnt.outlier_below);
         assert!(learn(vec![vec![3.0, 4.0]; 40], 40, 0.01).is_none(), "there is nothing to learn from");
         assert!(learn(Vec::new(), 40, 0.01).is_none());
     }
