@@ -52,6 +52,7 @@ impl VectorTable {
         let Self { table, distance, generation, .. } = self;
         let [first, second, _] = DEPTHS;
         // The outliers are put in order in a query of their own, which cannot go through the lists.
+        // The first step alone decides about the second look, so that each depth decides alike.
         format!(
             "indexed AS MATERIALIZED ( \
                SELECT EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indisvalid \
@@ -64,7 +65,7 @@ impl VectorTable {
                  SELECT v.id, v.embedding {distance} $1 AS distance FROM {table} v WHERE (SELECT NOT i.is_so FROM indexed i) \
                  ORDER BY v.embedding {distance} $1, v.id LIMIT $2)) n), \
              look AS MATERIALIZED ( \
-               SELECT coalesce(1 - (SELECT min(n.distance) FROM near n) < (SELECT s.weak_below \
+               SELECT coalesce(1 - (SELECT min(n.distance) FROM near n WHERE n.place <= {first}) < (SELECT s.weak_below \
                  FROM refarch.search_index s WHERE s.target = {generation}) AND NOT {unless}, false) AS is_due), \
              beside AS MATERIALIZED ( \
                SELECT v.id, v.embedding {distance} $1 AS distance FROM ( \
