@@ -18,7 +18,7 @@ use super::metrics::Metrics;
 const BULK_SHARE: u32 = 8;
 
 /// Speed that is assumed before the first slice was timed, in tokens a second and thread. Low, so
-/// that the first slice is short.
+/// that the first slice is short. The first timing replaces it.
 const FIRST_GUESS: u64 = 2_000;
 
 /// Bulk slices hold at least this many texts, however slow the model: with fewer, reading the weights
@@ -64,7 +64,7 @@ pub struct EmbedScheduler {
     /// One permit a waiting slice.
     waiting: Semaphore,
     slice: Duration,
-    /// Tokens a second of one thread, smoothed.
+    /// Tokens a second of one thread, smoothed; 0 before the first timing.
     speed: AtomicU64,
     metrics: Arc<Metrics>,
     /// Slices that are being embedded.
@@ -81,7 +81,7 @@ impl EmbedScheduler {
             queues: Mutex::default(),
             waiting: Semaphore::new(0),
             slice,
-            speed: AtomicU64::new(FIRST_GUESS),
+            speed: AtomicU64::new(0),
             metrics: Arc::default(),
             in_work: AtomicUsize::new(0),
         }
@@ -104,10 +104,26 @@ impl EmbedScheduler {
         self.embedder.resize(workers).await;
     }
 
-    /// Tokens a second of one thread, as measured.
+    /// Tokens a second of one thread, as measured, or as assumed before the first timing.
     #[must_use]
     pub fn tokens_per_second(&self) -> u64 {
-        self.speed.load(Ordering::Relaxed)
+        match self.speed.load(Ordering::Relaxed) {
+            0 => FIRST_GUESS,
+            measured => measured,
+        }
+    }
+
+    /// Records the time of a slice.
+    fn record_speed(&self, tokens: u64, took_us: u64) {
+        if took_us == 0 {
+            return;
+        }
+        let measured = tokens * 1_000_000 / took_us;
+        let new = match self.speed.load(Ordering::Relaxed) {
+            0 => measured,
+            old => (old * (SMOOTHING - 1) + measured) / SMOOTHING,
+        };
+        self.speed.store(new.max(1), Ordering::Relaxed);
     }
 
     /// Embeds texts in their order; at least one [`Self::work`] must be running.
@@ -198,12 +214,8 @@ impl EmbedScheduler {
             let result = self.embedder.embed(slice.batch).await;
             let took = self.clock.now().saturating_sub(started);
             self.metrics.called_embedder(texts, slice.tokens, took);
-            let took = took.as_micros() as u64;
-            if result.is_ok() && took > 0 {
-                let measured = slice.tokens * 1_000_000 / took;
-                let old = self.tokens_per_second();
-                let new = (old * (SMOOTHING - 1) + measured) / SMOOTHING;
-                self.speed.store(new.max(1), Ordering::Relaxed);
+            if result.is_ok() {
+                self.record_speed(slice.tokens, took.as_micros() as u64);
             }
             // The caller may have been cancelled.
             let _ = slice.done.send(result);
@@ -278,6 +290,19 @@ mod tests {
         for eight in taken.chunks(8) {
             assert_eq!(eight.iter().filter(|tokens| **tokens == 2).count(), 1, "{taken:?}");
         }
+    }
+
+    #[test]
+    fn the_first_timing_replaces_the_guess_and_later_ones_are_smoothed() {
+        let clock = Arc::new(crate::pipeline::clock::BootClock);
+        let scheduler = EmbedScheduler::new(Arc::new(Noting::default()), Duration::from_secs(1), clock);
+        assert_eq!(scheduler.tokens_per_second(), FIRST_GUESS);
+        scheduler.record_speed(400, 10_000);
+        assert_eq!(scheduler.tokens_per_second(), 40_000);
+        scheduler.record_speed(100, 10_000);
+        assert_eq!(scheduler.tokens_per_second(), 32_500);
+        scheduler.record_speed(100, 0);
+        assert_eq!(scheduler.tokens_per_second(), 32_500);
     }
 
     /// Notes what it reads, and how many texts come together.
