@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::catalogue::{
     APPLIED, AVOIDED, BATCHES, BUILD_INFO, CAPTURE_LAG, CLAIMS, CONFLICTS, DEAD_LETTERED, EMBEDDED, EMBEDDER,
     EMBEDDER_TEXTS, FAULT, FRESHNESS, GENERATED, HEARTBEAT_AGE, HEARTBEAT_FAILURES, IN_FLIGHT, INDEX, LEASE,
-    POOL, POOL_MAX, POOL_WAITING, QUEUED, READY, RECEIVED, RETRIES, SCALED, TOKENS, WORKER_INFO,
+    PANICS, POOL, POOL_MAX, POOL_WAITING, QUEUED, READY, RECEIVED, RETRIES, SCALED, TOKENS, WORKER_INFO,
     WORKERS_DESIRED, WORKERS_READY,
 };
 use super::exposition::Samples;
@@ -280,6 +280,7 @@ impl Observed {
         samples.distribution(&EMBEDDER, &[], indexer.embedder.get());
         samples.distribution(&EMBEDDER_TEXTS, &[], indexer.slices.get());
         samples.count(&TOKENS, &[], indexer.tokens.get());
+        samples.count(&PANICS, &[source], indexer.panics.get());
         samples.distribution(&INDEX, &[source, generation, "write"], indexer.writes.get());
         samples.distribution(&INDEX, &[source, generation, "delete"], indexer.deletes.get());
         samples.count(&CONFLICTS, &[source], indexer.conflicts.get());
