@@ -36,7 +36,8 @@ pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
     super::harness::with_model(settings, async |database: &Database, model: &LoadedModel| {
         let backends = process.open_backends(database, settings, Some(model)).await?;
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");
-        work(&backends, settings, model, &process.observed, &process.stop, args.until_idle).await
+        let work = work(&backends, settings, model, &process.observed, &process.stop, args.until_idle);
+        process.exporting(work).await
     })
     .await
 }
@@ -58,7 +59,7 @@ pub async fn work(
     let lost = worker.lost.subscribe();
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
     let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease));
-    let otlp = Otlp::open(&settings.otlp, "embed", &worker.id, &observed.indexer)?;
+    let otlp = Otlp::open(&settings.otlp, "embed", &worker.id)?;
     let pinecone = settings.index.pinecone();
     let indexer = Indexer::new(
         backends.queue.clone(),

@@ -64,7 +64,8 @@ pub async fn run(args: &cli::Up, global: &cli::Global, settings: &Settings) -> a
         let open = async || Backends::open_for(&database.postgres, settings, Some(&model)).await;
         let backends = crate::backend::with_start_retry(settings, open).await?;
         process.observed.watch_backends(&backends);
-        run_roles(args, global, settings, &backends, model, listener, &process).await
+        let roles = run_roles(args, global, settings, &backends, model, listener, &process);
+        process.exporting(roles).await
     })
     .await
 }

@@ -15,6 +15,7 @@ use super::catalogue::{
     WORKERS_DESIRED, WORKERS_READY,
 };
 use super::exposition::Samples;
+use super::fleet::Fleet;
 use super::page_metrics::PageMetrics;
 use super::{fleet, process};
 use crate::backend::Backends;
@@ -77,7 +78,7 @@ pub struct Observed {
     /// Products that it generated.
     pub generated: Arc<Counter>,
     source: String,
-    started: SystemTime,
+    pub(super) started: SystemTime,
     stop: CancellationToken,
     fleet: fleet::Cache,
     parts: Mutex<Parts>,
@@ -182,6 +183,11 @@ impl Observed {
             reasons.extend(check.reasons().await);
         }
         reasons
+    }
+
+    /// The state of the whole fleet, or why it cannot be read. Whoever asks within some seconds gets the same state.
+    pub(in crate::role) async fn fleet(&self, backends: &Backends) -> Result<Arc<Fleet>, Arc<str>> {
+        self.fleet.get(backends).await
     }
 
     /// All metrics.
