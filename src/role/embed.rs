@@ -37,7 +37,7 @@ pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
         let backends = process.open_backends(database, settings, Some(model)).await?;
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");
         let work = work(&backends, settings, model, &process.observed, &process.stop, args.until_idle);
-        process.exporting(work).await
+        process.exporting(Box::pin(work)).await
     })
     .await
 }

@@ -63,7 +63,7 @@ impl Process {
             result
         };
         let (result, ()) =
-            tokio::join!(work, admin::export_until(&self.observed, &self.otlp, &sender, &done));
+            tokio::join!(work, Box::pin(admin::export_until(&self.observed, &self.otlp, &sender, &done)));
         result
     }
 

@@ -26,7 +26,7 @@ pub async fn run(args: &cli::Listen, settings: &Settings) -> anyhow::Result<()> 
                 never = super::embedded_metrics::print(observed, &backends, &settings.log.emf) => match never {},
             }
         };
-        process.exporting(both).await
+        process.exporting(Box::pin(both)).await
     })
     .await
 }

@@ -65,7 +65,7 @@ pub async fn run(args: &cli::Up, global: &cli::Global, settings: &Settings) -> a
         let backends = crate::backend::with_start_retry(settings, open).await?;
         process.observed.watch_backends(&backends);
         let roles = run_roles(args, global, settings, &backends, model, listener, &process);
-        process.exporting(roles).await
+        process.exporting(Box::pin(roles)).await
     })
     .await
 }

@@ -39,11 +39,11 @@ pub async fn export_until(
     let mut failed = false;
     loop {
         let is_last = done.run_until_cancelled(tokio::time::sleep(settings.interval)).await.is_none();
-        let send = async {
+        let turn = async {
             let samples = observed.collect().await;
             sender.send(&request(&samples, observed.role, observed.started)).await
         };
-        let sent = match tokio::time::timeout(TIMEOUT, send).await {
+        let sent = match tokio::time::timeout(TIMEOUT, turn).await {
             Ok(sent) => sent.map_err(|error| chain(&error)),
             Err(_) => Err(format!("it took more than {} s", TIMEOUT.as_secs())),
         };

@@ -45,7 +45,7 @@ pub async fn run(args: &cli::Generate, settings: &Settings) -> anyhow::Result<()
     let process = Process::with_stop("generate", settings, CancellationToken::new()).await?;
     let progress =
         Progress::new("generating products", args.count).counting(Arc::clone(&process.observed.generated));
-    process.exporting(generate(args, settings, progress)).await
+    process.exporting(Box::pin(generate(args, settings, progress))).await
 }
 
 async fn generate(args: &cli::Generate, settings: &Settings, progress: Progress) -> anyhow::Result<()> {

@@ -54,7 +54,7 @@ pub async fn run(settings: &Settings) -> anyhow::Result<()> {
         let address = listener.local_addr()?;
         super::output::print(format!("refarch serves http://{address}\n").as_bytes())?;
         let work = work(listener, &backends, settings, model, &process.observed, &process.stop);
-        process.exporting(work).await
+        process.exporting(Box::pin(work)).await
     })
     .await
 }
