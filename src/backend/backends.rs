@@ -119,7 +119,6 @@ impl Backends {
                         method: index.search,
                         exact_limit: index.exact_limit,
                         recall: index.recall,
-                        exact_below: index.exact_below,
                         build_memory: index.build_memory,
                         graph_min_rows: index.graph_min_rows,
                         graph_max_backlog: index.graph_max_backlog,

@@ -61,11 +61,6 @@ section! {
         /// The part of the true ten nearest that a search through lists should find. More reads more lists. Sampled
         /// each hour, and after a tenth of the rows was written; `refarch status` shows it.
         recall: f64 = 0.99, Between(0, 1);
-        /// Below this cosine similarity of the best match, a search of the page through lists is repeated over all
-        /// vectors, one such search at a time: lists may miss a text that is unlike all others when another text asks
-        /// for it. Among a million products with all-MiniLM-L6-v2, 1 of 100 questions about products is below, and
-        /// nearly every question about something else. 0: never.
-        exact_below: f64 = 0.42, Between(-1, 1);
         /// The most memory that PostgreSQL may use to build lists or a graph (`maintenance_work_mem`), in MiB. A million
         /// vectors need 300 for lists.
         build_memory as "build_memory_mib": u64 = 2048, AtLeast(64);

@@ -42,6 +42,15 @@ impl Retries {
     }
 }
 
+/// Searches of one process that read the outliers too, because their best match was weak.
+#[derive(Debug, Default)]
+pub struct SecondLooks {
+    /// An outlier was the better match.
+    pub found: Counter,
+    /// No outlier was better.
+    pub nothing: Counter,
+}
+
 /// What the relays of one process did.
 #[derive(Debug)]
 pub struct RelayMetrics {

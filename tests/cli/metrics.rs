@@ -110,8 +110,8 @@ fn sample_names(metric: &Metric) -> Vec<String> {
 async fn work(database: &Database, up: &Watched, page: &str) {
     up.becomes_ready().await;
     let client = database.client().await;
-    let lists = "INSERT INTO refarch.search_index (target, lists, probes, probes_at_build, rows, build_ms, built_writes, recall) \
-                 SELECT id, 10, 1, 1, 40, 1, 0, 0.99 FROM refarch.target";
+    let lists = "INSERT INTO refarch.search_index (target, lists, probes, probes_at_build, rows, build_ms, built_writes, recall, outliers) \
+                 SELECT id, 10, 1, 1, 40, 1, 0, 0.99, 1 FROM refarch.target";
     client.batch_execute(lists).await.unwrap();
     let found = up.client.get(format!("{page}/api/v1/search?q=lamp")).send().await.unwrap();
     assert_eq!(found.status(), StatusCode::OK);

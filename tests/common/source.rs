@@ -59,7 +59,6 @@ pub fn graph_options(min_rows: u64) -> pgvector::PgVectorOptions {
         method: refarch::config::SearchMethod::Graph,
         exact_limit: std::time::Duration::from_millis(10),
         recall: 0.99,
-        exact_below: 0.0,
         build_memory: 256,
         graph_min_rows: min_rows,
         graph_max_backlog: min_rows,

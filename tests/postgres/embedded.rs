@@ -144,6 +144,23 @@ async fn the_server_runs_until_the_last_user_leaves() {
     home.assert_stopped();
 }
 
+/// The server is stopped when the last role ends. That is no failure, and nobody is told of one.
+#[tokio::test]
+async fn a_role_that_stops_its_server_complains_of_nothing() {
+    let home = ClusterFolder::new();
+    let bind = format!("127.0.0.1:{}", common::free_port());
+    let up = refarch()
+        .env("REFARCH_RUNTIME_DIR", &home.dir)
+        .args(["up", "--until-synced", "--products", "5", "--workers", "1", "--bind", &bind])
+        .output()
+        .await
+        .unwrap();
+    let log = String::from_utf8_lossy(&up.stderr);
+    assert!(up.status.success(), "{log}");
+    assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
+    home.assert_stopped();
+}
+
 #[tokio::test]
 async fn a_cancelled_start_leaves_no_server() {
     let home = ClusterFolder::new();

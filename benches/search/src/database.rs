@@ -24,7 +24,7 @@ const PRODUCTS: &str = "public.products_with_increment";
 const BUILD_BEGINS_IN: Duration = Duration::from_mins(1);
 
 /// How long refarch may take to describe an index that it has built.
-const DESCRIBED_IN: Duration = Duration::from_mins(1);
+const DESCRIBED_IN: Duration = Duration::from_mins(3);
 
 /// Time between two looks at a build, and between two readings of its memory.
 const LOOK: Duration = Duration::from_millis(20);
@@ -236,7 +236,7 @@ impl Database {
         if !self.client.query_one(has_state, &[]).await?.get::<_, bool>(0) {
             return Ok(Value::Null);
         }
-        // Only lists have a description; it is complete after their first check.
+        // Only lists have a description; it is complete once they are checked and the outliers are found.
         if access_method != "ivfflat" {
             return Ok(Value::Null);
         }
@@ -245,7 +245,9 @@ impl Database {
             let rows = self.client.query("SELECT to_jsonb(s)::text FROM refarch.search_index s", &[]).await?;
             for row in rows {
                 let state: Value = serde_json::from_str(row.get(0))?;
-                if !state["recall"].is_null() {
+                // An older version does not look for outliers.
+                let is_looked_through = state.get("outliers").is_none_or(|outliers| !outliers.is_null());
+                if !state["recall"].is_null() && is_looked_through {
                     return Ok(state);
                 }
             }

@@ -131,7 +131,7 @@ impl PgVector {
             is_degraded = seen.is_degraded,
             "checked how much searches find"
         );
-        Ok(())
+        self.check_outliers(rows, &seen).await
     }
 
     /// Reads the state of the table, of its indexes and of the record of the lists.

@@ -2,13 +2,14 @@
 //!
 //! Each generation has a table: `refarch.vector_N (id, embedding halfvec(d), content_hash)`. A search reads all
 //! vectors, or goes through an index on them: lists (IVFFlat) or a graph (HNSW). [`method`] chooses the
-//! way, and [`maintenance`] builds and checks the index.
+//! way, and [`maintenance`] builds and checks the index. [`outliers`] are rows that lists may miss.
 
 mod build;
 mod index;
 mod maintenance;
 mod method;
 mod observations;
+mod outliers;
 mod quality;
 mod search;
 mod table;

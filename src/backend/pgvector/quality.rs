@@ -61,7 +61,7 @@ fn mixture(a: &[f32], b: &[f32]) -> Vec<f32> {
 
 impl PgVector {
     /// Stored vectors, at random.
-    async fn stored(&self, rows: u64, count: usize) -> Result<Vec<Vec<f32>>> {
+    pub(super) async fn stored(&self, rows: u64, count: usize) -> Result<Vec<Vec<f32>>> {
         // Twenty times as many rows are read, because rows of one page were often written together.
         let percent = (2_000.0 * count as f64 / rows.max(1) as f64).clamp(0.000_1, 100.0);
         let sql = format!(

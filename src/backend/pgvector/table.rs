@@ -10,6 +10,7 @@ use crate::backend::postgres::{Postgres, failure};
 use crate::config::SearchMethod;
 use crate::pipeline::clock::{BootClock, Clock};
 use crate::pipeline::failure::{Error, FailureKind, Result};
+use crate::pipeline::metrics::SecondLooks;
 use crate::pipeline::source_row::ContentSalt;
 
 /// A version of pgvector.
@@ -31,8 +32,6 @@ pub struct PgVectorOptions {
     pub exact_limit: Duration,
     /// The part of the true ten nearest that a search through the lists should find, from 0 to 1.
     pub recall: f64,
-    /// Below this score of the best match, a search through lists is repeated over all vectors.
-    pub exact_below: f64,
     /// The most memory for building an index, in MiB.
     pub build_memory: u64,
     /// From this many vectors on, a graph is built.
@@ -66,6 +65,7 @@ pub struct PgVector {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) builds: Mutex<BuildHistory>,
     pub(super) observations: tokio::sync::Mutex<Observations>,
+    pub(super) second_looks: Arc<SecondLooks>,
 }
 
 /// Reads a version such as `0.8.4`.
@@ -99,6 +99,7 @@ impl PgVector {
             clock: Arc::new(BootClock),
             builds: Mutex::default(),
             observations: tokio::sync::Mutex::default(),
+            second_looks: Arc::default(),
         }
     }
 

@@ -195,10 +195,15 @@ impl PgVector {
         }
         if !write.upsert_ids.is_empty() {
             let schema = self.extension().await?.schema;
+            let (landmarks, is_outlier) = self.outlier_test().await?;
             let sql = format!(
-                "INSERT INTO {table} (id, embedding, content_hash) \
-                 SELECT * FROM unnest($1::text[], $2::{schema}.halfvec[], $3::bytea[]) \
-                 ON CONFLICT (id) DO UPDATE SET embedding = excluded.embedding, content_hash = excluded.content_hash"
+                "WITH {landmarks}, written AS ( \
+                   INSERT INTO {table} (id, embedding, content_hash) \
+                   SELECT * FROM unnest($1::text[], $2::{schema}.halfvec[], $3::bytea[]) \
+                   ON CONFLICT (id) DO UPDATE SET embedding = excluded.embedding, content_hash = excluded.content_hash \
+                   RETURNING id, embedding) \
+                 INSERT INTO refarch.outlier (target, id) SELECT i.target, w.id FROM refarch.search_index i, written w \
+                 WHERE {is_outlier} ON CONFLICT DO NOTHING"
             );
             transaction
                 .execute(&sql, &[&write.upsert_ids, &write.vectors, &write.hashes])

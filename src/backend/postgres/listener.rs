@@ -108,6 +108,8 @@ async fn listen_for_notifications(postgres: Postgres, channel: &'static str, not
                 );
                 POOLER_PAUSE
             }
+            // This process has closed the database, and may have stopped its private server.
+            Err(_) if postgres.pool.is_closed() => return,
             Err(error) => {
                 let error = super::failure("listen", error);
                 warn(&error.to_string());

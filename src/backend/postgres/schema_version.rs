@@ -24,6 +24,7 @@ const MIGRATIONS: &[(i32, &str, &str)] = &[
     (11, "search_index", include_str!("schema/0011_search_index.sql")),
     (12, "counts", include_str!("schema/0012_counts.sql")),
     (13, "scaling", include_str!("schema/0013_scaling.sql")),
+    (14, "outliers", include_str!("schema/0014_outliers.sql")),
 ];
 
 /// The applied migrations: version and checksum. Earlier builds recorded no checksum.

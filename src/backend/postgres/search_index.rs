@@ -35,6 +35,11 @@ pub struct SearchIndex {
     pub skew: Option<f32>,
     /// Whether the lists no longer find enough and are to be built again.
     pub is_degraded: bool,
+    /// Rows whose texts are unlike all others, which searches with a weak best match read too; none while they are
+    /// looked for.
+    pub outliers: Option<i64>,
+    /// A best match with a lower score is weak.
+    pub weak_below: Option<f32>,
     #[serde(skip)]
     pub(crate) probes_at_build: i32,
     #[serde(skip)]
@@ -45,7 +50,8 @@ pub struct SearchIndex {
 }
 
 const COLUMNS: &str = "s.lists, s.probes, s.rows, s.build_ms, s.recall, \
-    extract(epoch FROM now() - s.checked_at)::bigint, s.skew, s.degraded, s.probes_at_build, s.skew_at_build";
+    extract(epoch FROM now() - s.checked_at)::bigint, s.skew, s.degraded, s.outliers, s.weak_below, \
+    s.probes_at_build, s.skew_at_build";
 
 /// Rows that were written to the table of vectors, as the statistics count them.
 fn written(table: &str) -> String {
@@ -66,9 +72,11 @@ fn from_row(row: &Row) -> SearchIndex {
         checked_s: row.get(5),
         skew: row.get(6),
         is_degraded: row.get(7),
-        probes_at_build: row.get(8),
-        skew_at_build: row.get(9),
-        written: row.get(10),
+        outliers: row.get(8),
+        weak_below: row.get(9),
+        probes_at_build: row.get(10),
+        skew_at_build: row.get(11),
+        written: row.get(12),
     }
 }
 
@@ -83,11 +91,11 @@ pub async fn read(postgres: &Postgres, generation: i32) -> Result<Option<SearchI
     Ok(row.map_err(|error| failure("read the record of the lists", error))?.as_ref().map(from_row))
 }
 
-/// Whether a check is due: after an hour, or after a tenth of the rows was written.
+/// Whether a check is due: after an hour, after a tenth of the rows was written, or to look for outliers.
 pub(crate) async fn is_check_due(postgres: &Postgres, generation: i32) -> Result<bool> {
     let sql = format!(
         "SELECT EXISTS (SELECT FROM refarch.search_index s WHERE s.target = $1 \
-           AND (s.checked_at IS NULL OR s.checked_at < now() - interval '1 hour' \
+           AND (s.checked_at IS NULL OR s.outliers IS NULL OR s.checked_at < now() - interval '1 hour' \
              OR abs({written} - s.checked_writes) > greatest(s.rows, 1000) / 10))",
         written = written(&vector_table(generation))
     );
@@ -110,7 +118,7 @@ pub(crate) async fn built(
          ON CONFLICT (target) DO UPDATE SET lists = excluded.lists, probes = excluded.probes, \
            probes_at_build = excluded.probes_at_build, rows = excluded.rows, build_ms = excluded.build_ms, \
            built_writes = excluded.built_writes, built_at = now(), recall = NULL, checked_at = NULL, \
-           skew = NULL, skew_at_build = NULL, degraded = false",
+           skew = NULL, skew_at_build = NULL, degraded = false, outliers = NULL",
         written = written(&vector_table(generation))
     );
     let client = postgres.client().await?;
@@ -143,7 +151,54 @@ pub(crate) async fn checked(postgres: &Postgres, generation: i32, seen: &SearchI
     done.map(drop).map_err(|error| failure("record a check of the lists", error))
 }
 
-/// Removes the record.
+/// Stored vectors with which all others are compared, and what was learnt from them.
+#[derive(Debug)]
+pub(crate) struct Landmarks {
+    /// The landmarks.
+    pub(crate) vectors: Vec<Vec<f32>>,
+    /// A vector is an outlier if its similarity to each landmark is below this.
+    pub(crate) outlier_below: f32,
+    /// The best match of a search is weak below this.
+    pub(crate) weak_below: f32,
+}
+
+/// Records landmarks in the place of earlier ones.
+pub(crate) async fn put_landmarks(postgres: &Postgres, generation: i32, landmarks: &Landmarks) -> Result<()> {
+    let sql = "WITH gone AS (DELETE FROM refarch.landmark WHERE target = $1 AND number > $2), \
+        put AS ( \
+          INSERT INTO refarch.landmark (target, number, embedding) \
+          SELECT i.target, n, ($3::real[])[(n - 1) * $4 + 1 : n * $4] \
+          FROM refarch.search_index i, generate_series(1, $2) n WHERE i.target = $1 \
+          ON CONFLICT (target, number) DO UPDATE SET embedding = excluded.embedding) \
+        UPDATE refarch.search_index SET outlier_below = $5, weak_below = $6 WHERE target = $1";
+    let count = landmarks.vectors.len() as i32;
+    let dimensions = landmarks.vectors.first().map_or(0, Vec::len) as i32;
+    let client = postgres.client().await?;
+    let done = client
+        .execute(
+            sql,
+            &[
+                &generation,
+                &count,
+                &landmarks.vectors.concat(),
+                &dimensions,
+                &landmarks.outlier_below,
+                &landmarks.weak_below,
+            ],
+        )
+        .await;
+    done.map(drop).map_err(|error| failure("record landmarks", error))
+}
+
+/// Records the number of outliers.
+pub(crate) async fn counted_outliers(postgres: &Postgres, generation: i32, outliers: i64) -> Result<()> {
+    let client = postgres.client().await?;
+    let sql = "UPDATE refarch.search_index SET outliers = $2 WHERE target = $1";
+    let done = client.execute(sql, &[&generation, &outliers]).await;
+    done.map(drop).map_err(|error| failure("record the outliers", error))
+}
+
+/// Removes the record, with landmarks and outliers.
 pub(crate) async fn dropped(postgres: &Postgres, generation: i32) -> Result<()> {
     let client = postgres.client().await?;
     let done = client.execute("DELETE FROM refarch.search_index WHERE target = $1", &[&generation]).await;

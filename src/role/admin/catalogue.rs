@@ -169,6 +169,9 @@ metrics! {
     /// Time from a request's head to its answer.
     REQUEST: Histogram "refarch_http_request_seconds" in "seconds" by ["route"] of PAGES;
 
+    /// Searches whose best match was weak, so that they read the texts unlike all others too (see README.md, Search):
+    /// `found` if one of these was the best match, else `nothing`. Missing with an index outside of the database.
+    SECOND_LOOKS: Counter "refarch_search_second_looks_total" by ["outcome"] of PAGES;
     /// Products that were generated.
     GENERATED: Counter "refarch_generated_rows_total" by [] of "`generate`";
 
@@ -204,6 +207,8 @@ metrics! {
     RECALL: Gauge "refarch_search_recall_at_10_ratio" in "ratio" by ["source", "generation"] of REPORTERS;
     /// Whether the lists no longer find enough. Missing without lists.
     DEGRADED: Gauge "refarch_search_lists_degraded" by ["source", "generation"] of REPORTERS;
+    /// Rows whose texts are unlike all others, at the last check. Missing without lists, and until the first check.
+    OUTLIERS: Gauge "refarch_search_outliers" by ["source", "generation"] of REPORTERS;
     /// Whether the continuous proof is on (`audit.period_h`).
     PROOF_ON: Gauge "refarch_proof_on" by ["source", "generation"] of REPORTERS;
     /// Time since the last round of the continuous proof ended. Missing before the first.

@@ -8,8 +8,8 @@ use tokio::sync::Mutex;
 
 use super::catalogue::{
     BACKLOG, BACKLOG_SECONDS, CAPTURE_FAULTS, DEAD_LETTERS, DEGRADED, EXPECTED, FLEET_FAULTS, IN_SYNC,
-    OLDEST, PROOF_AGE, PROOF_DIFFERENCES, PROOF_ON, PROOF_OVERDUE, PROOF_UNREADABLE, RATE, RECALL, RECORDS,
-    ROWS, STATE_READABLE, SYNCED, UNSETTLED, WORKER_THREADS, WORKERS_ALIVE,
+    OLDEST, OUTLIERS, PROOF_AGE, PROOF_DIFFERENCES, PROOF_ON, PROOF_OVERDUE, PROOF_UNREADABLE, RATE, RECALL,
+    RECORDS, ROWS, STATE_READABLE, SYNCED, UNSETTLED, WORKER_THREADS, WORKERS_ALIVE,
 };
 use super::exposition::Samples;
 use crate::backend::Backends;
@@ -127,6 +127,9 @@ impl Fleet {
                 samples.number(&RECALL, of_generation, recall.into());
             }
             samples.count(&DEGRADED, of_generation, u64::from(search.is_degraded));
+            if let Some(outliers) = search.outliers {
+                samples.count(&OUTLIERS, of_generation, outliers.unsigned_abs());
+            }
         }
         let proof = &status.proof;
         samples.count(&PROOF_ON, of_generation, u64::from(!proof.off));

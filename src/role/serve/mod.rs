@@ -73,6 +73,7 @@ pub async fn work(
     let asked = Backends::open_for(&requests, settings, Some(model)).await?;
     let mut products = Products::new(requests.pool.clone(), &asked.generation.table.relation);
     if let Some(vectors) = &asked.vectors {
+        observed.page.watch_second_looks(vectors.second_looks());
         products = products.with_vectors(Arc::clone(vectors));
     }
     products.check().await?;

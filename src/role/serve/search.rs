@@ -156,14 +156,16 @@ async fn rank(app: &App, term: &str, vector: &[f32]) -> Result<Vec<Ranked>, ApiE
     Ok(merge(&exact, &nearest, &app.products.existing(&ids).await?))
 }
 
-/// Exact matches first, in their order. Then the nearest rows that still exist and are no exact match, by
-/// score; equal scores by id.
+/// Exact matches first, in their order. Then the nearest rows that still exist and are no exact match, in the order of
+/// the index; equal scores by id.
 fn merge(exact: &[(i64, Exact)], nearest: &[(i64, f32)], existing: &HashSet<i64>) -> Vec<Ranked> {
     let score = |id| nearest.iter().find(|(near, _)| *near == id).map(|(_, score)| *score);
     let mut seen = HashSet::new();
     let exact = exact.iter().map(|(id, exact)| Ranked { id: *id, score: score(*id), kind: (*exact).into() });
     let mut nearest: Vec<&(i64, f32)> = nearest.iter().filter(|(id, _)| existing.contains(id)).collect();
-    nearest.sort_by(|(a_id, a), (b_id, b)| b.total_cmp(a).then(a_id.cmp(b_id)));
+    for equal in nearest.chunk_by_mut(|(_, a), (_, b)| a.total_cmp(b).is_eq()) {
+        equal.sort_by_key(|(id, _)| *id);
+    }
     let nearest = nearest.into_iter().map(|(id, score)| Ranked {
         id: *id,
         score: Some(*score),
@@ -178,7 +180,7 @@ mod tests {
 
     #[test]
     fn exact_matches_come_first_and_no_row_twice() {
-        let nearest = [(3, 0.7), (1, 0.9), (5, 0.8), (2, 0.7), (8, 0.6)];
+        let nearest = [(1, 0.9), (5, 0.8), (3, 0.7), (2, 0.7), (8, 0.6)];
         let merged = merge(&[(5, Exact::Sku), (9, Exact::Name)], &nearest, &[1, 2, 3, 5].into());
         let short: Vec<_> = merged.iter().map(|ranked| (ranked.id, ranked.kind, ranked.score)).collect();
         assert_eq!(

@@ -12,4 +12,4 @@ pub use legacy::EditedBySku;
 pub use page::{Page, Place};
 pub use search::Found;
 pub use table::{Edit, Edited, Exact, Products};
-pub use vectors::{VectorSource, VectorTable};
+pub use vectors::{SecondLook, VectorSource, VectorTable};
