@@ -1,27 +1,33 @@
 //! Traces and metrics for a collector that speaks OTLP over HTTP.
 //!
 //! Spans come finished from the [`pipeline`](crate::pipeline::trace). They wait in a bounded queue, and a thread of the
-//! SDK sends them. When the queue is full or the collector is away, spans are lost; the work never waits.
+//! SDK sends them. When the queue is full or the collector is away, spans are lost; the work never waits. Metrics are
+//! read when they are sent (`role/admin/otlp.rs`).
 
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
-use opentelemetry::metrics::MeterProvider as _;
 use opentelemetry::trace::{SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState};
 use opentelemetry::{InstrumentationScope, KeyValue};
-use opentelemetry_otlp::{MetricExporter, Protocol, SpanExporter, WithExportConfig as _};
+use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig as _, WithHttpConfig as _};
+use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
 use opentelemetry_sdk::Resource;
-use opentelemetry_sdk::metrics::SdkMeterProvider;
 use opentelemetry_sdk::trace::{BatchSpanProcessor, SpanData, SpanEvents, SpanLinks, SpanProcessor as _};
+use percent_encoding::percent_decode_str;
+use prost::Message as _;
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 
 use crate::config;
-use crate::pipeline::metrics::Metrics;
 use crate::pipeline::trace::{Sampler, Span, SpanSink};
+
+/// How long one sending of metrics may take.
+const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The connection of a role to its collector.
 pub struct Otlp {
     spans: BatchSpanProcessor,
-    meters: SdkMeterProvider,
     share: f64,
 }
 
@@ -31,25 +37,21 @@ impl Otlp {
         settings: &config::Otlp,
         role: &'static str,
         worker: &str,
-        metrics: &Arc<Metrics>,
     ) -> anyhow::Result<Option<Arc<Self>>> {
         if settings.endpoint.is_empty() {
             return Ok(None);
         }
-        let base = settings.endpoint.trim_end_matches('/');
-        let wrong = || "cannot send to the collector of otlp.endpoint";
+        let headers: HashMap<String, String> = headers(settings)?
+            .iter()
+            .filter_map(|(name, value)| Some((name.to_string(), value.to_str().ok()?.to_owned())))
+            .collect();
         let spans = SpanExporter::builder()
             .with_http()
+            .with_headers(headers)
             .with_protocol(Protocol::HttpBinary)
-            .with_endpoint(format!("{base}/v1/traces"))
+            .with_endpoint(address(settings, "/v1/traces"))
             .build()
-            .with_context(wrong)?;
-        let measured = MetricExporter::builder()
-            .with_http()
-            .with_protocol(Protocol::HttpBinary)
-            .with_endpoint(format!("{base}/v1/metrics"))
-            .build()
-            .with_context(wrong)?;
+            .context(WRONG)?;
         let resource = Resource::builder()
             .with_service_name("refarch")
             .with_attributes([
@@ -58,14 +60,9 @@ impl Otlp {
                 KeyValue::new("refarch.role", role),
             ])
             .build();
-        let meters = SdkMeterProvider::builder()
-            .with_periodic_exporter(measured)
-            .with_resource(resource.clone())
-            .build();
-        observe(&meters, metrics);
         let mut spans = BatchSpanProcessor::builder(spans).build();
         spans.set_resource(&resource);
-        Ok(Some(Arc::new(Self { spans, meters, share: settings.sample })))
+        Ok(Some(Arc::new(Self { spans, share: settings.sample })))
     }
 
     /// Chooses the messages that are traced.
@@ -76,12 +73,8 @@ impl Otlp {
 
     /// Sends what waits, for some seconds at most.
     pub async fn close(self: Arc<Self>) {
-        // The SDK blocks until its threads are done.
-        let closed = tokio::task::spawn_blocking(move || {
-            let spans = self.spans.shutdown();
-            spans.and(self.meters.shutdown())
-        });
-        match closed.await {
+        // The SDK blocks until its thread is done.
+        match tokio::task::spawn_blocking(move || self.spans.shutdown()).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, "cannot send the last spans to the collector"),
             Err(error) => tracing::warn!(%error, "cannot send the last spans to the collector"),
@@ -89,35 +82,59 @@ impl Otlp {
     }
 }
 
-/// Offers the counters of a process to each reading.
-fn observe(meters: &SdkMeterProvider, metrics: &Arc<Metrics>) {
-    let meter = meters.meter("refarch");
-    let counted = Arc::clone(metrics);
-    meter
-        .u64_observable_counter("refarch.changes.applied")
-        .with_description("Changes whose outcome is in the index")
-        .with_callback(move |observer| observer.observe(counted.totals().0, &[]))
-        .build();
-    let counted = Arc::clone(metrics);
-    meter
-        .u64_observable_counter("refarch.texts.embedded")
-        .with_description("Texts that went through the model")
-        .with_callback(move |observer| observer.observe(counted.totals().1, &[]))
-        .build();
-    let counted = Arc::clone(metrics);
-    meter
-        .u64_observable_gauge("refarch.freshness")
-        .with_unit("ms")
-        .with_description("Time from statement to searchable, since the start")
-        .with_callback(move |observer| {
-            let freshness = counted.freshness();
-            for (name, quantile) in [("0.5", 0.5), ("0.99", 0.99)] {
-                if let Some(ms) = freshness.quantile(quantile) {
-                    observer.observe(ms, &[KeyValue::new("quantile", name)]);
-                }
-            }
-        })
-        .build();
+/// What is wrong where no exporter can be made.
+const WRONG: &str = "cannot send to the collector of otlp.endpoint";
+
+/// The address of a path of the collector.
+fn address(settings: &config::Otlp, path: &str) -> String {
+    settings.endpoint.trim_end_matches('/').to_owned() + path
+}
+
+/// The headers of the settings: `name=value`, with commas between, percent-encoded.
+fn headers(settings: &config::Otlp) -> anyhow::Result<HeaderMap> {
+    let pairs = settings.headers.expose().split(',').map(str::trim).filter(|pair| !pair.is_empty());
+    let header = |pair: &str| -> Option<(HeaderName, HeaderValue)> {
+        let (name, value) = pair.split_once('=')?;
+        let value = percent_decode_str(value.trim()).decode_utf8().ok()?;
+        let mut value = HeaderValue::from_str(&value).ok()?;
+        value.set_sensitive(true);
+        Some((HeaderName::from_bytes(name.trim().as_bytes()).ok()?, value))
+    };
+    pairs
+        .map(header)
+        .collect::<Option<_>>()
+        .context("otlp.headers are not as in api-key=abc,tenant=shop: correct them")
+}
+
+/// Sends metrics to the collector.
+pub struct MetricsSender {
+    client: reqwest::Client,
+    url: String,
+}
+
+impl MetricsSender {
+    /// The sender; none if there is no collector in the settings. Sends nothing yet.
+    pub fn open(settings: &config::Otlp) -> anyhow::Result<Option<Self>> {
+        if settings.endpoint.is_empty() {
+            return Ok(None);
+        }
+        let client = reqwest::Client::builder()
+            .default_headers(headers(settings)?)
+            .user_agent(concat!("refarch/", env!("CARGO_PKG_VERSION")))
+            .timeout(SEND_TIMEOUT)
+            // The headers would be sent to the new address.
+            .redirect(reqwest::redirect::Policy::none())
+            .build()
+            .context(WRONG)?;
+        Ok(Some(Self { client, url: address(settings, "/v1/metrics") }))
+    }
+
+    /// Sends once.
+    pub async fn send(&self, metrics: &ExportMetricsServiceRequest) -> reqwest::Result<()> {
+        let request = self.client.post(&self.url).header(CONTENT_TYPE, "application/x-protobuf");
+        let answer = request.body(metrics.encode_to_vec()).send().await;
+        answer.and_then(reqwest::Response::error_for_status).map(drop).map_err(reqwest::Error::without_url)
+    }
 }
 
 impl SpanSink for Otlp {

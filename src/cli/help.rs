@@ -37,7 +37,8 @@ backlog by their threads. refarch events shows each decision with its reason.";
 pub(super) const EVENTS_HELP: &str = "\
 Prints time, kind and a sentence for each event, the newest last. Kinds: joined and left (a process of a
 role), scaled (the number of threads or processes was changed, with the reason), ended (a process of
-up --processes ended by itself and is started again), rearmed (change capture), dead_letter.
+up --processes ended by itself and is started again), panicked (a part of embed, started again),
+rearmed (change capture), dead_letter.
 Events are kept for 7 days, those of dead letters for 90.
 
   refarch events                    what happened in the last day

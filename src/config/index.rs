@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use toml::Value;
 
-use super::declare::Rule::{Address, AtLeast, Between, Chooses, Is, OneOf, Variable};
+use super::declare::Rule::{Address, AtLeast, Between, Chooses, Is, OneOf, Seconds, Variable};
 use super::error::ConfigError;
 use super::queue::is_url;
 use super::read::{Section as _, Setting, section};
@@ -96,9 +96,11 @@ section! {
         controller: String = "https://api.pinecone.io", Address, Is(is_url, "use a URL");
         /// How long a request may take. At most half of `indexer.lease_ms`.
         timeout as "timeout_ms": Duration = 5000, AtLeast(1);
-        /// How often, while changes are written, a query learns which writes queries can see. Each is billed as a
-        /// query. Freshness is measured no finer than this.
+        /// Freshness is sampled: a sample of the written changes is followed until a query can see it. This is the
+        /// time between two queries that ask. Each is billed. Freshness is measured no finer than this.
         freshness as "freshness_ms": Duration = 1000, AtLeast(10);
+        /// The time between two samples of a lane, in the whole fleet.
+        freshness_sample as "freshness_sample_s": Duration = 60, Seconds(1, 86_400);
     }
 }
 

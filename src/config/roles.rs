@@ -86,8 +86,10 @@ section! {
     pub struct Scaling in "scaling" {
         /// Workers are added while the changes that wait would take longer than this.
         backlog as "backlog_s": Duration = 10, Seconds(1, 86_400);
-        /// Cooldown: time between two steps that add workers. One step at most doubles their number.
+        /// Cooldown: time between two steps that add workers.
         cooldown_out as "cooldown_out_s": Duration = 30, Seconds(0, 86_400);
+        /// One step multiplies the number of workers by this at most. With 1, it adds one worker.
+        growth: f64 = 2.0, Between(1, 100);
         /// Cooldown: workers end only after fewer were enough for so long.
         cooldown_in as "cooldown_in_s": Duration = 30, Seconds(0, 86_400);
     }

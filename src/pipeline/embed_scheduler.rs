@@ -1,10 +1,13 @@
 //! The order of embedding: slices of two lanes, live slices first.
 
+use std::any::Any;
 use std::collections::VecDeque;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use tokio::sync::{Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -69,6 +72,8 @@ pub struct EmbedScheduler {
     metrics: Arc<Metrics>,
     /// Slices that are being embedded.
     in_work: AtomicUsize,
+    /// Slices that were embedded.
+    embedded: AtomicU64,
 }
 
 impl EmbedScheduler {
@@ -84,6 +89,7 @@ impl EmbedScheduler {
             speed: AtomicU64::new(0),
             metrics: Arc::default(),
             in_work: AtomicUsize::new(0),
+            embedded: AtomicU64::new(0),
         }
     }
 
@@ -97,6 +103,12 @@ impl EmbedScheduler {
     #[must_use]
     pub fn slices(&self) -> usize {
         self.in_work.load(Ordering::Relaxed) + self.waiting.available_permits()
+    }
+
+    /// Slices that were embedded since the start.
+    #[must_use]
+    pub fn embedded(&self) -> u64 {
+        self.embedded.load(Ordering::Relaxed)
     }
 
     /// Tells the embedder that so many [`Self::work`] are running from now on.
@@ -199,32 +211,52 @@ impl EmbedScheduler {
     }
 
     /// Takes slices and embeds them, one at a time, until `retired`. A slice that was taken is embedded to its end.
-    pub async fn work(&self, retired: &CancellationToken) {
+    ///
+    /// # Errors
+    ///
+    /// If the embedder panicked. The texts of the slice have failed then, with the same error.
+    pub async fn work(&self, retired: &CancellationToken) -> Result<()> {
         // The semaphore is never closed.
         while let Some(Ok(permit)) = retired.run_until_cancelled(self.waiting.acquire()).await {
             permit.forget();
             let _in_work = InWork::count(&self.in_work);
             // What comes meanwhile may be live, and goes first.
-            self.embedder.ready().await;
+            let ready = caught(self.embedder.ready()).await;
             let Some(slice) = self.queues().take() else { continue };
             if slice.done.is_closed() {
                 continue;
             }
             let (started, texts) = (self.clock.now(), slice.batch.len());
-            let result = self.embedder.embed(slice.batch).await;
+            let result = match ready {
+                Ok(()) => caught(self.embedder.embed(slice.batch)).await.flatten(),
+                Err(error) => Err(error),
+            };
             let took = self.clock.now().saturating_sub(started);
             self.metrics.called_embedder(texts, slice.tokens, took);
             if result.is_ok() {
+                self.embedded.fetch_add(1, Ordering::Relaxed);
                 self.record_speed(slice.tokens, took.as_micros() as u64);
             }
+            let panic = result.as_ref().err().filter(|error| error.kind() == FailureKind::Panicked);
+            let panic = panic.map(|error| Error::new(error.kind(), error.what(), error.message()));
             // The caller may have been cancelled.
             let _ = slice.done.send(result);
+            if let Some(panic) = panic {
+                return Err(panic);
+            }
         }
+        Ok(())
     }
 
     fn queues(&self) -> MutexGuard<'_, Queues> {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The work's result, or its panic as an error. What the embedder shares with other calls is its own matter.
+async fn caught<T>(work: impl Future<Output = T>) -> Result<T> {
+    let panicked = |payload: Box<dyn Any + Send>| Error::panicked("embed texts", &*payload);
+    AssertUnwindSafe(work).catch_unwind().await.map_err(panicked)
 }
 
 /// A slice that is in work, as long as this exists.
@@ -347,7 +379,7 @@ mod tests {
         let never = CancellationToken::new();
         let embeddings = tokio::select! {
             embeddings = scheduler.embed(Lane::Bulk, texts.clone()) => embeddings.unwrap(),
-            () = scheduler.work(&never) => unreachable!("it goes on for ever"),
+            _ = scheduler.work(&never) => unreachable!("it goes on for ever"),
         };
         let lengths: Vec<usize> = embeddings.iter().map(|embedding| embedding[0] as usize).collect();
         assert_eq!(lengths, texts.iter().map(|text| text.len()).collect::<Vec<_>>(), "in the texts' order");

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+use super::change::Lane;
 use super::embedder::Embedding;
 use super::failure::Result;
 use super::source_row::{Hash, SourceRow};
@@ -220,6 +221,15 @@ pub trait IndexFreshness: Send + Sync {
 
     /// The mark up to which a query finds what was written. Asks the index.
     async fn searchable_up_to(&self) -> Result<u64>;
+}
+
+/// Whose turn it is to learn when queries find what was written. Each question to the index is paid for, so a
+/// fleet asks about few writes.
+#[async_trait]
+pub trait FreshnessTurns: Send + Sync {
+    /// Takes the turn to follow what was just written in a lane. False if a worker of the fleet took it a
+    /// short time ago.
+    async fn take(&self, lane: Lane) -> Result<bool>;
 }
 
 /// The ownership record: a note beside the records of an index that names the database it belongs to.

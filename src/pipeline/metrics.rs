@@ -100,6 +100,8 @@ pub struct Metrics {
     pub slices: Distribution,
     /// Tokens that the embedder read.
     pub tokens: Counter,
+    /// Tasks that panicked.
+    pub panics: Counter,
     /// Time of one write of records to the index, in seconds.
     pub writes: Distribution,
     /// Time of one delete of records from the index, in seconds.
@@ -140,6 +142,7 @@ impl Default for Metrics {
             embedder: Distribution::new(REQUEST_S),
             slices: Distribution::new(BATCH),
             tokens: Counter::default(),
+            panics: Counter::default(),
             writes: Distribution::new(REQUEST_S),
             deletes: Distribution::new(REQUEST_S),
             receive_retries: Retries::default(),

@@ -17,7 +17,8 @@
 //! # The rules
 //!
 //! - **Out**: to as many workers as finish the backlog within the target. Workers that are starting count, so
-//!   a slow start adds no more workers than the backlog asks for. A worker that adds no throughput is the
+//!   a slow start adds no more workers than the backlog asks for. One step multiplies them by
+//!   [`Policy::growth`] at most. A worker that adds no throughput is the
 //!   last one for [`NO_GAIN_FOR`]. While nothing gets through (an outage), no worker is added.
 //! - **In**: to the most workers that were wanted during a whole cooldown. As many stay as do what arrives
 //!   with [`UTILIZATION`] of their speed, and as many as hold work now. So a steady load makes no circle of
@@ -40,7 +41,7 @@ use rate::RateMeter;
 pub use decision::{Decision, Measured, Reason};
 pub use gauges::ScalingGauges;
 pub use observation::Observation;
-pub use policy::{Metric, Policy};
+pub use policy::{GROWTH, Metric, Policy};
 
 /// The metric must be this much above its target before workers are added, so that noise adds none.
 const TOLERANCE: f64 = 1.1;
@@ -95,11 +96,12 @@ pub struct Scaler {
 
 impl Scaler {
     /// A scaler that has seen nothing yet. Bounds that contradict each other are mended: at least one worker,
-    /// and no fewer at most than at least.
+    /// and no fewer at most than at least. So is a growth that bounds nothing.
     #[must_use]
     pub fn new(mut policy: Policy) -> Self {
         policy.least = policy.least.max(1);
         policy.most = policy.most.max(policy.least);
+        policy.growth = if policy.growth.is_finite() { policy.growth.max(1.0) } else { GROWTH };
         Self {
             policy,
             meter: RateMeter::default(),

@@ -3,14 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 
 use super::admin::Observed;
 use super::harness::Process;
 use super::retention;
 use super::scaling::{self, Threads};
+use crate::backend::postgres::freshness_turns::SharedTurns;
 use crate::backend::postgres::worker_registry::WorkerRegistration;
-use crate::backend::postgres::{ownership, worker_lock};
+use crate::backend::postgres::{event, ownership, worker_lock};
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
@@ -33,7 +36,8 @@ pub async fn run(args: &cli::Embed, settings: &Settings) -> anyhow::Result<()> {
     super::harness::with_model(settings, async |database: &Database, model: &LoadedModel| {
         let backends = process.open_backends(database, settings, Some(model)).await?;
         tracing::info!(workers = settings.indexer.worker_count(), "embedding");
-        work(&backends, settings, model, &process.observed, &process.stop, args.until_idle).await
+        let work = work(&backends, settings, model, &process.observed, &process.stop, args.until_idle);
+        process.exporting(Box::pin(work)).await
     })
     .await
 }
@@ -55,7 +59,8 @@ pub async fn work(
     let lost = worker.lost.subscribe();
     let clock: Arc<dyn Clock> = Arc::new(BootClock);
     let lease = Arc::new(Lease::new(Arc::clone(&clock), settings.indexer.lease));
-    let otlp = Otlp::open(&settings.otlp, "embed", &worker.id, &observed.indexer)?;
+    let otlp = Otlp::open(&settings.otlp, "embed", &worker.id)?;
+    let pinecone = settings.index.pinecone();
     let indexer = Indexer::new(
         backends.queue.clone(),
         Arc::clone(&backends.ledger) as _,
@@ -71,12 +76,20 @@ pub async fn work(
             poll: settings.indexer.poll,
             max_receives: settings.queue.max_receives,
             settle: settings.indexer.attempt(),
-            freshness_poll: settings.index.pinecone().map_or(Duration::ZERO, |index| index.freshness),
+            freshness_poll: pinecone.map_or(Duration::ZERO, |index| index.freshness),
             start_timeout: settings.database.connect_timeout,
         },
     )
     .reporting(Arc::clone(&worker.faults))
     .tracing(otlp.clone().map(|otlp| otlp as _));
+    let indexer = match pinecone.map(|index| index.freshness_sample) {
+        None => indexer,
+        Some(every) => indexer.sampling(Arc::new(SharedTurns::new(
+            backends.postgres.clone(),
+            backends.generation.id,
+            every,
+        ))),
+    };
     let indexer = Arc::new(indexer);
     let abort = shutdown::after_grace(stop, settings.runtime.grace);
     let work_ended = CancellationToken::new();
@@ -127,8 +140,9 @@ pub async fn work(
     // On the heap, because the futures of the roles are nested.
     let both = Box::pin(async {
         claim_ownership(backends, settings, &worker, &*clock, stop).await?;
-        let aside =
-            Box::pin(async { tokio::join!(proof, scaling, retention::run_until(backends, &work_ended)) });
+        let retention = retention::run_until(backends, &work_ended);
+        let panics = record_panics(backends, &worker.id, indexer.panics(), &work_ended);
+        let aside = Box::pin(async { tokio::join!(proof, scaling, retention, panics) });
         let (done, alive, ours, _) = tokio::join!(work, worker_lock, ownership, aside);
         Ok(done.and(alive).and(ours)?)
     });
@@ -138,6 +152,29 @@ pub async fn work(
         otlp.close().await;
     }
     result
+}
+
+/// Records panics as events until `stop`, those before it included.
+async fn record_panics(
+    backends: &Backends,
+    worker: &str,
+    mut panics: broadcast::Receiver<String>,
+    stop: &CancellationToken,
+) {
+    loop {
+        let text = match stop.run_until_cancelled(panics.recv()).await {
+            Some(Ok(text)) => text,
+            Some(Err(RecvError::Lagged(_))) => continue,
+            Some(Err(RecvError::Closed)) => return,
+            None => match panics.try_recv() {
+                Ok(text) => text,
+                Err(_) => return,
+            },
+        };
+        if let Err(error) = event::record_panic(&backends.postgres, worker, &text).await {
+            tracing::warn!(%error, "cannot record a panic");
+        }
+    }
 }
 
 /// Claims the ownership of the index for this database. Retries until the index answers or `stop`, which also ends

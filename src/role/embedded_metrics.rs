@@ -8,16 +8,13 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
+use super::admin::Observed;
 use crate::backend::Backends;
-use crate::backend::postgres::throughput;
+use crate::backend::postgres::status::Status;
 use crate::pipeline::backlog::backlog_seconds;
-use crate::pipeline::failure::Result;
 
 /// Time between two lines. CloudWatch keeps a value for each minute, and one late line must not leave a gap.
 const EVERY: Duration = Duration::from_secs(20);
-
-/// How long a read may take.
-const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The namespace of the metrics.
 const NAMESPACE: &str = "refarch";
@@ -29,20 +26,18 @@ const DIMENSION: &str = "Deployment";
 type Metric = (&'static str, &'static str, Option<f64>);
 
 /// Prints a line again and again, until it is dropped. Without a deployment it prints nothing.
-pub(super) async fn print(backends: &Backends, deployment: &str) -> Infallible {
+pub(super) async fn print(observed: &Observed, backends: &Backends, deployment: &str) -> Infallible {
     if deployment.is_empty() {
         return std::future::pending().await;
     }
     let mut failed = false;
     loop {
-        let read = tokio::time::timeout(TIMEOUT, read(backends)).await;
-        let error = match read {
-            Ok(Ok(metrics)) => {
-                let line = line(deployment, Timestamp::now(), &metrics);
+        let error = match observed.fleet(backends).await {
+            Ok(fleet) => {
+                let line = line(deployment, Timestamp::now(), &metrics(&fleet.status, fleet.rate));
                 super::output::print(format!("{line}\n").as_bytes()).err().map(|error| error.to_string())
             }
-            Ok(Err(error)) => Some(error.to_string()),
-            Err(_) => Some(format!("no answer within {} s", TIMEOUT.as_secs())),
+            Err(error) => Some(error.to_string()),
         };
         match &error {
             Some(error) if !failed => tracing::warn!(error, "metrics for CloudWatch are not written"),
@@ -54,14 +49,12 @@ pub(super) async fn print(backends: &Backends, deployment: &str) -> Infallible {
     }
 }
 
-/// Reads the metrics.
-async fn read(backends: &Backends) -> Result<Vec<Metric>> {
-    let status = backends.status().await?;
-    let rate = throughput::recent(&backends.postgres).await?;
+/// The metrics of a state of the fleet, in which it applies so many changes a second.
+fn metrics(status: &Status, rate: Option<f64>) -> Vec<Metric> {
     let outstanding = status.outstanding();
     let seconds = |ms: Option<u64>| ms.map(|ms| ms as f64 / 1000.0);
     let proof = &status.proof;
-    Ok(vec![
+    vec![
         ("BacklogChanges", "Count", Some(outstanding as f64)),
         ("BacklogSeconds", "Seconds", known_seconds(outstanding, rate)),
         ("ChangesPerSecond", "Count/Second", Some(rate.unwrap_or_default())),
@@ -72,7 +65,7 @@ async fn read(backends: &Backends) -> Result<Vec<Metric>> {
         ("ProofAge", "Seconds", proof.age_s.map(|age| age as f64)),
         ("ProofOverdue", "Count", (!proof.off).then(|| f64::from(u8::from(proof.overdue)))),
         ("Faults", "Count", Some((status.faults.len() + status.capture_faults.len()) as f64)),
-    ])
+    ]
 }
 
 /// The backlog in seconds; none if changes wait and no rate is known, because 0 would remove workers.

@@ -11,7 +11,8 @@ use super::admin::{self, Observed};
 use crate::backend::postgres::generation;
 use crate::backend::postgres::worker_registry::WorkerRegistration;
 use crate::backend::{self, Backends, Database, LoadedModel};
-use crate::config::{EmbedderKind, Settings};
+use crate::config::{self, EmbedderKind, Settings};
+use crate::otlp::MetricsSender;
 use crate::pipeline::clock::BootClock;
 use crate::pipeline::failure::Result;
 use crate::pipeline::metrics::Metrics;
@@ -25,6 +26,7 @@ pub(super) struct Process {
     pub(super) stop: CancellationToken,
     /// What is watched.
     pub(super) observed: Arc<Observed>,
+    otlp: config::Otlp,
     _admin: Option<AbortOnDropHandle<()>>,
 }
 
@@ -45,7 +47,24 @@ impl Process {
             Some(address) => Some(admin::start(address, &observed).await?.1),
             None => None,
         };
-        Ok(Self { stop, observed, _admin: admin })
+        Ok(Self { stop, observed, otlp: settings.otlp.clone(), _admin: admin })
+    }
+
+    /// Does the work, and sends metrics to the collector of the settings meanwhile, the last ones after the work.
+    pub(super) async fn exporting<T>(
+        &self,
+        work: impl Future<Output = anyhow::Result<T>>,
+    ) -> anyhow::Result<T> {
+        let Some(sender) = MetricsSender::open(&self.otlp)? else { return work.await };
+        let done = CancellationToken::new();
+        let work = async {
+            let result = work.await;
+            done.cancel();
+            result
+        };
+        let (result, ()) =
+            tokio::join!(work, Box::pin(admin::export_until(&self.observed, &self.otlp, &sender, &done)));
+        result
     }
 
     /// Opens the backends, and watches them.

@@ -19,10 +19,14 @@ pub async fn run(args: &cli::Listen, settings: &Settings) -> anyhow::Result<()> 
     super::harness::with_database(settings, async |database: &Database| {
         let backends = process.open_backends(database, settings, None).await?;
         tracing::info!(source = settings.source.name, table = settings.source.table, "capturing changes");
-        tokio::select! {
-            result = work(&backends, settings, &process.observed, &process.stop, args.until_idle) => result,
-            never = super::embedded_metrics::print(&backends, &settings.log.emf) => match never {},
-        }
+        let observed = &process.observed;
+        let both = async {
+            tokio::select! {
+                result = work(&backends, settings, observed, &process.stop, args.until_idle) => result,
+                never = super::embedded_metrics::print(observed, &backends, &settings.log.emf) => match never {},
+            }
+        };
+        process.exporting(Box::pin(both)).await
     })
     .await
 }
@@ -36,7 +40,7 @@ pub async fn work(
     until_idle: bool,
 ) -> anyhow::Result<()> {
     let worker = super::harness::register(backends, settings, "listen", 1, &Arc::default()).await?;
-    let otlp = Otlp::open(&settings.otlp, "listen", &worker.id, &Arc::default())?;
+    let otlp = Otlp::open(&settings.otlp, "listen", &worker.id)?;
     let mut relay = Relay::new(
         backends.outbox(),
         Arc::clone(&backends.queue.stats),

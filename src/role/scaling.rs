@@ -21,16 +21,12 @@ use crate::pipeline::scaling::{Decision, Observation, Policy, Scaler};
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const LOOK_EVERY_IDLE: Duration = Duration::from_secs(5);
 
-/// One step at most multiplies the workers by this. They share one machine, so each step shows whether the
-/// one before made anything faster.
-const GROWTH: f64 = 2.0;
-
 /// The policy of the settings, for so many workers.
 pub(super) fn policy(settings: &Scaling, least: usize, most: usize) -> Policy {
     Policy {
         cooldown_out: settings.cooldown_out,
         cooldown_in: settings.cooldown_in,
-        growth: GROWTH,
+        growth: settings.growth,
         ..Policy::backlog(settings.backlog.as_secs_f64(), least, most)
     }
 }

@@ -3,10 +3,11 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use crate::backend::postgres::status::Status;
+use crate::backend::postgres::status::{Freshness, Status};
 use crate::backend::{Backends, Database};
 use crate::cli;
 use crate::config::Settings;
+use crate::pipeline::failure::Class;
 use crate::pipeline::queue::Backlog;
 use crate::shutdown;
 
@@ -19,9 +20,17 @@ pub async fn run(args: &cli::Status, settings: &Settings) -> anyhow::Result<()> 
     super::harness::with_database(settings, async |database: &Database| {
         let backends = Backends::open_read_only(&database.postgres, settings).await?;
         loop {
-            let status = backends.status().await?;
-            let text = if args.json { serde_json::to_string(&status)? + "\n" } else { text(&status) };
-            super::output::print(text.as_bytes())?;
+            match backends.status().await {
+                Ok(status) => {
+                    let text = if args.json { serde_json::to_string(&status)? + "\n" } else { text(&status) };
+                    super::output::print(text.as_bytes())?;
+                }
+                // A database that restarts is soon back.
+                Err(error) if args.watch && error.class() == Class::Retryable => {
+                    tracing::warn!(%error, "cannot read the status yet");
+                }
+                Err(error) => return Err(error.into()),
+            }
             if !args.watch || stop.run_until_cancelled(tokio::time::sleep(WATCH_EVERY)).await.is_none() {
                 return Ok(());
             }
@@ -55,6 +64,10 @@ fn indexed(status: &Status) -> String {
 pub fn text(status: &Status) -> String {
     let about = |estimated| if estimated { "about " } else { "" };
     let ms = |value: Option<u64>| value.map_or_else(|| "-".into(), |ms| format!("{ms} ms"));
+    let freshness = |lane: Freshness| match lane.changes {
+        0 => "p50 -, p99 -".to_owned(),
+        changes => format!("p50 {}, p99 {} of {changes} changes", ms(lane.p50), ms(lane.p99)),
+    };
     let lane = |lane: Backlog| {
         format!("{}{} visible, {} in flight", about(lane.estimated), lane.visible, lane.in_flight)
     };
@@ -66,8 +79,8 @@ pub fn text(status: &Status) -> String {
          queue, live    {}\n\
          queue, bulk    {}\n\
          dead letters   {}\n\
-         freshness      p50 {}, p99 {} (last 5 minutes)\n\
-         bulk freshness p50 {}, p99 {}\n",
+         freshness      {} (last 5 minutes)\n\
+         bulk freshness {}\n",
         about(status.source_rows_estimated),
         status.source_rows,
         about(status.in_sync_estimated),
@@ -80,10 +93,8 @@ pub fn text(status: &Status) -> String {
         lane(status.queue.live),
         lane(status.queue.bulk),
         status.dead_letters,
-        ms(status.freshness_ms.live.p50),
-        ms(status.freshness_ms.live.p99),
-        ms(status.freshness_ms.bulk.p50),
-        ms(status.freshness_ms.bulk.p99),
+        freshness(status.freshness_ms.live),
+        freshness(status.freshness_ms.bulk),
     );
     for fault in &status.capture_faults {
         // Writing to a string can't fail.

@@ -12,10 +12,15 @@ use tokio_util::sync::CancellationToken;
 use super::generate;
 use super::harness::Process;
 use super::progress::Progress;
+use crate::backend::postgres;
+use crate::backend::postgres::status::{Freshness, Status};
 use crate::backend::{Backends, Database, LoadedModel};
 use crate::cli;
 use crate::config::Settings;
+use crate::pipeline::clock::BootClock;
+use crate::pipeline::failure::{Class, Result};
 use crate::pipeline::metrics::Metrics;
+use crate::pipeline::retry::{Backoff, FatalPolicy};
 use crate::telemetry;
 
 /// Time between two reads of the status for the progress line.
@@ -36,7 +41,7 @@ struct Summary {
     /// Embedded texts per second.
     docs_per_s: f64,
     /// Time from statement to searchable.
-    freshness_ms: crate::backend::postgres::status::Freshness,
+    freshness_ms: Freshness,
     /// Largest resident set of the process.
     peak_memory_mib: u64,
 }
@@ -56,9 +61,11 @@ pub async fn run(args: &cli::Up, global: &cli::Global, settings: &Settings) -> a
         for warning in report.warnings {
             tracing::warn!(warning, "migrated");
         }
-        let backends = Backends::open_for(&database.postgres, settings, Some(&model)).await?;
+        let open = async || Backends::open_for(&database.postgres, settings, Some(&model)).await;
+        let backends = crate::backend::with_start_retry(settings, open).await?;
         process.observed.watch_backends(&backends);
-        run_roles(args, global, settings, &backends, model, listener, &process).await
+        let roles = run_roles(args, global, settings, &backends, model, listener, &process);
+        process.exporting(Box::pin(roles)).await
     })
     .await
 }
@@ -114,13 +121,15 @@ async fn run_roles(
     }
     let foreground = async {
         let started = Instant::now();
-        load_if_empty(settings, backends, &stop).await?;
-        wait_until_synced(backends, &stop).await?;
+        let mut reader = Reader { fatal: fatal_policy(settings), stop: &stop };
+        load_if_empty(settings, backends, &mut reader).await?;
+        wait_until_synced(backends, &mut reader).await?;
         if stop.is_cancelled() {
             return Ok(());
         }
         if args.until_synced {
-            return summarize(args, backends, &process.observed.indexer, started.elapsed()).await;
+            let Some(status) = reader.status(backends).await? else { return Ok(()) };
+            return summarize(args, &status, &process.observed.indexer, started.elapsed());
         }
         super::output::print(format!("refarch is up: http://{address}  (Ctrl-C stops it)\n").as_bytes())?;
         stop.cancelled().await;
@@ -142,22 +151,69 @@ async fn run_roles(
     result
 }
 
+fn fatal_policy(settings: &Settings) -> FatalPolicy {
+    FatalPolicy::new(&BootClock, settings.database.connect_timeout, false)
+}
+
+/// Reads from the database, and goes on when a read fails: the roles beside it go on too, and a database that
+/// restarts is soon back.
+struct Reader<'a> {
+    fatal: FatalPolicy,
+    stop: &'a CancellationToken,
+}
+
+impl Reader<'_> {
+    /// The result of a read that succeeds; none on `stop`.
+    async fn read<T>(&mut self, work: impl AsyncFn() -> Result<T>) -> Result<Option<T>> {
+        let mut backoff = Backoff::default();
+        loop {
+            let Some(result) = self.stop.run_until_cancelled(work()).await else { return Ok(None) };
+            let error = match result {
+                Ok(value) => {
+                    self.fatal.worked();
+                    return Ok(Some(value));
+                }
+                Err(error) if error.class() == Class::Permanent || self.fatal.ends(&error, &BootClock) => {
+                    return Err(error);
+                }
+                Err(error) => error,
+            };
+            let pause = backoff.next(&BootClock);
+            if backoff.failures() == 1 {
+                tracing::warn!(%error, "cannot read the status: trying again until a read succeeds");
+            }
+            if self.stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+                return Ok(None);
+            }
+        }
+    }
+
+    async fn status(&mut self, backends: &Backends) -> Result<Option<Status>> {
+        self.read(async || backends.status().await).await
+    }
+}
+
 /// Loads products if the table is empty.
 async fn load_if_empty(
     settings: &Settings,
     backends: &Backends,
-    stop: &CancellationToken,
+    reader: &mut Reader<'_>,
 ) -> anyhow::Result<()> {
     let table = &backends.generation.table.relation;
-    let client = backends.postgres.client().await?;
     let sql = format!("SELECT NOT EXISTS (SELECT FROM {table})");
-    let empty: bool = client.query_one(&sql, &[]).await.context("check whether the table is empty")?.get(0);
-    if !empty || settings.up.products == 0 {
+    let is_empty = async || {
+        let client = backends.postgres.client().await?;
+        let row = client.query_one(&sql, &[]).await;
+        Ok(row.map_err(postgres::fail("check whether the table is empty"))?.get(0))
+    };
+    let is_empty: Option<bool> = reader.read(is_empty).await?;
+    if is_empty != Some(true) || settings.up.products == 0 {
         return Ok(());
     }
+    let client = backends.postgres.client().await?;
     let progress = Progress::new("loading products", settings.up.products);
     let load = generate::load(&client, table, settings.up.products, SEED, &progress);
-    if let Some(loaded) = stop.run_until_cancelled(load).await {
+    if let Some(loaded) = reader.stop.run_until_cancelled(load).await {
         loaded?;
     }
     progress.finish();
@@ -165,8 +221,8 @@ async fn load_if_empty(
 }
 
 /// Shows progress until every row is searchable, or only dead letters are left.
-async fn wait_until_synced(backends: &Backends, stop: &CancellationToken) -> anyhow::Result<()> {
-    let mut status = backends.status().await?;
+async fn wait_until_synced(backends: &Backends, reader: &mut Reader<'_>) -> anyhow::Result<()> {
+    let Some(mut status) = reader.status(backends).await? else { return Ok(()) };
     if status.is_synced() {
         return Ok(());
     }
@@ -184,23 +240,20 @@ async fn wait_until_synced(backends: &Backends, stop: &CancellationToken) -> any
         }
         progress.set_total(status.source_rows);
         progress.set(status.in_sync);
-        if stop.run_until_cancelled(tokio::time::sleep(POLL_INTERVAL)).await.is_none() {
+        if reader.stop.run_until_cancelled(tokio::time::sleep(POLL_INTERVAL)).await.is_none() {
             return Ok(());
         }
-        status = backends.status().await?;
+        match reader.status(backends).await? {
+            Some(read) => status = read,
+            None => return Ok(()),
+        }
     }
     progress.set(status.in_sync);
     progress.finish();
     Ok(())
 }
 
-async fn summarize(
-    args: &cli::Up,
-    backends: &Backends,
-    metrics: &Metrics,
-    took: Duration,
-) -> anyhow::Result<()> {
-    let status = backends.status().await?;
+fn summarize(args: &cli::Up, status: &Status, metrics: &Metrics, took: Duration) -> anyhow::Result<()> {
     let (_, embedded) = metrics.totals();
     let freshness = metrics.freshness();
     let summary = Summary {

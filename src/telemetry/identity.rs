@@ -18,7 +18,8 @@ pub fn identify(worker: &str) {
 }
 
 /// The name of the process's worker.
-pub(super) fn worker() -> String {
+#[must_use]
+pub fn worker() -> String {
     WORKER.read().unwrap_or_else(PoisonError::into_inner).clone()
 }
 

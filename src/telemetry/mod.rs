@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 use crate::config::Log;
 use crate::secret::{Redacting, without_secrets};
 
-pub use identity::{identify, service_of};
+pub use identity::{identify, service_of, worker};
 use json_lines::{JsonLine, JsonLines};
 
 /// Whether everything that is written to standard error is JSON.

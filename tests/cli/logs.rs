@@ -90,6 +90,12 @@ impl Services {
             ("REFARCH_EMBEDDER_API_KEY", key()),
             ("REFARCH_SERVE_EDIT_TOKEN", key()),
             ("REFARCH_LOG_FORMAT", "json".into()),
+            // A collector that does not answer, so that errors tell its address.
+            ("REFARCH_OTLP_ENDPOINT", format!("http://user:{SECRET}@127.0.0.1:1")),
+            ("OTEL_EXPORTER_OTLP_HEADERS", format!("api-key={SECRET}")),
+            ("OTEL_METRIC_EXPORT_INTERVAL", "500".into()),
+            ("REFARCH_OTLP_SAMPLE", "1".into()),
+            ("REFARCH_LOG_EMF", "shop".into()),
             // Everything that refarch logs, not only what it logs by default.
             ("REFARCH_LOG_LEVEL", "info,refarch=trace".into()),
         ];
@@ -234,6 +240,13 @@ async fn no_role_writes_a_secret_or_a_row() {
     run(&mut written, &["up", "--until-synced", "--bind", &bind, "--admin", "127.0.0.1:0"], 0).await;
     run(&mut written, &["verify", "--sample", "5"], 0).await;
     run(&mut written, &["config"], 0).await;
+    run(&mut written, &["events"], 0).await;
+    run(&mut written, &["psql", "-c", "SELECT id FROM products_with_increment"], 0).await;
+    run(&mut written, &["health"], 1).await;
+    run(&mut written, &["plan", "--records", "1k"], 0).await;
+    // Some seconds, in a world of its own. What it finds is not the matter here.
+    let chaos = ["chaos", "--products", "20", "--minutes", "0.05", "--no-proof", "--faults", "kill"];
+    services.run(&mut written, &chaos).await;
     run(&mut written, &["migrate", "--uninstall"], 2).await;
     // Errors of services tell their addresses.
     let mut command = services.refarch(&["embed"]);

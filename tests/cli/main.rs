@@ -7,4 +7,5 @@ mod cli;
 mod health;
 mod logs;
 mod metrics;
+mod plan;
 mod setup;

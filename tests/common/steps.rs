@@ -8,6 +8,7 @@ use refarch::backend::{self, Backends, LoadedModel};
 use refarch::config::Settings;
 use refarch::pipeline::clock::BootClock;
 use refarch::pipeline::embed_scheduler::EmbedScheduler;
+use refarch::pipeline::embedder::Embedder;
 use refarch::pipeline::fault::FaultBoard;
 use refarch::pipeline::indexer::{self, Indexer};
 use refarch::pipeline::lease::Lease;
@@ -44,6 +45,15 @@ pub struct SyncFixture {
 impl SyncFixture {
     /// Runs the SQL `setup`, with the settings of these environment variables.
     pub async fn new(setup: &str, env: &[(&str, &str)]) -> Self {
+        Self::with_embedder(setup, env, |embedder| embedder).await
+    }
+
+    /// The same, with an embedder around the model's.
+    pub async fn with_embedder(
+        setup: &str,
+        env: &[(&str, &str)],
+        around: impl FnOnce(Arc<dyn Embedder>) -> Arc<dyn Embedder>,
+    ) -> Self {
         let settings = settings(env);
         let database = Database::create().await;
         let client = database.client().await;
@@ -51,17 +61,24 @@ impl SyncFixture {
         let postgres = database.postgres(&settings);
         // Boxed, since these futures are large.
         Box::pin(backend::migrate(&postgres, &settings)).await.unwrap();
-        Box::pin(Self::over(database, settings, client, postgres)).await
+        let embedder = around(model(&settings).await.start(1));
+        Box::pin(Self::over(database, settings, client, postgres, embedder)).await
     }
 
     /// By other connections to the same database.
     pub async fn by(self, postgres: Postgres) -> Self {
-        Box::pin(Self::over(self.database, self.settings, self.client, postgres)).await
+        let embedder = model(&self.settings).await.start(1);
+        Box::pin(Self::over(self.database, self.settings, self.client, postgres, embedder)).await
     }
 
-    async fn over(database: Database, settings: Settings, client: Client, postgres: Postgres) -> Self {
+    async fn over(
+        database: Database,
+        settings: Settings,
+        client: Client,
+        postgres: Postgres,
+        embedder: Arc<dyn Embedder>,
+    ) -> Self {
         let backends = Backends::open(&postgres, &settings).await.unwrap();
-        let model = model(&settings).await;
         let relay = Mutex::new(Relay::new(
             backends.outbox(),
             Arc::clone(&backends.queue.stats),
@@ -81,7 +98,7 @@ impl SyncFixture {
             backends.queue.clone(),
             Arc::clone(&backends.ledger) as _,
             Arc::clone(&backends.index),
-            EmbedScheduler::new(model.start(1), Duration::from_millis(50), Arc::new(BootClock)),
+            EmbedScheduler::new(embedder, Duration::from_millis(50), Arc::new(BootClock)),
             Arc::clone(&metrics),
             Arc::new(Lease::new(Arc::new(BootClock), Duration::from_secs(10))),
             indexer::IndexerOptions {

@@ -141,7 +141,7 @@ impl Run {
             });
         }
         let embedding = Arc::clone(&indexer);
-        self.executor.spawn(process, async move { embedding.embed_slices().await });
+        self.executor.spawn(process, async move { embedding.embed_slices().await.unwrap() });
         let sweeping = clock.clone();
         self.executor.spawn(process, async move {
             loop {

@@ -73,7 +73,7 @@ impl Lanes {
                 ended.lock().unwrap().push(result);
             });
         }
-        executor.spawn(0, async move { indexer.embed_slices().await });
+        executor.spawn(0, async move { indexer.embed_slices().await.unwrap() });
         executor.spawn(0, async move {
             lease.begin(clock.now());
             loop {

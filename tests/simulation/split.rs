@@ -43,7 +43,7 @@ fn apply(kind: IndexKind, rows: &[bool]) -> (Arc<Mutex<World>>, refarch::pipelin
     };
     let mut executor = Executor::new(clock);
     let embedding = Arc::clone(&indexer);
-    executor.spawn(0, async move { embedding.embed_slices().await });
+    executor.spawn(0, async move { embedding.embed_slices().await.unwrap() });
     let stepped = Arc::new(Mutex::new(None));
     let result = Arc::clone(&stepped);
     executor.spawn(0, async move {

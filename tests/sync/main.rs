@@ -4,7 +4,9 @@
 mod common;
 
 mod faults;
+mod freshness;
 mod harness;
+mod panics;
 mod proof;
 mod retention;
 mod scaling;
@@ -12,4 +14,5 @@ mod shop;
 mod sync;
 mod trace;
 mod twisted;
+mod up;
 mod verify;

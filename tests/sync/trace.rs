@@ -11,12 +11,15 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use opentelemetry_proto::tonic::metrics::v1::Metric;
+use opentelemetry_proto::tonic::metrics::v1::metric::Data;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use prost::Message as _;
 use refarch::double::pinecone::PineconeDouble;
+use refarch::role::admin::catalogue::{self, Kind};
 use tokio::process::Child;
 
-use crate::common::{self, Database};
+use crate::common::{self, Database, eventually};
 
 const TIMEOUT: Duration = Duration::from_mins(2);
 
@@ -24,7 +27,8 @@ const TIMEOUT: Duration = Duration::from_mins(2);
 #[derive(Clone, Default)]
 struct Collector {
     spans: Arc<Mutex<Vec<Span>>>,
-    metrics: Arc<Mutex<Vec<String>>>,
+    /// By name.
+    metrics: Arc<Mutex<BTreeMap<String, Metric>>>,
 }
 
 impl Collector {
@@ -56,8 +60,8 @@ impl Collector {
     async fn take_metrics(State(this): State<Self>, body: Bytes) {
         let request = ExportMetricsServiceRequest::decode(body).unwrap();
         let scopes = request.resource_metrics.into_iter().flat_map(|resource| resource.scope_metrics);
-        let names = scopes.flat_map(|scope| scope.metrics).map(|metric| metric.name);
-        this.metrics.lock().unwrap().extend(names);
+        let metrics = scopes.flat_map(|scope| scope.metrics).map(|metric| (metric.name.clone(), metric));
+        this.metrics.lock().unwrap().extend(metrics);
     }
 
     /// The spans of each trace, by name.
@@ -67,6 +71,61 @@ impl Collector {
             traces.entry(span.trace_id.clone()).or_default().insert(span.name.clone(), span.clone());
         }
         traces.into_values().collect()
+    }
+
+    /// Metrics of the roles of the test that were not sent yet.
+    fn missing(&self) -> Vec<&'static str> {
+        let sent = self.metrics.lock().unwrap();
+        let of_the_roles =
+            |roles: &str| ["all", "`listen`", "`embed`"].iter().any(|role| roles.contains(role));
+        let wanted = catalogue::ALL.iter().filter(|metric| of_the_roles(metric.roles));
+        // Some appear only once something has happened, or with another index.
+        let always = wanted.filter(|metric| {
+            let help = metric.help();
+            !["Missing", "appears with", "outside of the database"].iter().any(|word| help.contains(word))
+        });
+        always.map(|metric| metric.name).filter(|name| !sent.contains_key(*name)).collect()
+    }
+
+    /// Each metric has the kind, the unit and the labels that the catalogue tells.
+    fn check_metrics(&self) {
+        for (name, metric) in self.metrics.lock().unwrap().iter() {
+            let known = catalogue::ALL.iter().find(|known| known.name == name);
+            let known = known.unwrap_or_else(|| panic!("{name} is not in the catalogue"));
+            let (kind, points): (Kind, Vec<_>) = match metric.data.as_ref().unwrap() {
+                Data::Sum(sum) => {
+                    assert!(sum.is_monotonic, "{name}");
+                    (Kind::Counter, sum.data_points.iter().map(|point| &point.attributes).collect())
+                }
+                Data::Gauge(gauge) => {
+                    (Kind::Gauge, gauge.data_points.iter().map(|point| &point.attributes).collect())
+                }
+                Data::Histogram(histogram) => {
+                    (Kind::Histogram, histogram.data_points.iter().map(|point| &point.attributes).collect())
+                }
+                other => panic!("{name}: {other:?}"),
+            };
+            assert_eq!(kind, known.kind, "{name}");
+            let unit = match known.unit {
+                Some("seconds") => "s",
+                Some("bytes") => "By",
+                Some("ratio") => "1",
+                other => other.unwrap_or_default(),
+            };
+            assert_eq!(metric.unit, unit, "{name}");
+            for attributes in points {
+                let labels: Vec<&str> = attributes.iter().map(|attribute| attribute.key.as_str()).collect();
+                assert_eq!(labels, known.labels, "{name}");
+            }
+        }
+        let metrics = self.metrics.lock().unwrap();
+        let Some(Data::Sum(applied)) = &metrics["refarch_changes_applied_total"].data else { panic!() };
+        let live = applied
+            .data_points
+            .iter()
+            .find(|point| point.attributes.iter().any(|label| format!("{:?}", label.value).contains("live")));
+        let one = Some(opentelemetry_proto::tonic::metrics::v1::number_data_point::Value::AsDouble(1.0));
+        assert_eq!(live.unwrap().value, one);
     }
 
     /// Waits for a trace with these spans.
@@ -106,6 +165,7 @@ async fn traced(index: Vec<(&'static str, String)>, parts: &[&str]) {
         ("REFARCH_OTLP_SAMPLE", "1".to_owned()),
         // The SDK's own: send soon.
         ("OTEL_BSP_SCHEDULE_DELAY", "50".to_owned()),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "100".to_owned()),
     ];
     env.extend(index);
     let fleet = Fleet { database, env };
@@ -138,14 +198,17 @@ async fn traced(index: Vec<(&'static str, String)>, parts: &[&str]) {
     let ordered: Vec<u64> = parts.iter().map(|part| span(part).end_time_unix_nano).collect();
     assert!(ordered.is_sorted(), "{ordered:?}");
 
+    let mut missing = Vec::new();
+    eventually("every metric of both roles", TIMEOUT, async || {
+        missing = collector.missing();
+        missing.is_empty()
+    })
+    .await;
     for mut role in [listen, embed] {
         kill(Pid::from_raw(role.id().unwrap() as i32), Signal::SIGTERM).unwrap();
         assert!(role.wait().await.unwrap().success());
     }
-    let metrics = collector.metrics.lock().unwrap();
-    for name in ["refarch.changes.applied", "refarch.texts.embedded", "refarch.freshness"] {
-        assert!(metrics.iter().any(|sent| sent == name), "{name}: {metrics:?}");
-    }
+    collector.check_metrics();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,6 @@
 //! The threads that embed with a shared model.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
@@ -64,7 +65,7 @@ impl MiniLm {
     fn start_up_to(&self, wanted: usize) {
         let mut threads = self.lock_threads();
         for number in *threads..wanted {
-            spawn(&format!("embed-{number}"), &self.model, self.model.execution_context(), &self.receiver);
+            spawn(&format!("embed-{number}"), &self.model, Model::execution_context, &self.receiver);
         }
         *threads = wanted.max(*threads);
     }
@@ -79,7 +80,7 @@ impl MiniLm {
             spawn(
                 "embed-query",
                 &self.model,
-                self.model.encoder.two_threaded_context(),
+                |model| model.encoder.two_threaded_context(),
                 &Arc::new(Mutex::new(receiver)),
             );
             queries
@@ -90,23 +91,31 @@ impl MiniLm {
 fn spawn(
     name: &str,
     model: &Arc<Model>,
-    worker: ExecutionContext,
+    start: fn(&Model) -> ExecutionContext,
     receiver: &Arc<Mutex<mpsc::Receiver<Request>>>,
 ) {
     let (model, receiver) = (Arc::clone(model), Arc::clone(receiver));
-    let work = move || serve(&model, worker, &receiver);
+    let work = move || serve(&model, start, &receiver);
     if let Err(error) = std::thread::Builder::new().name(name.to_owned()).spawn(work) {
         tracing::error!(%error, name, "cannot start an embedding thread");
     }
 }
 
-fn serve(model: &Model, mut worker: ExecutionContext, receiver: &Mutex<mpsc::Receiver<Request>>) {
+/// Embeds what comes. A panic fails one request; the thread goes on.
+fn serve(model: &Model, start: fn(&Model) -> ExecutionContext, receiver: &Mutex<mpsc::Receiver<Request>>) {
+    let mut worker = start(model);
     loop {
         let request = receiver.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
         let Some(Request::Embed { batch, answer }) = request else { return };
         if !answer.is_closed() {
+            let embedded = catch_unwind(AssertUnwindSafe(|| batch.embed(model, &mut worker)));
+            let result = embedded.unwrap_or_else(|payload| {
+                // The memory may be in any state.
+                worker = start(model);
+                Err(Error::panicked("embed texts", &*payload))
+            });
             // The caller may have been cancelled meanwhile.
-            let _ = answer.send(batch.embed(model, &mut worker));
+            let _ = answer.send(result);
         }
     }
 }
@@ -155,8 +164,10 @@ impl Embedder for MiniLm {
         let model = Arc::clone(&self.model);
         let tokenize =
             move || texts.iter().map(|text| model.tokenize(text).map(Tokens::Ids)).collect::<Result<_>>();
-        let gone = |error| Error::caused(FailureKind::ProcessBroken, "tokenize texts", error);
-        tokio::task::spawn_blocking(tokenize).await.map_err(gone)?
+        tokio::task::spawn_blocking(tokenize).await.map_err(|error| match error.try_into_panic() {
+            Ok(payload) => Error::panicked("tokenize texts", &*payload),
+            Err(error) => Error::caused(FailureKind::ProcessBroken, "tokenize texts", error),
+        })?
     }
 
     async fn embed_query(&self, text: &Arc<str>) -> Result<Embedding> {
@@ -192,6 +203,16 @@ mod tests {
             let (embedded, ()) = tokio::join!(futures::future::join_all(each), minilm.resize(threads));
             assert!(embedded.into_iter().map(|one| one.unwrap()[0].clone()).eq(alone.iter().cloned()));
             assert_eq!(*minilm.lock_threads(), threads.max(1));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_fails_one_call_and_no_thread_is_lost() {
+        let minilm = MiniLm::start(Arc::new(Model::load(&model_dir(), ModelOptions::default()).unwrap()), 1);
+        for _ in 0..2 {
+            let unknown = minilm.embed(vec![Tokens::Ids(vec![u32::MAX])]).await.unwrap_err();
+            assert_eq!(unknown.kind(), FailureKind::Panicked, "{unknown}");
+            assert_eq!(minilm.embed_texts(&["a kettle".into()]).await.unwrap().len(), 1);
         }
     }
 

@@ -29,7 +29,7 @@ pub struct Event {
     pub event_id: i64,
     /// When it happened, by the database's clock.
     pub at: Timestamp,
-    /// Its kind: `joined`, `left`, `scaled`, `ended`, `rearmed`, `dead_letter`.
+    /// Its kind: `joined`, `left`, `scaled`, `ended`, `panicked`, `rearmed`, `dead_letter`.
     pub kind: String,
     /// The worker that it happened to, or that told it.
     pub worker_id: Option<String>,
@@ -66,7 +66,7 @@ fn text(kind: &str, worker: Option<&str>, detail: &Value) -> String {
         SCALED => format!("{} -> {} {}: {}", detail["from"], detail["to"], said("workers"), said("reason")),
         "dead_letter" => format!("a change was given up: {}", redacted(said("error"))),
         "rearmed" => "capture was armed again".into(),
-        "ended" => said("text").into(),
+        "ended" | "panicked" => said("text").into(),
         _ if detail.as_object().is_none_or(serde_json::Map::is_empty) => kind.into(),
         _ => format!("{kind} {detail}"),
     }
@@ -99,6 +99,11 @@ pub async fn record_scaling(
 /// Records that a process of a fleet ended by itself.
 pub async fn record_ended(postgres: &Postgres, worker: &str, text: &str) -> Result<()> {
     record(postgres, worker, "ended", &json!({ "text": text })).await
+}
+
+/// Records that a task of a worker panicked.
+pub async fn record_panic(postgres: &Postgres, worker: &str, text: &str) -> Result<()> {
+    record(postgres, worker, "panicked", &json!({ "text": text })).await
 }
 
 /// Events in their order: those since a time, and those after a number. The numbers in `seen` are left out.

@@ -7,6 +7,7 @@ pub mod counts;
 mod error_policy;
 pub mod event;
 pub mod fault;
+pub mod freshness_turns;
 pub mod generation;
 pub mod ledger;
 pub mod listener;

@@ -79,17 +79,19 @@ pub struct Lanes {
     pub bulk: Backlog,
 }
 
-/// Quantiles in milliseconds; `None` if nothing was indexed lately.
+/// Quantiles in milliseconds; `None` if nothing was measured lately.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[allow(missing_docs)]
 pub struct Freshness {
     pub p50: Option<u64>,
     pub p99: Option<u64>,
+    /// Changes that were measured: all, or samples if each question to the index is paid for.
+    pub changes: u64,
 }
 
 impl From<&Histogram> for Freshness {
     fn from(histogram: &Histogram) -> Self {
-        Self { p50: histogram.quantile(0.5), p99: histogram.quantile(0.99) }
+        Self { p50: histogram.quantile(0.5), p99: histogram.quantile(0.99), changes: histogram.total() }
     }
 }
 

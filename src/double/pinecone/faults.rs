@@ -34,6 +34,8 @@ pub struct PineconeFaults {
 pub struct PineconeCounts {
     /// Requests of all kinds, refused ones included.
     pub requests: u64,
+    /// Queries for the nearest records.
+    pub queries: u64,
     /// Answered with 500 or 503, not applied.
     pub unavailable: u64,
     /// Answered with 429.

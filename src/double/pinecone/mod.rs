@@ -177,6 +177,7 @@ async fn list(State(index): State<Arc<ServerState>>, Query(query): Query<Vec<(St
 }
 
 async fn query(State(index): State<Arc<ServerState>>, body: Bytes) -> Response {
+    lock(&index.fault_state).counts.queries += 1;
     let answer = || {
         let asked = limits::query(&body, index.dimensions())?;
         let mut log = lock(&index.log);

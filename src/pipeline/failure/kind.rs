@@ -56,6 +56,8 @@ pub enum FailureKind {
     DamagedData,
     /// The rows of the request exceed a limit of the backend, or a trigger raised an error because of them.
     SuspectRows,
+    /// Code of this program panicked.
+    Panicked,
     /// The backend refuses the data.
     RefusedData,
     /// This program cannot read or write the data.
@@ -107,7 +109,7 @@ const fn fatal(remedy: &'static str) -> Policy {
 
 impl FailureKind {
     /// Every kind.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Unreachable,
         Self::ConnectionLost,
         Self::TimedOut,
@@ -121,6 +123,7 @@ impl FailureKind {
         Self::UnexpectedAnswer,
         Self::DamagedData,
         Self::SuspectRows,
+        Self::Panicked,
         Self::RefusedData,
         Self::Malformed,
         Self::Unsupported,
@@ -150,6 +153,7 @@ impl FailureKind {
             Self::UnexpectedAnswer => "unexpected_answer",
             Self::DamagedData => "damaged_data",
             Self::SuspectRows => "suspect_rows",
+            Self::Panicked => "panicked",
             Self::RefusedData => "refused_data",
             Self::Malformed => "malformed",
             Self::Unsupported => "unsupported",
@@ -185,6 +189,7 @@ impl FailureKind {
             Self::SuspectRows => {
                 about_rows(Class::Retryable, "correct the row, or the trigger that refuses the row")
             }
+            Self::Panicked => about_rows(Class::Retryable, "report the error with its place in the code"),
             Self::RefusedData => about_rows(Class::Permanent, "correct the row, and run refarch redrive"),
             Self::Malformed => about_rows(
                 Class::Permanent,

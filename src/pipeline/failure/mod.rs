@@ -3,6 +3,7 @@
 
 mod kind;
 
+use std::any::Any;
 use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
@@ -41,6 +42,13 @@ impl Error {
     /// A failure that another error tells.
     pub fn caused(kind: FailureKind, what: impl Into<String>, source: impl Into<Source>) -> Self {
         Self { source: Some(source.into()), ..Self::bare(kind, what.into()) }
+    }
+
+    /// A panic, as a failure of what was being done.
+    pub fn panicked(what: impl Into<String>, payload: &(dyn Any + Send)) -> Self {
+        let text = payload.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        Self::new(FailureKind::Panicked, what, format_args!("it panicked: {}", text.unwrap_or("no reason")))
     }
 
     fn bare(kind: FailureKind, what: String) -> Self {

@@ -9,7 +9,7 @@
 //! that the index allows: [`transactional`] or [`tracked`]; each module says why it is safe. [`poison`] finds
 //! the change that fails by itself, and [`misdirected`] the message for another worker. [`freshness`]
 //! measures, [`visibility`] hides the messages in work from other workers, and [`workers`] are the loops that
-//! embed.
+//! embed. [`panics`] starts them again.
 
 mod batch;
 mod freshness;
@@ -18,6 +18,7 @@ mod groups;
 mod health;
 mod misdirected;
 mod open_writes;
+mod panics;
 mod poison;
 mod receiver;
 mod run;

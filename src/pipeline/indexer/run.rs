@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -12,7 +15,7 @@ use super::spawn::TokioTasks;
 use super::step::Indexer;
 use super::visibility::Visibility;
 use crate::pipeline::change::Lane;
-use crate::pipeline::failure::{Class, Result};
+use crate::pipeline::failure::{Class, Error, FailureKind, Result};
 use crate::pipeline::queue::{Backlog, Message};
 use crate::pipeline::retry::Backoff;
 
@@ -32,19 +35,23 @@ impl Indexer {
         until_idle: bool,
     ) -> Result<()> {
         let lanes_done = CancellationToken::new();
-        let indexer = Arc::clone(self);
-        let workers = AbortOnDropHandle::new(tokio::spawn(async move { indexer.keep_workers().await }));
-        let (maintain, indexer) = (lanes_done.clone(), Arc::clone(self));
-        let maintenance = tokio::spawn(async move {
-            maintain.run_until_cancelled(indexer.maintain()).await;
-        });
-        let (poll, indexer) = (lanes_done.clone(), Arc::clone(self));
-        let polling = tokio::spawn(async move {
-            poll.run_until_cancelled(indexer.writer.freshness.poll()).await;
-        });
-        // If one lane ends with an error, the other lane must end too, and neither may hold messages that may
-        // never succeed.
+        // If one lane or all workers end with an error, the (other) lane must end too, and hold no messages that
+        // may never succeed.
         let (stop, abort) = (stop.child_token(), abort.child_token());
+        let (indexer, ends) = (Arc::clone(self), [&stop, &abort].map(|token| token.clone().drop_guard()));
+        let workers = AbortOnDropHandle::new(tokio::spawn(async move {
+            let broken = indexer.keep_workers().await;
+            drop(ends);
+            broken
+        }));
+        let aside = |task, work: fn(Arc<Self>) -> BoxFuture<'static, ()>| {
+            tokio::spawn(Arc::clone(self).keep_running(task, lanes_done.clone(), work))
+        };
+        let maintenance =
+            aside("the sweep of attempts", |indexer| async move { indexer.maintain().await }.boxed());
+        let polling = aside("the measuring of freshness", |indexer| {
+            async move { indexer.writer.freshness.poll().await }.boxed()
+        });
         let lane = |lane| {
             let (indexer, stop, abort) = (Arc::clone(self), stop.clone(), abort.clone());
             Receiver::new(indexer, lane, Arc::new(TokioTasks), stop, abort, until_idle).run()
@@ -52,12 +59,19 @@ impl Indexer {
         let (live, bulk) = tokio::join!(lane(Lane::Live), lane(Lane::Bulk));
         lanes_done.cancel();
         let _ = tokio::join!(maintenance, polling);
-        self.writer.freshness.update().await;
+        self.writer.freshness.look(true).await;
         if let Err(error) = self.writer.close_leftover().await {
             tracing::warn!(%error, "cannot close attempts: others will sweep them");
         }
-        drop(workers);
-        live.and(bulk)
+        workers.abort();
+        let broken = match workers.await.map_err(JoinError::try_into_panic) {
+            Ok(error) => Err(error),
+            Err(Ok(payload)) => {
+                Err(Error::panicked("embed texts", &*payload).of_kind(FailureKind::ProcessBroken))
+            }
+            Err(Err(_aborted)) => Ok(()),
+        };
+        broken.and(live).and(bulk)
     }
 
     async fn maintain(&self) {

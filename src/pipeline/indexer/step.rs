@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::batch::{Batch, StepOutcome};
 use super::health::Health;
 use super::misdirected::Misdirected;
+use super::panics::Panics;
 use super::poison::Isolation;
 use super::throughput::Throughput;
 use super::worker_count::Workers;
@@ -17,7 +18,7 @@ use crate::pipeline::clock::Clock;
 use crate::pipeline::embed_scheduler::EmbedScheduler;
 use crate::pipeline::failure::Result;
 use crate::pipeline::fault::FaultBoard;
-use crate::pipeline::index::VectorIndex;
+use crate::pipeline::index::{FreshnessTurns, VectorIndex};
 use crate::pipeline::lease::Lease;
 use crate::pipeline::ledger::{Ledger, Swept};
 use crate::pipeline::metrics::Metrics;
@@ -42,7 +43,7 @@ pub struct IndexerOptions {
     pub max_receives: u32,
     /// After this long an accepted write has been applied, or never will be; the lease included.
     pub settle: Duration,
-    /// How often an index whose queries are behind its writes is asked how far queries are.
+    /// How often an index whose queries are behind its writes is asked at most how far queries are.
     pub freshness_poll: Duration,
     /// How long the first receive is tried again while it fails with a fatal error that may pass by itself.
     pub start_timeout: Duration,
@@ -60,6 +61,7 @@ pub struct Indexer {
     /// Sizes groups and receives.
     pub(super) throughput: Throughput,
     pub(super) workers: Workers,
+    pub(super) panics: Panics,
     pub(super) writer: Arc<Writer>,
     pub(super) isolation: Isolation,
     pub(super) misdirected: Misdirected,
@@ -113,6 +115,7 @@ impl Indexer {
             stats,
             clock,
             workers: Workers::new(options.workers),
+            panics: Panics::default(),
             options,
             health,
             throughput: Throughput::default(),
@@ -125,6 +128,14 @@ impl Indexer {
     #[must_use]
     pub fn reporting(self, faults: Arc<FaultBoard>) -> Self {
         self.health.report_to(faults);
+        self
+    }
+
+    /// The same indexer, which measures the freshness of an index whose queries are behind its writes only when
+    /// it is its turn. Call it before any work.
+    #[must_use]
+    pub fn sampling(self, turns: Arc<dyn FreshnessTurns>) -> Self {
+        self.writer.freshness.take_turns(turns);
         self
     }
 
@@ -143,8 +154,12 @@ impl Indexer {
     }
 
     /// Embeds slices, one at a time, for as long as the future is polled.
-    pub async fn embed_slices(&self) {
-        self.writer.scheduler.work(&CancellationToken::new()).await;
+    ///
+    /// # Errors
+    ///
+    /// If the embedder panicked.
+    pub async fn embed_slices(&self) -> Result<()> {
+        self.writer.scheduler.work(&CancellationToken::new()).await
     }
 
     /// Closes leftover writes, sweeps writes that no worker will close, and abandons writes that the ledger

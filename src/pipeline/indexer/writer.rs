@@ -64,7 +64,7 @@ pub(super) struct Parts {
     pub(super) worker: String,
     /// After this long an accepted write has been applied, or never will be.
     pub(super) settle: Duration,
-    /// How often an index whose queries are behind is asked how far they are.
+    /// How often an index whose queries are behind is asked at most how far they are.
     pub(super) freshness_poll: Duration,
 }
 

@@ -2,6 +2,10 @@
 
 use std::time::Duration;
 
+/// The growth of a policy that asks for no other: one step at most doubles the workers, so that the next one can
+/// take into account what they did.
+pub const GROWTH: f64 = 2.0;
+
 /// What is tracked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Metric {
@@ -26,7 +30,7 @@ pub struct Policy {
     pub cooldown_out: Duration,
     /// Time between any step and a step in. So long fewer workers must have been enough.
     pub cooldown_in: Duration,
-    /// One step out at most multiplies the number of workers by this.
+    /// One step out at most multiplies the number of workers by this; 1 or more. It always may add one worker.
     pub growth: f64,
 }
 
@@ -50,7 +54,8 @@ impl Policy {
         Self::reference(2, 6)
     }
 
-    /// What both have in common: a CPU use of 25 %, cooldowns of 30 seconds.
+    /// What both have in common: a CPU use of 25 %, cooldowns of 30 seconds. How far one step may go is not
+    /// theirs.
     const fn reference(least: usize, most: usize) -> Self {
         Self {
             metric: Metric::Cpu,
@@ -59,13 +64,13 @@ impl Policy {
             most,
             cooldown_out: Duration::from_secs(30),
             cooldown_in: Duration::from_secs(30),
-            growth: f64::INFINITY,
+            growth: GROWTH,
         }
     }
 }
 
 /// The better signal with the reference's numbers: a backlog of 10 seconds, 2 to 50 workers, cooldowns of 30
-/// seconds.
+/// seconds. A step at most doubles the workers.
 impl Default for Policy {
     fn default() -> Self {
         Self::backlog(10.0, 2, 50)

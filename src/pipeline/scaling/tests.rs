@@ -96,7 +96,7 @@ impl World {
 
 #[test]
 fn a_backlog_scales_out_and_its_end_scales_in() {
-    let mut world = World::new(1, Policy { least: 1, ..Policy::default() }, 100.0);
+    let mut world = World::new(1, Policy { least: 1, growth: 8.0, ..Policy::default() }, 100.0);
     world.run(60, 20.0);
     assert_eq!(world.workers(), 1, "{:?}", world.decisions);
     world.waiting += 4_000.0;
@@ -218,8 +218,28 @@ fn the_reference_architectures_numbers() {
     let mut scaler = Scaler::new(policy);
     let busy = Observation { ready: 2, holding: 2, in_flight: 9, cpu: Some(60.0), ..Observation::default() };
     let decision = scaler.decide(SECOND, 2, Some(&busy));
-    assert_eq!(decision.to_string(), "CPU 60 % > 25 %: 2 -> 5");
+    assert_eq!(decision.to_string(), "CPU 60 % > 25 %: 2 -> 4");
     assert_eq!(Policy::reference_listen().most, 6);
+}
+
+#[test]
+fn one_step_at_most_doubles_the_workers_unless_a_policy_says_otherwise() {
+    let backlog = |growth| Policy { growth, ..Policy::backlog(10.0, 1, 1_000) };
+    for (policy, first) in [
+        (Policy::backlog(10.0, 1, 1_000), 2),
+        (Policy { least: 1, ..Policy::reference_embed() }, 2),
+        (backlog(8.0), 8),
+        // What bounds nothing is mended.
+        (backlog(f64::INFINITY), 2),
+        (backlog(f64::NAN), 2),
+        (backlog(0.0), 2),
+    ] {
+        let mut world = World::new(1, policy, 100.0);
+        world.waiting = 1e9;
+        world.run(30, 0.0);
+        let steps: Vec<usize> = world.decisions.iter().map(|(_, step)| step.desired).collect();
+        assert_eq!(steps, [first], "{policy:?}");
+    }
 }
 
 fn observation() -> impl Strategy<Value = Option<Observation>> {
@@ -248,11 +268,12 @@ proptest! {
         room in 0_usize..12,
         cooldowns in (0_u64..60, 0_u64..60),
         metric in prop_oneof![Just(Metric::Backlog), Just(Metric::Cpu)],
-        growth in prop_oneof![Just(f64::INFINITY), Just(2.0), Just(1.1)],
+        growth in prop_oneof![Just(f64::INFINITY), Just(f64::NAN), 0.0..20.0],
     ) {
         let (cooldown_out, cooldown_in) = (SECOND * cooldowns.0 as u32, SECOND * cooldowns.1 as u32);
         let policy = Policy { metric, target: 10.0, least, most: least + room, cooldown_out, cooldown_in, growth };
         let mut scaler = Scaler::new(policy);
+        let growth = if growth.is_finite() { growth } else { GROWTH };
         let (mut now, mut current, mut applied) = (Duration::ZERO, least, 0);
         let (mut last_out, mut last_step, mut last_blind) = (None::<Duration>, None::<Duration>, Duration::ZERO);
         for (observed, seconds, idle) in seen {

@@ -137,7 +137,7 @@ metrics! {
     BATCHES: Histogram "refarch_batch_changes" by ["source", "lane"] of INDEXERS;
     /// Changes whose outcome is in the index.
     APPLIED: Counter "refarch_changes_applied_total" by ["source", "lane"] of INDEXERS;
-    /// Time from statement to searchable, of each change.
+    /// Time from statement to searchable, of each change. With Pinecone, of samples (`index.freshness_sample_s`).
     FRESHNESS: Histogram "refarch_freshness_seconds" in "seconds" by ["source", "lane"] of INDEXERS;
     /// Texts that were embedded.
     EMBEDDED: Counter "refarch_texts_embedded_total" by ["source", "lane"] of INDEXERS;
@@ -150,6 +150,8 @@ metrics! {
     EMBEDDER_TEXTS: Histogram "refarch_embedder_call_texts" by [] of INDEXERS;
     /// Tokens that the embedder was given.
     TOKENS: Counter "refarch_embedder_tokens_total" by [] of INDEXERS;
+    /// Panics of embedding workers, and of the tasks beside them. Each is an event, and is started again.
+    PANICS: Counter "refarch_worker_panics_total" by ["source"] of INDEXERS;
     /// Time of one request to the index (`write`, `delete`), failures included. With pgvector a write is one
     /// transaction, deletes included.
     INDEX: Histogram "refarch_index_request_seconds" in "seconds" by ["source", "generation", "operation"] of INDEXERS;

@@ -18,10 +18,10 @@ use crate::pipeline::metrics::Distributed;
 const OPEN_METRICS: &str = "application/openmetrics-text";
 
 /// A sample's labels and value.
-type Sample = (Vec<(&'static str, String)>, Value);
+pub(super) type Sample = (Vec<(&'static str, String)>, Value);
 
 #[derive(Clone, Debug)]
-enum Value {
+pub(super) enum Value {
     Number(f64),
     Distribution(Distributed),
 }
@@ -83,6 +83,11 @@ impl Samples {
             Some((_, samples)) => samples.push(sample),
             None => self.0.push((metric, vec![sample])),
         }
+    }
+
+    /// Each metric with its samples.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&'static Metric, &[Sample])> {
+        self.0.iter().map(|(metric, samples)| (*metric, samples.as_slice()))
     }
 
     /// The page.

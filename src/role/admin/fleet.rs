@@ -16,46 +16,50 @@ use crate::backend::Backends;
 use crate::backend::postgres::status::Status;
 use crate::backend::postgres::throughput;
 use crate::pipeline::backlog::backlog_seconds;
-use crate::pipeline::failure::Result;
+use crate::pipeline::failure;
 use crate::pipeline::fault;
 use crate::pipeline::ledger::Ledger as _;
 
-/// Least time that a state is used again, so that several scrapers cost as much as one.
-const MIN_AGE: Duration = Duration::from_secs(5);
+/// Least time that a state is used again, so that scrapers, a collector and `CloudWatch` together cost as much as
+/// one scraper.
+const MIN_AGE: Duration = Duration::from_secs(10);
 
 /// How long a read may take. A scrape is given up after ten seconds.
-const TIMEOUT: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Roles whose workers are counted, also when there are none.
 const ROLES: [&str; 3] = ["listen", "embed", "serve"];
 
 /// The state of the fleet at one moment.
 #[derive(Debug)]
-struct Fleet {
-    status: Status,
+pub(in crate::role) struct Fleet {
+    pub(in crate::role) status: Status,
     /// Changes a second.
-    rate: Option<f64>,
+    pub(in crate::role) rate: Option<f64>,
     /// Age of the oldest change in seconds; 0 if there is none, none if it is not known.
     oldest_s: Option<f64>,
     source: String,
     generation: String,
 }
 
-/// The last state; none inside if it could not be read.
+/// The state at one moment, or why it could not be read.
+type Read = Result<Arc<Fleet>, Arc<str>>;
+
+/// The last state, and when it was read.
 #[derive(Debug, Default)]
-pub struct Cache(Mutex<Option<(Instant, Option<Arc<Fleet>>)>>);
+pub struct Cache(Mutex<Option<(Instant, Read)>>);
 
 impl Cache {
     /// Adds the state. Those who ask while it is read wait for the same read.
     pub async fn collect(&self, backends: &Backends, samples: &mut Samples) {
         let fleet = self.get(backends).await;
-        samples.count(&STATE_READABLE, &[], u64::from(fleet.is_some()));
-        if let Some(fleet) = fleet {
+        samples.count(&STATE_READABLE, &[], u64::from(fleet.is_ok()));
+        if let Ok(fleet) = fleet {
             fleet.collect(samples);
         }
     }
 
-    async fn get(&self, backends: &Backends) -> Option<Arc<Fleet>> {
+    pub(super) async fn get(&self, backends: &Backends) -> Read {
         let mut last = self.0.lock().await;
         if let Some((at, fleet)) = &*last
             && at.elapsed() < MIN_AGE
@@ -63,24 +67,21 @@ impl Cache {
             return fleet.clone();
         }
         let read = tokio::time::timeout(TIMEOUT, Fleet::read(backends)).await;
-        let fleet = match read {
-            Ok(Ok(fleet)) => Some(Arc::new(fleet)),
-            Ok(Err(error)) => {
-                tracing::debug!(%error, "cannot read the state of the fleet");
-                None
-            }
-            Err(_) => {
-                tracing::debug!("reading the state of the fleet took too long");
-                None
-            }
+        let fleet: Read = match read {
+            Ok(Ok(fleet)) => Ok(Arc::new(fleet)),
+            Ok(Err(error)) => Err(error.to_string().into()),
+            Err(_) => Err(format!("no answer within {} s", TIMEOUT.as_secs()).into()),
         };
+        if let Err(error) = &fleet {
+            tracing::debug!(error = &**error, "cannot read the state of the fleet");
+        }
         *last = Some((Instant::now(), fleet.clone()));
         fleet
     }
 }
 
 impl Fleet {
-    async fn read(backends: &Backends) -> Result<Self> {
+    async fn read(backends: &Backends) -> failure::Result<Self> {
         let status = backends.status().await?;
         // In the order in which changes travel, so that one that moves on meanwhile is not missed.
         let pending = backends.ledger.pending().await?;

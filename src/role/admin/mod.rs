@@ -7,6 +7,7 @@ pub mod catalogue;
 mod exposition;
 mod fleet;
 mod observed;
+mod otlp;
 mod page_metrics;
 mod process;
 
@@ -31,6 +32,7 @@ use super::http_server::{ClientTimeouts, ConnectionLimits, serve};
 use exposition::Format;
 
 pub use observed::{Observed, ReadinessCheck, Reason};
+pub use otlp::export_until;
 pub use page_metrics::PageMetrics;
 
 /// Connections at once: some monitors, and somebody who looks.

@@ -11,10 +11,11 @@ use tokio_util::sync::CancellationToken;
 use super::catalogue::{
     APPLIED, AVOIDED, BATCHES, BUILD_INFO, CAPTURE_LAG, CLAIMS, CONFLICTS, DEAD_LETTERED, EMBEDDED, EMBEDDER,
     EMBEDDER_TEXTS, FAULT, FRESHNESS, GENERATED, HEARTBEAT_AGE, HEARTBEAT_FAILURES, IN_FLIGHT, INDEX, LEASE,
-    POOL, POOL_MAX, POOL_WAITING, QUEUED, READY, RECEIVED, RETRIES, SCALED, TOKENS, WORKER_INFO,
+    PANICS, POOL, POOL_MAX, POOL_WAITING, QUEUED, READY, RECEIVED, RETRIES, SCALED, TOKENS, WORKER_INFO,
     WORKERS_DESIRED, WORKERS_READY,
 };
 use super::exposition::Samples;
+use super::fleet::Fleet;
 use super::page_metrics::PageMetrics;
 use super::{fleet, process};
 use crate::backend::Backends;
@@ -77,7 +78,7 @@ pub struct Observed {
     /// Products that it generated.
     pub generated: Arc<Counter>,
     source: String,
-    started: SystemTime,
+    pub(super) started: SystemTime,
     stop: CancellationToken,
     fleet: fleet::Cache,
     parts: Mutex<Parts>,
@@ -184,6 +185,11 @@ impl Observed {
         reasons
     }
 
+    /// The state of the whole fleet, or why it cannot be read. Whoever asks within some seconds gets the same state.
+    pub(in crate::role) async fn fleet(&self, backends: &Backends) -> Result<Arc<Fleet>, Arc<str>> {
+        self.fleet.get(backends).await
+    }
+
     /// All metrics.
     pub async fn collect(&self) -> Samples {
         let mut samples = Samples::default();
@@ -280,6 +286,7 @@ impl Observed {
         samples.distribution(&EMBEDDER, &[], indexer.embedder.get());
         samples.distribution(&EMBEDDER_TEXTS, &[], indexer.slices.get());
         samples.count(&TOKENS, &[], indexer.tokens.get());
+        samples.count(&PANICS, &[source], indexer.panics.get());
         samples.distribution(&INDEX, &[source, generation, "write"], indexer.writes.get());
         samples.distribution(&INDEX, &[source, generation, "delete"], indexer.deletes.get());
         samples.count(&CONFLICTS, &[source], indexer.conflicts.get());

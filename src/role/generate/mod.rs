@@ -45,6 +45,10 @@ pub async fn run(args: &cli::Generate, settings: &Settings) -> anyhow::Result<()
     let process = Process::with_stop("generate", settings, CancellationToken::new()).await?;
     let progress =
         Progress::new("generating products", args.count).counting(Arc::clone(&process.observed.generated));
+    process.exporting(Box::pin(generate(args, settings, progress))).await
+}
+
+async fn generate(args: &cli::Generate, settings: &Settings, progress: Progress) -> anyhow::Result<()> {
     if args.load {
         return super::harness::with_database(settings, async |database: &Database| {
             let backends = super::harness::open_backends(database, settings, None).await?;

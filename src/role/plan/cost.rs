@@ -41,6 +41,9 @@ const BOOKS_BYTES: f64 = 300.0;
 /// Bytes of a vector's place in pgvector's lists and table beside its numbers.
 const LISTED_BYTES: f64 = 100.0;
 
+/// Queries that follow a sample of the written changes until they find it: an index takes some seconds.
+const QUERIES_PER_SAMPLE: f64 = 3.0;
+
 /// The part that asks which writes queries can see.
 pub(super) const FRESHNESS: &str = "index freshness";
 
@@ -54,8 +57,9 @@ pub(super) struct Sizes {
     pub(super) databases: f64,
     pub(super) dimensions: f64,
     pub(super) row_bytes: f64,
-    /// How often a worker asks Pinecone which writes queries can see, in seconds.
-    pub(super) freshness_every: f64,
+    /// The time between two samples whose freshness is measured in Pinecone, for each lane of the fleet, in
+    /// seconds.
+    pub(super) freshness_sample: f64,
 }
 
 impl Sizes {
@@ -159,12 +163,14 @@ fn pinecone(
     let units_of_edits = scenario.edits * (2.0 * units).max(LEAST_WRITE_UNITS);
     let written = scenario.records * units + units_of_edits * took;
     let stored = scenario.records * sizes.record_bytes() / GB;
-    let queries = timeline.worker_seconds / sizes.freshness_every;
+    // One sample at a time for the whole fleet, however many workers there are; edits that come more rarely are
+    // all sampled.
+    let samples_of_edits = scenario.edits.min(1.0 / sizes.freshness_sample);
+    let samples = (took / sizes.freshness_sample).ceil() + samples_of_edits * took;
+    let queries = samples * QUERIES_PER_SAMPLE;
     let of_query = |size: f64| (size / namespaces).max(LEAST_READ_UNITS);
     // The namespaces grow from nothing to their size.
     let read = queries * of_query(stored / 2.0);
-    // Each edit makes one worker ask, each worker as often as it may.
-    let asking = scenario.edits.min(scenario.scaling.least as f64 / sizes.freshness_every);
     let month = stored * prices.pinecone_gb_month;
     let (write, ask) =
         (prices.pinecone_million_write_units / MILLION, prices.pinecone_million_read_units / MILLION);
@@ -179,7 +185,7 @@ fn pinecone(
             part: FRESHNESS,
             quantity: format!("{} queries, {:.1} million read units", amount(queries), read / MILLION),
             load_usd: read * ask,
-            month_usd: asking * MONTH * of_query(stored) * ask,
+            month_usd: samples_of_edits * QUERIES_PER_SAMPLE * MONTH * of_query(stored) * ask,
         },
         Item {
             part: "index storage",

@@ -46,6 +46,9 @@ const RELAY_EDIT_RATE: f64 = 108_000.0;
 const IDLE_FRESHNESS: f64 = 0.035;
 const LOADED_FRESHNESS: f64 = 0.12;
 
+/// The time between two samples of freshness in Pinecone, if the settings name another index, in seconds.
+const FRESHNESS_SAMPLE: f64 = 60.0;
+
 /// The least backlog that scaling can aim at, in seconds.
 const LEAST_TARGET: f64 = 0.1;
 
@@ -115,6 +118,7 @@ fn scenario(args: &cli::Plan, settings: &Settings, worker_rate: f64, instance: I
         scaling: Policy {
             cooldown_out: args.scale_out_cooldown,
             cooldown_in: args.scale_in_cooldown,
+            growth: settings.scaling.growth,
             ..Policy::backlog(
                 args.target.as_secs_f64().max(LEAST_TARGET),
                 args.workers.0 as usize,
@@ -134,7 +138,7 @@ fn structure_rate(settings: &Settings) -> f64 {
     }
 }
 
-/// How often a worker asks Pinecone which writes queries can see, in seconds.
+/// How finely freshness is measured in Pinecone, in seconds.
 fn freshness_every(settings: &Settings) -> f64 {
     settings.index.pinecone().map_or(1.0, |index| index.freshness.as_secs_f64())
 }
@@ -156,7 +160,10 @@ fn plan(
         databases: 1.0,
         dimensions: f64::from(args.dimensions),
         row_bytes: f64::from(args.row_bytes),
-        freshness_every: freshness_every(settings),
+        freshness_sample: settings
+            .index
+            .pinecone()
+            .map_or(FRESHNESS_SAMPLE, |index| index.freshness_sample.as_secs_f64()),
     };
     let timeline = simulate::simulate(&scenario);
     let costs = cost::items(&scenario, &timeline, &sizes, prices);

@@ -237,8 +237,8 @@ impl Report {
         writeln!(to, "  {:<18}{:>14}{:>16}", "total", dollars(load), dollars(month))?;
         let asking = self.costs.iter().find(|item| item.part == cost::FRESHNESS);
         if asking.is_some_and(|item| item.load_usd > DEAR * load || item.month_usd > DEAR * month) {
-            let why = "each worker asks how far queries are, at a price for each GB of the namespace";
-            writeln!(to, "  {} is dear: {why}. Raise index.freshness_ms.", cost::FRESHNESS)?;
+            let why = "each query costs a read unit for each GB of the namespace";
+            writeln!(to, "  {} is dear: {why}. Raise index.freshness_sample_s.", cost::FRESHNESS)?;
         }
         if let Some(costs) = &self.remedy_costs {
             let (load, month) = total(costs);

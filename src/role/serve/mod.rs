@@ -53,7 +53,8 @@ pub async fn run(settings: &Settings) -> anyhow::Result<()> {
         let backends = process.open_backends(database, settings, Some(model)).await?;
         let address = listener.local_addr()?;
         super::output::print(format!("refarch serves http://{address}\n").as_bytes())?;
-        work(listener, &backends, settings, model, &process.observed, &process.stop).await
+        let work = work(listener, &backends, settings, model, &process.observed, &process.stop);
+        process.exporting(Box::pin(work)).await
     })
     .await
 }
