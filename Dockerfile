@@ -65,6 +65,9 @@ RUN apt-get update \
     && install -d -o refarch -g refarch -m 0700 /refarch/postgres
 COPY --from=parts /refarch/runtime /refarch/runtime
 COPY --from=binary /out/refarch /usr/local/bin/refarch
+# The database roles, for psql -f.
+COPY config/roles.sql /etc/refarch/roles.sql
+RUN chmod 0644 /etc/refarch/roles.sql
 
 ARG VERSION=0.1.0
 ARG REVISION=unknown

@@ -84,6 +84,8 @@ MISTAKES = {
     "a role that does not exist": ("Dockerfile", 'CMD ["up"]', 'CMD ["upp"]'),
     "a flag of a health check": ("config/compose.yaml", '"health", "--ready"]', '"health", "--redy"]'),
     "a role of a service": ("config/compose.yaml", 'command: ["listen"]', 'command: ["lisen"]'),
+    "the migration of a fleet": ("config/compose.yaml", "migrate --roles", "migrate --rolls"),
+    "the migration of a cluster": ("config/kubernetes/base/migrate.yaml", "migrate --roles", "migrate --rolls"),
     "a tool of the fleet": ("tests/deploy/containers/fleet.py", '"verify", "--json"', '"verify", "--jsn"'),
     "an argument of a pod": ("config/kubernetes/base/embed.yaml", 'args: ["embed"]', 'args: ["embed", "--wrokers=2"]'),
     "a task on AWS": ("config/aws/refarch.yaml", "Command: [listen]", "Command: [listen, --until-idel]"),
