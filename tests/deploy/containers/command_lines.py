@@ -1,4 +1,4 @@
-"""Finds the command lines of refarch in files of all kinds: as lists in YAML, JSON and Python, and in a shell's words."""
+"""Finds the command lines of refarch in files: as lists in YAML, JSON and Python, and in a shell's words."""
 
 import ast
 import contextlib
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -117,7 +118,7 @@ def of_page(text):
 
 
 def commands(text):
-    """The simple commands of a shell's text, as lists of words. Texts for people (here-documents) are left out."""
+    """The simple commands of a shell's text, as lists of words, without here-documents."""
     text = re.sub(r"<<'?(\w+)'?.*?\n\1$", "", text, flags=re.M | re.S)
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         if not re.search(r"refarch|deploy-aws", line):
@@ -181,11 +182,10 @@ def deployments(text):
 
 @contextlib.contextmanager
 def deployment(texts):
-    """A copy of scripts/deploy-aws with what it reads, some files of it with other texts, to be called in dry runs."""
+    """A copy of scripts/deploy-aws and of what it reads, with these texts, to be called in dry runs."""
     with tempfile.TemporaryDirectory() as folder:
         for source in ("scripts", "config/aws"):
-            subprocess.run(["mkdir", "-p", os.path.join(folder, source)], check=True)
-            subprocess.run(["cp", "-r", os.path.join(ROOT, source), os.path.dirname(os.path.join(folder, source))], check=True)
+            shutil.copytree(os.path.join(ROOT, source), os.path.join(folder, source))
         for path, text in texts.items():
             if os.path.exists(os.path.join(folder, path)):
                 with open(os.path.join(folder, path), "w", encoding="utf-8") as file:

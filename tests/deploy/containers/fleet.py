@@ -2,10 +2,11 @@
 
     python3 tests/deploy/containers/fleet.py [--rows 10000] [--keep]
 
-It needs docker-compose (or docker compose), the image `refarch`, and the images in images/, which
-scripts/fleet makes. 10,000 rows are loaded. Meanwhile one embed is killed, one is paused, and a listen is started again; `verify`
-has to find nothing. Then every container of all three roles is replaced, one by one, while clients search and rows are
-edited: no search may fail, and `verify` has to find nothing again. All traffic stays on this machine.
+It needs docker-compose (or docker compose), the image `refarch`, and the images in images/, which scripts/fleet makes.
+Each role has to be logged in as a database role of its own. 10,000 rows are loaded. Meanwhile one embed is killed, one is
+paused, and a listen is started again; `verify` has to find nothing. Then every container of all three roles is replaced,
+one by one, while clients search and rows are edited: no search may fail, and `verify` has to find nothing again. The
+database may refuse no role anything. All traffic stays on this machine.
 """
 
 import argparse
@@ -240,8 +241,8 @@ def psql(user, sql, check=True):
     """Runs a statement in the database. Each user's password is the last word of its name."""
     (server,) = containers("postgres")
     password = "PGPASSWORD=" + user.rpartition("_")[2]
-    client = ["psql", "--host=127.0.0.1", "--username=" + user, "--dbname=refarch", "--quiet", "--no-align", "--tuples-only"]
-    return run("docker", "exec", "--env", password, server, *client, "--command", sql, check=check)
+    client = ["psql", "--host=127.0.0.1", "--username=" + user, "--dbname=refarch", "-qAt", "-c", sql]
+    return run("docker", "exec", "--env", password, server, *client, check=check)
 
 
 def edit(stopped):

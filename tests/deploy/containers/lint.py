@@ -158,7 +158,11 @@ IMAGE_MISTAKES = {
     "a role that cannot be chosen": ('CMD ["up"]', 'CMD ["serve"]', "not the argument"),
 }
 SOURCE_MISTAKES = {
-    "a file that is built in and not copied": (" config/runtime.json config/\nCOPY src", " config/\nCOPY src", "runtime.json built in"),
+    "a file that is built in and not copied": (
+        " config/runtime.json config/\nCOPY src",
+        " config/\nCOPY src",
+        "runtime.json built in",
+    ),
     "only some of the sources": ("COPY src src", "COPY src/role src/role", "schema/0001_core.sql built in"),
 }
 WORKFLOW_MISTAKES = {
