@@ -39,7 +39,7 @@ RUN mkdir -p benches/encoder/src benches/search/src \
     && touch src/lib.rs src/encoder/lib.rs \
     && for file in src/main.rs benches/queue.rs benches/encoder/src/main.rs benches/search/src/main.rs; do echo 'fn main() {}' >"$file"; done \
     && cargo build --release --locked
-COPY config/default.toml config/runtime.json config/
+COPY config/default.toml config/prices.toml config/runtime.json config/
 COPY src src
 # Cargo compares file times, and the times of a checkout may be older than the build above.
 RUN touch src/lib.rs src/main.rs src/encoder/lib.rs \
@@ -65,6 +65,9 @@ RUN apt-get update \
     && install -d -o refarch -g refarch -m 0700 /refarch/postgres
 COPY --from=parts /refarch/runtime /refarch/runtime
 COPY --from=binary /out/refarch /usr/local/bin/refarch
+# The database roles, for psql -f.
+COPY config/roles.sql /etc/refarch/roles.sql
+RUN chmod 0644 /etc/refarch/roles.sql
 
 ARG VERSION=0.1.0
 ARG REVISION=unknown

@@ -3,7 +3,7 @@
 #   awk -f config/aws/cost.awk config/aws/prices.toml config/aws/small.json
 
 FNR == 1 { file++ }
-file == 1 && /^[a-z].* = / { price[$1] = $3 }
+file == 1 && /^[a-z].* = / { price[$1] = $3; remembered[$1] = / # from memory/ }
 file > 1 && /"ParameterKey"/ { split($0, part, "\""); set[part[4]] = part[8] }
 
 function item(name, month) {
@@ -18,6 +18,10 @@ function known(key) {
         print "cost: prices.toml has no price for " key > "/dev/stderr"
         failed = 1
         exit 1
+    }
+    if (remembered[key] && !(key in named)) {
+        named[key] = 1
+        memory = memory (memory ? ", " : "") key
     }
     return price[key]
 }
@@ -66,4 +70,6 @@ END {
         item("2.7 GB of storage, each month", zones * 2.7 * known("rds_gb_month"))
     }
     printf "  %-46s %9.2f\n", "total", total
+    print "Prices change: check them before you rely on this. config/aws/prices.toml says when each was read."
+    if (memory) print "From memory: " memory "."
 }

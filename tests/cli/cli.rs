@@ -112,7 +112,8 @@ async fn a_plan_needs_no_database_and_says_what_is_wrong_with_its_numbers() {
     let env = [("DATABASE_URL", "postgres://nobody@127.0.0.1:1/none")];
     let text = run(&[&flags[..], &[&svg]].concat(), &env).await;
     assert_eq!(text.code, Some(0), "{text:?}");
-    for says in ["searchable after 2 min 5 s (800 rows/s).", "is missed by 5.0 s", "up to 2"] {
+    let checks = "Prices change: check them";
+    for says in ["searchable after 2 min 5 s (800 rows/s).", "is missed by 5.0 s", "up to 2", checks] {
         assert!(text.out.contains(says), "{says}: {}", text.out);
     }
     let drawn = std::fs::read_to_string(chart).unwrap();

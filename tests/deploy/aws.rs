@@ -73,7 +73,7 @@ async fn listen_writes_the_metrics_that_scaling_and_alarms_read() {
 #[tokio::test]
 async fn the_roles_of_the_services_log_in_and_have_the_rights_that_they_need() {
     let database = Database::create().await;
-    let roles = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/aws/roles.sql");
+    let roles = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/roles.sql");
     let refarch = async |args: &[&str]| {
         let mut command = database.refarch();
         command.args(args);

@@ -15,6 +15,7 @@ fn passes(file: &str) {
         .arg(file)
         .current_dir(folder)
         .env("PYTHONDONTWRITEBYTECODE", "1")
+        .env("REFARCH", env!("CARGO_BIN_EXE_refarch"))
         .output()
         .unwrap();
     let (text, told) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -36,6 +37,11 @@ fn the_manifests_keep_their_rules() {
 }
 
 #[test]
-fn linters_are_content_with_image_and_workflows() {
+fn refarch_takes_every_command_line_that_is_shipped() {
+    passes("commands.py");
+}
+
+#[test]
+fn linters_are_content_with_images_scripts_and_workflows() {
     passes("lint.py");
 }

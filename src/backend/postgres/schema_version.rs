@@ -25,6 +25,7 @@ const MIGRATIONS: &[(i32, &str, &str)] = &[
     (12, "counts", include_str!("schema/0012_counts.sql")),
     (13, "scaling", include_str!("schema/0013_scaling.sql")),
     (14, "outliers", include_str!("schema/0014_outliers.sql")),
+    (15, "rights", include_str!("schema/0015_rights.sql")),
 ];
 
 /// The applied migrations: version and checksum. Earlier builds recorded no checksum.

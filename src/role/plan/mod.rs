@@ -177,6 +177,7 @@ fn plan(
         remedy_database: None,
         remedy_costs: None,
         region: args.region.clone(),
+        price_note: prices.note([args.database_class.as_str()]),
         scenario,
         timeline,
         deadline,
@@ -196,6 +197,7 @@ fn plan(
             report.remedy_database = Some(format!("{} of {}", remedy.databases, sizes.class));
         }
         report.remedy_costs = Some(cost::items(&remedy.scenario, &remedy.timeline, &sizes, prices));
+        report.price_note = prices.note([args.database_class.as_str(), sizes.class.as_str()]);
     }
     report
 }

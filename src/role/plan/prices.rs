@@ -1,6 +1,7 @@
 //! Prices: `config/prices.toml`, or a file of that form.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -22,6 +23,9 @@ pub(super) struct Prices {
     pub(super) pinecone_gb_month: f64,
     pub(super) pinecone_month_minimum: f64,
     rds: BTreeMap<String, Instance>,
+    /// The file, as people know it.
+    #[serde(skip)]
+    source: String,
 }
 
 /// An instance of the database.
@@ -30,6 +34,8 @@ pub(super) struct Prices {
 pub(super) struct Instance {
     pub(super) vcpus: u32,
     pub(super) hour: f64,
+    /// The year, if the price was remembered and not read.
+    from_memory: Option<u16>,
 }
 
 impl Prices {
@@ -51,9 +57,28 @@ impl Prices {
             prices.check().with_context(|| format!("{name}, region {region}"))?;
         }
         let known = regions.keys().cloned().collect::<Vec<_>>().join(", ");
-        regions.remove(region).with_context(|| {
+        let mut prices = regions.remove(region).with_context(|| {
             format!("{name} has no region {region}, only {known}: add it to a copy of config/prices.toml and name that by --prices")
-        })
+        })?;
+        prices.source = file.map_or_else(|| "config/prices.toml".into(), |path| path.display().to_string());
+        Ok(prices)
+    }
+
+    /// That prices are to be checked, and which of these classes' prices first.
+    pub(super) fn note<'a>(&self, classes: impl IntoIterator<Item = &'a str>) -> String {
+        let mut remembered: Vec<String> = classes
+            .into_iter()
+            .filter_map(|class| Some(format!("{class} ({})", self.rds.get(class)?.from_memory?)))
+            .collect();
+        remembered.dedup();
+        let source = &self.source;
+        let mut note =
+            format!("Prices change: check them before you rely on this. {source} says when each was read.");
+        if !remembered.is_empty() {
+            // Writing to a string can't fail.
+            let _ = write!(note, " From memory: {}.", remembered.join(", "));
+        }
+        note
     }
 
     /// The instance of a class.
@@ -106,6 +131,12 @@ mod tests {
         assert_eq!(prices.class_with(9.0).unwrap().0, "db.m7g.4xlarge");
         assert_eq!(prices.class_with(1e6).unwrap().0, "db.m7g.16xlarge");
         assert!(prices.instance("db.none").unwrap_err().to_string().contains("db.m7g.large"));
+        let note = prices.note(["db.m7g.2xlarge", "db.m7g.2xlarge", "db.t4g.medium"]);
+        assert!(
+            note.contains("config/prices.toml says when each was read. From memory: db.m7g.2xlarge (2025)."),
+            "{note}"
+        );
+        assert!(!prices.note(["db.t4g.medium"]).contains("memory"));
         let error = Prices::read(None, "mars-1").unwrap_err().to_string();
         assert!(error.contains("us-east-1"), "{error}");
     }

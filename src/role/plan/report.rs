@@ -34,6 +34,8 @@ pub(super) struct Report {
     pub(super) database: String,
     pub(super) remedy_database: Option<String>,
     pub(super) region: String,
+    /// What to know of the prices.
+    pub(super) price_note: String,
 }
 
 impl Report {
@@ -244,7 +246,7 @@ impl Report {
             let (load, month) = total(costs);
             writeln!(to, "  {:<18}{:>14}{:>16}", "for the deadline", dollars(load), dollars(month))?;
         }
-        Ok(())
+        writeln!(to, "  {}", self.price_note)
     }
 
     /// The state at even distances, and where the number of workers changes.
@@ -315,7 +317,10 @@ impl Report {
                 "database": self.remedy_database,
             })),
             "impossible": self.remedy.as_ref().and_then(|remedy| remedy.as_ref().err()),
-            "cost": { "region": self.region, "parts": self.costs, "load_usd": load_usd, "month_usd": month_usd },
+            "cost": {
+                "region": self.region, "parts": self.costs, "load_usd": load_usd, "month_usd": month_usd,
+                "note": self.price_note,
+            },
             "remedy_cost": self.remedy_costs.as_ref().map(|costs| {
                 let (load_usd, month_usd) = total(costs);
                 serde_json::json!({ "parts": costs, "load_usd": load_usd, "month_usd": month_usd })

@@ -3,7 +3,7 @@
 import re
 
 from check import check
-from template import AWS, chosen, containers, environment, listed, reference, resources, secrets, statements
+from template import AWS, ROOT, chosen, containers, environment, listed, reference, resources, secrets, statements
 
 
 @check
@@ -145,7 +145,7 @@ def secrets_are_no_plain_variables(c):
     for name, secret in resources(c.template, "AWS::SecretsManager::Secret").items():
         c.that("SecretString" not in secret, f"{name}: its value is in the template")
     c.that("PINECONE_API_KEY" not in c.template["Parameters"], "the key of Pinecone is a parameter")
-    roles = (AWS / "roles.sql").read_text()
+    roles = (ROOT / "config" / "roles.sql").read_text()
     for name, secret in resources(c.template, "AWS::SecretsManager::Secret").items():
         login = re.search(r'"username": "(\w+)"', secret["GenerateSecretString"].get("SecretStringTemplate", ""))
         c.that(not login or f"'{login.group(1)}'" in roles, f"{name}: roles.sql does not make its role")

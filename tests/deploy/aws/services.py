@@ -150,8 +150,8 @@ def the_script_finds_what_it_asks_for(c):
     outputs |= {"LiveQueue", "BulkQueue", "DeadQueue"}
     for name in outputs:
         c.that(name in c.template["Outputs"], f"the script asks for the output {name}")
-    for name in set(re.findall(r"parameter ([A-Z]\w+)", script)) | set(re.findall(r'"(\w+)=\$', script)):
-        if name[0].isupper() and name != "BASE" and not name.endswith("Suspended"):
+    for name in set(re.findall(r"parameter ([A-Z]\w+)", script)) | set(re.findall(r'(?<!--build-arg )"(\w+)=\$', script)):
+        if name[0].isupper() and not name.endswith("Suspended"):
             c.that(name in c.template["Parameters"], f"the script sets the parameter {name}")
     for name, values in c.sets.items():
         for key in values:

@@ -2,11 +2,13 @@
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import unittest
 
 import boto3
@@ -207,6 +209,8 @@ class WithoutAws(unittest.TestCase):
         places = [said.index(part) for part in order]
         self.assertEqual(places, sorted(places))
         self.assertIn("docker push", said)
+        version = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]["version"]
+        self.assertRegex(said, f"docker build .*--build-arg VERSION={re.escape(version)} --build-arg REVISION=[0-9a-f]{{40}}")
 
     def test_the_cost_follows_the_parameters(self):
         def total(*arguments):
@@ -215,6 +219,11 @@ class WithoutAws(unittest.TestCase):
 
         small, said = total()
         self.assertIn("1 embed", said)
+        self.assertIn("Prices change: check them before you rely on this.", said)
+        remembered = said.split("From memory: ")[1].splitlines()[0]
+        self.assertIn("nat_hour", remembered)
+        self.assertNotIn("fargate", remembered)
+        self.assertIn("fargate_arm_vcpu_hour", total("--set", "Architecture=ARM64")[1].split("From memory: ")[1])
         self.assertGreater(total("--size", "stress")[0], 4 * small)
         two_zones, _ = total("--set", "DatabaseMultiAz=true")
         self.assertAlmostEqual(two_zones - small, 730 * 0.065 + 20 * 0.115, places=1)

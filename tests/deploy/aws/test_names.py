@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import unittest
 
-from template import AWS, ROOT, containers, environment, load, parameter_sets, reference, secrets
+from template import ROOT, containers, environment, load, parameter_sets, reference, secrets
 
 
 def config(variables):
@@ -39,7 +39,7 @@ class Names(unittest.TestCase):
 
     def test_refarch_takes_every_variable(self):
         sources = "\n".join(path.read_text() for path in (ROOT / "src" / "config").glob("*.rs"))
-        roles = (AWS / "roles.sql").read_text()
+        roles = (ROOT / "config" / "roles.sql").read_text()
         named = 0
         for name, _, container in containers(load()):
             values = self.values(container)
@@ -73,11 +73,11 @@ class Names(unittest.TestCase):
                 self.assertIn(line, answer, name)
 
     def test_the_tools_run_what_the_image_has(self):
-        dockerfile = (AWS / "Dockerfile").read_text()
+        dockerfile = (ROOT / "Dockerfile").read_text()
         script = "\n".join(path.read_text() for path in (ROOT / "scripts").glob("deploy*aws*"))
         for path in set(re.findall(r"psql -f (\S+?)\"", script)):
             self.assertIn(f" {path}\n", dockerfile)
-            self.assertTrue((AWS / pathlib.Path(path).name).exists())
+            self.assertTrue((ROOT / "config" / pathlib.Path(path).name).exists())
 
 
 if __name__ == "__main__":

@@ -112,13 +112,30 @@ class Template(unittest.TestCase):
     def test_prices_agree_with_those_of_the_plan(self):
         """refarch plan has a price file of its own form; what both name costs the same."""
         theirs = tomllib.loads((template.ROOT / "config" / "prices.toml").read_text())["us-east-1"]
-        ours = dict(re.findall(r"^([a-z][\w.]*) = ([\d.]+)$", (template.AWS / "prices.toml").read_text(), re.M))
+        ours = dict(re.findall(r"^([a-z][\w.]*) = ([\d.]+)(?: #.*)?$", (template.AWS / "prices.toml").read_text(), re.M))
         same = {key: float(ours[key]) for key in theirs if key in ours}
         self.assertEqual(same, {key: theirs[key] for key in same})
         self.assertGreater(len(same), 3)
         for name, instance in theirs["rds"].items():
             if name in ours:
                 self.assertEqual(float(ours[name]), instance["hour"], name)
+
+    def test_the_source_of_each_price_is_told(self):
+        """Each was read at a place that a comment names, or is marked as remembered; both files agree on which."""
+        text = (template.AWS / "prices.toml").read_text()
+        source, remembered = "", {}
+        for line in text.splitlines():
+            if line.startswith("#"):
+                source = line if "Read 20" in line else source
+            elif not line:
+                source = ""
+            elif " = " in line:
+                remembered[line.split()[0]] = "# from memory, 20" in line
+                self.assertTrue(source or remembered[line.split()[0]], line)
+        theirs = tomllib.loads((template.ROOT / "config" / "prices.toml").read_text())["us-east-1"]["rds"]
+        for name, instance in theirs.items():
+            if name in remembered:
+                self.assertEqual("from_memory" in instance, remembered[name], name)
 
 
 if __name__ == "__main__":

@@ -120,10 +120,11 @@ def check_service(checks, files, name, service):
 
 
 def check_role(checks, name, service):
-    checks.that(
-        service["command"][0] in facts.commands(),
-        "%s: refarch has no command %s" % (name, service["command"][0]),
-    )
+    if name != "migrate":
+        checks.that(
+            service["command"][0] in facts.commands(),
+            "%s: refarch has no command %s" % (name, service["command"][0]),
+        )
     checks.that(service.get("read_only") is True, "%s: its files can be written" % name)
     checks.that(service.get("tmpfs") == ["/tmp"], "%s: /tmp" % name)
     checks.that(service.get("cap_drop") == ["ALL"], "%s: it has capabilities" % name)
@@ -159,13 +160,36 @@ def check_order(checks, services):
     )
 
 
-def check_database(checks, services):
-    server, role = services["postgres"]["environment"], services["serve"]["environment"]
-    for there, here in (("DB", "NAME"), ("USER", "USER"), ("PASSWORD", "PASSWORD")):
+def check_logins(checks, services):
+    """The owner migrates, and is there for tools. Each other role logs in as somebody with fewer rights."""
+    server, migrate = services["postgres"]["environment"], services["migrate"]
+    for name in ROLES:
+        variables, is_owner = services[name]["environment"], name not in RUNNING
         checks.that(
-            server["POSTGRES_" + there] == role["POSTGRES_DB_" + here],
-            "database and roles have another %s" % here,
+            variables.get("POSTGRES_DB_NAME") == server["POSTGRES_DB"], "%s: another database's name" % name
         )
+        user = facts.OWNER if is_owner else facts.LOGINS[name]
+        checks.that(variables.get("POSTGRES_DB_USER") == user, "%s does not log in as %s" % (name, user))
+        if is_owner:
+            password = server["POSTGRES_PASSWORD"]
+        else:
+            password = migrate["environment"].get(facts.passwords()[name])
+        checks.that(
+            password and variables.get("POSTGRES_DB_PASSWORD") == password, "%s: another password" % name
+        )
+    checks.that(server["POSTGRES_USER"] == facts.OWNER, "the owner is somebody else")
+    checks.that(migrate.get("entrypoint", [])[-2:] == ["/bin/sh", "-c"], "migrate: no shell")
+    checks.that(
+        migrate["command"] == [facts.MIGRATION.replace("$", "$$")], "migrate gives the roles other rights"
+    )
+    token = services["serve"]["environment"]["REFARCH_SERVE_EDIT_TOKEN"]
+    checks.that(
+        migrate["environment"].get("REFARCH_SERVE_EDIT_TOKEN") == token, "migrate does not know who edits"
+    )
+
+
+def check_database(checks, services):
+    check_logins(checks, services)
     checks.that("ports" not in services["postgres"], "the database can be reached from outside")
     shared = int(services["postgres"]["shm_size"].removesuffix("gb")) * 1024
     checks.that(
@@ -283,6 +307,18 @@ MISTAKES = {
     "a queue's variable with another name": (set_env, "no variable SQS_BULK_QUEU_URL"),
     "metrics at another port": (set_scrape, "another port"),
     "a redrive policy that gives up early": (set_redrive, "not queue.max_receives"),
+    "a role that is the owner": (
+        change(["serve", "environment", "POSTGRES_DB_USER"], "refarch"),
+        "serve does not log in as refarch_serve",
+    ),
+    "the password of another": (
+        change(["listen", "environment", "POSTGRES_DB_PASSWORD"], "${EMBED_PASSWORD:-embed}"),
+        "listen: another password",
+    ),
+    "a role without rights": (
+        change(["migrate", "command"], [facts.MIGRATION.replace("serve=refarch_serve", "").replace("$", "$$")]),
+        "other rights",
+    ),
     "a capability": (change(["serve", "cap_drop"], None), "capabilities"),
 }
 

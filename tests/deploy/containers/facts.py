@@ -27,6 +27,13 @@ OTHER_VARIABLES = {
     "OPENAI_API_KEY",
 }
 
+# The roles that log in as somebody of their own, and what the migration gives them rights with. The owner migrates.
+LOGINS = {role: "refarch_" + role for role in ("listen", "embed", "serve")}
+OWNER = "refarch"
+MIGRATION = "refarch psql -q -f /etc/refarch/roles.sql && exec refarch migrate --roles %s" % (
+    ",".join("%s=%s" % login for login in LOGINS.items()) + "${REFARCH_SERVE_EDIT_TOKEN:+,edit=refarch_serve}"
+)
+
 # The reference architecture's numbers for the service that embeds, and scaling.backlog_s with its cooldowns. The
 # settings win where they exist.
 LEAST, MOST, CPU_PERCENT = 2, 50, 25
@@ -92,10 +99,15 @@ ADMIN_PORT = int(IMAGE_ENV["REFARCH_ADMIN_LISTEN"].rpartition(":")[2])
 GRACE_S = setting("runtime.grace_s", 20)
 
 
+def passwords():
+    """The variables that config/roles.sql reads: the password of each role."""
+    return dict(re.findall(r"^\\getenv (\w+) (\w+)$", read("config/roles.sql"), re.M))
+
+
 def is_known_variable(name):
     if name.startswith("REFARCH_"):
         return name[len("REFARCH_") :].lower().replace("_", ".", 1) in SETTINGS
-    return name in OTHER_VARIABLES
+    return name in OTHER_VARIABLES or name in passwords().values()
 
 
 def is_secret(name):

@@ -2,10 +2,11 @@
 
     python3 tests/deploy/containers/fleet.py [--rows 10000] [--keep]
 
-It needs docker-compose (or docker compose), the image `refarch`, and the images in images/, which
-scripts/fleet makes. 10,000 rows are loaded. Meanwhile one embed is killed, one is paused, and a listen is started again; `verify`
-has to find nothing. Then every container of all three roles is replaced, one by one, while clients search and rows are
-edited: no search may fail, and `verify` has to find nothing again. All traffic stays on this machine.
+It needs docker-compose (or docker compose), the image `refarch`, and the images in images/, which scripts/fleet makes.
+Each role has to be logged in as a database role of its own. 10,000 rows are loaded. Meanwhile one embed is killed, one is
+paused, and a listen is started again; `verify` has to find nothing. Then every container of all three roles is replaced,
+one by one, while clients search and rows are edited: no search may fail, and `verify` has to find nothing again. The
+database may refuse no role anything. All traffic stays on this machine.
 """
 
 import argparse
@@ -236,30 +237,21 @@ def replace(role, count):
             sys.exit("fleet: %s did not end by itself" % name)
 
 
+def psql(user, sql, check=True):
+    """Runs a statement in the database. Each user's password is the last word of its name."""
+    (server,) = containers("postgres")
+    password = "PGPASSWORD=" + user.rpartition("_")[2]
+    client = ["psql", "--host=127.0.0.1", "--username=" + user, "--dbname=refarch", "-qAt", "-c", sql]
+    return run("docker", "exec", "--env", password, server, *client, check=check)
+
+
 def edit(stopped):
     """Edits rows all the time."""
     turn = 0
     while not stopped.wait(1):
         turn += 1
-        sql = "UPDATE products_with_increment SET description = description || ' %d' WHERE id %% 500 = %d" % (
-            turn,
-            turn % 500,
-        )
-        (server,) = containers("postgres")
-        run(
-            "docker",
-            "exec",
-            "--env",
-            "PGPASSWORD=refarch",
-            server,
-            "psql",
-            "--host=127.0.0.1",
-            "--username=refarch",
-            "--dbname=refarch",
-            "--quiet",
-            "--command",
-            sql,
-        )
+        sql = "UPDATE products_with_increment SET description = description || ' %d' WHERE id %% 500 = %d"
+        psql("refarch", sql % (turn, turn % 500))
 
 
 def main():
@@ -276,6 +268,7 @@ def main():
             wait_for_health(role, 2)
         say("two of each role are healthy")
         check_rights()
+        check_logins()
         begun = time.monotonic()
         tool("generate", "--count", str(args.rows), "--load")
         say("loaded %d rows" % args.rows)
@@ -285,6 +278,7 @@ def main():
         verify()
         roll()
         verify()
+        check_refusals()
         say("done")
     finally:
         if not args.keep:
@@ -303,6 +297,29 @@ def check_rights():
             if written:
                 sys.exit("fleet: %s wrote %s" % (role, written))
     say("no role is root, and none can write to its root file system")
+
+
+def check_logins():
+    """Every role is logged in as a database role of its own, which cannot remove what refarch keeps."""
+    wanted = {"refarch_serve", "refarch_listen", "refarch_embed"}
+    found = psql("refarch", "SELECT DISTINCT usename FROM pg_stat_activity WHERE datname = 'refarch'")
+    if not wanted <= set(found.stdout.split()):
+        sys.exit("fleet: logged in are %s" % found.stdout.split())
+    for user in sorted(wanted):
+        dropped = psql(user, "DROP TABLE refarch.outbox", check=False)
+        if "must be owner" not in dropped.stderr:
+            sys.exit("fleet: %s may remove the outbox: %s" % (user, dropped.stderr))
+    say("each role has a login of its own, and none can remove the outbox")
+
+
+def check_refusals():
+    """Nothing was refused by the database while the roles worked."""
+    (server,) = containers("postgres")
+    done = run("docker", "logs", server)
+    refused = [line for line in (done.stdout + done.stderr).splitlines() if "permission denied" in line]
+    if refused:
+        sys.exit("fleet: the database refused:\n%s" % "\n".join(refused[:10]))
+    say("the database refused no role anything")
 
 
 def roll():

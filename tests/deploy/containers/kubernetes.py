@@ -57,7 +57,16 @@ def remove(kind, name):
 
 def plain_password(manifests):
     variables = spec(manifests.get("Deployment", "refarch-embed"))["containers"][0]["env"]
-    variables[0] = {"name": "POSTGRES_DB_PASSWORD", "value": "hunter2"}
+    variables[1] = {"name": "POSTGRES_DB_PASSWORD", "value": "hunter2"}
+
+
+def secret(key):
+    return {"valueFrom": {"secretKeyRef": {"name": "refarch-database", "key": key}}}
+
+
+def login(role, place, value):
+    name = ("POSTGRES_DB_USER", "POSTGRES_DB_PASSWORD")[place]
+    return container(role, ["env", place], dict(value, name=name))
 
 
 OPEN = ["spec", "ingress", 0, "from"]
@@ -82,6 +91,22 @@ MISTAKES = {
         "least is above its most",
     ),
     "a password in plain sight": ("pgvector", plain_password, "not taken from a secret"),
+    "a role that is the owner": ("aws", login("serve", 0, {"value": "refarch"}), "not log in as refarch_serve"),
+    "the password of another": (
+        "pgvector",
+        login("listen", 1, secret("embed-password")),
+        "listen: another password",
+    ),
+    "a role without rights": (
+        "aws",
+        change(
+            "Job",
+            "refarch-migrate",
+            ["spec", "template", "spec", "containers", 0, "args"],
+            [facts.MIGRATION.replace(",serve=refarch_serve", "")],
+        ),
+        "other rights",
+    ),
     "a database that anybody can reach": (
         "pgvector",
         change("NetworkPolicy", "refarch-postgres", OPEN, None),

@@ -1,4 +1,4 @@
-"""The linters of image and workflows, and what they do not know."""
+"""The linters of images, scripts and workflows, and what they do not know."""
 
 import glob
 import os
@@ -18,6 +18,25 @@ def linted(tool, *args):
         [os.path.join(BIN, tool), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     return done.returncode, done.stdout.decode()
+
+
+def dockerfiles():
+    """Every Dockerfile that is shipped or tested with."""
+    found = ("Dockerfile", "config/**/Dockerfile*", "tests/deploy/**/Dockerfile*")
+    return sorted(path for pattern in found for path in glob.glob(pattern, root_dir=ROOT, recursive=True))
+
+
+def scripts():
+    """Every file that a shell runs or sources."""
+    found = []
+    for folder in ("scripts", "config", "tests", ".ci"):
+        for path in glob.glob(os.path.join(folder, "**"), root_dir=ROOT, recursive=True):
+            if os.path.isfile(os.path.join(ROOT, path)):
+                with open(os.path.join(ROOT, path), "rb") as file:
+                    first = file.readline()
+                if re.match(rb"#!.*\b(ba|da)?sh\b|# shellcheck shell=", first):
+                    found.append(path)
+    return sorted(found)
 
 
 def check_image(dockerfile):
@@ -65,6 +84,23 @@ def check_image(dockerfile):
             checks.that(
                 any(source == path or source.startswith(path + "/") for path in let_in),
                 "%s is not let in" % source,
+            )
+    return checks
+
+
+def check_sources(dockerfile):
+    """What the sources have built in must be copied for the builder."""
+    checks = Checks()
+    stages = re.split(r"^FROM ", dockerfile, flags=re.M)
+    (builder,) = [stage for stage in stages if stage.partition("\n")[0].endswith("AS builder")]
+    copied = [path for line in re.findall(r"^COPY (?!--from)(.*) \S+$", builder, re.M) for path in line.split()]
+    for source in glob.glob("src/**/*.rs", root_dir=ROOT, recursive=True):
+        program = re.split(r"#\[cfg\(test\)\]\s+mod \w+ \{|#\[test\]", read(source))[0]
+        for included in re.findall(r'include_(?:str|bytes)!\("([^"]+)"\)', program):
+            path = os.path.normpath(os.path.join(os.path.dirname(source), included))
+            checks.that(
+                any(path == known or path.startswith(known + "/") for known in copied),
+                "%s has %s built in, which is not copied" % (source, path),
             )
     return checks
 
@@ -121,6 +157,14 @@ IMAGE_MISTAKES = {
     ),
     "a role that cannot be chosen": ('CMD ["up"]', 'CMD ["serve"]', "not the argument"),
 }
+SOURCE_MISTAKES = {
+    "a file that is built in and not copied": (
+        " config/runtime.json config/\nCOPY src",
+        " config/\nCOPY src",
+        "runtime.json built in",
+    ),
+    "only some of the sources": ("COPY src src", "COPY src/role src/role", "schema/0001_core.sql built in"),
+}
 WORKFLOW_MISTAKES = {
     "rights for every job": (
         "permissions:\n  contents: read\n\n",
@@ -147,26 +191,34 @@ class Lint(unittest.TestCase):
 
     def test_mistakes_are_found(self):
         self.planted(read("Dockerfile"), IMAGE_MISTAKES, check_image)
+        self.planted(read("Dockerfile"), SOURCE_MISTAKES, check_sources)
         release = read(".github/workflows/release.yml")
         self.planted(release, WORKFLOW_MISTAKES, lambda text: check_workflows({"release.yml": text}))
         print(
             "image: %d, workflows: %d mistakes planted, all found"
-            % (len(IMAGE_MISTAKES), len(WORKFLOW_MISTAKES))
+            % (len(IMAGE_MISTAKES) + len(SOURCE_MISTAKES), len(WORKFLOW_MISTAKES))
         )
 
     def test_the_image(self):
-        others = sorted(glob.glob(os.path.join(ROOT, "tests/deploy/containers/images/*/Dockerfile")))
-        code, output = linted("hadolint", "Dockerfile", *others)
+        paths = dockerfiles()
+        self.assertLess({"Dockerfile", "config/aws/Dockerfile"}, set(paths))
+        code, output = linted("hadolint", *paths)
         self.assertEqual((code, output), (0, ""))
         checks = check_image(read("Dockerfile"))
         self.assertEqual(checks.faults, [])
-        print("image: hadolint is content, %d assertions" % checks.count)
+        sources = check_sources(read("Dockerfile"))
+        self.assertEqual(sources.faults, [])
+        self.assertGreater(sources.count, 15)
+        print("images: hadolint is content with %d; %d assertions" % (len(paths), checks.count + sources.count))
 
     def test_the_scripts(self):
-        entrypoint = "tests/deploy/containers/images/postgres/entrypoint"
-        code, output = linted("shellcheck", "scripts/release", "scripts/fleet", entrypoint)
+        paths = scripts()
+        self.assertLess(
+            {"scripts/deploy-aws", "scripts/deploy-aws-calls.bash", "scripts/release", "scripts/setup"}, set(paths)
+        )
+        code, output = linted("shellcheck", "--external-sources", *paths)
         self.assertEqual((code, output), (0, ""))
-        print("scripts: shellcheck is content")
+        print("scripts: shellcheck is content with %d" % len(paths))
 
     def test_the_workflows(self):
         paths = sorted(glob.glob(os.path.join(ROOT, ".github/workflows/*.yml")))

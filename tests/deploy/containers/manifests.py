@@ -15,7 +15,12 @@ from scaler import check_scaler, scalers, target
 VERSION = "1.37"
 # Kinds of other projects, for which kubernetes_validate has no schema.
 CUSTOM = {"ScaledObject", "PodMonitor", "PrometheusRule"}
-SECRETS = {("refarch-database", "password"), ("refarch-page", "edit-token")}
+PASSWORDS = {role: role + "-password" for role in ROLES}
+SECRETS = {
+    ("refarch-database", "password"),
+    *(("refarch-database", key) for key in PASSWORDS.values()),
+    ("refarch-page", "edit-token"),
+}
 # Objects that are made by hand, as the overlay's comment says.
 BY_HAND = {"rds-certificates"}
 
@@ -120,6 +125,7 @@ def check_role(checks, manifests, role, workload):
     pod = spec(workload)
     (container,) = pod["containers"]
     checks.that(container["args"] == [role] and role in facts.commands(), "%s: another command" % role)
+    check_login(checks, role, container, facts.LOGINS[role], PASSWORDS[role])
     checks.that(
         workload["spec"]["selector"]["matchLabels"].items() <= labels(workload).items(),
         "%s: the selector misses its pods" % role,
@@ -181,12 +187,43 @@ def check_role(checks, manifests, role, workload):
     checks.that(pod["serviceAccountName"] == "refarch-" + role, "%s: the account of another role" % role)
 
 
+def variables_of(container):
+    """A container's variables: a text, or the name of a secret and its key."""
+    found = {}
+    for variable in container["env"]:
+        reference = variable.get("valueFrom", {}).get("secretKeyRef", {})
+        found[variable["name"]] = variable.get("value", (reference.get("name"), reference.get("key")))
+    return found
+
+
+def check_login(checks, name, container, user, key):
+    """The owner migrates. Each role logs in as somebody with fewer rights."""
+    variables = variables_of(container)
+    checks.that(variables.get("POSTGRES_DB_USER") == user, "%s does not log in as %s" % (name, user))
+    checks.that(
+        variables.get("POSTGRES_DB_PASSWORD") == ("refarch-database", key), "%s: another password" % name
+    )
+
+
 def check_migration(checks, manifests):
     job = manifests.get("Job", "refarch-migrate")
     if not checks.that(job, "there is no Job for the migration"):
         return
     pod = spec(job)
-    checks.that(pod["containers"][0]["args"] == ["migrate"], "the Job does something else")
+    (container,) = pod["containers"]
+    checks.that(container.get("command", [])[-2:] == ["/bin/sh", "-c"], "migrate: no shell")
+    checks.that(container["args"] == [facts.MIGRATION], "the Job gives the roles other rights")
+    check_login(checks, "migrate", container, facts.OWNER, "password")
+    variables = variables_of(container)
+    for role, variable in facts.passwords().items():
+        checks.that(
+            variables.get(variable) == ("refarch-database", PASSWORDS[role]),
+            "migrate: another password of %s" % role,
+        )
+    checks.that(
+        variables.get("REFARCH_SERVE_EDIT_TOKEN") == ("refarch-page", "edit-token"),
+        "migrate does not know who edits",
+    )
     checks.that(
         pod.get("restartPolicy") == "Never" and job["spec"].get("backoffLimit"), "the Job is not tried again"
     )

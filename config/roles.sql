@@ -1,5 +1,5 @@
--- The database roles of the services, with the passwords that the tools task has in its environment. Run by
--- scripts/deploy-aws before refarch migrate, which gives these roles their rights.
+-- The database roles of the services, with the passwords that are in the environment. Run by the owner (scripts/deploy-aws,
+-- compose, the Job in config/kubernetes) before refarch migrate --roles, which gives these roles their rights.
 \set ON_ERROR_STOP on
 \getenv serve SERVE_PASSWORD
 \getenv listen LISTEN_PASSWORD
