@@ -26,6 +26,9 @@ use crate::telemetry;
 /// Time between two reads of the status for the progress line.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
+/// How often the first products are loaded if that fails: a database that restarts is soon back.
+const LOADS: u32 = 3;
+
 /// Seed of the products for an empty table, so that the products are always the same.
 const SEED: u64 = 1;
 
@@ -206,17 +209,28 @@ async fn load_if_empty(
         let row = client.query_one(&sql, &[]).await;
         Ok(row.map_err(postgres::fail("check whether the table is empty"))?.get(0))
     };
-    let is_empty: Option<bool> = reader.read(is_empty).await?;
-    if is_empty != Some(true) || settings.up.products == 0 {
-        return Ok(());
+    let load = async || {
+        let client = backends.postgres.client().await?;
+        let progress = Progress::new("loading products", settings.up.products);
+        generate::load(&client, table, settings.up.products, SEED, &progress).await?;
+        progress.finish();
+        anyhow::Ok(())
+    };
+    for tried in 1.. {
+        let is_empty: Option<bool> = reader.read(&is_empty).await?;
+        if is_empty != Some(true) || settings.up.products == 0 {
+            break;
+        }
+        // One statement, so that a load that failed has left nothing.
+        match reader.stop.run_until_cancelled(load()).await {
+            Some(Err(error)) if tried < LOADS => {
+                let error = format!("{error:#}");
+                tracing::warn!(error, "cannot load the first products: trying again");
+            }
+            Some(Err(error)) => return Err(error),
+            Some(Ok(())) | None => break,
+        }
     }
-    let client = backends.postgres.client().await?;
-    let progress = Progress::new("loading products", settings.up.products);
-    let load = generate::load(&client, table, settings.up.products, SEED, &progress);
-    if let Some(loaded) = reader.stop.run_until_cancelled(load).await {
-        loaded?;
-    }
-    progress.finish();
     Ok(())
 }
 

@@ -91,9 +91,9 @@ impl Counted {
         }
         let (counted, postgres, generation) = (Arc::clone(self), postgres.clone(), generation.clone());
         tokio::spawn(async move {
+            let _counting = Counting(&counted);
             let done = counted.count(&postgres, &generation).await;
             let mut state = counted.state();
-            state.counting = false;
             if let Err(error) = done {
                 tracing::debug!(%error, "cannot count the rows of the table: the last count is used on");
                 if let Some(last) = &mut state.last {
@@ -101,6 +101,15 @@ impl Counted {
                 }
             }
         });
+    }
+}
+
+/// A count that is under way, until it ends: also by a panic.
+struct Counting<'a>(&'a Counted);
+
+impl Drop for Counting<'_> {
+    fn drop(&mut self) {
+        self.0.state().counting = false;
     }
 }
 
