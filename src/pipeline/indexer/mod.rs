@@ -18,6 +18,7 @@ mod groups;
 mod health;
 mod misdirected;
 mod open_writes;
+mod panic_reports;
 mod panics;
 mod poison;
 mod receiver;

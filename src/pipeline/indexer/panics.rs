@@ -6,28 +6,16 @@ use std::time::Duration;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
-use super::Indexer;
+use super::step::Indexer;
 use crate::pipeline::failure::Error;
 use crate::pipeline::fault::redacted;
 use crate::pipeline::retry::Backoff;
-
-/// Panics that wait to be recorded as events at most. The log and the metric have all of them.
-const WAITING: usize = 16;
-
-/// Where panics are told.
-pub(super) struct Panics(broadcast::Sender<String>);
-
-impl Default for Panics {
-    fn default() -> Self {
-        Self(broadcast::Sender::new(WAITING))
-    }
-}
 
 impl Indexer {
     /// Panics from now on, each as a sentence.
     #[must_use]
     pub fn panics(&self) -> broadcast::Receiver<String> {
-        self.panics.0.subscribe()
+        self.panics.subscribe()
     }
 
     /// Tells that a task panicked, and is started again after a pause; without a pause, the role ends.
@@ -39,8 +27,7 @@ impl Indexer {
         );
         let text = format!("{task} ended, and {next}: {}", redacted(&error.to_string()));
         tracing::error!(task, reason = redacted(&error.to_string()), "a task panicked: {next}");
-        // Nobody may be listening.
-        let _ = self.panics.0.send(text);
+        self.panics.send(text);
     }
 
     /// Runs a task until `done`, which drops it. If it panics, it is started again after a pause.

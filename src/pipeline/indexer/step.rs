@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::batch::{Batch, StepOutcome};
 use super::health::Health;
 use super::misdirected::Misdirected;
-use super::panics::Panics;
+use super::panic_reports::PanicReports;
 use super::poison::Isolation;
 use super::throughput::Throughput;
 use super::worker_count::Workers;
@@ -61,7 +61,7 @@ pub struct Indexer {
     /// Sizes groups and receives.
     pub(super) throughput: Throughput,
     pub(super) workers: Workers,
-    pub(super) panics: Panics,
+    pub(super) panics: PanicReports,
     pub(super) writer: Arc<Writer>,
     pub(super) isolation: Isolation,
     pub(super) misdirected: Misdirected,
@@ -115,7 +115,7 @@ impl Indexer {
             stats,
             clock,
             workers: Workers::new(options.workers),
-            panics: Panics::default(),
+            panics: PanicReports::default(),
             options,
             health,
             throughput: Throughput::default(),
