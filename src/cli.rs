@@ -2,6 +2,7 @@
 
 mod admin;
 mod chaos;
+mod grant;
 mod help;
 mod overrides;
 mod plan;
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
+use grant::grant;
 use help::{
     AFTER_HELP, EMBED_HELP, EVENTS_HELP, MIGRATE_HELP, REDRIVE_HELP, SETUP_HELP, UP_HELP, VERIFY_HELP,
 };
@@ -321,14 +323,6 @@ pub struct Psql {
     /// Arguments for psql
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
     pub args: Vec<std::ffi::OsString>,
-}
-
-fn grant(text: &str) -> Result<(String, String), String> {
-    let parts = crate::backend::postgres::migrate::PARTS;
-    match text.split_once('=') {
-        Some((part, name)) if parts.contains(&part) && !name.is_empty() => Ok((part.into(), name.into())),
-        _ => Err(format!("use ROLE=NAME, where ROLE is one of {}", parts.join(", "))),
-    }
 }
 
 impl LogFormat {

@@ -23,6 +23,9 @@ use crate::common::{self, Database, eventually};
 
 const TIMEOUT: Duration = Duration::from_mins(2);
 
+/// The statement whose trace is followed.
+const INSERT: &str = "INSERT INTO products_with_increment (id, description) VALUES (7, 'A kettle for tea')";
+
 /// What a collector has received.
 #[derive(Clone, Default)]
 struct Collector {
@@ -171,11 +174,7 @@ async fn traced(index: Vec<(&'static str, String)>, parts: &[&str]) {
     let fleet = Fleet { database, env };
     fleet.migrate().await;
     let (listen, embed) = (fleet.spawn("listen"), fleet.spawn("embed"));
-    common::run(
-        &client,
-        "INSERT INTO products_with_increment (id, description) VALUES (7, 'A kettle for tea')",
-    )
-    .await;
+    common::run(&client, INSERT).await;
 
     let names = [&["capture", "queue", "apply"], parts].concat();
     let trace = collector.whole(&names).await;
@@ -239,11 +238,7 @@ async fn a_collector_that_is_away_stops_nothing() {
     let fleet = Fleet { database, env };
     fleet.migrate().await;
     let (listen, embed) = (fleet.spawn("listen"), fleet.spawn("embed"));
-    common::run(
-        &client,
-        "INSERT INTO products_with_increment (id, description) VALUES (7, 'A kettle for tea')",
-    )
-    .await;
+    common::run(&client, INSERT).await;
     let settled = "SELECT count(*) FROM refarch.ledger WHERE id = '7' AND NOT deleted";
     common::eventually("the row is indexed", TIMEOUT, async || common::number(&client, settled).await == 1)
         .await;

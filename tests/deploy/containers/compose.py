@@ -254,14 +254,7 @@ def change(path, value):
     """A mistake: the value at a path of the compose file is another. None removes it."""
 
     def plant(files):
-        place = files.compose["services"]
-        *way, last = path
-        for key in way:
-            place = place[key]
-        if value is None:
-            del place[last]
-        else:
-            place[last] = value
+        facts.set_at(files.compose["services"], path, value)
 
     return plant
 

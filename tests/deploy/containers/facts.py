@@ -133,3 +133,14 @@ class Checks:
         if not holds:
             self.faults.append(fault)
         return bool(holds)
+
+
+def set_at(place, path, value):
+    """Sets the value at a path of keys. None removes it."""
+    *way, last = path
+    for key in way:
+        place = place[key]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value

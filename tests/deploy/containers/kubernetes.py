@@ -31,14 +31,7 @@ def change(kind, name, way, value):
     """A mistake: the value at a path of an object is another. None removes it."""
 
     def plant(manifests):
-        place = manifests.get(kind, name)
-        *path, last = way
-        for key in path:
-            place = place[key]
-        if value is None:
-            del place[last]
-        else:
-            place[last] = value
+        facts.set_at(manifests.get(kind, name), way, value)
 
     return plant
 
